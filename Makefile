@@ -1,0 +1,38 @@
+# make demo and make test are all the set-up there is. A CPU-only torch where the index has one:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint constraints clean
+
+demo: $(VENV)/.installed
+	$(RUN) recipes/demo.py
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest -q
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "attnzoo needs Python 3.10 or later; name one with PYTHON=python3.12"; exit 2; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
+		{ echo "cannot make a virtual environment: install Python's venv module"; exit 2; }
+	@echo "installing into $(VENV), about two minutes the first time"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		--constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+constraints: $(VENV)/.installed
+	$(RUN) -m pip install --quiet uv
+	$(RUN) -m uv pip compile --universal --python-version 3.10 pyproject.toml --extra dev \
+		--no-header --no-annotate | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info

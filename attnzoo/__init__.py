@@ -1,0 +1,26 @@
+"""attnzoo: interchangeable attention mechanisms for diffusion transformers."""
+
+from attnzoo import mechanisms
+from attnzoo.contract import (
+    Attention,
+    AttentionConfig,
+    AttentionContext,
+    auxiliary_loss,
+    heads_of_width,
+)
+from attnzoo.registry import build_attention, get_attention, list_attention, register_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "AttentionContext",
+    "auxiliary_loss",
+    "build_attention",
+    "get_attention",
+    "heads_of_width",
+    "list_attention",
+    "mechanisms",
+    "register_attention",
+]

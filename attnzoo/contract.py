@@ -1,0 +1,256 @@
+"""The contract every attention mechanism keeps: one base class, one context, typed options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the closest of ``choices``, or ``"."`` if none is."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """Where a mechanism stands in its network; the same for every mechanism.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Number of heads; None takes the mechanism's own default.
+        layer_index: Position of the block in the network, counted from 0.
+        depth: Number of blocks in the network.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    dim: int
+    num_heads: int | None = None
+    layer_index: int = 0
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {self.dim}")
+        if self.num_heads is not None and (self.num_heads < 1 or self.dim % self.num_heads):
+            divisors = [h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide dim={self.dim}; "
+                f"choose one of {divisors}"
+            )
+        if not 0 <= self.layer_index < self.depth:
+            raise ValueError(
+                f"layer_index={self.layer_index} must lie in [0, depth) with depth={self.depth}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Options of a mechanism: subclass it as a frozen dataclass, one field per option.
+
+    Values are checked against the fields' annotations, so that ``Literal`` fields list their
+    valid values and suggest the nearest.
+
+    Raises:
+        TypeError: A value does not have the type of its field.
+        ValueError: A value is not among those its ``Literal`` lists.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_option(field.name, getattr(self, field.name), hints[field.name])
+
+    def at_least(self, minimum: float, *names: str) -> None:
+        """Raises ValueError for each named option below ``minimum``."""
+        for name in names:
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+
+    @classmethod
+    def from_options(cls, mechanism: str, options: Mapping[str, Any]) -> AttentionConfig:
+        """Builds the config; an option the mechanism does not have is a TypeError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{mechanism!r} has no option {name!r}{nearest(name, known)} "
+                    f"It takes: {', '.join(known) or 'none'}"
+                )
+        # A config file keeps a tuple as a list.
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        return cls(**values)
+
+
+def _check_option(name: str, value: Any, hint: Any) -> None:
+    alternatives = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    literals: list[Any] = []
+    for kind in alternatives:
+        if typing.get_origin(kind) is Literal:
+            literals += typing.get_args(kind)
+            continue
+        kind = typing.get_origin(kind) or kind
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (kind is float and is_number) or (
+            kind is not float
+            and isinstance(value, kind)
+            and (kind is bool or not isinstance(value, bool))
+        ):
+            return
+    if value in literals:
+        return
+    if literals and isinstance(value, str):
+        raise ValueError(
+            f"{name}={value!r} is not valid{nearest(value, literals)} Choose one of {literals}"
+        )
+    expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in alternatives)
+    raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+class Attention(nn.Module, ABC):
+    """Base class of every mechanism: tokens on a grid in, tokens of the same shape out.
+
+    A subclass defines ``forward``, may define ``Config`` (its options), ``default_num_heads``,
+    ``macs_parts`` (its closed-form cost) and ``attention_map``, and initialises its own
+    parameters.
+
+    Args:
+        context: Where the mechanism stands in the network.
+        config: The mechanism's options.
+
+    Attributes:
+        auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
+    """
+
+    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    name: ClassVar[str] = ""
+
+    def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
+        super().__init__()
+        self.context = context
+        self.config = config
+        self.dim = context.dim
+        self.num_heads = context.num_heads or self.default_num_heads(context.dim)
+        self.auxiliary_loss: Tensor | None = None
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Number of heads when the caller names none."""
+        return 1
+
+    @abstractmethod
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mixes tokens.
+
+        Args:
+            x: Tokens, (batch, height * width, dim), row by row.
+            grid: (height, width) in tokens.
+
+        Returns:
+            Tokens, (batch, height * width, dim).
+
+        Raises:
+            ValueError: ``x`` does not hold height * width tokens of width dim.
+        """
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """Multiply-accumulates of one forward per sample, by part.
+
+        Parts are named projections, core, routing or conv.
+
+        Raises:
+            TypeError: The mechanism gives no closed form.
+        """
+        raise TypeError(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Every multiply-accumulate of one forward, per sample."""
+        return sum(self.macs_parts(grid).values())
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The weight of every token in every token's output, materialised.
+
+        Returns:
+            (batch, heads, height * width, height * width), rows are queries. Convolutional
+            branches and projections are not part of it.
+
+        Raises:
+            TypeError: The mechanism has no such map.
+        """
+        raise TypeError(f"{type(self).__name__} gives no attention_map")
+
+    def after_block(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the mechanism does to the residual stream at the end of its block; nothing here.
+
+        Its cost belongs to ``macs_parts``.
+
+        Args:
+            x: Tokens, (batch, height * width, dim).
+            grid: (height, width) in tokens.
+
+        Returns:
+            Tokens, (batch, height * width, dim).
+        """
+        return x
+
+    def fuse(self) -> dict[str, Any]:
+        """Folds what only training needs; the eval-mode output stays the same.
+
+        Returns:
+            The options that describe the folded layer, where they differ from ``config``.
+        """
+        return {}
+
+    def check_tokens(self, x: Tensor, grid: tuple[int, int]) -> None:
+        """Raises ValueError unless ``x`` is (batch, height * width, dim)."""
+        height, width = grid
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"expected tokens of shape (batch, height * width, {self.dim}), "
+                f"got {tuple(x.shape)}"
+            )
+        if height < 1 or width < 1 or height * width != x.shape[1]:
+            raise ValueError(
+                f"grid={height}x{width} does not hold the {x.shape[1]} tokens of x; "
+                f"pass the (height, width) of the token grid"
+            )
+
+    def extra_repr(self) -> str:
+        options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def heads_of_width(dim: int, head_dim: int) -> int:
+    """Smallest number of heads that divides ``dim`` into heads of at most ``head_dim``."""
+    return next(h for h in range(max(1, -(-dim // head_dim)), dim + 1) if dim % h == 0)
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Sums and clears what the mechanisms of ``model`` want added to the training loss.
+
+    Call it once after each training forward.
+
+    Returns:
+        A scalar, or None if no mechanism has an auxiliary loss.
+    """
+    losses = []
+    for module in model.modules():
+        if isinstance(module, Attention) and module.auxiliary_loss is not None:
+            losses.append(module.auxiliary_loss)
+            module.auxiliary_loss = None
+    return torch.stack(losses).sum() if losses else None

@@ -1,0 +1,1 @@
+"""Small parts with parameters that several mechanisms share."""

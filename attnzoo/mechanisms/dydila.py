@@ -1,0 +1,389 @@
+"""Dynamic differential linear attention (DyDiLA, arXiv 2601.13683).
+
+Every token is projected a second time by a projector it chooses (Q', K', Eqs. 1-2), every one of
+Q, K, Q', K' is sharpened by a power it chooses (Eqs. 5-6), and Q', K' are subtracted, scaled by a
+factor the token chooses (Eqs. 7-8), before linear attention; a depthwise convolution of V is added
+(Eq. 9). "dydila-map" subtracts whole attention maps instead (Eq. 10).
+
+Cost per sample: 6 d^2 n + 2 n d d_head + routers (2 n_P + 4 n_F + 4 n_D) d n + convolution;
+map-wise doubles the core. What the paper leaves open is an option; docs/fidelity.md gives the
+evidence for each default and the setting of the literal reading.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.focused import naive_power_map, power_map
+from attnzoo.ops.linear import kernel_product, key_sums, linear_attention_macs
+from attnzoo.ops.precision import in_float32
+from attnzoo.ops.routing import (
+    Route,
+    RouterGradient,
+    balance_loss,
+    gate,
+    naive_routed_projection,
+    route,
+    routed_projection,
+    routed_scalar,
+    router_logits,
+)
+from attnzoo.registry import register_attention
+
+Normalizer = Literal["base", "diff", "mean", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttentionConfig):
+    """Options of DyDiLA; the defaults are the paper's small model where the paper speaks."""
+
+    n_projectors: int = 3  # n_P: 3, 5, 7 for S, B, L
+    n_kernel_factors: int = 9  # n_F: 9, 15, 21 for S, B, L
+    n_differential_factors: int = 9  # n_D: 9, 15, 21 for S, B, L
+    # Where routed projections go: "redundancy" adds Q', K' (the method); "replace" makes Q, K
+    # routed themselves (Table 4, row 4); "none" has none.
+    projection: Literal["redundancy", "replace", "none"] = "redundancy"
+    kernel: Literal["routed", "fixed", "relu"] = "routed"  # "fixed": one constant power, Eq. 5
+    differential: Literal["token", "map", "none"] = "token"
+    router_gradient: RouterGradient = "ste"  # A1; a hard argmax gives routers no gradient
+    balance_coefficient: float = 0.0  # A2; the paper has no load balancing
+    normalizer: Normalizer = "base"  # A3; Eq. 8 has none, Eq. 4 has
+    eps: float = 1e-6
+    norm_scope: Literal["token", "head"] = "token"  # A5; Eq. 5 writes the whole token
+    relu_offset: float = 0.0  # A6; FLatten adds 1e-6
+    gamma_init: float = 3.0
+    gamma_jitter: float = 0.0  # A1; a spread of the start values breaks the routers' tie
+    gamma_form: Literal["raw", "clamp", "softplus"] = "raw"  # A6; clamp keeps gamma >= 1
+    share_gamma: bool = True  # A7; one set for Q, K, Q', K'
+    share_lambda: bool = True  # A7; one set for queries and keys
+    lambda_init: float | Literal["increasing"] = 0.01  # "increasing": 0.2 to 0.8 over depth
+    lambda_clamp: bool = False  # A8; keeps lambda >= 0
+    map_router: Literal["token", "image"] = "token"  # A9; one lambda per query or per image
+    softplus_scale: bool = False  # A10; FLatten's learned scale per channel
+    conv: ConvKind = "acnet"  # A11
+    qkv_bias: bool = False  # A12
+    impl: Literal["auto", "naive"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "n_projectors", "n_kernel_factors", "n_differential_factors")
+        self.at_least(0, "eps", "relu_offset", "gamma_jitter", "balance_coefficient")
+        if self.gamma_init <= 0:
+            raise ValueError(f"gamma_init must be positive, got {self.gamma_init}")
+        if self.differential != "none" and self.projection != "redundancy":
+            raise ValueError(
+                f"differential={self.differential!r} subtracts Q' and K', which "
+                f"projection={self.projection!r} does not make; set projection='redundancy' or "
+                f"differential='none'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapConfig(Config):
+    """Options of map-wise DyDiLA."""
+
+    differential: Literal["token", "map", "none"] = "map"
+
+
+_PLAIN: dict[str, Any] = {
+    "projection": "none", "kernel": "relu", "differential": "none", "conv": "none",
+}  # fmt: skip
+
+# The rows of the paper's Table 4, in its order: options of "dydila".
+LADDER: dict[str, dict[str, Any]] = {
+    "sana": _PLAIN,
+    "+focused kernel": _PLAIN | {"kernel": "fixed"},
+    "+dynamic measure kernel": _PLAIN | {"kernel": "routed"},
+    "+dynamic projection module": _PLAIN | {"kernel": "routed", "projection": "replace"},
+    "+token differential operator": {"conv": "none"},
+    "+reparameterization": {},
+}
+
+
+class Router(nn.Module):
+    """A bias-free linear router that chooses one of ``choices`` for every token."""
+
+    def __init__(self, dim: int, choices: int, gradient: RouterGradient) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(choices, dim))
+        nn.init.xavier_uniform_(self.weight)
+        self.gradient: RouterGradient = gradient
+
+    def forward(self, x: Tensor) -> Route:
+        """(..., dim) -> one decision per token."""
+        return route(router_logits(x, self.weight), self.gradient, self.training)
+
+
+@register_attention("dydila")
+class DyDiLA(Attention):
+    """Dynamic differential linear attention, token-wise by default."""
+
+    Config = Config
+    config: Config
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        dim, gradient = self.dim, config.router_gradient
+        makes_shared_qk = config.projection != "replace"
+        self.shared = xavier_linear(dim, (3 if makes_shared_qk else 1) * dim, config.qkv_bias)
+        self.proj = xavier_linear(dim, dim, bias=True)
+
+        if config.projection != "none":
+            self.projectors = nn.ParameterDict()
+            self.projector_routers = nn.ModuleDict()
+            for z in ("query", "key"):
+                weight = torch.empty(config.n_projectors, dim, dim)
+                for projector in weight:
+                    nn.init.xavier_uniform_(projector)
+                self.projectors[z] = nn.Parameter(weight)
+                self.projector_routers[z] = Router(dim, config.n_projectors, gradient)
+
+        # What the kernel is applied to; a prime marks the redundancy.
+        sides = ["query", "key"]
+        if config.differential != "none":
+            sides += ["query_prime", "key_prime"]
+        if config.kernel == "routed":
+            sets = 1 if config.share_gamma else len(sides)
+            spread = torch.linspace(-1, 1, config.n_kernel_factors) * config.gamma_jitter
+            self.gamma = nn.Parameter(self._gamma_start() + spread.repeat(sets, 1))
+            self.kernel_routers = nn.ModuleDict(
+                {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
+            )
+        if config.softplus_scale and config.kernel != "relu":
+            self.scale = nn.Parameter(torch.zeros(dim))
+
+        if config.differential != "none":
+            is_token_wise = config.differential == "token"
+            sets = 1 if config.share_lambda or not is_token_wise else 2
+            start = self._lambda_start()
+            self.lambda_ = nn.Parameter(torch.full((sets, config.n_differential_factors), start))
+            self.differential_routers = nn.ModuleDict(
+                {
+                    z: Router(2 * dim, config.n_differential_factors, gradient)
+                    for z in (("query", "key") if is_token_wise else ("map",))
+                }
+            )
+        self.conv = None if config.conv == "none" else DepthwiseConv(dim, config.conv)
+
+    def _gamma_start(self) -> float:
+        init = self.config.gamma_init
+        return math.log(math.expm1(init)) if self.config.gamma_form == "softplus" else init
+
+    def _lambda_start(self) -> float:
+        if self.config.lambda_init == "increasing":
+            # Differential Transformer's schedule, which the paper's Table 6 mimics.
+            return 0.8 - 0.6 * math.exp(-0.3 * self.context.layer_index)
+        return self.config.lambda_init
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        query, key, value, routes = self._tokens(x, grid)
+        attend = _naive_attention if self.config.impl == "naive" else _attention
+        out = attend(self._heads(value), *self._terms(query, key, routes), self.config)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        if self.conv is not None:
+            out = out + self.conv(value, grid).to(out.dtype)
+        if self.training and self.config.balance_coefficient:
+            losses = [balance_loss(r) for r in routes.values() if r.probability is not None]
+            if losses:
+                self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
+        return self.proj(out)
+
+    def _tokens(
+        self, x: Tensor, grid: tuple[int, int]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, dict[str, Route]]:
+        """[Q~] or [Q~, Q~'], the same of K, V, and every decision taken on the way."""
+        self.check_tokens(x, grid)
+        routes: dict[str, Route] = {}
+        *shared, value = self.shared(x).split(self.dim, dim=-1)
+        query, key = list(shared[:1]), list(shared[1:])
+        if self.config.projection != "none":
+            query.append(self._routed_projection(x, "query", routes))
+            key.append(self._routed_projection(x, "key", routes))
+        names = ["query", "query_prime"], ["key", "key_prime"]
+        query = [self._kernel(z, n, routes) for z, n in zip(query, names[0], strict=False)]
+        key = [self._kernel(z, n, routes) for z, n in zip(key, names[1], strict=False)]
+        return query, key, value, routes
+
+    def _routed_projection(self, x: Tensor, z: str, routes: dict[str, Route]) -> Tensor:
+        routed = routes[f"projector.{z}"] = self.projector_routers[z](x)
+        is_naive = self.config.impl == "naive"
+        project = naive_routed_projection if is_naive else routed_projection
+        out = project(x, self.projectors[z], routed.index)
+        factor = gate(routed, self.config.router_gradient)
+        return out if factor is None else out * factor.to(out.dtype)
+
+    def _kernel(self, z: Tensor, name: str, routes: dict[str, Route]) -> Tensor:
+        """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
+        config, activated = self.config, F.relu(z)
+        if config.kernel == "relu":
+            return activated
+        if config.relu_offset:
+            activated = activated + config.relu_offset
+        if config.softplus_scale:
+            activated = activated / F.softplus(self.scale)
+        if config.kernel == "fixed":
+            gamma = torch.full((1,), config.gamma_init, device=z.device)
+        else:
+            routed = routes[f"kernel.{name}"] = self.kernel_routers[name](z)
+            row = 0 if config.share_gamma else list(self.kernel_routers).index(name)
+            gammas = self.gamma[row]
+            if config.gamma_form == "softplus":
+                gammas = F.softplus(gammas)
+            elif config.gamma_form == "clamp":
+                gammas = gammas.clamp_min(1.0)
+            gamma = routed_scalar(routed, gammas, config.router_gradient)
+        apply = naive_power_map if config.impl == "naive" else power_map
+        if config.norm_scope == "token":
+            return apply(activated, gamma)
+        per_head = rearrange(activated, "b n (h d) -> b n h d", h=self.num_heads)
+        return rearrange(apply(per_head, gamma.unsqueeze(-1)), "b n h d -> b n (h d)")
+
+    def _factor(self, pair: list[Tensor], z: str, routes: dict[str, Route]) -> Tensor:
+        """The lambda that each token chose (Eq. 7), (b, n, 1) or (b, 1, 1)."""
+        concatenated = torch.cat(pair, dim=-1)
+        if z == "map" and self.config.map_router == "image":
+            concatenated = concatenated.mean(1, keepdim=True)
+        routed = routes[f"differential.{z}"] = self.differential_routers[z](concatenated)
+        lambdas = self.lambda_[-1 if z == "key" else 0]
+        if self.config.lambda_clamp:
+            lambdas = lambdas.clamp_min(0)
+        return routed_scalar(routed, lambdas, self.config.router_gradient)
+
+    def _terms(
+        self, query: list[Tensor], key: list[Tensor], routes: dict[str, Route]
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]], Tensor | None]:
+        """Pairs (query, key) of the maps, pairs that normalise them, factor of the second map."""
+        pairs = [[self._heads(q), self._heads(k)] for q, k in zip(query, key, strict=True)]
+        if self.config.differential == "map":
+            return pairs, pairs, self._factor(query, "map", routes).unsqueeze(1)
+        if self.config.differential == "none":
+            return pairs, pairs, None
+        # The token differential operator, Eq. 8.
+        difference = [
+            self._heads(pair[0] - self._factor(pair, z, routes) * pair[1])
+            for z, pair in (("query", query), ("key", key))
+        ]
+        is_base = self.config.normalizer == "base"
+        return [difference], pairs[:1] if is_base else [difference], None
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.attention_map``."""
+        query, key, _, routes = self._tokens(x, grid)
+        return _naive_map(x, *self._terms(query, key, routes), self.config)
+
+    def routes(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+        """Every token's decisions, by router: "projector.query" and so on, each (batch, n)."""
+        query, key, _, routes = self._tokens(x, grid)
+        self._terms(query, key, routes)
+        return {name: routed.index for name, routed in routes.items()}
+
+    def fuse(self) -> dict[str, Any]:
+        """See ``Attention.fuse``: the convolution's branches become one kernel."""
+        if self.conv is None:
+            return {}
+        self.conv.fuse()
+        changed = {"conv": "5x5" if self.config.conv == "5x5" else "3x3"}
+        self.config = replace(self.config, **changed)
+        return changed
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n, config, head_dim = grid[0] * grid[1], self.config, self.dim // self.num_heads
+        projections = 4 if config.projection in ("replace", "none") else 6
+        routed_tokens = 2 if config.projection != "none" else 0
+        kernels = {"routed": 2 if config.differential == "none" else 4}.get(config.kernel, 0)
+        routing = routed_tokens * config.n_projectors + kernels * config.n_kernel_factors
+        routing *= n
+        if config.differential == "token":
+            routing += 4 * config.n_differential_factors * n
+        elif config.differential == "map":
+            rows = 1 if config.map_router == "image" else n
+            routing += 2 * config.n_differential_factors * rows
+        cores = 2 if config.differential == "map" else 1
+        is_normalized = config.normalizer in ("base", "diff")
+        core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
+        return {
+            "projections": projections * self.dim**2 * n,
+            "routing": routing * self.dim,
+            "core": cores * self.num_heads * core,
+            "conv": self.conv.macs(grid) if self.conv is not None else 0,
+        }
+
+
+@in_float32
+def _attention(
+    value: Tensor,
+    pairs: list[list[Tensor]],
+    norm_pairs: list[list[Tensor]],
+    factor: Tensor | None,
+    config: Config,
+) -> Tensor:
+    products = [kernel_product(query, key, value) for query, key in pairs]
+    needs_sums = config.normalizer in ("base", "diff")
+    sums = [key_sums(query, key) for query, key in norm_pairs] if needs_sums else []
+    return _combine(products, sums, factor, value.shape[-2], config)
+
+
+@in_float32
+def _naive_attention(value: Tensor, *terms: Any) -> Tensor:
+    """Twin of ``_attention``: the n x n weights of Eqs. 8 and 10, times V."""
+    return _naive_map(value, *terms) @ value
+
+
+@in_float32
+def _naive_map(
+    like: Tensor,
+    pairs: list[list[Tensor]],
+    norm_pairs: list[list[Tensor]],
+    factor: Tensor | None,
+    config: Config,
+) -> Tensor:
+    maps = [torch.einsum("bhnd,bhmd->bhnm", query, key) for query, key in pairs]
+    sums = [
+        torch.einsum("bhnd,bhmd->bhnm", query, key).sum(-1, keepdim=True)
+        for query, key in norm_pairs
+    ]
+    return _combine(maps, sums, factor, like.shape[-2], config)
+
+
+def _combine(
+    terms: list[Tensor],
+    sums: list[Tensor],
+    factor: Tensor | None,
+    keys: int,
+    config: Config,
+) -> Tensor:
+    """Normalises the one map, or both and subtracts the second times ``factor`` (Eq. 10)."""
+    if config.normalizer == "diff":
+        total, norm = terms[0], sums[0]
+        if factor is not None:
+            total, norm = total - factor * terms[1], norm - factor * sums[1]
+        # A differenced sum can come near 0 or below it, where the quotient explodes.
+        return total / norm.clamp_min(max(config.eps, 1e-6))
+    if config.normalizer == "base":
+        terms = [term / (norm + config.eps) for term, norm in zip(terms, sums, strict=True)]
+    elif config.normalizer == "mean":
+        terms = [term / keys for term in terms]
+    return terms[0] if factor is None else terms[0] - factor * terms[1]
+
+
+@register_attention("dydila-map")
+class MapWiseDyDiLA(DyDiLA):
+    """Dynamic differential linear attention that subtracts attention maps (Eq. 10)."""
+
+    Config = MapConfig
+    config: MapConfig

@@ -1,0 +1,80 @@
+"""Sana's ReLU linear attention (arXiv 2410.10629; EfficientViT, arXiv 2205.14756).
+
+O = ReLU(Q) (ReLU(K)^T V) / (ReLU(Q) sum_j ReLU(K_j)^T) per head, all sums in float32.
+Cost per sample: 4 d^2 n + 2 n d d_head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.linear import (
+    linear_attention,
+    linear_attention_macs,
+    naive_linear_attention,
+    naive_linear_map,
+)
+from attnzoo.registry import register_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttentionConfig):
+    """Options of Sana's attention."""
+
+    qkv_bias: bool = False  # Sana
+    qk_norm: bool = False  # RMSNorm over the full width, before the head split; off in Sana
+    eps: float = 1e-8  # what Sana's block passes; its class and diffusers default to 1e-15
+    impl: Literal["auto", "naive"] = "auto"
+
+
+@register_attention("sana")
+class SanaAttention(Attention):
+    """ReLU linear attention."""
+
+    Config = Config
+    config: Config
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
+        self.query_norm = nn.RMSNorm(self.dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.proj = xavier_linear(self.dim, self.dim, bias=True)
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Heads of 32, as released Sana has them."""
+        return heads_of_width(dim, 32)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        attend = naive_linear_attention if self.config.impl == "naive" else linear_attention
+        out = attend(*self._query_key_value(x, grid), eps=self.config.eps)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        self.check_tokens(x, grid)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key = F.relu(self.query_norm(query)), F.relu(self.key_norm(key))
+        split = [
+            rearrange(z, "b n (h d) -> b h n d", h=self.num_heads) for z in (query, key, value)
+        ]
+        return split[0], split[1], split[2]
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.attention_map``."""
+        query, key, _ = self._query_key_value(x, grid)
+        return naive_linear_map(query, key, self.config.eps)
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n, head_dim = grid[0] * grid[1], self.dim // self.num_heads
+        core = linear_attention_macs(n, n, head_dim, head_dim)
+        return {"projections": 4 * self.dim**2 * n, "core": self.num_heads * core}

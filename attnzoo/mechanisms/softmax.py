@@ -1,0 +1,68 @@
+"""Multi-head softmax attention, as in DiT (arXiv 2212.09748).
+
+O = softmax(Q K^T / sqrt(d_head)) V per head. Cost per sample: 4 d^2 n + 2 n^2 d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
+from attnzoo.registry import register_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttentionConfig):
+    """Options of softmax attention."""
+
+    qkv_bias: bool = True  # DiT
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys; steadies large models
+    impl: SoftmaxImpl = "auto"
+
+
+@register_attention("softmax")
+class SoftmaxAttention(Attention):
+    """Multi-head softmax attention."""
+
+    Config = Config
+    config: Config
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
+        head_dim = self.dim // self.num_heads
+        self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.proj = xavier_linear(self.dim, self.dim, bias=True)
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Heads of 64, as every DiT has them."""
+        return heads_of_width(dim, 64)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        self.check_tokens(x, grid)
+        query, key, value = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
+        return self.query_norm(query), self.key_norm(key), value
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.attention_map``."""
+        query, key, _ = self._query_key_value(x, grid)
+        return naive_softmax_map(query, key)
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n = grid[0] * grid[1]
+        return {"projections": 4 * self.dim**2 * n, "core": 2 * n * n * self.dim}

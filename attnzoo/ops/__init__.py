@@ -1,0 +1,1 @@
+"""Parameter-free mathematics: each fast function stands above its naive twin."""

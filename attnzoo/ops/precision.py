@@ -1,0 +1,50 @@
+"""The one place that owns autocast and float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _promote(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_promote, value))
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value
+
+
+def in_float32(function: Function) -> Function:
+    """Runs ``function`` with autocast off and half-precision tensors in float32.
+
+    The first argument must be a tensor; a tensor result comes back in its dtype. Lists of tensors
+    are promoted too, float64 stays float64.
+    """
+
+    @functools.wraps(function)
+    def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Casting alone is not enough: autocast lowers the matmul that follows, and a float16
+        # sum over a few thousand keys overflows.
+        with torch.autocast(first.device.type, enabled=False):
+            result = function(
+                _promote(first),
+                *map(_promote, args),
+                **{name: _promote(value) for name, value in kwargs.items()},
+            )
+        return result.to(first.dtype) if isinstance(result, Tensor) else result
+
+    return cast(Function, wrapper)
+
+
+def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts operands as autocast would for a matmul; custom operators are unknown to it."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)

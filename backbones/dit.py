@@ -1,0 +1,276 @@
+"""The shared backbone: a class-conditional diffusion transformer (DiT, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    Timesteps,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo import build_attention
+from attnzoo.contract import Attention
+from backbones.feedforward import build_feedforward
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, dim: int, attention: Attention, feedforward: nn.Module) -> None:
+        super().__init__()
+        self.modulation = AdaLayerNormZero(dim)
+        self.attention = attention
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.feedforward = feedforward
+
+    def forward(self, x: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (b, n, dim) and condition (b, dim) -> tokens (b, n, dim)."""
+        modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
+        x = x + gate[:, None] * self.attention(modulated, grid)
+        modulated = self.norm(x) * (1 + scale_ff[:, None]) + shift_ff[:, None]
+        x = x + gate_ff[:, None] * self.feedforward(modulated, grid)
+        return self.attention.after_block(x, grid)
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Diffusion transformer whose attention is any mechanism of the zoo.
+
+    Use ``build_backbone`` for the sizes and presets.
+
+    Args:
+        attn: Name of a registered mechanism.
+        attn_options: Its options.
+        dim: Width of the tokens.
+        depth: Number of blocks.
+        num_heads: Heads of the attention; None takes the mechanism's own default.
+        feedforward: "mlp", "mix-ffn" or "swiglu".
+        feedforward_ratio: Hidden width of the feed-forward over ``dim``.
+        patch_size: Side of a patch, in pixels of the model's input.
+        in_channels: Channels of the input.
+        learn_sigma: Whether the output also holds the variance, doubling its channels.
+        num_classes: Classes; index ``num_classes`` is the null class of guidance.
+        position: "sincos" adds 2-D sine-cosine positions, "none" adds nothing.
+        sample_size: Side of the input it was made for; other sizes work too.
+        provenance: Where the numbers come from; kept in the saved config, not used.
+
+    Raises:
+        ValueError: An argument is out of range or a name is unknown.
+        TypeError: The mechanism does not have one of the options.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it as a class attribute
+
+    @register_to_config
+    def __init__(
+        self,
+        attn: str = "dydila",
+        attn_options: dict[str, Any] | None = None,
+        dim: int = 384,
+        depth: int = 9,
+        num_heads: int | None = None,
+        feedforward: str = "mlp",
+        feedforward_ratio: float = 4.0,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        learn_sigma: bool = False,
+        num_classes: int = 1000,
+        position: str = "sincos",
+        sample_size: int = 32,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("depth", depth),
+            ("patch_size", patch_size),
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if position not in ("sincos", "none"):
+            raise ValueError(f"position={position!r} is not valid; choose 'sincos' or 'none'")
+        if position == "sincos" and dim % 4:
+            raise ValueError(f"dim={dim} must be a multiple of 4 for 2-D sine-cosine positions")
+        self.patch_embedding = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedding = TimestepEmbedding(256, dim)
+        self.class_embedding = nn.Embedding(num_classes + 1, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                build_attention(attn, dim, num_heads, index, depth, **(attn_options or {})),
+                build_feedforward(feedforward, dim, feedforward_ratio),
+            )
+            for index in range(depth)
+        )
+        self.final_norm = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
+        out_channels = in_channels * (2 if learn_sigma else 1)
+        self.final_projection = nn.Linear(dim, patch_size**2 * out_channels)
+        self.gradient_checkpointing = False
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """DiT's initialisation; attention and feed-forward have initialised themselves."""
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        for layer in (self.timestep_embedding.linear_1, self.timestep_embedding.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        # Every block starts as the identity, and the first output is 0.
+        zeroed = [self.final_norm.linear, self.final_projection]
+        zeroed += [block.modulation.linear for block in self.blocks]
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts the diffusion target.
+
+        Args:
+            hidden_states: Noisy images or latents, (b, in_channels, height, width).
+            timestep: Time of each sample, (b,), or one for all.
+            class_labels: Classes, (b,), int64; ``num_classes`` is the null class.
+            return_dict: Whether to return an output object rather than a tuple.
+
+        Returns:
+            ``.sample``: (b, in_channels or twice that, height, width).
+
+        Raises:
+            ValueError: The size does not fit the patch, or a label or time is out of range.
+        """
+        batch, _, height, width = hidden_states.shape
+        grid = self.token_grid(height, width)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        self._check_condition(hidden_states, timestep, class_labels)
+        x = rearrange(self.patch_embedding(hidden_states), "b c h w -> b (h w) c")
+        if self.config.position == "sincos":
+            x = x + _sincos_positions(x.shape[-1], grid, x.device).to(x.dtype)
+        frequencies = self.timestep_frequencies(timestep).to(x.dtype)
+        condition = self.timestep_embedding(frequencies) + self.class_embedding(class_labels)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, grid)
+            else:
+                x = block(x, condition, grid)
+        x = self.final_projection(self.final_norm(x, condition))
+        sample = rearrange(
+            x,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid[0],
+            p=self.config.patch_size,
+            q=self.config.patch_size,
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in tokens of an input of ``height`` x ``width``.
+
+        Raises:
+            ValueError: The patch does not divide the input.
+        """
+        patch = self.config.patch_size
+        if height < 1 or width < 1 or height % patch or width % patch:
+            fits = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise ValueError(
+                f"an input of {height}x{width} does not divide into patches of {patch}x{patch}; "
+                f"the nearest that does is {fits[0]}x{fits[1]}"
+            )
+        return height // patch, width // patch
+
+    def _check_condition(self, x: Tensor, timestep: Tensor, labels: Tensor) -> None:
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"expected {self.config.in_channels} channels, got an input of {tuple(x.shape)}"
+            )
+        if labels.shape != x.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"class_labels must be {x.shape[0]} integers, got {tuple(labels.shape)} "
+                f"of {labels.dtype}"
+            )
+        # On a GPU these looks at values would stall the queue; the recipes look before.
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+            return
+        if int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes:
+            raise ValueError(
+                f"class labels must lie in [0, {self.config.num_classes}] "
+                f"({self.config.num_classes} is the null class), "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
+        if timestep.device.type == "cpu" and not bool((timestep >= 0).all()):
+            raise ValueError(f"timesteps must be at least 0, got {timestep.tolist()}")
+
+    def fuse(self) -> DiT:
+        """Folds training-only structure (re-parameterised convolutions) in place.
+
+        The eval-mode output stays the same; the config follows, so that the fused model can be
+        saved and loaded.
+
+        Returns:
+            The model itself.
+        """
+        changed: dict[str, Any] = {}
+        for block in self.blocks:
+            changed |= block.attention.fuse()
+        if changed:
+            self.register_to_config(attn_options={**(self.config.attn_options or {}), **changed})
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> DiT:
+        """Loads a saved model; see diffusers' ``ModelMixin.from_pretrained``.
+
+        Raises:
+            ValueError: The weights belong to another mechanism or do not fit.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        config_arguments = {k: kwargs[k] for k in ("subfolder", "local_files_only") if k in kwargs}
+        saved = cls.load_config(folder, **config_arguments)["attn"]
+        wanted = kwargs.get("attn", saved)
+        if wanted != saved:
+            raise ValueError(
+                f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
+                f"leave attn out to load what is there"
+            )
+        model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+        if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise ValueError(f"the weights in {folder} do not fit its config: {info}")
+        return (model, info) if wants_info else model
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["attn"] = self.config.attn
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights; those of another mechanism raise ValueError even where shapes agree."""
+        saved = getattr(state_dict, "_metadata", {}).get("", {}).get("attn", self.config.attn)
+        if saved != self.config.attn:
+            raise ValueError(
+                f"these are the weights of attention {saved!r}, "
+                f"this model has attention {self.config.attn!r}"
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _sincos_positions(dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """2-D sine-cosine positions of an h x w grid at unit spacing, (h * w, dim)."""
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float32) for side in grid)
+    mesh = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
+    return get_2d_sincos_pos_embed_from_grid(dim, mesh, output_type="pt")

@@ -1,0 +1,79 @@
+"""Feed-forward networks of the backbone, all called as ``feedforward(x, grid)``."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.contract import nearest
+from attnzoo.layers.depthwise_conv import to_image, to_tokens
+from attnzoo.layers.linear import xavier_linear
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU (DiT, arXiv 2212.09748)."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        self.expand = xavier_linear(dim, int(dim * ratio), bias=True)
+        self.contract = xavier_linear(int(dim * ratio), dim, bias=True)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, n, dim) -> (b, n, dim)."""
+        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class MixFFN(nn.Module):
+    """Sana's Mix-FFN (GLUMBConv, arXiv 2410.10629): a gated 3x3 depthwise inverted bottleneck."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.expand = xavier_linear(dim, 2 * hidden, bias=True)
+        self.conv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.contract = xavier_linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, h * w, dim) -> (b, h * w, dim)."""
+        image = self.conv(to_image(F.silu(self.expand(x)), grid))
+        value, gate = to_tokens(image).chunk(2, dim=-1)
+        return self.contract(value * F.silu(gate))
+
+
+class SwiGLU(nn.Module):
+    """DiG's gated linear unit (arXiv 2405.18428): no biases, hidden width a multiple of 256."""
+
+    def __init__(self, dim: int, ratio: float) -> None:
+        super().__init__()
+        hidden = 256 * math.ceil(int(dim * ratio * 2 / 3) / 256)
+        self.expand = xavier_linear(dim, 2 * hidden, bias=False)
+        self.contract = xavier_linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, n, dim) -> (b, n, dim)."""
+        gate, value = self.expand(x).chunk(2, dim=-1)
+        return self.contract(F.silu(gate) * value)
+
+
+FEEDFORWARDS: dict[str, type[nn.Module]] = {"mlp": MLP, "mix-ffn": MixFFN, "swiglu": SwiGLU}
+
+
+def build_feedforward(kind: str, dim: int, ratio: float) -> nn.Module:
+    """Builds one of ``FEEDFORWARDS``.
+
+    Args:
+        kind: "mlp", "mix-ffn" or "swiglu".
+        dim: Width of the tokens.
+        ratio: Hidden width over ``dim``; "swiglu" takes two thirds of it, as is its custom.
+
+    Raises:
+        ValueError: Unknown kind.
+    """
+    if kind not in FEEDFORWARDS:
+        raise ValueError(
+            f"unknown feedforward {kind!r}{nearest(kind, FEEDFORWARDS)} "
+            f"Choose one of {', '.join(FEEDFORWARDS)}"
+        )
+    return FEEDFORWARDS[kind](dim, ratio)

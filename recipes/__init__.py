@@ -1,0 +1,1 @@
+"""Scripts that train, sample, evaluate and compare, and the modules they share."""

@@ -1,0 +1,85 @@
+"""What the scripts say to a person: one-line errors, option values, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+DONE, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 75
+
+
+class UserError(ValueError):
+    """Something the caller can put right; the message is one line that says how."""
+
+
+def run_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs ``main`` on the command line; a ``UserError`` becomes one line and exit status 2."""
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = USER_ERROR
+    sys.exit(status)
+
+
+class user_errors:
+    """Turns the ValueError and TypeError of a set-up phase into ``UserError``."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, ValueError | TypeError | OSError) and not isinstance(
+            error, UserError
+        ):
+            raise UserError(" ".join(str(error).split())) from error
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parses ``option=value`` pairs; values are Python literals, or else plain strings.
+
+    Raises:
+        UserError: A pair has no ``=``.
+    """
+    options = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set takes option=value, got {pair!r}")
+        lowered = {"true": True, "false": False, "none": None}
+        try:
+            value = lowered[text.lower()] if text.lower() in lowered else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        options[name] = value
+    return options
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return parse
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: a comma-separated list."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",") if part.strip()]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
+
+    return parse

@@ -1,0 +1,363 @@
+"""Procedural pictures of ten shapes: no files, any resolution, exactly known contents.
+
+A picture is a pure function of ``(seed, split, index, level)``. Its parameters come from the
+counter-based generator Philox4x32-10 in integer arithmetic, so that they are the same on every
+machine and numpy version, and none of them depends on the resolution.
+
+Coordinates: the image covers [-1, 1] x [-1, 1], x to the right and y upwards. Every shape fits
+into a circle of radius ``scale`` about its centre. Colours are RGB in [-1, 1].
+
+Levels (``U(a, b)`` is the uniform law; all draws are independent):
+
+============  ========================  ==============  =================  ====================
+level         centre, x and y each      scale           rotation           colours
+============  ========================  ==============  =================  ====================
+easy          U(-0.075, 0.075)          U(0.55, 0.65)   0                  one of PALETTE on
+                                                                           DARK_GREY
+medium        U(-0.25, 0.25)            U(0.40, 0.65)   0                  as easy
+hard          U(-0.25, 0.25)            U(0.40, 0.65)   U(0, 2 pi)         each foreground
+                                                                           channel U(0.1, 1), each
+                                                                           background channel
+                                                                           U(-1, -0.3)
+long-range    corner (+-0.55, +-0.55)   U(0.34, 0.40)   0                  as easy
+              plus U(-0.04, 0.04)
+============  ========================  ==============  =================  ====================
+
+``long-range`` holds two objects. The first is the upper one, in the left or the right corner
+with equal odds; the second is in the corner diagonally opposite. Both have the same class, which
+is the label, and the same colour; their jitter and their scale are drawn apart from each other.
+A generated image is therefore wrong, whatever its label, when its two objects disagree in class
+or colour. At 16 pixels an object is about six pixels wide; 32 pixels show the class clearly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "CLASS_NAMES",
+    "DARK_GREY",
+    "LEVELS",
+    "MINIMUM_RESOLUTION",
+    "PALETTE",
+    "SPLITS",
+    "DataError",
+    "ShapeParameters",
+    "check_choice",
+    "check_seed",
+    "coverage",
+    "render",
+    "shape_parameters",
+]
+
+
+class DataError(ValueError):
+    """Input that the user can put right: one line naming the value or path and the remedy."""
+
+
+CLASS_NAMES = (
+    "disc",
+    "ring",
+    "square",
+    "triangle",
+    "hexagon",
+    "star",
+    "plus",
+    "crescent",
+    "bar",
+    "dumbbell",
+)
+SPLITS = ("train", "test")
+MINIMUM_RESOLUTION = 8
+
+PALETTE = np.array(
+    [[0.9, -0.2, -0.4], [-0.3, 0.8, -0.1], [-0.2, 0.3, 1.0], [1.0, 0.8, -0.3]], dtype=np.float64
+)
+DARK_GREY = np.array([-0.8, -0.8, -0.8], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _Level:
+    centre_jitter: float
+    scale: tuple[float, float]
+    corner: float = 0.0
+    rotated: bool = False
+    free_colours: bool = False
+
+
+_LEVELS = {
+    "easy": _Level(centre_jitter=0.075, scale=(0.55, 0.65)),
+    "medium": _Level(centre_jitter=0.25, scale=(0.40, 0.65)),
+    "hard": _Level(centre_jitter=0.25, scale=(0.40, 0.65), rotated=True, free_colours=True),
+    "long-range": _Level(centre_jitter=0.04, scale=(0.34, 0.40), corner=0.55),
+}
+LEVELS = tuple(_LEVELS)
+
+
+@dataclass(frozen=True)
+class ShapeParameters:
+    """Everything that is drawn in ``n`` pictures of ``k`` objects each.
+
+    Attributes:
+        labels: (n,) int64, position in ``CLASS_NAMES``; all objects of a picture share it.
+        centre: (n, k, 2) float64, x and y of each object, image units.
+        scale: (n, k) float64, radius of the circle that encloses the object, image units.
+        rotation: (n, k) float64, anticlockwise, radians.
+        foreground: (n, 3) float64, RGB in [-1, 1].
+        background: (n, 3) float64, RGB in [-1, 1].
+    """
+
+    labels: NDArray[np.int64]
+    centre: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    rotation: NDArray[np.float64]
+    foreground: NDArray[np.float64]
+    background: NDArray[np.float64]
+
+
+def check_choice(value: str, valid: Iterable[str], what: str) -> str:
+    """Return ``value`` where it is one of ``valid``.
+
+    Raises:
+        DataError: naming the value, the nearest valid one and all valid ones.
+    """
+    names = tuple(valid)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"unknown {what} {value!r}: {hint}valid are {', '.join(names)}")
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed`` as an int.
+
+    Raises:
+        DataError: if it is not an integer in [0, 2**64).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise DataError(f"seed {seed!r} is not an integer: give one from 0 to 2**64 - 1")
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
+    return int(seed)
+
+
+_WORD = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def _philox(
+    counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]
+) -> tuple[NDArray[np.uint64], ...]:
+    """Philox4x32-10 (Salmon et al. 2011), vectorised; every word is 32 bits held in uint64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0 = c0 * np.uint64(0xD2511F53)
+        product1 = c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> _HALF) ^ c1 ^ np.uint64(k0),
+            product1 & _WORD,
+            (product0 >> _HALF) ^ c3 ^ np.uint64(k1),
+            product0 & _WORD,
+        )
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+_NUM_BLOCKS = 4
+
+
+def _random_words(seed: int, split: str, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Sixteen 32-bit words for each index, (16, n).
+
+    The split is a word of the counter, so that two splits can never share a stream.
+    """
+    low = np.broadcast_to(indices & _WORD, (_NUM_BLOCKS, len(indices)))
+    high = np.broadcast_to(indices >> _HALF, low.shape)
+    block = np.broadcast_to(np.arange(_NUM_BLOCKS, dtype=np.uint64)[:, None], low.shape)
+    which = np.full(low.shape, SPLITS.index(split), dtype=np.uint64)
+    words = _philox((low, high, block, which), (seed & 0xFFFFFFFF, seed >> 32))
+    return np.stack(words, axis=1).reshape(4 * _NUM_BLOCKS, len(indices))
+
+
+def shape_parameters(seed: int, split: str, indices: Any, level: str = "easy") -> ShapeParameters:
+    """Draw the parameters of the pictures with the given indices.
+
+    Args:
+        seed: integer in [0, 2**64).
+        split: one of ``SPLITS``; the streams of two splits are disjoint.
+        indices: (n,) integers in [0, 2**63), an array or a CPU tensor.
+        level: one of ``LEVELS``, see the head of this module.
+
+    Returns:
+        Parameters of n pictures; k = 2 objects for ``long-range``, else k = 1.
+
+    Raises:
+        DataError: for an unknown split or level or a seed out of range.
+        IndexError: for a negative index.
+    """
+    seed = check_seed(seed)
+    check_choice(split, SPLITS, "split")
+    law = _LEVELS[check_choice(level, LEVELS, "level")]
+    numbers_ = np.asarray(indices, dtype=np.int64)
+    if numbers_.size and numbers_.min() < 0:
+        raise IndexError(f"index {numbers_.min()} is out of range [0, 2**63)")
+    words = _random_words(seed, split, numbers_.astype(np.uint64))
+    # The half keeps the draws strictly inside (0, 1) and the sum is exact in float64.
+    uniform = (words.astype(np.float64) + 0.5) / 2.0**32
+
+    labels = (words[0] * np.uint64(len(CLASS_NAMES)) >> _HALF).astype(np.int64)
+    if law.free_colours:
+        foreground = 0.1 + 0.9 * uniform[1:4].T
+        background = -1.0 + 0.7 * uniform[4:7].T
+    else:
+        foreground = PALETTE[words[1] * np.uint64(len(PALETTE)) >> _HALF]
+        background = np.tile(DARK_GREY, (len(labels), 1))
+
+    num_objects = 2 if law.corner else 1
+    # Words 8 to 10 belong to the first object, 12 to 14 to the second.
+    objects = uniform[8 : 8 + 4 * num_objects].reshape(num_objects, 4, -1).transpose(2, 0, 1)
+    centre = law.centre_jitter * (2.0 * objects[:, :, :2] - 1.0)
+    if law.corner:
+        side = np.where(uniform[11] < 0.5, -law.corner, law.corner)
+        centre[:, 0] += np.stack([side, np.full_like(side, law.corner)], axis=-1)
+        centre[:, 1] -= np.stack([side, np.full_like(side, law.corner)], axis=-1)
+    smallest, largest = law.scale
+    scale = smallest + (largest - smallest) * objects[:, :, 2]
+    rotation = np.zeros_like(scale)
+    if law.rotated:
+        rotation[:] = 2.0 * math.pi * uniform[7][:, None]
+    return ShapeParameters(labels, centre, scale, rotation, foreground, background)
+
+
+Field = NDArray[np.float32]
+
+
+def _disc(x: Field, y: Field, radius: float) -> Field:
+    return np.sqrt(x * x + y * y) - np.float32(radius)
+
+
+def _box(x: Field, y: Field, half_width: float, half_height: float) -> Field:
+    dx = np.abs(x) - np.float32(half_width)
+    dy = np.abs(y) - np.float32(half_height)
+    outside = np.sqrt(np.maximum(dx, 0) ** 2 + np.maximum(dy, 0) ** 2)
+    return outside + np.minimum(np.maximum(dx, dy), 0)
+
+
+def _star(x: Field, y: Field, points: int, inner: float) -> Field:
+    """Distance to a star with one tip upwards at radius 1 and notches at radius ``inner``.
+
+    All edges are mirror images of the one between the tip and the first notch, so each point is
+    mirrored into that sector. With ``inner = cos(pi / points)`` it is the regular polygon.
+    """
+    half_sector = math.pi / points
+    sine, cosine = np.float32(math.sin(half_sector)), np.float32(math.cos(half_sector))
+    x = np.abs(x)
+    for _ in range(points // 2):
+        beyond = 2 * np.maximum(x * cosine - y * sine, 0)
+        x = np.abs(x - beyond * cosine)
+        y = y + beyond * sine
+    edge_x, edge_y = inner * sine, inner * cosine - 1
+    y = y - 1
+    along = np.clip((x * edge_x + y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
+    distance = np.sqrt((x - along * edge_x) ** 2 + (y - along * edge_y) ** 2)
+    return np.copysign(distance, edge_x * y - edge_y * x)
+
+
+def _crescent(x: Field, y: Field) -> Field:
+    return np.maximum(_disc(x, y, 0.95), -_disc(x - np.float32(0.48), y, 0.75))
+
+
+def _dumbbell(x: Field, y: Field) -> Field:
+    weights = _disc(np.abs(x) - np.float32(0.6), y, 0.38)
+    return np.minimum(weights, _box(x, y, 0.6, 0.14))
+
+
+_DISTANCES: dict[str, Callable[[Field, Field], Field]] = {
+    "disc": lambda x, y: _disc(x, y, 0.95),
+    "ring": lambda x, y: np.abs(_disc(x, y, 0.74)) - np.float32(0.23),
+    "square": lambda x, y: _box(x, y, 0.7, 0.7),
+    "triangle": lambda x, y: _star(x, y, 3, math.cos(math.pi / 3)),
+    "hexagon": lambda x, y: _star(x, y, 6, math.cos(math.pi / 6)),
+    "star": lambda x, y: _star(x, y, 5, 0.42),
+    "plus": lambda x, y: np.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95)),
+    "crescent": _crescent,
+    "bar": lambda x, y: _box(x, y, 0.95, 0.28),
+    "dumbbell": _dumbbell,
+}
+
+
+def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
+    """Share of each pixel that is covered by an object.
+
+    It is ``clamp(0.5 - distance * resolution / 2, 0, 1)`` for the signed distance at the centre
+    of the pixel, and the largest of the objects' values.
+
+    Args:
+        parameters: n pictures.
+        resolution: pixels on a side, at least ``MINIMUM_RESOLUTION``.
+
+    Returns:
+        (n, resolution, resolution) float32 in [0, 1]; row 0 is the top.
+
+    Raises:
+        DataError: for a resolution that is too small or not an integer.
+    """
+    if (
+        isinstance(resolution, bool)
+        or not isinstance(resolution, numbers.Integral)
+        or resolution < MINIMUM_RESOLUTION
+    ):
+        raise DataError(
+            f"resolution {resolution!r} does not suit shapes: "
+            f"give an integer of at least {MINIMUM_RESOLUTION}"
+        )
+    num_images, num_objects = parameters.scale.shape
+    ticks = ((2 * np.arange(resolution) + 1) / resolution - 1).astype(np.float32)
+    labels = np.repeat(parameters.labels, num_objects)
+    centre = parameters.centre.reshape(-1, 2).astype(np.float32)
+    scale = parameters.scale.reshape(-1, 1, 1).astype(np.float32)
+    cosine = np.cos(parameters.rotation).reshape(-1, 1, 1).astype(np.float32)
+    sine = np.sin(parameters.rotation).reshape(-1, 1, 1).astype(np.float32)
+    covered = np.empty((len(labels), resolution, resolution), dtype=np.float32)
+    for label, name in enumerate(CLASS_NAMES):
+        chosen = np.flatnonzero(labels == label)
+        if not len(chosen):
+            continue
+        size = scale[chosen]
+        right = (ticks[None, None, :] - centre[chosen, 0, None, None]) / size
+        up = (-ticks[None, :, None] - centre[chosen, 1, None, None]) / size
+        x = right * cosine[chosen] + up * sine[chosen]
+        y = up * cosine[chosen] - right * sine[chosen]
+        pixels = _DISTANCES[name](x, y) * (size * np.float32(resolution / 2))
+        covered[chosen] = np.clip(np.float32(0.5) - pixels, 0, 1)
+    return covered.reshape(num_images, num_objects, resolution, resolution).max(axis=1)
+
+
+def render(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
+    """Draw pictures, anti-aliased.
+
+    Args:
+        parameters: n pictures.
+        resolution: pixels on a side, at least ``MINIMUM_RESOLUTION``.
+
+    Returns:
+        (n, 3, resolution, resolution) float32 in [-1, 1]; row 0 is the top.
+
+    Raises:
+        DataError: for a resolution that is too small or not an integer.
+    """
+    covered = coverage(parameters, resolution)[:, None]
+    background = parameters.background.astype(np.float32)[:, :, None, None]
+    foreground = parameters.foreground.astype(np.float32)[:, :, None, None]
+    return background + covered * (foreground - background)

@@ -1,0 +1,140 @@
+"""Fast functions against their twins, at the places where they are likely to differ."""
+
+import pytest
+import torch
+
+from attnzoo.ops.focused import naive_power_map, power_map
+from attnzoo.ops.linear import kernel_product, linear_attention, naive_linear_attention
+from attnzoo.ops.routing import (
+    Route,
+    balance_loss,
+    gate,
+    naive_routed_projection,
+    route,
+    routed_projection,
+    routed_scalar,
+)
+
+
+@pytest.mark.parametrize("gamma", [0.4, 1.0, 3.0, 6.3])
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e15])
+def test_power_map_is_the_formula_at_any_scale(gamma, scale):
+    torch.manual_seed(0)
+    x = (torch.randn(5, 32).relu() * scale).requires_grad_()
+    gammas = torch.full((5, 1), gamma, requires_grad=True)
+    cotangent = torch.randn(5, 32)
+    found = torch.autograd.grad(power_map(x, gammas), (x, gammas), cotangent)
+    live = (x > 0).detach()  # at 0 a power below 1 has no finite slope
+    exact = torch.autograd.grad(
+        naive_power_map(x.double(), gammas), (x, gammas), cotangent.double()
+    )
+    difference = (power_map(x, gammas) - naive_power_map(x, gammas)).abs().max()
+    assert difference <= 2e-6 * x.max()
+    relative = (found[0] - exact[0])[live].abs().max() / exact[0][live].abs().max()
+    assert relative < 5e-6
+    # float64's own pow sees log(0) * 0 at a dead entry; there the slope in gamma is 0.
+    torch.testing.assert_close(found[1], exact[1], rtol=2e-5, atol=1e-6 * scale)
+
+
+def test_power_map_keeps_norms_and_dead_rows():
+    x = torch.randn(4, 7, 16).relu()
+    x[1, 2] = 0
+    out = power_map(x, torch.tensor([3.0]))
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+    assert out[1, 2].abs().sum() == 0
+    assert power_map(torch.full((1, 4), float("nan")), torch.tensor([2.0])).isnan().all()
+
+
+def test_power_map_gradients_by_finite_differences():
+    torch.manual_seed(1)
+    x = (torch.rand(3, 6, dtype=torch.float64) + 0.1).requires_grad_()
+    gamma = (2 + torch.rand(3, 1, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(power_map, (x, gamma))
+
+
+@pytest.mark.parametrize("tokens", [4, 64])  # below and above the width: both orders
+def test_linear_attention_is_its_twin_in_either_order(tokens):
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(2, 3, tokens, 16, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(linear_attention(q, k, v), naive_linear_attention(q, k, v))
+    torch.testing.assert_close(kernel_product(q, k, v), q @ k.mT @ v)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 9], [14, 0, 0], [1, 12, 1]])
+def test_routed_projection_is_its_twin_with_empty_and_full_projectors(counts):
+    torch.manual_seed(0)
+    index = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))[torch.randperm(14)]
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    index = index.view(2, 7)
+    cotangent = torch.randn(2, 7, 5, dtype=torch.float64)
+    fast, naive = routed_projection(x, weight, index), naive_routed_projection(x, weight, index)
+    torch.testing.assert_close(fast, naive)
+    torch.testing.assert_close(
+        torch.autograd.grad(fast, (x, weight), cotangent),
+        torch.autograd.grad(naive, (x, weight), cotangent),
+    )
+
+
+def test_routed_projection_is_a_sound_custom_operator():
+    index = torch.tensor([0, 2, 2, 1])
+    arguments = (
+        torch.randn(4, 6, requires_grad=True),
+        torch.randn(3, 6, 5, requires_grad=True),
+        index,
+    )
+    torch.library.opcheck(torch.ops.attnzoo.routed_projection.default, arguments)
+
+
+def test_routed_projection_does_each_token_once():
+    """The useful work is one projection per token, whatever the number of projectors."""
+    from torch.profiler import profile
+
+    x, weight = torch.randn(64, 8), torch.randn(5, 8, 8)
+    with profile(record_shapes=True) as profiled:
+        routed_projection(x, weight, torch.arange(64) % 5)
+    rows = [e.input_shapes[0][0] for e in profiled.events() if e.name == "aten::mm"]
+    assert sum(rows) == 64
+
+
+@pytest.mark.parametrize("gradient", ["ste", "gumbel", "none", "softgate"])
+def test_router_gradients(gradient):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4, requires_grad=True)
+    scalars = torch.arange(4.0, requires_grad=True)
+    routed = route(logits, gradient)
+    assert torch.equal(routed.index, logits.argmax(-1))
+    chosen = routed_scalar(routed, scalars, gradient)
+    factor = gate(routed, gradient)
+    if gradient != "softgate":
+        assert torch.equal(chosen, routed.index[:, None].float()), "bit-identical to the argmax"
+        assert factor is None or torch.equal(factor, torch.ones(6, 1))
+    if gradient == "none":
+        assert factor is None
+        chosen.sum().backward()
+        assert logits.grad is None
+        return
+    (chosen.sum() + (factor * torch.randn(6, 1)).sum()).backward()
+    assert logits.grad.abs().max() > 0
+    if gradient == "ste":
+        probability = logits.softmax(-1)
+        expected = torch.autograd.grad((probability * scalars.detach()).sum(), logits)[0]
+        got = torch.autograd.grad(
+            routed_scalar(route(logits, gradient), scalars, gradient).sum(), logits
+        )[0]
+        torch.testing.assert_close(got, expected)
+
+
+def test_gumbel_noise_only_in_training():
+    logits = torch.zeros(1000, 3) + torch.tensor([0.1, 0.0, 0.0])
+    torch.manual_seed(0)
+    assert route(logits, "gumbel", training=False).index.eq(0).all()
+    share = route(logits, "gumbel", training=True).index.eq(0).float().mean()
+    assert 0.25 < share < 0.47  # softmax gives 0.356
+
+
+def test_balance_loss_is_one_when_uniform_and_most_when_collapsed():
+    uniform = Route(torch.arange(9) % 3, torch.full((9, 3), 1 / 3))
+    torch.testing.assert_close(balance_loss(uniform), torch.tensor(1.0))
+    collapsed = Route(torch.zeros(9, dtype=torch.long), torch.eye(3)[0].expand(9, 3))
+    torch.testing.assert_close(balance_loss(collapsed), torch.tensor(3.0))

@@ -1,0 +1,234 @@
+"""The shared backbone: shapes, initialisation, saving, refusals."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+
+import attnzoo
+from attnzoo import list_attention
+from attnzoo.layers.depthwise_conv import to_image, to_tokens
+from backbones import DiT, build_backbone
+from backbones.dit import _sincos_positions
+from backbones.feedforward import build_feedforward
+
+TINY = {"dim": 32, "depth": 2, "num_classes": 10, "in_channels": 3}
+
+
+def scrambled(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def inputs(height=8, width=12, batch=2):
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, height, width), torch.tensor([3, 999][:batch])
+
+
+@pytest.mark.parametrize("attn", list_attention())
+def test_every_mechanism_runs_on_a_non_square_input_with_ten_classes(attn):
+    model = scrambled(DiT(attn=attn, **TINY))
+    x, t = inputs()
+    out = model(x, t, torch.tensor([0, 10]))
+    assert out.sample.shape == x.shape
+    assert out.sample.isfinite().all()
+    assert torch.equal(model(x, t, torch.tensor([0, 10]), return_dict=False)[0], out.sample)
+
+
+@pytest.mark.parametrize("attn", list_attention())
+def test_saved_weights_come_back_with_their_config(attn, tmp_path):
+    model = scrambled(DiT(attn=attn, feedforward="mix-ffn", **TINY))
+    model.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    loaded = DiT.from_pretrained(tmp_path).eval()
+    x, t = inputs()
+    labels = torch.tensor([1, 2])
+    assert torch.equal(model(x, t, labels).sample, loaded(x, t, labels).sample)
+    assert dict(loaded.config)["attn"] == attn
+
+
+def test_options_survive_saving(tmp_path):
+    options = {"normalizer": "diff", "lambda_init": 0.2, "n_projectors": 2}
+    DiT(attn="dydila", attn_options=options, **TINY).save_pretrained(tmp_path)
+    assert DiT.from_pretrained(tmp_path).blocks[1].attention.config.n_projectors == 2
+
+
+def test_weights_of_another_mechanism_are_refused_by_both_names(tmp_path):
+    # dydila stripped of everything has the very shapes of sana with one head.
+    lit = {"projection": "none", "kernel": "relu", "differential": "none", "conv": "none"}
+    dydila = DiT(attn="dydila", attn_options=lit, num_heads=1, **TINY)
+    sana = DiT(attn="sana", num_heads=1, **TINY)
+    with pytest.raises(ValueError, match=r"'dydila'.*'sana'"):
+        sana.load_state_dict(dydila.state_dict())
+    dydila.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'dydila'.*'sana'"):
+        DiT.from_pretrained(tmp_path, attn="sana")
+
+
+def test_missing_weights_are_refused(tmp_path):
+    DiT(attn="sana", **TINY).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not fit"):
+        DiT.from_pretrained(tmp_path, depth=3)
+
+
+def test_starts_as_zero_with_identity_blocks():
+    model = DiT(attn="softmax", **TINY)
+    x, t = inputs()
+    assert model(x, t, torch.tensor([0, 1])).sample.abs().max() == 0
+    tokens = torch.randn(2, 24, 32)
+    block = model.blocks[0]
+    assert torch.equal(block(tokens, torch.randn(2, 32), (4, 6)), tokens)
+
+
+def test_positions_follow_the_grid():
+    square, wide = (_sincos_positions(16, grid, torch.device("cpu")) for grid in ((4, 4), (4, 6)))
+    for row, column in itertools.product(range(4), range(4)):
+        assert torch.equal(square[row * 4 + column], wide[row * 6 + column])
+    assert torch.unique(wide, dim=0).shape[0] == 24
+    # A transposed grid swaps the halves that hold column and row.
+    tall = _sincos_positions(16, (6, 4), torch.device("cpu"))
+    swapped = tall.view(6, 4, 16).transpose(0, 1).reshape(24, 16).roll(8, dims=1)
+    torch.testing.assert_close(swapped, wide)
+
+
+def test_position_none_makes_softmax_blind_to_order():
+    model = scrambled(DiT(attn="softmax", position="none", **TINY))
+    x, t = inputs()
+    flipped = model(x.flip(-1).flip(-2), t, torch.tensor([0, 1])).sample
+    patches = x.unflatten(-1, (6, 2)).unflatten(-3, (4, 2))
+    turned = patches.flip(-2).flip(-4).flatten(-2).flatten(-3, -2)
+    torch.testing.assert_close(
+        model(turned, t, torch.tensor([0, 1])).sample.unflatten(-1, (6, 2)).unflatten(-3, (4, 2)),
+        model(x, t, torch.tensor([0, 1]))
+        .sample.unflatten(-1, (6, 2))
+        .unflatten(-3, (4, 2))
+        .flip(-2)
+        .flip(-4),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert flipped.isfinite().all()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = scrambled(DiT(attn="dydila", attn_options={"conv": "3x3"}, **TINY)).train()
+    twin = copy.deepcopy(model)
+    twin.enable_gradient_checkpointing()
+    x, t = inputs()
+    for each in (model, twin):
+        each(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_fusing_keeps_the_output_and_can_be_saved(tmp_path):
+    model = scrambled(DiT(attn="dydila", **TINY)).train()
+    x, t = inputs()
+    for _ in range(3):  # moves the batch-norm statistics
+        model(x, t, torch.tensor([0, 1]))
+    model.eval()
+    before = model(x, t, torch.tensor([0, 1])).sample
+    model.fuse().save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        model(x, t, torch.tensor([0, 1])).sample, before, rtol=1e-5, atol=1e-5
+    )
+    loaded = DiT.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(
+        loaded(x, t, torch.tensor([0, 1])).sample, before, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_mix_ffn_is_sanas():
+    ours = build_feedforward("mix-ffn", 16, 2.5)
+    theirs = GLUMBConv(16, 16, expand_ratio=2.5, residual_connection=False)
+    with torch.no_grad():
+        theirs.conv_inverted.weight.copy_(ours.expand.weight[:, :, None, None])
+        theirs.conv_inverted.bias.copy_(ours.expand.bias)
+        theirs.conv_depth.load_state_dict(ours.conv.state_dict())
+        theirs.conv_point.weight.copy_(ours.contract.weight[:, :, None, None])
+    x = torch.randn(2, 35, 16)
+    torch.testing.assert_close(ours(x, (5, 7)), to_tokens(theirs(to_image(x, (5, 7)))))
+
+
+def test_swiglu_has_digs_widths():
+    for dim, hidden in ((384, 1024), (512, 1536), (768, 2048)):
+        assert build_feedforward("swiglu", dim, 4.0).contract.in_features == hidden
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "fragments"),
+    [
+        (lambda m: m(torch.zeros(1, 3, 7, 8), 0, torch.tensor([0])), ValueError, ["7x8", "8x8"]),
+        (lambda m: m(torch.zeros(1, 4, 8, 8), 0, torch.tensor([0])), ValueError, ["3 channels"]),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), 0, torch.tensor([11])), ValueError, ["10", "11"]),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), 0, torch.tensor([-1])), ValueError, ["-1"]),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), 0, torch.tensor([0, 1])), ValueError, ["(2,)"]),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), 0, torch.tensor([0.0])), ValueError, ["float"]),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), -5, torch.tensor([0])), ValueError, ["-5"]),
+        (
+            lambda m: m(torch.zeros(1, 3, 8, 8), float("nan"), torch.tensor([0])),
+            ValueError,
+            ["nan"],
+        ),
+        (lambda m: DiT(depth=0), ValueError, ["depth", "0"]),
+        (lambda m: DiT(dim=30), ValueError, ["30", "multiple of 4"]),
+        (lambda m: DiT(position="rope"), ValueError, ["'rope'", "sincos"]),
+        (lambda m: DiT(feedforward="mlpp"), ValueError, ["'mlp'"]),
+        (lambda m: build_backbone("dydlia"), ValueError, ["'dydila'"]),
+        (lambda m: build_backbone("DyDiLiT-S/2"), ValueError, ["'DyDi-LiT'"]),
+        (lambda m: build_backbone(size="XS"), ValueError, ["tiny, S, B, L"]),
+        (lambda m: build_backbone(protocol="fair"), ValueError, ["controlled"]),
+        (lambda m: build_backbone(resolution=100), ValueError, ["100", "96"]),
+        (lambda m: build_backbone(depht=3), TypeError, ["'depth'"]),
+        (lambda m: build_backbone(attn_options={"gama_init": 2.0}), TypeError, ["'gamma_init'"]),
+    ],
+)
+def test_refusals_name_the_value_and_the_remedy(call, kind, fragments):
+    model = DiT(attn="softmax", **TINY)
+    with pytest.raises(kind) as caught:
+        call(model)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_an_empty_batch_passes():
+    model = DiT(attn="dydila", **TINY).eval()
+    out = model(torch.zeros(0, 3, 8, 8), torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    assert out.sample.shape == (0, 3, 8, 8)
+
+
+def test_build_backbone_knows_the_papers_models():
+    model = build_backbone("DyDi-LiT-S/2")
+    attention = model.blocks[0].attention
+    assert (len(model.blocks), attention.dim, attention.num_heads) == (9, 384, 1)
+    assert attention.config.n_kernel_factors == 9
+    assert sum(p.numel() for p in model.parameters()) == 38_774_978
+    assert model.config.provenance["protocol"] == "paper"
+
+
+def test_controlled_protocol_changes_nothing_but_the_attention():
+    models = [build_backbone(a, "tiny", "controlled") for a in ("softmax", "sana", "dydila")]
+    for name in ("depth", "dim", "feedforward", "num_heads", "position"):
+        assert len({getattr(model.config, name) for model in models}) == 1, name
+
+
+def test_a_mechanism_of_ones_own_is_at_once_in_the_backbone():
+    @attnzoo.register_attention("mean-of-tokens")
+    class MeanOfTokens(attnzoo.Attention):
+        def forward(self, x, grid):
+            self.check_tokens(x, grid)
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    try:
+        model = build_backbone("mean-of-tokens", "tiny", resolution=8, latent_factor=1)
+        out = model(torch.randn(1, 4, 8, 8), 3, torch.tensor([5]))
+        assert out.sample.shape == (1, 8, 8, 8)
+    finally:
+        from attnzoo import registry
+
+        del registry._REGISTRY["mean-of-tokens"]
