@@ -30,7 +30,10 @@ def in_float32(function: Function) -> Function:
     def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Casting alone is not enough: autocast lowers the matmul that follows, and a float16
         # sum over a few thousand keys overflows.
-        with torch.autocast(first.device.type, enabled=False):
+        device_type = first.device.type
+        if not torch.amp.is_autocast_available(device_type):  # the meta device
+            return function(first, *args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
             result = function(
                 _promote(first),
                 *map(_promote, args),
@@ -44,7 +47,9 @@ def in_float32(function: Function) -> Function:
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts operands as autocast would for a matmul; custom operators are unknown to it."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(
+        device_type
+    ):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)

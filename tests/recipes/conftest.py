@@ -1,0 +1,16 @@
+"""Small runs that several tests share."""
+
+import pytest
+
+from recipes.checkpoint import Run
+from recipes.train import Settings, train
+
+SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of 30 steps on digits."""
+    run = Run(tmp_path_factory.mktemp("runs") / "trained")
+    assert train(Settings(attn="dydila", steps=30, **SMALL), run) == 0
+    return run

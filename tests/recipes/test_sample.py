@@ -1,0 +1,76 @@
+"""Sampling and judging a run."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from recipes import evaluate as evaluate_module
+from recipes import sample as sample_module
+from recipes.checkpoint import Run
+from recipes.console import UserError
+from recipes.sample import sample_run
+
+
+def test_an_image_does_not_depend_on_the_batch_size(trained):
+    labels = torch.arange(7)
+    images = [
+        sample_run(trained, labels=labels, cfg=2.0, steps=8, batch_size=size)
+        for size in (1, 3, 64)
+    ]
+    for other in images[1:]:
+        torch.testing.assert_close(images[0], other, rtol=1e-4, atol=1e-4)
+    again = sample_run(trained, labels=labels[:4], cfg=2.0, steps=8)
+    torch.testing.assert_close(again, images[0][:4], rtol=1e-4, atol=1e-4)
+
+
+def test_the_seed_and_the_weights_matter(trained):
+    labels = torch.arange(2)
+    base = sample_run(trained, labels=labels, steps=4)
+    assert not torch.allclose(base, sample_run(trained, labels=labels, steps=4, seed=1), atol=0.1)
+    assert not torch.equal(base, sample_run(trained, labels=labels, steps=4, weights="model"))
+
+
+def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    arguments = [str(trained.folder), "--classes", "0,1,2", "--cfg", "4.0", "--steps", "3"]
+    assert sample_module.main([*arguments, "--per-class", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size == (3 * 66 + 2, 2 * 66 + 2)
+    assert str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--classes", "0,11"], "0..10"),
+        (["--cfg", "nan"], "finite"),
+        (["--steps", "1001"], "1 to 999"),
+        (["--sampler", "euler-flow"], "v_prediction"),
+    ],
+)
+def test_bad_input_is_one_clear_line(trained, arguments, fragment):
+    with pytest.raises(UserError, match=r".") as caught:
+        sample_module.main([str(trained.folder), *arguments])
+    assert fragment in str(caught.value)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run.*train\.py"):
+        sample_module.main([str(tmp_path)])
+
+
+def test_a_run_without_a_checkpoint_is_named(trained, tmp_path):
+    run = Run(tmp_path / "run")
+    run.create(trained.config(), overwrite=False)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        sample_run(run, labels=torch.tensor([0]))
+
+
+def test_the_judge_knows_real_digits_and_writes_what_it_took(trained, capsys):
+    assert evaluate_module.main([str(trained.folder), "--samples", "20", "--steps", "3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((trained.folder / "judge.json").read_text())
+    assert result["classifier_accuracy_on_real"] > 0.97
+    assert result["accepted"] < 15  # thirty steps draw no digits
+    assert {"samples", "seed", "cfg", "sampling_steps", "trained_steps"} <= result.keys()

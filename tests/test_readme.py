@@ -1,0 +1,53 @@
+"""The README's own commands and code run as they are printed, with fewer steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from attnzoo import list_attention, registry
+from recipes import evaluate, sample, train
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+SCRIPTS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_commands_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        shlex.split(line, comments=True)
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("python recipes/")
+    ]
+    assert len(commands) >= 4
+    for _, script, *arguments in commands:
+        name = Path(script).stem
+        shorter = {"train": ["--steps", "2"], "sample": ["--steps", "2"]}.get(name, [])
+        assert SCRIPTS[name]([*arguments, *shorter]) == 0, (name, arguments)
+    assert (tmp_path / "runs/digits-sana/judge.json").exists()
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[3][:30])
+def test_code_runs(code):
+    before = set(registry._REGISTRY)
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    finally:
+        for name in set(registry._REGISTRY) - before:
+            del registry._REGISTRY[name]
+
+
+def test_the_table_lists_the_whole_zoo():
+    listed = re.findall(r"^\| `([a-z-]+)` \|", TEXT, flags=re.MULTILINE)
+    assert sorted(listed) == list_attention()
+
+
+def test_every_link_into_the_repository_leads_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (Path(__file__).parents[1] / target).exists(), target
