@@ -10,8 +10,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
 
+# One thread per worker: torch's own threads would fight over the cores.
 test: $(VENV)/.installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow

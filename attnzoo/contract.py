@@ -133,11 +133,16 @@ class Attention(nn.Module, ABC):
         config: The mechanism's options.
 
     Attributes:
+        name: What it is registered as.
+        paper: Title and arXiv number, for the table of ``python -m attnzoo``.
+        complexity: Growth of its core with the number of tokens n, likewise.
         auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
     """
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    complexity: ClassVar[str] = ""
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__()

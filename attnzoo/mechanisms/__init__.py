@@ -1,5 +1,31 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
-from attnzoo.mechanisms import dydila, sana, softmax
+from attnzoo.mechanisms import (
+    agent,
+    compressed,
+    differential,
+    dig,
+    dydila,
+    edit,
+    focused,
+    gated,
+    lit,
+    moh,
+    sana,
+    softmax,
+)
 
-__all__ = ["dydila", "sana", "softmax"]
+__all__ = [
+    "agent",
+    "compressed",
+    "differential",
+    "dig",
+    "dydila",
+    "edit",
+    "focused",
+    "gated",
+    "lit",
+    "moh",
+    "sana",
+    "softmax",
+]

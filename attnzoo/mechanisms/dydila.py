@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
+from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.linear import kernel_product, key_sums, linear_attention_macs
@@ -70,6 +71,8 @@ class Config(AttentionConfig):
     lambda_clamp: bool = False  # A8; keeps lambda >= 0
     map_router: Literal["token", "image"] = "token"  # A9; one lambda per query or per image
     softplus_scale: bool = False  # A10; FLatten's learned scale per channel
+    # A10; grid (height, width) of FLatten's learned position, added to K; it fixes the grid.
+    key_position: tuple[int, int] | None = None
     conv: ConvKind = "acnet"  # A11
     qkv_bias: bool = False  # A12
     impl: Literal["auto", "naive"] = "auto"
@@ -130,6 +133,8 @@ class DyDiLA(Attention):
 
     Config = Config
     config: Config
+    paper = "DyDi-LiT, 2601.13683"
+    complexity = "O(n d d_head)"
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -161,6 +166,10 @@ class DyDiLA(Attention):
             )
         if config.softplus_scale and config.kernel != "relu":
             self.scale = nn.Parameter(torch.zeros(dim))
+
+        self.key_position = None
+        if config.key_position is not None:
+            self.key_position = KeyPosition(config.key_position, dim)
 
         if config.differential != "none":
             is_token_wise = config.differential == "token"
@@ -210,6 +219,8 @@ class DyDiLA(Attention):
         if self.config.projection != "none":
             query.append(self._routed_projection(x, "query", routes))
             key.append(self._routed_projection(x, "key", routes))
+        if self.key_position is not None:
+            key[0] = self.key_position(key[0], grid)
         names = ["query", "query_prime"], ["key", "key_prime"]
         query = [self._kernel(z, n, routes) for z, n in zip(query, names[0], strict=False)]
         key = [self._kernel(z, n, routes) for z, n in zip(key, names[1], strict=False)]
@@ -290,6 +301,38 @@ class DyDiLA(Attention):
         query, key, _, routes = self._tokens(x, grid)
         self._terms(query, key, routes)
         return {name: routed.index for name, routed in routes.items()}
+
+    def diagnostics(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
+        """What a training log wants to know: learned factors, and how the routers choose.
+
+        Args:
+            x: Tokens, (batch, height * width, dim).
+            grid: (height, width) in tokens.
+
+        Returns:
+            "gamma" and "lambda" as they are used, and for each router "usage", the share of
+            tokens that each expert received, and "entropy", the mean of its softmax in nats
+            (not with router_gradient="none", which makes no softmax).
+        """
+        said: dict[str, Any] = {}
+        if self.config.kernel == "routed":
+            gamma = self.gamma.detach()
+            is_softplus = self.config.gamma_form == "softplus"
+            said["gamma"] = (F.softplus(gamma) if is_softplus else gamma).tolist()
+        if self.config.differential != "none":
+            said["lambda"] = self.lambda_.detach().tolist()
+        # Probabilities are kept only where a gradient may want them.
+        with torch.enable_grad():
+            query, key, _, routes = self._tokens(x, grid)
+            self._terms(query, key, routes)
+        for name, routed in routes.items():
+            experts = getattr(self, f"{name.split('.')[0]}_routers")[name.split(".")[1]].weight
+            usage = torch.bincount(routed.index.flatten(), minlength=len(experts))
+            said[name] = {"usage": (usage / routed.index.numel()).tolist()}
+            if routed.probability is not None:
+                entropy = torch.special.entr(routed.probability.detach().float()).sum(-1)
+                said[name]["entropy"] = entropy.mean().item()
+        return said
 
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""

@@ -40,6 +40,8 @@ class SanaAttention(Attention):
 
     Config = Config
     config: Config
+    paper = "Sana, 2410.10629"
+    complexity = "O(n d d_head)"
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

@@ -31,6 +31,8 @@ class SoftmaxAttention(Attention):
 
     Config = Config
     config: Config
+    paper = "DiT, 2212.09748"
+    complexity = "O(n² d)"
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

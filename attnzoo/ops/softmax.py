@@ -65,3 +65,18 @@ def naive_softmax_map(query: Tensor, key: Tensor) -> Tensor:
     """The map of ``softmax_attention``: (..., n, d), (..., m, d) -> (..., n, m)."""
     scores = torch.einsum("...nd,...md->...nm", query, key) * query.shape[-1] ** -0.5
     return scores.softmax(-1)
+
+
+def why_unavailable(
+    impl: SoftmaxImpl, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Calls a backend once on a few tokens; returns None if it works, or else the reason.
+
+    A package that imports may still have no kernel for the device, so only a call tells.
+    """
+    probe = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    try:
+        softmax_attention(probe, probe, probe, impl)
+    except RuntimeError as error:
+        return str(error)
+    return None

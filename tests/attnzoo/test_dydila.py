@@ -52,6 +52,16 @@ def test_every_rung_of_the_ladder_builds_and_keeps_the_twin(rung):
     check_twin("dydila", **LADDER[rung])
 
 
+def test_a_learned_key_position_moves_the_map_and_fixes_the_grid():
+    layer = build_scrambled("dydila", key_position=(4, 6))
+    free = build_scrambled("dydila")
+    free.load_state_dict({k: v for k, v in layer.state_dict().items() if "position" not in k})
+    x = tokens((4, 6))
+    assert not torch.allclose(layer(x, (4, 6)), free(x, (4, 6)))
+    with pytest.raises(ValueError, match=r"4x6.*6x4.*key_position=None"):
+        layer(x, (6, 4))
+
+
 @pytest.mark.parametrize("map_router", ["token", "image"])
 def test_map_router(map_router):
     check_twin("dydila-map", map_router=map_router)

@@ -1,0 +1,68 @@
+"""Depthwise convolution with a stride, which leaves fewer tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.layers.depthwise_conv import to_image, to_tokens
+
+
+class DepthwiseDownsample(nn.Module):
+    """Turns h x w tokens into ceil(h / stride) x ceil(w / stride); any grid works.
+
+    Without padding, windows that hang over the edge sum only the tokens that are there, and the
+    sum is scaled up to a full window's, so that a mean stays a mean.
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the window, at least ``stride``.
+        stride: Distance between windows.
+        padding: Zeros around the image: 0 with ``kernel_size == stride``, else
+            ``kernel_size // 2`` of an odd ``kernel_size``.
+        bias: Whether the convolution has a bias.
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int, stride: int, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            dim, dim, kernel_size, stride=stride, padding=padding, groups=dim, bias=bias
+        )
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+
+    def coarse_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        return -(-grid[0] // self.stride), -(-grid[1] // self.stride)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, h * w, dim) -> (b, ceil(h / stride) * ceil(w / stride), dim)."""
+        image, stride = to_image(x, grid), self.stride
+        missing = [0 if self.padding else -side % stride for side in grid]
+        if not any(missing):
+            return to_tokens(self.conv(image))
+        image = F.pad(image, (0, missing[1], 0, missing[0]))
+        out = F.conv2d(image, self.conv.weight, stride=stride, groups=self.conv.groups)
+        for side, gap in zip((2, 3), missing, strict=True):
+            scale = out.new_ones(out.shape[side])
+            scale[-1] = stride / (stride - gap)
+            out = out * (scale[:, None] if side == 2 else scale)
+        if self.conv.bias is not None:
+            out = out + self.conv.bias[:, None, None].to(out.dtype)
+        return to_tokens(out)
+
+    def spread(self, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Shares what falls on a window evenly among its tokens: (..., m) -> (..., h * w)."""
+        identity = torch.eye(grid[0] * grid[1], dtype=weights.dtype, device=weights.device)
+        share = F.avg_pool2d(
+            identity.unflatten(1, (1, *grid)), self.kernel_size, self.stride, self.padding,
+            ceil_mode=not self.padding, count_include_pad=False,
+        )  # fmt: skip
+        return weights @ share.flatten(1).t()
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample."""
+        height, width = self.coarse_grid(grid)
+        return self.conv.weight.numel() * height * width

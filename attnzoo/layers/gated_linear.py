@@ -1,0 +1,175 @@
+"""The gated linear attention layer of GLA (arXiv 2312.06635), scanning an image in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import AttentionConfig
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.gated import (
+    Direction,
+    GatedImpl,
+    gated_linear_attention,
+    gated_linear_attention_macs,
+    scan,
+    unscan,
+)
+from attnzoo.ops.precision import in_float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedLinearConfig(AttentionConfig):
+    """Options that every mechanism with this layer has; defaults are those of GLA's library."""
+
+    expand_k: float = 0.5  # width of queries and keys over dim
+    expand_v: float = 1.0  # width of values and output gate over dim
+    gate_rank: int = 16  # rank of the forget gate's projection
+    gate_normalizer: float = 16.0  # divides the log gate: a larger one remembers longer
+    norm_eps: float = 1e-5  # RMSNorm of each head's output
+    impl: GatedImpl = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "gate_rank")
+        for name in ("expand_k", "expand_v", "gate_normalizer"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self.at_least(0, "norm_eps")
+
+
+class GatedLinear(nn.Module):
+    """Projections, forget gate, scans, and the gated norm of their mean.
+
+    All directions share the projections, the gates and the norm, and run as one batch.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Number of heads.
+        config: The options.
+
+    Raises:
+        ValueError: The heads do not divide the expanded widths.
+    """
+
+    def __init__(self, dim: int, num_heads: int, config: GatedLinearConfig) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.config = config
+        key_dim = _expand(dim, "expand_k", config.expand_k, num_heads)
+        value_dim = _expand(dim, "expand_v", config.expand_v, num_heads)
+        self.query = _linear(dim, key_dim)
+        self.key = _linear(dim, key_dim)
+        self.value = _linear(dim, value_dim)
+        self.forget_gate = nn.Sequential(
+            _linear(dim, config.gate_rank), _linear(config.gate_rank, key_dim, bias=True)
+        )
+        self.output_gate = _linear(dim, value_dim)
+        self.norm = nn.RMSNorm(value_dim // num_heads, eps=config.norm_eps)
+        self.proj = _linear(value_dim, dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]) -> Tensor:
+        """(b, height * width, dim) -> (b, height * width, dim)."""
+        mixed = self._scans(x, self._heads(self.value(x)), grid, directions)
+        gate = self._heads(self.output_gate(x))
+        out = _gated_norm(gate, mixed, self.norm.weight, self.config.norm_eps)
+        return self.proj(rearrange(out, "b n h d -> b n (h d)"))
+
+    def attention_map(
+        self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]
+    ) -> Tensor:
+        """q_i diag(decay from j to i) k_j, mean over the directions: (b, heads, n, n)."""
+        # The scan is linear in the values: those of the identity give its matrix.
+        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        values = identity[None, :, None].expand(x.shape[0], -1, self.num_heads, -1)
+        weights = self._scans(x, values, grid, directions, impl="naive")
+        return rearrange(weights, "b n h m -> b h n m").to(x.dtype)
+
+    def _scans(
+        self,
+        x: Tensor,
+        value: Tensor,
+        grid: tuple[int, int],
+        directions: Sequence[Direction],
+        impl: GatedImpl | None = None,
+    ) -> Tensor:
+        """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
+        return _mean_of_scans(
+            # In half precision a slow gate would round to none and a long sum overflow.
+            self._heads(self.forget_gate(x).to(torch.promote_types(x.dtype, torch.float32))),
+            self._heads(self.query(x)),
+            self._heads(self.key(x)),
+            value,
+            self.config.gate_normalizer,
+            grid,
+            directions,
+            impl or self.config.impl,
+        )
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b n h d", h=self.num_heads)
+
+    def macs_parts(self, grid: tuple[int, int], directions: int) -> dict[str, int]:
+        """Multiply-accumulates per sample; the core as the recurrence does it."""
+        n = grid[0] * grid[1]
+        layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        head_dims = (z.out_features // self.num_heads for z in (self.query, self.value))
+        core = gated_linear_attention_macs(n, *head_dims)
+        return {
+            "projections": n * sum(layer.weight.numel() for layer in layers),
+            "core": directions * self.num_heads * core,
+        }
+
+
+@in_float32
+def _mean_of_scans(
+    gate_logit: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_normalizer: float,
+    grid: tuple[int, int],
+    directions: Sequence[Direction],
+    impl: GatedImpl,
+) -> Tensor:
+    log_gate = F.logsigmoid(gate_logit) / gate_normalizer
+    operands = [
+        rearrange(
+            torch.cat([scan(z, grid, direction) for direction in directions]),
+            "b n h d -> b h n d",
+        )
+        for z in (query * query.shape[-1] ** -0.5, key, value, log_gate)
+    ]
+    query, key, value, log_gate = operands
+    out = gated_linear_attention(query, key, value, log_gate, impl)
+    outs = rearrange(out, "b h n d -> b n h d").chunk(len(directions))
+    outs = [unscan(z, grid, direction) for z, direction in zip(outs, directions, strict=True)]
+    return torch.stack(outs).mean(0) if len(outs) > 1 else outs[0]
+
+
+@in_float32
+def _gated_norm(gate: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) * SiLU(gate) over the last dimension, in the dtype of ``gate``."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps) * F.silu(gate)
+
+
+def _expand(dim: int, name: str, ratio: float, num_heads: int) -> int:
+    width = round(dim * ratio)
+    if abs(width - dim * ratio) > 1e-6 or width < 1 or width % num_heads:
+        raise ValueError(
+            f"{name}={ratio} times dim={dim} gives {dim * ratio:g} channels, which do not divide "
+            f"into num_heads={num_heads} heads; change one of the three"
+        )
+    return width
+
+
+def _linear(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    layer = xavier_linear(in_features, out_features, bias)
+    with torch.no_grad():
+        layer.weight.mul_(2**-2.5)  # the gain of GLA and DiG
+    return layer
