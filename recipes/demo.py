@@ -61,17 +61,20 @@ def _train_once(settings: Settings, run: Run) -> int:
 
 
 def _draw(out: Path, picture: Path) -> None:
-    figure, axes = plt.subplots(
-        1, 3, figsize=(15, 4.6), width_ratios=[1, 1, 1.2], layout="constrained"
+    figure, axes = plt.subplot_mosaic(
+        [[MECHANISMS[0], "loss"], [MECHANISMS[1], "loss"]],
+        figsize=(15, 6.4),
+        width_ratios=[1.6, 1],
+        layout="constrained",
     )
-    for axis, attn in zip(axes, MECHANISMS, strict=False):
-        run = Run(out / attn)
+    for attn in MECHANISMS:
+        run, axis = Run(out / attn), axes[attn]
         verdict = judge(run)
-        images = sample_run(run, labels=torch.arange(10).repeat(6), cfg=2.0)
+        images = sample_run(run, labels=torch.arange(10).repeat(3), cfg=2.0)
         axis.imshow(image_grid(images, columns=10))
         axis.set_axis_off()
         axis.set_title(
-            f"{attn}: digits 0 to 9 by column, guidance 2.0\n"
+            f"{attn}: digits 0 to 9 by column, guidance 2.0; "
             f"a classifier accepts {verdict['accepted']} of {verdict['samples']} (no guidance)"
         )
         losses = [entry["loss"] for entry in run.read_log()]
@@ -80,12 +83,12 @@ def _draw(out: Path, picture: Path) -> None:
         smooth = [
             (totals[end] - totals[end - window]) / window for end in range(window, len(totals))
         ]
-        axes[-1].plot(range(window, len(totals)), smooth, label=attn)
-    axes[-1].set(
+        axes["loss"].plot(range(window, len(totals)), smooth, label=attn)
+    axes["loss"].set(
         xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log", title="training"
     )
-    axes[-1].legend()
-    axes[-1].grid(alpha=0.3, which="both")
+    axes["loss"].legend()
+    axes["loss"].grid(alpha=0.3, which="both")
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
