@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -67,6 +68,16 @@ class DiT(ModelMixin, ConfigMixin):
         TypeError: The mechanism does not have one of the options.
     """
 
+    # The parts that ``macs_parts`` knows, by the name of the module that computes them.
+    PARTS: ClassVar[dict[str, str]] = {
+        "patch_embedding": "embedding",
+        "timestep_embedding": "embedding",
+        "class_embedding": "embedding",
+        "modulation": "modulation",
+        "feedforward": "feed-forward",
+        "final_norm": "modulation",
+        "final_projection": "final",
+    }
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it as a class attribute
 
@@ -193,6 +204,45 @@ class DiT(ModelMixin, ConfigMixin):
                 f"the nearest that does is {fits[0]}x{fits[1]}"
             )
         return height // patch, width // patch
+
+    def macs_parts(
+        self,
+        grid: tuple[int, int],
+        attention: Callable[[Attention, tuple[int, int]], dict[str, int]] | None = None,
+    ) -> dict[str, dict[str, int]]:
+        """Multiply-accumulates of one forward per sample, by block and part.
+
+        Args:
+            grid: (height, width) in tokens.
+            attention: Gives an attention layer's parts; None asks the layer itself.
+
+        Returns:
+            For each block ("blocks.0", ...) and each module around them, its parts.
+
+        Raises:
+            TypeError: The mechanism gives no closed form.
+        """
+        n, dim = grid[0] * grid[1], self.class_embedding.embedding_dim
+        embedding = self.timestep_embedding
+        parts = {
+            "patch_embedding": {"embedding": self.patch_embedding.weight.numel() * n},
+            "timestep_embedding": {
+                "embedding": embedding.linear_1.weight.numel() + embedding.linear_2.weight.numel()
+            },
+            "class_embedding": {"embedding": 0},
+        }
+        block: Any
+        for index, block in enumerate(self.blocks):
+            layer = block.attention
+            own = attention(layer, grid) if attention else layer.macs_parts(grid)
+            parts[f"blocks.{index}"] = {
+                **own,
+                "feed-forward": block.feedforward.macs(grid),
+                "modulation": 6 * dim**2,
+            }
+        parts["final_norm"] = {"modulation": 2 * dim**2}
+        parts["final_projection"] = {"final": self.final_projection.weight.numel() * n}
+        return parts
 
     def _check_condition(self, x: Tensor, timestep: Tensor, labels: Tensor) -> None:
         if x.shape[1] != self.config.in_channels:

@@ -24,6 +24,10 @@ class MLP(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         return self.contract(F.gelu(self.expand(x), approximate="tanh"))
 
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample."""
+        return (self.expand.weight.numel() + self.contract.weight.numel()) * grid[0] * grid[1]
+
 
 class MixFFN(nn.Module):
     """Sana's Mix-FFN (GLUMBConv, arXiv 2410.10629): a gated 3x3 depthwise inverted bottleneck."""
@@ -41,6 +45,11 @@ class MixFFN(nn.Module):
         value, gate = to_tokens(image).chunk(2, dim=-1)
         return self.contract(value * F.silu(gate))
 
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample."""
+        weights = (self.expand.weight, self.conv.weight, self.contract.weight)
+        return sum(weight.numel() for weight in weights) * grid[0] * grid[1]
+
 
 class SwiGLU(nn.Module):
     """DiG's gated linear unit (arXiv 2405.18428): no biases, hidden width a multiple of 256."""
@@ -55,6 +64,10 @@ class SwiGLU(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         gate, value = self.expand(x).chunk(2, dim=-1)
         return self.contract(F.silu(gate) * value)
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample."""
+        return (self.expand.weight.numel() + self.contract.weight.numel()) * grid[0] * grid[1]
 
 
 FEEDFORWARDS: dict[str, type[nn.Module]] = {"mlp": MLP, "mix-ffn": MixFFN, "swiglu": SwiGLU}

@@ -7,8 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from attnzoo import get_attention, list_attention
 from attnzoo.contract import nearest
+from attnzoo.counting import count_macs
 from backbones.dit import DiT
 
 
@@ -72,8 +75,21 @@ def _blocks(small: int, base: int, large: int) -> dict[str, int]:
     return {"S": small, "B": base, "L": large}
 
 
+# docs/gflops.md says which of these numbers are the paper's and which follow from its figures.
 PAPER_MODELS = {
     "DiT": PaperModel("softmax", "mlp", source="section 4.1: 12 blocks"),
+    "DiG": PaperModel(
+        "dig", "swiglu", _blocks(15, 14, 15), source="GFLOPs of Tables 1 and 2; DiG's code"
+    ),
+    "PixArt-Sigma": PaperModel(
+        "compressed",
+        "mlp",
+        options={"ratio": 4, "layers": "second-half"},
+        source="GFLOPs of Tables 1 and 2: R = 4 in 6 of 12 blocks; which 6 is not known",
+    ),
+    "EDiT": PaperModel(
+        "edit", "mlp", _blocks(9, 9, 9), num_heads=1, source="GFLOPs of Tables 1 and 2"
+    ),
     "Sana": PaperModel(
         "sana", "mix-ffn", _blocks(9, 9, 9), num_heads=1, source="GFLOPs of Tables 1 and 2"
     ),
@@ -83,9 +99,11 @@ PAPER_MODELS = {
     "DyDi-LiT-map": PaperModel(
         "dydila-map", "mix-ffn", _blocks(9, 9, 9), num_heads=1, source="Table 5"
     ),
+    "MoH-DiT": PaperModel("moh", "mlp", source="Table 3, without GFLOPs: DiT's depth and MLP"),
+    "LiT": PaperModel("lit", "mlp", source="Table 3, without GFLOPs: DiT's depth and MLP"),
 }
 
-PROTOCOLS = ("paper", "controlled")
+PROTOCOLS = ("paper", "controlled", "matched")
 
 
 def build_backbone(
@@ -104,7 +122,9 @@ def build_backbone(
         size: "tiny", "S", "B" or "L".
         protocol: "paper" gives each mechanism the depth, feed-forward and heads of its model in
             the paper; a mechanism that the paper does not measure gets DiT's. "controlled" gives
-            every mechanism the same depth, MLP, heads and positions.
+            every mechanism the same depth, MLP, heads and positions. "matched" is "paper" with
+            the depth whose true multiply-accumulates come nearest to those of DiT at this size
+            and resolution; the residual is in the provenance.
         resolution: In image pixels.
         latent_factor: Image pixels per latent pixel; 1 for a model of pixels.
         **overrides: Any argument of ``DiT``; ``attn_options`` are merged into the preset's.
@@ -131,8 +151,8 @@ def build_backbone(
         unit = latent_factor * patch
         raise ValueError(
             f"resolution={resolution} does not divide into patches of {unit} pixels "
-            f"(patch {patch} x latent factor {latent_factor}); the nearest that does is "
-            f"{max(1, round(resolution / unit)) * unit}"
+            f"(patch {patch} x latent factor {latent_factor}); choose a multiple, such as "
+            f"{max(1, resolution // unit) * unit} or {(max(1, resolution // unit) + 1) * unit}"
         )
     scale = SIZES[size]
     is_controlled = protocol == "controlled"
@@ -157,7 +177,53 @@ def build_backbone(
     }
     options = scale.options.get(row.attn, {}) | ({} if is_controlled else row.options)
     options |= overrides.pop("attn_options", None) or {}
-    return DiT(**(fields | overrides | {"attn_options": options}))
+    fields |= overrides | {"attn_options": options}
+    if protocol == "matched" and "depth" not in overrides:
+        depth, match = _matched_depth(fields, scale, resolution)
+        fields |= {"depth": depth, "provenance": fields["provenance"] | {"match": match}}
+    return DiT(**fields)
+
+
+def _matched_depth(
+    fields: dict[str, Any], scale: Size, resolution: int
+) -> tuple[int, dict[str, Any]]:
+    """The depth nearest to DiT's multiply-accumulates, and how near it is."""
+
+    latent = resolution // fields["provenance"]["latent_factor"]
+
+    def macs(**changed: Any) -> int:
+        with torch.device("meta"):
+            model = DiT(**(fields | changed))
+        grid = model.token_grid(latent, latent)
+        try:
+            return sum(sum(parts.values()) for parts in model.macs_parts(grid).values())
+        except TypeError:  # no closed form
+            return count_macs(model, grid=grid).total
+
+    dit = PAPER_MODELS["DiT"]
+    target = macs(
+        attn=dit.attn, attn_options=dit.options, num_heads=dit.num_heads,
+        feedforward=dit.feedforward, feedforward_ratio=4.0, depth=scale.depth,
+    )  # fmt: skip
+    found: dict[int, int] = {}
+
+    def misses_by(depth: int) -> int:
+        if depth not in found:
+            found[depth] = macs(depth=depth)
+        return abs(found[depth] - target)
+
+    # Blocks cost about the same, so that the first guess is one or two off.
+    depth = max(1, round(scale.depth * target / macs(depth=scale.depth)))
+    while depth > 1 and misses_by(depth - 1) < misses_by(depth):
+        depth -= 1
+    while misses_by(depth + 1) < misses_by(depth):
+        depth += 1
+    return depth, {
+        "resolution": resolution,
+        "macs": found[depth],
+        "dit_macs": target,
+        "residual": found[depth] / target - 1,
+    }
 
 
 def _find_row(attn: str, size: str) -> tuple[PaperModel, str, int]:
@@ -185,3 +251,46 @@ def _one_of(kind: str, value: str, choices: Any) -> None:
 def list_presets() -> list[str]:
     """Names of the paper's models that ``build_backbone`` takes, such as "DyDi-LiT-S/2"."""
     return [f"{model}-{size}/2" for model in PAPER_MODELS for size in SIZES if size != "tiny"]
+
+
+def preset_table(matched: bool = False) -> str:
+    """The rows of ``PAPER_MODELS`` as a table to read.
+
+    Args:
+        matched: Whether to add the depths of the "matched" protocol at 256 pixels, and how far
+            their multiply-accumulates are from DiT's.
+    """
+    sizes = [size for size in SIZES if size != "tiny"]
+    rows = [["model", "attn", "feedforward", "heads", "blocks " + "/".join(sizes), "options"]]
+    if matched:
+        rows[0].append("matched " + "/".join(sizes))
+    rows[0].append("source")
+    for model, row in PAPER_MODELS.items():
+        shared = row.options.items()
+        depths = [str(row.depth.get(size, SIZES[size].depth)) for size in sizes]
+        scaled = {
+            name: "/".join(str(SIZES[size].options[row.attn][name]) for size in sizes)
+            for name in SIZES["S"].options.get(row.attn, {})
+        }
+        cells = [
+            model,
+            row.attn,
+            row.feedforward,
+            "default" if row.num_heads is None else str(row.num_heads),
+            "/".join(depths),
+            ", ".join(f"{name}={value}" for name, value in (*shared, *scaled.items())) or "-",
+        ]
+        if matched:
+            cells.append("/".join(_matched_cell(model, size) for size in sizes))
+        rows.append([*cells, row.source])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _matched_cell(model: str, size: str) -> str:
+    with torch.device("meta"):
+        config: Any = build_backbone(model, size, "matched").config
+    return f"{config.depth} ({100 * config.provenance['match']['residual']:+.1f} %)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo import list_attention, registry
+from bench import paper_table
 from recipes import evaluate, sample, train
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
@@ -51,3 +52,8 @@ def test_the_table_lists_the_whole_zoo():
 def test_every_link_into_the_repository_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_the_gflops_table_is_what_its_command_prints(tmp_path):
+    rows = paper_table.main(["--out", str(tmp_path)])
+    assert paper_table.to_readme(rows).strip() in TEXT

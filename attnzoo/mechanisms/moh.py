@@ -182,7 +182,7 @@ def _gates(x: Tensor, router: Tensor, rows: list[int], top_k: int) -> tuple[Tens
     balance = x.new_zeros(())
     if top_k:
         chosen = torch.zeros_like(routed, dtype=torch.bool)
-        chosen.scatter_(-1, routed.topk(top_k, dim=-1).indices, True)
+        chosen.scatter_(-1, routed.topk(top_k, dim=-1).indices, 1)
         gates.append(routed.masked_fill(~chosen, -torch.inf).softmax(-1) * top_k)
         # Mean probability and frequency of every routed head, over all tokens.
         probability = routed.softmax(-1).flatten(0, -2).mean(0)

@@ -5,6 +5,9 @@ S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t and o_t = q_t S_t, computed chunk by ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -20,6 +23,7 @@ _CHUNK = 64
 # exp(x) carries a relative error of |x| / 2^24: the two-factor form, whose exponents reach half of
 # this, is left while that is small, long before it overflows.
 _FACTOR_LIMIT = -60.0
+_is_counting: ContextVar[bool] = ContextVar("_is_counting", default=False)
 
 
 def gated_linear_attention_macs(tokens: int, key_dim: int, value_dim: int) -> int:
@@ -29,6 +33,20 @@ def gated_linear_attention_macs(tokens: int, key_dim: int, value_dim: int) -> in
     for products inside each chunk and do more: 64 (key_dim + value_dim) per token on top.
     """
     return 2 * tokens * key_dim * value_dim
+
+
+@contextmanager
+def counted_as_recurrence() -> Iterator[None]:
+    """Inside, ``gated_linear_attention`` multiplies as the recurrence does, whatever ``impl``.
+
+    Linear attention without gates stands in: it multiplies as much, forward and backward, and is
+    quick to trace where the recurrence takes one step per token. Its numbers mean nothing.
+    """
+    token = _is_counting.set(True)
+    try:
+        yield
+    finally:
+        _is_counting.reset(token)
 
 
 def gated_linear_attention(
@@ -51,6 +69,8 @@ def gated_linear_attention(
     Returns:
         (b, h, n, dv), in the dtype of ``query``; the state is kept in float32 or better.
     """
+    if not torch.compiler.is_compiling() and _is_counting.get():
+        return (query * log_gate.exp()) @ (key.transpose(-2, -1) @ value)
     if impl == "naive":
         return naive_gated_linear_attention(query, key, value, log_gate)
     return _chunkwise(query, key, value, log_gate, impl == "auto")

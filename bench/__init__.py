@@ -1,0 +1,1 @@
+"""What is measured: cost, speed and memory of every mechanism, and the paper's own figures."""

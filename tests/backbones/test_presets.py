@@ -1,0 +1,128 @@
+"""Presets: the paper's models, the controlled and the matched comparison, and their names."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attnzoo import list_attention
+from attnzoo.counting import count_macs
+from backbones import build_backbone, list_presets
+from backbones.presets import PAPER_MODELS, SIZES, preset_table
+
+
+def build(*args, **kwargs):
+    with torch.device("meta"):
+        return build_backbone(*args, **kwargs)
+
+
+# From section 12.2 of the fact sheet on the paper's figures, written out again.
+@pytest.mark.parametrize(
+    ("name", "attn", "dim", "depth", "feedforward", "num_heads", "options"),
+    [
+        ("DiT-L/2", "softmax", 768, 12, "mlp", None, {}),
+        ("DiG-S/2", "dig", 384, 15, "swiglu", None, {}),
+        ("DiG-B/2", "dig", 512, 14, "swiglu", None, {}),
+        ("PixArt-Sigma-B/2", "compressed", 512, 12, "mlp", None, {"ratio": 4}),
+        ("EDiT-S/2", "edit", 384, 9, "mlp", 1, {}),
+        ("Sana-L/2", "sana", 768, 9, "mix-ffn", 1, {}),
+        ("DyDi-LiT-S/2", "dydila", 384, 9, "mix-ffn", 1, {"n_projectors": 3}),
+        ("DyDi-LiT-L/2", "dydila", 768, 9, "mix-ffn", 1, {"n_kernel_factors": 21}),
+        ("DyDi-LiT-map-S/2", "dydila-map", 384, 9, "mix-ffn", 1, {"n_projectors": 3}),
+        ("MoH-DiT-S/2", "moh", 384, 12, "mlp", None, {}),
+        ("LiT-S/2", "lit", 384, 12, "mlp", None, {}),
+    ],
+)
+def test_the_papers_models(name, attn, dim, depth, feedforward, num_heads, options):
+    config = build(name).config
+    assert (config.attn, config.dim, config.depth) == (attn, dim, depth)
+    assert (config.feedforward, config.num_heads) == (feedforward, num_heads)
+    assert options.items() <= config.attn_options.items()
+    assert config.provenance["protocol"] == "paper" and config.provenance["source"]
+
+
+def test_half_of_pixart_sigmas_blocks_compress():
+    blocks = build("PixArt-Sigma-S/2").blocks
+    assert sum(block.attention.compress is not None for block in blocks) == 6
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_a_name_and_its_mechanism_give_the_same_model(name):
+    model = name.rsplit("-", 1)[0]
+    by_name, by_mechanism = build(name), build(PAPER_MODELS[model].attn, name[-3])
+    assert dict(by_name.config) == dict(by_mechanism.config)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_controlled_models_differ_in_attention_only(size):
+    fields = ("dim", "depth", "num_heads", "feedforward", "feedforward_ratio", "position")
+    seen = set()
+    for name in list_attention():
+        config = build(name, size, "controlled").config
+        seen.add(tuple(config[field] for field in fields))
+    assert len(seen) == 1
+
+
+# PixArt-Sigma's blocks cost differently, so that its first guess at 1024 pixels is too shallow.
+@pytest.mark.parametrize(
+    ("model", "size", "resolution"),
+    [*((model, "S", 256) for model in PAPER_MODELS), ("PixArt-Sigma", "L", 1024)],
+)
+def test_matched_depth_is_the_nearest(model, size, resolution):
+    matched = build(model, size, "matched", resolution)
+    match = matched.config.provenance["match"]
+    target = count_macs(build("DiT", size), resolution).total
+    assert match["dit_macs"] == target
+    assert match["macs"] == count_macs(matched, resolution).total
+    assert match["residual"] == pytest.approx(match["macs"] / target - 1)
+    for other in (-1, 1):
+        depth = matched.config.depth + other
+        neighbour = count_macs(build(model, size, depth=depth), resolution).total
+        assert abs(neighbour - target) >= abs(match["macs"] - target)
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L"])
+def test_dydila_matches_dit_at_eight_blocks(size):
+    assert build("dydila", size, "matched").config.depth == 8
+    assert build("softmax", size, "matched").config.depth == SIZES[size].depth
+    assert build("softmax", size, "matched").config.provenance["match"]["residual"] == 0
+
+
+def test_matching_follows_the_resolution():
+    at_256 = build("sana", "L", "matched").config
+    at_1024 = build("sana", "L", "matched", resolution=1024).config
+    assert at_1024.provenance["match"]["resolution"] == 1024
+    assert at_1024.depth > at_256.depth
+
+
+def test_overrides_win_and_are_recorded():
+    config = build(
+        "DyDi-LiT-S/2", protocol="matched", depth=3, attn_options={"n_projectors": 2}
+    ).config
+    assert config.depth == 3 and "match" not in config.provenance
+    assert config.attn_options["n_projectors"] == 2
+    assert config.attn_options["n_kernel_factors"] == 9
+    assert config.provenance["overridden"] == ["attn_options", "depth"]
+
+
+def test_wrong_names_suggest_the_right_ones():
+    for arguments, message in (
+        (("DyDiLiT-S/2",), "did you mean 'DyDi-LiT'"),
+        (("DyDi-LiT-M/2",), "unknown size 'M'"),
+        (("dydilla",), "did you mean 'dydila'"),
+        (("sana", "S", "machted"), "did you mean 'matched'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(*arguments)
+
+
+def test_the_table_lists_every_model():
+    table = preset_table()
+    assert all(model in table for model in PAPER_MODELS)
+    assert "15/14/15" in table and "n_projectors=3/5/7" in table
+    printed = subprocess.run(
+        [sys.executable, "-m", "backbones"], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == table.strip()
+    assert len(list_presets()) == 3 * len(PAPER_MODELS)
