@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-DONE, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 75
+DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
 
 
 class UserError(ValueError):
-    """Something the caller can put right; the message is one line that says how."""
+    """Something the caller can put right; the message is one line that says how.
+
+    Attributes:
+        is_shared: Whether every process raises it, so that one has to say it.
+    """
+
+    is_shared = False
 
 
 def run_script(main: Callable[[list[str]], int]) -> NoReturn:
@@ -20,8 +27,15 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         status = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.is_shared:
+            print(f"error{'' if rank == '0' else ' in process ' + rank}: {error}", file=sys.stderr)
         status = USER_ERROR
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        # gloo's threads can abort the interpreter while it shuts down, after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

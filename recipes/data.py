@@ -35,7 +35,17 @@ from recipes.shapes import (
     shape_parameters,
 )
 
-__all__ = ["DATASETS", "DataError", "ImageDataset", "batch_indices", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "BadImage",
+    "DataError",
+    "ImageDataset",
+    "batch_indices",
+    "find_images",
+    "load_dataset",
+    "read_image",
+    "training_folder",
+]
 
 DATASETS = ("digits", "shapes", "fashion-mnist")
 
@@ -74,6 +84,7 @@ class ImageDataset:
             sub-folders' names as they are, so they are not safe as parts of a path.
         horizontal_flip: whether a mirrored image is as good an example of its class.
         infinite: whether every index in [0, 2**63) is another image.
+        latent_factor: image pixels per pixel that the model sees; 1 unless a VAE stands between.
     """
 
     name: str
@@ -82,6 +93,7 @@ class ImageDataset:
     class_names: tuple[str, ...]
     horizontal_flip: bool = False
     infinite: bool = False
+    latent_factor: int = 1
 
     @property
     def num_classes(self) -> int:
@@ -187,10 +199,18 @@ class _FolderDataset(ImageDataset):
     channels = 3
     horizontal_flip = True
 
-    def __init__(self, folder: Path, resolution: int | None, strict: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resolution: int | None,
+        strict: bool,
+        class_count: int | None,
+        class_seed: int,
+    ) -> None:
         self.name = folder.resolve().name
         self.resolution = _check_resolution(resolution, 64, f"folder {str(folder)!r}")
-        self.class_names, found, self.skipped = _find_images(folder)
+        folder = training_folder(folder)
+        self.class_names, found, self.skipped = find_images(folder, class_count, class_seed)
         self._read(folder, found)
         if self.skipped:
             self._report(folder, strict)
@@ -205,8 +225,8 @@ class _FolderDataset(ImageDataset):
         enlarged = 0
         for path, label in found:
             try:
-                image, shorter = _read_image(path, self.resolution)
-            except _BadImage as error:
+                image, shorter = read_image(path, self.resolution)
+            except BadImage as error:
                 self.skipped.append((path, str(error)))
                 continue
             if cached:
@@ -264,8 +284,8 @@ class _FolderDataset(ImageDataset):
             for row, index in enumerate(indices.tolist()):
                 path = self._files[index]
                 try:
-                    pixels[row] = _read_image(path, self.resolution)[0]
-                except _BadImage as error:
+                    pixels[row] = read_image(path, self.resolution)[0]
+                except BadImage as error:
                     raise DataError(
                         f"image {str(path)!r} was readable when the run began: {error}; "
                         "restore the file, or start again without it"
@@ -281,6 +301,8 @@ def load_dataset(
     seed: int = 0,
     level: str = "easy",
     strict: bool = False,
+    class_count: int | None = None,
+    class_seed: int = 0,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -298,7 +320,8 @@ def load_dataset(
     ========================  ==========  ==========  ========  ================================
 
     Digits and Fashion-MNIST are never enlarged. A known name wins over a folder of that name;
-    write ``./digits`` for the folder.
+    write ``./digits`` for the folder. A folder that holds nothing but the splits ``train``,
+    ``val``, ``validation`` or ``test``, as ImageNet comes, means its ``train``.
 
     Folder images (jpg, jpeg, png, webp, bmp, gif; at any depth of a class folder; the first frame
     of an animation) are turned as their EXIF says, laid on white where transparent, halved until
@@ -314,6 +337,9 @@ def load_dataset(
         seed: of the pictures of shapes; the other sets do not depend on it.
         level: difficulty of shapes: easy, medium, hard or long-range.
         strict: make an unusable image of a folder an error.
+        class_count: take only that many classes of a folder, drawn by ``class_seed``; Sub-IN of
+            the paper is 100 of ImageNet's.
+        class_seed: of that draw.
 
     Returns:
         The data set.
@@ -325,6 +351,8 @@ def load_dataset(
     check_choice(split, SPLITS, "split")
     check_choice(level, LEVELS, "level")
     check_seed(seed)
+    if class_count is not None and (data in DATASETS or data.startswith("fashion-mnist:")):
+        raise DataError(f"a class count applies to folders only: drop it for data {data!r}")
     if data == "shapes":
         return _ShapesDataset(resolution, split, seed, level)
     if level != "easy":
@@ -351,7 +379,7 @@ def load_dataset(
             f"folder {data!r} has no split {split!r}: give the folder that holds those images, "
             "with split 'train'"
         )
-    return _FolderDataset(folder, resolution, strict)
+    return _FolderDataset(folder, resolution, strict, class_count, class_seed)
 
 
 def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) -> Tensor:
@@ -498,17 +526,37 @@ def _damaged(path: Path, reason: str) -> DataError:
     return DataError(f"{str(path)!r} is damaged or unreadable ({reason}): fetch the file again")
 
 
-class _BadImage(Exception):
+class BadImage(Exception):
     """One image that cannot be used; the text is the reason."""
+
+
+def training_folder(folder: Path) -> Path:
+    """``folder``, or its ``train`` if the folder holds nothing but splits."""
+    names = {entry.name for entry in _visible(folder) if entry.is_dir(follow_symlinks=False)}
+    is_split = "train" in names and names <= {"train", "val", "validation", "test"}
+    # Classes may be called train and test: only a split has folders of its own.
+    has_classes = is_split and any(
+        entry.is_dir(follow_symlinks=False) for entry in _visible(folder / "train")
+    )
+    return folder / "train" if has_classes else folder
 
 
 _REFUSED_LINK = "a link to a folder, or to nothing, is not followed"
 
 
-def _find_images(
-    root: Path,
+def find_images(
+    root: Path, class_count: int | None = None, class_seed: int = 0
 ) -> tuple[tuple[str, ...], list[tuple[Path, int]], list[tuple[Path, str]]]:
-    """List the classes, the image files with their labels, and the links that are refused."""
+    """List the classes, the image files with their labels, and the links that are refused.
+
+    Args:
+        root: folder with one sub-folder for each class.
+        class_count: keep that many classes, in their order; None keeps all.
+        class_seed: decides which.
+
+    Raises:
+        DataError: if the folder has no classes, or fewer than asked for.
+    """
     skipped: list[tuple[Path, str]] = []
     classes: list[str] = []
     for entry in _visible(root):
@@ -521,6 +569,14 @@ def _find_images(
             f"folder {str(root)!r} has no sub-folders: make one for each class and put the images "
             "there (hidden folders and links to folders do not count)"
         )
+    if class_count is not None:
+        if not 1 <= class_count <= len(classes):
+            raise DataError(
+                f"class count {class_count} is out of range: folder {str(root)!r} has "
+                f"{len(classes)} classes"
+            )
+        drawn = _permutation(len(classes), check_seed(class_seed), 0)[:class_count]
+        classes = [classes[index] for index in sorted(drawn.tolist())]
     real_root = os.path.realpath(root)
     found: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
@@ -551,14 +607,14 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
+def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
     """Decode, crop and resize one file.
 
     Returns:
         (3, resolution, resolution) uint8, and the shorter side of the file's image in pixels.
 
     Raises:
-        _BadImage: if the file is not an image that can be used.
+        BadImage: if the file is not an image that can be used.
     """
     try:
         with warnings.catch_warnings():
@@ -567,23 +623,23 @@ def _read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
                 width, height = image.size
                 _check_size(width, height)
                 rgb = _centre_crop(_to_rgb(ImageOps.exif_transpose(image)), resolution)
-    except (_BadImage, MemoryError):
+    except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels") from error
+        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels") from error
     except Exception as error:
         # PIL's readers let struct.error, SyntaxError, KeyError and more out on damaged files.
         reason = " ".join(str(error).replace(str(path), "file").split())
-        raise _BadImage(f"cannot be decoded ({reason or type(error).__name__})") from error
+        raise BadImage(f"cannot be decoded ({reason or type(error).__name__})") from error
     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     return pixels, min(width, height)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise _BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels ({width}x{height})")
+        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels ({width}x{height})")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise _BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
+        raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -592,7 +648,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise _BadImage(f"mode {image.mode} has no defined white; save it with 8 or 16 bits")
+        raise BadImage(f"mode {image.mode} has no defined white; save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

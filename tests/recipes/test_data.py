@@ -456,7 +456,7 @@ class TestFolder:
 
     def test_floating_point_modes_are_refused(self):
         for mode in ("I", "F"):
-            with pytest.raises(data_module._BadImage, match="8 or 16 bits"):
+            with pytest.raises(data_module.BadImage, match="8 or 16 bits"):
                 data_module._to_rgb(Image.new(mode, (4, 4)))
 
     def test_exif_rotation(self, root):

@@ -1,0 +1,67 @@
+"""The exponential average of a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class WeightAverage:
+    """An exponential average of every parameter and every floating-point buffer.
+
+    diffusers' ``EMAModel`` copies buffers, and torch's ``AveragedModel`` refuses sharded weights.
+    Batch-norm statistics have to be averaged with the weights they belong to.
+
+    Args:
+        model: Its weights are where the average starts.
+        decay: Of the average, for each step.
+        ramp: Whether to average over fewer steps at the start: (1 + s) / (10 + s) at step s.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, ramp: bool) -> None:
+        self.model = model
+        self.decay = decay
+        self.ramp = ramp
+        self.shadow = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the weights after ``step``, from 1, into the average."""
+        decay = min(self.decay, step / (9 + step)) if self.ramp else self.decay
+        pairs = [
+            (_local(self.shadow[name]), _local(tensor.detach()))
+            for name, tensor in self._tensors()
+        ]
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        shadows, tensors = ([pair[side] for pair in averaged] for side in (0, 1))
+        torch._foreach_lerp_(shadows, tensors, 1 - decay)  # type: ignore[attr-defined]
+        for shadow, tensor in pairs:
+            if not shadow.is_floating_point():
+                shadow.copy_(tensor)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside the with-statement."""
+        own = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors():
+            tensor.copy_(values[name])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process' shard: averaging is elementwise, and mixes poorly with whole tensors."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

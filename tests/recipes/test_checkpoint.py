@@ -1,0 +1,335 @@
+"""The run's folder: crashes, broken files, full disks, strangers' files, two writers."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import checkpoint as checkpoint_module
+from recipes import sample as sample_module
+from recipes import train as train_module
+from recipes.checkpoint import Run
+from recipes.console import NON_FINITE, UserError
+from recipes.settings import Settings
+from recipes.status import claimed, describe
+from recipes.train import train
+from recipes.trainer import Trainer
+from tests.recipes import two_processes
+from tests.recipes.reliability import crashes, kills
+
+SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
+
+
+def test_a_crash_at_any_act_of_a_save_loses_nothing(tmp_path):
+    result = crashes(tmp_path, 12)
+    assert result["failures"] == [] and result["survived"] == result["tried"] >= 12
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path):
+    result = kills(tmp_path, 3)
+    assert result["killed"] == 3
+    assert result["equal"] == result["runs"] and result["unloadable"] == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "sample_grid", lambda self, path: None)
+        run = Run(tmp_path_factory.mktemp("finished") / "run")
+        assert train(Settings(**SMALL, steps=4), run) == 0
+    return run
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "zero", "flip", "delete"])
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer", "manifest", "config"])
+def test_a_broken_checkpoint_is_named_and_passed_over(copy, damage, file):
+    name = {
+        "optimizer": "optimizer.safetensors",
+        "manifest": "manifest.json",
+        "config": "model/config.json",
+    }.get(file, f"{file}/{WEIGHTS}")
+    victim = copy.checkpoints / "step-00000004" / name
+    content = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    elif damage == "flip" and file != "manifest":
+        content[-5] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(b"" if damage == "zero" else content[: len(content) // 2])
+    said = []
+    assert copy.newest_checkpoint(warn=said.append)[0] == 2
+    assert "step-00000004" in said[0]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(copy, finished):
+    victim = copy.checkpoints / "step-00000004" / "optimizer.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-10])
+    assert train(Settings(**SMALL, steps=4), copy, resume=True) == 0
+    one, other = (run.checkpoints / "step-00000004" for run in (copy, finished))
+    assert one.joinpath("model", WEIGHTS).read_bytes() == (other / "model" / WEIGHTS).read_bytes()
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_from_nothing(copy):
+    for file in copy.checkpoints.rglob("optimizer.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        train(Settings(**SMALL, steps=4), copy, resume=True)
+    assert len(copy.read_log()) == 4
+
+
+def test_broken_later_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    run = Run(tmp_path)
+    for step in (2, 4, 6, 8):
+        run.save(step, {"a.safetensors": {"x": torch.ones(1)}}, {}, {})
+    assert [folder.name[-1] for folder in run._checkpoint_folders()] == ["6", "8"]
+    run.save(3, {"a.safetensors": {"x": torch.ones(1)}}, {}, {})
+    assert [folder.name[-1] for folder in run._checkpoint_folders()] == ["3", "6", "8"]
+
+
+def test_every_nth_checkpoint_is_kept(tmp_path):
+    run = Run(tmp_path)
+    for step in range(1, 10):
+        run.save(step, {"a.safetensors": {"x": torch.ones(1)}}, {}, {}, keep_every=4)
+    assert [int(folder.name[-1]) for folder in run._checkpoint_folders()] == [4, 8, 9]
+
+
+def test_a_log_line_that_finds_no_room_waits(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.append_log({"step": 1})
+    real = Path.open
+
+    def full(self, *args, **options):
+        file = real(self, *args, **options)
+
+        class Full:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *args):
+                file.close()
+
+            def write(self, data):
+                file.write(data[: len(data) // 2])
+                file.flush()
+                raise OSError(28, "No space left on device")
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        return Full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(OSError):
+            run.append_log({"step": 2})
+    assert [entry["step"] for entry in run.read_log()] == [1]
+    run.append_log({"step": 3})
+    assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
+
+
+def tmpfs(folder, size):
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, capfd):
+    disk = tmp_path / "disk"
+    tmpfs(disk, "40m")
+    try:
+        run = Run(disk / "run")
+        ballast = disk / "ballast"
+
+        def fill(step):
+            if step == 3:  # room for a part of the next checkpoint
+                ballast.write_bytes(b"x" * (shutil.disk_usage(disk).free - 4_000_000))
+            return False
+
+        with pytest.raises(UserError, match=r"no checkpoint of step 8.*No space.*of step 2"):
+            train(Settings(**SMALL, steps=20), run, should_stop=fill)
+        assert capfd.readouterr().out.count("training goes on") == 2
+        assert run.newest_checkpoint(warn=pytest.fail)[0] == 2
+        assert not list(run.checkpoints.glob(".tmp-*"))
+        assert "No space" in describe(run)
+        ballast.unlink()
+        assert train(Settings(**SMALL, steps=20), run, resume=True) == 0
+        assert [entry["step"] for entry in run.read_log()] == list(range(1, 21))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_write_that_fails_midway_leaves_nothing(copy, monkeypatch):
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        if "ema" in str(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", broken)
+    settings = Settings(**SMALL, steps=6)
+    with pytest.raises(UserError, match="No space"):
+        train(settings, copy, resume=True)
+    assert sorted(path.name for path in copy.checkpoints.iterdir()) == [
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write to /proc/.*another --out"):
+        train_module.main(["--attn", "sana", "--steps", "1", "--out", "/proc/attnzoo/run"])
+    disk = tmp_path / "disk"
+    tmpfs(disk, "1m")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(UserError, match=r"cannot write to .*Read-only.*another --out"):
+            train_module.main(["--attn", "sana", "--steps", "1", "--out", str(disk / "run")])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_writers_are_refused(copy):
+    said = rf"being written to by process {os.getpid()} on"
+    with claimed(copy), pytest.raises(UserError, match=said):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+    assert train(Settings(**SMALL, steps=6), copy, resume=True) == 0
+
+
+def test_status_tells_running_crashed_and_done(copy, capsys):
+    assert train_module.main(["--status", str(copy.folder)]) == 0
+    assert "done" in capsys.readouterr().out
+    status = json.loads(copy.status_file.read_text())
+    assert (status["state"], status["step"], status["checkpoint"]) == ("done", 4, 4)
+    copy.status_file.write_text(json.dumps({**status, "state": "running"}))
+    assert "crashed" in describe(copy)
+    with claimed(copy):
+        assert "running" in describe(copy) and "crashed" not in describe(copy)
+    copy.status_file.write_text("{")
+    with pytest.raises(UserError, match=r"no readable status\.json"):
+        train_module.main(["--status", str(copy.folder)])
+
+
+class TestPoison:
+    """Steps that are not finite."""
+
+    def test_weights_average_and_statistics_stay(self):
+        undo = two_processes.poison(step=1, rank=0)
+        try:
+            trainer = Trainer(Settings(attn="dydila", batch_size=4))
+            trainer.train_step()
+            before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+            average = {name: tensor.clone() for name, tensor in trainer.average.shadow.items()}
+            entry, _ = trainer.train_step()
+        finally:
+            undo()
+        assert entry["loss"] is None and trainer.skipped == 1 and trainer.step == 2
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        for name, tensor in trainer.average.shadow.items():
+            assert torch.equal(tensor, average[name]), name
+
+    def test_too_many_in_a_row_stop_the_run(self, tmp_path, monkeypatch, capsys):
+        original = Trainer._batch
+
+        def poisoned(self):
+            images, *rest = original(self)
+            return (images * float("nan") if self.step in (2, 5, 6, 7, 8) else images, *rest)
+
+        monkeypatch.setattr(Trainer, "_batch", poisoned)
+        run = Run(tmp_path / "run")
+        settings = Settings(**SMALL | {"checkpoint_every": 5}, steps=12, skip_limit=3)
+        assert train(settings, run) == NON_FINITE
+        assert run.newest_checkpoint(warn=pytest.fail)[0] == 5
+        said = capsys.readouterr().out
+        assert "step 3 skipped, not finite: loss nan" in said
+        assert "not finite 3 times in a row" in said and "checkpoint of step 5 is whole" in said
+        assert "failed" in describe(run)
+        # Resumed, it counts on from the checkpoint and meets the same batches.
+        assert train(settings, run, resume=True) == NON_FINITE
+        assert [entry["step"] for entry in run.read_log()] == list(range(1, 9))
+
+
+class Canary:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("file", [f"model/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"])
+@pytest.mark.parametrize("form", ["pickle", "torch", "legacy"])
+def test_a_malicious_checkpoint_is_not_executed(copy, tmp_path, file, form):
+    trace = tmp_path / "executed"
+    folder = copy.checkpoints / "step-00000004"
+    victim = folder / file
+    if form == "pickle":
+        victim.write_bytes(pickle.dumps(Canary(trace)))
+    else:
+        torch.save({"x": Canary(trace)}, victim, _use_new_zipfile_serialization=form == "torch")
+    shutil.copy(victim, victim.with_suffix(".bin"))
+    # The attacker makes the manifest agree.
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = [victim.stat().st_size, checkpoint_module.sha256(victim)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no safetensors file"):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+    if file != "optimizer.safetensors":
+        weights = file.split("/")[0]
+        with pytest.raises(Exception, match=r".") as caught:
+            sample_module.main([str(copy.folder), "--steps", "2", "--weights", weights])
+        assert not isinstance(caught.value, AssertionError)
+    assert not trace.exists()
+    # Where nothing guards, the canary does sing.
+    if form == "pickle":
+        pickle.loads(victim.read_bytes())
+    else:
+        torch.load(victim.with_suffix(".bin"), weights_only=False)
+    assert trace.exists()
+
+
+def test_weights_of_another_model_are_refused(copy):
+    arguments = ["--attn", "softmax", "--steps", "6", "--out", str(copy.folder)]
+    with pytest.raises(UserError, match="is of another model"):
+        train_module.main([*arguments, "--allow-change", "steps", "--allow-change", "attn"])
+
+
+def test_a_manifest_cannot_point_out_of_its_folder(copy):
+    folder = copy.checkpoints / "step-00000004"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    config = copy.config_file
+    manifest["files"]["../../config.json"] = [
+        config.stat().st_size,
+        checkpoint_module.sha256(config),
+    ]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = []
+    assert copy.newest_checkpoint(warn=said.append)[0] == 2 and "outside" in said[0]
+
+
+def test_checkpoints_are_safetensors_only(finished):
+    suffixes = {path.suffix for path in finished.checkpoints.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+    optimizer = load_file(finished.checkpoints / "step-00000004" / "optimizer.safetensors")
+    assert "blocks.0.attention.proj.weight/exp_avg" in optimizer or len(optimizer) > 10

@@ -1,0 +1,78 @@
+"""Two processes compute what one computes, and decide together."""
+
+import pytest
+import torch
+
+from recipes.checkpoint import Run
+from recipes.trainer import Trainer
+from tests.recipes import reliability
+from tests.recipes.reliability import deviation, weights
+from tests.recipes.two_processes import CASES, settings
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Runs of two processes, and under one/ those of one process."""
+    out = tmp_path_factory.mktemp("distributed")
+    reliability.processes(out)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(out, name):
+    loss, weight = deviation(Run(out / name), Run(out / "one" / name))
+    assert loss < 1e-6
+    assert weight < 3e-5  # Adam divides differences of rounding by small gradients
+
+
+@pytest.mark.parametrize("name", ["half", "half-of-one"])
+def test_a_run_continues_on_another_number_of_processes(out, name):
+    loss, weight = deviation(Run(out / name), Run(out / "one" / "dydila"))
+    assert loss < 1e-5 and weight < 3e-5
+
+
+def test_gradient_checkpointing_changes_nothing(out):
+    loss, weight = deviation(Run(out / "one" / "checkpointing"), Run(out / "one" / "dydila"))
+    # The statistics of batch norm are updated twice by half, which rounds otherwise.
+    assert loss == 0 and weight < 1e-6
+
+
+def test_one_process_loads_what_shards_saved(out):
+    run = Run(out / "sharded")
+    trainer = Trainer(settings("dydila"))
+    step, folder = run.newest_checkpoint(warn=pytest.fail)
+    trainer.load(step, folder)
+    assert trainer.train_step()[0]["step"] == step + 1
+
+
+def test_a_poisoned_batch_of_one_process_is_skipped_by_both(out):
+    entries = Run(out / "poisoned").read_log()
+    assert [entry["loss"] is None for entry in entries] == [False, False, True, False]
+    assert "nan" in entries[2]["skipped"] and entries[3]["skipped_in_all"] == 1
+    for part in ("model", "ema"):
+        assert all(
+            tensor.isfinite().all() for tensor in weights(Run(out / "poisoned"), part).values()
+        )
+
+
+def test_a_signal_to_one_process_stops_both(out):
+    run = Run(out / "told")
+    assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
+    assert run.newest_checkpoint(warn=pytest.fail)[0] == 3
+
+
+def test_mechanisms_report_themselves_alike(out):
+    for run in (Run(out / "dydila"), Run(out / "one" / "dydila")):
+        said = [entry["blocks"] for entry in run.read_log() if "blocks" in entry]
+        assert len(said) == 2 and sorted(said[0]) == ["0", "1", "2", "3"]
+        block = said[-1]["3"]
+        assert len(block["gamma"][0]) == 9 and block["lambda"]
+        assert sum(block["projector.query"]["usage"]) == pytest.approx(1, abs=1e-5)
+        assert 0 < block["projector.query"]["entropy"] <= 1.0987
+
+
+def test_micro_steps_and_processes_share_out_one_batch():
+    whole = Trainer(settings("softmax"))
+    parts = Trainer(settings("dydila-accumulate"))
+    for one, other in zip(whole._batch(), parts._batch(), strict=True):
+        assert torch.equal(one, other)

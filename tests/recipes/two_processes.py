@@ -1,0 +1,69 @@
+"""What tests/recipes/test_distributed.py runs under torchrun: one start for all cases."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from recipes.checkpoint import Run
+from recipes.console import run_script
+from recipes.settings import Settings
+from recipes.train import train
+from recipes.trainer import Trainer
+
+COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
+CASES = {
+    "softmax": {"attn": "softmax"},
+    "dydila": {"attn": "dydila", "diagnose_every": 2},
+    "dydila-accumulate": {"attn": "dydila", "accumulate": 2},
+    "checkpointing": {"attn": "dydila", "gradient_checkpointing": True},
+    "sharded": {"attn": "dydila", "sharded": True},
+}
+
+
+def settings(name: str) -> Settings:
+    return Settings(**COMMON | CASES[name])
+
+
+def poison(step: int, rank: int):
+    """Makes the batch of one process NaN at one step; returns how to undo it."""
+    original = Trainer._batch
+
+    def poisoned(self):
+        images, *rest = original(self)
+        if self.step == step and self.accelerator.process_index == rank:
+            images = images * float("nan")
+        return (images, *rest)
+
+    Trainer._batch = poisoned
+    return lambda: setattr(Trainer, "_batch", original)
+
+
+def main(arguments: list[str]) -> int:
+    out = Path(arguments[0])
+    Trainer.sample_grid = lambda self, path: None  # the most of a short run's time
+    for name in CASES:
+        assert train(settings(name), Run(out / name)) == 0
+    assert train(settings("dydila"), Run(out / "half"), should_stop=lambda step: step == 2) == 75
+    assert train(settings("dydila"), Run(out / "half-of-one"), resume=True) == 0
+    undo = poison(step=2, rank=1)
+    assert train(settings("dydila"), Run(out / "poisoned")) == 0
+    undo()
+    # Only the second process hears the signal.
+    assert train(settings("softmax"), Run(out / "told"), should_stop=_tell_second) == 75
+    (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))
+    return 0
+
+
+def _tell_second(step: int) -> bool:
+    if step == 2 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return False
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    run_script(main)
