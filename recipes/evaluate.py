@@ -1,118 +1,440 @@
-"""Asks a classifier trained on real images whether a run's samples show their class.
+"""Measures the images of a run: FID, sFID, KID, sKID, IS, precision, recall and more.
 
-    python recipes/evaluate.py runs/digits-sana --samples 100
+    python recipes/evaluate.py runs/digits-sana --cfg 1.0,4.0 --samples 1000
 
-The classifier (a support vector machine on pixels, from scikit-learn) never sees a generated
-image; its accuracy on real images that it has not seen either is reported beside the result.
+The numbers go into the run's metrics.json with all that is needed to trust and repeat them. The
+images are kept in shards: an interrupted evaluation goes on with the missing ones. On several
+processes, ``torchrun --standalone --nproc_per_node 2 recipes/evaluate.py ...`` gives the same
+numbers to the last digit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
 
-import attnzoo
 from recipes.checkpoint import Run
-from recipes.console import UserError, run_script, whole
-from recipes.data import ImageDataset, load_dataset
-from recipes.diffusion import to_uint8
-from recipes.sample import sample_run
-
-ACCURACY_FLOOR = 0.95
-_MOST_TRAINING_IMAGES = 4000
+from recipes.console import UserError, numbers, run_script, user_errors, whole
+from recipes.data import ImageDataset
+from recipes.diffusion import SAMPLERS, to_uint8
+from recipes.distributed import make_accelerator
+from recipes.features import (
+    Extractor,
+    Features,
+    SmallCNN,
+    accuracy_floor,
+    fresh_images,
+    real_sets,
+    require_accuracy,
+    smallcnn,
+)
+from recipes.provenance import code_digest, provenance, write_json
+from recipes.sample import RunSampler
+from recipes.scores import (
+    FEWEST,
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    Reference,
+    label_of,
+    score,
+    warnings_of,
+)
+from recipes.shape_judge import Verdict, judge_shapes, shape_scores
+from recipes.shards import (
+    Images,
+    Plan,
+    checkpoint_digest,
+    generate,
+    load_npz,
+    read_shards,
+    save_npz,
+)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python recipes/evaluate.py",
-        description="Ask a classifier trained on real images whether samples show their class.",
+    given = _parser().parse_args(arguments)
+    run = Run.open(given.run)
+    result = evaluate(
+        run,
+        cfgs=given.cfg,
+        plan=Plan(
+            samples=given.samples,
+            cfg_channels=given.cfg_channels,
+            steps=given.steps,
+            sampler=given.sampler,
+            seed=given.seed,
+            weights=given.weights,
+            labels=given.labels,
+            shard_size=given.shard_size,
+            batch_size=given.batch_size,
+        ),
+        extractor=given.extractor,
+        weights_file=given.inception_weights,
+        reference=given.reference,
+        images=given.images,
+        npz=given.npz,
+        cache=given.cache,
+        progress=True,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
-    parser.add_argument("--samples", type=whole(1), default=100, help="images to judge")
-    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale; 1 is without")
-    parser.add_argument("--steps", type=whole(1), default=20, help="model evaluations")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the start noise")
-    given = parser.parse_args(arguments)
-    result = judge(
-        Run.open(given.run),
-        samples=given.samples,
-        cfg=given.cfg,
-        steps=given.steps,
-        seed=given.seed,
-    )
-    print(json.dumps(result, indent=2))
+    if result:  # empty on every process but the first
+        print(table(result))
+        for line in result["warnings"]:
+            print(f"warning: {line}", file=sys.stderr)
+        _verdict(run, result)
+        print(f"all of it: {run.folder / 'metrics.json'}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads may abort the process if it exits at once
     return 0
 
 
-def judge(
-    run: Run, *, samples: int = 100, cfg: float = 1.0, steps: int = 20, seed: int = 0
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python recipes/evaluate.py", description="Measure the images of a run."
+    )
+    flag = parser.add_argument
+    flag("run", metavar="RUN", help="folder of the run")
+    flag("--cfg", type=numbers(float), default=[1.0], help="guidance scales, such as 1.0,4.0")
+    flag("--samples", type=whole(FEWEST), default=1000, help="images per guidance scale")
+    flag("--steps", type=whole(1), default=20, help="model evaluations per image")
+    flag("--sampler", choices=SAMPLERS, help="default: dpm++, or euler-flow")
+    flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
+    flag("--seed", type=whole(0), default=0, help="of noise and labels")
+    flag("--weights", choices=["ema", "model"], default="ema")
+    flag("--labels", choices=["balanced", "random"], default="balanced", help="classes to ask for")
+    flag("--shard-size", type=whole(1), default=250, help="images per resumable shard")
+    flag("--batch-size", type=whole(1), default=64, help="images per model call")
+    flag("--extractor", choices=["smallcnn", "inception"], default="smallcnn")
+    flag("--inception-weights", type=Path, help="local file; nothing is ever downloaded")
+    flag("--reference", type=Path, help="ADM-style .npz instead of the test images")
+    flag("--images", type=Path, help="measure the images of this .npz instead of generating")
+    flag("--npz", type=Path, help="folder for the images as ADM-style .npz, one per scale")
+    flag("--cache", type=Path, help="trained evaluators (default: .evaluators beside the run)")
+    return parser
+
+
+def evaluate(
+    run: Run,
+    *,
+    cfgs: Sequence[float] = (1.0,),
+    plan: Plan | None = None,
+    extractor: str | Extractor = "smallcnn",
+    weights_file: Path | None = None,
+    reference: Path | None = None,
+    images: Path | None = None,
+    npz: Path | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Samples classes in turn and counts how many the classifier recognises.
+    """Generates images of a run, measures them, and writes metrics.json into the run.
+
+    Args:
+        run: A trained run.
+        cfgs: Guidance scales, each measured apart.
+        plan: What to generate; its own scale is not used.
+        extractor: "smallcnn", "inception", or any object like ``recipes.features.Extractor``.
+        weights_file: Of Inception.
+        reference: ADM-style file to compare with; None takes the test images.
+        images: ADM-style file to measure instead of the run's images.
+        npz: Folder to write the images to.
+        cache: Folder of trained evaluators.
+        progress: Whether to show bars.
 
     Returns:
-        "accepted" of "samples", the classifier's accuracy on held-out real images, and what else
-        is needed to repeat it; also written to the run's judge.json.
+        What metrics.json holds; empty on every process but the first.
 
     Raises:
-        UserError: The classifier is too weak on real images to judge generated ones.
+        UserError: An argument does not fit, or the evaluator is too weak on real images and
+            there is no exact judge either.
     """
-    settings = run.config()["settings"]
-    source = {
-        "resolution": run.config()["data"]["resolution"],
-        "level": settings["level"],
-        "seed": settings["seed"],
-    }
-    train = load_dataset(settings["data"], split="train", **source)
-    test = load_dataset(settings["data"], split="test", **source)
-    classifier, accuracy = _fit(train, test)
-    if accuracy < ACCURACY_FLOOR:
-        raise UserError(
-            f"the classifier recognises only {accuracy:.1%} of real {settings['data']} images; "
-            f"below {ACCURACY_FLOOR:.0%} it judges nothing"
-        )
-    labels = torch.arange(samples) % train.num_classes
-    images = sample_run(run, labels=labels, cfg=cfg, steps=steps, seed=seed)
-    accepted = int((classifier.predict(_pixels(images)) == labels.numpy()).sum())
-    found = run.newest_checkpoint(warn=print)
+    accelerator = make_accelerator()
+    plan = plan or Plan()
+    settings, data = run.config()["settings"], run.config()["data"]
+    names = list(data["class_names"])
+    with accelerator.main_process_first():
+        with user_errors():
+            train, test = real_sets(
+                settings["data"], resolution=data["resolution"], level=settings["level"]
+            )
+        judge_level = settings["level"] if settings["data"] == "shapes" else None
+        see = extractor
+        if isinstance(extractor, str):
+            see = _built_in(
+                extractor, settings, data, cache or default_cache(run), weights_file, progress
+            )
+    warnings: list[str] = []
+    if isinstance(see, SmallCNN):
+        try:
+            require_accuracy(see, settings["data"])
+        except UserError as error:
+            if judge_level is None:
+                raise
+            warnings.append(f"{error}; only the exact judge's numbers are given")
+            see = None
+    compared = Reference.of_file(reference) if reference else Reference.of_dataset(test, "test")
+    _check_size(compared.pixels, test, str(reference))
+    measure = _Measure(see, compared, judge_level, test, names)
+
+    # All processes take part in generating and in looking; the first one puts it together.
+    results: dict[str, dict[str, Any]] = {}
+    for cfg in cfgs if images is None else [None]:
+        started = time.perf_counter()
+        shown = plan if cfg is None else dataclasses.replace(plan, cfg=cfg)
+        pictures, features = _look(run, shown, images, test, see, accelerator, progress)
+        if not accelerator.is_main_process:
+            continue
+        name = "images" if cfg is None else f"{cfg:g}"
+        results[name], found = measure(pictures, features)
+        results[name]["seconds"] = round(time.perf_counter() - started, 3)
+        warnings += [line for line in found if line not in warnings]
+        if npz is not None:
+            save_npz(npz / f"cfg-{name}.npz", pictures.pixels, labels=pictures.labels)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    pixels, labels = fresh_images(train, plan.samples)
+    finite = torch.ones(len(labels), dtype=torch.bool)
+    floor, _ = measure(Images(pixels, labels, finite), see(pixels) if see else None)
+    if isinstance(see, SmallCNN):
+        # It may have been trained on these very images.
+        floor[label_of("class_accuracy", see.name)] = see.accuracy
     result = {
-        "accepted": accepted,
-        "samples": samples,
-        "classifier": "sklearn SVC(rbf) on pixels",
-        "classifier_accuracy_on_real": accuracy,
+        "run": str(run.folder),
         "attn": settings["attn"],
         "data": settings["data"],
-        "trained_steps": found[0] if found else None,
-        "cfg": cfg,
-        "sampling_steps": steps,
-        "seed": seed,
-        "versions": {"attnzoo": attnzoo.__version__, "torch": torch.__version__},
+        "level": settings["level"],
+        "resolution": data["resolution"],
+        "results": results,
+        "real_floor": floor,
+        "warnings": warnings,
+        "evaluator": _describe_extractor(see, settings["data"]),
+        "reference": {
+            "source": compared.source,
+            "count": None if compared.pixels is None else len(compared.pixels),
+            "sha256": compared.digest,
+        },
+        "sampling": _describe_sampling(run, plan, images),
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        **provenance(),
     }
-    (run.folder / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(run.folder / "metrics.json", result)
     return result
 
 
-def _fit(train: ImageDataset, test: ImageDataset) -> tuple[Any, float]:
-    from sklearn.svm import SVC
+class _Measure:
+    """All numbers of a set of images against one reference."""
 
-    count = _MOST_TRAINING_IMAGES if train.infinite else min(len(train), _MOST_TRAINING_IMAGES)
-    order = torch.arange(count)
-    if not train.infinite:
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(len(train), generator=generator)[:count]
-    images, labels = train.batch(order)
-    classifier = SVC(C=10.0).fit(_pixels(images), labels.numpy())
-    images, labels = test.batch(torch.arange(min(len(test), 1000)))
-    return classifier, float((classifier.predict(_pixels(images)) == labels.numpy()).mean())
+    def __init__(
+        self,
+        extractor: Extractor | None,
+        reference: Reference,
+        judge_level: str | None,
+        test: ImageDataset,
+        class_names: list[str],
+    ) -> None:
+        self.extractor, self.class_names, self.level = extractor, class_names, judge_level
+        self.moments = None
+        if reference.pool is not None and reference.spatial is not None:
+            self.moments = (reference.pool, reference.spatial)
+        self.count = 10**9 if reference.pixels is None else len(reference.pixels)
+        has_pixels = extractor is not None and reference.pixels is not None
+        self.features = extractor(reference.pixels) if has_pixels else None  # type: ignore
+        self.real: Verdict | None = None
+        if judge_level is not None:
+            pixels = to_uint8(test.batch(torch.arange(len(test)))[0])
+            self.real = judge_shapes(pixels.numpy(), judge_level)
+
+    def __call__(
+        self, images: Images, features: Features | None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Numbers and warnings; images that are not finite are counted and left out."""
+        bad = (~images.finite).nonzero().flatten().tolist()
+        warnings = []
+        found: dict[str, Any] = {
+            "count": len(images.labels) - len(bad),
+            "not_finite": len(bad),
+            "not_finite_images": bad[:100],
+        }
+        if bad:
+            shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+            warnings.append(
+                f"{len(bad)} of {len(images.labels)} images are not finite and were left out: "
+                f"{shown}"
+            )
+        if found["count"] < FEWEST:
+            raise UserError(
+                f"only {found['count']} of {len(images.labels)} images are finite, which is too "
+                f"few to measure; the model has diverged: train it again with a lower rate"
+            )
+        labels = images.labels[images.finite]
+        if self.extractor is not None and features is not None:
+            kept = features.select(images.finite)
+            found |= score(kept, labels, self.features, self.extractor, self.moments)
+            warnings += warnings_of(kept, self.count, labels, self.class_names)
+        if self.real is not None and self.level is not None:
+            verdict = judge_shapes(images.pixels[images.finite].numpy(), self.level)
+            scores = shape_scores(verdict, labels.numpy(), self.real, self.level)
+            found |= {f"{name}[judge]": value for name, value in scores.items()}
+        return found, warnings
 
 
-def _pixels(images: torch.Tensor) -> np.ndarray:
-    # Real and generated images are quantised alike, so that 8 bits never tell them apart.
-    return to_uint8(images).flatten(1).numpy().astype(np.float32) / 255
+def _look(
+    run: Run,
+    plan: Plan,
+    images: Path | None,
+    test: ImageDataset,
+    extractor: Extractor | None,
+    accelerator: Accelerator,
+    progress: bool,
+) -> tuple[Images, Features | None]:
+    """The images, and their features in the images' order whichever process computed them."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if images is not None:
+        pixels, labels = load_npz(images)
+        if pixels is None or labels is None or len(pixels) != len(labels):
+            raise UserError(
+                f"{images} must hold images (arr_0) and as many labels (labels, arr_1)"
+            )
+        _check_size(pixels, test, str(images))
+        shown = Images(pixels, labels, torch.ones(len(pixels), dtype=torch.bool))
+        return shown, extractor(pixels) if extractor else None
+    folder = generate(
+        run,
+        plan,
+        rank=rank,
+        world=world,
+        device=accelerator.device,
+        progress=progress and accelerator.is_main_process,
+    )
+    accelerator.wait_for_everyone()
+    shown = read_shards(folder, plan)
+    if extractor is None:
+        return shown, None
+    mine = [
+        (number, tuple(extractor(shown.pixels[shard.start : shard.stop])))
+        for number, shard in list(enumerate(plan.shards()))[rank::world]
+    ]
+    gathered = mine if world == 1 else gather_object(mine)
+    ordered = sorted(gathered, key=lambda pair: pair[0])
+    return shown, Features.concatenate([Features(*parts) for _, parts in ordered])
+
+
+def _built_in(
+    name: str,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    cache: Path,
+    weights_file: Path | None,
+    progress: bool,
+) -> Extractor:
+    if name == "inception":
+        from recipes.inception import load_inception
+
+        return load_inception(weights_file)
+    return smallcnn(
+        settings["data"],
+        resolution=data["resolution"],
+        level=settings["level"],
+        cache=cache,
+        progress=progress,
+    )
+
+
+def default_cache(run: Run) -> Path:
+    """Where trained evaluators are kept: beside the run, for all runs of that folder."""
+    return run.folder.resolve().parent / ".evaluators"
+
+
+def _check_size(pixels: Tensor | None, test: ImageDataset, source: str) -> None:
+    if pixels is None:
+        return
+    wanted = (test.resolution, test.resolution, test.channels)
+    if tuple(pixels.shape[1:]) != wanted:
+        raise UserError(
+            f"{source} holds images of {'x'.join(map(str, pixels.shape[1:]))}, but the run's are "
+            f"{'x'.join(map(str, wanted))}; compare at one resolution"
+        )
+
+
+def _describe_extractor(extractor: Extractor | None, data: str) -> dict[str, Any] | None:
+    if extractor is None:
+        return None
+    found = {
+        "name": extractor.name,
+        "sha256": extractor.digest,
+        "kid": f"{KID_SUBSETS} subsets of up to {KID_SUBSET_SIZE}, cubic kernel, seed 0",
+        "neighbours": "precision and recall k=3, density and coverage k=5",
+        "code_sha256": code_digest(),
+    }
+    if isinstance(extractor, SmallCNN):
+        found |= {
+            "accuracy_on_real": extractor.accuracy,
+            "accuracy_floor": accuracy_floor(data),
+            "features": "standardised by real training images",
+        }
+    return found
+
+
+def _describe_sampling(run: Run, plan: Plan, images: Path | None) -> dict[str, Any]:
+    if images is not None:
+        return {"images": str(images)}
+    step, digest = checkpoint_digest(run, plan.weights)
+    return {
+        "samples": plan.samples,
+        "steps": plan.steps,
+        "sampler": plan.sampler or RunSampler(run, plan.weights, "cpu").default_sampler,
+        "guided_channels": plan.cfg_channels or "all",
+        "seed": plan.seed,
+        "labels": f"{plan.labels}, shuffled",
+        "weights": plan.weights,
+        "weights_sha256": digest,
+        "trained_steps": step,
+    }
+
+
+def judge(run: Run, *, samples: int = 100) -> dict[str, Any]:
+    """How many of a run's images, without guidance, a classifier takes for their class.
+
+    Returns:
+        "accepted" of "samples", and "accuracy_on_real" of the classifier; also in judge.json.
+    """
+    return _verdict(run, evaluate(run, plan=Plan(samples=samples)))
+
+
+def _verdict(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    found = next(iter(result["results"].values()))
+    accuracy = found.get("class_accuracy[smallcnn]")
+    verdict = {
+        "accepted": None if accuracy is None else round(accuracy * found["count"]),
+        "samples": found["count"],
+        "accuracy_on_real": (result["evaluator"] or {}).get("accuracy_on_real"),
+    }
+    write_json(run.folder / "judge.json", verdict)
+    return verdict
+
+
+def table(result: dict[str, Any]) -> str:
+    """The numbers as text: one row per metric, one column per guidance scale, and the floor."""
+    columns = {
+        name if name == "images" else f"cfg {name}": found
+        for name, found in result["results"].items()
+    }
+    columns["real images"] = result["real_floor"]
+    frame = pd.DataFrame(columns).drop(index=["not_finite_images"])
+    return frame.map(lambda v: "" if v is None or v != v else f"{v:.4g}").to_string()
 
 
 if __name__ == "__main__":

@@ -76,19 +76,86 @@ def load_run(run: Run, weights: str = "ema") -> tuple[DiT, dict[str, Any]]:
     return DiT.from_pretrained(found[1] / weights), run.config()
 
 
-def sample_run(
-    run: Run,
-    *,
-    labels: Tensor,
-    cfg: float = 1.0,
-    steps: int = 20,
-    seed: int = 0,
-    batch_size: int = 64,
-    sampler: str | None = None,
-    weights: str = "ema",
-    progress: bool = False,
-) -> Tensor:
-    """Draws one image per label from a run; see ``recipes.diffusion.sample``.
+class RunSampler:
+    """Draws images from a run; loads its model once.
+
+    Args:
+        run: A trained run.
+        weights: "ema" or "model".
+        device: Where to compute; None takes the GPU if there is one.
+
+    Raises:
+        UserError: The run has no checkpoint.
+    """
+
+    def __init__(
+        self, run: Run, weights: str = "ema", device: str | torch.device | None = None
+    ) -> None:
+        model, config = load_run(run, weights)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        self.diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
+        self.data = config["data"]
+
+    def __call__(
+        self,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        *,
+        cfg: float = 1.0,
+        cfg_channels: int | None = None,
+        steps: int = 20,
+        seed: int = 0,
+        batch_size: int = 64,
+        sampler: str | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draws one image per label; see ``recipes.diffusion.sample``.
+
+        Args:
+            labels: (n,) int64.
+            indices: (n,) int64, which image of the seed each is; None counts from 0.
+            cfg: Guidance scale.
+            cfg_channels: Leading channels to guide; None guides all.
+            steps: Model evaluations.
+            seed: Of the start noise.
+            batch_size: Images per model call.
+            sampler: None takes the one that suits the run.
+            progress: Whether to show a bar.
+
+        Returns:
+            (n, c, h, w) on the CPU, nominally in [-1, 1].
+
+        Raises:
+            UserError: An argument is out of range.
+        """
+        data = self.data
+        with user_errors():
+            return sample(
+                self.model,
+                self.diffusion,
+                labels=labels,
+                indices=torch.arange(len(labels)) if indices is None else indices,
+                seed=seed,
+                num_classes=len(data["class_names"]),
+                shape=(data["channels"], data["resolution"], data["resolution"]),
+                cfg=cfg,
+                cfg_channels=cfg_channels,
+                sampler=sampler or self.default_sampler,
+                steps=steps,
+                batch_size=batch_size,
+                device=self.device,
+                progress=progress,
+            ).cpu()
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler that suits what the run predicts."""
+        return "euler-flow" if self.diffusion.prediction == "flow" else "dpm++"
+
+
+def sample_run(run: Run, *, labels: Tensor, weights: str = "ema", **options: Any) -> Tensor:
+    """Draws one image per label from a run; ``options`` are those of ``RunSampler``'s call.
 
     Returns:
         (n, c, h, w), nominally in [-1, 1].
@@ -96,26 +163,7 @@ def sample_run(
     Raises:
         UserError: The run has no checkpoint, or an argument is out of range.
     """
-    model, config = load_run(run, weights)
-    data = config["data"]
-    diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with user_errors():
-        return sample(
-            model.to(device),
-            diffusion,
-            labels=labels,
-            indices=torch.arange(len(labels)),
-            seed=seed,
-            num_classes=len(data["class_names"]),
-            shape=(data["channels"], data["resolution"], data["resolution"]),
-            cfg=cfg,
-            sampler=sampler or ("euler-flow" if diffusion.prediction == "flow" else "dpm++"),
-            steps=steps,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        ).cpu()
+    return RunSampler(run, weights)(labels, **options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,239 @@
+"""Trains, samples and measures a grid of mechanisms, data, resolutions and seeds; one report.
+
+    python recipes/compare.py --attn softmax,sana,focused,dydila --data shapes \\
+        --resolutions 16,32,64 --seeds 3 --protocol controlled
+
+Every cell is a run of its own in its own process: one that fails stops no other, and the same
+command goes on where it was stopped. Runs of one seed see the same images, noise and times. The
+folder then holds report.html, which needs no other file, and its numbers as CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from attnzoo import get_attention
+from backbones.presets import PAPER_MODELS, PROTOCOLS
+from recipes.cells import EVALUATORS, OK, Cell, read_result, run_by_submitit, run_locally
+from recipes.console import UserError, numbers, run_script, user_errors, whole
+from recipes.costs import cost_of
+from recipes.data import load_dataset
+from recipes.features import smallcnn
+from recipes.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
+from recipes.report import write_report
+from recipes.scores import FEWEST
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; 0 when every cell is done, 1 when some failed or wait."""
+    given = _parser().parse_args(arguments)
+    sys.path.append(os.getcwd())  # where --import looks, here as in the cells
+    for module in given.imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--import {module}: {error}; it must be importable here") from error
+    variants, protocol = _variants(given)
+    places = _places(given)
+    cells = plan_cells(
+        variants,
+        places,
+        seeds=given.seeds,
+        protocol=protocol,
+        size=given.size,
+        patch_size=given.patch_size,
+        steps=given.steps,
+        batch_size=given.batch_size,
+        cfgs=given.cfg,
+        samples=given.samples,
+        sampling_steps=given.sampling_steps,
+        imports=given.imports,
+    )
+    if given.dry_run:
+        print(dry_run(cells, given.jobs))
+        return 0
+    out = Path(given.out)
+    folders = {cell.prepare(out): cell for cell in cells}
+    waiting = [f for f in folders if (read_result(f) or {}).get("state") != OK]
+    print(f"{len(cells)} cells in {out}: {len(cells) - len(waiting)} done, {len(waiting)} to run")
+    if not given.report_only and waiting:
+        _run(given, folders, waiting, out)
+    command = shlex.join(["compare.py", *(a for a in arguments if a != "--report-only")])
+    states = write_report(out, cells, variants, title=command)
+    print(f"report: {out / 'report.html'}   numbers: {out / 'cells.csv'}, {out / 'summary.csv'}")
+    return 0 if all(state == OK for state in states.values()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python recipes/compare.py",
+        description="Compare mechanisms: train, sample and measure a grid of runs, and report.",
+    )
+    flag = parser.add_argument
+    flag("--attn", help="mechanisms, such as softmax,dydila:lambda_init=0.1:conv=none")
+    flag("--preset", choices=list(PRESETS), help="the rows of one of the paper's tables")
+    flag("--data", default="shapes", help="such as shapes,shapes/long-range,fashion-mnist@28")
+    flag("--resolutions", type=numbers(int), default=[], help="in pixels; default: the data's")
+    flag("--seeds", type=whole(1), default=3, help="number of seeds")
+    flag("--protocol", choices=PROTOCOLS, help="default: controlled, or the preset's")
+    flag("--size", default="tiny", help="tiny, S, B or L")
+    flag("--patch-size", type=whole(1), default=4, help="in pixels, at every resolution")
+    flag("--steps", type=whole(1), default=1000, help="of training, for every cell")
+    flag("--batch-size", type=whole(1), default=64, help="images per step")
+    flag("--cfg", type=numbers(float), default=[1.0, 4.0], help="guidance scales to measure")
+    flag("--samples", type=whole(FEWEST), default=500, help="images per scale")
+    flag("--sampling-steps", type=whole(1), default=20, help="model evaluations per image")
+    flag("--jobs", type=whole(1), default=1, help="cells at the same time")
+    flag("--time-budget", type=float, help="minutes after which no new cell starts")
+    flag("--engine", choices=["process", "submitit"], default="process")
+    flag("--cluster", default="local", help="of submitit: local or slurm")
+    flag("--cell-minutes", type=whole(1), default=120, help="limit of a submitit job")
+    flag("--import", dest="imports", action="append", default=[], metavar="MODULE",
+         help="module that registers a mechanism of your own; repeat")  # fmt: skip
+    flag("--dry-run", action="store_true", help="print the plan and what it would cost")
+    flag("--report-only", action="store_true", help="write the report of what there is")
+    flag("--out", default="runs/compare", help="folder of the runs and the report")
+    return parser
+
+
+def _variants(given: argparse.Namespace) -> tuple[list[Variant], str]:
+    if (given.attn is None) == (given.preset is None):
+        raise UserError("say what to compare: either --attn softmax,dydila or --preset table4")
+    if given.preset:
+        preset = PRESETS[given.preset]
+        return list(preset.variants), given.protocol or preset.protocol
+    variants = [parse_variant(text) for text in given.attn.split(",") if text]
+    for variant in variants:
+        if variant.attn not in PAPER_MODELS:
+            with user_errors():
+                get_attention(variant.attn)
+    return variants, given.protocol or "controlled"
+
+
+def _places(given: argparse.Namespace) -> list[tuple[str, int | None]]:
+    """Data with resolutions: those that are asked for, or the data's own where it cannot."""
+    places: list[tuple[str, int | None]] = []
+    for item in given.data.split(","):
+        text, at, pixels = item.rpartition("@")
+        if at and not pixels.isdigit():
+            raise UserError(f"--data takes NAME or NAME@PIXELS, got {item!r}")
+        text = text if at else item
+        data, level = parse_data(text)
+        for resolution in [int(pixels)] if at else given.resolutions or [None]:
+            try:
+                load_dataset(data, resolution=resolution, level=level)
+            except ValueError as error:
+                # Small real images have one resolution; those of a list need not all suit them.
+                if at or len(given.resolutions) < 2 or data not in ("digits", "fashion-mnist"):
+                    raise UserError(" ".join(str(error).split())) from error
+                print(f"{text} at {resolution} px is left out: {error}", file=sys.stderr)
+                resolution = None
+            if (text, resolution) not in places:
+                places.append((text, resolution))
+    return places
+
+
+def _run(
+    given: argparse.Namespace, folders: dict[Path, Cell], waiting: list[Path], out: Path
+) -> None:
+    _train_evaluators(list(folders.values()), out / EVALUATORS)
+    limit = float("inf") if given.time_budget is None else 60 * given.time_budget
+    started = time.monotonic()
+    progress = tqdm(total=len(waiting), unit="cell")
+
+    def report(folder: Path, result: dict[str, Any] | None) -> None:
+        cell = folders[folder]
+        if result is None:
+            progress.set_postfix_str("time is up: no new cells")
+        elif result["state"] != OK:
+            tqdm.write(f"{cell.name}: {result['state']}: {result['error']}", file=sys.stderr)
+        progress.update()
+
+    run = run_locally
+    if given.engine == "submitit":
+        if importlib.util.find_spec("submitit") is None:
+            raise UserError("--engine submitit needs submitit: pip install submitit")
+        parameters = {
+            "timeout_min": given.cell_minutes,
+            "cpus_per_task": max(1, (os.cpu_count() or 1) // given.jobs),
+            "gpus_per_node": 1 if torch.cuda.is_available() else 0,
+        }
+        run = functools.partial(
+            run_by_submitit, cluster=given.cluster, log=out / "submitit", parameters=parameters
+        )
+    run(waiting, given.jobs, lambda: time.monotonic() - started < limit, report)
+    progress.close()
+
+
+def _train_evaluators(cells: list[Cell], cache: Path) -> None:
+    """Trains what measures the images, once, before cells want it at the same time."""
+    for data, level, resolution in {
+        (cell.settings.data, cell.settings.level, cell.settings.resolution) for cell in cells
+    }:
+        with user_errors():
+            smallcnn(data, resolution=resolution, level=level, cache=cache, progress=True)
+
+
+def dry_run(cells: list[Cell], jobs: int) -> str:
+    """The plan as a table, with multiply-accumulates and seconds measured just now.
+
+    The seconds count training and sampling of one cell, not the evaluator, which is trained once
+    per data set and resolution.
+    """
+    costs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows = []
+    for cell in tqdm(cells, desc="measuring", unit="cell", leave=False):
+        settings = cell.settings
+        key = (cell.label, settings.data, settings.resolution)  # seed and level cost nothing
+        if key not in costs:
+            with user_errors():
+                costs[key] = cost_of(settings, repeats=1)
+        cost = costs[key]
+        trained = settings.steps * settings.batch_size
+        forwards = cell.samples * cell.sampling_steps * sum(1 if c == 1 else 2 for c in cell.cfgs)
+        rows.append(
+            {
+                "data": f"{settings.data}/{settings.level}",
+                "px": settings.resolution,
+                "variant": cell.label,
+                "depth": cost["depth"],
+                "parameters": cost["parameters"],
+                "MMACs": cost["macs"] / 1e6,
+                "TMACs of the cell": (cost["training_macs"] * trained + cost["macs"] * forwards)
+                / 1e12,
+                "minutes": (
+                    cost["training_seconds"] * trained + cost["forward_seconds"] * forwards
+                )
+                / 60,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    keys = ["data", "px", "variant"]
+    grouped = frame.groupby(keys, sort=False, dropna=False).agg(
+        seeds=("MMACs", "size"),
+        **{name: (name, "first") for name in frame.columns if name not in keys},
+    )
+    total = frame.minutes.sum()
+    return (
+        f"{grouped.reset_index().to_string(index=False, float_format=lambda v: f'{v:.3g}')}\n"
+        f"{len(cells)} cells, {frame['TMACs of the cell'].sum():.3g} TMACs, about "
+        f"{total:.0f} minutes one after the other as this machine is loaded now"
+        + (f", {total / jobs:.0f} with --jobs {jobs} if nothing is shared" if jobs > 1 else "")
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,307 @@
+"""Metrics of generated images, as pure functions of their features, in float64.
+
+FID and sFID are ``frechet`` of pool and spatial features, KID and sKID are ``kid`` of the same.
+Lower is better for those four, higher for all others. No metric but ``class_accuracy`` sees the
+labels, and precision can be high for noise: read density, coverage and class accuracy beside it.
+
+Sources: Heusel et al. 2017 (FID); Nash et al. 2021 (sFID); Binkowski et al. 2018 (KID); Salimans
+et al. 2016 (IS); Kynkäänniemi et al. 2019 (precision, recall) as in ADM's evaluator
+(openai/guided-diffusion); Naeem et al. 2020 (density, coverage).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TILE = 1024  # rows of a pairwise matrix that are in memory at once
+_RANK_TOLERANCE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of a set of features; sets merge without being together.
+
+    Attributes:
+        count: Number n of samples.
+        mean: (d,) float64.
+        scatter: (d, d) float64, the sum of (x - mean)(x - mean)^T.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Moments of (n, d) features."""
+        x = _checked(features)
+        mean = x.mean(0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together (Chan et al. 1979); no digits are lost to large means."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + step * (other.count / count),
+            self.scatter
+            + other.scatter
+            + torch.outer(step, step) * (self.count * other.count / count),
+        )
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[Tensor]) -> Moments:
+        """Moments of a stream of (n_i, d) blocks, merged in their order.
+
+        The order fixes the rounding: whichever process computed a block, the result is the same
+        to the last digit.
+        """
+        return reduce(cls.merge, map(cls.of, blocks))
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d), with n - 1 in the denominator as in ADM's evaluator."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+    @classmethod
+    def load_adm(cls, file: Path, spatial: bool = False) -> Moments:
+        """Moments stored as ``mu, sigma`` (``mu_s, sigma_s``) in an ADM reference batch.
+
+        The file does not say how many samples they are of; a large number is assumed.
+
+        Raises:
+            KeyError: The file holds no statistics.
+        """
+        suffix = "_s" if spatial else ""
+        with np.load(file) as stored:
+            mean = torch.from_numpy(stored[f"mu{suffix}"].astype(np.float64))
+            covariance = torch.from_numpy(stored[f"sigma{suffix}"].astype(np.float64))
+        count = 10**9
+        return cls(count, mean, covariance * (count - 1))
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """Fréchet distance of two Gaussians, |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2).
+
+    The root's trace is that of (L^T S2 L)^(1/2) with S1 = L L^T: symmetric, so that eigenvalues
+    stay real and sets of fewer samples than dimensions do no harm.
+    """
+    difference = one.mean - other.mean
+    values, vectors = torch.linalg.eigh(one.covariance)
+    kept = values > _RANK_TOLERANCE * values.max()
+    factor = vectors[:, kept] * values[kept].sqrt()
+    inner = torch.linalg.eigvalsh(factor.T @ other.covariance @ factor)
+    distance = (
+        difference @ difference
+        + one.covariance.trace()
+        + other.covariance.trace()
+        - 2 * inner.clamp_min(0).sqrt().sum()
+    )
+    return max(0.0, distance.item())  # rounding alone makes it negative
+
+
+def frechet_bias(dim: int, count: int, reference_count: int) -> float:
+    """What ``frechet`` shows on average for two samples of one unit Gaussian: only bias."""
+    return dim * (dim + 5) / 4 * (1 / count + 1 / reference_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelDistance:
+    """KID with how it was estimated.
+
+    Attributes:
+        mean: Mean over the subsets.
+        std: Standard deviation over the subsets; they overlap, so it is no error bar.
+        full: The estimate from all samples at once, without any random choice.
+        subsets: Number of subsets.
+        subset_size: Samples of either side in a subset.
+    """
+
+    mean: float
+    std: float
+    full: float
+    subsets: int
+    subset_size: int
+
+
+def kid(
+    features: Tensor,
+    reference: Tensor,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> KernelDistance:
+    """Unbiased squared MMD with the kernel (x.y / d + 1)³; can be slightly negative.
+
+    Args:
+        features: (n, d).
+        reference: (m, d).
+        subsets: Number of random subsets.
+        subset_size: Samples of either side in each, drawn without replacement; fewer where
+            there are not as many.
+        seed: Of a generator of its own.
+
+    Raises:
+        ValueError: There are fewer than two samples on a side, or the widths differ.
+    """
+    x, y = _checked(features), _checked(reference)
+    _same_width(x, y)
+    size = min(subset_size, len(x), len(y))
+    if size < 2:
+        raise ValueError(f"KID needs at least 2 samples on either side, got {len(x)}, {len(y)}")
+    generator = torch.Generator().manual_seed(seed)
+    # Sums over a subset are u^T K u with its indicator u: one pass serves all subsets at once.
+    in_x, in_y = (torch.zeros(subsets + 1, len(z), dtype=torch.float64) for z in (x, y))
+    for row in range(subsets):
+        in_x[row, torch.randperm(len(x), generator=generator)[:size]] = 1
+        in_y[row, torch.randperm(len(y), generator=generator)[:size]] = 1
+    in_x[-1], in_y[-1] = 1, 1  # the last one takes everything
+    in_x, in_y = in_x.to(x.device), in_y.to(x.device)
+    n, m = in_x.sum(1), in_y.sum(1)
+    distance = (
+        _kernel_sums(x, x, in_x, in_x, without_diagonal=True) / (n * (n - 1))
+        + _kernel_sums(y, y, in_y, in_y, without_diagonal=True) / (m * (m - 1))
+        - 2 * _kernel_sums(x, y, in_x, in_y, without_diagonal=False) / (n * m)
+    )
+    of_subsets = distance[:-1]
+    return KernelDistance(
+        mean=of_subsets.mean().item() if subsets else distance[-1].item(),
+        std=of_subsets.std(unbiased=False).item() if subsets else 0.0,
+        full=distance[-1].item(),
+        subsets=subsets,
+        subset_size=size,
+    )
+
+
+def _kernel_sums(
+    x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor, without_diagonal: bool
+) -> Tensor:
+    total = x.new_zeros(len(in_x))
+    for start in range(0, len(x), _TILE):
+        rows = slice(start, start + _TILE)
+        kernel = (x[rows] @ y.T / x.shape[1] + 1) ** 3  # (tile, m)
+        total += (in_x[:, rows] * (in_y @ kernel.T)).sum(1)
+    if without_diagonal:
+        total -= in_x @ (((x * x).sum(1) / x.shape[1] + 1) ** 3)
+    return total
+
+
+def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
+    """exp of the mean KL between each prediction and the marginal, in contiguous chunks.
+
+    The order matters: images sorted by class score far too low, so shuffle them first.
+
+    Args:
+        logits: (n, classes).
+        chunk: Images per chunk; ADM's evaluator takes 5000.
+
+    Returns:
+        Mean and standard deviation over the chunks.
+    """
+    scores = []
+    for part in _checked(logits).log_softmax(1).split(chunk):
+        probability = part.exp()
+        marginal = probability.mean(0)
+        divergence = torch.special.xlogy(probability, probability) - torch.special.xlogy(
+            probability, marginal
+        )
+        scores.append(divergence.sum(1).mean().exp())
+    values = torch.stack(scores)
+    return values.mean().item(), values.std(unbiased=False).item()
+
+
+def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of samples in the reference's manifold, and of the reference in the samples'.
+
+    A manifold is the union of balls that reach to the k-th nearest neighbour of its own set.
+
+    Returns:
+        Precision and recall, fractions. Two samples of one distribution do not score 1.
+    """
+    x, y = _checked(features), _checked(reference)
+    _same_width(x, y)
+    x_radius, y_radius = _radii(x, k), _radii(y, k)
+    is_real = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    is_reached = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for rows, distance in _distances(x, y):
+        is_real[rows] = (distance <= y_radius).any(1)
+        is_reached |= (distance <= x_radius[rows, None]).any(0)
+    return is_real.double().mean().item(), is_reached.double().mean().item()
+
+
+def density_coverage(features: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
+    """Mean number of reference balls around a sample, over k; share of balls with a sample.
+
+    Unlike precision and recall they do not take an outlier's large ball at its word.
+
+    Returns:
+        Density (about 1 for the same distribution, may exceed it) and coverage (at most 1).
+    """
+    x, y = _checked(features), _checked(reference)
+    _same_width(x, y)
+    radius = _radii(y, k)
+    inside = 0
+    is_covered = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for _, distance in _distances(x, y):
+        in_ball = distance < radius
+        inside += int(in_ball.sum())
+        is_covered |= in_ball.any(0)
+    return inside / (k * len(x)), is_covered.double().mean().item()
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images that the classifier takes for the class that was asked for.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) int64.
+    """
+    if len(logits) != len(labels) or not len(labels):
+        raise ValueError(f"{len(logits)} predictions do not fit {len(labels)} labels")
+    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    if len(x) <= k:
+        raise ValueError(f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}")
+    return torch.cat(
+        [distance.kthvalue(k + 1, dim=1).values for _, distance in _distances(x, x)]
+    )  # the nearest of all is the point itself
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterable[tuple[slice, Tensor]]:
+    # By differences, not by matrix product: equal points must be at distance exactly 0.
+    for start in range(0, len(x), _TILE):
+        rows = slice(start, start + _TILE)
+        yield rows, torch.cdist(x[rows], y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"features must be (n, d) with n > 0, got {tuple(features.shape)}")
+    if not features.isfinite().all():
+        bad = int((~features.isfinite().all(1)).sum())
+        raise ValueError(
+            f"{bad} of {len(features)} feature vectors are not finite; leave them out"
+        )
+    return features.double()
+
+
+def _same_width(x: Tensor, y: Tensor) -> None:
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"features of width {x.shape[1]} do not compare with width {y.shape[1]}; "
+            f"take both from one extractor"
+        )

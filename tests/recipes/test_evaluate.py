@@ -1,0 +1,369 @@
+"""Evaluating runs: what is written, resumed, refused, and which bad models are told apart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+
+from recipes import evaluate as evaluate_module
+from recipes import features as features_module
+from recipes import shards
+from recipes.checkpoint import Run
+from recipes.console import UserError
+from recipes.diffusion import to_uint8
+from recipes.evaluate import evaluate
+from recipes.features import CustomExtractor, Features, SmallCNN, real_sets, smallcnn
+from recipes.inception import load_inception, tf1_resize
+from recipes.scores import score
+from recipes.shape_judge import judge_shapes, shape_scores
+from recipes.shapes import render, shape_parameters
+from recipes.shards import Plan, read_shards, sample_labels, save_npz, shard_folder
+
+PLAN = Plan(samples=40, steps=2, shard_size=16)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluators")
+
+
+@pytest.fixture(scope="session")
+def digits(cache):
+    """The evaluator of digits."""
+    return smallcnn("digits", resolution=8, level="easy", cache=cache)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the trained run that a test may write to."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(trained.config_file.read_text())
+    (folder / "checkpoints").symlink_to(trained.checkpoints)
+    return Run(folder)
+
+
+class TestWhatIsWritten:
+    def test_numbers_with_all_that_is_needed_to_trust_them(self, run, digits, tmp_path):
+        result = evaluate(run, cfgs=(1.0, 4.0), plan=PLAN, extractor=digits, npz=tmp_path / "npz")
+        assert result == json.loads((run.folder / "metrics.json").read_text())
+        found, floor = result["results"]["4"], result["real_floor"]
+        for name in ("FID", "sFID", "KID", "sKID"):
+            assert f"{name}[smallcnn]" in found and name not in found
+            assert found[f"{name}[smallcnn]"] > floor[f"{name}[smallcnn]"]
+        for name in ("precision", "recall", "density", "coverage", "IS", "class_accuracy"):
+            assert f"{name}[smallcnn]" in found
+        assert found["count"] == 40 and found["not_finite"] == 0
+        assert result["evaluator"]["sha256"] == digits.digest
+        assert result["evaluator"]["accuracy_on_real"] > 0.95
+        sampling = result["sampling"]
+        assert sampling["sampler"] == "dpm++" and sampling["weights"] == "ema"
+        assert sampling["trained_steps"] == 30 and sampling["guided_channels"] == "all"
+        assert {"commit", "versions", "reference", "warnings"} <= result.keys()
+        with np.load(tmp_path / "npz" / "cfg-4.npz") as stored:
+            assert stored["arr_0"].shape == (40, 8, 8, 1) and stored["arr_0"].dtype == np.uint8
+
+    def test_the_command_line_measures_images_it_is_given(
+        self, run, digits, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(evaluate_module, "smallcnn", lambda *_, **__: digits)
+        file = tmp_path / "real.npz"
+        pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 300)
+        save_npz(file, pixels, arr_1=labels)  # ADM's sampler puts the labels there
+        arguments = [str(run.folder), "--images", str(file), "--reference", str(file)]
+        assert evaluate_module.main(arguments) == 0
+        text = capsys.readouterr().out
+        assert "FID[smallcnn]" in text and "real images" in text
+        result = json.loads((run.folder / "metrics.json").read_text())
+        assert result["results"]["images"]["FID[smallcnn]"] < 1e-6
+        assert result["results"]["images"]["class_accuracy[smallcnn]"] > 0.95
+
+    def test_any_callable_can_see(self, run):
+        def see(images):
+            x = images.flatten(1).double()
+            return Features(x[:, :20], x[:, 20:30], x[:, :10])
+
+        result = evaluate(run, plan=PLAN, extractor=CustomExtractor("pixels", see))
+        assert "FID[pixels]" in result["results"]["1"]
+        assert "class_accuracy[pixels]" not in result["results"]["1"]
+
+
+def real_sets_of_digits():
+    return real_sets("digits", resolution=8, level="easy")
+
+
+class TestShards:
+    def test_only_what_is_missing_or_damaged_is_generated_again(self, run, monkeypatch):
+        folder = shards.generate(run, PLAN)
+        first = read_shards(folder, PLAN)
+        files = sorted(folder.glob("*.npz"))
+        assert len(files) == 3
+        files[1].unlink()
+        files[2].write_bytes(files[2].read_bytes()[:100])
+        times = []
+        own = shards.RunSampler.__call__
+        monkeypatch.setattr(
+            shards.RunSampler, "__call__",
+            lambda self, labels, *a, **k: times.append(len(labels)) or own(self, labels, *a, **k),
+        )  # fmt: skip
+        with pytest.raises(UserError, match="missing or damaged"):
+            read_shards(folder, PLAN)
+        again = read_shards(shards.generate(run, PLAN), PLAN)
+        assert times == [16, 8]
+        assert torch.equal(first.pixels, again.pixels)
+        shards.generate(run, PLAN)
+        assert times == [16, 8]
+
+    def test_another_plan_never_takes_the_same_files(self, run):
+        others = [{"cfg": 2.0}, {"seed": 1}, {"steps": 3}, {"weights": "model"}, {"samples": 41}]
+        plans = [Plan(**{"samples": 40, "steps": 2, **other}) for other in ({}, *others)]
+        assert len({shard_folder(run, plan) for plan in plans}) == len(plans)
+
+    def test_balanced_labels_are_shuffled(self):
+        labels = sample_labels(Plan(samples=100), 10)
+        assert torch.bincount(labels).tolist() == [10] * 10
+        assert 3 < labels[:10].unique().numel() < 10  # neither sorted nor in turn
+        drawn = sample_labels(Plan(samples=100, labels="random"), 10)
+        assert torch.bincount(drawn).tolist() != [10] * 10
+
+
+class TestBadInput:
+    def test_images_that_are_not_finite_are_counted_named_and_left_out(
+        self, run, digits, monkeypatch
+    ):
+        own = shards.RunSampler.__call__
+
+        def with_nan(self, labels, indices, **options):
+            images = own(self, labels, indices, **options)
+            images[indices == 20] = float("nan")
+            return images
+
+        monkeypatch.setattr(shards.RunSampler, "__call__", with_nan)
+        result = evaluate(run, plan=PLAN, extractor=digits)
+        found = result["results"]["1"]
+        assert found["count"] == 39 and found["not_finite_images"] == [20]
+        assert "1 of 40 images are not finite and were left out: 20" in result["warnings"]
+
+    def test_nothing_but_nan_is_an_error(self, run, digits, monkeypatch):
+        monkeypatch.setattr(
+            shards.RunSampler, "__call__",
+            lambda self, labels, *_, **__: torch.full((len(labels), 1, 8, 8), float("nan")),
+        )  # fmt: skip
+        with pytest.raises(UserError, match="only 0 of 40 images are finite"):
+            evaluate(run, plan=PLAN, extractor=digits)
+
+    def test_few_samples_and_missing_classes_warn(self, run, digits):
+        few = Plan(samples=12, steps=2, labels="random")
+        text = "\n".join(evaluate(run, plan=few, extractor=digits)["warnings"])
+        assert "FID: 12 images are no more than the 64 feature dimensions" in text
+        assert "bias" in text and "classes are missing from the samples (" in text
+
+    def test_a_reference_of_another_resolution_is_refused(self, run, digits, tmp_path):
+        file = tmp_path / "reference.npz"
+        save_npz(file, torch.zeros(20, 16, 16, 1, dtype=torch.uint8))
+        with pytest.raises(UserError, match=r"images of 16x16x1, but the run's are 8x8x1"):
+            evaluate(run, plan=PLAN, extractor=digits, reference=file)
+
+    @pytest.mark.parametrize("content", ["nothing", "floats", "garbage"])
+    def test_a_reference_that_is_none_is_refused(self, run, digits, tmp_path, content):
+        file = tmp_path / "reference.npz"
+        if content == "garbage":
+            file.write_bytes(b"no archive")
+        else:
+            np.savez(file, **({"arr_0": np.zeros((9, 8, 8, 1))} if content == "floats" else {}))
+        with pytest.raises(UserError, match=str(file)):
+            evaluate(run, plan=PLAN, extractor=digits, reference=file)
+
+    def test_stored_statistics_give_the_same_distance(self, run, digits, tmp_path):
+        features = digits(to_uint8(real_sets_of_digits()[1].batch(torch.arange(359))[0]))
+        file = tmp_path / "statistics.npz"
+        arrays = {}
+        for suffix, x in (("", features.pool.numpy()), ("_s", features.spatial.numpy())):
+            arrays |= {f"mu{suffix}": x.mean(0), f"sigma{suffix}": np.cov(x, rowvar=False)}
+        np.savez(file, **arrays)
+        found = evaluate(run, plan=PLAN, extractor=digits, reference=file)["results"]["1"]
+        wanted = evaluate(run, plan=PLAN, extractor=digits)["results"]["1"]
+        assert found["FID[smallcnn]"] == pytest.approx(wanted["FID[smallcnn]"], rel=1e-6)
+        assert "KID[smallcnn]" not in found
+
+    def test_a_weak_evaluator_writes_no_number(self, run, digits, monkeypatch):
+        monkeypatch.setitem(features_module.ACCURACY_FLOORS, "digits", 1.01)
+        with pytest.raises(UserError, match=r"recognises only 9.*below 101% it judges nothing"):
+            evaluate(run, plan=PLAN, extractor=digits)
+        assert not (run.folder / "metrics.json").exists()
+
+    def test_without_a_checkpoint_it_says_so(self, trained, tmp_path, digits):
+        run = Run(tmp_path / "run")
+        run.create(trained.config(), overwrite=False)
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            evaluate(run, plan=PLAN, extractor=digits)
+
+
+def spoiled(pixels, labels, how):
+    """Images with labels as a bad model would give them."""
+    generator = torch.Generator().manual_seed(0)
+    if how == "noise":
+        pixels = torch.randint(0, 256, pixels.shape, generator=generator, dtype=torch.uint8)
+    elif how == "blurred":
+        pixels = torch.from_numpy(scipy.ndimage.uniform_filter(pixels.numpy(), (0, 3, 3, 0)))
+    elif how == "collapsed":
+        pixels = pixels[:1].expand_as(pixels)
+    elif how == "shuffled labels":
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+    return pixels, labels
+
+
+class TestBadModels:
+    """Which number sees which fault; the good model is real images."""
+
+    @pytest.mark.parametrize(
+        ("how", "worse"),
+        [
+            ("noise", ["FID", "KID", "sFID", "sKID", "coverage", "density", "class_accuracy"]),
+            ("blurred", ["FID", "KID", "sFID", "sKID", "coverage"]),
+            ("shuffled labels", ["class_accuracy"]),
+            ("collapsed", ["FID", "KID", "recall", "coverage", "IS", "class_accuracy"]),
+        ],
+    )
+    def test_by_features(self, digits, how, worse):
+        train, test = real_sets_of_digits()
+        reference = digits(to_uint8(test.batch(torch.arange(359))[0]))
+        pixels, labels = features_module.fresh_images(train, 359)
+        good = score(digits(pixels), labels, reference, digits)
+        pixels, labels = spoiled(pixels, labels, how)
+        bad = score(digits(pixels), labels, reference, digits)
+        for name in worse:
+            there, here = bad[f"{name}[smallcnn]"], good[f"{name}[smallcnn]"]
+            is_distance = name in ("FID", "KID", "sFID", "sKID")
+            assert there > 2 * here + 0.1 if is_distance else there < 0.8 * here, name
+        if how == "shuffled labels":  # and nothing else can see them
+            del bad["class_accuracy[smallcnn]"], good["class_accuracy[smallcnn]"]
+            assert bad == good
+
+    @pytest.mark.parametrize("level", ["easy", "long-range", "hard"])
+    @pytest.mark.parametrize(
+        ("how", "worse"),
+        [
+            ("noise", ["class_accuracy", "iou", "purity", "parameter_coverage"]),
+            ("blurred", ["iou"]),
+            ("shuffled labels", ["class_accuracy"]),
+            ("collapsed", ["parameter_coverage", "class_accuracy"]),
+        ],
+    )
+    def test_by_the_exact_judge(self, how, worse, level):
+        count = 60
+        truth = shape_parameters(1, "test", np.arange(count), level)
+        pixels = to_uint8(torch.from_numpy(render(truth, 16)))
+        real = judge_shapes(pixels.numpy(), level)
+        good = shape_scores(real, truth.labels, real, level)
+        assert good["class_accuracy"] == 1 and good["parameter_coverage"] == 1
+        assert good["iou_of_ceiling"] == 1 and good["iou"] > 0.93
+        pixels, labels = spoiled(pixels, torch.from_numpy(truth.labels), how)
+        found = shape_scores(judge_shapes(pixels.numpy(), level), labels.numpy(), real, level)
+        for name in worse:
+            assert found[name] < 0.85 * good[name], (name, found[name], good[name])
+
+    def test_distant_objects_that_disagree_are_seen(self):
+        truth = shape_parameters(1, "test", np.arange(60), "long-range")
+        other = shape_parameters(2, "test", np.arange(60), "long-range")
+        upper = np.arange(32) < 16
+        pixels, others = (to_uint8(torch.from_numpy(render(p, 32))) for p in (truth, other))
+        same_side = np.sign(truth.centre[:, 0, 0]) == np.sign(other.centre[:, 0, 0])
+        mixed = torch.where(torch.from_numpy(upper)[None, :, None, None], pixels, others)
+        verdict = judge_shapes(mixed[torch.from_numpy(same_side)].numpy(), "long-range")
+        wanted = (truth.labels == other.labels)[same_side]
+        assert ((verdict.classes[:, 0] == verdict.classes[:, 1]) == wanted).all()
+        colours = (truth.foreground == other.foreground).all(1)[same_side]
+        assert ((verdict.palette[:, 0] == verdict.palette[:, 1]) == colours).all()
+        scores = shape_scores(verdict, truth.labels[same_side], verdict, "long-range")
+        assert scores["agreement"] == (wanted & colours).mean() < scores["agreement_colour"]
+        assert scores["agreement_class"] == wanted.mean() < scores["class_accuracy"]
+
+
+class TestEvaluators:
+    def test_it_comes_from_the_cache_the_second_time(self, digits, cache, monkeypatch):
+        monkeypatch.setattr(features_module, "_fit", None)
+        again = smallcnn("digits", resolution=8, level="easy", cache=cache)
+        assert again.digest == digits.digest and again.accuracy == digits.accuracy > 0.97
+
+    def test_features_are_standardised_by_real_images(self, digits):
+        train, _ = real_sets_of_digits()
+        pool = digits(to_uint8(train.batch(torch.arange(len(train)))[0])).pool
+        torch.testing.assert_close(pool.mean(0), torch.zeros(64).double(), atol=0.1, rtol=0)
+        assert (pool.std(0) < 1.2).all() and (pool.std(0) > 0.6).sum() > 40
+
+    @pytest.mark.parametrize("side", [4, 8, 16, 28, 64])
+    def test_it_sees_any_resolution(self, side):
+        found = SmallCNN(3, 5, side).eval()(torch.zeros(2, side, side, 3, dtype=torch.uint8))
+        assert [tuple(z.shape) for z in found] == [(2, 64), (2, 63), (2, 5)]
+
+    def test_inception_is_looked_for_and_never_downloaded(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        with pytest.raises(UserError, match=r"not at .*checkpoints.*6726825d.*nothing is downlo"):
+            load_inception()
+        wrong = tmp_path / "wrong.pth"
+        wrong.write_bytes(b"something else")
+        with pytest.raises(UserError, match=r"SHA-256 begins with .* not 6726825d"):
+            load_inception(wrong)
+        torch.save({"fc.bias": torch.zeros(1008)}, wrong)
+        with pytest.raises(UserError, match="does not hold this network's weights"):
+            load_inception(wrong, check_hash=False)
+
+    def test_inception_has_the_published_shape(self, tmp_path):
+        from recipes.inception import Inception
+
+        torch.manual_seed(0)
+        model = Inception().eval()
+        # Inception v3 without its heads, and a head of 1008 classes.
+        assert sum(p.numel() for p in model.parameters()) == 21_785_568 + 2049 * 1008
+        seen = {}
+        model.Mixed_6d.branch1x1.register_forward_hook(lambda *a: seen.update(map=a[2]))
+        file = tmp_path / "weights.pth"
+        torch.save(model.state_dict(), file)
+        found = load_inception(file, check_hash=False)(torch.zeros(1, 8, 8, 1, dtype=torch.uint8))
+        assert [tuple(z.shape) for z in found] == [(1, 2048), (1, 7 * 17 * 17), (1, 1008)]
+        expected = model(torch.zeros(1, 8, 8, 1, dtype=torch.uint8))
+        torch.testing.assert_close(found.pool, expected.pool)
+        torch.testing.assert_close(  # (h, w, c): channels vary fastest
+            expected.spatial[0, :7], seen["map"][0, :7, 0, 0].double()
+        )
+        torch.testing.assert_close(
+            expected.logits, (expected.pool.float() @ model.fc.weight.T).double(), rtol=1e-3,
+            atol=1e-4,
+        )  # fmt: skip
+
+    def test_the_resize_is_that_of_tensorflow_1(self):
+        ramp = torch.tensor([0.0, 3.0, 6.0]).view(1, 1, 1, 3).expand(1, 1, 3, 3)
+        # Corners at 0 and no half-pixel shift: place i lies at 3 i / 6.
+        wanted = torch.tensor([0.0, 1.5, 3.0, 4.5, 6.0, 6.0])
+        torch.testing.assert_close(tf1_resize(ramp, 6)[0, 0, 4], wanted)
+
+
+def test_two_processes_equal_one_to_the_last_digit(run, cache, digits, tmp_path):
+    root = Path(__file__).parents[2]
+    results = []
+    for world in (1, 2):
+        copy = tmp_path / f"run-{world}"
+        copy.mkdir()
+        (copy / "config.json").write_text(run.config_file.read_text())
+        (copy / "checkpoints").symlink_to(run.checkpoints.resolve())
+        command = [sys.executable]
+        if world == 2:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [str(root / "recipes/evaluate.py"), str(copy), "--samples", "40"]
+        command += ["--steps", "2", "--shard-size", "8", "--cache", str(cache)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads((copy / "metrics.json").read_text()))
+        assert results[-1]["processes"] == world
+    for part in ("results", "real_floor"):
+        for result in results:
+            result[part].get("1", {}).pop("seconds", None)
+        assert results[0][part] == results[1][part]
