@@ -5,17 +5,26 @@ PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint constraints clean
+.PHONY: demo test test-slow bench bench-gpu lint constraints clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
 
 # One thread per worker: torch's own threads would fight over the cores.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow
+
+bench: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q --benchmark-json bench.json
+	$(RUN) bench/plot.py bench.json --out plots
+
+# With the Python that has a CUDA build of torch, not the environment of the other targets.
+bench-gpu:
+	$(PYTHON) -m pytest bench -q --device cuda --full --memory-cap 100GiB --benchmark-json gpu.json
+	$(PYTHON) bench/plot.py gpu.json --out plots-gpu
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

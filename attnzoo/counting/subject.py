@@ -75,7 +75,7 @@ def shadow_of(model: nn.Module, device: str) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # backward would count forward again
     for layer in layers_of(shadow).values():
-        if getattr(layer.config, "impl", None) == "naive":
+        if getattr(layer.config, "impl", None) in ("naive", "triton"):
             layer.config = dataclasses.replace(layer.config, impl="auto")  # type: ignore[call-arg]
     return shadow
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,35 @@ def to_tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def _convolve(image: Tensor, branch: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(branch(image)). What a batch norm in training keeps is convolved again in the backward.
+
+    Three branches would keep three tensors of the image's size, and a depthwise convolution is
+    cheap.
+    """
+    out = branch(image)
+    is_kept = isinstance(norm, nn.BatchNorm2d) and torch.is_grad_enabled()
+    if not is_kept or torch.compiler.is_compiling():
+        return norm(out)
+    dtype, storage = out.dtype, out.untyped_storage()._cdata
+
+    def drop(kept: Tensor) -> Tensor | None:
+        return None if kept.untyped_storage()._cdata == storage else kept
+
+    def restore(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return F.conv2d(
+                image.to(dtype), branch.weight.to(dtype),
+                None if branch.bias is None else branch.bias.to(dtype),
+                padding=branch.padding, groups=branch.groups,
+            )  # fmt: skip
+
+    with torch.autograd.graph.saved_tensors_hooks(drop, restore):
+        return norm(out)
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding that keeps the grid.
 
@@ -32,6 +61,9 @@ class DepthwiseConv(nn.Module):
             them into one 3x3 kernel by ``fuse``; "acnet-plain" is the same without batch norm;
             "3x3" and "5x5" are one kernel with bias.
     """
+
+    branches: Any
+    norms: Any
 
     def __init__(self, dim: int, kind: ConvKind) -> None:
         super().__init__()
@@ -51,11 +83,15 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, h * w, dim) -> (b, h * w, dim)."""
-        image = to_image(x, grid)
-        out = self.norms[0](self.branches[0](image))
-        for norm, branch in zip(self.norms[1:], self.branches[1:], strict=True):
-            out = out + norm(branch(image))
-        return to_tokens(out)
+        image = to_image(x.contiguous(), grid)
+        parts = zip(self.branches, self.norms, strict=True)
+        first, *others = (_convolve(image, branch, norm) for branch, norm in parts)
+        return to_tokens(sum(others, first))
+
+    @property
+    def reach(self) -> int:
+        """Rows up and down that an output depends on."""
+        return self.branches[0].kernel_size[0] // 2
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-accumulates per sample, of the branches as they stand."""
@@ -65,14 +101,16 @@ class DepthwiseConv(nn.Module):
     @torch.no_grad()
     def fuse(self) -> None:
         """Folds all branches into one kernel with bias; the eval-mode output stays the same."""
-        weight: Tensor | float = 0.0
-        bias: Tensor | float = 0.0
+        weight: Any = 0.0
+        bias: Any = 0.0
         for norm, branch in zip(self.norms, self.branches, strict=True):
             kernel, offset = branch.weight, branch.bias
             if isinstance(norm, nn.BatchNorm2d):
-                scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+                mean, variance = norm.running_mean, norm.running_var
+                assert mean is not None and variance is not None
+                scale = norm.weight / (variance + norm.eps).sqrt()
                 kernel = kernel * scale[:, None, None, None]
-                offset = norm.bias - norm.running_mean * scale
+                offset = norm.bias - mean * scale
             side, edge = (max(self.branches[0].kernel_size) - size for size in kernel.shape[2:])
             weight = weight + F.pad(kernel, (edge // 2, edge // 2, side // 2, side // 2))
             bias = bias + (0.0 if offset is None else offset)
@@ -80,5 +118,6 @@ class DepthwiseConv(nn.Module):
         fused = nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)
         fused = fused.to(weight)
         fused.weight.copy_(weight)
+        assert fused.bias is not None
         fused.bias.copy_(torch.as_tensor(bias).expand(self.dim))
         self.branches, self.norms = nn.ModuleList([fused]), nn.ModuleList([nn.Identity()])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,24 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops import fused
 from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.linear import kernel_product, key_sums, linear_attention_macs
-from attnzoo.ops.precision import in_float32
+from attnzoo.ops.linear import fold, key_sum, linear_attention_macs, quotient, read
+from attnzoo.ops.precision import autocast_operands, in_float32
 from attnzoo.ops.routing import (
     Route,
     RouterGradient,
     balance_loss,
-    gate,
+    gated,
+    naive_gated,
     naive_routed_projection,
+    naive_routed_scalar,
     route,
     routed_projection,
     routed_scalar,
     router_logits,
 )
+from attnzoo.ops.streaming import State, linear_parts, stream
 from attnzoo.registry import register_attention
 
 Normalizer = Literal["base", "diff", "mean", "none"]
@@ -75,12 +79,21 @@ class Config(AttentionConfig):
     key_position: tuple[int, int] | None = None
     conv: ConvKind = "acnet"  # A11
     qkv_bias: bool = False  # A12
-    impl: Literal["auto", "naive"] = "auto"
+    # "triton": fused kernels for a GPU (docs/gpu.md), for the options that they serve.
+    impl: Literal["auto", "naive", "triton"] = "auto"
+    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "n_projectors", "n_kernel_factors", "n_differential_factors")
         self.at_least(0, "eps", "relu_offset", "gamma_jitter", "balance_coefficient")
+        if self.stream is not None:
+            self.at_least(1, "stream")
+            if self.differential == "map" and self.map_router == "image":
+                raise ValueError(
+                    "map_router='image' averages all queries before it reads one; "
+                    "set stream=None or map_router='token'"
+                )
         if self.gamma_init <= 0:
             raise ValueError(f"gamma_init must be positive, got {self.gamma_init}")
         if self.differential != "none" and self.projection != "redundancy":
@@ -113,6 +126,20 @@ LADDER: dict[str, dict[str, Any]] = {
 }
 
 
+class Side(NamedTuple):
+    """Queries or keys as the core multiplies them, (b, h, n, d_head).
+
+    Attributes:
+        terms: One of every attention map.
+        norms: What normalises each, if anything does.
+        factor: The second map's, of queries in "dydila-map".
+    """
+
+    terms: list[Tensor]
+    norms: list[Tensor]
+    factor: Tensor | None
+
+
 class Router(nn.Module):
     """A bias-free linear router that chooses one of ``choices`` for every token."""
 
@@ -122,9 +149,11 @@ class Router(nn.Module):
         nn.init.xavier_uniform_(self.weight)
         self.gradient: RouterGradient = gradient
 
-    def forward(self, x: Tensor) -> Route:
-        """(..., dim) -> one decision per token."""
-        return route(router_logits(x, self.weight), self.gradient, self.training)
+    def forward(self, *parts: Tensor) -> Route:
+        """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
+        weights = self.weight.split([part.shape[-1] for part in parts], dim=-1)
+        logits = [router_logits(x, w) for x, w in zip(parts, weights, strict=True)]
+        return route(sum(logits[1:], logits[0]), self.gradient, self.training)
 
 
 @register_attention("dydila")
@@ -138,6 +167,10 @@ class DyDiLA(Attention):
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
+        if config.impl == "triton":
+            fused.require_triton()
+            if reason := self._not_fused():
+                raise ValueError(f"impl='triton' does not serve {reason}; set impl='auto'")
         dim, gradient = self.dim, config.router_gradient
         makes_shared_qk = config.projection != "replace"
         self.shared = xavier_linear(dim, (3 if makes_shared_qk else 1) * dim, config.qkv_bias)
@@ -194,53 +227,181 @@ class DyDiLA(Attention):
             return 0.8 - 0.6 * math.exp(-0.3 * self.context.layer_index)
         return self.config.lambda_init
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See ``Attention.forward``."""
-        query, key, value, routes = self._tokens(x, grid)
-        attend = _naive_attention if self.config.impl == "naive" else _attention
-        out = attend(self._heads(value), *self._terms(query, key, routes), self.config)
-        out = rearrange(out, "b h n d -> b n (h d)")
+    def _not_fused(self) -> str | None:
+        """The first option that the fused kernels do not serve, or None."""
+        served: dict[str, tuple[Any, ...]] = {
+            "projection": ("redundancy",), "kernel": ("routed",), "differential": ("token",),
+            "router_gradient": ("ste", "none"), "normalizer": ("base",), "norm_scope": ("token",),
+            "relu_offset": (0,), "softplus_scale": (False,), "key_position": (None,),
+            "balance_coefficient": (0,), "stream": (None,),
+        }  # fmt: skip
+        for name, values in served.items():
+            if (value := getattr(self.config, name)) not in values:
+                return f"{name}={value!r}"
+        return None if self.num_heads == 1 else f"num_heads={self.num_heads}"
+
+    def _fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        config, sides = self.config, ("query", "key")
+        x, weight = autocast_operands(x, self.shared.weight)
+        bias = None if self.shared.bias is None else self.shared.bias.to(x.dtype)
+        query, key, value = F.linear(x, weight, bias).split(self.dim, dim=-1)
+
+        def cast(*weights: Tensor) -> list[Tensor]:
+            return [z.to(x.dtype) for z in weights]
+
+        gammas, lambdas = self.gamma, self.lambda_
+        if config.gamma_form == "softplus":
+            gammas = F.softplus(gammas)
+        elif config.gamma_form == "clamp":
+            gammas = gammas.clamp_min(1.0)
+        if config.lambda_clamp:
+            lambdas = lambdas.clamp_min(0)
+        out = fused.dynamic_differential_attention(
+            x, query, key, value,
+            cast(*(self.projector_routers[z].weight for z in sides)),
+            cast(*(self.projectors[z] for z in sides)),
+            cast(*(router.weight for router in self.kernel_routers.values())),
+            gammas.expand(4, -1),
+            cast(*(self.differential_routers[z].weight for z in sides)),
+            lambdas.expand(2, -1), config.eps, config.router_gradient == "ste",
+        )  # fmt: skip
         if self.conv is not None:
             out = out + self.conv(value, grid).to(out.dtype)
+        return self.proj(out)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        if self.config.impl == "triton":
+            return self._fused(x, grid)
+        is_naive = self.config.impl == "naive"
+        is_inference = not (is_naive or self.training or torch.is_grad_enabled())
+        if self.config.stream is not None and is_inference:
+            return self._stream(x, grid, self.config.stream)
+        routes: dict[str, Route] = {}
+        if is_naive:
+            query, key, value = self._sides(x, grid, routes)
+            out = _naive_attention(query, key, self._heads(value), self.config)
+            local = None if self.conv is None else self.conv(value, grid)
+        else:
+            query, key, value = self._shared(x)
+            # What only the keys need is gone before the queries come.
+            state = self._fold(x, key, value, self._offset(grid), x.shape[1], routes)
+            del key
+            # Before the queries too: the backward goes the other way, and then this comes when
+            # little else is kept any more.
+            local = None if self.conv is None else self.conv(value, grid)
+            out = self._read(x, query, state, x.shape[1], routes)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        if local is not None:
+            out = out + local.to(out.dtype)
         if self.training and self.config.balance_coefficient:
-            losses = [balance_loss(r) for r in routes.values() if r.probability is not None]
+            losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
             if losses:
                 self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
         return self.proj(out)
 
-    def _tokens(
-        self, x: Tensor, grid: tuple[int, int]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor, dict[str, Route]]:
-        """[Q~] or [Q~, Q~'], the same of K, V, and every decision taken on the way."""
-        self.check_tokens(x, grid)
-        routes: dict[str, Route] = {}
-        *shared, value = self.shared(x).split(self.dim, dim=-1)
-        query, key = list(shared[:1]), list(shared[1:])
-        if self.config.projection != "none":
-            query.append(self._routed_projection(x, "query", routes))
-            key.append(self._routed_projection(x, "key", routes))
-        if self.key_position is not None:
-            key[0] = self.key_position(key[0], grid)
-        names = ["query", "query_prime"], ["key", "key_prime"]
-        query = [self._kernel(z, n, routes) for z, n in zip(query, names[0], strict=False)]
-        key = [self._kernel(z, n, routes) for z, n in zip(key, names[1], strict=False)]
-        return query, key, value, routes
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        dim, offset = self.dim, self._offset(grid)
+        is_shared = self.config.projection != "replace"
+        keys_and_values = slice(1, None) if is_shared else slice(None)
+
+        def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
+            *keys, value = linear_parts(self.shared, tokens, dim, keys_and_values)
+            part = None if offset is None else offset[span]
+            return value, self._fold(tokens, keys[0] if keys else None, value, part, None, {})
+
+        def decode(tokens: Tensor, state: State) -> Tensor:
+            [query] = linear_parts(self.shared, tokens, dim, slice(1)) if is_shared else [None]
+            out = self._read(tokens, query, state, x.shape[1], {})
+            return rearrange(out, "b h n d -> b n (h d)")
+
+        halo = 0 if self.conv is None else self.conv.reach
+        return stream(x, grid, block, encode, decode, self.proj, self.conv, halo)
+
+    def _shared(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Q and K, unless the routed projections replace them, and V."""
+        *pair, value = linear_parts(self.shared, x, self.dim)
+        query, key = pair or (None, None)
+        return query, key, value
+
+    def _offset(self, grid: tuple[int, int]) -> Tensor | None:
+        """The position that is added to the keys, (n, dim), or None."""
+        if self.key_position is None:
+            return None
+        return self.key_position(self.key_position.offset.new_zeros(()), grid)
+
+    def _sides(
+        self, x: Tensor, grid: tuple[int, int], routes: dict[str, Route]
+    ) -> tuple[Side, Side, Tensor]:
+        query, key, value = self._shared(x)
+        offset = self._offset(grid)
+        key_side = self._side(x, key, "key", routes, offset)
+        return self._side(x, query, "query", routes), key_side, value
+
+    def _fold(
+        self,
+        x: Tensor,
+        key: Tensor | None,
+        value: Tensor,
+        offset: Tensor | None,
+        queries: int | None,
+        routes: dict[str, Route],
+    ) -> State:
+        """Everything the queries read of these tokens: K^T V of each term, then its sums."""
+        side, heads = self._side(x, key, "key", routes, offset), self._heads(value)
+        state: State = [fold(term, heads, queries) for term in side.terms]
+        return state + [key_sum(norm) for norm in side.norms]
+
+    def _read(
+        self, x: Tensor, query: Tensor | None, state: State, keys: int, routes: dict[str, Route]
+    ) -> Tensor:
+        return _attention(self._side(x, query, "query", routes), state, keys, self.config)
+
+    def _side(
+        self,
+        x: Tensor,
+        shared: Tensor | None,
+        name: Literal["query", "key"],
+        routes: dict[str, Route],
+        offset: Tensor | None = None,
+    ) -> Side:
+        """Queries or keys, from the tokens to what the core multiplies."""
+        config = self.config
+        pair = [] if shared is None else [shared]
+        if config.projection != "none":
+            pair.append(self._routed_projection(x, name, routes))
+        if offset is not None:
+            pair[0] = pair[0] + offset
+        for i, kind in enumerate([name, f"{name}_prime"][: len(pair)]):
+            pair[i] = self._kernel(pair[i], kind, routes)
+        needs_sums = config.normalizer in ("base", "diff")
+        if config.differential == "token":
+            # The token differential operator, Eq. 8.
+            factor = self._factor(pair, name, routes).to(pair[0].dtype)
+            difference = self._heads(torch.addcmul(pair[0], factor, pair[1], value=-1))
+            norm = self._heads(pair[0]) if config.normalizer == "base" else difference
+            return Side([difference], [norm] if needs_sums else [], None)
+        terms = [self._heads(z) for z in pair]
+        is_map = config.differential == "map" and name == "query"
+        factor = self._factor(pair, "map", routes).unsqueeze(1) if is_map else None
+        return Side(terms, terms if needs_sums else [], factor)
 
     def _routed_projection(self, x: Tensor, z: str, routes: dict[str, Route]) -> Tensor:
         routed = routes[f"projector.{z}"] = self.projector_routers[z](x)
-        is_naive = self.config.impl == "naive"
-        project = naive_routed_projection if is_naive else routed_projection
-        out = project(x, self.projectors[z], routed.index)
-        factor = gate(routed, self.config.router_gradient)
-        return out if factor is None else out * factor.to(out.dtype)
+        if self.config.impl == "naive":
+            out = naive_routed_projection(x, self.projectors[z], routed.index)
+            return naive_gated(out, routed, self.config.router_gradient)
+        out = routed_projection(x, self.projectors[z], routed.index)
+        return gated(out, routed, self.config.router_gradient)
 
     def _kernel(self, z: Tensor, name: str, routes: dict[str, Route]) -> Tensor:
         """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
-        config, activated = self.config, F.relu(z)
+        config, activated = self.config, z  # the power map begins with ReLU
         if config.kernel == "relu":
-            return activated
+            return F.relu(z)
         if config.relu_offset:
-            activated = activated + config.relu_offset
+            activated = F.relu(z) + config.relu_offset
         if config.softplus_scale:
             activated = activated / F.softplus(self.scale)
         if config.kernel == "fixed":
@@ -253,7 +414,7 @@ class DyDiLA(Attention):
                 gammas = F.softplus(gammas)
             elif config.gamma_form == "clamp":
                 gammas = gammas.clamp_min(1.0)
-            gamma = routed_scalar(routed, gammas, config.router_gradient)
+            gamma = self._chosen(routed, gammas)
         apply = naive_power_map if config.impl == "naive" else power_map
         if config.norm_scope == "token":
             return apply(activated, gamma)
@@ -262,44 +423,32 @@ class DyDiLA(Attention):
 
     def _factor(self, pair: list[Tensor], z: str, routes: dict[str, Route]) -> Tensor:
         """The lambda that each token chose (Eq. 7), (b, n, 1) or (b, 1, 1)."""
-        concatenated = torch.cat(pair, dim=-1)
         if z == "map" and self.config.map_router == "image":
-            concatenated = concatenated.mean(1, keepdim=True)
-        routed = routes[f"differential.{z}"] = self.differential_routers[z](concatenated)
+            pair = [side.mean(1, keepdim=True) for side in pair]
+        routed = routes[f"differential.{z}"] = self.differential_routers[z](*pair)
         lambdas = self.lambda_[-1 if z == "key" else 0]
         if self.config.lambda_clamp:
             lambdas = lambdas.clamp_min(0)
-        return routed_scalar(routed, lambdas, self.config.router_gradient)
+        return self._chosen(routed, lambdas)
 
-    def _terms(
-        self, query: list[Tensor], key: list[Tensor], routes: dict[str, Route]
-    ) -> tuple[list[list[Tensor]], list[list[Tensor]], Tensor | None]:
-        """Pairs (query, key) of the maps, pairs that normalise them, factor of the second map."""
-        pairs = [[self._heads(q), self._heads(k)] for q, k in zip(query, key, strict=True)]
-        if self.config.differential == "map":
-            return pairs, pairs, self._factor(query, "map", routes).unsqueeze(1)
-        if self.config.differential == "none":
-            return pairs, pairs, None
-        # The token differential operator, Eq. 8.
-        difference = [
-            self._heads(pair[0] - self._factor(pair, z, routes) * pair[1])
-            for z, pair in (("query", query), ("key", key))
-        ]
-        is_base = self.config.normalizer == "base"
-        return [difference], pairs[:1] if is_base else [difference], None
+    def _chosen(self, routed: Route, scalars: Tensor) -> Tensor:
+        choose = naive_routed_scalar if self.config.impl == "naive" else routed_scalar
+        return choose(routed, scalars, self.config.router_gradient)
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
-        query, key, _, routes = self._tokens(x, grid)
-        return _naive_map(x, *self._terms(query, key, routes), self.config)
+        self.check_tokens(x, grid)
+        query, key, _ = self._sides(x, grid, {})
+        return _naive_map(query, key, self.config)
 
     def routes(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Every token's decisions, by router: "projector.query" and so on, each (batch, n)."""
-        query, key, _, routes = self._tokens(x, grid)
-        self._terms(query, key, routes)
+        self.check_tokens(x, grid)
+        routes: dict[str, Route] = {}
+        self._sides(x, grid, routes)
         return {name: routed.index for name, routed in routes.items()}
 
     def diagnostics(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
@@ -321,16 +470,18 @@ class DyDiLA(Attention):
             said["gamma"] = (F.softplus(gamma) if is_softplus else gamma).tolist()
         if self.config.differential != "none":
             said["lambda"] = self.lambda_.detach().tolist()
-        # Probabilities are kept only where a gradient may want them.
+        self.check_tokens(x, grid)
+        routes: dict[str, Route] = {}
+        # Logits are kept only where a gradient may want them.
         with torch.enable_grad():
-            query, key, _, routes = self._tokens(x, grid)
-            self._terms(query, key, routes)
+            self._sides(x, grid, routes)
         for name, routed in routes.items():
             experts = getattr(self, f"{name.split('.')[0]}_routers")[name.split(".")[1]].weight
             usage = torch.bincount(routed.index.flatten(), minlength=len(experts))
             said[name] = {"usage": (usage / routed.index.numel()).tolist()}
-            if routed.probability is not None:
-                entropy = torch.special.entr(routed.probability.detach().float()).sum(-1)
+            probability = routed.probability
+            if probability is not None:
+                entropy = torch.special.entr(probability.detach().float()).sum(-1)
                 said[name]["entropy"] = entropy.mean().item()
         return said
 
@@ -368,39 +519,27 @@ class DyDiLA(Attention):
 
 
 @in_float32
-def _attention(
-    value: Tensor,
-    pairs: list[list[Tensor]],
-    norm_pairs: list[list[Tensor]],
-    factor: Tensor | None,
-    config: Config,
-) -> Tensor:
-    products = [kernel_product(query, key, value) for query, key in pairs]
-    needs_sums = config.normalizer in ("base", "diff")
-    sums = [key_sums(query, key) for query, key in norm_pairs] if needs_sums else []
-    return _combine(products, sums, factor, value.shape[-2], config)
+def _attention(query: Side, state: State, keys: int, config: Config) -> Tensor:
+    products = [read(q, s) for q, s in zip(query.terms, state, strict=False)]
+    sums = [read(q, s) for q, s in zip(query.norms, state[len(products) :], strict=True)]
+    return _combine(products, sums, query.factor, keys, config)
 
 
 @in_float32
-def _naive_attention(value: Tensor, *terms: Any) -> Tensor:
-    """Twin of ``_attention``: the n x n weights of Eqs. 8 and 10, times V."""
-    return _naive_map(value, *terms) @ value
+def _naive_attention(query: Side, key: Side, value: Tensor, config: Config) -> Tensor:
+    """Twin of ``DyDiLA._fold`` and ``_attention``: the n x n weights of Eqs. 8, 10, times V."""
+    return _naive_map(query, key, config) @ value
 
 
 @in_float32
-def _naive_map(
-    like: Tensor,
-    pairs: list[list[Tensor]],
-    norm_pairs: list[list[Tensor]],
-    factor: Tensor | None,
-    config: Config,
-) -> Tensor:
-    maps = [torch.einsum("bhnd,bhmd->bhnm", query, key) for query, key in pairs]
-    sums = [
-        torch.einsum("bhnd,bhmd->bhnm", query, key).sum(-1, keepdim=True)
-        for query, key in norm_pairs
-    ]
-    return _combine(maps, sums, factor, like.shape[-2], config)
+def _naive_map(query: Side, key: Side, config: Config) -> Tensor:
+    def products(queries: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
+        pairs = zip(queries, keys, strict=True)
+        return [torch.einsum("bhnd,bhmd->bhnm", q, k) for q, k in pairs]
+
+    sums = [weights.sum(-1, keepdim=True) for weights in products(query.norms, key.norms)]
+    keys = key.terms[0].shape[-2]
+    return _combine(products(query.terms, key.terms), sums, query.factor, keys, config)
 
 
 def _combine(
@@ -418,7 +557,7 @@ def _combine(
         # A differenced sum can come near 0 or below it, where the quotient explodes.
         return total / norm.clamp_min(max(config.eps, 1e-6))
     if config.normalizer == "base":
-        terms = [term / (norm + config.eps) for term, norm in zip(terms, sums, strict=True)]
+        terms = [quotient(x, norm + config.eps) for x, norm in zip(terms, sums, strict=True)]
     elif config.normalizer == "mean":
         terms = [term / keys for term in terms]
     return terms[0] if factor is None else terms[0] - factor * terms[1]

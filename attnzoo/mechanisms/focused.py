@@ -22,11 +22,15 @@ from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.value_conv import ValueConv
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.linear import (
+    fold,
+    key_sum,
     linear_attention,
     linear_attention_macs,
     naive_linear_attention,
     naive_linear_map,
+    normalized_read,
 )
+from attnzoo.ops.streaming import State, linear_parts, stream
 from attnzoo.registry import register_attention
 
 
@@ -46,9 +50,12 @@ class Config(AttentionConfig):
     eps: float = 1e-6  # FLatten; added to the mean over keys, not to the sum
     qkv_bias: bool = True  # FLatten's model factories
     impl: Literal["auto", "naive"] = "auto"
+    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stream is not None:
+            self.at_least(1, "stream")
         self.at_least(0, "relu_offset", "eps")
         if self.focusing_factor <= 0:
             raise ValueError(f"focusing_factor must be positive, got {self.focusing_factor}")
@@ -83,22 +90,49 @@ class FocusedAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        config, eps = self.config, self._sum_eps(grid)
+        is_inference = config.impl == "auto" and not (self.training or torch.is_grad_enabled())
+        if config.stream is not None and is_inference:
+            return self._stream(x, grid, config.stream, eps)
         query, key, value = self._query_key_value(x, grid)
-        attend = naive_linear_attention if self.config.impl == "naive" else linear_attention
-        out = attend(query, key, self._heads(value), eps=self._sum_eps(grid))
+        attend = naive_linear_attention if config.impl == "naive" else linear_attention
+        out = attend(query, key, self._heads(value), eps=eps)
         out = rearrange(out, "b h n d -> b n (h d)")
         if self.conv is not None:
             out = out + self.conv(value, grid).to(out.dtype)
         return self.proj(out)
 
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int, eps: float) -> Tensor:
+        offset = self._offset(grid)
+
+        def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
+            key, value = linear_parts(self.qkv, tokens, self.dim, slice(1, None))
+            key = self._heads(self._focus(key if offset is None else key + offset[span]))
+            return value, [fold(key, self._heads(value), None), key_sum(key)]
+
+        def decode(tokens: Tensor, state: State) -> Tensor:
+            [query] = linear_parts(self.qkv, tokens, self.dim, slice(1))
+            out = normalized_read(self._heads(self._focus(query)), *state, eps=eps)
+            return rearrange(out, "b h n d -> b n (h d)")
+
+        halo = 0 if self.conv is None else self.conv.conv.reach
+        return stream(x, grid, block, encode, decode, self.proj, self.conv, halo)
+
     def _sum_eps(self, grid: tuple[int, int]) -> float:
         """FLatten divides by q . mean_j k_j + eps, which is (q . sum_j k_j + n eps) / n."""
         return self.config.eps * grid[0] * grid[1]
 
+    def _offset(self, grid: tuple[int, int]) -> Tensor | None:
+        """The position that is added to the keys, (n, dim), or None."""
+        if self.key_position is None:
+            return None
+        return self.key_position(self.key_position.offset.new_zeros(()), grid)
+
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Focused queries and keys by head, values by token."""
         self.check_tokens(x, grid)
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = linear_parts(self.qkv, x, self.dim)
         if self.key_position is not None:
             key = self.key_position(key, grid)
         return self._heads(self._focus(query)), self._heads(self._focus(key)), value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -16,11 +17,16 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.linear import (
+    fold,
+    key_sum,
     linear_attention,
     linear_attention_macs,
     naive_linear_attention,
     naive_linear_map,
+    normalized_read,
+    projected_linear_attention,
 )
+from attnzoo.ops.streaming import State, linear_parts, stream
 from attnzoo.registry import register_attention
 
 
@@ -31,7 +37,14 @@ class Config(AttentionConfig):
     qkv_bias: bool = False  # Sana
     qk_norm: bool = False  # RMSNorm over the full width, before the head split; off in Sana
     eps: float = 1e-8  # what Sana's block passes; its class and diffusers default to 1e-15
-    impl: Literal["auto", "naive"] = "auto"
+    # "folded" multiplies the output projection into the heads' states: for float32 and large n.
+    impl: Literal["auto", "folded", "naive"] = "auto"
+    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream is not None:
+            self.at_least(1, "stream")
 
 
 @register_attention("sana")
@@ -57,26 +70,46 @@ class SanaAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        attend = naive_linear_attention if self.config.impl == "naive" else linear_attention
-        out = attend(*self._query_key_value(x, grid), eps=self.config.eps)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
+        impl, eps = self.config.impl, self.config.eps
+        is_inference = impl == "auto" and not (self.training or torch.is_grad_enabled())
+        if self.config.stream is not None and is_inference:
+            return stream(x, grid, self.config.stream, self._encode, self._decode, self.proj)
+        heads = self._query_key_value(x)
+        if impl == "folded":
+            return projected_linear_attention(*heads, self.proj.weight, self.proj.bias, eps)
+        attend = naive_linear_attention if impl == "naive" else linear_attention
+        return self.proj(rearrange(attend(*heads, eps=eps), "b h n d -> b n (h d)"))
+
+    def _encode(self, x: Tensor, span: slice) -> tuple[Tensor, State]:
+        key, value = linear_parts(self.qkv, x, self.dim, slice(1, None))
+        key = self._heads(F.relu(self.key_norm(key)))
+        return value, [fold(key, self._heads(value), None), key_sum(key)]
+
+    def _decode(self, x: Tensor, state: State) -> Tensor:
+        [query] = linear_parts(self.qkv, x, self.dim, slice(1))
+        query = self._heads(F.relu(self.query_norm(query)))
+        out = normalized_read(query, *state, eps=self.config.eps)
+        return rearrange(out, "b h n d -> b n (h d)")
+
+    def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         query, key = F.relu(self.query_norm(query)), F.relu(self.key_norm(key))
-        split = [
-            rearrange(z, "b n (h d) -> b h n d", h=self.num_heads) for z in (query, key, value)
-        ]
-        return split[0], split[1], split[2]
+        return self._heads(query), self._heads(key), self._heads(value)
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
-        query, key, _ = self._query_key_value(x, grid)
+        self.check_tokens(x, grid)
+        query, key, _ = self._query_key_value(x)
         return naive_linear_map(query, key, self.config.eps)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, head_dim = grid[0] * grid[1], self.dim // self.num_heads
         core = linear_attention_macs(n, n, head_dim, head_dim)
+        if self.config.impl == "folded":
+            core = n * head_dim * (head_dim + 1) + head_dim**2 * self.dim
         return {"projections": 4 * self.dim**2 * n, "core": self.num_heads * core}

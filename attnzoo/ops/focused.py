@@ -2,83 +2,178 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.ops.native import library
 from attnzoo.ops.precision import in_float32
 
-# Entries this far below the largest count as 0: log2(0) is slow, and 0 * inf would be NaN.
+# Entries this far below the largest count as 0: log(0) is slow, and 0 * inf would be NaN.
 _TINY = 1e-30
+_LN_2 = 0.6931471805599453
+# Elements that a CPU's second-level cache holds a few times over.
+_BLOCK = 1 << 16
+_NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(z: Tensor) -> Iterator[slice]:
+    """Rows to work on at a time: an accelerator wants few large kernels, a CPU its cache."""
+    rows, width = z.shape
+    step = rows if z.device.type != "cpu" else _BLOCK // max(1, width)
+    for start in range(0, rows, max(1, step)):
+        yield slice(start, start + max(1, step))
+
+
+def _forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The map of rows (rows, d), each row's largest entry and each row's norm after ReLU."""
+    dtype = _working_dtype(z.dtype)
+    tiny = torch.finfo(dtype).tiny
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    # The direction of x^gamma does not depend on the scale of x, so dividing by the largest
+    # entry first changes nothing but keeps the power from over- and underflowing.
+    peak = z.amax(-1, keepdim=True).to(dtype).clamp_min(tiny)
+    norm = torch.empty_like(peak)
+    exponent = gamma / _LN_2
+    for rows in _blocks(z):
+        power = z[rows].to(dtype).div(peak[rows]).clamp_min_(_TINY)
+        norm[rows] = torch.linalg.vector_norm(power, dim=-1, keepdim=True) * peak[rows]
+        power.log_().mul_(exponent[rows]).exp2_()
+        # The largest power is 1 unless the whole row is 0, and then the row stays 0.
+        width = torch.linalg.vector_norm(power, dim=-1, keepdim=True).clamp_min_(tiny)
+        out[rows] = power.mul_(norm[rows] / width)
+    return out, peak, norm
+
+
+def _backward(
+    grad: Tensor, z: Tensor, gamma: Tensor, out: Tensor, peak: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``_forward``'s first result by z and gamma."""
+    dtype = _working_dtype(z.dtype)
+    grad_z, grad_gamma = torch.empty_like(out), torch.empty_like(gamma)
+    norm = norm.clamp_min(torch.finfo(dtype).tiny)
+    slope = (gamma / peak).clamp_max(torch.finfo(dtype).max)
+    for rows in _blocks(z):
+        x, y, g = z[rows].to(dtype), out[rows].to(dtype), grad[rows].to(dtype)
+        unit = x.div(peak[rows]).clamp_min_(_TINY)
+        along = (g * y).sum(-1, keepdim=True) / norm[rows] / norm[rows]
+        # d out / d power, times power: what both gradients share.
+        shared = torch.addcmul(g, y, along, value=-1).mul_(y)
+        grad_gamma[rows] = (shared * unit.log()).sum(-1, keepdim=True)
+        slant = shared.div_(unit).mul_(slope[rows]).addcmul_(x, along)
+        grad_z[rows] = torch.ops.aten.threshold_backward(slant, x, 0)
+    return grad_z, grad_gamma
+
+
+# On CPU both directions are custom operators, so that a compiler sees one node: it would unroll
+# the loop over blocks. On other devices it may fuse the passes.
+@torch.library.custom_op("attnzoo::power_map", mutates_args=(), device_types="cpu")
+def _cpu_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if z.dtype not in _NATIVE or library() is None:
+        return _forward(z, gamma)
+    z = z if z.stride(-1) == 1 else z.contiguous()
+    out = torch.empty(z.shape, dtype=z.dtype)
+    peak, norm = torch.empty(gamma.shape), torch.empty(gamma.shape)
+    _run("forward", [z], [gamma, out, peak, norm])
+    return out, peak, norm
+
+
+@torch.library.custom_op("attnzoo::power_map_backward", mutates_args=(), device_types="cpu")
+def _cpu_backward(
+    grad: Tensor, z: Tensor, gamma: Tensor, out: Tensor, peak: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    if z.dtype not in _NATIVE or library() is None:
+        return _backward(grad, z, gamma, out, peak, norm)
+    z, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (z, grad))
+    grad_z, grad_gamma = torch.empty_like(out), torch.empty_like(gamma)
+    _run("backward", [grad, z], [gamma, out, peak, norm, grad_z, grad_gamma])
+    return grad_z, grad_gamma
+
+
+@_cpu_forward.register_fake
+def _(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+@_cpu_backward.register_fake
+def _(grad: Tensor, z: Tensor, gamma: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), torch.empty_like(gamma)
+
+
+def _run(kernel: str, strided: list[Tensor], packed: list[Tensor]) -> None:
+    """Calls the C kernel on each thread's rows; ctypes lets go of the interpreter's lock."""
+    (rows, width), dtype = strided[0].shape, _NATIVE[strided[0].dtype]
+    function = getattr(library(), f"power_map_{kernel}_{dtype}")
+
+    def call(start: int, stop: int) -> None:
+        def at(x: Tensor) -> ctypes.c_void_p:
+            return ctypes.c_void_p(x.data_ptr() + start * x.stride(0) * x.itemsize)
+
+        arguments = [v for x in strided for v in (at(x), ctypes.c_long(x.stride(0)))]
+        arguments += [at(x) for x in packed]
+        function(*arguments, ctypes.c_long(stop - start), ctypes.c_long(width))
+
+    threads = max(1, min(torch.get_num_threads(), rows, rows * width // _BLOCK))
+    if threads == 1:
+        return call(0, rows)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    list(_pool(os.getpid(), threads).map(call, bounds[:-1], bounds[1:]))
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)  # threads do not survive a fork: one pool per process
 
 
 class _PowerMap(torch.autograd.Function):
-    """Power map with the backward written out: autograd's keeps six more tensors alive."""
+    """Keeps its input, its output and three numbers per row; autograd would keep ten tensors."""
 
     @staticmethod
-    def forward(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The direction of x^gamma does not depend on the scale of x, so dividing by the largest
-        # entry first changes nothing but keeps the power from over- and underflowing.
-        tiny = torch.finfo(x.dtype).tiny
-        peak = x.amax(-1, keepdim=True).clamp_min(tiny)
-        power = torch.exp2(gamma * torch.log2((x / peak).clamp_min(_TINY)))
-        # The largest power is 1 unless the whole row is 0, and then the row stays 0.
-        power_norm = torch.linalg.vector_norm(power, dim=-1, keepdim=True).clamp_min(tiny)
-        scale = peak * torch.linalg.vector_norm(x / peak, dim=-1, keepdim=True) / power_norm
-        return power * scale, peak, scale
+    def forward(ctx: Any, z: Tensor, gamma: Tensor) -> Tensor:
+        out, peak, norm = (_cpu_forward if z.device.type == "cpu" else _forward)(z, gamma)
+        ctx.save_for_backward(z, gamma, out, peak, norm)
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, gamma = inputs
-        _, peak, scale = output
-        ctx.mark_non_differentiable(peak, scale)
-        ctx.save_for_backward(x, gamma, peak, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None]:
-        x, gamma, peak, scale = ctx.saved_tensors
-        tiny = torch.finfo(x.dtype).tiny
-        unit = (x / peak).clamp_min(_TINY)
-        log_unit = torch.log2(unit)
-        power = torch.exp2(gamma * log_unit)
-        power_norm = torch.linalg.vector_norm(power, dim=-1, keepdim=True).clamp_min(tiny)
-        along = (grad * power).sum(-1, keepdim=True) / power_norm
-        # d out / d power, times power: what both gradients share.
-        shared = (grad - power / power_norm * along) * power * scale
-        grad_x = grad_gamma = None
-        if ctx.needs_input_grad[0]:
-            live = (unit > _TINY).to(x.dtype)
-            x_norm = (scale * power_norm).clamp_min(tiny)
-            grad_x = shared * gamma * live / (unit * peak).clamp_min(tiny) + along * (x / x_norm)
-        if ctx.needs_input_grad[1]:
-            grad_gamma = (shared * log_unit * 0.6931471805599453).sum(-1, keepdim=True)
-            grad_gamma = grad_gamma.sum_to_size(gamma.shape)
-        return grad_x, grad_gamma
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return (_cpu_backward if grad.device.type == "cpu" else _backward)(
+            grad, *ctx.saved_tensors
+        )
 
 
-@in_float32
-def power_map(x: Tensor, gamma: Tensor) -> Tensor:
-    """x^gamma / |x^gamma| * |x| over the last dimension: sharpens a token, keeps its norm.
+def power_map(z: Tensor, gamma: Tensor) -> Tensor:
+    """x^gamma / |x^gamma| * |x| of x = ReLU(z), over the last dimension.
 
-    Finite with finite gradients for rows of any scale, and for rows that are all 0, which stay 0.
+    Sharpens a token and keeps its norm. Finite with finite gradients for rows of any scale, and
+    for rows without a positive entry, which become 0.
 
     Args:
-        x: Non-negative, (..., d).
+        z: (..., d); entries below 0 count as 0.
         gamma: Exponents, broadcastable to (..., 1).
 
     Returns:
-        (..., d).
+        (..., d), computed in float32 or better.
     """
-    return _PowerMap.apply(x, gamma)[0]
+    gamma = gamma.to(_working_dtype(z.dtype)).expand(*z.shape[:-1], 1).reshape(-1, 1)
+    return _PowerMap.apply(z.reshape(-1, z.shape[-1]), gamma.contiguous()).view(z.shape)
 
 
 @in_float32
-def naive_power_map(x: Tensor, gamma: Tensor) -> Tensor:
+def naive_power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """Twin of ``power_map``: the formula as it is written, in float64."""
-    wide = x.double()
+    wide = z.double().relu()
     dead = wide.sum(-1, keepdim=True) == 0
     powered = torch.where(dead, torch.ones_like(wide), wide).pow(gamma.double())
     direction = powered / powered.norm(dim=-1, keepdim=True)
     norm = torch.where(dead, torch.ones_like(wide), wide).norm(dim=-1, keepdim=True)
-    return torch.where(dead, torch.zeros_like(wide), direction * norm).to(x.dtype)
+    return torch.where(dead, torch.zeros_like(wide), direction * norm).to(z.dtype)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.fla import fla_gated_linear_attention
 from attnzoo.ops.precision import in_float32
 
-GatedImpl = Literal["auto", "safe", "naive"]
+GatedImpl = Literal["auto", "safe", "naive", "fla"]
 Direction = Literal["forward", "backward", "columns-forward", "columns-backward"]
 
 _CHUNK = 64
@@ -62,7 +63,8 @@ def gated_linear_attention(
         value: (b, h, n, dv).
         log_gate: (b, h, n, dk), not positive.
         impl: "auto" looks at the gates and takes the fastest form that is exact for them;
-            "safe" is exact for any gates and never looks at the data; "naive" is the twin below.
+            "safe" is exact for any gates and never looks at the data; "naive" is the twin below;
+            "fla" is flash-linear-attention's kernel, on a GPU.
             While compiling and on the meta device, where data cannot be looked at, "auto" is
             "safe".
 
@@ -73,6 +75,8 @@ def gated_linear_attention(
         return (query * log_gate.exp()) @ (key.transpose(-2, -1) @ value)
     if impl == "naive":
         return naive_gated_linear_attention(query, key, value, log_gate)
+    if impl == "fla":
+        return fla_gated_linear_attention(query, key, value, log_gate)
     return _chunkwise(query, key, value, log_gate, impl == "auto")
 
 

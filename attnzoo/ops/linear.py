@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,38 +24,72 @@ def linear_attention_macs(
 
 
 @in_float32
-def kernel_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Q K^T V without a normaliser.
+def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+    """What ``read`` needs to know of keys and values: the factors of K^T V, multiplied or not.
 
     Args:
-        query: (..., n, d), after the kernel function.
         key: (..., m, d), after the kernel function.
         value: (..., m, e).
+        queries: How many will read; for few of them (K^T, V) is cheaper than K^T V. None
+            always multiplies, so that the results of several blocks of keys can be added.
 
     Returns:
-        (..., n, e), accumulated in float32 or better, in the dtype of ``query``.
+        Matrices whose product is (..., d, e), in float32 or better.
     """
-    shape = (query.shape[-2], key.shape[-2], key.shape[-1], value.shape[-1])
-    if is_quadratic_cheaper(*shape):
-        return (query @ key.transpose(-2, -1)) @ value
-    return query @ (key.transpose(-2, -1) @ value)
+    keys, key_dim = key.shape[-2:]
+    if queries and is_quadratic_cheaper(queries, keys, key_dim, value.shape[-1]):
+        return key.transpose(-2, -1), value
+    return (key.transpose(-2, -1) @ value,)
 
 
 @in_float32
-def key_sums(query: Tensor, key: Tensor) -> Tensor:
-    """For every query, the sum of its similarity to all keys: Q sum_j K_j^T.
+def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    """Q K^T V without a normaliser, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
+    for factor in state:
+        query = query @ factor
+    return query
 
-    Args:
-        query: (..., n, d).
-        key: (..., m, d).
 
-    Returns:
-        (..., n, 1).
-    """
-    return query @ key.sum(-2).unsqueeze(-1)
+def kernel_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Q K^T V without a normaliser: (..., n, d), (..., m, d), (..., m, e) -> (..., n, e)."""
+    return read(query, fold(key, value, query.shape[-2]))
 
 
 @in_float32
+def key_sum(key: Tensor) -> tuple[Tensor, ...]:
+    """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
+    return (key.sum(-2).unsqueeze(-1),)
+
+
+class _Quotient(torch.autograd.Function):
+    """x / norm, which keeps the result; autograd would keep x and make three tensors more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor) -> Tensor:
+        out = x / norm
+        ctx.save_for_backward(out, norm)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        out, norm = ctx.saved_tensors
+        grad = grad / norm
+        return grad, -(grad * out).sum(-1, keepdim=True)
+
+
+def quotient(x: Tensor, norm: Tensor) -> Tensor:
+    """x / norm; without a gradient x itself is overwritten: (..., n, e), (..., n, 1)."""
+    return _Quotient.apply(x, norm) if torch.is_grad_enabled() else x.div_(norm)
+
+
+@in_float32
+def normalized_read(
+    query: Tensor, state: tuple[Tensor, ...], sums: tuple[Tensor, ...], eps: float
+) -> Tensor:
+    """Q (K^T V) / (Q sum_j K_j^T + eps), of what ``fold`` and ``key_sum`` returned."""
+    return quotient(read(query, state), read(query, sums) + eps)
+
+
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
     """Normalised kernel attention: Q (K^T V) / (Q sum_j K_j^T + eps).
 
@@ -66,7 +102,33 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
     Returns:
         (..., n, e).
     """
-    return kernel_product(query, key, value) / (key_sums(query, key) + eps)
+    return normalized_read(query, fold(key, value, query.shape[-2]), key_sum(key), eps)
+
+
+@in_float32
+def projected_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``linear_attention`` of all heads and the output projection, folded into the heads' states.
+
+    The small products of every head with its state and the projection become one large product.
+
+    Args:
+        query: (b, h, n, d), after a non-negative kernel function.
+        key: (b, h, m, d), likewise.
+        value: (b, h, m, e).
+        weight: Of the projection, (out, h * e).
+        bias: (out,).
+        eps: See ``linear_attention``.
+
+    Returns:
+        (b, n, out).
+    """
+    heads = weight.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0)  # (h, e, out)
+    state = (key.transpose(-2, -1) @ value @ heads).flatten(1, 2)  # (b, h * d, out)
+    query = query / (read(query, key_sum(key)) + eps)
+    out = query.transpose(1, 2).flatten(2) @ state
+    return out if bias is None else out + bias
 
 
 @in_float32

@@ -14,7 +14,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _promote(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(map(_promote, value))
+        promoted = [_promote(item) for item in value]
+        return type(value)(*promoted) if hasattr(value, "_fields") else type(value)(promoted)
     is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if is_half else value
 
@@ -22,15 +23,18 @@ def _promote(value: Any) -> Any:
 def in_float32(function: Function) -> Function:
     """Runs ``function`` with autocast off and half-precision tensors in float32.
 
-    The first argument must be a tensor; a tensor result comes back in its dtype. Lists of tensors
-    are promoted too, float64 stays float64.
+    The first argument is a tensor, or a tuple or list that begins with one; a tensor result comes
+    back in its dtype. Whatever holds tensors is promoted too, float64 stays float64.
     """
 
     @functools.wraps(function)
-    def wrapper(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        like = first
+        while not isinstance(like, Tensor):
+            like = like[0]
         # Casting alone is not enough: autocast lowers the matmul that follows, and a float16
         # sum over a few thousand keys overflows.
-        device_type = first.device.type
+        device_type = like.device.type
         if not torch.amp.is_autocast_available(device_type):  # the meta device
             return function(first, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):
@@ -39,7 +43,7 @@ def in_float32(function: Function) -> Function:
                 *map(_promote, args),
                 **{name: _promote(value) for name, value in kwargs.items()},
             )
-        return result.to(first.dtype) if isinstance(result, Tensor) else result
+        return result.to(like.dtype) if isinstance(result, Tensor) else result
 
     return cast(Function, wrapper)
 

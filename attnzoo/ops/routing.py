@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,12 +19,21 @@ class Route(NamedTuple):
 
     Attributes:
         index: The chosen expert, (...,), int64; ties go to the first.
-        probability: Softmax of the router's logits, (..., experts), or None where nothing
-            needs it.
+        logits: The router's logits, (..., experts), or None where nothing needs them.
     """
 
     index: Tensor
-    probability: Tensor | None
+    logits: Tensor | None
+
+    @property
+    def probability(self) -> Tensor | None:
+        """Softmax of the logits, (..., experts)."""
+        return None if self.logits is None else _softmax(self.logits)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    # On CPU a softmax over a few contiguous entries costs ten times one over strided columns.
+    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
 
 
 @in_float32
@@ -37,7 +47,7 @@ def route(logits: Tensor, gradient: RouterGradient, training: bool = False) -> R
 
     Args:
         logits: (..., experts).
-        gradient: How the router learns, see ``gate`` and ``routed_scalar``. "gumbel" adds
+        gradient: How the router learns, see ``gated`` and ``routed_scalar``. "gumbel" adds
             Gumbel noise to the logits in training.
         training: Whether noise may be added.
 
@@ -47,110 +57,173 @@ def route(logits: Tensor, gradient: RouterGradient, training: bool = False) -> R
     if gradient == "gumbel" and training:
         exponential = torch.empty_like(logits).exponential_()
         logits = logits - exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
-    needs_probability = gradient == "softgate" or (
+    needs_logits = gradient == "softgate" or (
         gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
     )
-    return Route(logits.argmax(-1), logits.softmax(-1) if needs_probability else None)
+    # On CPU several times faster than argmax, and as sure of the first among equals.
+    return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
 
 
-def gate(routed: Route, gradient: RouterGradient) -> Tensor | None:
-    """Factor of the chosen expert's output, (..., 1), through which its router learns.
+class _StraightThroughGate(torch.autograd.Function):
+    """x * p / stop_gradient(p), p the chosen probability: x itself, but for the backward."""
 
-    "ste" and "gumbel" give p / stop_gradient(p): exactly 1 in the forward, the gradient of p in
-    the backward. "softgate" gives p itself. "none" gives None.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, logits, index)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, logits, index = ctx.saved_tensors
+        # d p / d logits over p is the chosen expert's unit vector less p.
+        along = (grad * x).sum(-1, keepdim=True, dtype=logits.dtype)
+        grad_logits = (_softmax(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
+        return grad, grad_logits, None
+
+
+def gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
+    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
+
+    "ste" and "gumbel" gate by p / stop_gradient(p): exactly 1 in the forward, the gradient of p
+    in the backward. "softgate" gates by p itself, "none" by nothing.
     """
-    if gradient == "none" or routed.probability is None:
-        return None
-    chosen = routed.probability.gather(-1, routed.index.unsqueeze(-1))
-    return chosen if gradient == "softgate" else chosen / chosen.detach()
+    if gradient == "none" or routed.logits is None:
+        return x
+    if gradient != "softgate":
+        return _StraightThroughGate.apply(x, routed.logits, routed.index)
+    return x * _softmax(routed.logits).gather(-1, routed.index.unsqueeze(-1)).to(x.dtype)
+
+
+def naive_gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
+    """Twin of ``gated``: the factor as it is written."""
+    if gradient == "none" or routed.logits is None:
+        return x
+    chosen = routed.logits.softmax(-1).gather(-1, routed.index.unsqueeze(-1))
+    return x * (chosen if gradient == "softgate" else chosen / chosen.detach()).to(x.dtype)
+
+
+class _StraightThroughScalar(torch.autograd.Function):
+    """The chosen scalar, whose router receives the gradient of sum_j p_j scalars_j."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scalars: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, scalars, index)
+        return scalars.index_select(0, index.reshape(-1)).view(*index.shape, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        logits, scalars, index = ctx.saved_tensors
+        probability = _softmax(logits)
+        mean = (probability * scalars).sum(-1, keepdim=True)
+        grad_logits = probability * (scalars - mean) * grad
+        grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
+        return grad_logits, grad_scalars, None
 
 
 def routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
     """The scalar that each token chose: (experts,) -> (..., 1).
 
-    "ste" and "gumbel" add sum_j (p_j - stop_gradient(p_j)) s_j, which is exactly 0, so that the
-    router receives a gradient once the scalars differ. "softgate" mixes all scalars by p.
+    With "ste" and "gumbel" the router receives the gradient of sum_j p_j scalars_j, so that it
+    learns once the scalars differ. "softgate" mixes all scalars by p.
     """
     if gradient == "softgate":
-        assert routed.probability is not None
-        return (routed.probability * scalars).sum(-1, keepdim=True)
+        assert routed.logits is not None
+        return (_softmax(routed.logits) * scalars).sum(-1, keepdim=True)
+    if gradient == "none" or routed.logits is None:
+        chosen = scalars.index_select(0, routed.index.reshape(-1))
+        return chosen.view(*routed.index.shape, 1)
+    return _StraightThroughScalar.apply(routed.logits, scalars, routed.index)
+
+
+def naive_routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
+    """Twin of ``routed_scalar``: adds sum_j (p_j - stop_gradient(p_j)) scalars_j, which is 0."""
+    if gradient == "softgate":
+        assert routed.logits is not None
+        return (routed.logits.softmax(-1) * scalars).sum(-1, keepdim=True)
     chosen = scalars[routed.index].unsqueeze(-1)
-    if gradient == "none" or routed.probability is None:
+    if gradient == "none" or routed.logits is None:
         return chosen
-    surrogate = routed.probability - routed.probability.detach()
+    probability = routed.logits.softmax(-1)
+    surrogate = probability - probability.detach()
     return chosen + (surrogate * scalars.detach()).sum(-1, keepdim=True)
 
 
 def balance_loss(routed: Route) -> Tensor:
     """Switch-style load balancing: experts * sum_e usage_e * mean probability_e; 1 if uniform."""
-    assert routed.probability is not None
-    experts = routed.probability.shape[-1]
-    usage = F.one_hot(routed.index, experts).to(routed.probability).flatten(0, -2).mean(0)
-    return experts * (usage * routed.probability.flatten(0, -2).mean(0)).sum()
+    probability = routed.probability
+    assert probability is not None
+    experts = probability.shape[-1]
+    usage = F.one_hot(routed.index, experts).to(probability).flatten(0, -2).mean(0)
+    return experts * (usage * probability.flatten(0, -2).mean(0)).sum()
 
 
-def _sort(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    """Order that puts each expert's tokens side by side, and the segments' lengths."""
-    return index.argsort(stable=True), torch.bincount(index, minlength=experts).tolist()
+def _plan(index: Tensor, experts: int) -> Tensor:
+    """The order that puts each expert's tokens side by side, its inverse, and their counts."""
+    order = index.argsort(stable=True)
+    places = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, places)
+    return torch.cat([order, inverse, torch.bincount(index, minlength=experts)])
 
 
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 # A custom operator, because the segments' lengths depend on data: the compiler then sees one
-# node of known shape, and a change of routing neither breaks the graph nor recompiles it.
+# node of known shape, and a change of routing neither breaks the graph nor recompiles it. The
+# plan is a second output, so that the backward need not sort again.
 @torch.library.custom_op("attnzoo::routed_projection", mutates_args=())
-def _routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    order, counts = _sort(index, weight.shape[0])
-    tokens = x.index_select(0, order)
-    out = x.new_empty(x.shape[0], weight.shape[2])
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            torch.mm(tokens[start : start + count], weight[expert], out=out[start : start + count])
-        start += count
+def _routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    plan = _plan(index, weight.shape[0])
+    n = x.shape[0]
+    tokens = x.index_select(0, plan[:n])
+    out = x.new_empty(n, weight.shape[2])
+    for expert, segment in _segments(plan[2 * n :]):
+        torch.mm(tokens[segment], weight[expert], out=out[segment])
+    del tokens
     # Gathering by the inverse order is several times cheaper than scattering by the order.
-    return out.index_select(0, _inverse(order))
+    return out.index_select(0, plan[n : 2 * n]), plan
 
 
 @_routed_projection.register_fake
-def _(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    plan = index.new_empty(2 * x.shape[0] + weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[2]), plan
 
 
 @torch.library.custom_op("attnzoo::routed_projection_backward", mutates_args=())
 def _routed_projection_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
-    order, counts = _sort(index, weight.shape[0])
-    grad, tokens = grad.index_select(0, order), x.index_select(0, order)
-    grad_x = torch.empty_like(tokens)
+    n = x.shape[0]
+    segments = list(_segments(plan[2 * n :]))
+    grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])
     grad_weight = torch.zeros_like(weight)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            segment = slice(start, start + count)
-            torch.mm(grad[segment], weight[expert].t(), out=grad_x[segment])
-            torch.mm(tokens[segment].t(), grad[segment], out=grad_weight[expert])
-        start += count
-    return grad_x.index_select(0, _inverse(order)), grad_weight
+    for expert, segment in segments:
+        torch.mm(tokens[segment].t(), grad[segment], out=grad_weight[expert])
+    grad_x = tokens  # its memory: the tokens are no longer needed
+    for expert, segment in segments:
+        torch.mm(grad[segment], weight[expert].t(), out=grad_x[segment])
+    del grad
+    return grad_x.index_select(0, plan[n : 2 * n]), grad_weight
 
 
 @_routed_projection_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+def _(grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, weight, index = ctx.saved_tensors
-    return *_routed_projection_backward(grad.contiguous(), x, weight, index), None
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+    return *_routed_projection_backward(grad, *ctx.saved_tensors), None
 
 
 _routed_projection.register_autograd(_backward, setup_context=_setup_context)
@@ -171,7 +244,7 @@ def routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """
     x, weight = autocast_operands(x, weight)
     tokens = x.reshape(-1, x.shape[-1])
-    out = _routed_projection(tokens, weight, index.reshape(-1))
+    out, _ = _routed_projection(tokens, weight, index.reshape(-1))
     return out.unflatten(0, x.shape[:-1])
 
 

@@ -3,13 +3,17 @@
 import pytest
 import torch
 
+from attnzoo.ops import focused
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.linear import kernel_product, linear_attention, naive_linear_attention
+from attnzoo.ops.native import library
 from attnzoo.ops.routing import (
     Route,
     balance_loss,
-    gate,
+    gated,
+    naive_gated,
     naive_routed_projection,
+    naive_routed_scalar,
     route,
     routed_projection,
     routed_scalar,
@@ -43,6 +47,70 @@ def test_power_map_keeps_norms_and_dead_rows():
     torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
     assert out[1, 2].abs().sum() == 0
     assert power_map(torch.full((1, 4), float("nan")), torch.tensor([2.0])).isnan().all()
+
+
+def _both_ways(z, gamma, cotangent, monkeypatch):
+    """Output and gradients of the C kernel, without it, and without it in float64."""
+    results = []
+    for built, dtype in ((library(), z.dtype), (None, z.dtype), (None, torch.float64)):
+        monkeypatch.setattr(focused, "library", lambda built=built: built)
+        # Not a copy: rows of longer rows stay such.
+        z, gamma = (x.detach().to(dtype).requires_grad_() for x in (z, gamma))
+        out = power_map(z, gamma)
+        grads = torch.autograd.grad(out, (z, gamma), cotangent.to(dtype))
+        results.append([x.double() for x in (out.detach(), *grads)])
+    return results
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_c_kernel_is_as_exact_as_torch(dtype, threads, monkeypatch):
+    torch.manual_seed(0)
+    rows = 700  # more than one thread's worth, and no multiple of anything
+    z = torch.randn(rows, 3, 197) * torch.logspace(-18, 15, rows)[:, None, None]
+    z[5], z[6] = 0, -1
+    z = z.to(dtype)[:, 1]
+    gamma = (0.3 + 6 * torch.rand(rows, 1)).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = _both_ways(z, gamma, torch.randn(rows, 197).to(dtype), monkeypatch)
+    finally:
+        torch.set_num_threads(before)
+    for native, plain, exact in zip(*found, strict=True):
+        scale = exact.abs().amax(-1, keepdim=True).clamp_min(1e-37)
+        own, allowed = (((x - exact).abs() / scale).amax(-1) for x in (native, plain))
+        # On the mean over rows: in single rows the gradient of gamma cancels almost to nothing.
+        assert own.mean() <= 2 * allowed.mean() + torch.finfo(torch.float32).eps
+        assert own.max() <= 4 * allowed.max() + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
+def test_nan_comes_out_of_the_c_kernel_in_its_row_alone(monkeypatch):
+    z = torch.randn(4, 40)
+    z[2, 7] = float("nan")
+    results = _both_ways(z, torch.full((4, 1), 3.0), torch.ones(4, 40), monkeypatch)
+    for out, grad_z, _ in results:
+        assert out.isnan().all(-1).tolist() == [False, False, True, False]
+        assert grad_z.isnan().any(-1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("setting", [{"ATTNZOO_NATIVE": "0"}, {"CC": "no-such-compiler"}])
+def test_without_a_kernel_the_map_is_the_same(setting, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    assert library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("name", ["power_map", "power_map_backward"])
+def test_power_map_is_a_sound_custom_operator(name):
+    z, gamma = torch.randn(6, 16), torch.full((6, 1), 2.0)
+    arguments = (z, gamma)
+    if name == "power_map_backward":
+        arguments = (torch.randn(6, 16), *arguments, *torch.ops.attnzoo.power_map(z, gamma))
+    torch.library.opcheck(getattr(torch.ops.attnzoo, name).default, arguments)
 
 
 def test_power_map_gradients_by_finite_differences():
@@ -100,29 +168,29 @@ def test_routed_projection_does_each_token_once():
 @pytest.mark.parametrize("gradient", ["ste", "gumbel", "none", "softgate"])
 def test_router_gradients(gradient):
     torch.manual_seed(0)
-    logits = torch.randn(6, 4, requires_grad=True)
-    scalars = torch.arange(4.0, requires_grad=True)
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    scalars = torch.arange(4, dtype=torch.float64).requires_grad_()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    cotangents = torch.randn(2, 3, 1).double(), torch.randn(2, 3, 5).double()
     routed = route(logits, gradient)
     assert torch.equal(routed.index, logits.argmax(-1))
-    chosen = routed_scalar(routed, scalars, gradient)
-    factor = gate(routed, gradient)
+    fast = routed_scalar(routed, scalars, gradient), gated(x, routed, gradient)
+    naive = naive_routed_scalar(routed, scalars, gradient), naive_gated(x, routed, gradient)
     if gradient != "softgate":
-        assert torch.equal(chosen, routed.index[:, None].float()), "bit-identical to the argmax"
-        assert factor is None or torch.equal(factor, torch.ones(6, 1))
-    if gradient == "none":
-        assert factor is None
-        chosen.sum().backward()
-        assert logits.grad is None
-        return
-    (chosen.sum() + (factor * torch.randn(6, 1)).sum()).backward()
-    assert logits.grad.abs().max() > 0
-    if gradient == "ste":
-        probability = logits.softmax(-1)
-        expected = torch.autograd.grad((probability * scalars.detach()).sum(), logits)[0]
-        got = torch.autograd.grad(
-            routed_scalar(route(logits, gradient), scalars, gradient).sum(), logits
-        )[0]
-        torch.testing.assert_close(got, expected)
+        assert torch.equal(fast[0], routed.index.unsqueeze(-1).double()), "exactly the argmax"
+        assert torch.equal(fast[1], x)
+    torch.testing.assert_close(fast, naive)
+    inputs = (logits, scalars, x)
+    found, expected = (
+        torch.autograd.grad(outs, inputs, cotangents, allow_unused=True) for outs in (fast, naive)
+    )
+    assert (found[0] is None) == (gradient == "none")
+    assert gradient == "none" or found[0].abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_ties_go_to_the_first():
+    assert route(torch.zeros(5, 9), "ste").index.eq(0).all()
 
 
 def test_gumbel_noise_only_in_training():
@@ -134,7 +202,7 @@ def test_gumbel_noise_only_in_training():
 
 
 def test_balance_loss_is_one_when_uniform_and_most_when_collapsed():
-    uniform = Route(torch.arange(9) % 3, torch.full((9, 3), 1 / 3))
+    uniform = Route(torch.arange(9) % 3, torch.zeros(9, 3))
     torch.testing.assert_close(balance_loss(uniform), torch.tensor(1.0))
-    collapsed = Route(torch.zeros(9, dtype=torch.long), torch.eye(3)[0].expand(9, 3))
+    collapsed = Route(torch.zeros(9, dtype=torch.long), 100 * torch.eye(3)[0].expand(9, 3))
     torch.testing.assert_close(balance_loss(collapsed), torch.tensor(3.0))

@@ -1,0 +1,264 @@
+"""The suite as a pytest plugin: options, one test per cell, and the accounts of every cell.
+
+pytest-benchmark leaves a test that fails or is skipped out of its JSON; here every requested cell
+ends in ``benchmarks`` or, with a reason, in ``cells_not_measured``.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import machine, worker
+from bench.cells import PROFILES, Cell
+from bench.goals import GOALS
+from bench.isolate import Outcome, run_isolated
+from bench.settings import BenchSettings, settings_from
+from bench.timing import replay_clock
+
+_SETTINGS = pytest.StashKey[BenchSettings]()
+_REQUESTED = pytest.StashKey[dict[str, str]]()
+_MISSED = pytest.StashKey[dict[str, tuple[str, str]]]()
+_PEAKS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attnzoo", "attnzoo's benchmark suite")
+    profiles = {"quick": "the default: under 4 minutes on 2 cores", "full": "all, and the goals"}
+    for profile, text in profiles.items():
+        group.addoption(f"--{profile}", action="store_true", help=text)
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    lists = "; several by comma, all of the profile by default"
+    group.addoption("--mechanisms", default="", help=f"sana or sana:impl=naive{lists}")
+    group.addoption("--resolutions", default="", help=f"pixels of a latent model{lists}")
+    group.addoption("--widths", default="", help=f"of the tokens{lists}")
+    group.addoption("--dtypes", default="", help=f"float32, bfloat16, float16{lists}")
+    group.addoption("--goals", default="", help=f"names such as G4, with --full{lists}")
+    group.addoption("--threads", default="1", help="of torch; 1 (default) times by CPU time")
+    group.addoption("--memory-cap", default="8GiB", help="of one cell, such as 300MiB")
+    group.addoption("--cell-timeout", default="180", help="seconds of one cell")
+    group.addoption("--quality", default=None, help="results of recipes/compare.py")
+    group.addoption(
+        "--register", action="append", default=[], metavar="MODULE",
+        help="module or file that registers your own mechanism; may be repeated",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.getoption
+    chosen = [profile for profile in PROFILES if option(f"--{profile}")]
+    if len(chosen) > 1:
+        raise pytest.UsageError("--quick and --full exclude each other; choose one")
+    given_modules: tuple[str, ...] = tuple(option("--register") or ())
+    try:
+        for name in given_modules:
+            worker.register(name)
+        settings = settings_from(
+            tuple(GOALS),
+            profile=(chosen or ["quick"])[0],
+            device=option("--device"),
+            mechanisms=option("--mechanisms"),
+            resolutions=option("--resolutions"),
+            widths=option("--widths"),
+            dtypes=option("--dtypes"),
+            goals=option("--goals"),
+            threads=option("--threads"),
+            memory_cap=option("--memory-cap"),
+            cell_timeout=option("--cell-timeout"),
+            quality=option("--quality"),
+            register=given_modules,
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise pytest.UsageError(" ".join(str(error).split())) from error
+    given = [str(argument) for argument in config.invocation_params.args]
+    if not any(argument.startswith("--benchmark-columns") for argument in given):
+        config.option.benchmark_columns = ["median", "iqr", "ops", "rounds"]
+    config.stash[_SETTINGS] = settings
+    config.stash[_REQUESTED] = {}
+    config.stash[_MISSED] = {}
+    config.stash[_PEAKS] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" not in metafunc.fixturenames:
+        return
+    settings = metafunc.config.stash[_SETTINGS]
+    takes = metafunc.module.takes  # type: ignore[union-attr]
+    wanted = [cell for cell in settings.cells() if takes(cell)]
+    fields = list(Cell().params())
+    metafunc.parametrize(
+        [*fields, "cell_id"],
+        [pytest.param(*cell.params().values(), cell.id, id=cell.id) for cell in wanted],
+    )
+
+
+@pytest.fixture
+def cell(request, cell_id, kind, mechanism, resolution, width, dtype, mode) -> Cell:
+    """The cell of this test; its parameters are there for --benchmark-group-by=param:width."""
+    return next(c for c in request.config.stash[_SETTINGS].cells() if c.id == cell_id)
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, cell: Cell, benchmark: Any) -> Any:
+    """Runs a function of ``bench.worker`` on the cell in its own process and keeps the books."""
+    settings = request.config.stash[_SETTINGS]
+    benchmark.group = f"{cell.kind} {cell.mode}, {cell.resolution}px d{cell.width} {cell.dtype}"
+    if cell.kind in ("count", "goal", "quality"):
+        benchmark.group = cell.kind
+
+    def start(function: Any) -> dict[str, Any]:
+        shared = settings.shared(_peaks(request.config, settings))
+        outcome = run_isolated(
+            function, cell, shared,
+            memory=settings.memory_cap, timeout=settings.cell_timeout,
+            device="cpu" if cell.kind == "count" else cell.device,
+        )  # fmt: skip
+        if outcome.state != "measured":
+            _miss(request, outcome)
+        record: dict[str, Any] = dict(outcome.result)
+        replay_clock.replay(benchmark, record.pop("rounds"))
+        benchmark.extra_info.update(_identity(cell), **record, commit=settings.commit)
+        return record
+
+    return start
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    return {
+        "id": cell.id,
+        "kind": cell.kind,
+        "mechanism": cell.mechanism,
+        "label": cell.label,
+        "options": dict(cell.options),
+        "resolution": cell.resolution,
+        "tokens": cell.tokens,
+        "width": cell.width,
+        "batch": cell.batch,
+        "dtype": cell.dtype,
+        "device": cell.device,
+        "mode": cell.mode,
+        "compiled": cell.compiled,
+    }
+
+
+def _peaks(config: pytest.Config, settings: BenchSettings) -> dict[str, float]:
+    """What the machine can do at best, measured once, before the first cell."""
+    if not config.stash[_PEAKS]:
+        dtypes = tuple(sorted({cell.dtype for cell in settings.cells()}))
+        outcome = run_isolated(
+            worker.peaks, settings.shared({}), settings.device, dtypes,
+            memory=2**33, timeout=120, device=settings.device,
+        )  # fmt: skip
+        # Without a peak the shares are left out; the cells say themselves what is wrong.
+        config.stash[_PEAKS] = outcome.result or {"none": 0.0}
+    return config.stash[_PEAKS]
+
+
+def _miss(request: pytest.FixtureRequest, outcome: Outcome) -> None:
+    request.config.stash[_MISSED][request.node.nodeid] = (outcome.state, outcome.reason)
+    message = f"{outcome.state}: {outcome.reason}"
+    if outcome.state == "error":
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A module that takes no cell of this request is left with one test without parameters.
+    empty = [item for item in items if "run" in item.fixturenames and not _cell_id(item)]  # type: ignore[attr-defined]
+    if empty:
+        items[:] = [item for item in items if item not in empty]
+        config.hook.pytest_deselected(items=empty)
+    for item in items:
+        if _cell_id(item):
+            item.add_marker(pytest.mark.benchmark(timer=replay_clock))
+
+
+def _cell_id(item: pytest.Item) -> str | None:
+    found = getattr(getattr(item, "callspec", None), "params", {}).get("cell_id")
+    return found if isinstance(found, str) else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        if _cell_id(item):
+            session.config.stash[_REQUESTED][item.nodeid] = item.name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
+    report = yield
+    missed = item.config.stash[_MISSED]
+    if item.nodeid in item.config.stash[_REQUESTED] and not report.passed:
+        text = " ".join(str(call.excinfo.value).split()) if call.excinfo else report.outcome
+        missed.setdefault(item.nodeid, ("error", text[:300]))
+    return report
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    settings = config.stash[_SETTINGS]
+    machine_info["attnzoo"] = {
+        "versions": machine.versions(),
+        "profile": settings.profile,
+        "device": settings.device,
+        "threads": settings.threads,
+        "memory_cap": settings.memory_cap,
+        "peaks": config.stash[_PEAKS],
+    }
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json.update(_accounts(config, output_json["benchmarks"]))
+
+
+def _accounts(config: pytest.Config, benchmarks: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = {entry["name"] for entry in benchmarks}
+    missed = config.stash[_MISSED]
+    requested = config.stash[_REQUESTED]
+    absent = []
+    for nodeid, name in requested.items():
+        if name not in measured:
+            state, reason = missed.get(nodeid, ("error", "the run ended before this cell"))
+            absent.append({"name": name, "state": state, "reason": reason})
+    return {"cells_requested": sorted(requested.values()), "cells_not_measured": absent}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the accounts even if no cell was measured, where pytest-benchmark writes nothing."""
+    path = session.config.getoption("benchmark_json", None)
+    requested = session.config.stash[_REQUESTED]
+    if not path or not requested or session.config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+        return
+    empty = {
+        "machine_info": {}, "commit_info": {}, "benchmarks": [], "version": "",
+        "datetime": datetime.now(timezone.utc).isoformat(),
+    }  # fmt: skip
+    Path(path).write_text(json.dumps(empty | _accounts(session.config, []), indent=1))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    requested, missed = config.stash[_REQUESTED], config.stash[_MISSED]
+    if not requested:
+        return
+    terminalreporter.section("cells")
+    counts: dict[str, int] = {}
+    for state, _ in missed.values():
+        counts[state] = counts.get(state, 0) + 1
+    parts = [f"{number} {state}" for state, number in sorted(counts.items())]
+    done = len(requested) - len(missed)
+    terminalreporter.line(f"{len(requested)} requested, {done} measured {', '.join(parts)}")
+    for nodeid, (state, reason) in missed.items():
+        terminalreporter.line(f"  {requested[nodeid]}: {state}, {reason}")
+    for entry in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+        best = entry.extra_info.get("ratio_to_best")
+        if best:
+            terminalreporter.line(
+                f"  {entry.extra_info['label']} {entry.extra_info['mode']} at "
+                f"{entry.extra_info['resolution']} px takes {best['median']:.2f} x the time of "
+                f"the best peer ({entry.extra_info['best_peer']}), quartiles "
+                f"{best['q1']:.2f} to {best['q3']:.2f}"
+            )

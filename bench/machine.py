@@ -1,0 +1,92 @@
+"""The machine under the measurements: allocator, threads, versions, and what it can do at best."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.timing import clock_for, interleave
+
+PACKAGES = ("torch", "attnzoo", "diffusers", "xformers", "flash-attn", "fla-core", "triton")
+
+
+def keep_freed_memory() -> str:
+    """Tells glibc to keep freed memory; returns the setting in words.
+
+    By default it maps tensors of 32 MB and more anew each time and faults in every page, which
+    costs up to a quarter of a linear mechanism's time and nothing of a quadratic one's.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h.
+        settings = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))
+        if not all(libc.mallopt(option, value) for option, value in settings):
+            return "default (mallopt refused)"
+    except (OSError, AttributeError):
+        return "default (no glibc)"
+    return "glibc, no mmap, no trim, top pad 256 MiB"
+
+
+def commit() -> str:
+    """The commit of the working tree, with "+" if it was changed; "unknown" outside git."""
+    root = Path(__file__).parents[1]
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """Where the figures come from."""
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+        name = models[0] if models else name
+    return {
+        "device_name": name,
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+    }
+
+
+def measure_peaks(device: str, dtypes: tuple[str, ...], threads: int) -> dict[str, float]:
+    """GFLOP/s of a square matmul by dtype, and GB/s of a copy ("copy"), read plus write."""
+    clock, _ = clock_for(device, threads)
+    side = 8192 if device == "cuda" else 2048
+    peaks: dict[str, float] = {}
+    for dtype in dtypes:
+        left = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+        right = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+        times = interleave({"mm": lambda a=left, b=right: a @ b}, clock, 5, 4.0)["mm"]
+        peaks[dtype] = 2 * side**3 / min(times) / 1e9
+    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, clock, 5, 2.0)["copy"]
+    peaks["copy"] = 2 * source.nbytes / min(times) / 1e9
+    return peaks

@@ -1,0 +1,294 @@
+"""Draws the pictures of a run and its report.
+
+    python bench/plot.py out.json --out plots/
+
+Pictures come as PNG and SVG; report.html holds them and the tables and needs no other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from bench.fits import crossover, exponent
+from bench.results import families, frame, read_report, subset
+from bench.tables import amount, markdown, memory, put_into
+from recipes.console import DONE, run_script
+from recipes.palette import color_of, marker_of
+
+# Below this many tokens projections hide how the core grows.
+ASYMPTOTIC = 1024
+_QUANTITIES = (
+    ("seconds", "time", "time of one call (ms)", 1e3),
+    ("peak_memory", "memory", "peak memory above inputs and weights (MiB)", 2**-20),
+)
+
+
+def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of every picture that the report's cells allow."""
+    cells = frame(report)
+    peaks = report["machine_info"].get("attnzoo", {}).get("peaks", {})
+    for kind in ("layer", "backbone"):
+        for family in families(cells, kind):
+            chosen = subset(cells, kind, **family)
+            if kind == "backbone" and chosen["resolution"].nunique() < 2:
+                continue
+            suffix = f"{kind}-{family['mode']}-d{family['width']}-{family['dtype']}"
+            title = (
+                f"one attention layer, {family['mode']}"
+                if kind == "layer"
+                else f"whole backbone, {family['mode']}"
+            ) + f", d = {family['width']}, {family['dtype']}"
+            for column, name, axis, scale in _QUANTITIES:
+                if chosen["resolution"].nunique() > 1:
+                    yield (f"{name}-{suffix}", _caption(name),
+                           curves(chosen, column, axis, scale, title))  # fmt: skip
+            if kind == "layer" and "ratio_to_softmax" in chosen:
+                figure = heat_map(chosen, title)
+                if figure is not None:
+                    yield f"ratios-{suffix}", _caption("ratios"), figure
+    for width in sorted(subset(cells, "count")["width"].unique()) if "width" in cells else []:
+        chosen = subset(cells, "count", width=width)
+        if chosen["resolution"].nunique() > 1:
+            title = f"one attention layer, forward, d = {width}"
+            yield (f"macs-d{width}", _caption("macs"),
+                   curves(chosen, "macs", "multiply-accumulates (G)", 1e-9, title))  # fmt: skip
+    for family in families(cells, "layer"):
+        chosen = subset(cells, "layer", **family).dropna(subset=["gflops"])
+        if chosen.empty or family["dtype"] not in peaks:
+            continue
+        suffix = f"layer-{family['mode']}-d{family['width']}-{family['dtype']}"
+        title = f"{family['mode']}, d = {family['width']}, {family['dtype']}"
+        peak = peaks[family["dtype"]]
+        yield f"arithmetic-{suffix}", _caption("arithmetic"), arithmetic(chosen, peak, title)
+        yield f"roofline-{suffix}", _caption("roofline"), roofline(chosen, peak, peaks, title)
+
+
+def _caption(name: str) -> str:
+    return {
+        "time": "Median of the rounds. The exponent is fitted from 1024 tokens on; a ring marks "
+        "the size from which a mechanism is faster than softmax, interpolated.",
+        "memory": "Largest sum of live tensors during one call. A ring marks the size from which "
+        "a mechanism takes less than softmax.",
+        "macs": "Every multiply-accumulate counted. A ring marks the size from which a mechanism "
+        "computes less than softmax.",
+        "ratios": "Time over that of softmax attention (SDPA), both timed in turn in one process: "
+        "blue is faster than softmax.",
+        "arithmetic": "The line is the machine's matmul peak. What a point lies above it is what "
+        "the mechanism pays beyond its multiply-accumulates; the number is that factor.",
+        "roofline": "Arithmetic per byte, the bytes estimated as two times all tensors the call "
+        "made plus weights and input. The roof is the matmul peak and the copy bandwidth, both "
+        "measured in the same run.",
+    }[name]
+
+
+def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str) -> Figure:
+    """One log-log curve per mechanism against resolution."""
+    figure, ax = _canvas(9.2, 5.2)
+    points = {
+        str(label): [
+            (float(n), v * scale) for n, v in zip(rows["tokens"], rows[column], strict=True)
+        ]
+        for label, rows in cells.groupby("label", sort=False)
+    }
+    reference = points.get("softmax", [])
+    last = {label: sorted(p)[-1][1] / sorted(p)[-1][0] for label, p in points.items()}
+    for label in sorted(points, key=lambda name: -last[name]):
+        curve = sorted(points[label])
+        slope = exponent(curve, ASYMPTOTIC) if len(curve) > 2 else exponent(curve)
+        text = label if slope is None else f"{label}  $n^{{{slope:.2f}}}$"
+        cross = crossover(curve, reference) if label != "softmax" else None
+        if cross:
+            text += f", from {math.sqrt(cross[0]) * 16:.0f} px"
+            ax.plot(*cross, "o", ms=13, mfc="none", mec=_color(label), mew=1.3)
+        ax.plot(*zip(*curve, strict=True), label=text, **_style(label))
+    ax.set(xscale="log", yscale="log", ylabel=axis, title=title)
+    _plain_ticks(ax)
+    _resolution_axis(ax, sorted({int(n) for n in cells["tokens"]}))
+    ax.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9,
+        title="ring: from here on below softmax", title_fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def heat_map(cells: pd.DataFrame, title: str) -> Figure | None:
+    """Ratios to softmax, mechanism by resolution."""
+    table = cells.pivot_table(index="label", columns="resolution", values="ratio_to_softmax")
+    if table.empty:
+        return None
+    table = table.loc[table.iloc[:, -1].sort_values().index]
+    table.columns = [f"{px} px" for px in table.columns]
+    figure, ax = _canvas(2.6 + 1.0 * table.shape[1], 1.3 + 0.36 * len(table))
+    limit = max(1.0, float(np.nanmax(np.abs(np.log2(table.to_numpy())))))
+    sns.heatmap(
+        np.log2(table), annot=table, fmt=".2f", cmap="RdBu_r", center=0, vmin=-limit, vmax=limit,
+        ax=ax, cbar=False, linewidths=0.5,
+    )  # fmt: skip
+    ax.set(xlabel="", ylabel="", title=f"time over softmax\n{title}")
+    ax.title.set_fontsize(10)
+    return figure
+
+
+def arithmetic(cells: pd.DataFrame, peak: float, title: str) -> Figure:
+    """Time against multiply-accumulates, at the largest size that most mechanisms share."""
+    resolution = fullest_resolution(cells)
+    chosen = cells[cells["resolution"] == resolution]
+    figure, ax = _canvas(8.0, 5.2)
+    work = chosen["gflops"] * chosen["seconds"] / 2  # giga multiply-accumulates
+    for (_, row), macs in zip(chosen.iterrows(), work, strict=True):
+        style = _style(row["label"]) | {"linestyle": "none", "markersize": 9}
+        over = row["seconds"] / (2 * macs / peak)
+        label = f"{row['label']}  {over:.2f} x"
+        ax.plot(macs, row["seconds"] * 1e3, label=label, **style)
+    ends = np.array([work.min() * 0.8, work.max() * 1.25])
+    ax.plot(ends, 2 * ends / peak * 1e3, color="0.35", lw=1, label=f"peak, {peak:.0f} GFLOP/s")
+    ax.set(xscale="log", yscale="log", xlabel="multiply-accumulates (G)",
+           ylabel="time of one call (ms)", title=f"{resolution} px, {title}")  # fmt: skip
+    _plain_ticks(ax)
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: _factor_in(labels[i]))
+    ax.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="center left",
+        bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, title="time over peak time",
+    )  # fmt: skip
+    return figure
+
+
+def fullest_resolution(cells: pd.DataFrame) -> int:
+    """The largest resolution of those that most mechanisms share."""
+    sizes = collections.Counter(cells["resolution"].tolist())
+    return max(px for px, count in sizes.items() if count == max(sizes.values()))
+
+
+def _factor_in(label: str) -> float:
+    return float(label.split()[-2]) if label.endswith(" x") else 0.0
+
+
+def roofline(cells: pd.DataFrame, peak: float, peaks: dict[str, float], title: str) -> Figure:
+    """Achieved GFLOP/s against arithmetic intensity, under the measured roof."""
+    figure, ax = _canvas(8.0, 5.2)
+    bytes_moved = 2 * cells["allocated"] + cells["parameter_memory"]
+    intensity = cells["gflops"] * cells["seconds"] * 1e9 / bytes_moved
+    for label, rows in cells.assign(intensity=intensity).groupby("label", sort=False):
+        style = _style(str(label)) | {"linestyle": ":", "linewidth": 0.8}
+        rows = rows.sort_values("tokens")
+        ax.plot(rows["intensity"], rows["gflops"], label=label, **style)
+    low = min(intensity.min() / 1.5, peak / peaks["copy"] / 2)
+    xs = np.geomspace(low, intensity.max() * 1.5, 400)
+    ax.plot(xs, np.minimum(peak, xs * peaks["copy"]), color="0.35", lw=1.2,
+            label=f"roof: {peak:.0f} GFLOP/s, {peaks['copy']:.0f} GB/s")  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte (estimated)", ylabel="GFLOP/s",
+           title=f"{title}; each line runs through the resolutions")  # fmt: skip
+    _plain_ticks(ax)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return figure
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
+        figure, ax = plt.subplots(figsize=(width, height), layout="constrained")
+    return figure, ax
+
+
+def _color(label: str) -> str:
+    return color_of(label.partition("[")[0].partition("+")[0])
+
+
+def _style(label: str) -> dict[str, Any]:
+    name = label.partition("[")[0].partition("+")[0]
+    is_variant = name != label
+    return {
+        "color": _color(label),
+        "marker": marker_of(name),
+        "linestyle": "--" if is_variant else "-",
+        "linewidth": 2.2 if name == "softmax" else 1.4,
+        "markersize": 6,
+    }
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """Ticks at 1, 2, 5 times powers of ten, written out."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def _resolution_axis(ax: Axes, tokens: list[int]) -> None:
+    ax.set_xticks(tokens, [f"{math.isqrt(n) * 16}\n{n:,}" for n in tokens])
+    ax.set_xticks([], minor=True)
+    ax.set_xlabel("resolution (px) and tokens n")
+
+
+def where(report: dict[str, Any]) -> str:
+    """A table of what each mechanism pays beyond its multiply-accumulates, a part per family."""
+    cells, parts = frame(report), []
+    for family in families(cells, "layer"):
+        chosen = subset(cells, "layer", **family)
+        if "share_of_peak" not in chosen or not chosen["share_of_peak"].notna().any():
+            continue
+        resolution = fullest_resolution(chosen)
+        chosen = subset(chosen, "layer", resolution=resolution)
+        rows = [
+            [row["label"], amount(row["seconds"], "s"), f"{row['gflops']:.0f}",
+             f"{1 / row['share_of_peak']:.2f}", memory(row["peak_memory"]),
+             f"{row['allocated'] / row['peak_memory']:.1f}"]
+            for row in chosen.sort_values(by="share_of_peak", ascending=False).to_dict("records")
+        ]  # fmt: skip
+        heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
+                   "allocated over peak"]  # fmt: skip
+        title = f"{family['mode']}, {resolution} px, d = {family['width']}"
+        parts.append(f"**{title}, {family['dtype']}**\n\n{markdown(heading, rows)}")
+    return "\n\n".join(parts)
+
+
+def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
+    """Writes every picture; returns name, caption and the PNG's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    save: Callable[..., None]
+    for name, caption, figure in figures(report):
+        save = figure.savefig
+        save(out / f"{name}.png", dpi=130)
+        save(out / f"{name}.svg")
+        plt.close(figure)
+        drawn.append((name, caption, out / f"{name}.png"))
+    return drawn
+
+
+def main(arguments: list[str]) -> int:
+    """Draws everything."""
+    from bench.report import write_report
+
+    parser = argparse.ArgumentParser(prog="python bench/plot.py", description=__doc__)
+    parser.add_argument("report", type=Path, help="JSON of pytest bench/ --benchmark-json")
+    parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
+    parser.add_argument("--into", type=Path, help="file whose <!-- where --> part is replaced")
+    options = parser.parse_args(arguments)
+    report = read_report(options.report)
+    drawn = draw(report, options.out)
+    path = write_report(report, drawn, options.out, options.report.name)
+    if options.into:
+        put_into(options.into, "where", where(report))
+    print(f"{len(drawn)} pictures (PNG and SVG) and {path}")
+    return DONE
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,102 @@
+"""Quality: read from a comparison of ``recipes/compare.py``, or the loss of a short training."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import machine
+from bench.cells import Cell
+from bench.isolate import Unsupported
+from bench.worker import Settings, prepare
+from recipes.console import UserError
+
+# Long enough for the loss to fall from its start, far too short to rank mechanisms.
+STEPS = 30
+SHORT = f"training loss after {STEPS} steps on rendered shapes; it ranks nothing"
+
+
+def read_quality(folder: str | Path) -> pd.DataFrame:
+    """The summary of a comparison: a row per data, resolution, guidance, variant and metric.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(folder)
+    path = path / "summary.csv" if path.is_dir() else path
+    try:
+        found = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no summary of a comparison ({type(error).__name__}); make one with "
+            f"python recipes/compare.py and name its folder"
+        ) from error
+    if not {"variant", "metric", "mean", "resolution"} <= set(found.columns):
+        raise UserError(f"{path} is no summary.csv of recipes/compare.py")
+    return found
+
+
+def best_metric(summary: pd.DataFrame) -> tuple[str, bool]:
+    """The most telling metric of a summary, and whether smaller is better."""
+    from recipes.report import HEADLINES
+    from recipes.verdicts import is_lower_better
+
+    names = list(dict.fromkeys(summary["metric"]))
+    ranked = [name for wanted in HEADLINES for name in names if name.startswith(wanted)]
+    chosen = (ranked or names)[0]
+    return chosen, is_lower_better(chosen)
+
+
+def measure_quality(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """What a comparison found for the cell's mechanism, or a short training of it.
+
+    Raises:
+        Unsupported: The comparison has nothing on this mechanism at this resolution.
+    """
+    prepare(settings)
+    if settings.quality is None:
+        return _short_training(cell) | machine.describe(cell.device, settings.threads)
+    summary = read_quality(settings.quality)
+    chosen = summary[
+        (summary["variant"] == cell.label) & (summary["resolution"] == cell.resolution)
+    ]
+    if chosen.empty:
+        raise Unsupported(
+            f"{settings.quality} has no result for {cell.label} at {cell.resolution} px"
+        )
+    rows = chosen.astype(object).where(chosen.notna(), None).to_dict("records")
+    return {"quality": rows, "quality_source": str(settings.quality), "rounds": [0.0]}
+
+
+def _short_training(cell: Cell) -> dict[str, Any]:
+    from recipes import train
+    from recipes.checkpoint import Run
+
+    options = [part for name, value in cell.options for part in ("--set", f"{name}={value}")]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(folder) / "run"
+        start = time.perf_counter()
+        status = train.main([
+            "--attn", cell.mechanism, "--data", "shapes", "--resolution", str(cell.resolution),
+            "--steps", str(STEPS), "--out", str(out), *options,
+        ])  # fmt: skip
+        seconds = time.perf_counter() - start
+        if status != 0:
+            raise RuntimeError(f"recipes/train.py ended with status {status}")
+        losses = [loss for _, loss in losses_of(Run.open(out))]
+    last = losses[-max(1, len(losses) // 3) :]
+    row = {"data": "shapes", "resolution": cell.resolution, "variant": cell.label,
+           "metric": "training loss", "mean": statistics.fmean(last), "seeds": 1}  # fmt: skip
+    return {"quality": [row], "quality_source": SHORT, "rounds": [seconds]}
+
+
+def losses_of(run: Any) -> list[tuple[int, float]]:
+    """(step, loss) of a run's log."""
+    return [(row["step"], row["loss"]) for row in run.read_log() if "loss" in row]

@@ -1,0 +1,233 @@
+"""``python -m bench.recommend out.json --resolution 1024 --memory 8GiB``: which mechanism to take.
+
+Names the mechanisms that no other beats in time, memory and, where --quality names the folder of a
+comparison, quality; says what each costs and how far the figures can be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.cells import PIXELS_PER_TOKEN
+from bench.fits import pareto, value_at
+from bench.quality import best_metric, read_quality
+from bench.results import families, frame, read_report, subset
+from bench.settings import parse_bytes
+from bench.tables import amount, markdown, memory
+from recipes.console import DONE, UserError, run_script, user_errors, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One mechanism at the resolution asked for.
+
+    Attributes:
+        label: The mechanism with its options.
+        seconds: Of all blocks.
+        peak: Bytes: one block's peak and the weights of all, and in training what every block
+            keeps for its backward.
+        is_measured: Whether the resolution was measured, not put on a line.
+        quality: Of the comparison, or None.
+    """
+
+    label: str
+    seconds: float
+    peak: float
+    is_measured: bool
+    quality: float | None = None
+
+
+def choices(
+    cells: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float]
+) -> tuple[list[Choice], list[str]]:
+    """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told."""
+    found, unknown = [], []
+    for label, rows in cells.groupby("label", sort=True):
+        # Where a cell for time and one for memory fall together, the one with more rounds counts.
+        rows = rows.drop_duplicates("tokens", keep="first")
+        columns = [list(zip(rows["tokens"], rows[c], strict=True))
+                   for c in ("seconds", "peak_memory")]  # fmt: skip
+        time, peak = (value_at(points, tokens) for points in columns)
+        if time is None or peak is None:
+            unknown.append(str(label))
+            continue
+        weights = rows["parameter_memory"].iloc[0] * depth
+        kept = depth if rows["mode"].iloc[0] == "train" else 1
+        found.append(
+            Choice(str(label), time[0] * depth, peak[0] * kept + weights, time[1],
+                   quality.get(str(label)))
+        )  # fmt: skip
+    return found, unknown
+
+
+def advise(found: list[Choice], limit: float | None, metric: str | None, lower: bool) -> list[str]:
+    """The Pareto front in words, the fastest first."""
+    fitting = [c for c in found if limit is None or c.peak <= limit]
+    lines = []
+    too_large = [f"{c.label} ({memory(c.peak)})" for c in found if c not in fitting]
+    if too_large:
+        lines.append(f"Do not fit into {memory(limit or 0)}: {', '.join(too_large)}.")
+    if not fitting:
+        least = min(found, key=lambda c: c.peak)
+        lines.append(
+            f"Nothing fits. The smallest is {least.label} with {memory(least.peak)}: take a "
+            f"lower resolution, a smaller batch or width, or gradient checkpointing."
+        )
+        return lines
+    judged = [c for c in fitting if c.quality is not None] if metric else []
+    sign = 1 if lower else -1
+    points = {c.label: (c.seconds, c.peak, sign * (c.quality or 0.0)) for c in judged or fitting}
+    front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in pareto(points)]
+    softmax = next((c for c in found if c.label == "softmax"), None)
+    leanest = min(front, key=lambda c: c.peak)
+    best = None
+    if judged:
+        best = (min if lower else max)(judged, key=lambda c: c.quality or 0)
+    for choice in front:
+        praise = ["the fastest"] if choice is front[0] else []
+        praise += ["takes the least memory"] if choice is leanest else []
+        praise += [f"the best {metric}"] if choice is best else []
+        text = f"- {choice.label}: {', '.join(praise) or 'a compromise'}; "
+        text += f"{amount(choice.seconds, 's')}, {memory(choice.peak)}"
+        if softmax and choice is not softmax:
+            factor = softmax.seconds / choice.seconds
+            than = f"{factor:.2f} x faster" if factor >= 1 else f"{1 / factor:.2f} x slower"
+            text += f", {than} than softmax"
+        if choice.quality is not None:
+            text += f", {metric} {choice.quality:.4g}"
+        lines.append(text + ("" if choice.is_measured else " (estimated)") + ".")
+    beaten = [c.label for c in fitting if c not in front]
+    if beaten:
+        lines.append(f"Beaten in everything that was compared: {', '.join(sorted(beaten))}.")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the advice."""
+    options = _parser().parse_args(arguments)
+    report = read_report(options.report)
+    cells = frame(report)
+    limit = None
+    if options.memory:
+        with user_errors():
+            limit = parse_bytes(options.memory)
+    if options.resolution % PIXELS_PER_TOKEN:
+        raise UserError(
+            f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
+        )
+    family = _family(cells, options)
+    chosen = subset(cells, "layer", **family)
+    tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
+    quality, metric, lower = _quality(options.quality)
+    found, unknown = choices(chosen, tokens, options.depth, quality)
+    if not found:
+        raise UserError(
+            f"{options.report} cannot tell of {options.resolution} px: it needs this resolution, "
+            f"or two others"
+        )
+    print(
+        f"{options.resolution} px ({tokens:,} tokens), {family['mode']}, the attention of "
+        f"{options.depth} blocks of width {family['width']}, {family['dtype']}, batch "
+        f"{int(chosen['batch'].iloc[0])}, on {_device(report)}:\n"
+    )
+    print("\n".join(advise(found, limit, metric, lower)) + "\n")
+    rows = [
+        [c.label, amount(c.seconds, "s"), memory(c.peak),
+         "" if c.quality is None else f"{c.quality:.4g}",
+         "measured" if c.is_measured else "estimated"]
+        for c in sorted(found, key=lambda c: c.seconds)
+    ]  # fmt: skip
+    print(markdown(["mechanism", "time", "memory", metric or "quality", ""], rows) + "\n")
+    print("\n".join(_caveats(found, unknown, metric, options)))
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.recommend", description=__doc__)
+    parser.add_argument("report", type=Path, help="JSON of pytest bench/ --benchmark-json")
+    parser.add_argument("--resolution", type=whole(PIXELS_PER_TOKEN), default=1024, help="pixels")
+    parser.add_argument("--memory", default=None, help="what must suffice, such as 8GiB")
+    parser.add_argument("--quality", default=None, help="folder of recipes/compare.py")
+    parser.add_argument("--mode", choices=("forward", "train"), default="forward")
+    parser.add_argument("--width", type=whole(1), default=None, help="of the tokens")
+    parser.add_argument("--dtype", default=None, help="such as bfloat16")
+    parser.add_argument("--depth", type=whole(1), default=12, help="blocks (default: 12)")
+    return parser
+
+
+def _family(cells: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
+    there = families(cells, "layer")
+    for family in there:
+        is_width = options.width in (None, family["width"])
+        is_dtype = options.dtype in (None, family["dtype"])
+        if family["mode"] == options.mode and is_width and is_dtype:
+            return family
+    shown = sorted(f"{f['mode']} d={f['width']} {f['dtype']}" for f in there)
+    raise UserError(
+        f"{options.report} has no layers for --mode {options.mode}"
+        f"{f' --width {options.width}' if options.width else ''}"
+        f"{f' --dtype {options.dtype}' if options.dtype else ''}; it has {', '.join(shown)}"
+    )
+
+
+def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool]:
+    if folder is None:
+        return {}, None, True
+    summary = read_quality(folder)
+    metric, lower = best_metric(summary)
+    rows = [row for row in summary.to_dict("records") if row["metric"] == metric]
+    # The hardest place stands for all: the largest resolution of the comparison.
+    largest = max(row["resolution"] for row in rows)
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row["resolution"] == largest:
+            values.setdefault(str(row["variant"]), []).append(float(row["mean"]))
+    return {name: statistics.fmean(found) for name, found in values.items()}, metric, lower
+
+
+def _device(report: dict[str, Any]) -> str:
+    first = report.get("common") or {}
+    if not first and report["benchmarks"]:
+        first = report["benchmarks"][0]["extra_info"]
+    return str(first.get("device_name", "an unknown device"))
+
+
+def _caveats(
+    found: list[Choice], unknown: list[str], metric: str | None, options: argparse.Namespace
+) -> list[str]:
+    lines = ["What to keep in mind:"]
+    lines.append(
+        "- Time and memory are of attention alone, one layer times the number of blocks; "
+        "feed-forwards, and in training the optimiser, come on top for every mechanism alike."
+    )
+    if any(not choice.is_measured for choice in found):
+        lines.append(
+            f"- {options.resolution} px was not measured for what is called estimated: the "
+            f"value lies on the line through the two nearest sizes in log-log. Measure it with "
+            f"pytest bench/ --resolutions {options.resolution}."
+        )
+    if metric is None:
+        lines.append(
+            "- Nothing is said of quality, and mechanisms differ in it: train them with "
+            "python recipes/compare.py and name its folder with --quality."
+        )
+    else:
+        lines.append(
+            f"- {metric} is of small models at the comparison's own resolution, not of yours; "
+            f"its report says which differences are more than noise. Mechanisms without a "
+            f"result are left out of the front."
+        )
+    lines.append("- Another device, dtype or batch gives another order: measure on your own.")
+    if unknown:
+        lines.append(f"- Too few sizes to tell: {', '.join(unknown)}.")
+    return lines
+
+
+if __name__ == "__main__":
+    run_script(main)

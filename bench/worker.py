@@ -1,0 +1,284 @@
+"""What one process does for one cell: check, time, measure memory, count."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnzoo
+from attnzoo.contract import Attention
+from attnzoo.counting import count_macs
+from backbones import build_backbone
+from bench import machine
+from bench.cells import SIZES, Cell
+from bench.checks import check_equal, check_layer
+from bench.isolate import Unsupported
+from bench.peak_memory import peak_memory
+from bench.peers import contestants_of
+from bench.timing import clock_for, interleave, quartiles, ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all cells of a run share.
+
+    Attributes:
+        threads: Of torch, on the CPU.
+        register: Modules or files that register a user's own mechanisms.
+        peaks: What ``machine.measure_peaks`` found.
+        quality: Results of ``recipes/compare.py``, or None.
+    """
+
+    threads: int = 1
+    register: tuple[str, ...] = ()
+    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+    quality: str | None = None
+
+
+class WholeLayer(torch.nn.Module):
+    """A layer with what its mechanism does at the end of the block, which its cost includes."""
+
+    def __init__(self, layer: Attention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        return self.layer.after_block(self.layer(x, grid), grid)
+
+
+def prepare(settings: Settings) -> str:
+    """Sets threads and allocator and imports the user's mechanisms; returns the allocator."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    for name in settings.register:
+        register(name)
+    return machine.keep_freed_memory()
+
+
+def register(name: str) -> None:
+    """Imports a module, by name or by path, for what it registers; once."""
+    if not name.endswith(".py"):
+        importlib.import_module(name)
+        return
+    path = Path(name).resolve()
+    module = f"bench_registered_{path.stem}"
+    if module in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"--register {name}: no such file")
+    sys.modules[module] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module])
+
+
+def peaks(settings: Settings, device: str, dtypes: tuple[str, ...]) -> dict[str, float]:
+    """See ``machine.measure_peaks``."""
+    prepare(settings)
+    return machine.measure_peaks(device, dtypes, settings.threads)
+
+
+def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Measures a cell of kind layer, backbone or peers.
+
+    Returns:
+        "rounds": the seconds of each round; everything else is for the record.
+
+    Raises:
+        Unsupported: It cannot run here.
+        WrongResult: A fast path differs from its twin; nothing was timed.
+    """
+    allocator = prepare(settings)
+    dtype, device, options = getattr(torch, cell.dtype), cell.device, dict(cell.options)
+    check = check_layer(cell.mechanism, options, cell.width, cell.dtype, device, cell.side)
+    record: dict[str, Any] = {"check": check}
+    if cell.kind == "peers":
+        model, calls, found = _with_peers(cell, dtype)
+        record |= found
+    else:
+        model, call = _subject(cell, cell.mechanism, options, dtype)
+        calls = {"attnzoo": call}
+        for name in cell.against:
+            if name != cell.mechanism or options or cell.compiled:
+                calls[name] = _subject(cell, name, {}, dtype, compiled=False)[1]
+    is_half_on_cpu = device == "cpu" and cell.dtype != "float32"
+    if is_half_on_cpu and cell.kind == "layer" and "softmax" in calls:
+        # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
+        calls["softmax, plain"] = _plain_softmax(cell, dtype)
+    clock, timer = clock_for(device, settings.threads)
+    least = 1 if cell.seconds == 0 else 3
+    rounds = interleave(calls, clock, cell.rounds, cell.seconds, least)
+    if "softmax, plain" in rounds:
+        plain = rounds.pop("softmax, plain")
+        rounds["softmax"] = min(plain, rounds["softmax"], key=sum)
+    peak = peak_memory(calls["attnzoo"], device)
+    resident = sum(p.numel() * p.element_size() for p in model.parameters())
+    record |= {
+        **_costs(model, cell),
+        "rounds": rounds["attnzoo"],
+        "ratios": {n: ratio(rounds["attnzoo"], r) for n, r in rounds.items() if n != "attnzoo"},
+        "peak_memory": peak.bytes,
+        "allocated": peak.allocated,
+        "parameter_memory": resident,
+        "memory_method": peak.method,
+        "impl": options.get("impl", getattr(_config(model), "impl", "only one")),
+        "operators": list(peak.operators),
+        "timer": timer,
+        "allocator": allocator,
+        "cell_cpu_seconds": time.process_time(),
+        **machine.describe(device, settings.threads),
+    }
+    median = quartiles(rounds["attnzoo"])[1]
+    step = record["macs_training"] if cell.mode == "train" else record["macs"]
+    if step:
+        record["gflops"] = 2 * step * cell.batch / median / 1e9
+        if cell.dtype in settings.peaks:
+            record["peak_gflops"] = settings.peaks[cell.dtype]
+            record["share_of_peak"] = record["gflops"] / settings.peaks[cell.dtype]
+    if cell.kind == "peers" and record["ratios"]:
+        best = max(record["ratios"], key=lambda name: record["ratios"][name]["median"])
+        record["best_peer"], record["ratio_to_best"] = best, record["ratios"][best]
+    return record
+
+
+def count(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Counts a layer's multiply-accumulates; nothing runs."""
+    prepare(settings)
+    clock, timer = clock_for("cpu", settings.threads)
+    start = clock()
+    with torch.device("meta"):
+        layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
+    return {**_costs(layer, cell), "rounds": [clock() - start], "timer": timer,
+            **machine.describe("cpu", settings.threads)}  # fmt: skip
+
+
+def _subject(
+    cell: Cell,
+    mechanism: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    compiled: bool | None = None,
+) -> tuple[torch.nn.Module, Callable[[], Any]]:
+    """A model with trained-like weights, and one forward or training step of it."""
+    model = build(cell.kind, mechanism, cell.width, options, cell.resolution)
+    model = model.to(cell.device, dtype).train(cell.mode == "train")
+    inputs = _inputs(cell, model, dtype)
+    run: Any = WholeLayer(model) if isinstance(model, Attention) else model
+    if cell.compiled if compiled is None else compiled:
+        run = torch.compile(run, fullgraph=True)
+    return model, step_of(run, inputs, cell.mode)
+
+
+def _plain_softmax(cell: Cell, dtype: torch.dtype) -> Callable[[], Any]:
+    layer, _ = _subject(cell, "softmax", {}, dtype, compiled=False)
+    peer = contestants_of(layer)[1]["matmul-softmax-matmul"]  # type: ignore[arg-type]
+    return step_of(peer, _inputs(cell, layer, dtype), cell.mode)
+
+
+def build(
+    kind: str, mechanism: str, width: int, options: dict[str, Any], resolution: int
+) -> torch.nn.Module:
+    """A layer, or the shared backbone of the controlled protocol: equal depth, heads and MLP."""
+    if kind != "backbone":
+        return attnzoo.build_attention(mechanism, width, **options)
+    model = build_backbone(mechanism, SIZES[width], "controlled", resolution, attn_options=options)
+    with torch.no_grad():  # zeroed gates would make every block the identity
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def _inputs(cell: Cell, model: torch.nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
+    if isinstance(model, Attention):
+        x = torch.randn(cell.batch, cell.tokens, cell.width, device=cell.device, dtype=dtype)
+        return x.requires_grad_(cell.mode == "train"), cell.grid
+    side = cell.side * 2
+    return (
+        torch.randn(cell.batch, 4, side, side, device=cell.device, dtype=dtype),
+        torch.full((cell.batch,), 500.0, device=cell.device),
+        torch.zeros(cell.batch, dtype=torch.int64, device=cell.device),
+        False,
+    )
+
+
+def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Callable[[], Any]:
+    """One forward under no_grad, or one forward and backward from clean gradients."""
+
+    def forward() -> Tensor:
+        out = run(*inputs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def inference() -> None:
+        with torch.no_grad():
+            forward()
+
+    if mode == "forward":
+        return inference
+    with torch.no_grad():
+        cotangent = torch.randn_like(forward())
+    parameters = list(run.parameters()) if isinstance(run, torch.nn.Module) else []
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+    def train() -> None:
+        for tensor in (*parameters, *tensors):
+            tensor.grad = None
+        forward().backward(cotangent)
+
+    return train
+
+
+def _with_peers(
+    cell: Cell, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, Callable[[], Any]], dict[str, Any]]:
+    """Our layer and its peers, on the same weights and inputs, each compared with ours."""
+    layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
+    layer = layer.to(cell.device, dtype).train(cell.mode == "train")
+    ours, peers, missing = contestants_of(layer)
+    small = min(cell.side, 8)
+    errors = {}
+    with torch.no_grad():
+        x = torch.randn(1, small**2, cell.width, device=cell.device, dtype=dtype)
+        for name, peer in list(peers.items()):
+            try:
+                errors[name] = check_equal(name, peer(x, (small, small)), ours(x, (small, small)))
+            except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
+                missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
+                del peers[name]
+    if not peers:
+        raise Unsupported(f"no peer of {cell.mechanism} runs here: {missing}")
+    inputs = _inputs(cell, layer, dtype)
+    calls = {"attnzoo": step_of(ours, inputs, cell.mode)}
+    calls |= {name: step_of(peer, inputs, cell.mode) for name, peer in peers.items()}
+    return layer, calls, {"peer_errors": errors, "peers_missing": missing}
+
+
+def _config(model: torch.nn.Module) -> Any:
+    layers = [m for m in model.modules() if isinstance(m, Attention)]
+    return layers[0].config
+
+
+def _costs(model: torch.nn.Module, cell: Cell) -> dict[str, Any]:
+    full = count_macs(model, grid=cell.grid)
+    try:
+        paper = count_macs(model, grid=cell.grid, convention="paper").total
+    except ValueError:  # the paper prints no figure for this mechanism
+        paper = None
+    return {
+        "macs": full.total,
+        "macs_training": full.training_step,
+        "macs_paper": paper,
+        "macs_parts": full.parts,
+        "parameters": full.parameters,
+        "active_parameters": full.active_parameters,
+        "macs_measured": list(full.measured),
+    }

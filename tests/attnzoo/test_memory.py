@@ -1,0 +1,80 @@
+"""Nothing n x n, and no more tensors of n x d than each linear mechanism's budget."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+DIM = 384
+# Peak of a forward without gradients and of a training step, in tensors of n x d beyond the
+# input, as the mechanisms' steps say: what is kept, and the few tensors in passing.
+CLOSED_FORM = {
+    ("sana", ()): (6, 9),
+    ("sana", (("stream", 1024),)): (1.4, None),
+    ("focused", ()): (7, 16),
+    ("focused", (("stream", 1024),)): (1.4, None),
+    ("lit", ()): (8, 10.5),
+    ("dydila", ()): (7, 15.5),
+    ("dydila", (("stream", 1024),)): (1.6, None),
+    ("dydila-map", ()): (9, 16.5),
+}
+
+SCRIPT = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+from attnzoo import build_attention
+
+torch.set_num_threads(1)
+side, name, options, train = {side}, {name!r}, dict({options!r}), {train}
+layer = build_attention(name, {dim}, **options).train(train)
+x = torch.randn(1, side * side, {dim}, requires_grad=train)
+
+def step():
+    with torch.set_grad_enabled(train):
+        out = layer(x, (side, side))
+    if train:
+        out.sum().backward()
+
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    step()
+events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+now = peak = 0
+for event in sorted(events, key=lambda e: e.start_ns()):
+    now += event.nbytes()
+    peak = max(peak, now)
+print(peak / (4 * side * side * {dim}))
+"""
+
+
+def _peak(name: str, options: tuple, side: int, train: bool) -> float:
+    script = SCRIPT.format(name=name, options=options, side=side, train=train, dim=DIM)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+CELLS = [
+    (name, options, train, budget)
+    for (name, options), budgets in CLOSED_FORM.items()
+    for train, budget in zip((False, True), budgets, strict=True)
+    if budget is not None
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "train", "budget"), CELLS)
+def test_peak_memory_stays_in_its_budget(name, options, train, budget):
+    assert _peak(name, options, 128, train) < 1.5 * budget
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_dydila_keeps_to_the_goal(train):
+    assert _peak("dydila", (), 64, train) < (17 if train else 10.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sana", "focused", "lit", "dydila", "dydila-map"])
+def test_peak_memory_grows_with_n_alone(name):
+    small, large = (_peak(name, (), side, False) * side**2 for side in (32, 128))
+    assert math.log(large / small) / math.log(16) < 1.02

@@ -1,0 +1,311 @@
+"""The Triton kernels equal the eager operators: outputs and gradients, on a GPU or interpreted.
+
+Without a GPU the kernels run under Triton's interpreter, which must be asked for before Triton is
+first imported: one test here runs this file again in a process of its own, with TRITON_INTERPRET.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attnzoo.ops import fla, fused
+from attnzoo.ops.focused import naive_power_map, power_map
+from attnzoo.ops.routing import naive_routed_projection, route, routed_scalar, router_logits
+from attnzoo.testing import build_scrambled, tokens, twin_of
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
+
+
+def test_kernels_in_a_process_of_their_own():
+    if not HAS_TRITON:
+        with pytest.raises(RuntimeError, match=r"attnzoo\[triton\]"):
+            fused.relu_power_map(torch.ones(1, 4), torch.ones(1))
+    elif not CAN_RUN:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_asking_for_triton_without_it_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match=r"attnzoo\[triton\]"):
+        fused.require_triton()
+
+
+def test_asking_for_fla_without_it_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(RuntimeError, match=r"attnzoo\[fla\]"):
+        fla.require_fla()
+
+
+def close(found, expected, dtype=torch.float32, scale=1.0):
+    """Equal up to ``scale`` times the rounding of ``dtype``."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    assert found.shape == expected.shape
+    if dtype == torch.float32:  # every entry, relative to the largest
+        error, size = (found - expected).abs().amax(), expected.abs().amax()
+    else:  # in all: a rounded logit may tip a choice
+        error, size = (found - expected).norm(), expected.norm()
+    budget = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype] * scale
+    assert error <= budget * size.clamp_min(1e-30), (error / size).item()
+
+
+if CAN_RUN:
+
+    def random(*shape, seed=0, dtype=torch.float32, grad=True):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+
+    def indices(kind, tokens, experts):
+        generator = torch.Generator().manual_seed(1)
+        return {
+            "uniform": lambda: torch.randint(0, experts, (tokens,), generator=generator),
+            "all to the last": lambda: torch.full((tokens,), experts - 1),
+            "one empty": lambda: torch.randint(0, experts - 1, (tokens,), generator=generator) + 1,
+        }[kind]().to(DEVICE)
+
+    @pytest.mark.parametrize("kind", ["uniform", "all to the last", "one empty"])
+    @pytest.mark.parametrize("tokens", [1, 37, 1300])
+    def test_counting_sort_is_a_stable_argsort(kind, tokens):
+        from attnzoo.ops.triton_kernels import sort_by_expert
+
+        index = indices(kind, tokens, 3)
+        order, ends = sort_by_expert(index, 3)
+        assert torch.equal(order.long(), index.argsort(stable=True))
+        assert ends.tolist()[:3] == torch.bincount(index, minlength=3).cumsum(0).tolist()
+
+    @pytest.mark.parametrize("kind", ["uniform", "all to the last", "one empty"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("tokens", "wide", "narrow"), [(37, 40, 24), (150, 48, 80)])
+    def test_routed_projection(kind, dtype, tokens, wide, narrow):
+        x, weight = random(tokens, wide, dtype=dtype), random(3, wide, narrow, seed=1, dtype=dtype)
+        index, cotangent = indices(kind, tokens, 3), random(tokens, narrow, seed=2, dtype=dtype)
+        expected = naive_routed_projection(x, weight, index)
+        grads = torch.autograd.grad(expected, (x, weight), cotangent)
+        with torch.no_grad():
+            found, plan = fused.device_routed_projection(x, weight, index)
+            found_grads = fused.device_routed_projection_backward(cotangent, x, weight, plan)
+        close(found, expected, dtype)
+        for mine, theirs in zip(found_grads, grads, strict=True):
+            close(mine, theirs, dtype)
+
+    def chosen_over_itself(routed):
+        chosen = routed.probability.gather(-1, routed.index.unsqueeze(-1))
+        return chosen / chosen.detach()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(2, 19, 48), (1, 70, 130)])
+    def test_routed_pair(shape, dtype):
+        b, n, d = shape
+        x = random(b, n, d, dtype=dtype)
+        routers = [random(3, d, seed=s, dtype=dtype) for s in (1, 2)]
+        weights = [random(3, d, 32, seed=s, dtype=dtype) for s in (3, 4)]
+        operands = (x, *routers, *weights)
+        cotangent = random(2, b, n, 32, seed=5, dtype=dtype, grad=False)
+        out, index, gates = fused.routed_pair(x, routers, weights)
+        assert torch.equal(gates, torch.ones_like(gates))
+        # Whoever uses the tokens owes the gates their gradient.
+        owed = (out.detach().float() * cotangent.float()).sum(-1)
+        found = torch.autograd.grad([out, gates], operands, [cotangent, owed])
+        routed = [route(router_logits(x, router), "ste") for router in routers]
+        expected = torch.stack(
+            [
+                naive_routed_projection(x, w, r.index) * chosen_over_itself(r).to(dtype)
+                for w, r in zip(weights, routed, strict=True)
+            ]
+        )
+        assert torch.equal(index, torch.stack([routed[0].index, routed[1].index + 3]))
+        close(out, expected, dtype)
+        for mine, theirs in zip(
+            found, torch.autograd.grad(expected, operands, cotangent), strict=True
+        ):
+            close(mine, theirs, dtype, 3)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("rows", "d"), [(1, 16), (37, 48), (9, 130), (3, 1024)])
+    def test_power_map(rows, d, dtype):
+        z = random(rows, d, dtype=dtype)
+        gamma = (random(rows, 1, seed=1, grad=False).abs() + 0.5).requires_grad_()
+        cotangent = random(rows, d, seed=2, dtype=dtype, grad=False)
+        expected = power_map(F.relu(z), gamma)
+        found = fused.relu_power_map(z, gamma)
+        close(found, expected, dtype)
+        pairs = zip(
+            torch.autograd.grad(found, (z, gamma), cotangent),
+            torch.autograd.grad(expected, (z, gamma), cotangent),
+            strict=True,
+        )
+        for mine, theirs in pairs:
+            close(mine, theirs, dtype)
+
+    @pytest.mark.parametrize("gamma", [0.4, 3.0, 6.3])
+    @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e15])
+    def test_power_map_at_any_scale(gamma, scale):
+        z = (random(5, 40, grad=False) * scale).requires_grad_()
+        gammas = torch.full((5, 1), gamma, device=DEVICE)
+        found = fused.relu_power_map(z, gammas)
+        close(found, naive_power_map(F.relu(z), gammas))
+        assert torch.autograd.grad(found.sum(), z)[0].isfinite().all()
+
+    def test_power_map_keeps_dead_rows_and_shows_nan():
+        z = random(4, 7, 16, grad=False)
+        z[1, 2] = -1
+        z[3, 6, 5] = float("nan")
+        z.requires_grad_()
+        out = fused.relu_power_map(z, torch.full((1,), 3.0, device=DEVICE))
+        assert out[1, 2].abs().sum() == 0
+        assert out[3, 6].isnan().all() and out[:3].isfinite().all()
+        (grad,) = torch.autograd.grad(out[:3].sum(), z)
+        assert grad[:3].isfinite().all()
+
+    def reference_difference(z1, z2, routers, gammas, rd, lambdas, key_sum, eps, gradient):
+        """The same by the library's eager operators."""
+        routes = [route(router_logits(z, r), gradient) for z, r in zip((z1, z2), routers)]  # noqa: B905
+        powered = [
+            power_map(F.relu(z), routed_scalar(routed, gamma, gradient))
+            for z, routed, gamma in zip((z1, z2), routes, gammas)  # noqa: B905
+        ]
+        routed = route(router_logits(torch.cat(powered, -1), rd), gradient)
+        out = powered[0].float() - routed_scalar(routed, lambdas, gradient) * powered[1].float()
+        if key_sum is not None:
+            out = out / (powered[0].float() @ key_sum.unsqueeze(-1) + eps)
+        return out.to(z1.dtype), powered[0].float().sum(1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("gradient", ["ste", "none"])
+    @pytest.mark.parametrize("is_normalized", [True, False])
+    @pytest.mark.parametrize(
+        ("b", "n", "d", "n_gamma", "n_lambda"), [(2, 37, 48, 9, 9), (1, 70, 136, 21, 5)]
+    )
+    def test_focused_difference(dtype, gradient, is_normalized, b, n, d, n_gamma, n_lambda):
+        wide = random(b, n, 2 * d, dtype=dtype, grad=False)
+        # A slice of a wider tensor, as the shared projection gives it.
+        z1 = wide[..., :d].detach().requires_grad_()
+        z2 = random(b, n, d, seed=1, dtype=dtype)
+        routers = [random(n_gamma, d, seed=s, dtype=dtype) for s in (2, 3)]
+        rd = random(n_lambda, 2 * d, seed=4, dtype=dtype)
+        gammas = (torch.linspace(1.5, 4, 2 * n_gamma).view(2, n_gamma)).to(DEVICE)
+        gammas.requires_grad_()
+        lambdas = torch.linspace(-0.2, 0.5, n_lambda, device=DEVICE).requires_grad_()
+        gates = torch.ones(b, n, device=DEVICE, requires_grad=True)
+        key_sum = random(b, d, seed=5).detach().abs().requires_grad_() if is_normalized else None
+        cotangent = random(b, n, d, seed=6, dtype=dtype, grad=False)
+        sum_cotangent = random(b, d, seed=7, grad=False)
+
+        found = fused.focused_difference(
+            z1, z2, routers, gammas, rd, lambdas, gates, key_sum, 1e-6, gradient == "ste"
+        )
+        gated = z2 * gates.unsqueeze(-1).to(dtype) if gradient == "ste" else z2
+        expected = reference_difference(
+            z1, gated, routers, gammas, rd, lambdas, key_sum, 1e-6, gradient
+        )
+        operands = [z1, z2, gammas, lambdas]
+        operands += [key_sum] if is_normalized else []
+        operands += [*routers, rd, gates] if gradient == "ste" else []
+        outputs, cotangents = 1 if is_normalized else 2, [cotangent, sum_cotangent]
+        grads = [
+            torch.autograd.grad(both[:outputs], operands, cotangents[:outputs])
+            for both in (found, expected)
+        ]
+        for mine, theirs in zip(found[:outputs], expected[:outputs], strict=True):
+            close(mine, theirs, dtype, 2)
+        for mine, theirs in zip(*grads, strict=True):
+            close(mine, theirs, dtype, 4 if dtype == torch.float32 else 8)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_half_products(dtype):
+        q, k, v = (random(2, 3, 40, 16, seed=s, dtype=dtype) for s in range(3))
+        cotangent = random(2, 3, 40, 16, seed=4, dtype=dtype, grad=False)
+        exact = [z.detach().double().requires_grad_() for z in (q, k, v)]
+        expected = exact[0] @ (exact[1].mT @ exact[2])
+        found = fused.half_kernel_product(q, k, v)
+        close(found, expected, dtype)
+        for mine, theirs in zip(
+            torch.autograd.grad(found, (q, k, v), cotangent),
+            torch.autograd.grad(expected, exact, cotangent.double()),
+            strict=True,
+        ):
+            close(mine, theirs, dtype)
+        sums = fused.half_key_sums(q.abs(), k.abs())
+        close(sums, exact[0].abs() @ exact[1].abs().sum(-2).unsqueeze(-1))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("grid", [(1, 1), (5, 18)])
+    @pytest.mark.parametrize("has_bias", [True, False])
+    def test_stencil(dtype, grid, has_bias, monkeypatch):
+        from attnzoo.ops import triton_kernels
+
+        for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
+            monkeypatch.setattr(triton_kernels, name, (2, 16, 16, 4))
+        b, c = 2, 20
+        x = random(b, grid[0] * grid[1], c, dtype=dtype)
+        weight = random(c, 1, 3, 3, seed=1, dtype=dtype)
+        bias = random(c, seed=2, dtype=dtype) if has_bias else None
+        added = random(*x.shape, seed=3, dtype=dtype)
+        cotangent = random(*x.shape, seed=4, dtype=dtype, grad=False)
+        image = x.float().unflatten(1, grid).permute(0, 3, 1, 2)
+        expected = F.conv2d(
+            image, weight.float(), None if bias is None else bias.float(), padding=1, groups=c
+        )
+        expected = expected.permute(0, 2, 3, 1).flatten(1, 2) + added
+        found = fused.depthwise3x3(x, weight, bias, grid, added)
+        close(found, expected, dtype)
+        operands = [x, weight, added] + ([bias] if has_bias else [])
+        for mine, theirs in zip(
+            torch.autograd.grad(found, operands, cotangent),
+            torch.autograd.grad(expected, operands, cotangent.float()),
+            strict=True,
+        ):
+            close(mine, theirs, dtype)
+
+    def fused_forward(layer, x, grid):
+        names = ["query", "key", "query_prime", "key_prime"]
+        query, key, value = layer.shared(x).chunk(3, dim=-1)
+        out = fused.dynamic_differential_attention(
+            x,
+            query,
+            key,
+            value,
+            [layer.projector_routers[z].weight for z in names[:2]],
+            [layer.projectors[z] for z in names[:2]],
+            [layer.kernel_routers[z].weight for z in names],
+            layer.gamma.expand(4, -1),
+            [layer.differential_routers[z].weight for z in names[:2]],
+            layer.lambda_.expand(2, -1),
+            layer.config.eps,
+            layer.config.router_gradient == "ste",
+        )
+        return layer.proj(out + layer.conv(value, grid))
+
+    @pytest.mark.parametrize("gradient", ["ste", "none"])
+    def test_whole_layer_equals_the_naive_twin(gradient):
+        layer = build_scrambled("dydila", router_gradient=gradient).to(DEVICE)
+        grid = (5, 8)
+        x = tokens(grid).to(DEVICE).requires_grad_()
+        cotangent = random(*x.shape, seed=3, grad=False)
+        results = []
+        for out in (fused_forward(layer, x, grid), twin_of(layer)(x, grid)):
+            layer.zero_grad()
+            results.append(out)
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        close(*results)
+        found = torch.autograd.grad(results[0], [x, *parameters], cotangent, allow_unused=True)
+        layer.config = dataclasses.replace(layer.config, impl="naive")
+        expected = torch.autograd.grad(
+            layer(x, grid), [x, *parameters], cotangent, allow_unused=True
+        )
+        largest = max(grad.abs().max() for grad in expected if grad is not None)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert (mine - theirs).abs().max() <= 1e-4 * largest

@@ -1,0 +1,33 @@
+"""Linear mechanisms stay linear in memory at 16,384 tokens, under a cap, in their own process."""
+
+import pytest
+
+import attnzoo
+from bench.cells import Cell
+from bench.isolate import run_isolated
+from bench.worker import Settings, measure
+
+TOKENS, DIM = 16384, 384
+# Tensors of n x d alive at the peak of a forward, as measured when the budget was set and rounded
+# up; DyDiLA's and Sana's are goal G7's and what the operators of the layer add up to.
+TENSORS = {
+    "agent": 6, "dig": 13, "dydila": 10, "dydila-map": 14, "edit": 5, "focused": 10, "gated": 23,
+    "lit": 8, "sana": 7,
+}  # fmt: skip
+
+
+def test_every_linear_mechanism_has_a_budget():
+    linear = {
+        n for n in attnzoo.list_attention() if "n²" not in attnzoo.get_attention(n).complexity
+    }
+    assert linear == set(TENSORS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", sorted(TENSORS))
+def test_peak_memory_stays_within_its_budget(mechanism):
+    budget = int(1.5 * TENSORS[mechanism] * TOKENS * DIM * 4)
+    cell = Cell(mechanism=mechanism, resolution=2048, width=DIM, seconds=0.0)
+    outcome = run_isolated(measure, cell, Settings(), memory=budget + 2**29, timeout=300)
+    assert outcome.state == "measured", outcome.reason
+    assert outcome.result["peak_memory"] <= budget

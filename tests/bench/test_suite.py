@@ -1,0 +1,269 @@
+"""The suite end to end, as a user runs it: through pytest, in a process of its own."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attnzoo
+from bench import compare, fits, goals, plot, recommend, results
+from bench.cells import Request, table
+from recipes.console import UserError
+
+ROOT = Path(__file__).parents[2]
+WRONG = str(Path(__file__).with_name("wrong.py"))
+
+
+def suite(*arguments, timeout=240):
+    """Runs ``pytest bench/`` and returns the finished process."""
+    # The run is its own, not a part of this one: pytest-benchmark writes nothing in a worker.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Two mechanisms at two sizes, layers and counts only."""
+    path = tmp_path_factory.mktemp("quick") / "out.json"
+    done = suite(
+        "--mechanisms", "sana,softmax", "--resolutions", "128,256", "--widths", "96",
+        "-k", "(latency and layer) or (peers and sana-128px) or count",
+        "--benchmark-group-by", "param:resolution", "--benchmark-json", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, done.stdout
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Mechanisms that end in each of the other ways."""
+    path = tmp_path_factory.mktemp("broken") / "out.json"
+    done = suite(
+        "--register", WRONG, "--mechanisms", "wrong,greedy,slow,unavailable,sana",
+        "--resolutions", "256", "--widths", "96", "--cell-timeout", "4",
+        "--memory-cap", "1GiB", "-k", "latency and layer and forward",
+        "--benchmark-json", str(path),
+    )  # fmt: skip
+    return json.loads(path.read_text()), done
+
+
+def by_id(report):
+    return {b["extra_info"]["id"]: b["extra_info"] for b in report["benchmarks"]}
+
+
+def test_every_cell_is_measured_with_what_the_issue_lists(quick):
+    report = json.loads(quick[0].read_text())
+    assert report["cells_not_measured"] == []
+    assert len(report["cells_requested"]) == len(report["benchmarks"]) == 13
+    info = by_id(report)["layer-sana-256px-d96-float32-forward"]
+    expected = {
+        "mechanism": "sana", "tokens": 256, "impl": "auto", "dtype": "float32", "device": "cpu",
+        "threads": 1, "timer": "process CPU time", "options": {},
+    }  # fmt: skip
+    assert {key: info[key] for key in expected} == expected
+    for key in ("versions", "commit", "allocator", "load", "peak_memory", "parameters", "check"):
+        assert info[key], key
+    assert info["macs"] == attnzoo.build_attention("sana", 96).macs((16, 16))
+    assert info["macs_training"] > 2 * info["macs"] and info["macs_paper"] < info["macs"]
+    assert 0 < info["share_of_peak"] < 1.5
+    assert set(info["ratios"]) == {"softmax"} and info["ratios"]["softmax"]["rounds"] >= 3
+    softmax = by_id(report)["layer-softmax-256px-d96-float32-forward"]
+    assert softmax["operators"] == ["_scaled_dot_product_flash_attention_for_cpu"]
+    peers = by_id(report)["peers-sana-128px-d96-float32-forward"]
+    assert peers["best_peer"] in ("diffusers Sana processor", "naive map")
+    assert "the time of the best peer" in quick[1]
+
+
+def test_the_rounds_in_the_json_are_those_of_the_cells_process(quick):
+    report = json.loads(quick[0].read_text())
+    for entry in report["benchmarks"]:
+        seconds = entry["stats"]["median"]
+        assert 1e-6 < seconds < 5, entry["name"]
+        if "gflops" in entry["extra_info"]:
+            info = entry["extra_info"]
+            step = info["macs_training" if info["mode"] == "train" else "macs"]
+            assert info["gflops"] == pytest.approx(2 * step / seconds / 1e9, rel=1e-6)
+    assert "param:resolution" not in quick[1] and "resolution=128" in quick[1]
+
+
+def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
+    small = tmp_path / "small.json"
+    assert results.main([str(quick[0]), "--compact", str(small)]) == 0
+    assert small.stat().st_size < quick[0].stat().st_size / 2
+    out = tmp_path / "plots"
+    assert plot.main([str(small), "--out", str(out)]) == 0
+    names = {path.stem for path in out.glob("*.png")}
+    assert names >= {
+        "time-layer-forward-d96-float32", "memory-layer-forward-d96-float32", "macs-d96",
+        "ratios-layer-forward-d96-float32", "arithmetic-layer-forward-d96-float32",
+        "roofline-layer-forward-d96-float32",
+    }  # fmt: skip
+    assert names == {path.stem for path in out.glob("*.svg")}
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(names)
+    assert 'src="http' not in page and "13 cells requested, 13 measured" in page
+
+
+def test_recommend(quick, tmp_path, capsys):
+    assert recommend.main([str(quick[0]), "--resolution", "1024", "--memory", "8GiB"]) == 0
+    shown = capsys.readouterr().out
+    assert "- sana: the fastest" in shown and "(estimated)" in shown
+    assert "was not measured" in shown and "Nothing is said of quality" in shown
+    assert recommend.main([str(quick[0]), "--resolution", "256", "--memory", "1MiB"]) == 0
+    assert "Nothing fits. The smallest is" in capsys.readouterr().out
+    quality = tmp_path / "summary.csv"
+    quality.write_text(
+        "data,level,resolution,cfg,variant,metric,mean,std,seeds\n"
+        "shapes,easy,32,1.0,sana,FID[smallcnn],9.0,0.1,3\n"
+        "shapes,easy,32,1.0,softmax,FID[smallcnn],5.0,0.1,3\n"
+    )
+    assert recommend.main([str(quick[0]), "--resolution", "256", "--quality", str(tmp_path)]) == 0
+    assert re.search(r"- softmax: .*the best FID\[smallcnn\]", capsys.readouterr().out)
+
+
+def test_two_files_are_compared_beyond_their_spread(quick, tmp_path, capsys):
+    report = json.loads(quick[0].read_text())
+    for entry in report["benchmarks"]:
+        if entry["extra_info"]["id"] == "layer-sana-256px-d96-float32-forward":
+            entry["stats"]["data"] = [3 * seconds for seconds in entry["stats"]["data"]]
+    slower = tmp_path / "slower.json"
+    slower.write_text(json.dumps(report))
+    assert compare.main([str(quick[0]), str(slower)]) == 0
+    shown = capsys.readouterr().out
+    assert "| layer-sana-256px-d96-float32-forward | slower |" in shown and "1 changes" in shown
+    assert compare.main([str(quick[0]), str(quick[0])]) == 0
+    assert "0 changes" in capsys.readouterr().out
+
+
+def test_nothing_vanishes(broken):
+    report, done = broken
+    absent = {cell["name"]: cell for cell in report["cells_not_measured"]}
+    assert len(report["cells_requested"]) == 5 == len(report["benchmarks"]) + len(absent)
+    found = {name.partition("layer-")[2].partition("-")[0]: c for name, c in absent.items()}
+    assert {name: cell["state"] for name, cell in found.items()} == {
+        "wrong": "error", "greedy": "out-of-memory", "slow": "timeout",
+        "unavailable": "unsupported",
+    }  # fmt: skip
+    assert "differs from its twin" in found["wrong"]["reason"]
+    assert "no_such_package_anywhere" in found["unavailable"]["reason"]
+    assert done.returncode == 1 and "5 requested, 1 measured" in done.stdout
+    for cell in absent.values():
+        assert cell["name"] in done.stdout
+
+
+def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
+    path = tmp_path / "none.json"
+    suite("--register", WRONG, "--mechanisms", "unavailable", "--resolutions", "256", "--widths",
+          "96", "-k", "latency and layer", "--benchmark-json", str(path))  # fmt: skip
+    report = json.loads(path.read_text())
+    assert report["benchmarks"] == []
+    assert len(report["cells_requested"]) == len(report["cells_not_measured"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mechanisms", "sanna"), "did you mean 'sana'"),
+        (("--mechanisms", "sana:implementation=naive"), "sana"),
+        (("--resolutions", "250"), "the nearest is 256"),
+        (("--dtypes", "float23"), "did you mean 'float32'"),
+        (("--memory-cap", "much"), "write it like 8GiB"),
+        (("--quick", "--full"), "exclude each other"),
+        (("--register", "no/such/file.py"), "no such file"),
+        (("--goals", "G99", "--full"), "unknown goal 'G99'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, message):
+    from bench.settings import settings_from
+    from bench.worker import register
+
+    flags = dict(zip(arguments[::2], arguments[1::2], strict=False))
+    if "--quick" in arguments:
+        done = suite(*arguments)
+        assert done.returncode == 4 and message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        return
+    defaults = {
+        "profile": "full", "device": "cpu", "mechanisms": "", "resolutions": "", "widths": "",
+        "dtypes": "", "goals": "", "threads": "1", "memory_cap": "8GiB", "cell_timeout": "60",
+        "quality": None, "register": (),
+    }  # fmt: skip
+    given = {name.strip("-").replace("-", "_"): text for name, text in flags.items()}
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        if "register" in given:
+            register(given["register"])
+        settings_from(tuple(goals.GOALS), **(defaults | given))
+
+
+def test_tables_are_data_without_doubles_and_cover_what_was_asked():
+    for request in (Request(), Request(profile="full", goals=tuple(goals.GOALS)),
+                    Request(profile="full", device="cuda")):  # fmt: skip
+        cells = table(request)
+        assert len({cell.id for cell in cells}) == len(cells)
+        assert {cell.mechanism for cell in cells} >= set(attnzoo.list_attention())
+    cuda = [cell for cell in table(Request(profile="full", device="cuda")) if cell.kind == "layer"]
+    assert {cell.tokens for cell in cuda} >= {256, 65536}
+    assert {cell.mode for cell in cuda} == {"forward", "train"}
+    assert {cell.width for cell in cuda} == {384, 768}
+
+
+def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path, capsys):
+    rows = [
+        goals.Row(goal="G9", what="times faster", value=2.6, owed=2.5, aim=3.1, better="higher"),
+        goals.Row(goal="G4", what="time", value=2.4, owed=2.3, aim=1.97, better="lower", q1=2.3,
+                  q3=2.5),
+        goals.Row(goal="G8", what="peak", value=None, owed=0.35, aim=0.21, better="lower"),
+        goals.Row(goal="G13", what="breaks", value=0.0, owed=0, aim=0, better="lower"),
+    ]  # fmt: skip
+    entry = {"extra_info": {"rows": [dataclasses.asdict(row) for row in rows]}}
+    path, page = tmp_path / "goals.json", tmp_path / "page.md"
+    path.write_text(json.dumps({"benchmarks": [entry]}))
+    page.write_text("before\n<!-- goals -->\nold\n<!-- /goals -->\nafter\n")
+    assert goals.main([str(path), "--into", str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[7].strip() for line in lines[2:6]] == [
+        "NOT MET", "not measured", "met", "aim reached",
+    ]  # fmt: skip
+    text = page.read_text()
+    assert text.startswith("before\n<!-- goals -->\n| goal") and text.endswith("-->\nafter\n")
+    assert "old" not in text and "2.3 to 2.5" in text
+    page.write_text("nothing")
+    with pytest.raises(UserError, match="needs one line"):
+        goals.main([str(path), "--into", str(page)])
+
+
+def test_exponents_crossovers_and_fronts():
+    sizes = [256.0, 1024.0, 4096.0, 16384.0]
+    linear = [(n, 3 * n) for n in sizes]
+    quadratic = [(n, n**2 / 1000) for n in sizes]
+    assert fits.exponent(linear) == pytest.approx(1) and fits.exponent(linear[:1]) is None
+    assert fits.exponent(quadratic, least=1024) == pytest.approx(2)
+    x, y = fits.crossover(linear, quadratic)
+    assert x == pytest.approx(3000) and y == pytest.approx(9000)
+    assert fits.crossover(quadratic, linear) is None
+    assert fits.value_at(linear, 1024) == (3072, True)
+    value, is_measured = fits.value_at(quadratic, 65536)
+    assert value == pytest.approx(65536**2 / 1000) and not is_measured
+    assert fits.value_at(linear[:1], 512) is None
+    points = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (2.0, 4.0), "d": (2.0, 2.0)}
+    assert fits.pareto(points) == ["a", "b", "d"]
+
+
+def test_reading_what_is_no_report_is_a_one_line_error(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        results.read_report(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(UserError, match="no benchmarks"):
+        results.read_report(tmp_path / "bad.json")
+    (tmp_path / "empty.json").write_text('{"benchmarks": [], "machine_info": {}}')
+    with pytest.raises(UserError, match="holds no goals"):
+        goals.main([str(tmp_path / "empty.json")])
