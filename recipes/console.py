@@ -63,7 +63,8 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--set takes option=value, got {pair!r}")
-        lowered = {"true": True, "false": False, "none": None}
+        # "none" stays a word: it is a value of many options; None is Python's.
+        lowered = {"true": True, "false": False}
         try:
             value = lowered[text.lower()] if text.lower() in lowered else ast.literal_eval(text)
         except (ValueError, SyntaxError):

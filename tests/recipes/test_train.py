@@ -19,7 +19,7 @@ from attnzoo.testing import check_shapes
 from recipes import train as train_module
 from recipes.averaging import WeightAverage
 from recipes.checkpoint import Run
-from recipes.console import INTERRUPTED, UserError
+from recipes.console import INTERRUPTED, UserError, parse_options
 from recipes.guard import SpikeWatch, quartile_entry, quartile_sums
 from recipes.train import Settings, Trainer, train
 
@@ -356,3 +356,11 @@ def test_configuration_is_readable(trained):
     config = json.loads(trained.config_file.read_text())
     assert config["settings"]["attn"] == "dydila"
     assert config["data"]["class_names"] == [str(digit) for digit in range(10)]
+
+
+def test_option_values_keep_their_kind():
+    given = ["conv=none", "normalizer=none", "stream=None", "p=2", "x=true", "y=0.5", "g=(4, 6)"]
+    assert parse_options(given) == {
+        "conv": "none", "normalizer": "none", "stream": None, "p": 2, "x": True, "y": 0.5,
+        "g": (4, 6),
+    }  # fmt: skip
