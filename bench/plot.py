@@ -265,8 +265,8 @@ def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
     save: Callable[..., None]
     for name, caption, figure in figures(report):
         save = figure.savefig
-        save(out / f"{name}.png", dpi=130)
-        save(out / f"{name}.svg")
+        save(out / f"{name}.png", dpi=130, bbox_inches="tight")
+        save(out / f"{name}.svg", bbox_inches="tight")
         plt.close(figure)
         drawn.append((name, caption, out / f"{name}.png"))
     return drawn

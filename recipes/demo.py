@@ -18,6 +18,7 @@ import torch
 from recipes.checkpoint import Run
 from recipes.console import DONE, run_script, whole
 from recipes.evaluate import judge
+from recipes.palette import color_of
 from recipes.pictures import image_grid
 from recipes.sample import sample_run
 from recipes.train import Settings, train
@@ -83,7 +84,7 @@ def _draw(out: Path, picture: Path) -> None:
         smooth = [
             (totals[end] - totals[end - window]) / window for end in range(window, len(totals))
         ]
-        axes["loss"].plot(range(window, len(totals)), smooth, label=attn)
+        axes["loss"].plot(range(window, len(totals)), smooth, label=attn, color=color_of(attn))
     axes["loss"].set(
         xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log", title="training"
     )
