@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def formulas() -> dict[Any, Callable[..., int]]:
     """Multiply-accumulates of every operator that multiplies matrices, by operator."""
-    aten, own = torch.ops.aten, torch.ops.attnzoo
+    aten = torch.ops.aten
 
     def halve(formula: Callable[..., int]) -> Callable[..., int]:
         return lambda *args, **kwargs: formula(*args, **kwargs) // 2
@@ -26,8 +26,7 @@ def formulas() -> dict[Any, Callable[..., int]]:
         aten.convolution: convolution,
         aten._convolution: convolution,
         aten.convolution_backward: convolution_backward,
-        own.routed_projection: routed_projection,
-        own.routed_projection_backward: lambda grad, *rest, **_: 2 * routed_projection(*rest),
+        **OWN,
     }
     for name, formula in (
         ("_scaled_dot_product_flash_attention_for_cpu", fused_attention),
@@ -52,6 +51,63 @@ def routed_projection(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return x.numel() * weight.shape[2]  # each token meets one projector
 
 
+def routed_pair(x: Tensor, first: Tensor, second: Tensor, index: Tensor, **_: Any) -> int:
+    return index.numel() * first[0].numel()
+
+
+def gates(x: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
+    return x.shape[0] * (first.numel() + second.numel())
+
+
+def focused_difference(z: Tensor, *args: Any, **_: Any) -> int:
+    _, *routers = args[:4]
+    normalizer = 0 if args[7] is None else z.numel()
+    return z.shape[0] * z.shape[1] * sum(router.numel() for router in routers) + normalizer
+
+
+def focused_difference_backward(
+    grad: Tensor, grad_sum: Tensor, out: Tensor, z: Tensor, *args: Any, **_: Any
+) -> int:
+    # What is computed again is not counted, as nowhere.
+    _, *routers, _, _, key_sum = args[:7]
+    choices = sum(router.numel() for router in routers) if args[-1] else 0
+    return 2 * (z.shape[0] * z.shape[1] * choices + (0 if key_sum is None else z.numel()))
+
+
+def half_matmul(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return a.numel() * b.shape[-1]
+
+
+def stencil(x: Tensor, *_: Any, **__: Any) -> int:
+    return x.numel() * 9
+
+
+_own = torch.ops.attnzoo
+OWN: dict[Any, Callable[..., int]] = {
+    _own.routed_projection: routed_projection,
+    _own.routed_projection_backward: lambda grad, *rest, **_: 2 * routed_projection(*rest),
+    _own.grouped_projection: routed_pair,
+    _own.grouped_projection_backward: (
+        lambda grad, x, first, *_, **__: 2 * grad.numel() * first.shape[1]
+    ),
+    _own.routed_gates: gates,
+    _own.routed_gates_backward: lambda grad, *args, **_: 2 * gates(*args[:3]),
+    _own.focused_difference: focused_difference,
+    _own.focused_difference_backward: focused_difference_backward,
+    _own.half_matmul: half_matmul,
+    _own.stencil: stencil,
+    _own.stencil_backward: lambda grad, *_, **__: 2 * stencil(grad),
+}
+
+
+def _flops(formula: Callable[..., int]) -> Callable[..., int]:
+    return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
+
+
+for _operator, _formula in OWN.items():  # for whoever uses torch's counter alone
+    register_flop_formula(_operator, get_raw=True)(_flops(_formula))
+
+
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
     return pairs * (query.shape[-1] + value.shape[-1])
@@ -71,18 +127,34 @@ def grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
     return left.numel() * right.shape[-1]
 
 
-def factors(operator: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that an operator multiplies; the others are added or choose."""
-    aten = torch.ops.aten
+def products(operator: Any, args: tuple[Any, ...], macs: int) -> list[tuple[int, list[Tensor]]]:
+    """The products that an operator makes: their multiply-accumulates and what they multiply.
+
+    The other tensors of an operator are added or choose.
+    """
+    aten, own = torch.ops.aten, torch.ops.attnzoo
+    if operator is own.focused_difference:
+        z, _, router, key_sum = args[0], args[1], args[2], args[8]
+        if key_sum is None:
+            return [(macs, [z, router])]
+        return [(macs - z.numel(), [z, router]), (z.numel(), [z, key_sum])]
     if operator in (aten.addmm, aten.baddbmm):
         args = args[1:]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return tensors[: 3 if "attention" in str(operator) else 2]
+    return [(macs, tensors[: 3 if "attention" in str(operator) else 2])]
+
+
+def routed_weights(operator: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Parameters of which one matrix only acts on a token."""
+    own = torch.ops.attnzoo
+    places = {own.routed_projection: slice(1, 2), own.grouped_projection: slice(1, 3)}
+    return args[places[operator]] if operator in places else ()
 
 
 def attention_part(operator: Any, parameters: Iterable[str]) -> str:
     """The part of a mechanism that an operator belongs to, by the parameters it multiplies."""
-    if operator in (torch.ops.aten.convolution, torch.ops.aten._convolution):
+    aten, own = torch.ops.aten, torch.ops.attnzoo
+    if operator in (aten.convolution, aten._convolution, own.stencil):
         return "conv"
     names = list(parameters)
     if not names:

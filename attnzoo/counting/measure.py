@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnzoo.counting.formulas import attention_part, factors, formulas
+from attnzoo.counting.formulas import attention_part, formulas, products, routed_weights
 from attnzoo.counting.result import Grid, Macs, sums
 from attnzoo.counting.subject import (
     Runnable,
@@ -146,18 +146,20 @@ class _Tally:
         return count
 
     def _book(self, operator: Any, args: tuple[Any, ...], macs: int) -> None:
-        multiplied = factors(operator, args)
-        storages = map(_storage, multiplied)
-        touched = [self._parameters[s] for s in storages if s in self._parameters]
         path, named = self._stack[-1], getattr(self._model, "PARTS", {})
         block = block_of(self._model, path)
         part = next((named[component] for component in path.split(".") if component in named), "")
-        part = part or attention_part(operator, touched)
-        self.forward.setdefault(block, Counter())[part] += macs
-        self.backward[block] += macs * sum(factor.requires_grad for factor in multiplied)
-        if operator is torch.ops.attnzoo.routed_projection:
-            unused = args[1].numel() - args[1][0].numel()
-            self.inactive.setdefault(block, {})[touched[0]] = unused
+        for share, multiplied in products(operator, args, macs):
+            touched = [name for z in multiplied if (name := self._name(z))]
+            place = part or attention_part(operator, touched)
+            self.forward.setdefault(block, Counter())[place] += share
+            self.backward[block] += share * sum(factor.requires_grad for factor in multiplied)
+        for weight in routed_weights(operator, args):
+            unused = weight.numel() - weight[0].numel()
+            self.inactive.setdefault(block, {})[self._name(weight) or ""] = unused
+
+    def _name(self, tensor: Tensor) -> str | None:
+        return self._parameters.get(_storage(tensor))
 
 
 def _storage(tensor: Tensor) -> int:

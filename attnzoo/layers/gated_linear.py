@@ -10,21 +10,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import AttentionConfig
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.gated import (
     Direction,
     GatedImpl,
     gated_linear_attention,
     gated_linear_attention_macs,
+    gated_linear_block,
     scan,
     unscan,
 )
 from attnzoo.ops.precision import in_float32
+from attnzoo.ops.streaming import StreamConfig, stream_scans
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedLinearConfig(AttentionConfig):
+class GatedLinearConfig(StreamConfig):
     """Options that every mechanism with this layer has; defaults are those of GLA's library."""
 
     expand_k: float = 0.5  # width of queries and keys over dim
@@ -75,7 +76,21 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]) -> Tensor:
         """(b, height * width, dim) -> (b, height * width, dim)."""
+        if (block := self.config.block(self.training)) is not None:
+            return stream_scans(x, grid, block, directions, self._advance, self._finish)
         mixed = self._scans(x, self._heads(self.value(x)), grid, directions)
+        return self._finish(x, mixed)
+
+    def _advance(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A scan's outputs of tokens in its order, (b, n, h, dv), and the state that is left."""
+        value, config = self._heads(self.value(x)), self.config
+        operands = _operands(*self._gate_query_key(x), value, config.gate_normalizer)
+        by_head = (z.transpose(1, 2) for z in operands)
+        out, state = gated_linear_block(*by_head, state=state, impl=config.impl)
+        return out.transpose(1, 2), state
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Tokens and their mean of the scans, (b, n, h, dv) -> (b, n, dim)."""
         gate = self._heads(self.output_gate(x))
         out = _gated_norm(gate, mixed, self.norm.weight, self.config.norm_eps)
         return self.proj(rearrange(out, "b n h d -> b n (h d)"))
@@ -99,17 +114,23 @@ class GatedLinear(nn.Module):
         impl: GatedImpl | None = None,
     ) -> Tensor:
         """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
+        gate_logit, query, key = self._gate_query_key(x)
         return _mean_of_scans(
-            # In half precision a slow gate would round to none and a long sum overflow.
-            self._heads(self.forget_gate(x).to(torch.promote_types(x.dtype, torch.float32))),
-            self._heads(self.query(x)),
-            self._heads(self.key(x)),
+            gate_logit,
+            query,
+            key,
             value,
             self.config.gate_normalizer,
             grid,
             directions,
             impl or self.config.impl,
+            query.dtype,
         )
+
+    def _gate_query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # In half precision a slow gate would round to none and a long sum overflow.
+        gate = self.forget_gate(x).to(torch.promote_types(x.dtype, torch.float32))
+        return self._heads(gate), self._heads(self.query(x)), self._heads(self.key(x))
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b n h d", h=self.num_heads)
@@ -136,20 +157,31 @@ def _mean_of_scans(
     grid: tuple[int, int],
     directions: Sequence[Direction],
     impl: GatedImpl,
+    dtype: torch.dtype,
 ) -> Tensor:
-    log_gate = F.logsigmoid(gate_logit) / gate_normalizer
     operands = [
         rearrange(
             torch.cat([scan(z, grid, direction) for direction in directions]),
             "b n h d -> b h n d",
         )
-        for z in (query * query.shape[-1] ** -0.5, key, value, log_gate)
+        for z in _operands(gate_logit, query, key, value, gate_normalizer)
     ]
     query, key, value, log_gate = operands
-    out = gated_linear_attention(query, key, value, log_gate, impl)
+    if impl == "fla":  # its kernels sum half precision in float32 themselves
+        query, key, value = (z.to(dtype) for z in (query, key, value))
+    out = gated_linear_attention(query, key, value, log_gate, impl).to(log_gate.dtype)
     outs = rearrange(out, "b h n d -> b n h d").chunk(len(directions))
     outs = [unscan(z, grid, direction) for z, direction in zip(outs, directions, strict=True)]
     return torch.stack(outs).mean(0) if len(outs) > 1 else outs[0]
+
+
+@in_float32
+def _operands(
+    gate_logit: Tensor, query: Tensor, key: Tensor, value: Tensor, gate_normalizer: float
+) -> tuple[Tensor, ...]:
+    """What ``gated_linear_attention`` takes, as (b, n, h, d), of which its order is b h n d."""
+    log_gate = F.logsigmoid(gate_logit) / gate_normalizer
+    return query * query.shape[-1] ** -0.5, key, value, log_gate
 
 
 @in_float32

@@ -21,11 +21,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv, to_image, to_tokens
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.streaming import (
+    State,
+    StreamConfig,
+    convolve,
+    first_pass,
+    linear_parts,
+    second_pass,
+    softmax_fold,
+    softmax_merge,
+    spans_of,
+)
 from attnzoo.registry import register_attention
 
 
@@ -38,7 +49,7 @@ def _check_square(n_agents: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of agent attention."""
 
     n_agents: int = 64  # the mediators' code; its examples train 4, 16 and 64
@@ -116,6 +127,8 @@ class AgentAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
+        if (block := self.config.block(self.training)) is not None:
+            return self._stream(x, grid, block)
         query, agent, key, value, value_tokens = self._operands(x, grid)
         if self.config.impl == "naive":
             out = _naive_attention(query, agent, key, value, *self._biases(grid))
@@ -127,6 +140,34 @@ class AgentAttention(Attention):
         if self.conv is not None:
             out = out + self.conv(value_tokens, grid).to(out.dtype)
         return self.proj(out)
+
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        self.check_tokens(x, grid)
+        halo = 0 if self.conv is None else self.conv.reach
+        spans = spans_of(grid, block, max(1, halo))
+        gather, hand_out = self._biases(grid)
+        # The mean of the queries is the query of the mean.
+        pooled = to_tokens(F.adaptive_avg_pool2d(to_image(x, grid), self._pooled_grid(grid)))
+        agent = self._heads(linear_parts(self.qkv, pooled, self.dim, slice(1))[0])
+
+        def encode(tokens: Tensor, span: slice) -> tuple[Tensor | None, State]:
+            key, value = linear_parts(self.qkv, tokens, self.dim, slice(1, None))
+            bias = None if gather is None else gather[..., span]
+            state = softmax_fold(agent, self._heads(key), self._heads(value), bias)
+            return (None if self.conv is None else value), state
+
+        def decode(span: slice) -> Tensor:
+            [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
+            bias = None if hand_out is None else hand_out[:, span]
+            out = self._attend(self._heads(query), agent, gathered, bias)
+            out = rearrange(out, "b h n d -> b n (h d)")
+            if self.conv is not None and kept is not None:
+                out = out + convolve(kept, span, grid[1], self.conv, halo).to(out.dtype)
+            return self.proj(out)
+
+        kept, [(_, total, weighted)] = first_pass(x, spans, encode, softmax_merge)
+        gathered = (weighted / total).to(agent.dtype)
+        return second_pass(kept, spans, decode)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
@@ -142,11 +183,10 @@ class AgentAttention(Attention):
         self.check_tokens(x, grid)
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         agent = to_tokens(F.adaptive_avg_pool2d(to_image(query, grid), self._pooled_grid(grid)))
-        heads = [
-            rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
-            for z in (query, agent, key, value)
-        ]
-        return *heads, value
+        return *map(self._heads, (query, agent, key, value)), value
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def _biases(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """B_1, (heads, m, n), and B_2, (heads, n, m), or None."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +23,25 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
+from attnzoo.layers.differential_maps import (
+    Normalizer,
+    Side,
+    fold_side,
+    naive_map,
+    naive_read,
+    read_side,
+)
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.measure_kernel import GammaForm, gamma_start, measure_kernel, shaped_gamma
+from attnzoo.layers.router import Router, as_numbers
+from attnzoo.layers.stencil import convolve_tokens
 from attnzoo.ops import fused
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.linear import fold, key_sum, linear_attention_macs, quotient, read
-from attnzoo.ops.precision import autocast_operands, in_float32
-from attnzoo.ops.routing import (
-    Route,
-    RouterGradient,
-    balance_loss,
-    gated,
-    naive_gated,
-    naive_routed_projection,
-    naive_routed_scalar,
-    route,
-    routed_projection,
-    routed_scalar,
-    router_logits,
-)
+from attnzoo.ops.linear import linear_attention_macs
+from attnzoo.ops.precision import autocast_operands, operand_dtype
+from attnzoo.ops.routing import Route, RouterGradient, balance_loss
 from attnzoo.ops.streaming import State, linear_parts, stream
 from attnzoo.registry import register_attention
-
-Normalizer = Literal["base", "diff", "mean", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,7 @@ class Config(AttentionConfig):
     relu_offset: float = 0.0  # A6; FLatten adds 1e-6
     gamma_init: float = 3.0
     gamma_jitter: float = 0.0  # A1; a spread of the start values breaks the routers' tie
-    gamma_form: Literal["raw", "clamp", "softplus"] = "raw"  # A6; clamp keeps gamma >= 1
+    gamma_form: GammaForm = "raw"  # A6; clamp keeps gamma >= 1
     share_gamma: bool = True  # A7; one set for Q, K, Q', K'
     share_lambda: bool = True  # A7; one set for queries and keys
     lambda_init: float | Literal["increasing"] = 0.01  # "increasing": 0.2 to 0.8 over depth
@@ -79,7 +75,7 @@ class Config(AttentionConfig):
     key_position: tuple[int, int] | None = None
     conv: ConvKind = "acnet"  # A11
     qkv_bias: bool = False  # A12
-    # "triton": fused kernels for a GPU (docs/gpu.md), for the options that they serve.
+    # "triton": fused kernels (docs/gpu.md); "auto" takes them on a GPU for options they serve.
     impl: Literal["auto", "naive", "triton"] = "auto"
     stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
 
@@ -126,42 +122,15 @@ LADDER: dict[str, dict[str, Any]] = {
 }
 
 
-class Side(NamedTuple):
-    """Queries or keys as the core multiplies them, (b, h, n, d_head).
-
-    Attributes:
-        terms: One of every attention map.
-        norms: What normalises each, if anything does.
-        factor: The second map's, of queries in "dydila-map".
-    """
-
-    terms: list[Tensor]
-    norms: list[Tensor]
-    factor: Tensor | None
-
-
-class Router(nn.Module):
-    """A bias-free linear router that chooses one of ``choices`` for every token."""
-
-    def __init__(self, dim: int, choices: int, gradient: RouterGradient) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(choices, dim))
-        nn.init.xavier_uniform_(self.weight)
-        self.gradient: RouterGradient = gradient
-
-    def forward(self, *parts: Tensor) -> Route:
-        """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
-        weights = self.weight.split([part.shape[-1] for part in parts], dim=-1)
-        logits = [router_logits(x, w) for x, w in zip(parts, weights, strict=True)]
-        return route(sum(logits[1:], logits[0]), self.gradient, self.training)
-
-
 @register_attention("dydila")
 class DyDiLA(Attention):
     """Dynamic differential linear attention, token-wise by default."""
 
     Config = Config
     config: Config
+    projector_routers: Any
+    kernel_routers: Any
+    differential_routers: Any
     paper = "DyDi-LiT, 2601.13683"
     complexity = "O(n d d_head)"
 
@@ -169,7 +138,8 @@ class DyDiLA(Attention):
         super().__init__(context, config)
         if config.impl == "triton":
             fused.require_triton()
-            if reason := self._not_fused():
+            is_streaming = config.stream is not None
+            if reason := f"stream={config.stream}" if is_streaming else self._unserved():
                 raise ValueError(f"impl='triton' does not serve {reason}; set impl='auto'")
         dim, gradient = self.dim, config.router_gradient
         makes_shared_qk = config.projection != "replace"
@@ -193,7 +163,8 @@ class DyDiLA(Attention):
         if config.kernel == "routed":
             sets = 1 if config.share_gamma else len(sides)
             spread = torch.linspace(-1, 1, config.n_kernel_factors) * config.gamma_jitter
-            self.gamma = nn.Parameter(self._gamma_start() + spread.repeat(sets, 1))
+            start = gamma_start(config.gamma_init, config.gamma_form)
+            self.gamma = nn.Parameter(start + spread.repeat(sets, 1))
             self.kernel_routers = nn.ModuleDict(
                 {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
             )
@@ -217,28 +188,63 @@ class DyDiLA(Attention):
             )
         self.conv = None if config.conv == "none" else DepthwiseConv(dim, config.conv)
 
-    def _gamma_start(self) -> float:
-        init = self.config.gamma_init
-        return math.log(math.expm1(init)) if self.config.gamma_form == "softplus" else init
-
     def _lambda_start(self) -> float:
         if self.config.lambda_init == "increasing":
             # Differential Transformer's schedule, which the paper's Table 6 mimics.
             return 0.8 - 0.6 * math.exp(-0.3 * self.context.layer_index)
         return self.config.lambda_init
 
-    def _not_fused(self) -> str | None:
+    def _unserved(self) -> str | None:
         """The first option that the fused kernels do not serve, or None."""
         served: dict[str, tuple[Any, ...]] = {
             "projection": ("redundancy",), "kernel": ("routed",), "differential": ("token",),
             "router_gradient": ("ste", "none"), "normalizer": ("base",), "norm_scope": ("token",),
             "relu_offset": (0,), "softplus_scale": (False,), "key_position": (None,),
-            "balance_coefficient": (0,), "stream": (None,),
+            "balance_coefficient": (0,),
         }  # fmt: skip
         for name, values in served.items():
             if (value := getattr(self.config, name)) not in values:
                 return f"{name}={value!r}"
         return None if self.num_heads == 1 else f"num_heads={self.num_heads}"
+
+    def implementation(self, x: Tensor) -> Literal["naive", "torch", "triton"]:
+        """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
+        if self.config.impl != "auto":
+            return self.config.impl
+        is_fused = fused.runs_on(x, operand_dtype(x)) and self._unserved() is None
+        return "triton" if is_fused else "torch"
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        impl = self.implementation(x)
+        is_inference = not (impl == "naive" or self.training or torch.is_grad_enabled())
+        if self.config.stream is not None and is_inference:
+            return self._stream(x, grid, self.config.stream)
+        if impl == "triton":
+            return self._fused(x, grid)
+        routes: dict[str, Route] = {}
+        if impl == "naive":
+            query, key, value = self._sides(x, grid, routes)
+            out = naive_read(query, key, self._heads(value), *self._normalizer())
+            local = None if self.conv is None else self.conv(value, grid)
+        else:
+            query, key, value = self._shared(x)
+            # What only the keys need is gone before the queries come.
+            state = self._fold(x, key, value, self._offset(grid), x.shape[1], routes)
+            del key
+            # Before the queries too: the backward goes the other way, and then this comes when
+            # little else is kept any more.
+            local = None if self.conv is None else convolve_tokens(self.conv, value, grid)
+            out = self._read(x, query, state, x.shape[1], routes)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        if local is not None:
+            out = out + local.to(out.dtype)
+        if self.training and self.config.balance_coefficient:
+            losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
+            if losses:
+                self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
+        return self.proj(out)
 
     def _fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         config, sides = self.config, ("query", "key")
@@ -249,56 +255,17 @@ class DyDiLA(Attention):
         def cast(*weights: Tensor) -> list[Tensor]:
             return [z.to(x.dtype) for z in weights]
 
-        gammas, lambdas = self.gamma, self.lambda_
-        if config.gamma_form == "softplus":
-            gammas = F.softplus(gammas)
-        elif config.gamma_form == "clamp":
-            gammas = gammas.clamp_min(1.0)
-        if config.lambda_clamp:
-            lambdas = lambdas.clamp_min(0)
         out = fused.dynamic_differential_attention(
             x, query, key, value,
             cast(*(self.projector_routers[z].weight for z in sides)),
             cast(*(self.projectors[z] for z in sides)),
             cast(*(router.weight for router in self.kernel_routers.values())),
-            gammas.expand(4, -1),
+            shaped_gamma(self.gamma, config.gamma_form).expand(4, -1),
             cast(*(self.differential_routers[z].weight for z in sides)),
-            lambdas.expand(2, -1), config.eps, config.router_gradient == "ste",
+            self._lambdas().expand(2, -1), config.eps, config.router_gradient == "ste",
         )  # fmt: skip
         if self.conv is not None:
-            out = out + self.conv(value, grid).to(out.dtype)
-        return self.proj(out)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See ``Attention.forward``."""
-        self.check_tokens(x, grid)
-        if self.config.impl == "triton":
-            return self._fused(x, grid)
-        is_naive = self.config.impl == "naive"
-        is_inference = not (is_naive or self.training or torch.is_grad_enabled())
-        if self.config.stream is not None and is_inference:
-            return self._stream(x, grid, self.config.stream)
-        routes: dict[str, Route] = {}
-        if is_naive:
-            query, key, value = self._sides(x, grid, routes)
-            out = _naive_attention(query, key, self._heads(value), self.config)
-            local = None if self.conv is None else self.conv(value, grid)
-        else:
-            query, key, value = self._shared(x)
-            # What only the keys need is gone before the queries come.
-            state = self._fold(x, key, value, self._offset(grid), x.shape[1], routes)
-            del key
-            # Before the queries too: the backward goes the other way, and then this comes when
-            # little else is kept any more.
-            local = None if self.conv is None else self.conv(value, grid)
-            out = self._read(x, query, state, x.shape[1], routes)
-        out = rearrange(out, "b h n d -> b n (h d)")
-        if local is not None:
-            out = out + local.to(out.dtype)
-        if self.training and self.config.balance_coefficient:
-            losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
-            if losses:
-                self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
+            out = convolve_tokens(self.conv, value, grid, out)
         return self.proj(out)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
@@ -348,15 +315,18 @@ class DyDiLA(Attention):
         queries: int | None,
         routes: dict[str, Route],
     ) -> State:
-        """Everything the queries read of these tokens: K^T V of each term, then its sums."""
-        side, heads = self._side(x, key, "key", routes, offset), self._heads(value)
-        state: State = [fold(term, heads, queries) for term in side.terms]
-        return state + [key_sum(norm) for norm in side.norms]
+        """Everything the queries read of these tokens."""
+        side = self._side(x, key, "key", routes, offset)
+        return fold_side(side, self._heads(value), queries)
 
     def _read(
         self, x: Tensor, query: Tensor | None, state: State, keys: int, routes: dict[str, Route]
     ) -> Tensor:
-        return _attention(self._side(x, query, "query", routes), state, keys, self.config)
+        side = self._side(x, query, "query", routes)
+        return read_side(side, state, keys, *self._normalizer())
+
+    def _normalizer(self) -> tuple[Normalizer, float]:
+        return self.config.normalizer, self.config.eps
 
     def _side(
         self,
@@ -370,7 +340,11 @@ class DyDiLA(Attention):
         config = self.config
         pair = [] if shared is None else [shared]
         if config.projection != "none":
-            pair.append(self._routed_projection(x, name, routes))
+            router, is_naive = self.projector_routers[name], config.impl == "naive"
+            routed, routes[f"projector.{name}"] = router.project(
+                x, self.projectors[name], is_naive
+            )
+            pair.append(routed)
         if offset is not None:
             pair[0] = pair[0] + offset
         for i, kind in enumerate([name, f"{name}_prime"][: len(pair)]):
@@ -387,53 +361,35 @@ class DyDiLA(Attention):
         factor = self._factor(pair, "map", routes).unsqueeze(1) if is_map else None
         return Side(terms, terms if needs_sums else [], factor)
 
-    def _routed_projection(self, x: Tensor, z: str, routes: dict[str, Route]) -> Tensor:
-        routed = routes[f"projector.{z}"] = self.projector_routers[z](x)
-        if self.config.impl == "naive":
-            out = naive_routed_projection(x, self.projectors[z], routed.index)
-            return naive_gated(out, routed, self.config.router_gradient)
-        out = routed_projection(x, self.projectors[z], routed.index)
-        return gated(out, routed, self.config.router_gradient)
-
     def _kernel(self, z: Tensor, name: str, routes: dict[str, Route]) -> Tensor:
         """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
-        config, activated = self.config, z  # the power map begins with ReLU
+        config, is_naive = self.config, self.config.impl == "naive"
         if config.kernel == "relu":
             return F.relu(z)
-        if config.relu_offset:
-            activated = F.relu(z) + config.relu_offset
-        if config.softplus_scale:
-            activated = activated / F.softplus(self.scale)
         if config.kernel == "fixed":
             gamma = torch.full((1,), config.gamma_init, device=z.device)
         else:
-            routed = routes[f"kernel.{name}"] = self.kernel_routers[name](z)
             row = 0 if config.share_gamma else list(self.kernel_routers).index(name)
-            gammas = self.gamma[row]
-            if config.gamma_form == "softplus":
-                gammas = F.softplus(gammas)
-            elif config.gamma_form == "clamp":
-                gammas = gammas.clamp_min(1.0)
-            gamma = self._chosen(routed, gammas)
-        apply = naive_power_map if config.impl == "naive" else power_map
-        if config.norm_scope == "token":
-            return apply(activated, gamma)
-        per_head = rearrange(activated, "b n (h d) -> b n h d", h=self.num_heads)
-        return rearrange(apply(per_head, gamma.unsqueeze(-1)), "b n h d -> b n (h d)")
+            gammas = shaped_gamma(self.gamma[row], config.gamma_form)
+            gamma, routes[f"kernel.{name}"] = self.kernel_routers[name].pick(
+                z, scalars=gammas, is_naive=is_naive
+            )
+        scale = F.softplus(self.scale) if config.softplus_scale else None
+        heads = 1 if config.norm_scope == "token" else self.num_heads
+        return measure_kernel(z, gamma, heads, config.relu_offset, scale, is_naive)
 
     def _factor(self, pair: list[Tensor], z: str, routes: dict[str, Route]) -> Tensor:
         """The lambda that each token chose (Eq. 7), (b, n, 1) or (b, 1, 1)."""
         if z == "map" and self.config.map_router == "image":
             pair = [side.mean(1, keepdim=True) for side in pair]
-        routed = routes[f"differential.{z}"] = self.differential_routers[z](*pair)
-        lambdas = self.lambda_[-1 if z == "key" else 0]
-        if self.config.lambda_clamp:
-            lambdas = lambdas.clamp_min(0)
-        return self._chosen(routed, lambdas)
+        lambdas = self._lambdas()[-1 if z == "key" else 0]
+        factor, routes[f"differential.{z}"] = self.differential_routers[z].pick(
+            *pair, scalars=lambdas, is_naive=self.config.impl == "naive"
+        )
+        return factor
 
-    def _chosen(self, routed: Route, scalars: Tensor) -> Tensor:
-        choose = naive_routed_scalar if self.config.impl == "naive" else routed_scalar
-        return choose(routed, scalars, self.config.router_gradient)
+    def _lambdas(self) -> Tensor:
+        return self.lambda_.clamp_min(0) if self.config.lambda_clamp else self.lambda_
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
@@ -442,7 +398,7 @@ class DyDiLA(Attention):
         """See ``Attention.attention_map``."""
         self.check_tokens(x, grid)
         query, key, _ = self._sides(x, grid, {})
-        return _naive_map(query, key, self.config)
+        return naive_map(query, key, *self._normalizer())
 
     def routes(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Every token's decisions, by router: "projector.query" and so on, each (batch, n)."""
@@ -463,27 +419,20 @@ class DyDiLA(Attention):
             tokens that each expert received, and "entropy", the mean of its softmax in nats
             (not with router_gradient="none", which makes no softmax).
         """
-        said: dict[str, Any] = {}
-        if self.config.kernel == "routed":
-            gamma = self.gamma.detach()
-            is_softplus = self.config.gamma_form == "softplus"
-            said["gamma"] = (F.softplus(gamma) if is_softplus else gamma).tolist()
-        if self.config.differential != "none":
-            said["lambda"] = self.lambda_.detach().tolist()
         self.check_tokens(x, grid)
         routes: dict[str, Route] = {}
         # Logits are kept only where a gradient may want them.
         with torch.enable_grad():
             self._sides(x, grid, routes)
+        said: dict[str, Any] = {}
+        if self.config.kernel == "routed":
+            said["gamma"] = shaped_gamma(self.gamma, self.config.gamma_form)
+        if self.config.differential != "none":
+            said["lambda"] = self._lambdas()
         for name, routed in routes.items():
-            experts = getattr(self, f"{name.split('.')[0]}_routers")[name.split(".")[1]].weight
-            usage = torch.bincount(routed.index.flatten(), minlength=len(experts))
-            said[name] = {"usage": (usage / routed.index.numel()).tolist()}
-            probability = routed.probability
-            if probability is not None:
-                entropy = torch.special.entr(probability.detach().float()).sum(-1)
-                said[name]["entropy"] = entropy.mean().item()
-        return said
+            kind, z = name.split(".")
+            said[name] = getattr(self, f"{kind}_routers")[z].describe(routed)
+        return as_numbers(said)
 
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""
@@ -516,51 +465,6 @@ class DyDiLA(Attention):
             "core": cores * self.num_heads * core,
             "conv": self.conv.macs(grid) if self.conv is not None else 0,
         }
-
-
-@in_float32
-def _attention(query: Side, state: State, keys: int, config: Config) -> Tensor:
-    products = [read(q, s) for q, s in zip(query.terms, state, strict=False)]
-    sums = [read(q, s) for q, s in zip(query.norms, state[len(products) :], strict=True)]
-    return _combine(products, sums, query.factor, keys, config)
-
-
-@in_float32
-def _naive_attention(query: Side, key: Side, value: Tensor, config: Config) -> Tensor:
-    """Twin of ``DyDiLA._fold`` and ``_attention``: the n x n weights of Eqs. 8, 10, times V."""
-    return _naive_map(query, key, config) @ value
-
-
-@in_float32
-def _naive_map(query: Side, key: Side, config: Config) -> Tensor:
-    def products(queries: list[Tensor], keys: list[Tensor]) -> list[Tensor]:
-        pairs = zip(queries, keys, strict=True)
-        return [torch.einsum("bhnd,bhmd->bhnm", q, k) for q, k in pairs]
-
-    sums = [weights.sum(-1, keepdim=True) for weights in products(query.norms, key.norms)]
-    keys = key.terms[0].shape[-2]
-    return _combine(products(query.terms, key.terms), sums, query.factor, keys, config)
-
-
-def _combine(
-    terms: list[Tensor],
-    sums: list[Tensor],
-    factor: Tensor | None,
-    keys: int,
-    config: Config,
-) -> Tensor:
-    """Normalises the one map, or both and subtracts the second times ``factor`` (Eq. 10)."""
-    if config.normalizer == "diff":
-        total, norm = terms[0], sums[0]
-        if factor is not None:
-            total, norm = total - factor * terms[1], norm - factor * sums[1]
-        # A differenced sum can come near 0 or below it, where the quotient explodes.
-        return total / norm.clamp_min(max(config.eps, 1e-6))
-    if config.normalizer == "base":
-        terms = [quotient(x, norm + config.eps) for x, norm in zip(terms, sums, strict=True)]
-    elif config.normalizer == "mean":
-        terms = [term / keys for term in terms]
-    return terms[0] if factor is None else terms[0] - factor * terms[1]
 
 
 @register_attention("dydila-map")

@@ -9,28 +9,35 @@ O = Q (K^T V) / (Q sum_j K_j^T) per head. Cost per sample, c = bottleneck: (4 + 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.linear import (
+    fold,
+    key_sum,
     linear_attention,
     linear_attention_macs,
     naive_linear_attention,
     naive_linear_map,
+    normalized_read,
 )
+from attnzoo.ops.precision import in_float32
+from attnzoo.ops.streaming import State, StreamConfig, first_pass, second_pass, spans_of
 from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of EDiT's attention; what no source at hand states is marked "unstated"."""
 
     bottleneck: int = 2  # c; unstated, but 2 reproduces the printed operation counts
@@ -85,6 +92,13 @@ class ConvFusion(nn.Module):
         hidden = F.leaky_relu(self.norm(self.squeeze(to_image(x, grid))), self.negative_slope)
         return x + to_tokens(self.expand(hidden))
 
+    def expanded(self, x: Tensor, squeezed: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+        """The rest, of any tokens and their C_1(X), with the means of ``_moments`` over all."""
+        norm = self.norm
+        hidden = _normed(squeezed, moments, norm.weight, norm.bias, norm.eps)
+        hidden = F.leaky_relu(hidden, self.negative_slope, inplace=True)
+        return x + to_tokens(self.expand(to_image(hidden, (1, x.shape[1]))))
+
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-accumulates per sample."""
         return (self.squeeze.weight.numel() + self.expand.weight.numel()) * grid[0] * grid[1]
@@ -118,20 +132,47 @@ class EDiTAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
+        if (block := self.config.block(self.training)) is not None:
+            return self._stream(x, grid, block)
         attend = naive_linear_attention if self.config.impl == "naive" else linear_attention
         out = attend(*self._query_key_value(x, grid), eps=self.config.eps)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        self.check_tokens(x, grid)
+        width, stride, fusion = grid[1], self.config.stride, self.fusion
+        spans = spans_of(grid, block, stride)
+
+        def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
+            first, stop = span.start // width, span.stop // width
+            squeezed = _rows(fusion.squeeze, x, grid, first, stop)
+            coarse = (first // stride, -(-stop // stride))
+            windows = _rows(self.compress.conv, x, grid, *coarse, before=self.key_value)
+            key, value = map(self._heads, windows.chunk(2, dim=-1))
+            key = F.relu(key)
+            moments = tuple(z / x.shape[1] for z in _moments(squeezed, fusion.norm.num_groups))
+            return squeezed, [fold(key, value, None), key_sum(key), moments]
+
+        def decode(span: slice) -> Tensor:
+            assert kept is not None
+            squeezed = kept[:, span, : fusion.squeeze.out_channels]
+            query = self.query(fusion.expanded(x[:, span], squeezed, moments))
+            query = self._heads(F.relu(query))
+            out = normalized_read(query, *state, eps=self.config.eps)
+            return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+        kept, [*state, moments] = first_pass(x, spans, encode)
+        return second_pass(kept, spans, decode)
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of every token, keys and values of every window."""
         self.check_tokens(x, grid)
         query = F.relu(self.query(self.fusion(x, grid)))
         key, value = self.compress(self.key_value(x), grid).chunk(2, dim=-1)
-        split = [
-            rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
-            for z in (query, F.relu(key), value)
-        ]
-        return split[0], split[1], split[2]
+        return self._heads(query), self._heads(F.relu(key)), self._heads(value)
+
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.
@@ -151,3 +192,49 @@ class EDiTAttention(Attention):
             "core": self.num_heads * core,
             "conv": self.fusion.macs(grid) + self.compress.macs(grid),
         }
+
+
+def _rows(
+    conv: nn.Conv2d,
+    x: Tensor,
+    grid: tuple[int, int],
+    first: int,
+    stop: int,
+    before: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Rows ``first`` to ``stop`` of ``conv(before(x))``, of tokens on their grid: (b, m, c)."""
+    (height, width), stride, reach = grid, conv.stride[0], conv.kernel_size[0] // 2
+    top, bottom = first * stride - reach, (stop - 1) * stride + reach + 1
+    near = x[:, max(0, top) * width : bottom * width]
+    image = to_image(near if before is None else before(near), (near.shape[1] // width, width))
+    if top < 0 or bottom > height:  # zeros around the image, not around a block inside it
+        image = F.pad(image, (0, 0, max(0, -top), max(0, bottom - height)))
+    out = F.conv2d(
+        image, conv.weight, conv.bias, conv.stride, padding=(0, reach), groups=conv.groups
+    )
+    return to_tokens(out)
+
+
+@in_float32
+def _moments(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Sums over tokens of each group's mean and mean square, both (b, groups), in float64."""
+    mean = x.mean(1, keepdim=True)
+    # Squares of what is left of the mean, so that the variance is no difference of large numbers.
+    rest = (x - mean).square_().mean(1, keepdim=True)
+    mean, rest = mean.double(), rest.double()
+    return tuple(
+        z.unflatten(-1, (groups, -1)).mean((1, 3)) * x.shape[1] for z in (mean, rest + mean**2)
+    )
+
+
+@in_float32
+def _normed(
+    x: Tensor, moments: tuple[Tensor, ...], weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """GroupNorm of tokens, (b, n, c), by the mean and mean square of all, (b, groups) each."""
+    mean, square = moments
+    deviation = (square - mean.square()).clamp_min(0).add(eps).sqrt()
+    channels = weight.shape[0] // mean.shape[1]
+    mean, deviation = (z.repeat_interleave(channels, -1) for z in (mean, deviation))
+    scale, shift = weight / deviation, bias - weight * mean / deviation
+    return torch.addcmul(shift.unsqueeze(1).to(x.dtype), x, scale.unsqueeze(1).to(x.dtype))

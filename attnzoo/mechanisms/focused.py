@@ -15,27 +15,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import ConvKind
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.value_conv import ValueConv
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.linear import (
-    fold,
-    key_sum,
     linear_attention,
     linear_attention_macs,
     naive_linear_attention,
     naive_linear_map,
-    normalized_read,
 )
-from attnzoo.ops.streaming import State, linear_parts, stream
+from attnzoo.ops.streaming import StreamConfig, linear_parts, stream_linear_attention
 from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of focused linear attention."""
 
     focusing_factor: float = 3.0  # p of the power map; FLatten
@@ -50,12 +47,9 @@ class Config(AttentionConfig):
     eps: float = 1e-6  # FLatten; added to the mean over keys, not to the sum
     qkv_bias: bool = True  # FLatten's model factories
     impl: Literal["auto", "naive"] = "auto"
-    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stream is not None:
-            self.at_least(1, "stream")
         self.at_least(0, "relu_offset", "eps")
         if self.focusing_factor <= 0:
             raise ValueError(f"focusing_factor must be positive, got {self.focusing_factor}")
@@ -92,9 +86,16 @@ class FocusedAttention(Attention):
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
         config, eps = self.config, self._sum_eps(grid)
-        is_inference = config.impl == "auto" and not (self.training or torch.is_grad_enabled())
-        if config.stream is not None and is_inference:
-            return self._stream(x, grid, config.stream, eps)
+        if (block := config.block(self.training)) is not None:
+            offset = self._offset(grid)
+            return stream_linear_attention(
+                x, grid, block, self.qkv, self.proj, self.num_heads,
+                query_kernel=self._focus,
+                key_kernel=lambda key, span: self._focus(
+                    key if offset is None else key + offset[span]
+                ),
+                eps=eps, conv=self.conv, halo=0 if self.conv is None else self.conv.conv.reach,
+            )  # fmt: skip
         query, key, value = self._query_key_value(x, grid)
         attend = naive_linear_attention if config.impl == "naive" else linear_attention
         out = attend(query, key, self._heads(value), eps=eps)
@@ -102,22 +103,6 @@ class FocusedAttention(Attention):
         if self.conv is not None:
             out = out + self.conv(value, grid).to(out.dtype)
         return self.proj(out)
-
-    def _stream(self, x: Tensor, grid: tuple[int, int], block: int, eps: float) -> Tensor:
-        offset = self._offset(grid)
-
-        def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
-            key, value = linear_parts(self.qkv, tokens, self.dim, slice(1, None))
-            key = self._heads(self._focus(key if offset is None else key + offset[span]))
-            return value, [fold(key, self._heads(value), None), key_sum(key)]
-
-        def decode(tokens: Tensor, state: State) -> Tensor:
-            [query] = linear_parts(self.qkv, tokens, self.dim, slice(1))
-            out = normalized_read(self._heads(self._focus(query)), *state, eps=eps)
-            return rearrange(out, "b h n d -> b n (h d)")
-
-        halo = 0 if self.conv is None else self.conv.conv.reach
-        return stream(x, grid, block, encode, decode, self.proj, self.conv, halo)
 
     def _sum_eps(self, grid: tuple[int, int]) -> float:
         """FLatten divides by q . mean_j k_j + eps, which is (q . sum_j k_j + n eps) / n."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.contract import Attention, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.value_conv import ValueConv
@@ -24,11 +24,12 @@ from attnzoo.ops.linear import (
     naive_linear_attention,
     naive_linear_map,
 )
+from attnzoo.ops.streaming import StreamConfig, stream_linear_attention
 from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of LiT's attention; what no source at hand states is marked "unstated"."""
 
     conv: ConvKind = "5x5"  # LiT: one depthwise convolution, kernel 5
@@ -66,6 +67,13 @@ class LiTAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        if (block := self.config.block(self.training)) is not None:
+            return stream_linear_attention(
+                x, grid, block, self.qkv, self.proj, self.num_heads,
+                query_kernel=F.relu, key_kernel=lambda key, _: F.relu(key), eps=self.config.eps,
+                conv=self.conv, halo=0 if self.conv is None else self.conv.conv.reach,
+            )  # fmt: skip
         query, key, value = self._query_key_value(x, grid)
         attend = naive_linear_attention if self.config.impl == "naive" else linear_attention
         out = attend(query, key, self._heads(value), eps=self.config.eps)

@@ -9,29 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.linear import (
-    fold,
-    key_sum,
     linear_attention,
     linear_attention_macs,
     naive_linear_attention,
     naive_linear_map,
-    normalized_read,
     projected_linear_attention,
 )
-from attnzoo.ops.streaming import State, linear_parts, stream
+from attnzoo.ops.streaming import StreamConfig, stream_linear_attention
 from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of Sana's attention."""
 
     qkv_bias: bool = False  # Sana
@@ -39,12 +35,6 @@ class Config(AttentionConfig):
     eps: float = 1e-8  # what Sana's block passes; its class and diffusers default to 1e-15
     # "folded" multiplies the output projection into the heads' states: for float32 and large n.
     impl: Literal["auto", "folded", "naive"] = "auto"
-    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stream is not None:
-            self.at_least(1, "stream")
 
 
 @register_attention("sana")
@@ -72,25 +62,17 @@ class SanaAttention(Attention):
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
         impl, eps = self.config.impl, self.config.eps
-        is_inference = impl == "auto" and not (self.training or torch.is_grad_enabled())
-        if self.config.stream is not None and is_inference:
-            return stream(x, grid, self.config.stream, self._encode, self._decode, self.proj)
+        if (block := self.config.block(self.training)) is not None:
+            return stream_linear_attention(
+                x, grid, block, self.qkv, self.proj, self.num_heads,
+                query_kernel=lambda query: F.relu(self.query_norm(query)),
+                key_kernel=lambda key, _: F.relu(self.key_norm(key)), eps=eps,
+            )  # fmt: skip
         heads = self._query_key_value(x)
         if impl == "folded":
             return projected_linear_attention(*heads, self.proj.weight, self.proj.bias, eps)
         attend = naive_linear_attention if impl == "naive" else linear_attention
         return self.proj(rearrange(attend(*heads, eps=eps), "b h n d -> b n (h d)"))
-
-    def _encode(self, x: Tensor, span: slice) -> tuple[Tensor, State]:
-        key, value = linear_parts(self.qkv, x, self.dim, slice(1, None))
-        key = self._heads(F.relu(self.key_norm(key)))
-        return value, [fold(key, self._heads(value), None), key_sum(key)]
-
-    def _decode(self, x: Tensor, state: State) -> Tensor:
-        [query] = linear_parts(self.qkv, x, self.dim, slice(1))
-        query = self._heads(F.relu(self.query_norm(query)))
-        out = normalized_read(query, *state, eps=self.config.eps)
-        return rearrange(out, "b h n d -> b n (h d)")
 
     def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.qkv(x).chunk(3, dim=-1)

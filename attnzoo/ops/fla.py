@@ -29,10 +29,11 @@ def fla_gated_linear_attention(
     """``ops.gated.gated_linear_attention`` on a GPU; other directions are scans by the caller.
 
     Args:
-        query: (b, h, n, dk), scaled by the caller.
+        query: (b, h, n, dk), scaled by the caller. Products take the dtype of queries, keys and
+            values, which should be half precision: of float32 the library makes TF32.
         key: (b, h, n, dk).
         value: (b, h, n, dv).
-        log_gate: (b, h, n, dk), not positive.
+        log_gate: (b, h, n, dk), not positive; taken in float32.
 
     Returns:
         (b, h, n, dv), in the dtype of ``query``.
@@ -45,6 +46,8 @@ def fla_gated_linear_attention(
         raise RuntimeError(f"impl='fla' runs on a GPU, not on {query.device.type!r}")
     from fla.ops.gla import chunk_gla
 
+    if value.numel() == 0:  # an empty grid of programs cannot be launched
+        return value.clone()
     # The library has heads after tokens.
     operands = (z.transpose(1, 2).contiguous() for z in (query, key, value, log_gate.float()))
     out, _ = chunk_gla(*operands, scale=1.0)

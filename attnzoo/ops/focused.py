@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.ops import fused
 from attnzoo.ops.native import library
 from attnzoo.ops.precision import in_float32
 
@@ -164,6 +165,8 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     Returns:
         (..., d), computed in float32 or better.
     """
+    if fused.runs_on(z):
+        return fused.relu_power_map(z, gamma)
     gamma = gamma.to(_working_dtype(z.dtype)).expand(*z.shape[:-1], 1).reshape(-1, 1)
     return _PowerMap.apply(z.reshape(-1, z.shape[-1]), gamma.contiguous()).view(z.shape)
 

@@ -2,48 +2,86 @@
 
 They equal the eager operators of ``ops.routing``, ``ops.focused`` and ``ops.linear`` and wait for
 nothing on the device, so that CUDA graphs and ``torch.compile`` take them. Importing this module
-does not import Triton; calling an operator does.
+does not import Triton; calling an operator does. With ATTNZOO_TRITON=0 in the environment nothing
+takes them unasked.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# torch before 2.8 cannot sum half-precision operands into a float32 result.
+_HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
-def _is_installed(name: str) -> bool:
+
+def _is_installed() -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec("triton") is not None
     except ValueError:  # an import that was blocked on purpose
         return False
 
 
-IS_TRITON_INSTALLED = _is_installed("triton")
-
-
 def require_triton() -> None:
     """Raises RuntimeError, naming the extra, where Triton cannot be imported."""
-    if not _is_installed("triton"):
+    if not _is_installed():
         raise RuntimeError(
             "impl='triton' needs Triton, which is not installed; pip install 'attnzoo[triton]', "
             "or leave impl='auto'"
         )
 
 
-def runs_on(x: Tensor) -> bool:
-    """Whether the kernels take this tensor by themselves: on a GPU, of a type that they know."""
-    known = x.dtype in (torch.float32, torch.bfloat16)
-    return x.is_cuda and known and IS_TRITON_INSTALLED
+@functools.cache
+def _try_kernels() -> bool:
+    is_old = torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)
+    if os.environ.get("ATTNZOO_TRITON") == "0" or is_old or not _is_installed():
+        return False
+    try:  # being installed is not enough: Triton needs a C compiler and a driver that it knows
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"Triton is installed but cannot run ({reason}), so that torch's operators take over; "
+            "set ATTNZOO_TRITON=0 to be spared this warning",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _kernels_work() -> bool:
+    return _try_kernels()
+
+
+def runs_on(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the kernels take this tensor unasked: on a GPU, and of a type that they know.
+
+    Args:
+        x: The tensor.
+        dtype: What it will be cast to; by default it stays what it is.
+    """
+    known = (dtype or x.dtype) in (torch.float32, torch.bfloat16)
+    return x.is_cuda and known and _kernels_work()
 
 
 def has_half_sums(*operands: Tensor) -> bool:
-    """Whether to multiply in bfloat16 with float32 sums; float16 would overflow on rounding."""
-    return all(z.is_cuda and z.dtype == torch.bfloat16 for z in operands)
+    """Whether to multiply in bfloat16 with float32 sums; float16 would overflow on rounding.
+
+    Not while compiling: a compiler joins the float32 copies with what comes before them.
+    """
+    is_eager = _HAS_WIDE_PRODUCT and not torch.compiler.is_compiling()
+    return is_eager and all(z.is_cuda and z.dtype == torch.bfloat16 for z in operands)
 
 
 def _kernels() -> Any:
@@ -53,62 +91,88 @@ def _kernels() -> Any:
     return triton_kernels
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; this makes it that of the first tensor."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return guarded
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    def register(function: Callable[..., Any]) -> Any:
+        guarded = _on_its_device(function)
+        return torch.library.custom_op(f"attnzoo::{name}", guarded, mutates_args=())
+
+    return register
+
+
 # --------------------------------------------------------------------- routing and projection
 
 
-@torch.library.custom_op("attnzoo::top1_pair", mutates_args=())
-def _top1_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().top1(x, first, second)
+@_operator("routed_gates")
+def _routed_gates(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index, probability = _kernels().top1(x, first, second)
+    return x.new_ones(2, x.shape[0], dtype=torch.float32), index, probability
 
 
-@_top1_pair.register_fake
-def _(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+@_routed_gates.register_fake
+def _(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = -(-first.shape[0] // 8) * 8
     return (
+        x.new_empty(2, x.shape[0], dtype=torch.float32),
         x.new_empty(2 * x.shape[0], dtype=torch.int32),
         x.new_empty(x.shape[0], 2, padded, dtype=torch.float32),
     )
 
 
-class _Gate(torch.autograd.Function):
-    """1 for every token, with the gradient of its chosen probability over itself."""
-
-    @staticmethod
-    def forward(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index, probability = _top1_pair(x, first, second)
-        return x.new_ones(2, x.shape[0], dtype=torch.float32), index, probability
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _, index, probability = output
-        ctx.mark_non_differentiable(index, probability)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, index, probability)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None
-        x, first, second, index, probability = ctx.saved_tensors
-        rows, _, padded = probability.shape
-        experts = first.shape[0]
-        offset = torch.arange(2, device=x.device)[:, None] * experts
-        chosen = (index.view(2, rows) - offset).t().unsqueeze(-1)
-        mine = chosen == torch.arange(padded, device=x.device)
-        grad_logits = (grad.t().unsqueeze(-1) * (mine.float() - probability)).to(x.dtype)
-        grad_logits = grad_logits.flatten(1)
-        pad = (0, 0, 0, padded - experts)
-        routers = torch.cat([F.pad(first, pad), F.pad(second, pad)]).to(x.dtype)
-        grad_routers = half_matmul(grad_logits.t(), x)
-        grad_first, grad_second = grad_routers[:experts], grad_routers[padded : padded + experts]
-        return (
-            grad_logits @ routers,
-            grad_first.to(first.dtype),
-            grad_second.to(second.dtype),
-        )
+def _gates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
-@torch.library.custom_op("attnzoo::grouped_projection", mutates_args=())
+@_operator("routed_gates_backward")
+def _routed_gates_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient that each token's chosen probability, over itself, hands its router."""
+    rows, _, padded = probability.shape
+    experts = first.shape[0]
+    offset = torch.arange(2, device=x.device)[:, None] * experts
+    chosen = (index.view(2, rows) - offset).t().unsqueeze(-1)
+    mine = chosen == torch.arange(padded, device=x.device)
+    grad_logits = (grad.t().unsqueeze(-1) * (mine.float() - probability)).to(x.dtype)
+    grad_logits = grad_logits.flatten(1)
+    pad = (0, 0, 0, padded - experts)
+    routers = torch.cat([F.pad(first, pad), F.pad(second, pad)]).to(x.dtype)
+    grad_routers = _bmm(grad_logits.t()[None], x[None], is_wide=True)[0]
+    grad_first, grad_second = grad_routers.unflatten(0, (2, padded))[:, :experts]
+    return (
+        grad_logits @ routers,
+        # Copies: an operator's results may not share memory.
+        grad_first.to(first.dtype, copy=True),
+        grad_second.to(second.dtype, copy=True),
+    )
+
+
+@_routed_gates_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), first.new_empty(first.shape), second.new_empty(second.shape)
+
+
+def _gates_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return (None,) * 3 if grad is None else _routed_gates_backward(grad, *ctx.saved_tensors)
+
+
+_routed_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
+
+
+@_operator("grouped_projection")
 def _grouped_projection(
     x: Tensor, first: Tensor, second: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +191,7 @@ def _(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> tuple[Tensor, 
     )
 
 
-@torch.library.custom_op("attnzoo::grouped_projection_backward", mutates_args=())
+@_operator("grouped_projection_backward")
 def _grouped_projection_backward(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor, order: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -143,7 +207,7 @@ def _grouped_projection_backward(
 def _(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor, order: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(2 * first.shape[0], *first.shape[1:])
+    return x.new_empty(x.shape), x.new_empty(2 * first.shape[0], *first.shape[1:])
 
 
 def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -165,8 +229,8 @@ _grouped_projection.register_autograd(_grouped_backward, setup_context=_grouped_
 
 def routed_pair(
     x: Tensor,
-    routers: tuple[Tensor, Tensor],
-    projectors: tuple[Tensor, Tensor],
+    routers: Sequence[Tensor],
+    projectors: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two routed projections of the same tokens: decisions, sorting and both products.
 
@@ -181,12 +245,13 @@ def routed_pair(
         tokens must return the gates' gradients, and the routers learn from those.
     """
     tokens = x.flatten(0, 1)
-    gates, index, _ = _Gate.apply(tokens, *routers)
+    gates, index, _ = _routed_gates(tokens, *routers)
     out = _grouped_projection(tokens, *projectors, index)[0]
     shape = (2, *x.shape[:2])
     return out.unflatten(0, shape), index.view(shape), gates.view(shape)
 
 
+@_on_its_device
 def device_routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """``attnzoo::routed_projection`` on a GPU: (t, k), (experts, k, n), (t,) -> (t, n) and a plan.
 
@@ -199,6 +264,7 @@ def device_routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[
     return kernels.grouped_product(x, weight, order, ends), plan
 
 
+@_on_its_device
 def device_routed_projection_backward(
     grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -212,7 +278,7 @@ def device_routed_projection_backward(
 # ------------------------------------------------------------------------------ the power map
 
 
-@torch.library.custom_op("attnzoo::relu_power_map", mutates_args=())
+@_operator("relu_power_map")
 def _relu_power_map(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return _kernels().power_map_forward(z, gamma)
 
@@ -222,7 +288,7 @@ def _(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(3, z.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("attnzoo::relu_power_map_backward", mutates_args=())
+@_operator("relu_power_map_backward")
 def _relu_power_map_backward(
     grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -264,7 +330,7 @@ def relu_power_map(z: Tensor, gamma: Tensor) -> Tensor:
 # ------------------------------------------- routed power map and token difference, in one pass
 
 
-@torch.library.custom_op("attnzoo::focused_difference", mutates_args=())
+@_operator("focused_difference")
 def _focused_difference(
     z1: Tensor,
     z2: Tensor,
@@ -309,7 +375,7 @@ def _(
     )
 
 
-@torch.library.custom_op("attnzoo::focused_difference_backward", mutates_args=())
+@_operator("focused_difference_backward")
 def _focused_difference_backward(
     grad: Tensor,
     grad_sum: Tensor | None,
@@ -394,7 +460,7 @@ _focused_difference.register_autograd(_difference_backward, setup_context=_diffe
 def focused_difference(
     tokens: Tensor,
     redundant: Tensor,
-    kernel_routers: tuple[Tensor, Tensor],
+    kernel_routers: Sequence[Tensor],
     gammas: Tensor,
     difference_router: Tensor,
     lambdas: Tensor,
@@ -438,11 +504,11 @@ def dynamic_differential_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    projector_routers: tuple[Tensor, Tensor],
-    projectors: tuple[Tensor, Tensor],
-    kernel_routers: tuple[Tensor, Tensor, Tensor, Tensor],
+    projector_routers: Sequence[Tensor],
+    projectors: Sequence[Tensor],
+    kernel_routers: Sequence[Tensor],
     gammas: Tensor,
-    difference_routers: tuple[Tensor, Tensor],
+    difference_routers: Sequence[Tensor],
     lambdas: Tensor,
     eps: float,
     learn: bool = True,
@@ -478,8 +544,9 @@ def dynamic_differential_attention(
         query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn,
     )  # fmt: skip
-    state = half_matmul(key.mT, value)
-    return half_matmul(query, state.to(query.dtype), is_wide=False)
+    if query.shape[1] < query.shape[2]:  # the n x n weights are the smaller product
+        return half_matmul(half_matmul(query, key.mT, is_wide=False), value, is_wide=False)
+    return half_kernel_product(query, key, value)
 
 
 # ------------------------------------------------------- half-precision products, float32 sums
@@ -488,7 +555,7 @@ def dynamic_differential_attention(
 def _bmm(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
-    if not a.is_cuda:
+    if not (a.is_cuda and _HAS_WIDE_PRODUCT):
         out = torch.bmm(a.float(), b.float())
         return out if is_wide else out.to(a.dtype)
     # A long sum is split among blocks, and those would add up in half precision.
@@ -498,7 +565,7 @@ def _bmm(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
     return torch.bmm(a, b)
 
 
-@torch.library.custom_op("attnzoo::half_matmul", mutates_args=())
+@_operator("half_matmul")
 def _half_matmul(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
     return _bmm(a, b, is_wide)
 
@@ -570,7 +637,7 @@ def half_key_sums(query: Tensor, key: Tensor) -> Tensor:
 # -------------------------------------------------------------------------- 3x3 depthwise stencil
 
 
-@torch.library.custom_op("attnzoo::stencil", mutates_args=())
+@_operator("stencil")
 def _stencil(
     x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, height: int, width: int
 ) -> Tensor:
@@ -584,7 +651,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("attnzoo::stencil_backward", mutates_args=())
+@_operator("stencil_backward")
 def _stencil_backward(
     grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,8 +65,8 @@ def gated_linear_attention(
         impl: "auto" looks at the gates and takes the fastest form that is exact for them;
             "safe" is exact for any gates and never looks at the data; "naive" is the twin below;
             "fla" is flash-linear-attention's kernel, on a GPU.
-            While compiling and on the meta device, where data cannot be looked at, "auto" is
-            "safe".
+            "auto" is "safe" while compiling and everywhere but on a CPU: on the meta device there
+            is nothing to look at, and a GPU would have to be waited for.
 
     Returns:
         (b, h, n, dv), in the dtype of ``query``; the state is kept in float32 or better.
@@ -77,7 +77,7 @@ def gated_linear_attention(
         return naive_gated_linear_attention(query, key, value, log_gate)
     if impl == "fla":
         return fla_gated_linear_attention(query, key, value, log_gate)
-    return _chunkwise(query, key, value, log_gate, impl == "auto")
+    return gated_linear_block(query, key, value, log_gate, None, impl)[0].to(query.dtype)
 
 
 @in_float32
@@ -95,10 +95,28 @@ def naive_gated_linear_attention(
     return torch.cat(outputs, dim=2)
 
 
+def _can_look(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @in_float32
-def _chunkwise(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, may_look: bool
-) -> Tensor:
+def gated_linear_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    state: Tensor | None,
+    impl: GatedImpl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``gated_linear_attention``, "auto" or "safe", of tokens that follow others.
+
+    Args:
+        query: See there; also for ``key``, ``value``, ``log_gate`` and ``impl``.
+        state: What the tokens before left, (b, h, dk, dv); None if there are none.
+
+    Returns:
+        The outputs, (b, h, n, dv), and the state that is left, both in float32 or better.
+    """
     # The loop over chunks is unrolled, so a compiler must take n as a constant: the range and the
     # narrow make it one. With a symbolic n it would spend minutes on the shapes of the chunks.
     n, size = len(range(query.shape[2])), 1
@@ -110,7 +128,7 @@ def _chunkwise(
         F.pad(z.narrow(2, 0, n), (0, 0, 0, pad)).unflatten(2, (-1, size)).contiguous()
         for z in (query, key, value, log_gate)
     )  # (b, h, chunks, size, d)
-    if may_look and not query.is_meta and not torch.compiler.is_compiling():
+    if impl == "auto" and _can_look(query):
         is_mild = (log_gate.detach().sum(-2) > _FACTOR_LIMIT).all().item()
         form = _two_factors if is_mild else _doubling
     else:
@@ -119,13 +137,13 @@ def _chunkwise(
 
     # What chunks hand on: S = diag(total) S + key^T v.
     updates = (key.transpose(-2, -1) @ value).unbind(2)
-    state = torch.zeros_like(updates[0])
+    state = torch.zeros_like(updates[0]) if state is None else state
     states = []
     for update, decay in zip(updates, total.unsqueeze(-1).unbind(2), strict=True):
         states.append(state)
         state = decay * state + update
     out = scores @ value + query @ torch.stack(states, dim=2)
-    return out.flatten(2, 3)[:, :, :n]
+    return out.flatten(2, 3)[:, :, :n], state
 
 
 # Both forms below give, for chunks (..., size, dk): the weights inside each chunk, queries decayed

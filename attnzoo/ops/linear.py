@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.ops import fused
 from attnzoo.ops.precision import in_float32
 
 
@@ -23,7 +24,6 @@ def linear_attention_macs(
     return product + (queries * key_dim if normalized else 0)
 
 
-@in_float32
 def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
     """What ``read`` needs to know of keys and values: the factors of K^T V, multiplied or not.
 
@@ -39,15 +39,33 @@ def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
     keys, key_dim = key.shape[-2:]
     if queries and is_quadratic_cheaper(queries, keys, key_dim, value.shape[-1]):
         return key.transpose(-2, -1), value
-    return (key.transpose(-2, -1) @ value,)
+    if fused.has_half_sums(key, value):
+        return (fused.half_matmul(key.transpose(-2, -1), value),)
+    return _fold(key, value)
 
 
 @in_float32
-def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-    """Q K^T V without a normaliser, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
+def _fold(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return (key.transpose(-2, -1) @ value,)
+
+
+def wide_read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    """``read`` whose result stays in float32 or better."""
+    if fused.has_half_sums(query):
+        return fused.half_read(query, state)
+    return _wide_read(query, state)[0]
+
+
+@in_float32
+def _wide_read(query: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor]:
     for factor in state:
         query = query @ factor
-    return query
+    return (query,)
+
+
+def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    """Q K^T V without a normaliser, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
+    return wide_read(query, state).to(query.dtype)
 
 
 def kernel_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -55,9 +73,15 @@ def kernel_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return read(query, fold(key, value, query.shape[-2]))
 
 
-@in_float32
 def key_sum(key: Tensor) -> tuple[Tensor, ...]:
     """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
+    if fused.has_half_sums(key):
+        return (key.sum(-2, dtype=torch.float32).unsqueeze(-1),)
+    return _key_sum(key)
+
+
+@in_float32
+def _key_sum(key: Tensor) -> tuple[Tensor, ...]:
     return (key.sum(-2).unsqueeze(-1),)
 
 
@@ -82,12 +106,11 @@ def quotient(x: Tensor, norm: Tensor) -> Tensor:
     return _Quotient.apply(x, norm) if torch.is_grad_enabled() else x.div_(norm)
 
 
-@in_float32
 def normalized_read(
     query: Tensor, state: tuple[Tensor, ...], sums: tuple[Tensor, ...], eps: float
 ) -> Tensor:
     """Q (K^T V) / (Q sum_j K_j^T + eps), of what ``fold`` and ``key_sum`` returned."""
-    return quotient(read(query, state), read(query, sums) + eps)
+    return quotient(wide_read(query, state), wide_read(query, sums) + eps).to(query.dtype)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:

@@ -48,10 +48,16 @@ def in_float32(function: Function) -> Function:
     return cast(Function, wrapper)
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to which autocast would cast ``x`` for a matmul; its own where autocast is off."""
+    device_type = x.device.type
+    # The meta device has no autocast, and float64 is never lowered.
+    if device_type == "meta" or x.dtype == torch.float64:
+        return x.dtype
+    is_on = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else x.dtype
+
+
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts operands as autocast would for a matmul; custom operators are unknown to it."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor.to(operand_dtype(tensor)) for tensor in tensors)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops import fused
 from attnzoo.ops.precision import autocast_operands, in_float32
 
 RouterGradient = Literal["ste", "none", "softgate", "gumbel"]
@@ -148,12 +149,18 @@ def naive_routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient
     return chosen + (surrogate * scalars.detach()).sum(-1, keepdim=True)
 
 
+def usage_of(index: Tensor, experts: int) -> Tensor:
+    """The share of tokens that each expert received, (experts,), without waiting for a device."""
+    mine = index.flatten().unsqueeze(-1) == torch.arange(experts, device=index.device)
+    return mine.float().mean(0)
+
+
 def balance_loss(routed: Route) -> Tensor:
     """Switch-style load balancing: experts * sum_e usage_e * mean probability_e; 1 if uniform."""
     probability = routed.probability
     assert probability is not None
     experts = probability.shape[-1]
-    usage = F.one_hot(routed.index, experts).to(probability).flatten(0, -2).mean(0)
+    usage = usage_of(routed.index, experts).to(probability)
     return experts * (usage * probability.flatten(0, -2).mean(0)).sum()
 
 
@@ -178,6 +185,8 @@ def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
 # plan is a second output, so that the backward need not sort again.
 @torch.library.custom_op("attnzoo::routed_projection", mutates_args=())
 def _routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    if fused.runs_on(x):
+        return fused.device_routed_projection(x, weight, index)
     plan = _plan(index, weight.shape[0])
     n = x.shape[0]
     tokens = x.index_select(0, plan[:n])
@@ -199,6 +208,8 @@ def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def _routed_projection_backward(
     grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if fused.runs_on(x):
+        return fused.device_routed_projection_backward(grad, x, weight, plan)
     n = x.shape[0]
     segments = list(_segments(plan[2 * n :]))
     grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])

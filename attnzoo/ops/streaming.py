@@ -1,18 +1,53 @@
-"""Inference of linear attention in two passes over blocks of tokens, in almost no memory.
+"""Inference in two passes over blocks of tokens, in almost no memory.
 
-The first pass sums the keys' states, the second reads them with the queries. Besides the tokens
-that come in, one tensor as large as they are is kept: first it holds the values, which a
-convolution wants to see, then the outputs.
+The first pass sums what queries read of the keys, the second reads it with the queries. Besides
+the tokens that come in, one tensor as large as they are is kept: first it holds what a block needs
+of its neighbours (values, which a convolution wants to see; scans of another direction), then the
+outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.contract import AttentionConfig
+from attnzoo.ops.gated import Direction, scan, unscan
+from attnzoo.ops.linear import fold, key_sum, normalized_read
+from attnzoo.ops.precision import in_float32
+
 State = list[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(AttentionConfig):
+    """The option of every linear mechanism."""
+
+    stream: int | None = None  # tokens per block in eval mode without gradients
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream is None:
+            return
+        self.at_least(1, "stream")
+        if (impl := getattr(self, "impl", "auto")) not in ("auto", "safe", "naive"):
+            raise ValueError(
+                f"impl={impl!r} takes all tokens at once; set stream=None or impl='auto'"
+            )
+
+    def block(self, training: bool) -> int | None:
+        """Tokens per block of a forward now, or None where all come at once.
+
+        A batch norm in training, a gradient and the naive twin want all of them.
+        """
+        is_whole = training or torch.is_grad_enabled() or getattr(self, "impl", None) == "naive"
+        return None if is_whole else self.stream
 
 
 def linear_parts(
@@ -30,6 +65,82 @@ def linear_parts(
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
+def _sum(whole: State, part: State) -> State:
+    return [
+        tuple(a + b for a, b in zip(one, other, strict=True))
+        for one, other in zip(whole, part, strict=True)
+    ]
+
+
+def spans_of(grid: tuple[int, int], block: int, rows: int = 1) -> list[slice]:
+    """Blocks of at most ``block`` tokens, but at least ``rows`` rows of the grid or a multiple."""
+    height, width = grid
+    step = max(1, block // (width * rows)) * rows
+    return [slice(row * width, min(height, row + step) * width) for row in range(0, height, step)]
+
+
+def first_pass(
+    x: Tensor,
+    spans: list[slice],
+    encode: Callable[[Tensor, slice], tuple[Tensor | None, State]],
+    merge: Callable[[State, State], State] = _sum,
+) -> tuple[Tensor | None, State]:
+    """Encodes every block.
+
+    Args:
+        x: (b, n, d).
+        spans: The blocks' places.
+        encode: Tokens of a block and their place -> what to keep of them, (b, m, up to d), or
+            None; and the state of their keys.
+        merge: Joins two states.
+
+    Returns:
+        What was kept, in the first channels of (b, n, d), or None; and the state of all keys.
+    """
+    kept: Tensor | None = None
+    total: State = []
+    for span in spans:
+        value, state = encode(x[:, span], span)
+        total = merge(total, state) if span.start else state
+        if value is not None:
+            kept = value.new_empty(x.shape) if kept is None else kept
+            kept[:, span, : value.shape[-1]] = value
+        del value, state
+    return kept, total
+
+
+def second_pass(
+    kept: Tensor | None, spans: list[slice], decode: Callable[[slice], Tensor]
+) -> Tensor:
+    """What ``decode`` makes of each block, (b, m, d), together; it overwrites what was kept."""
+    out = done = decode(spans[0])
+    if kept is None:
+        kept = out.new_empty(out.shape[0], spans[-1].stop, out.shape[2])
+    for last, span in pairwise(spans):
+        out = decode(span)
+        # One block late, because this one's convolution looks at what is kept above it.
+        kept[:, last], done = done, out
+    kept[:, spans[-1]] = done
+    return kept
+
+
+def convolve(
+    x: Tensor,
+    span: slice,
+    width: int,
+    conv: Callable[[Tensor, tuple[int, int]], Tensor],
+    halo: int,
+) -> Tensor:
+    """A block of the convolution of ``x``, which is on a grid of ``width``.
+
+    ``halo`` are the rows that it looks up and down.
+    """
+    first = max(0, span.start - halo * width)
+    near = x[:, first : span.stop + halo * width]
+    out = conv(near, (near.shape[1] // width, width))
+    return out.narrow(1, span.start - first, span.stop - span.start)
+
+
 def stream(
     x: Tensor,
     grid: tuple[int, int],
@@ -40,7 +151,7 @@ def stream(
     conv: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
     halo: int = 0,
 ) -> Tensor:
-    """Runs linear attention block by block.
+    """Runs linear attention with a convolution of its values block by block.
 
     Args:
         x: (b, h * w, d).
@@ -56,34 +167,126 @@ def stream(
     Returns:
         (b, h * w, d).
     """
-    height, width = grid
-    step, halo = max(1, halo, block // width), halo * width
-    starts = range(0, height, step)
-    spans = [slice(row * width, min(height, row + step) * width) for row in starts]
-    total: State = []
-    kept = done = x
-    for span in spans:
-        value, state = encode(x[:, span], span)
-        if span.start == 0:
-            kept, total = value.new_empty(x.shape), state
-        else:
-            total = [
-                tuple(a + b for a, b in zip(whole, part, strict=True))
-                for whole, part in zip(total, state, strict=True)
-            ]
-        if conv is not None:
-            kept[:, span] = value
-        del value, state
-    for last, span in zip([None, *spans], spans, strict=False):
-        out = decode(x[:, span], total)
-        if conv is not None:
-            first = max(0, span.start - halo)
-            values = kept[:, first : span.stop + halo]
-            local = conv(values, (values.shape[1] // width, width))
-            out = out + local.narrow(1, span.start - first, out.shape[1]).to(out.dtype)
-        # One block late, because the next one's convolution looks at the values above it.
-        if last is not None:
-            kept[:, last] = done
-        done = proj(out)
-    kept[:, spans[-1]] = done
-    return kept
+    spans = spans_of(grid, block, max(1, halo))
+
+    def keep(tokens: Tensor, span: slice) -> tuple[Tensor | None, State]:
+        value, state = encode(tokens, span)
+        return (None if conv is None else value), state
+
+    def finish(span: slice) -> Tensor:
+        out = decode(x[:, span], state)
+        if conv is not None and kept is not None:
+            out = out + convolve(kept, span, grid[1], conv, halo).to(out.dtype)
+        return proj(out)
+
+    kept, state = first_pass(x, spans, keep)
+    return second_pass(kept, spans, finish)
+
+
+def stream_linear_attention(
+    x: Tensor,
+    grid: tuple[int, int],
+    block: int,
+    qkv: nn.Module,
+    proj: nn.Module,
+    num_heads: int,
+    query_kernel: Callable[[Tensor], Tensor],
+    key_kernel: Callable[[Tensor, slice], Tensor],
+    eps: float,
+    conv: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
+    halo: int = 0,
+) -> Tensor:
+    """``stream`` of one linear layer, one kernel and ``linear_attention``.
+
+    The kernels take tokens and, for keys, their place: (b, m, d) -> (b, m, d).
+    """
+
+    def heads(z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=num_heads)
+
+    def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
+        key, value = linear_parts(qkv, tokens, x.shape[-1], slice(1, None))
+        key = heads(key_kernel(key, span))
+        return value, [fold(key, heads(value), None), key_sum(key)]
+
+    def decode(tokens: Tensor, state: State) -> Tensor:
+        [query] = linear_parts(qkv, tokens, x.shape[-1], slice(1))
+        out = normalized_read(heads(query_kernel(query)), *state, eps=eps)
+        return rearrange(out, "b h n d -> b n (h d)")
+
+    return stream(x, grid, block, encode, decode, proj, conv, halo)
+
+
+@in_float32
+def softmax_fold(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> State:
+    """State of a few queries' softmax attention over a block of keys; ``softmax_merge`` joins two.
+
+    Args:
+        query: (b, h, m, d).
+        key: (b, h, n, d).
+        value: (b, h, n, d).
+        bias: Added to the scores, (h, m, n).
+
+    Returns:
+        Largest score and sum of exponentials of each query, both (b, h, m, 1), and the values'
+        weighted sum, (b, h, m, d), in float32 or better.
+    """
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    return [(top, weights.sum(-1, keepdim=True), weights @ value)]
+
+
+def softmax_merge(whole: State, part: State) -> State:
+    """The state of both states' keys."""
+    [(one, *sums)], [(other, *others)] = whole, part
+    top = torch.maximum(one, other)
+    left, right = (one - top).exp(), (other - top).exp()
+    return [(top, *(a * left + b * right for a, b in zip(sums, others, strict=True)))]
+
+
+def stream_scans(
+    x: Tensor,
+    grid: tuple[int, int],
+    block: int,
+    directions: Sequence[Direction],
+    advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    finish: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Runs scans in several directions one after the other, block by block, and means them.
+
+    Args:
+        x: (b, h * w, d).
+        grid: (height, width).
+        block: Tokens per block; whole rows, or columns, of the grid are taken, at least one.
+        directions: Of the scans.
+        advance: Tokens of a block in the order of a scan, and the state that the last one left,
+            if there was one -> outputs of the scan, (b, m, heads, e), and the state that is left.
+        finish: Tokens of a block and the mean of the scans' outputs -> (b, m, d).
+
+    Returns:
+        (b, h * w, d).
+    """
+    image, kept, dtype = x.unflatten(1, grid), x.new_empty(0), x.dtype
+    for passed, direction in enumerate(directions, 1):
+        axis = 2 if direction.startswith("columns") else 1
+        lines, length = grid[axis - 1], grid[2 - axis]
+        starts = list(range(0, lines, max(1, block // length)))
+        state = None
+        for start in reversed(starts) if direction.endswith("backward") else starts:
+            size = min(max(1, block // length), lines - start)
+            here = image.narrow(axis, start, size)
+            tokens, shape = here.flatten(1, 2), (here.shape[1], here.shape[2])
+            out, state = advance(scan(tokens, shape, direction), state)
+            out, heads = unscan(out, shape, direction).flatten(2), out.shape[2:]
+            if passed > 1:
+                out = out + kept.narrow(axis, start, size)[..., : out.shape[-1]].flatten(1, 2)
+            if passed == len(directions):
+                out = finish(tokens, (out / passed).unflatten(2, heads))
+                dtype = out.dtype
+            if not kept.numel():  # a scan's outputs may be wider than tokens
+                kept = out.new_empty(*image.shape[:-1], max(out.shape[-1], x.shape[-1]))
+            kept.narrow(axis, start, size)[..., : out.shape[-1]] = out.unflatten(1, shape)
+    return kept[..., : x.shape[-1]].to(dtype).flatten(1, 2)

@@ -7,6 +7,8 @@ the data (how many tokens chose an expert) stay there.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -253,6 +255,29 @@ GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
 WEIGHT_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
 
 
+def _fitting(
+    table: dict[int, tuple[int, ...]], itemsize: int, device: torch.device
+) -> tuple[int, ...]:
+    """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
+    return _within(table[itemsize], itemsize, _shared_memory(device))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", None)
+
+
+@functools.cache
+def _within(tile: tuple[int, ...], itemsize: int, room: int | None) -> tuple[int, ...]:
+    m, n, k, warps, stages = tile
+    while room and (m + n) * k * itemsize * stages > room and n > 16:
+        stages, n = (stages - 1, n) if stages > 2 else (stages, n // 2)
+    return m, n, k, warps, stages
+
+
 def grouped_product(
     a: Tensor,
     weight: Tensor,
@@ -282,7 +307,7 @@ def grouped_product(
     out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    m, n, k, warps, stages = tiles or GROUPED_TILES[a.element_size()]
+    m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
     grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
     _grouped_kernel[grid](
         a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
@@ -300,7 +325,7 @@ def grouped_weight_gradient(
     a, spacing = _rows(a)
     grad, grad_spacing = _rows(grad)
     out = torch.empty(experts, a.shape[1], grad.shape[1], dtype=a.dtype, device=a.device)
-    m, n, k, warps, stages = tiles or WEIGHT_TILES[a.element_size()]
+    m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
     grid = (_ceil(a.shape[1], m) * _ceil(grad.shape[1], n), experts)
     _grouped_weight_kernel[grid](
         a, grad, out, order, ends, max(1, a.shape[0]), a.shape[1], grad.shape[1], spacing,
@@ -1278,4 +1303,4 @@ def stencil_weight_gradient(
             num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0)
-    return total[:9].t().reshape(c, 1, 3, 3), total[9].clone()
+    return total[:9].t().contiguous().view(c, 1, 3, 3), total[9].clone()

@@ -1,74 +1,19 @@
-"""Compressed softmax attention: naive twin, formulas, softmax itself, cost, errors."""
+"""Compressed softmax attention: formulas written out, softmax itself, layers."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-import attnzoo.mechanisms.compressed  # noqa: F401
-from attnzoo.contract import Attention
-from attnzoo.registry import build_attention
+from attnzoo import Attention, build_attention
+from tests.attnzoo import formulas
+from tests.attnzoo.formulas import assert_near, assert_same, grads, head_slices, projected, tokens
 
-GRIDS = [(1, 1), (1, 7), (8, 8), (7, 13), (16, 24)]
-OPTIONS = [
-    {},
-    {"ratio": 4, "num_heads": 4, "qk_norm": True},
-    {"ratio": 3, "qkv_bias": False},
-    {"ratio": 1},
-]
-
-
-def build(dim: int = 64, **options: object) -> Attention:
-    """A layer in float64 whose parameters are all away from their start values."""
-    torch.manual_seed(0)
-    layer = build_attention("compressed", dim, **options).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return layer
-
-
-def tokens(grid: tuple[int, int], batch: int = 1, dim: int = 64) -> Tensor:
-    generator = torch.Generator().manual_seed(grid[0] * 100 + grid[1] + batch)
-    shape = (batch, grid[0] * grid[1], dim)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-
-def grads(out: Tensor, x: Tensor, layer: Attention) -> list[Tensor]:
-    """Gradients of a fixed random sum of ``out`` by the input and by every parameter."""
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
-    return list(torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()]))
-
-
-def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-9) -> None:
-    # The largest value of all sets the scale: some gradients are zero but for rounding.
-    scale = max(tensor.abs().max() for tensor in expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert (one - other).abs().max() <= tolerance * scale
-
-
-def compare(fast: Attention, naive: Attention, grid: tuple[int, int], batch: int) -> None:
-    naive.load_state_dict(fast.state_dict())
-    x = tokens(grid, batch)
-    outs = fast(x, grid), naive(x, grid)
-    assert_near([outs[0]], [outs[1]])
-    assert_near(grads(outs[0], x, fast), grads(outs[1], x, naive))
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_twin(grid: tuple[int, int], batch: int) -> None:
-    compare(build(), build(impl="naive"), grid, batch)
-
-
-@pytest.mark.parametrize("options", OPTIONS[1:])
-def test_twin_with_options(options: dict) -> None:
-    compare(build(**options), build(impl="naive", **options), (7, 13), 2)
+build = partial(formulas.build, "compressed")
 
 
 def compress(layer: Attention, image: Tensor, ratio: int) -> Tensor:
@@ -96,14 +41,10 @@ def reference(
 ) -> Tensor:
     """PixArt-Sigma's formulas, query by query, for one image."""
     dim = x.shape[-1]
-    query, key, value = (
-        x[0] @ w.T + b
-        for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True)
-    )
+    query, key, value = projected(layer, x)
     key, value = (compress(layer, z.reshape(*grid, -1), ratio) for z in (key, value))
     out = []
-    for head in range(heads):
-        part = slice(head * dim // heads, (head + 1) * dim // heads)
+    for part in head_slices(dim, heads):
         rows = []
         for q in query[:, part]:
             weights = ((key[:, part] * q).sum(-1) / (dim // heads) ** 0.5).exp()
@@ -116,9 +57,7 @@ def reference(
 @pytest.mark.parametrize("grid", [(1, 1), (4, 6), (5, 7)])
 def test_formula(grid: tuple[int, int], ratio: int) -> None:
     layer, x = build(num_heads=4, ratio=ratio), tokens(grid)
-    out, expected = layer(x, grid), reference(layer, x, grid, 4, ratio)
-    assert_near([out], [expected])
-    assert_near(grads(out, x, layer), grads(expected, x, layer))
+    assert_same(x, (layer, layer(x, grid)), (layer, reference(layer, x, grid, 4, ratio)))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -195,21 +134,6 @@ def test_attention_map_shares_a_window_among_its_tokens() -> None:
     assert_near([weights, weights.sum(-1)], [expected, torch.ones(1, 2, 15).double()])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ratio": 0}, "ratio must be at least 1"),
-        ({"layers": "second-hlaf"}, "did you mean 'second-half'"),
-        ({"layers": (14,)}, r"names blocks \[14\], but depth=1; choose indices from 0 to 0"),
-        ({"remainder": "padd"}, "did you mean 'pad'"),
-        ({"impl": "flsh"}, "did you mean 'flash'"),
-    ],
-)
-def test_errors_name_the_remedy(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_attention("compressed", 64, **options)
-
-
 def test_grid_that_the_ratio_does_not_divide() -> None:
     layer = build(remainder="raise", ratio=4)
     assert layer(tokens((8, 12)), (8, 12)).isfinite().all()
@@ -224,32 +148,3 @@ def test_grid_that_the_ratio_does_not_divide() -> None:
 def test_layers_hold_indices() -> None:
     with pytest.raises(TypeError, match="layers must hold the indices"):
         build_attention("compressed", 64, layers=("all",))
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (7, 13)])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_closed_form_macs_equal_the_count(grid: tuple[int, int], options: dict) -> None:
-    # The meta device, because the CPU's fused softmax attention is not counted.
-    with torch.device("meta"):
-        layer = build_attention("compressed", 64, **options)
-        x = torch.empty(1, grid[0] * grid[1], 64)
-    with FlopCounterMode(display=False) as counter:
-        layer(x, grid)
-    assert counter.get_total_flops() == 2 * layer.macs(grid)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_finite_over_4096_tokens(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    layer = build_attention("compressed", 64)
-    x = (8 * torch.randn(1, 4096, 64)).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
-        out = layer(x, (64, 64))
-    out.float().square().mean().backward()
-    assert out.isfinite().all()
-    assert all(z.grad.isfinite().all() for z in [x, *layer.parameters()])
-
-
-def test_wrong_grid_is_named() -> None:
-    with pytest.raises(ValueError, match="grid=2x3 does not hold the 64 tokens"):
-        build()(tokens((8, 8)), (2, 3))

@@ -11,13 +11,18 @@ DIM = 384
 # input, as the mechanisms' steps say: what is kept, and the few tensors in passing.
 CLOSED_FORM = {
     ("sana", ()): (6, 9),
-    ("sana", (("stream", 1024),)): (1.4, None),
     ("focused", ()): (7, 16),
-    ("focused", (("stream", 1024),)): (1.4, None),
     ("lit", ()): (8, 10.5),
     ("dydila", ()): (7, 15.5),
-    ("dydila", (("stream", 1024),)): (1.6, None),
     ("dydila-map", ()): (9, 16.5),
+}
+CLOSED_FORM |= {
+    (name, (("stream", 1024),)): (budget, None)
+    for budget, names in (
+        (1.4, ("sana", "focused", "lit", "edit", "agent")),
+        (1.6, ("gated", "dig", "dydila", "dydila-map")),
+    )
+    for name in names
 }
 
 SCRIPT = """

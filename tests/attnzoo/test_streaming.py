@@ -1,34 +1,65 @@
-"""Inference in two passes over blocks of tokens: the same numbers, hardly any memory."""
+"""Inference block by block: the same numbers, hardly any memory."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from attnzoo import build_attention
+from attnzoo import build_attention, get_attention, list_attention
 from attnzoo.ops.streaming import linear_parts
-from attnzoo.testing import build_scrambled, check_twin, tokens
+from attnzoo.testing import build_scrambled, check_twin, outputs_and_gradients, tokens
 
+# One grid is for options that fix it.
+GRID = (7, 13)
 STREAMED = [
     ("sana", {}),
     ("sana", {"qk_norm": True, "qkv_bias": True}),
     ("focused", {}),
     ("focused", {"conv": "acnet", "conv_scope": "token", "norm_scope": "head"}),
-    ("focused", {"conv": "none", "key_position": (7, 13)}),
+    ("focused", {"conv": "none", "key_position": GRID}),
+    ("lit", {}),
+    ("lit", {"conv": "acnet", "num_heads": 1, "qkv_bias": False}),
+    ("lit", {"conv": "none"}),
+    ("edit", {}),
+    ("edit", {"stride": 1, "bottleneck": 1, "groups": 1}),
+    ("edit", {"stride": 3, "bottleneck": 4, "conv_bias": False, "qkv_bias": False}),
+    ("agent", {}),
+    ("agent", {"n_agents": 9, "num_heads": 4, "conv": False, "qkv_bias": False}),
+    ("agent", {"n_agents": 16, "bias": "learned", "bias_grid": GRID}),
+    *(
+        ("gated", {"direction": direction})
+        for direction in (
+            "forward", "backward", "columns-forward", "columns-backward", "both", "four",
+        )
+    ),
+    ("gated", {"expand_v": 2.0, "impl": "safe"}),
+    ("gated", {"expand_v": 0.5, "gate_normalizer": 0.1}),
+    ("dig", {}),
+    ("dig", {"schedule": "two"}),
     ("dydila", {}),
     ("dydila", {"num_heads": 3, "normalizer": "diff", "qkv_bias": True}),
-    ("dydila", {"conv": "5x5", "key_position": (7, 13)}),
+    ("dydila", {"conv": "5x5", "key_position": GRID}),
     ("dydila", {"projection": "replace", "differential": "none"}),
     ("dydila", {"projection": "none", "differential": "none", "conv": "none"}),
     ("dydila-map", {}),
     ("dydila-map", {"normalizer": "mean"}),
-]
+]  # fmt: skip
+LINEAR = [name for name in list_attention() if "n²" not in get_attention(name).complexity]
 
 
 def _streamed(layer, block):
-    layer.config = dataclasses.replace(layer.config, stream=block)
+    """The layer, which from now on streams, wherever it looks for its options."""
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            module.config = dataclasses.replace(module.config, stream=block)
     return layer
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_linear_mechanism_streams(name):
+    assert name in dict(STREAMED)
 
 
 # Less than a row; one row, which is less than a 5x5 kernel looks; rows with a rest; everything.
@@ -36,35 +67,52 @@ def _streamed(layer, block):
 @pytest.mark.parametrize(("name", "options"), STREAMED)
 @torch.no_grad()
 def test_streaming_changes_no_number(name, options, block):
-    layer, x = build_scrambled(name, **options).double(), tokens((7, 13)).double()
-    exact = layer(x, (7, 13))
-    torch.testing.assert_close(_streamed(layer, block)(x, (7, 13)), exact)
+    whole = build_scrambled(name, **options).double()
+    streamed = _streamed(copy.deepcopy(whole), block)
+    grids = [GRID] if GRID in options.values() else [GRID, (5, 4), (1, 7), (9, 1)]
+    for grid in grids:
+        for batch in (1, 3):
+            x = tokens(grid, batch).double()
+            torch.testing.assert_close(streamed(x, grid), whole(x, grid))
 
 
-@pytest.mark.parametrize("name", ["sana", "focused", "dydila", "dydila-map"])
+@pytest.mark.parametrize("name", LINEAR)
 def test_a_gradient_is_not_streamed(name):
     layer, x = build_scrambled(name), tokens((4, 4))
-    exact = torch.autograd.grad(layer(x, (4, 4)).sum(), layer.proj.weight)
-    found = torch.autograd.grad(_streamed(layer, 4)(x, (4, 4)).sum(), layer.proj.weight)
+    exact = outputs_and_gradients(layer, x, (4, 4))
+    found = outputs_and_gradients(_streamed(layer, 4), x, (4, 4))
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.parametrize(("name", "options"), [("dydila", {}), ("lit", {"conv": "acnet"})])
 @torch.no_grad()
-def test_training_is_not_streamed():
+def test_training_is_not_streamed(name, options):
     """A batch norm wants the statistics of the whole grid."""
-    layer, x = build_scrambled("dydila").train(), tokens((4, 4))
+    layer, x = build_scrambled(name, **options).train(), tokens((4, 4))
     exact = layer(x, (4, 4))
     torch.testing.assert_close(_streamed(layer, 4)(x, (4, 4)), exact)
 
 
-@pytest.mark.parametrize("name", ["sana", "focused", "dydila"])
+@pytest.mark.parametrize("name", LINEAR)
 @torch.no_grad()
-def test_streaming_under_autocast(name):
+def test_streaming_in_half_precision(name):
     layer, x = build_scrambled(name), tokens((8, 8))
+    streamed = _streamed(copy.deepcopy(layer), 16)
     with torch.autocast("cpu", torch.bfloat16):
-        exact, streamed = layer(x, (8, 8)), _streamed(layer, 16)(x, (8, 8))
-    assert streamed.dtype == exact.dtype == torch.bfloat16
-    assert (streamed - exact).norm() < 0.05 * exact.norm()
+        exact, found = layer(x, (8, 8)), streamed(x, (8, 8))
+    assert found.dtype == exact.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    exact, x = layer(x, (8, 8)), x.bfloat16()
+    found = streamed.bfloat16()(x, (8, 8))
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+def test_streaming_takes_an_empty_batch():
+    for name in LINEAR:
+        x = tokens((4, 4), batch=0)
+        assert _streamed(build_scrambled(name), 4)(x, (4, 4)).shape == x.shape
 
 
 def test_an_adapter_around_a_linear_layer_is_used():
@@ -85,6 +133,9 @@ def test_an_adapter_around_a_linear_layer_is_used():
 def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match="stream must be at least 1, got 0"):
         build_attention("sana", 48, stream=0)
+    for name, impl in (("sana", "folded"), ("agent", "sdpa"), ("gated", "fla")):
+        with pytest.raises(ValueError, match=f"impl='{impl}' .*; set stream=None or impl='auto'"):
+            build_attention(name, 48, stream=64, impl=impl)
     with pytest.raises(ValueError, match=r"set stream=None or map_router='token'"):
         build_attention("dydila-map", 48, stream=64, map_router="image")
 

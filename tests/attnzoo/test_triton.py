@@ -4,7 +4,6 @@ Without a GPU the kernels run under Triton's interpreter, which must be asked fo
 first imported: one test here runs this file again in a process of its own, with TRITON_INTERPRET.
 """
 
-import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -12,12 +11,24 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from attnzoo.ops import fla, fused
+from attnzoo import build_attention, list_attention
+from attnzoo.counting import count_macs, measure_macs
+from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.ops import fla, fused, gated, linear
 from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.routing import naive_routed_projection, route, routed_scalar, router_logits
-from attnzoo.testing import build_scrambled, tokens, twin_of
+from attnzoo.ops.routing import (
+    naive_routed_projection,
+    route,
+    routed_projection,
+    routed_scalar,
+    router_logits,
+)
+from attnzoo.testing import DIM, build_scrambled, tokens, twin_of
+from backbones import build_backbone
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,7 +53,17 @@ def test_asking_for_triton_without_it_names_the_extra(monkeypatch):
         fused.require_triton()
 
 
+@pytest.mark.parametrize("options", [{"normalizer": "diff"}, {"stream": 64}, {"num_heads": 2}])
+def test_asking_for_triton_where_it_does_not_serve(options, monkeypatch):
+    monkeypatch.setattr(fused, "require_triton", lambda: None)
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"does not serve {name}={value!r}"):
+        build_attention("dydila", DIM, impl="triton", **options)
+
+
 def test_asking_for_fla_without_it_names_the_extra(monkeypatch):
+    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(RuntimeError, match=r"attnzoo\[fla\]"):
         fla.require_fla()
@@ -60,11 +81,67 @@ def close(found, expected, dtype=torch.float32, scale=1.0):
     assert error <= budget * size.clamp_min(1e-30), (error / size).item()
 
 
-if CAN_RUN:
+def random(*shape, seed=0, dtype=torch.float32, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
 
-    def random(*shape, seed=0, dtype=torch.float32, grad=True):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+
+def as_on_a_gpu(monkeypatch):
+    """Makes the library choose on any device as it does on a GPU."""
+
+    def is_known(x, dtype=None):
+        return (dtype or x.dtype) in (torch.float32, torch.bfloat16)
+
+    monkeypatch.setattr(fused, "runs_on", is_known)
+    monkeypatch.setattr(fused, "has_half_sums", has_half_sums)
+    monkeypatch.setattr(gated, "_can_look", lambda x: False)
+
+
+def has_half_sums(*operands):
+    is_eager = not torch.compiler.is_compiling()
+    return is_eager and all(z.dtype == torch.bfloat16 for z in operands)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 16), (2, 1, 5, 24)])
+def test_half_sums_of_linear_attention(shape, monkeypatch):
+    query, key = (random(*shape, seed=s, dtype=torch.bfloat16).abs() for s in range(2))
+    value = random(*shape, seed=2, dtype=torch.bfloat16)
+    exact = linear.linear_attention(*(z.double() for z in (query, key, value)))
+    asked = []
+    monkeypatch.setattr(
+        fused, "has_half_sums", lambda *z: asked.append(has_half_sums(*z)) or asked[-1]
+    )
+    found = linear.linear_attention(query, key, value)
+    assert found.dtype == torch.bfloat16 and all(asked)
+    close(found, exact, torch.bfloat16)
+
+
+def test_diagnostics_are_numbers():
+    layer = build_scrambled("dydila", gamma_form="softplus")
+    said = layer.diagnostics(tokens((4, 4)), (4, 4))
+    sana = build_attention("dydila", DIM, **LADDER["sana"])
+    assert sana.diagnostics(tokens((4, 4)), (4, 4)) == {}
+    assert said["gamma"] == F.softplus(layer.gamma).tolist()
+    assert said["lambda"] == layer.lambda_.tolist()
+    routes = layer.routes(tokens((4, 4)), (4, 4))
+    for name, index in routes.items():
+        usage = torch.bincount(index.flatten(), minlength=len(said[name]["usage"])) / 32
+        assert said[name]["usage"] == usage.tolist()
+        assert 0 < said[name]["entropy"] < 3
+
+
+def test_without_kernels_a_gpu_keeps_to_torch(monkeypatch):
+    class Pretender(torch.Tensor):
+        is_cuda = True
+
+    x = torch.zeros(1).as_subclass(Pretender)
+    for works in (True, False):
+        monkeypatch.setattr(fused, "_try_kernels", lambda works=works: works)
+        assert fused.runs_on(x) is works
+        assert not fused.runs_on(x, torch.float16) and not fused.runs_on(x.double())
+
+
+if CAN_RUN:
 
     def indices(kind, tokens, experts):
         generator = torch.Generator().manual_seed(1)
@@ -137,16 +214,20 @@ if CAN_RUN:
         z = random(rows, d, dtype=dtype)
         gamma = (random(rows, 1, seed=1, grad=False).abs() + 0.5).requires_grad_()
         cotangent = random(rows, d, seed=2, dtype=dtype, grad=False)
-        expected = power_map(F.relu(z), gamma)
-        found = fused.relu_power_map(z, gamma)
-        close(found, expected, dtype)
-        pairs = zip(
-            torch.autograd.grad(found, (z, gamma), cotangent),
-            torch.autograd.grad(expected, (z, gamma), cotangent),
-            strict=True,
-        )
-        for mine, theirs in pairs:
-            close(mine, theirs, dtype)
+        results = []
+        for operands, apply in (
+            ((z.detach().double(), gamma.detach().double()), naive_power_map),
+            ((z, gamma), eager_power_map),
+            ((z, gamma), fused.relu_power_map),
+        ):
+            operands = [operand.detach().requires_grad_() for operand in operands]
+            out = apply(*operands)
+            results.append([out, *torch.autograd.grad(out, operands, cotangent.to(out.dtype))])
+        for exact, eager, found in zip(*results, strict=True):
+            error, other = ((y.double() - exact).norm() for y in (found, eager))
+            # One row's gradient of gamma is a difference of large numbers, and the eager map
+            # takes it from results rounded to half precision.
+            assert error <= 1.5 * other + 4 * torch.finfo(found.dtype).eps * exact.norm()
 
     @pytest.mark.parametrize("gamma", [0.4, 3.0, 6.3])
     @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e15])
@@ -168,11 +249,16 @@ if CAN_RUN:
         (grad,) = torch.autograd.grad(out[:3].sum(), z)
         assert grad[:3].isfinite().all()
 
+    def eager_power_map(z, gamma):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "runs_on", lambda *_: False)
+            return power_map(z, gamma)
+
     def reference_difference(z1, z2, routers, gammas, rd, lambdas, key_sum, eps, gradient):
         """The same by the library's eager operators."""
         routes = [route(router_logits(z, r), gradient) for z, r in zip((z1, z2), routers)]  # noqa: B905
         powered = [
-            power_map(F.relu(z), routed_scalar(routed, gamma, gradient))
+            eager_power_map(F.relu(z), routed_scalar(routed, gamma, gradient))
             for z, routed, gamma in zip((z1, z2), routes, gammas)  # noqa: B905
         ]
         routed = route(router_logits(torch.cat(powered, -1), rd), gradient)
@@ -268,44 +354,171 @@ if CAN_RUN:
         ):
             close(mine, theirs, dtype)
 
-    def fused_forward(layer, x, grid):
-        names = ["query", "key", "query_prime", "key_prime"]
-        query, key, value = layer.shared(x).chunk(3, dim=-1)
-        out = fused.dynamic_differential_attention(
-            x,
-            query,
-            key,
-            value,
-            [layer.projector_routers[z].weight for z in names[:2]],
-            [layer.projectors[z] for z in names[:2]],
-            [layer.kernel_routers[z].weight for z in names],
-            layer.gamma.expand(4, -1),
-            [layer.differential_routers[z].weight for z in names[:2]],
-            layer.lambda_.expand(2, -1),
-            layer.config.eps,
-            layer.config.router_gradient == "ste",
-        )
-        return layer.proj(out + layer.conv(value, grid))
-
+    @pytest.mark.parametrize("name", ["dydila", "dydila-map"])
     @pytest.mark.parametrize("gradient", ["ste", "none"])
-    def test_whole_layer_equals_the_naive_twin(gradient):
-        layer = build_scrambled("dydila", router_gradient=gradient).to(DEVICE)
+    def test_whole_layer_equals_the_naive_twin(name, gradient, monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        conv = "3x3" if gradient == "ste" else "acnet"
+        layer = build_scrambled(name, router_gradient=gradient, conv=conv).to(DEVICE)
         grid = (5, 8)
         x = tokens(grid).to(DEVICE).requires_grad_()
+        assert layer.implementation(x) == ("triton" if name == "dydila" else "torch")
         cotangent = random(*x.shape, seed=3, grad=False)
         results = []
-        for out in (fused_forward(layer, x, grid), twin_of(layer)(x, grid)):
-            layer.zero_grad()
-            results.append(out)
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        close(*results)
-        found = torch.autograd.grad(results[0], [x, *parameters], cotangent, allow_unused=True)
-        layer.config = dataclasses.replace(layer.config, impl="naive")
-        expected = torch.autograd.grad(
-            layer(x, grid), [x, *parameters], cotangent, allow_unused=True
-        )
+        for either in (layer, twin_of(layer)):
+            operands = [x, *either.parameters()]
+            out = either(x, grid)
+            grads = torch.autograd.grad(out, operands, cotangent, allow_unused=True)
+            results.append((out, grads))
+        (out, found), (exact, expected) = results
+        close(out, exact)
         largest = max(grad.abs().max() for grad in expected if grad is not None)
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None:
                 assert (mine - theirs).abs().max() <= 1e-4 * largest
+
+    @pytest.mark.parametrize("way", ["cast", "autocast"])
+    @pytest.mark.parametrize("name", ["dydila", "dydila-map"])
+    def test_whole_layer_in_half_precision(name, way, monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        layer = build_scrambled(name, conv="3x3").to(DEVICE)
+        grid = (6, 6)
+        x = tokens(grid).to(DEVICE)
+        with torch.no_grad():
+            exact = twin_of(layer).double()(x.double(), grid)
+        if way == "cast":
+            layer, x = layer.bfloat16(), x.bfloat16()
+        layer.train()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=way == "autocast"):
+            assert layer.implementation(x) == ("triton" if name == "dydila" else "torch")
+            out = layer(x, grid)
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - exact).norm() <= 0.1 * exact.norm()  # as of the contract
+        out.float().square().sum().backward()
+        assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_projection_of_every_mechanism_that_routes(monkeypatch):
+        x, weight, index = random(2, 9, 40), random(3, 40, 24, seed=1), torch.arange(18) % 3
+        index = index.view(2, 9).to(DEVICE)
+        expected = naive_routed_projection(x, weight, index)
+        as_on_a_gpu(monkeypatch)
+        asked = []
+        for name in ("device_routed_projection", "device_routed_projection_backward"):
+            inner = getattr(fused, name)
+            monkeypatch.setattr(fused, name, lambda *z, f=inner: asked.append(f) or f(*z))
+        found = routed_projection(x, weight, index)
+        close(found, expected)
+        for grads in zip(
+            torch.autograd.grad(found.sum(), (x, weight)),
+            torch.autograd.grad(expected.sum(), (x, weight)),
+            strict=True,
+        ):
+            close(*grads)
+        assert len(asked) == 2
+
+    @pytest.mark.parametrize(
+        "name", ["dydila", pytest.param("dydila-map", marks=pytest.mark.slow)]
+    )
+    def test_compiles_into_one_graph(name, monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        layer, grid = build_scrambled(name, conv="3x3").to(DEVICE), (3, 4)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        for seed in range(2):  # the routing changes, the graph does not
+            x = tokens(grid, seed=seed).to(DEVICE).requires_grad_()
+            results = []
+            for either in (compiled, layer):
+                out = either(x, grid)
+                results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.gamma])])
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1
+
+    WAITING = {
+        "_local_scalar_dense", "item", "nonzero", "bincount", "masked_select", "unique",
+        "_unique2", "unique_consecutive", "equal", "is_nonzero", "repeat_interleave",
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", list_attention())
+    def test_a_training_step_waits_for_nothing(name, monkeypatch):
+        """No operator of a step, those inside custom operators too, needs a number on the host."""
+        as_on_a_gpu(monkeypatch)
+        options = {"balance_coefficient": 0.1} if name == "dydila-map" else {}
+        layer, grid = build_attention(name, DIM, **options).to(DEVICE).train(), (4, 4)
+        x = tokens(grid, batch=1).to(DEVICE).requires_grad_()
+
+        def step():
+            out = layer(x, grid).square().sum()
+            (out if layer.auxiliary_loss is None else out + layer.auxiliary_loss).backward()
+
+        if DEVICE == "cuda":
+            for _ in range(3):  # compiles kernels, and a library may settle its algorithms
+                step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        ran = {event.name.removeprefix("aten::") for event in profile.events()}
+        assert not ran & WAITING
+        own = {"dydila": "focused_difference", "dydila-map": "routed_projection"}
+        assert name not in own or f"attnzoo::{own[name]}" in ran
+
+    @pytest.mark.parametrize("gradient", ["ste", "none"])
+    @pytest.mark.parametrize("pixels", [64, 1024])  # fewer and more tokens than channels
+    def test_counts_are_those_of_the_eager_operators(gradient, pixels, monkeypatch):
+        options = {"conv": "3x3", "router_gradient": gradient}
+        model = build_backbone("dydila", "tiny", resolution=pixels, attn_options=options)
+        expected = [measure_macs(model, pixels, run_backward=train) for train in (True, False)]
+        assert count_macs(model, pixels).total == expected[0].total
+        as_on_a_gpu(monkeypatch)
+        for counted, train in zip(expected, (True, False), strict=True):
+            assert measure_macs(model, pixels, run_backward=train) == counted
+
+    def test_torch_counts_the_kernels_by_itself(monkeypatch):
+        as_on_a_gpu(monkeypatch)
+        layer, grid = build_attention("dydila", DIM, conv="3x3").to(DEVICE), (6, 5)
+        with FlopCounterMode(display=False) as counter:
+            layer(tokens(grid, batch=1).to(DEVICE), grid)
+        assert counter.get_total_flops() == 2 * layer.macs(grid)
+
+
+@pytest.mark.skipif(DEVICE != "cuda" or not fla._is_installed(), reason="needs a GPU and fla")
+class TestFla:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("strength", [1, 20])
+    @pytest.mark.parametrize("n", [1, 60, 300])
+    def test_equals_the_chunkwise_form(self, n, strength, dtype):
+        query, key, value = (random(2, 3, n, 32, seed=s, dtype=dtype) for s in range(3))
+        log_gate = (-strength * random(2, 3, n, 32, seed=3, grad=False).abs()).requires_grad_()
+        cotangent = random(2, 3, n, 32, seed=4, dtype=dtype, grad=False)
+        operands = (query, key, value, log_gate)
+        results = []
+        for impl, cast in (("fla", lambda z: z), ("safe", torch.Tensor.double)):
+            out = gated.gated_linear_attention(*map(cast, operands), impl=impl)
+            results.append([out, *torch.autograd.grad(out, operands, cotangent.to(out.dtype))])
+        for found, expected in zip(*results, strict=True):
+            error = (found.double() - expected.double()).norm() / expected.double().norm()
+            assert error <= (5e-3 if dtype == torch.float32 else 2e-2)  # products are TF32
+
+    @pytest.mark.parametrize("name", ["gated", "dig"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_whole_layer(self, name, dtype):
+        """Every direction, and half precision by autocast."""
+        layer = build_scrambled(name).to(DEVICE)
+        grid = (9, 8)
+        assert layer(tokens(grid, batch=0).to(DEVICE), grid).numel() == 0
+        results = []
+        for impl in ("fla", "safe"):
+            layer = build_scrambled(name, impl=impl).to(DEVICE)
+            x = tokens(grid).to(DEVICE).requires_grad_()
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32 and impl == "fla"):
+                out = layer(x, grid).float()
+            grads = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+            results.append([out, *grads])
+        for found, expected in zip(*results, strict=True):
+            error = (found - expected).norm() / expected.norm().clamp_min(1e-6)
+            assert error <= (1e-2 if dtype == torch.float32 else 1e-1)
