@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo import testing
 from attnzoo.contract import Attention
+from bench.cells import Cell
 
 # Tokens along one side of the small sibling: large enough for several chunks and all experts.
 SIBLING_SIDE = 12
@@ -19,6 +20,12 @@ HALF_PRECISION_BUDGET = {"bfloat16": 1e-1, "float16": 2e-2}
 
 class WrongResult(Exception):
     """The fast path differs from its twin."""
+
+
+def check_key(cell: Cell) -> str:
+    """What ``check_layer`` depends on: cells that agree in it need one check between them."""
+    side = min(cell.side, SIBLING_SIDE)
+    return f"{cell.mechanism}{cell.options} d{cell.width} {cell.dtype} {cell.device} {side}"
 
 
 def check_layer(
@@ -74,6 +81,34 @@ def _half_deviations(
         "output": relative_error(found, exact),
         "allowed output": max(4 * reference, budget),
     }
+
+
+def check_gradients(mechanism: str, options: dict[str, Any], width: int, device: str) -> float:
+    """Compares output and all gradients on a device with the twin's in float64, in norm.
+
+    Returns:
+        The relative error in float32.
+
+    Raises:
+        WrongResult: It is more than float32 explains.
+    """
+    grid = (SIBLING_SIDE, SIBLING_SIDE)
+    layer = testing.build_scrambled(mechanism, width, **options).to(device)
+    twin = testing.twin_of(layer)
+    assert twin is not None
+    x = testing.tokens(grid, batch=2, dim=width).to(device)
+    exact = testing.outputs_and_gradients(copy.deepcopy(twin).double(), x.double(), grid)
+    found, own = (testing.outputs_and_gradients(z, x, grid) for z in (layer, twin))
+    error, reference = (
+        relative_error(torch.cat([z[key].double().flatten() for key in exact]),
+                       torch.cat([exact[key].flatten() for key in exact]))
+        for z in (found, own)
+    )  # fmt: skip
+    if not error <= max(4 * reference, 1e-3):
+        raise WrongResult(
+            f"{mechanism}'s training step differs from its twin on {device} by {error:.1e}"
+        )
+    return error
 
 
 def _inference_error(layer: Attention, x: Tensor, grid: tuple[int, int]) -> float:

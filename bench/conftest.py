@@ -7,6 +7,8 @@ ends in ``benchmarks`` or, with a reason, in ``cells_not_measured``.
 from __future__ import annotations
 
 import json
+import signal
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from bench import machine, worker
 from bench.cells import PROFILES, Cell
+from bench.checks import check_key
 from bench.goals import GOALS
 from bench.isolate import Outcome, run_isolated
 from bench.settings import BenchSettings, settings_from
@@ -24,11 +27,19 @@ _SETTINGS = pytest.StashKey[BenchSettings]()
 _REQUESTED = pytest.StashKey[dict[str, str]]()
 _MISSED = pytest.StashKey[dict[str, tuple[str, str]]]()
 _PEAKS = pytest.StashKey[dict[str, float]]()
+_CHECKED = pytest.StashKey[dict[str, dict[str, Any]]]()
+_SPENT = pytest.StashKey[dict[str, list[float]]]()
+_BEGIN = pytest.StashKey[float]()
+# One goal compares many layers.
+GOAL_TIMEOUT = 1200.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnzoo", "attnzoo's benchmark suite")
-    profiles = {"quick": "the default: under 4 minutes on 2 cores", "full": "all, and the goals"}
+    profiles = {
+        "quick": "the default: under 4 minutes on 2 cores",
+        "full": "all, and the goals: estimated at 8 minutes on an H200, 4 hours on a CPU",
+    }
     for profile, text in profiles.items():
         group.addoption(f"--{profile}", action="store_true", help=text)
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
@@ -41,6 +52,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", default="1", help="of torch; 1 (default) times by CPU time")
     group.addoption("--memory-cap", default="8GiB", help="of one cell, such as 300MiB")
     group.addoption("--cell-timeout", default="180", help="seconds of one cell")
+    group.addoption(
+        "--time-budget", default="",
+        help="seconds; what is not measured by then is listed as such. The most important "
+        "cells come first (default: no limit)",
+    )  # fmt: skip
     group.addoption("--quality", default=None, help="results of recipes/compare.py")
     group.addoption(
         "--register", action="append", default=[], metavar="MODULE",
@@ -69,6 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
             threads=option("--threads"),
             memory_cap=option("--memory-cap"),
             cell_timeout=option("--cell-timeout"),
+            time_budget=option("--time-budget"),
             quality=option("--quality"),
             register=given_modules,
         )
@@ -81,6 +98,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_REQUESTED] = {}
     config.stash[_MISSED] = {}
     config.stash[_PEAKS] = {}
+    config.stash[_CHECKED] = {}
+    config.stash[_SPENT] = {}
+    config.stash[_BEGIN] = time.monotonic()
+    # Whoever ends the run politely gets what was measured until then, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_keyboard_interrupt() -> None:
+    """Lets nobody interrupt the writing of the results."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -111,20 +139,46 @@ def run(request: pytest.FixtureRequest, cell: Cell, benchmark: Any) -> Any:
         benchmark.group = cell.kind
 
     def start(function: Any) -> dict[str, Any]:
-        shared = settings.shared(_peaks(request.config, settings))
-        outcome = run_isolated(
-            function, cell, shared,
-            memory=settings.memory_cap, timeout=settings.cell_timeout,
-            device="cpu" if cell.kind == "count" else cell.device,
-        )  # fmt: skip
+        begin = time.monotonic()
+        outcome = _within_budget(request.config, settings, cell, function)
         if outcome.state != "measured":
             _miss(request, outcome)
         record: dict[str, Any] = dict(outcome.result)
+        if record.get("check") and cell.kind != "goal":
+            request.config.stash[_CHECKED][check_key(cell)] = record["check"]
+        record["cell_seconds"] = time.monotonic() - begin
+        kind = f"{cell.kind}{', compiled' if cell.compiled else ''}"
+        request.config.stash[_SPENT].setdefault(kind, []).append(record["cell_seconds"])
         replay_clock.replay(benchmark, record.pop("rounds"))
         benchmark.extra_info.update(_identity(cell), **record, commit=settings.commit)
         return record
 
     return start
+
+
+def _within_budget(
+    config: pytest.Config, settings: BenchSettings, cell: Cell, function: Any
+) -> Outcome:
+    is_count = cell.kind == "count"
+    peaks = {} if is_count else _peaks(config, settings)
+    timeout = settings.cell_timeout
+    if cell.kind == "goal":
+        timeout = max(timeout, GOAL_TIMEOUT)
+    left = float("inf")
+    if settings.time_budget:
+        left = config.stash[_BEGIN] + settings.time_budget - time.monotonic()
+    spent = Outcome(
+        "timeout",
+        f"the run's time budget of {settings.time_budget:g} s was spent; raise --time-budget",
+    )
+    if left <= 0:
+        return spent
+    outcome = run_isolated(
+        function, cell, settings.shared(peaks, config.stash[_CHECKED]),
+        memory=settings.memory_cap, timeout=min(timeout, left),
+        device="cpu" if is_count else cell.device, is_shared=is_count,
+    )  # fmt: skip
+    return spent if outcome.state == "timeout" and left < timeout else outcome
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
@@ -149,9 +203,11 @@ def _peaks(config: pytest.Config, settings: BenchSettings) -> dict[str, float]:
     """What the machine can do at best, measured once, before the first cell."""
     if not config.stash[_PEAKS]:
         dtypes = tuple(sorted({cell.dtype for cell in settings.cells()}))
+        # On a GPU with the cells' own cap, so that it is one of their processes.
+        memory = settings.memory_cap if settings.device == "cuda" else 2**33
         outcome = run_isolated(
-            worker.peaks, settings.shared({}), settings.device, dtypes,
-            memory=2**33, timeout=120, device=settings.device,
+            worker.peaks, settings.shared({}, {}), settings.device, dtypes,
+            memory=memory, timeout=120, device=settings.device,
         )  # fmt: skip
         # Without a peak the shares are left out; the cells say themselves what is wrong.
         config.stash[_PEAKS] = outcome.result or {"none": 0.0}
@@ -172,6 +228,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if empty:
         items[:] = [item for item in items if item not in empty]
         config.hook.pytest_deselected(items=empty)
+    # The table's order, not that of the files, which pytest takes up one by one.
+    place = {cell.id: i for i, cell in enumerate(config.stash[_SETTINGS].cells())}
+    items.sort(key=lambda item: place.get(_cell_id(item) or "", -1))
     for item in items:
         if _cell_id(item):
             item.add_marker(pytest.mark.benchmark(timer=replay_clock))
@@ -242,17 +301,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     requested, missed = config.stash[_REQUESTED], config.stash[_MISSED]
-    if not requested:
+    if not requested or config.option.collectonly:
         return
     terminalreporter.section("cells")
     counts: dict[str, int] = {}
     for state, _ in missed.values():
         counts[state] = counts.get(state, 0) + 1
     parts = [f"{number} {state}" for state, number in sorted(counts.items())]
-    done = len(requested) - len(missed)
+    measured = {entry.name for entry in config._benchmarksession.benchmarks}  # type: ignore[attr-defined]
+    done = len(measured & set(requested.values()))
     terminalreporter.line(f"{len(requested)} requested, {done} measured {', '.join(parts)}")
     for nodeid, (state, reason) in missed.items():
         terminalreporter.line(f"  {requested[nodeid]}: {state}, {reason}")
+    for kind, seconds in config.stash[_SPENT].items():
+        terminalreporter.line(
+            f"  {len(seconds)} of kind {kind} took {sum(seconds):.0f} s, "
+            f"the longest {max(seconds):.1f} s"
+        )
     for entry in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
         best = entry.extra_info.get("ratio_to_best")
         if best:

@@ -12,6 +12,7 @@ import torch._dynamo as dynamo
 from torch._dynamo.utils import counters
 
 import attnzoo
+from bench import gpu_goals
 from bench.goal_parts import (
     compressed_against_softmax,
     gated_against_recurrence,
@@ -104,7 +105,8 @@ def _streaming(found: Found) -> None:
         for what, owed, aim in bars:
             found.add(what, None, "lower", owed, aim, note="no mechanism has such an option yet")
         return
-    found.check("dydila", 384, **({"stream": 32} if "stream" in options else options))
+    small: dict[str, Any] = {"stream": 32} if "stream" in options else options
+    found.check("dydila", 384, **small)
     calls = {
         "one-shot": layer_call(found, attnzoo.build_attention("dydila", 384), n),
         "streaming": layer_call(found, attnzoo.build_attention("dydila", 384, **options), n),
@@ -230,6 +232,13 @@ _MEASUREMENTS: dict[str, Callable[[Found], None]] = {
     "G12": compressed_against_softmax,
     "G13": _compile,
     "G14": _softmax_layer,
+    "U1": gpu_goals.dydila_against_sana,
+    "U2": gpu_goals.routed_against_linear,
+    "U3": gpu_goals.power_map_against_copy,
+    "U4": gpu_goals.sana_against_peers,
+    "U5": gpu_goals.gated_against_fla,
+    "U6": gpu_goals.backbone_against_softmax,
+    "U7": gpu_goals.peak_of_training,
 }
 
 

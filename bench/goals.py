@@ -2,21 +2,26 @@
 
 With a JSON of ``pytest bench/ --full`` it prints what the file holds; without one it measures.
 Every figure is made in one way: one thread, process CPU time, all contestants in turn in one
-process, at least 7 rounds, median of the ratios of each round, and the twin check first.
+process, at least 7 rounds, median of the ratios of each round, and the twin check first. On a GPU
+(goals U1 and on) the clock is CUDA events, over replays of a CUDA graph where one can be recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from bench import machine
 from bench.cells import Cell
 from bench.isolate import run_isolated
+from bench.results import read_report, rounded, source_of
 from bench.tables import markdown, put_into
 from bench.worker import Settings, prepare
 from recipes.console import DONE, UserError, run_script
@@ -32,8 +37,8 @@ class Row:
         value: The median, or None if it could not be measured.
         q1: Lower quartile over the rounds.
         q3: Upper quartile over the rounds.
-        owed: The value that is owed.
-        aim: The value that we aim at.
+        owed: The value that is owed; None where a goal has failed as a whole.
+        aim: The value that we aim at; likewise.
         better: Whether the value should be "higher" or "lower".
         note: What else is to be known.
     """
@@ -41,8 +46,8 @@ class Row:
     goal: str
     what: str
     value: float | None
-    owed: float
-    aim: float
+    owed: float | None
+    aim: float | None
     better: Literal["higher", "lower"]
     q1: float | None = None
     q3: float | None = None
@@ -50,14 +55,16 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "aim reached", "met", "not met" or "not measured"."""
-        if self.value is None:
+        """One of ``VERDICTS``."""
+        if self.value is None or self.owed is None or self.aim is None:
             return "not measured"
         sign = 1 if self.better == "higher" else -1
         if sign * self.value >= sign * self.aim:
             return "aim reached"
         return "met" if sign * self.value >= sign * self.owed else "NOT MET"
 
+
+VERDICTS = ("aim reached", "met", "NOT MET", "not measured")
 
 # The measurements import torch and the zoo; the goals' names must not.
 GOALS: dict[str, str] = {
@@ -75,7 +82,16 @@ GOALS: dict[str, str] = {
     "G12": "compressed: times faster than SDPA; its convolutions in linears",
     "G13": "torch.compile: graph breaks and recompilations over routings",
     "G14": "softmax layer: speed over bare SDPA with the same projections",
+    "U1": "DyDiLA layer: time in Sana layers, d = 768, bf16",
+    "U2": "routed projection: speed over nn.Linear at equal useful MACs",
+    "U3": "fused power map: share of a copy's bandwidth; times faster than eager",
+    "U4": "Sana: speed over the best peer, same weights",
+    "U5": "gated linear attention: time over flash-linear-attention's kernel",
+    "U6": "backbone at 2048 px: DyDiLA times faster than the fastest softmax",
+    "U7": "DyDiLA: peak memory of a training step over Sana's",
 }
+# G is set on a CPU, U on a GPU.
+LETTERS = {"cpu": "G", "cuda": "U"}
 
 
 def measure_goal(cell: Cell, settings: Settings) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def measure_goal(cell: Cell, settings: Settings) -> dict[str, Any]:
     Returns:
         "rows" (dictionaries of ``Row``), and "rounds" for pytest-benchmark.
     """
-    from bench import goal_measurements, machine
+    from bench import goal_measurements
 
     allocator = prepare(dataclasses.replace(settings, threads=1))
     found = goal_measurements.measure(cell.mechanism, cell.device)
@@ -103,17 +119,41 @@ def rows_of(report: dict[str, Any]) -> list[Row]:
     names = [field.name for field in dataclasses.fields(Row)]
     entries = [b["extra_info"] for b in report["benchmarks"] if "rows" in b["extra_info"]]
     rows = [Row(**{n: row[n] for n in names}) for entry in entries for row in entry["rows"]]
-    return sorted(rows, key=lambda row: int(row.goal[1:]))
+    for cell in report.get("cells_not_measured", []):
+        goal = cell["name"].removeprefix("test_goal[").removesuffix("]")
+        if goal in GOALS:
+            rows.append(_not_measured(goal, cell["state"], cell["reason"]))
+    return sorted(rows, key=lambda row: (row.goal[0], int(row.goal[1:])))
+
+
+def _not_measured(goal: str, state: str, reason: str) -> Row:
+    return Row(goal=goal, what=GOALS[goal], value=None, owed=None, aim=None,
+               better="higher", note=f"{state}: {reason}")  # fmt: skip
+
+
+def as_markdown(rows: list[Row], source: str) -> str:
+    """Where the figures come from, how many of each goal meet what, and, folded, every figure."""
+    goals = []
+    for name in dict.fromkeys(row.goal for row in rows):
+        own = [row for row in rows if row.goal == name]
+        count = collections.Counter(row.verdict for row in own)
+        shown = [str(count[verdict] or "") for verdict in VERDICTS]
+        goals.append([name, GOALS[name], *shown])
+    return (
+        f"{source}: {summary(rows)}.\n\n{markdown(['goal', 'what', *VERDICTS], goals)}\n\n"
+        f"<details>\n<summary>Every figure</summary>\n\n{as_table(rows)}\n\n</details>"
+    )
 
 
 def as_table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The figures as a Markdown table."""
     lines = []
     for row in rows:
         sign = ">=" if row.better == "higher" else "<="
         spread = "" if row.q1 is None else f"{row.q1:.3g} to {row.q3:.3g}"
         value = "" if row.value is None else f"{row.value:.3g}"
-        owed, aim = f"{sign} {row.owed:g}", f"{row.aim:g}"
+        owed = "" if row.owed is None else f"{sign} {row.owed:g}"
+        aim = "" if row.aim is None else f"{row.aim:g}"
         lines.append([row.goal, row.what, value, spread, owed, aim, row.verdict, row.note])
     heading = ["goal", "what", "value", "quartiles", "owed", "aim", "", "note"]
     return markdown(heading, lines)
@@ -131,52 +171,65 @@ def summary(rows: list[Row]) -> str:
 def main(arguments: list[str]) -> int:
     """Prints the goals."""
     parser = argparse.ArgumentParser(prog="python -m bench.goals", description=__doc__)
-    parser.add_argument("report", nargs="?", type=Path, help="JSON of pytest bench/ --full")
+    parser.add_argument(
+        "report", nargs="?", type=Path, help="JSON of pytest bench/ --full, or of --save"
+    )
     parser.add_argument("--only", default="", help="goals to measure, such as G4,G9")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--save", type=Path, help="JSON to write what was measured to")
-    parser.add_argument("--into", type=Path, help="file whose <!-- goals --> part is replaced")
+    parser.add_argument(
+        "--into", type=Path, action="append", default=[],
+        help="file whose part <!-- goals -->, or <!-- goals-cuda -->, is replaced; repeatable",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.report:
-        from bench.results import read_report
-
-        rows = rows_of(read_report(options.report))
+        report = read_report(options.report)
+        rows = rows_of(report)
         if not rows:
             raise UserError(
                 f"{options.report} holds no goals; they are in a run of pytest bench/ --full, "
                 f"or measure them with python -m bench.goals"
             )
     else:
-        wanted = [name for name in options.only.split(",") if name] or list(GOALS)
+        own = [name for name in GOALS if name.startswith(LETTERS[options.device])]
+        wanted = [name for name in options.only.split(",") if name] or own
         for name in wanted:
             if name not in GOALS:
                 raise UserError(f"unknown goal {name!r}; choose of {', '.join(GOALS)}")
-        rows = _measure(wanted, options.device, options.save)
-    text = f"{as_table(rows)}\n\n{summary(rows)}"
-    print(text)
-    if options.into:
-        put_into(options.into, "goals", text)
+        report = _measure(wanted, options.device, options.save)
+        rows = rows_of(report)
+    print(f"{as_table(rows)}\n\n{summary(rows)}")
+    part = "goals-cuda" if rows[0].goal.startswith(LETTERS["cuda"]) else "goals"
+    for path in options.into:
+        put_into(path, part, as_markdown(rows, source_of(report)))
     return DONE
 
 
-def _measure(names: list[str], device: str, save: Path | None) -> list[Row]:
+def _measure(names: list[str], device: str, save: Path | None) -> dict[str, Any]:
     entries: list[dict[str, Any]] = []
+    report = {
+        "machine_info": {"attnzoo": {"device": device, "versions": machine.versions()}},
+        "datetime": datetime.now(timezone.utc).isoformat(),
+        "common": {"commit": machine.commit()},
+        "benchmarks": entries,
+    }
     for name in names:
         print(f"{name}: {GOALS[name]}", file=sys.stderr, flush=True)
-        cell = Cell(kind="goal", mechanism=name, device=device)
         outcome = run_isolated(
-            measure_goal, cell, Settings(), memory=2**34, timeout=1200, device=device
-        )
-        if outcome.state != "measured":
-            row = Row(goal=name, what=GOALS[name], value=None, owed=0, aim=0, better="higher",
-                      note=f"{outcome.state}: {outcome.reason}")  # fmt: skip
-            entries.append({"rows": [dataclasses.asdict(row)]})
+            measure_goal, Cell(kind="goal", mechanism=name, device=device), Settings(),
+            memory=2**36 if device == "cuda" else 2**34, timeout=1200, device=device,
+        )  # fmt: skip
+        if outcome.state == "measured":
+            found = outcome.result
+            report["common"]["device_name"] = found.pop("device_name")
+            info = {k: v for k, v in found.items() if k not in ("rounds", "versions")}
         else:
-            entries.append({k: v for k, v in outcome.result.items() if k != "rounds"})
-    report = {"benchmarks": [{"extra_info": entry} for entry in entries]}
-    if save:
-        save.write_text(json.dumps(report, indent=1))
-    return rows_of(report)
+            row = _not_measured(name, outcome.state, outcome.reason)
+            info = {"rows": [dataclasses.asdict(row)]}
+        entries.append({"extra_info": info})
+        if save:  # after every goal, so that no interruption loses one
+            save.write_text(json.dumps(rounded(report), indent=1))
+    return report
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
+import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -36,28 +41,78 @@ class Outcome:
     result: Any = None
 
 
+# What a process needs before its cell comes.
+_MODULES = ("bench.worker",)
+# Starting CUDA takes seconds, so processes of later cells start it during this one.
+_AHEAD = {"cpu": 0, "cuda": 5}
+
+
+def preloaded() -> list[str]:
+    """What the server imports once, before every process is forked from it.
+
+    An import that merely asks how many GPUs there are breaks CUDA in all forks. torch itself does
+    not ask, so where there is a GPU each process imports the rest by itself.
+    """
+    import torch
+
+    return ["torch"] if torch.cuda.is_available() else list(_MODULES)
+
+
 class _Worker:
-    """A process that waits for one function to call."""
+    """A process that waits for functions to call."""
 
     def __init__(self, memory: int, device: str) -> None:
-        # The server imports torch once; each child is a fork of it. CUDA starts in the child only.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.worker"])
+        context.set_forkserver_preload(preloaded())
         self.connection, other = context.Pipe()
+        handle, self.errors = tempfile.mkstemp(prefix="attnzoo-bench-")
+        os.close(handle)
         # Daemons end with this process, also one that still waits.
-        self.process = context.Process(target=_child, args=(other, memory, device), daemon=True)
+        self.process = context.Process(
+            target=_child, args=(other, memory, device, self.errors), daemon=True
+        )
         self.process.start()
         other.close()
+
+    def call(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
+    ) -> Outcome:
+        try:
+            self.connection.send((function, arguments))
+            if not self.connection.poll(timeout):
+                return Outcome("timeout", f"took longer than {timeout:g} s; raise --cell-timeout")
+            return Outcome(*self.connection.recv())
+        except (EOFError, OSError):
+            self.process.join()
+        code = self.process.exitcode
+        if code in (-signal.SIGKILL, -signal.SIGABRT):
+            # The kernel kills what exceeds the machine; a failed C++ allocation aborts.
+            return Outcome("out-of-memory", f"the process died of {signal.Signals(-code).name}")
+        return Outcome("error", f"the process died with exit status {code}: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        with open(self.errors, errors="replace") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        return lines[-1][:300] if lines else "it said nothing"
 
     def end(self) -> None:
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
         self.connection.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.errors)
 
 
-# Starting CUDA takes seconds, so the process of the next cell starts it during this one.
-_spares: dict[tuple[int, str], _Worker] = {}
+_waiting: dict[tuple[int, str, bool], list[_Worker]] = {}
+
+
+@atexit.register
+def end_all() -> None:
+    """Ends the processes that still wait."""
+    for pool in _waiting.values():
+        while pool:
+            pool.pop().end()
 
 
 def run_isolated(
@@ -66,6 +121,7 @@ def run_isolated(
     memory: int,
     timeout: float,
     device: str = "cpu",
+    is_shared: bool = False,
 ) -> Outcome:
     """Calls ``function(*arguments)`` in a new process.
 
@@ -76,60 +132,58 @@ def run_isolated(
             device's memory.
         timeout: Seconds.
         device: "cpu" or "cuda": whose memory is capped.
+        is_shared: Whether the process serves the next shared call too, for calls that time
+            nothing and leave nothing behind.
 
     Returns:
         The outcome; this process survives every one of them.
     """
-    worker = _spares.pop((memory, device), None)
-    if worker is None or not worker.process.is_alive():
-        worker = _Worker(memory, device)
-    if device == "cuda":
-        _spares[memory, device] = _Worker(memory, device)
+    pool = _waiting.setdefault((memory, device, is_shared), [])
+    for dead in [worker for worker in pool if not worker.process.is_alive()]:
+        pool.remove(dead)
+        dead.end()
+    worker = pool.pop(0) if pool else _Worker(memory, device)
+    while len(pool) < (0 if is_shared else _AHEAD[device]):
+        pool.append(_Worker(memory, device))
+    outcome = None
     try:
-        worker.connection.send((function, arguments))
-        return _await(worker.process, worker.connection, timeout)
+        outcome = worker.call(function, arguments, timeout)
+        return outcome
     finally:
-        worker.end()
+        if is_shared and outcome and outcome.state != "timeout":
+            pool.append(worker)
+        else:
+            worker.end()
 
 
-def _await(process: Any, receiver: Connection, timeout: float) -> Outcome:
-    if not receiver.poll(timeout):
-        return Outcome("timeout", f"took longer than {timeout:g} s; raise --cell-timeout")
-    try:
-        return Outcome(*receiver.recv())
-    except EOFError:
-        process.join()
-    code = process.exitcode
-    if code in (-signal.SIGKILL, -signal.SIGABRT):
-        # The kernel kills what exceeds the machine; a failed C++ allocation aborts.
-        return Outcome("out-of-memory", f"the process died of {signal.Signals(-code).name}")
-    return Outcome("error", f"the process died with exit status {code}")
-
-
-def _child(connection: Connection, memory: int, device: str) -> None:
-    with open(os.devnull, "w") as nowhere:  # the profiler writes notes of its own
-        os.dup2(nowhere.fileno(), 2)
+def _child(connection: Connection, memory: int, device: str, errors: str) -> None:
+    # What libraries and the profiler write is kept for the case that this process dies of it.
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
     failure: Exception | None = None
     try:
         _cap(memory, device)
     except Exception as error:
         failure = error
-    try:
-        function, arguments = connection.recv()
-    except EOFError:  # nobody wants this process any more
-        return
-    try:
-        if failure is not None:
-            raise failure
-        answer: tuple[State, str, Any] = ("measured", "", function(*arguments))
-    except Exception as error:
-        answer = (_classify(error), _line(error), None)
-    connection.send(answer)
-    connection.close()
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:  # nobody wants this process any more
+            return
+        try:
+            if failure is not None:
+                raise failure
+            function, arguments = pickle.loads(message)
+            answer: tuple[State, str, Any] = ("measured", "", function(*arguments))
+        except Exception as error:
+            answer = (_classify(error), _line(error), None)
+        connection.send(answer)
 
 
 def _cap(memory: int, device: str) -> None:
     if device == "cuda":
+        for name in _MODULES:
+            importlib.import_module(name)
         import torch
 
         if not torch.cuda.is_available():

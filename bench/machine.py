@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import clock_for, interleave
+from bench.timing import interleave, stopwatch_for
 
 PACKAGES = ("torch", "attnzoo", "diffusers", "xformers", "flash-attn", "fla-core", "triton")
 
@@ -77,16 +77,16 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 def measure_peaks(device: str, dtypes: tuple[str, ...], threads: int) -> dict[str, float]:
     """GFLOP/s of a square matmul by dtype, and GB/s of a copy ("copy"), read plus write."""
-    clock, _ = clock_for(device, threads)
+    stopwatch, _ = stopwatch_for(device, threads)
     side = 8192 if device == "cuda" else 2048
     peaks: dict[str, float] = {}
     for dtype in dtypes:
         left = torch.randn(side, side, device=device).to(getattr(torch, dtype))
         right = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-        times = interleave({"mm": lambda a=left, b=right: a @ b}, clock, 5, 4.0)["mm"]
+        times = interleave({"mm": lambda a=left, b=right: a @ b}, stopwatch, 5, 4.0)["mm"]
         peaks[dtype] = 2 * side**3 / min(times) / 1e9
     source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, clock, 5, 2.0)["copy"]
+    times = interleave({"copy": lambda: target.copy_(source)}, stopwatch, 5, 2.0)["copy"]
     peaks["copy"] = 2 * source.nbytes / min(times) / 1e9
     return peaks

@@ -170,7 +170,9 @@ def _fla(module: str, function: str) -> Callable[[Any], nn.Module]:
     def build(layer: Any) -> nn.Module:
         kernel = getattr(importlib.import_module(module), function)
         is_triton = "naive" not in function
-        if is_triton and next(layer.parameters()).device.type != "cuda":
+        if not is_triton:
+            _refuse_cuda(layer)
+        elif next(layer.parameters()).device.type != "cuda":
             raise NotImplementedError("Triton kernels need a CUDA device")
 
         def scan(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *_: Any) -> Tensor:
@@ -199,7 +201,14 @@ def _scan_replaced(scan: Callable[..., Tensor]) -> Iterator[None]:
         module.gated_linear_attention = before  # type: ignore[attr-defined]
 
 
+def _refuse_cuda(layer: Any) -> None:
+    if next(layer.parameters()).device.type == "cuda":
+        raise NotImplementedError("thousands of launches, token by token: timed on a CPU only")
+
+
 def _recurrence(layer: Any) -> nn.Module:
+    _refuse_cuda(layer)
+
     def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
         with _scan_replaced(lambda *operands: gated.naive_gated_linear_attention(*operands[:4])):
             return layer(x, grid)

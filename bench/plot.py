@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.fits import crossover, exponent
-from bench.results import families, frame, read_report, subset
+from bench.results import device_of, families, frame, read_report, subset
 from bench.tables import amount, markdown, memory, put_into
 from recipes.console import DONE, run_script
 from recipes.palette import color_of, marker_of
@@ -35,6 +35,7 @@ from recipes.palette import color_of, marker_of
 ASYMPTOTIC = 1024
 _QUANTITIES = (
     ("seconds", "time", "time of one call (ms)", 1e3),
+    ("device_time", "device-time", "device time of one call (ms)", 1e3),
     ("peak_memory", "memory", "peak memory above inputs and weights (MiB)", 2**-20),
 )
 
@@ -42,26 +43,34 @@ _QUANTITIES = (
 def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of every picture that the report's cells allow."""
     cells = frame(report)
-    peaks = report["machine_info"].get("attnzoo", {}).get("peaks", {})
+    info = report["machine_info"].get("attnzoo", {})
+    peaks, place = info.get("peaks", {}), device_of(report)
+    # Pictures of a CPU and of a GPU may lie in one folder.
+    end = "-cuda" if info.get("device") == "cuda" else ""
     for kind in ("layer", "backbone"):
         for family in families(cells, kind):
             chosen = subset(cells, kind, **family)
             if kind == "backbone" and chosen["resolution"].nunique() < 2:
                 continue
-            suffix = f"{kind}-{family['mode']}-d{family['width']}-{family['dtype']}"
+            suffix = f"{kind}-{family['mode']}-d{family['width']}-{family['dtype']}{end}"
             title = (
                 f"one attention layer, {family['mode']}"
                 if kind == "layer"
                 else f"whole backbone, {family['mode']}"
-            ) + f", d = {family['width']}, {family['dtype']}"
+            ) + f", d = {family['width']}, {family['dtype']}\n{place}"
             for column, name, axis, scale in _QUANTITIES:
-                if chosen["resolution"].nunique() > 1:
+                if column not in chosen:
+                    continue
+                known = chosen.loc[chosen[column].notna()]
+                if known["resolution"].nunique() > 1:
                     yield (f"{name}-{suffix}", _caption(name),
-                           curves(chosen, column, axis, scale, title))  # fmt: skip
-            if kind == "layer" and "ratio_to_softmax" in chosen:
-                figure = heat_map(chosen, title)
-                if figure is not None:
-                    yield f"ratios-{suffix}", _caption("ratios"), figure
+                           curves(known, column, axis, scale, title))  # fmt: skip
+            for column, name in (("ratio_to_softmax", "ratios"),
+                                 ("device_ratio_to_softmax", "device-ratios")):  # fmt: skip
+                if kind == "layer" and column in chosen:
+                    figure = heat_map(chosen, column, title)
+                    if figure is not None:
+                        yield f"{name}-{suffix}", _caption(name), figure
     for width in sorted(subset(cells, "count")["width"].unique()) if "width" in cells else []:
         chosen = subset(cells, "count", width=width)
         if chosen["resolution"].nunique() > 1:
@@ -72,8 +81,8 @@ def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
         chosen = subset(cells, "layer", **family).dropna(subset=["gflops"])
         if chosen.empty or family["dtype"] not in peaks:
             continue
-        suffix = f"layer-{family['mode']}-d{family['width']}-{family['dtype']}"
-        title = f"{family['mode']}, d = {family['width']}, {family['dtype']}"
+        suffix = f"layer-{family['mode']}-d{family['width']}-{family['dtype']}{end}"
+        title = f"{family['mode']}, d = {family['width']}, {family['dtype']}, {place}"
         peak = peaks[family["dtype"]]
         yield f"arithmetic-{suffix}", _caption("arithmetic"), arithmetic(chosen, peak, title)
         yield f"roofline-{suffix}", _caption("roofline"), roofline(chosen, peak, peaks, title)
@@ -83,12 +92,15 @@ def _caption(name: str) -> str:
     return {
         "time": "Median of the rounds. The exponent is fitted from 1024 tokens on; a ring marks "
         "the size from which a mechanism is faster than softmax, interpolated.",
+        "device-time": "Replays of a CUDA graph, which cost the host nothing. A mechanism is "
+        "absent where its step waits for the host and cannot be recorded.",
         "memory": "Largest sum of live tensors during one call. A ring marks the size from which "
         "a mechanism takes less than softmax.",
         "macs": "Every multiply-accumulate counted. A ring marks the size from which a mechanism "
         "computes less than softmax.",
         "ratios": "Time over that of softmax attention (SDPA), both timed in turn in one process: "
         "blue is faster than softmax.",
+        "device-ratios": "The same of replayed CUDA graphs, where both could be recorded.",
         "arithmetic": "The line is the machine's matmul peak. What a point lies above it is what "
         "the mechanism pays beyond its multiply-accumulates; the number is that factor.",
         "roofline": "Arithmetic per byte, the bytes estimated as two times all tensors the call "
@@ -127,9 +139,9 @@ def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str
     return figure
 
 
-def heat_map(cells: pd.DataFrame, title: str) -> Figure | None:
+def heat_map(cells: pd.DataFrame, column: str, title: str) -> Figure | None:
     """Ratios to softmax, mechanism by resolution."""
-    table = cells.pivot_table(index="label", columns="resolution", values="ratio_to_softmax")
+    table = cells.pivot_table(index="label", columns="resolution", values=column)
     if table.empty:
         return None
     table = table.loc[table.iloc[:, -1].sort_values().index]
@@ -159,7 +171,7 @@ def arithmetic(cells: pd.DataFrame, peak: float, title: str) -> Figure:
     ends = np.array([work.min() * 0.8, work.max() * 1.25])
     ax.plot(ends, 2 * ends / peak * 1e3, color="0.35", lw=1, label=f"peak, {peak:.0f} GFLOP/s")
     ax.set(xscale="log", yscale="log", xlabel="multiply-accumulates (G)",
-           ylabel="time of one call (ms)", title=f"{resolution} px, {title}")  # fmt: skip
+           ylabel="time of one call (ms)", title=f"{resolution} px\n{title}")  # fmt: skip
     _plain_ticks(ax)
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: _factor_in(labels[i]))
@@ -194,7 +206,7 @@ def roofline(cells: pd.DataFrame, peak: float, peaks: dict[str, float], title: s
     ax.plot(xs, np.minimum(peak, xs * peaks["copy"]), color="0.35", lw=1.2,
             label=f"roof: {peak:.0f} GFLOP/s, {peaks['copy']:.0f} GB/s")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte (estimated)", ylabel="GFLOP/s",
-           title=f"{title}; each line runs through the resolutions")  # fmt: skip
+           title=f"{title}\neach line runs through the resolutions")  # fmt: skip
     _plain_ticks(ax)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return figure
@@ -253,8 +265,8 @@ def where(report: dict[str, Any]) -> str:
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip
-        title = f"{family['mode']}, {resolution} px, d = {family['width']}"
-        parts.append(f"**{title}, {family['dtype']}**\n\n{markdown(heading, rows)}")
+        title = f"{family['mode']}, {resolution} px, d = {family['width']}, {family['dtype']}"
+        parts.append(f"**{title}, {device_of(report)}**\n\n{markdown(heading, rows)}")
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from bench.cells import PIXELS_PER_TOKEN
 from bench.fits import pareto, value_at
 from bench.quality import best_metric, read_quality
-from bench.results import families, frame, read_report, subset
+from bench.results import device_of, families, frame, read_report, subset
 from bench.settings import parse_bytes
 from bench.tables import amount, markdown, memory
 from recipes.console import DONE, UserError, run_script, user_errors, whole
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
     print(
         f"{options.resolution} px ({tokens:,} tokens), {family['mode']}, the attention of "
         f"{options.depth} blocks of width {family['width']}, {family['dtype']}, batch "
-        f"{int(chosen['batch'].iloc[0])}, on {_device(report)}:\n"
+        f"{int(chosen['batch'].iloc[0])}, on {device_of(report)}:\n"
     )
     print("\n".join(advise(found, limit, metric, lower)) + "\n")
     rows = [
@@ -189,13 +189,6 @@ def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool]:
         if row["resolution"] == largest:
             values.setdefault(str(row["variant"]), []).append(float(row["mean"]))
     return {name: statistics.fmean(found) for name, found in values.items()}, metric, lower
-
-
-def _device(report: dict[str, Any]) -> str:
-    first = report.get("common") or {}
-    if not first and report["benchmarks"]:
-        first = report["benchmarks"][0]["extra_info"]
-    return str(first.get("device_name", "an unknown device"))
 
 
 def _caveats(

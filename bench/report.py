@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bench.goals import rows_of
-from bench.results import families, frame, subset
+from bench.results import device_of, families, frame, subset
 from bench.tables import amount, memory
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em}
@@ -32,7 +32,8 @@ def write_report(
         rows = [
             [g.goal, g.what, "" if g.value is None else f"{g.value:.3g}",
              "" if g.q1 is None else f"{g.q1:.3g} to {g.q3:.3g}",
-             f"{'≥' if g.better == 'higher' else '≤'} {g.owed:g}", f"{g.aim:g}", g.verdict, g.note]
+             "" if g.owed is None else f"{'≥' if g.better == 'higher' else '≤'} {g.owed:g}",
+             "" if g.aim is None else f"{g.aim:g}", g.verdict, g.note]
             for g in goals
         ]  # fmt: skip
         heading = ["goal", "what", "value", "quartiles", "owed", "aim", "", "note"]
@@ -74,7 +75,7 @@ def _machine(report: dict[str, Any], source: str) -> str:
         "file": source,
         "made": report.get("datetime", "")[:16],
         "commit": first.get("commit", "unknown"),
-        "device": f"{info.get('device', '')}, {first.get('device_name', 'unknown')}",
+        "device": f"{info.get('device', '')}, {device_of(report)}",
         "threads": info.get("threads", ""),
         "peaks in this run": peaks,
         "allocator": first.get("allocator", "default"),

@@ -33,6 +33,30 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def source_of(report: dict[str, Any]) -> str:
+    """The device, torch, commit and day of a run, as far as they are known."""
+    first = report["benchmarks"][0]["extra_info"] if report["benchmarks"] else {}
+    # A compact report holds what all cells share once.
+    known = {**first, **report.get("common", {})}
+    info = report.get("machine_info", {}).get("attnzoo", {})
+    versions = info.get("versions") or known.get("versions")
+    parts = {"": device_of(report), "torch ": (versions or {}).get("torch"),
+             "commit ": known.get("commit"), "made ": report.get("datetime", "")[:10]}  # fmt: skip
+    return ", ".join(f"{name}{value}" for name, value in parts.items() if value)
+
+
+def device_of(report: dict[str, Any]) -> str:
+    """The name of what was measured, such as "NVIDIA H200"."""
+    names = [report.get("common", {}).get("device_name")]
+    # Counts are made on a CPU, whatever the device of the run.
+    names += [
+        entry["extra_info"].get("device_name")
+        for entry in report["benchmarks"]
+        if entry["extra_info"].get("kind") != "count"
+    ]
+    return next((str(name) for name in names if name), "an unknown device")
+
+
 def frame(report: dict[str, Any]) -> pd.DataFrame:
     """One row per measured cell: its extra_info, and seconds, seconds_q1 and seconds_q3."""
     rows = []
@@ -43,9 +67,12 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
         data = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
         low, middle, high = quartiles(data)
         row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high}
-        ratios = info.get("ratios", {})
-        if "softmax" in ratios and info["kind"] == "layer":
-            row["ratio_to_softmax"] = ratios["softmax"]["median"]
+        if "device_seconds" in info:
+            row["device_time"] = info["device_seconds"]["median"]
+        for key, column in (("ratios", "ratio_to_softmax"),
+                            ("device_ratios", "device_ratio_to_softmax")):  # fmt: skip
+            if "softmax" in info.get(key, {}) and info["kind"] == "layer":
+                row[column] = info[key]["softmax"]["median"]
         rows.append(row)
     if not rows:
         return pd.DataFrame({name: [] for name in ("id", "kind", "mechanism", "label", "mode")})
@@ -73,19 +100,18 @@ def families(cells: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
 
 def compact(report: dict[str, Any]) -> dict[str, Any]:
     """The same report without what pictures and tables do not need; about a fifth of the size."""
-    shared = ("versions", "commit", "allocator", "memory_method", "macs_parts", "device_name")
+    shared = ("versions", "commit", "allocator", "memory_method", "device_name", "threads")
     common: dict[str, Any] = {}
     benchmarks = []
     for entry in report["benchmarks"]:
-        info = {}
-        for key, value in entry["extra_info"].items():
-            if key in shared and key != "macs_parts":
-                common.setdefault(key, value)
-            elif key != "macs_parts":
-                info[key] = _rounded(value)
+        found = entry["extra_info"]
+        if found.get("kind") != "count":  # which is made on a CPU in every run
+            common = {key: found[key] for key in shared if key in found} | common
+        dropped = ("macs_parts", "check", *shared)
+        info = {key: rounded(value) for key, value in found.items() if key not in dropped}
         low, middle, high = quartiles(entry["stats"].get("data") or [entry["stats"]["median"]])
         stats = {"q1": low, "median": middle, "q3": high, "rounds": entry["stats"]["rounds"]}
-        benchmarks.append({"name": entry["name"], "extra_info": info, "stats": _rounded(stats)})
+        benchmarks.append({"name": entry["name"], "extra_info": info, "stats": rounded(stats)})
     kept = ("datetime", "cells_requested", "cells_not_measured")
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
@@ -95,12 +121,13 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """The same JSON value with floats of six digits."""
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def main(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ class BenchSettings:
         threads: Of torch.
         memory_cap: Bytes of one cell.
         cell_timeout: Seconds of one cell.
+        time_budget: Seconds of the whole run; 0 is no limit.
         quality: Results of ``recipes/compare.py``.
         register: Modules of the user's own mechanisms.
         commit: Of the working tree.
@@ -34,6 +35,7 @@ class BenchSettings:
     threads: int
     memory_cap: int
     cell_timeout: float
+    time_budget: float
     quality: str | None
     register: tuple[str, ...]
     commit: str
@@ -53,9 +55,9 @@ class BenchSettings:
         """Every cell that was asked for."""
         return table(self.request)
 
-    def shared(self, peaks: dict[str, float]) -> Settings:
+    def shared(self, peaks: dict[str, float], checked: dict[str, Any]) -> Settings:
         """What every cell's process is told."""
-        return Settings(self.threads, self.register, peaks, self.quality)
+        return Settings(self.threads, self.register, peaks, self.quality, checked)
 
 
 def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
@@ -65,7 +67,9 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
         ValueError: A value is wrong; the message names it and what would do.
         TypeError: A mechanism does not have an option.
     """
-    goals = split(texts["goals"]) or goal_names
+    # A goal's letter says where it is set: G on a CPU, U on a GPU.
+    letter = "U" if texts["device"] == "cuda" else "G"
+    goals = split(texts["goals"]) or tuple(n for n in goal_names if n.startswith(letter))
     for goal in goals:
         if goal not in goal_names:
             raise ValueError(
@@ -84,11 +88,13 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
     )
     (threads,) = whole_numbers("--threads", texts["threads"]) or (1,)
     (timeout,) = whole_numbers("--cell-timeout", texts["cell_timeout"]) or (180,)
+    (budget,) = whole_numbers("--time-budget", texts.get("time_budget") or "") or (0,)
     return BenchSettings(
         request=request,
         threads=threads,
         memory_cap=parse_bytes(texts["memory_cap"]),
         cell_timeout=timeout,
+        time_budget=budget,
         quality=texts["quality"],
         register=texts["register"],
         commit=commit(),

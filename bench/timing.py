@@ -13,27 +13,92 @@ import torch
 SHORTEST_ROUND = 2e-3
 
 
-def clock_for(device: str, threads: int) -> tuple[Callable[[], float], str]:
-    """The clock and its name.
+# Calls a function that often and returns the seconds of one call.
+Stopwatch = Callable[[Callable[[], Any], int], float]
 
-    On CUDA it waits for the queued work. On a CPU with one thread it is the process's CPU time,
-    which other processes on the machine disturb far less than they disturb wall time.
+
+def stopwatch_for(device: str, threads: int) -> tuple[Stopwatch, str]:
+    """The stopwatch and the name of its clock.
+
+    On a CPU with one thread the clock is the process's CPU time, which other processes on the
+    machine disturb far less than they disturb wall time.
     """
     if device == "cuda":
+        return _between_events, "CUDA events"
+    clock = time.process_time if threads == 1 else time.perf_counter
 
-        def synchronised() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
+    def watch(call: Callable[[], Any], repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            call()
+        return (clock() - start) / repeats
 
-        return synchronised, "wall time, synchronised"
-    if threads == 1:
-        return time.process_time, "process CPU time"
-    return time.perf_counter, "wall time"
+    return watch, "process CPU time" if threads == 1 else "wall time"
+
+
+def _between_events(call: Callable[[], Any], repeats: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    call()  # so that the device is busy already when the first event comes
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def recorded(
+    contestants: Mapping[str, Callable[[], Any]],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Each call as a CUDA graph, whose replay takes the device's own time, without the host's.
+
+    Returns:
+        The replays by name, and why others cannot be recorded: a call that waits for the host,
+        for instance.
+    """
+    replays: dict[str, Callable[[], Any]] = {}
+    missing: dict[str, str] = {}
+    for name, call in contestants.items():
+        try:
+            replays[name] = _recorded(call)
+        except RuntimeError as error:
+            missing[name] = " ".join(str(error).split())[:120] or type(error).__name__
+    return replays, missing
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    # Libraries allocate on first use, which a recording may not; it runs on a stream of its own.
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()
+        call()
+        _require_no_wait(call)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _require_no_wait(call: Callable[[], Any]) -> None:
+    """Raises RuntimeError if ``call`` waits for the device.
+
+    Recording such a call fails too, but leaves PyTorch's random numbers unusable.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def interleave(
     contestants: Mapping[str, Callable[[], Any]],
-    clock: Callable[[], float],
+    stopwatch: Stopwatch,
     rounds: int = 7,
     seconds: float = float("inf"),
     least: int = 3,
@@ -42,7 +107,7 @@ def interleave(
 
     Args:
         contestants: What to call, by name.
-        clock: See ``clock_for``.
+        stopwatch: See ``stopwatch_for``.
         rounds: Most rounds.
         seconds: Wall time after which no round beyond ``least`` starts.
         least: Fewest rounds.
@@ -53,9 +118,7 @@ def interleave(
     repeats = {}
     for name, call in contestants.items():
         call()  # allocates, compiles, picks kernels
-        start = clock()
-        call()
-        taken = max(clock() - start, 1e-9)
+        taken = max(stopwatch(call, 1), 1e-9)
         repeats[name] = max(1, min(1000, round(SHORTEST_ROUND / taken)))
     durations: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
@@ -63,10 +126,7 @@ def interleave(
         if done >= least and time.perf_counter() - begin > seconds:
             break
         for name, call in contestants.items():
-            start = clock()
-            for _ in range(repeats[name]):
-                call()
-            durations[name].append((clock() - start) / repeats[name])
+            durations[name].append(stopwatch(call, repeats[name]))
     return durations
 
 

@@ -20,11 +20,11 @@ from attnzoo.counting import count_macs
 from backbones import build_backbone
 from bench import machine
 from bench.cells import SIZES, Cell
-from bench.checks import check_equal, check_layer
+from bench.checks import check_equal, check_key, check_layer
 from bench.isolate import Unsupported
 from bench.peak_memory import peak_memory
 from bench.peers import contestants_of
-from bench.timing import clock_for, interleave, quartiles, ratio
+from bench.timing import interleave, quartiles, ratio, recorded, stopwatch_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Settings:
         register: Modules or files that register a user's own mechanisms.
         peaks: What ``machine.measure_peaks`` found.
         quality: Results of ``recipes/compare.py``, or None.
+        checked: What earlier cells of the run found equal to their twins, by ``check_key``.
     """
 
     threads: int = 1
     register: tuple[str, ...] = ()
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: str | None = None
+    checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class WholeLayer(torch.nn.Module):
@@ -99,24 +101,26 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     """
     allocator = prepare(settings)
     dtype, device, options = getattr(torch, cell.dtype), cell.device, dict(cell.options)
-    check = check_layer(cell.mechanism, options, cell.width, cell.dtype, device, cell.side)
+    check = settings.checked.get(check_key(cell)) or check_layer(
+        cell.mechanism, options, cell.width, cell.dtype, device, cell.side
+    )
     record: dict[str, Any] = {"check": check}
     if cell.kind == "peers":
         model, calls, found = _with_peers(cell, dtype)
         record |= found
     else:
-        model, call = _subject(cell, cell.mechanism, options, dtype)
+        model, call = subject(cell, cell.mechanism, options, dtype)
         calls = {"attnzoo": call}
         for name in cell.against:
             if name != cell.mechanism or options or cell.compiled:
-                calls[name] = _subject(cell, name, {}, dtype, compiled=False)[1]
+                calls[name] = subject(cell, name, {}, dtype, compiled=False)[1]
     is_half_on_cpu = device == "cpu" and cell.dtype != "float32"
     if is_half_on_cpu and cell.kind == "layer" and "softmax" in calls:
         # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
         calls["softmax, plain"] = _plain_softmax(cell, dtype)
-    clock, timer = clock_for(device, settings.threads)
+    stopwatch, timer = stopwatch_for(device, settings.threads)
     least = 1 if cell.seconds == 0 else 3
-    rounds = interleave(calls, clock, cell.rounds, cell.seconds, least)
+    rounds = interleave(calls, stopwatch, cell.rounds, cell.seconds, least)
     if "softmax, plain" in rounds:
         plain = rounds.pop("softmax, plain")
         rounds["softmax"] = min(plain, rounds["softmax"], key=sum)
@@ -147,21 +151,38 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     if cell.kind == "peers" and record["ratios"]:
         best = max(record["ratios"], key=lambda name: record["ratios"][name]["median"])
         record["best_peer"], record["ratio_to_best"] = best, record["ratios"][best]
-    return record
+    # Last, because a recording that fails may leave the device unwilling.
+    return record | (_device_times(calls, cell) if device == "cuda" else {})
+
+
+def _device_times(calls: dict[str, Callable[[], Any]], cell: Cell) -> dict[str, Any]:
+    """The same contest without the host: every call replayed from a CUDA graph."""
+    replays, missing = recorded(calls)
+    found: dict[str, Any] = {"not_recorded": missing} if missing else {}
+    if "attnzoo" not in replays:
+        return found
+    rounds = interleave(replays, stopwatch_for("cuda", 1)[0], cell.rounds, cell.seconds / 2)
+    ours = rounds.pop("attnzoo")
+    low, middle, high = quartiles(ours)
+    found["device_seconds"] = {"median": middle, "q1": low, "q3": high}
+    found["device_ratios"] = {name: ratio(ours, theirs) for name, theirs in rounds.items()}
+    if cell.kind == "peers" and rounds:
+        best = max(rounds, key=lambda name: found["device_ratios"][name]["median"])
+        found["best_peer_on_device"] = best
+    return found
 
 
 def count(cell: Cell, settings: Settings) -> dict[str, Any]:
     """Counts a layer's multiply-accumulates; nothing runs."""
     prepare(settings)
-    clock, timer = clock_for("cpu", settings.threads)
-    start = clock()
+    start = time.process_time()
     with torch.device("meta"):
         layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
-    return {**_costs(layer, cell), "rounds": [clock() - start], "timer": timer,
-            **machine.describe("cpu", settings.threads)}  # fmt: skip
+    return {**_costs(layer, cell), "rounds": [time.process_time() - start],
+            "timer": "process CPU time", **machine.describe("cpu", settings.threads)}  # fmt: skip
 
 
-def _subject(
+def subject(
     cell: Cell,
     mechanism: str,
     options: dict[str, Any],
@@ -169,7 +190,8 @@ def _subject(
     compiled: bool | None = None,
 ) -> tuple[torch.nn.Module, Callable[[], Any]]:
     """A model with trained-like weights, and one forward or training step of it."""
-    model = build(cell.kind, mechanism, cell.width, options, cell.resolution)
+    with torch.device(cell.device):  # initialising a whole backbone on the CPU takes seconds
+        model = build(cell.kind, mechanism, cell.width, options, cell.resolution)
     model = model.to(cell.device, dtype).train(cell.mode == "train")
     inputs = _inputs(cell, model, dtype)
     run: Any = WholeLayer(model) if isinstance(model, Attention) else model
@@ -179,7 +201,7 @@ def _subject(
 
 
 def _plain_softmax(cell: Cell, dtype: torch.dtype) -> Callable[[], Any]:
-    layer, _ = _subject(cell, "softmax", {}, dtype, compiled=False)
+    layer, _ = subject(cell, "softmax", {}, dtype, compiled=False)
     peer = contestants_of(layer)[1]["matmul-softmax-matmul"]  # type: ignore[arg-type]
     return step_of(peer, _inputs(cell, layer, dtype), cell.mode)
 
@@ -224,8 +246,8 @@ def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Call
 
     if mode == "forward":
         return inference
-    with torch.no_grad():
-        cotangent = torch.randn_like(forward())
+    # With gradients, or torch.compile would compile a forward that nobody wants.
+    cotangent = torch.randn_like(forward()).detach()
     parameters = list(run.parameters()) if isinstance(run, torch.nn.Module) else []
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +22,25 @@ ROOT = Path(__file__).parents[2]
 WRONG = str(Path(__file__).with_name("wrong.py"))
 
 
+COMMAND = (sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider")
+# The run is its own, not a part of this one: pytest-benchmark writes nothing in a worker.
+INHERITED = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+ENVIRONMENT = INHERITED | {"OMP_NUM_THREADS": "1"}
+
+
 def suite(*arguments, timeout=240):
     """Runs ``pytest bench/`` and returns the finished process."""
-    # The run is its own, not a part of this one: pytest-benchmark writes nothing in a worker.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
         timeout=timeout,
+    )  # fmt: skip
+
+
+def suite_process(*arguments):
+    """Starts ``pytest bench/``."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -113,6 +127,52 @@ def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
     assert 'src="http' not in page and "13 cells requested, 13 measured" in page
 
 
+def relabelled(report):
+    """The run of a CPU as a GPU's would look."""
+    report = json.loads(json.dumps(report))
+    report["machine_info"]["attnzoo"]["device"] = "cuda"
+    for entry in report["benchmarks"]:
+        info, median = entry["extra_info"], entry["stats"]["median"]
+        if info["kind"] == "count":
+            continue
+        info |= {"device": "cuda", "device_name": "NVIDIA H200", "id": f"{info['id']}-cuda"}
+        info["device_seconds"] = {"median": median / 2, "q1": median / 3, "q3": median}
+        info["device_ratios"] = info["ratios"]
+    rows = [goals.Row(goal="U7", what="peak", value=1.3, owed=1.6, aim=1.2, better="lower")]
+    entry = {"name": "test_goal[U7]", "stats": {"median": 1.0, "rounds": 1, "data": [1.0]}}
+    entry["extra_info"] = {
+        "rows": [dataclasses.asdict(row) for row in rows], "id": "U7", "kind": "goal",
+        "mechanism": "U7", "label": "U7", "mode": "forward", "device_name": "NVIDIA H200",
+        "resolution": 1024, "width": 384, "tokens": 4096, "dtype": "float32",
+    }  # fmt: skip
+    report["benchmarks"].append(entry)
+    lost = {"name": "test_goal[U5]", "state": "unsupported", "reason": "No module named 'fla'"}
+    report["cells_not_measured"].append(lost)
+    return report
+
+
+def test_a_run_on_a_gpu_is_drawn_told_and_compared(quick, tmp_path, capsys):
+    full, small, page = (tmp_path / name for name in ("gpu.json", "small.json", "page.md"))
+    full.write_text(json.dumps(relabelled(json.loads(quick[0].read_text()))))
+    assert results.main([str(full), "--compact", str(small)]) == 0
+    out = tmp_path / "plots"
+    assert plot.main([str(small), "--out", str(out)]) == 0
+    names = {path.stem for path in out.glob("*.png")}
+    assert names >= {
+        f"{kind}-layer-forward-d96-float32-cuda"
+        for kind in ("time", "device-time", "memory", "ratios", "device-ratios")
+    }
+    assert "NVIDIA H200" in (out / "report.html").read_text()
+    assert "NVIDIA H200" in (out / "time-layer-forward-d96-float32-cuda.svg").read_text()
+    assert recommend.main([str(small), "--resolution", "256"]) == 0
+    assert "on NVIDIA H200" in capsys.readouterr().out
+    assert compare.main([str(full), str(small)]) == 0 and "0 changes" in capsys.readouterr().out
+    page.write_text("<!-- goals-cuda -->\n<!-- /goals-cuda -->\n")
+    assert goals.main([str(small), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert "NVIDIA H200" in text and "1.3" in text and "unsupported: No module named" in text
+
+
 def test_recommend(quick, tmp_path, capsys):
     assert recommend.main([str(quick[0]), "--resolution", "1024", "--memory", "8GiB"]) == 0
     shown = capsys.readouterr().out
@@ -158,6 +218,41 @@ def test_nothing_vanishes(broken):
     assert done.returncode == 1 and "5 requested, 1 measured" in done.stdout
     for cell in absent.values():
         assert cell["name"] in done.stdout
+
+
+def test_what_the_time_budget_leaves_out_is_listed(tmp_path):
+    path = tmp_path / "short.json"
+    done = suite(
+        "--register", WRONG, "--mechanisms", "slow,sana", "--resolutions", "256", "--widths",
+        "96", "--time-budget", "25", "-k", "latency and layer and forward or count",
+        "--benchmark-json", str(path),
+    )  # fmt: skip
+    report = json.loads(path.read_text())
+    absent = {cell["name"]: cell for cell in report["cells_not_measured"]}
+    assert any("layer-slow" in name for name in absent), done.stdout
+    assert {cell["state"] for cell in absent.values()} == {"timeout"}
+    assert all("budget of 25 s was spent" in cell["reason"] for cell in absent.values())
+    assert len(report["cells_requested"]) == len(report["benchmarks"]) + len(absent)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
+    path = tmp_path / "part.json"
+    arguments = (
+        "--register", WRONG, "--mechanisms", "sana,slow", "--resolutions", "256", "--widths",
+        "96", "-k", "latency and layer and forward", "-vv", "--benchmark-json", str(path),
+    )  # fmt: skip
+    with suite_process(*arguments) as process:
+        for line in process.stdout:
+            if "layer-sana" in line and "PASSED" in line:
+                break
+        time.sleep(1)  # into the cell that never ends
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+    report = json.loads(path.read_text())
+    assert [entry["extra_info"]["mechanism"] for entry in report["benchmarks"]] == ["sana"], rest
+    (absent,) = report["cells_not_measured"]
+    assert "layer-slow" in absent["name"] and "the run ended" in absent["reason"]
 
 
 def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
@@ -210,7 +305,12 @@ def test_tables_are_data_without_doubles_and_cover_what_was_asked():
         cells = table(request)
         assert len({cell.id for cell in cells}) == len(cells)
         assert {cell.mechanism for cell in cells} >= set(attnzoo.list_attention())
-    cuda = [cell for cell in table(Request(profile="full", device="cuda")) if cell.kind == "layer"]
+    everything = table(Request(profile="full", device="cuda", goals=("U1", "U2")))
+    timed = [cell for cell in everything if cell.kind not in ("count", "goal")]
+    # What fits into nine minutes, and the goals before all that a short run may lose.
+    assert len(timed) <= 175 and sum(cell.compiled for cell in timed) <= 4
+    assert everything.index(timed[0]) == len(everything) - len(timed)
+    cuda = [cell for cell in timed if cell.kind == "layer"]
     assert {cell.tokens for cell in cuda} >= {256, 65536}
     assert {cell.mode for cell in cuda} == {"forward", "train"}
     assert {cell.width for cell in cuda} == {384, 768}
@@ -234,11 +334,41 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
         "NOT MET", "not measured", "met", "aim reached",
     ]  # fmt: skip
     text = page.read_text()
-    assert text.startswith("before\n<!-- goals -->\n| goal") and text.endswith("-->\nafter\n")
-    assert "old" not in text and "2.3 to 2.5" in text
+    assert text.startswith("before\n<!-- goals -->\n") and text.endswith("-->\nafter\n")
+    assert "old" not in text and "2.3 to 2.5" in text and "4 figures: 1 reach the aim" in text
     page.write_text("nothing")
     with pytest.raises(UserError, match="needs one line"):
         goals.main([str(path), "--into", str(page)])
+
+
+def test_the_committed_goals_are_what_the_pages_show():
+    """Both tables are written from one file: python -m bench.goals FILE --into PAGE."""
+    report = results.read_report(ROOT / "docs" / "plots" / "goals.json")
+    text = goals.as_markdown(goals.rows_of(report), results.source_of(report))
+    for page in ("README.md", "docs/performance.md"):
+        assert text in (ROOT / page).read_text(), page
+    assert (ROOT / "docs" / "plots" / "goals.json").stat().st_size < 100 * 2**10
+
+
+def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("## Benchmark") :].split("```")[1]
+    measure, draw, advise, judge = (shlex.split(line) for line in block.splitlines()[1:])
+    shorter = ("--mechanisms", "sana,softmax", "--resolutions", "128", "--widths", "96",
+               "-k", "layer or count")  # fmt: skip
+    assert measure[:2] == ["pytest", "bench/"]
+    out = tmp_path / measure[-1]
+    done = suite(*measure[2:-1], str(out), *shorter)
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert draw[:2] == ["python", "bench/plot.py"] and plot.main(draw[2:]) == 0
+    assert advise[:3] == ["python", "-m", "bench.recommend"]
+    # One size was measured, so that no other can be told.
+    advise[advise.index("1024")] = "128"
+    assert recommend.main(advise[3:]) == 0
+    assert judge == ["python", "-m", "bench.goals"]
+    assert goals.main(["--only", "G13", "--save", "goals.json"]) == 0
+    assert "graph breaks" in capsys.readouterr().out and goals.main(["goals.json"]) == 0
 
 
 def test_exponents_crossovers_and_fronts():
