@@ -66,6 +66,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 # A file is opened only by these readers, whatever its name: PIL has dozens, some run programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 50_000_000
+# PIL warns at more pixels than that. Once and for all, because catch_warnings is not for threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Enlarging the short side of a very long image to the resolution would need unbounded memory.
 MAX_ASPECT = 20
 CACHE_BYTES = 2**30
@@ -617,12 +619,10 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
         BadImage: if the file is not an image that can be used.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-                _check_size(width, height)
-                rgb = _centre_crop(_to_rgb(ImageOps.exif_transpose(image)), resolution)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            _check_size(width, height)
+            rgb = _centre_crop(_to_rgb(ImageOps.exif_transpose(image)), resolution)
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

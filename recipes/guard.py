@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,8 @@ def quartile_sums(losses: Tensor, timesteps: Tensor, last: float) -> Tensor:
     return sums
 
 
-def quartile_entry(sums: Tensor) -> dict[str, float]:
+def quartile_entry(values: Sequence[float]) -> dict[str, float]:
     """What ``quartile_sums`` says, as log entries; a quarter without a sample is left out."""
-    values = sums.tolist()
     return {
         f"mse_quarter_{index + 1}": values[index] / values[index + 4]
         for index in range(4)

@@ -65,6 +65,8 @@ class Loop:
         except BaseException as error:
             self._note("failed", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            trainer.batches.close()
         # Not end_training, which also ends the process group.
         for tracker in trainer.accelerator.trackers:
             tracker.finish()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from backbones import DiT
@@ -68,12 +69,18 @@ def load_run(run: Run, weights: str = "ema") -> tuple[DiT, dict[str, Any]]:
     """The model of a run's newest whole checkpoint, and the run's configuration.
 
     Raises:
-        UserError: There is no whole checkpoint.
+        UserError: There is no whole checkpoint, or its files are not what they should be.
     """
     found = run.newest_checkpoint(warn=print)
     if found is None:
         raise UserError(f"{run.folder} holds no whole checkpoint yet; train it further")
-    return DiT.from_pretrained(found[1] / weights), run.config()
+    folder = found[1] / weights
+    try:
+        # Without the flag, diffusers falls back to a pickle that lies beside.
+        return DiT.from_pretrained(folder, use_safetensors=True), run.config()
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} holds no model in safetensors ({reason}); delete it") from error
 
 
 class RunSampler:

@@ -55,8 +55,8 @@ class Plan:
     batch_size: int = 64
 
     def shards(self) -> list[range]:
-        """The indices of each shard's images."""
-        starts = range(0, self.samples, self.shard_size)
+        """The indices of each shard's images; no images are one empty shard."""
+        starts = range(0, max(1, self.samples), self.shard_size)
         return [range(start, min(start + self.shard_size, self.samples)) for start in starts]
 
 

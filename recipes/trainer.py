@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 import attnzoo
 from backbones import DiT
 from recipes.averaging import WeightAverage
+from recipes.batches import Batch, Batches
 from recipes.build import build_model, load_training_data
 from recipes.checkpoint import Run
 from recipes.console import UserError
-from recipes.data import batch_indices
 from recipes.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.distributed import (
     gathered,
@@ -33,7 +33,7 @@ from recipes.distributed import (
     share_batch_statistics,
 )
 from recipes.guard import look_inside, quartile_entry, quartile_sums
-from recipes.latents import LatentDataset, decode, load_vae
+from recipes.latents import decode, load_vae
 from recipes.pictures import save_grid
 from recipes.settings import Settings
 
@@ -96,6 +96,14 @@ class Trainer:
             weight_decay=0.0,
         )
         self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
+        self.batches = Batches(
+            settings,
+            self.dataset,
+            self.diffusion,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+        )
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -138,7 +146,10 @@ class Trainer:
             wants to stop.
         """
         settings, device = self.settings, self.accelerator.device
-        share = [tensor.to(device).chunk(settings.accumulate) for tensor in self._batch()]
+        share = [
+            tensor.to(device, non_blocking=device.type == "cuda").chunk(settings.accumulate)
+            for tensor in self._batch()
+        ]
         rate = settings.learning_rate
         if settings.decay == "linear":
             rate *= 1 - self.step / settings.steps
@@ -148,7 +159,7 @@ class Trainer:
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         others = torch.zeros(9, device=device)  # loss by time, and the wish to stop
-        others[8] = wants_stop
+        others[8].fill_(wants_stop)
         inputs: dict[str, Tensor] = {}
         for index, (images, labels, timesteps, noise) in enumerate(zip(*share, strict=True)):
             # For noise inside a mechanism; all else comes from the step's own generator.
@@ -186,9 +197,10 @@ class Trainer:
         # One reduction for everything: every process sees the same numbers and decides alike.
         values = torch.stack([*means.values()]) / self.accelerator.num_processes
         reduced: Any = self.accelerator.reduce(torch.cat([values, others]), "sum")
-        entry = dict(zip(means, reduced.tolist(), strict=False))
-        gradient_norm = norm.item()
-        stopping = bool(reduced[-1] > 0)
+        # The only wait for the GPU in a step: all of its numbers in one copy.
+        *numbers, gradient_norm = torch.cat([reduced, norm.reshape(1).float()]).tolist()
+        entry = dict(zip(means, numbers, strict=False))
+        stopping = numbers[-1] > 0
         self.step += 1
         if not (math.isfinite(entry["loss"]) and math.isfinite(gradient_norm)):
             for tensor, before in buffers:
@@ -202,7 +214,7 @@ class Trainer:
         self.average.update(self.step)
         self.skipped_in_a_row = 0
         entry = {"step": self.step, **entry, "gradient_norm": gradient_norm}
-        entry |= {"learning_rate": rate, **quartile_entry(reduced[-9:-1])}
+        entry |= {"learning_rate": rate, **quartile_entry(numbers[-9:-1])}
         if self.skipped:
             entry["skipped_in_all"] = self.skipped
         if self.step % settings.diagnose_every == 0:
@@ -227,34 +239,8 @@ class Trainer:
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 yield
 
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process' share of the step's global batch, micro-step after micro-step."""
-        settings, dataset = self.settings, self.dataset
-        indices = batch_indices(dataset, settings.seed, self.step, settings.batch_size)
-        generator = generator_for(settings.seed, self.step)
-        batch = len(indices)
-        flipped = torch.zeros(batch, dtype=torch.bool)
-        if dataset.horizontal_flip:
-            flipped = torch.rand(batch, generator=generator) < 0.5
-        dropped = torch.rand(batch, generator=generator) < settings.label_dropout
-        timesteps = self.diffusion.sample_timesteps(batch, generator)
-        shape = (batch, dataset.channels, dataset.resolution, dataset.resolution)
-        noise = torch.randn(shape, generator=generator)
-        mine = self._positions()
-        if isinstance(dataset, LatentDataset):
-            posterior = torch.randn(shape, generator=generator)
-            images, labels = dataset.draw(indices[mine], flipped[mine], posterior[mine])
-        else:
-            images, labels = dataset.batch(indices[mine])
-            images = torch.where(flipped[mine, None, None, None], images.flip(-1), images)
-        labels = torch.where(dropped[mine], dataset.num_classes, labels)
-        return images, labels, timesteps[mine], noise[mine]
-
-    def _positions(self) -> Tensor:
-        # Micro-step m holds the same images whatever the number of processes.
-        grid = torch.arange(self.settings.batch_size)
-        grid = grid.view(self.settings.accumulate, self.accelerator.num_processes, -1)
-        return grid[:, self.accelerator.process_index].flatten()
+    def _batch(self) -> Batch:
+        return self.batches.take(self.step)
 
     def save(self, run: Run) -> str | None:
         """Writes a checkpoint.
@@ -306,8 +292,8 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for key, tensor in _read(folder / "optimizer.safetensors").items():
             name, _, kind = key.rpartition("/")
-            if name not in parameters:
-                raise UserError(f"{folder} is of another model: it has {name!r}")
+            if name not in parameters or (tensor.ndim and tensor.shape != parameters[name].shape):
+                raise UserError(f"{folder} is of another model: its optimiser has {key!r}")
             # The count of steps stays where the optimiser made it, on the CPU.
             like = parameters[name] if tensor.ndim else torch.empty(())
             self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like)
@@ -367,11 +353,13 @@ def _fill(targets: dict[str, Tensor], file: Path) -> None:
     """Copies the tensors of a file into those of the same names.
 
     Raises:
-        UserError: Names or shapes differ.
+        UserError: Names, shapes or types differ.
     """
     saved = _read(file)
     differing = sorted(targets.keys() ^ saved.keys()) or [
-        name for name, tensor in targets.items() if tensor.shape != saved[name].shape
+        name
+        for name, tensor in targets.items()
+        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype)
     ]
     if differing:
         shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")

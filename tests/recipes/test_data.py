@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -498,6 +499,11 @@ class TestFolder:
         Image.fromarray(noise).save(cat / "cut.jpg")
         whole = (cat / "cut.jpg").read_bytes()
         (cat / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        (cat / "tail.jpg").write_bytes(whole[:-4])
+        Image.fromarray(noise).save(cat / "cut.png")
+        whole = (cat / "cut.png").read_bytes()
+        (cat / "cut.png").write_bytes(whole[: len(whole) // 2])
+        (cat / "random.png").write_bytes(noise.tobytes())
         (cat / "empty.png").write_bytes(b"")
         (cat / "page.jpg").write_text("<html>")
         (cat / "large.png").write_bytes(png_header(8000, 8000))
@@ -507,6 +513,9 @@ class TestFolder:
         solid("RGB", 0).save(cat / "other.png", format="TIFF")
         return {
             "cut.jpg": "truncated",
+            "tail.jpg": "truncated",
+            "cut.png": "truncated",
+            "random.png": "decoded",
             "empty.png": "decoded",
             "page.jpg": "decoded",
             "large.png": "50 megapixels",
@@ -525,13 +534,28 @@ class TestFolder:
         for name, part in bad.items():
             assert part in reasons[name], (name, reasons[name])
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 7 and "skipped 8 of 10" in lines[0] and "and 3 more" in lines[-1]
+        assert len(lines) == 7 and "skipped 11 of 13" in lines[0] and "and 6 more" in lines[-1]
         assert all(Path(line.split("'")[1]).name in bad for line in lines[1:6])
+
+    def test_bombs_cost_no_memory(self, root):
+        self.make_bad(root)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name in ("large.png", "bomb.png", "huge.png"):
+            with pytest.raises(data_module.BadImage):
+                data_module.read_image(root / "cat" / name, 16)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # in kB
+
+    def test_of_an_animation_the_first_frame_is_taken(self, root):
+        (root / "zebra").mkdir()
+        frames = [solid("RGB", colour) for colour in ((10, 200, 30), (200, 10, 30))]
+        frames[0].save(root / "zebra" / "a.gif", save_all=True, append_images=frames[1:])
+        wanted = torch.tensor([10.0, 200.0, 30.0])[:, None, None]
+        assert (only_image(root) - wanted).abs().max() < 5
 
     def test_strict(self, root):
         self.make_bad(root)
         message = fails(str(root), strict=True)
-        assert "bomb.png" in message and "8 of 10" in message and "strict" in message
+        assert "bomb.png" in message and "11 of 13" in message and "strict" in message
 
     def test_links(self, root, capsys):
         secret = root.parent / "secret"

@@ -4,17 +4,28 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.checkpoint import Run
-from recipes.console import INTERRUPTED
+from recipes.console import INTERRUPTED, USER_ERROR
 from tests.recipes import reliability
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = [str(ROOT / "recipes" / "train.py"), "--attn", "sana", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the children have: two threads on two busy cores make a run ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_crashes_at_all_acts(tmp_path):
@@ -62,8 +73,7 @@ def test_signals_to_the_command_line(number, tmp_path):
 
 
 def test_a_signal_to_torchrun_saves_in_both_and_leaves_no_orphan(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start(tmp_path / "run", *launcher)
+    process = start(tmp_path / "run", *reliability.TORCHRUN)
     wait_for_log(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=300)
@@ -71,6 +81,27 @@ def test_a_signal_to_torchrun_saves_in_both_and_leaves_no_orphan(tmp_path):
     run = Run(tmp_path / "run")
     assert run.newest_checkpoint(warn=pytest.fail)[0] == run.read_log()[-1]["step"], printed
     assert '"preempted"' in run.status_file.read_text()
+
+
+def test_workers_that_outlive_torchrun_keep_the_folder(tmp_path):
+    launcher = start(tmp_path / "run", *reliability.TORCHRUN)
+    wait_for_log(tmp_path / "run", launcher)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    workers = [int(child) for child in children]
+    assert len(workers) == 2
+    launcher.kill()
+    try:
+        launcher.wait()
+        second = start(tmp_path / "run", "-u")
+        printed, _ = second.communicate(timeout=300)
+        assert second.returncode == USER_ERROR
+        assert f"being written to by process {workers[0]} on" in printed.decode()
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.1)
+    assert '"preempted"' in Run(tmp_path / "run").status_file.read_text()
 
 
 def test_accelerate_launch_runs_the_same_script(tmp_path):

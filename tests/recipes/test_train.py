@@ -73,6 +73,40 @@ def test_a_resumed_run_equals_an_uninterrupted_one(attn, tmp_path):
         assert torch.equal(tensor, second[name]), name
 
 
+def test_stops_at_and_between_the_ends_of_epochs_change_nothing(tmp_path):
+    """Six images in batches of four, of two micro-steps: an epoch ends within step 2, and at 3."""
+    for number in range(6):
+        (tmp_path / "data" / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (16, 16), (40 * number, 99, 200 - 40 * number))
+        picture.save(tmp_path / "data" / f"{number % 2}" / f"{number}.png")
+    settings = Settings(
+        **SMALL | {"batch_size": 4}, attn="sana", steps=8, accumulate=2,
+        data=str(tmp_path / "data"), resolution=16,
+    )  # fmt: skip
+    whole, parts = Run(tmp_path / "whole"), Run(tmp_path / "parts")
+    assert train(settings, whole) == 0
+    for stop in (2, 3, 4, 5):
+        resume = parts.config_file.exists()
+        stopped = train(
+            settings, parts, resume=resume, should_stop=lambda step, at=stop: step == at
+        )
+        assert stopped == INTERRUPTED
+    assert train(settings, parts, resume=True) == 0
+    assert log(whole) == log(parts)
+    first, second = weights(whole), weights(parts)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_set_smaller_than_a_batch_trains(tmp_path):
+    (tmp_path / "data" / "only").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "only" / "a.png")
+    settings = Settings(
+        attn="sana", steps=2, batch_size=8, data=str(tmp_path / "data"), resolution=16
+    )
+    assert train(settings, Run(tmp_path / "run")) == 0
+
+
 def test_every_mechanism_sees_the_same_batches():
     batches = []
     for attn in ("softmax", "dydila"):
@@ -305,7 +339,7 @@ def test_spikes_are_named():
 
 def test_loss_by_time_is_summed_in_quarters():
     sums = quartile_sums(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0, 249, 250, 999]), 1000)
-    assert quartile_entry(sums) == {
+    assert quartile_entry(sums.tolist()) == {
         "mse_quarter_1": 1.5,
         "mse_quarter_2": 3.0,
         "mse_quarter_4": 4.0,
