@@ -8,6 +8,7 @@ ended, result.json. Whatever happens to one cell happens in its own process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -15,11 +16,12 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from recipes.shards import Plan
 from recipes.train import Settings, train
 
 OK = "ok"
+STOPPED = {"state": "interrupted", "error": "stopped by a signal; run the comparison again"}
 EVALUATORS = ".evaluators"  # folder beside cells/, shared by all of them
 
 
@@ -64,6 +67,8 @@ class Cell:
         settings = self.settings
         text = json.dumps(dataclasses.asdict(self), sort_keys=True, default=list)
         place = [Path(settings.data).name, settings.level, str(settings.resolution or "native")]
+        if settings.protocol != "controlled":
+            place.append(settings.protocol)
         readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([*place, self.label])).strip("-")
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{readable}-seed-{settings.seed}-{digest}"
@@ -107,8 +112,8 @@ def run_cell(folder: Path, progress: bool = False) -> dict[str, Any]:
 
 
 class _Stopped(Exception):
-    def __init__(self, state: str, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, state: str, error: str) -> None:
+        super().__init__(error)
         self.state = state
 
 
@@ -122,7 +127,7 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
     if found is None or found[0] < settings.steps:
         status = train(settings, run, resume=found is not None, overwrite=run.config_file.exists())
         if status == INTERRUPTED:
-            raise _Stopped("interrupted", "stopped by a signal; run the comparison again")
+            raise _Stopped(**STOPPED)
         if status == NON_FINITE:
             raise _Stopped("not finite", "training stopped: the loss is not finite")
         if status != DONE:
@@ -163,23 +168,59 @@ def run_locally(
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(jobs):
         slots.put(slot)
+    children = _Children()
 
     def work(folder: Path) -> None:
-        if not may_start():
+        if children.are_stopped or not may_start():
             report(folder, None)
             return
         slot = slots.get()
         try:
-            report(folder, _in_own_process(folder, slot, jobs))
+            report(folder, _in_own_process(folder, slot, jobs, children))
         finally:
             slots.put(slot)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with children.stopped_by_signals(), ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, folder) for folder in folders]:
             done.result()
 
 
-def _in_own_process(folder: Path, slot: int, jobs: int) -> dict[str, Any]:
+class _Children:
+    """Processes of the cells that run now; a signal to this one lets them save and end."""
+
+    def __init__(self) -> None:
+        self.are_stopped = False
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, command: list[str], **options: Any) -> int:
+        """Runs a command to its end; returns its status."""
+        process = subprocess.Popen(command, **options)
+        self._running.add(process)
+        if self.are_stopped:  # just now
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._running.discard(process)
+
+    def _stop(self, *_: Any) -> None:
+        self.are_stopped = True
+        for process in list(self._running):
+            process.terminate()
+
+    @contextlib.contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Stops them all on SIGTERM and Ctrl-C."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _in_own_process(folder: Path, slot: int, jobs: int, children: _Children) -> dict[str, Any]:
     (folder / "result.json").unlink(missing_ok=True)
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -190,12 +231,15 @@ def _in_own_process(folder: Path, slot: int, jobs: int) -> dict[str, Any]:
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     with (folder / "output.txt").open("ab") as output:
-        status = subprocess.run(
+        status = children.run(
             [sys.executable, "-m", "recipes.cells", str(folder.resolve())],
-            stdout=output, stderr=subprocess.STDOUT, env=environment, check=False,
-        ).returncode  # fmt: skip
+            stdout=output, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
     result = read_result(folder)
-    if result is None:
+    if result is None and status == -signal.SIGTERM:
+        result = dict(STOPPED)
+        write_json(folder / "result.json", result)
+    elif result is None:
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         result = {"state": "crashed", "error": f"{how}; its last words are in output.txt"}
         write_json(folder / "result.json", result)

@@ -18,6 +18,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from recipes.cells import EVALUATORS, OK, Cell, read_result, run_by_submitit, ru
 from recipes.console import UserError, numbers, run_script, user_errors, whole
 from recipes.costs import cost_of
 from recipes.data import load_dataset
-from recipes.features import smallcnn
 from recipes.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
+from recipes.reference import prepare
 from recipes.report import write_report
 from recipes.scores import FEWEST
 
@@ -46,13 +47,13 @@ def main(arguments: list[str]) -> int:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"--import {module}: {error}; it must be importable here") from error
-    variants, protocol = _variants(given)
+    variants, protocols = _variants(given)
     places = _places(given)
     cells = plan_cells(
         variants,
         places,
         seeds=given.seeds,
-        protocol=protocol,
+        protocols=protocols,
         size=given.size,
         patch_size=given.patch_size,
         steps=given.steps,
@@ -66,6 +67,9 @@ def main(arguments: list[str]) -> int:
         print(dry_run(cells, given.jobs))
         return 0
     out = Path(given.out)
+    if given.prepare:
+        _prepare(cells, out / EVALUATORS)
+        return 0
     folders = {cell.prepare(out): cell for cell in cells}
     waiting = [f for f in folders if (read_result(f) or {}).get("state") != OK]
     print(f"{len(cells)} cells in {out}: {len(cells) - len(waiting)} done, {len(waiting)} to run")
@@ -88,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("--data", default="shapes", help="such as shapes,shapes/long-range,fashion-mnist@28")
     flag("--resolutions", type=numbers(int), default=[], help="in pixels; default: the data's")
     flag("--seeds", type=whole(1), default=3, help="number of seeds")
-    flag("--protocol", choices=PROTOCOLS, help="default: controlled, or the preset's")
+    flag(
+        "--protocol", help=f"some of {','.join(PROTOCOLS)} (default: controlled, or the preset's)"
+    )
     flag("--size", default="tiny", help="tiny, S, B or L")
     flag("--patch-size", type=whole(1), default=4, help="in pixels, at every resolution")
     flag("--steps", type=whole(1), default=1000, help="of training, for every cell")
@@ -104,23 +110,26 @@ def _parser() -> argparse.ArgumentParser:
     flag("--import", dest="imports", action="append", default=[], metavar="MODULE",
          help="module that registers a mechanism of your own; repeat")  # fmt: skip
     flag("--dry-run", action="store_true", help="print the plan and what it would cost")
+    flag("--prepare", action="store_true",
+         help="only make what measures the images, OUT/.evaluators, to be carried")  # fmt: skip
     flag("--report-only", action="store_true", help="write the report of what there is")
     flag("--out", default="runs/compare", help="folder of the runs and the report")
     return parser
 
 
-def _variants(given: argparse.Namespace) -> tuple[list[Variant], str]:
+def _variants(given: argparse.Namespace) -> tuple[list[Variant], Sequence[str]]:
     if (given.attn is None) == (given.preset is None):
         raise UserError("say what to compare: either --attn softmax,dydila or --preset table4")
+    protocols = given.protocol.split(",") if given.protocol else None
     if given.preset:
         preset = PRESETS[given.preset]
-        return list(preset.variants), given.protocol or preset.protocol
+        return list(preset.variants), protocols or preset.protocols
     variants = [parse_variant(text) for text in given.attn.split(",") if text]
     for variant in variants:
         if variant.attn not in PAPER_MODELS:
             with user_errors():
                 get_attention(variant.attn)
-    return variants, given.protocol or "controlled"
+    return variants, protocols or ["controlled"]
 
 
 def _places(given: argparse.Namespace) -> list[tuple[str, int | None]]:
@@ -149,7 +158,7 @@ def _places(given: argparse.Namespace) -> list[tuple[str, int | None]]:
 def _run(
     given: argparse.Namespace, folders: dict[Path, Cell], waiting: list[Path], out: Path
 ) -> None:
-    _train_evaluators(list(folders.values()), out / EVALUATORS)
+    _prepare([folders[folder] for folder in waiting], out / EVALUATORS)
     limit = float("inf") if given.time_budget is None else 60 * given.time_budget
     started = time.monotonic()
     progress = tqdm(total=len(waiting), unit="cell")
@@ -174,17 +183,23 @@ def _run(
         run = functools.partial(
             run_by_submitit, cluster=given.cluster, log=out / "submitit", parameters=parameters
         )
-    run(waiting, given.jobs, lambda: time.monotonic() - started < limit, report)
+
+    def may_start() -> bool:
+        return time.monotonic() - started < limit
+
+    run(waiting, given.jobs, may_start, report)
     progress.close()
 
 
-def _train_evaluators(cells: list[Cell], cache: Path) -> None:
-    """Trains what measures the images, once, before cells want it at the same time."""
-    for data, level, resolution in {
-        (cell.settings.data, cell.settings.level, cell.settings.resolution) for cell in cells
-    }:
+def _prepare(cells: list[Cell], cache: Path) -> None:
+    """Makes what measures the images, once, before cells want it at the same time."""
+    wanted = {
+        (cell.settings.data, cell.settings.level, cell.settings.resolution): cell.samples
+        for cell in cells
+    }
+    for (data, level, resolution), samples in wanted.items():
         with user_errors():
-            smallcnn(data, resolution=resolution, level=level, cache=cache, progress=True)
+            prepare(data, resolution=resolution, level=level, samples=samples, cache=cache)
 
 
 def dry_run(cells: list[Cell], jobs: int) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 from recipes.checkpoint import Run
 from recipes.console import UserError, numbers, run_script, user_errors, whole
 from recipes.data import ImageDataset
-from recipes.diffusion import SAMPLERS, to_uint8
+from recipes.diffusion import SAMPLERS
 from recipes.distributed import make_accelerator
 from recipes.features import (
     Extractor,
@@ -39,18 +39,14 @@ from recipes.features import (
     require_accuracy,
     smallcnn,
 )
+from recipes.measure import Measure
 from recipes.provenance import code_digest, provenance, write_json
+from recipes.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
 from recipes.sample import RunSampler
 from recipes.scores import (
     FEWEST,
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    Reference,
     label_of,
-    score,
-    warnings_of,
 )
-from recipes.shape_judge import Verdict, judge_shapes, shape_scores
 from recipes.shards import (
     Images,
     Plan,
@@ -169,11 +165,9 @@ def evaluate(
                 settings["data"], resolution=data["resolution"], level=settings["level"]
             )
         judge_level = settings["level"] if settings["data"] == "shapes" else None
-        see = extractor
+        see, kept_in = extractor, cache or default_cache(run)
         if isinstance(extractor, str):
-            see = _built_in(
-                extractor, settings, data, cache or default_cache(run), weights_file, progress
-            )
+            see = _built_in(extractor, settings, data, kept_in, weights_file, progress)
     warnings: list[str] = []
     if isinstance(see, SmallCNN):
         try:
@@ -183,9 +177,11 @@ def evaluate(
                 raise
             warnings.append(f"{error}; only the exact judge's numbers are given")
             see = None
-    compared = Reference.of_file(reference) if reference else Reference.of_dataset(test, "test")
+    real = Reference.of_dataset(test, "test")
+    compared = Reference.of_file(reference) if reference else real
     _check_size(compared.pixels, test, str(reference))
-    measure = _Measure(see, compared, judge_level, test, names)
+    judged = None if judge_level is None else (real.pixels, judge_level)
+    measure = Measure(see, compared, names, kept_in, judged)
 
     # All processes take part in generating and in looking; the first one puts it together.
     results: dict[str, dict[str, Any]] = {}
@@ -206,7 +202,8 @@ def evaluate(
         return {}
     pixels, labels = fresh_images(train, plan.samples)
     finite = torch.ones(len(labels), dtype=torch.bool)
-    floor, _ = measure(Images(pixels, labels, finite), see(pixels) if see else None)
+    fresh = Images(pixels, labels, finite)
+    floor, _ = measure(fresh, see(pixels) if see else None, are_real=True)
     if isinstance(see, SmallCNN):
         # It may have been trained on these very images.
         floor[label_of("class_accuracy", see.name)] = see.accuracy
@@ -232,63 +229,6 @@ def evaluate(
     }
     write_json(run.folder / "metrics.json", result)
     return result
-
-
-class _Measure:
-    """All numbers of a set of images against one reference."""
-
-    def __init__(
-        self,
-        extractor: Extractor | None,
-        reference: Reference,
-        judge_level: str | None,
-        test: ImageDataset,
-        class_names: list[str],
-    ) -> None:
-        self.extractor, self.class_names, self.level = extractor, class_names, judge_level
-        self.moments = None
-        if reference.pool is not None and reference.spatial is not None:
-            self.moments = (reference.pool, reference.spatial)
-        self.count = 10**9 if reference.pixels is None else len(reference.pixels)
-        has_pixels = extractor is not None and reference.pixels is not None
-        self.features = extractor(reference.pixels) if has_pixels else None  # type: ignore
-        self.real: Verdict | None = None
-        if judge_level is not None:
-            pixels = to_uint8(test.batch(torch.arange(len(test)))[0])
-            self.real = judge_shapes(pixels.numpy(), judge_level)
-
-    def __call__(
-        self, images: Images, features: Features | None
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Numbers and warnings; images that are not finite are counted and left out."""
-        bad = (~images.finite).nonzero().flatten().tolist()
-        warnings = []
-        found: dict[str, Any] = {
-            "count": len(images.labels) - len(bad),
-            "not_finite": len(bad),
-            "not_finite_images": bad[:100],
-        }
-        if bad:
-            shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            warnings.append(
-                f"{len(bad)} of {len(images.labels)} images are not finite and were left out: "
-                f"{shown}"
-            )
-        if found["count"] < FEWEST:
-            raise UserError(
-                f"only {found['count']} of {len(images.labels)} images are finite, which is too "
-                f"few to measure; the model has diverged: train it again with a lower rate"
-            )
-        labels = images.labels[images.finite]
-        if self.extractor is not None and features is not None:
-            kept = features.select(images.finite)
-            found |= score(kept, labels, self.features, self.extractor, self.moments)
-            warnings += warnings_of(kept, self.count, labels, self.class_names)
-        if self.real is not None and self.level is not None:
-            verdict = judge_shapes(images.pixels[images.finite].numpy(), self.level)
-            scores = shape_scores(verdict, labels.numpy(), self.real, self.level)
-            found |= {f"{name}[judge]": value for name, value in scores.items()}
-        return found, warnings
 
 
 def _look(
@@ -376,7 +316,8 @@ def _describe_extractor(extractor: Extractor | None, data: str) -> dict[str, Any
         "name": extractor.name,
         "sha256": extractor.digest,
         "kid": f"{KID_SUBSETS} subsets of up to {KID_SUBSET_SIZE}, cubic kernel, seed 0",
-        "neighbours": "precision and recall k=3, density and coverage k=5",
+        "neighbours": f"precision and recall k={NEIGHBOURS['precision']}, "
+        f"density and coverage k={NEIGHBOURS['coverage']}",
         "code_sha256": code_digest(),
     }
     if isinstance(extractor, SmallCNN):

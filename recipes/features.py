@@ -8,18 +8,15 @@ Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recipes.cache import kept, key_digest
 from recipes.console import UserError
 from recipes.data import ImageDataset, batch_indices, load_dataset
 from recipes.diffusion import to_uint8
@@ -153,7 +150,9 @@ class SmallCNN(nn.Module):
         """(n, h, w, c) uint8 -> features standardised by the real images' statistics."""
         device, parts = self.head.weight.device, []
         for batch in images.split(256):
-            pool, spatial, logits = self.forward(_scaled(batch).to(device))
+            # TensorFloat-32 would let features depend on the device that looks.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                pool, spatial, logits = self.forward(_scaled(batch).to(device))
             pool = (pool - self.pool_mean) / self.pool_std
             spatial = (spatial - self.spatial_mean) / self.spatial_std
             parts.append(Features(*(z.double().cpu() for z in (pool, spatial, logits))))
@@ -197,29 +196,31 @@ def smallcnn(
         "classes": train.num_classes,
         "steps": steps,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache / f"{ARCHITECTURE}-{train.name}-{train.resolution}-{digest}.safetensors"
-    model = SmallCNN(train.channels, train.num_classes, train.resolution)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not file.is_file():
+
+    def make() -> dict[str, Tensor]:
         if progress:
             print(f"training the evaluator ({steps} steps on real {data} images): {file}")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = SmallCNN(train.channels, train.num_classes, train.resolution).to(device)
-            _fit(model, train, steps)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
-        # The first of several processes wins, and all load its file.
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, file)
-        temporary.unlink()
-    model.load_state_dict(load_file(file))
+            trained = SmallCNN(train.channels, train.num_classes, train.resolution).to(device)
+            _fit(trained, train, steps)
+        return trained.state_dict()
+
+    file = (
+        cache / f"{ARCHITECTURE}-{train.name}-{train.resolution}-{key_digest(**key)}.safetensors"
+    )
+    model = SmallCNN(train.channels, train.num_classes, train.resolution)
+    model.load_state_dict(kept(file, make))
     model = model.to(device).eval()
     model.digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    images, labels = test.batch(torch.arange(min(len(test), 2000)))
-    model.accuracy = (model(to_uint8(images)).logits.argmax(1) == labels).double().mean().item()
+
+    def accuracy() -> dict[str, Tensor]:
+        images, labels = test.batch(torch.arange(min(len(test), 2000)))
+        return {"share": (model(to_uint8(images)).logits.argmax(1) == labels).double().mean()}
+
+    tried = key_digest(evaluator=model.digest, images=image_digest(test))
+    model.accuracy = kept(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
     return model
 
 

@@ -12,10 +12,8 @@ tsne        features of generated images, of random and of confusable classes (F
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +31,20 @@ from torch import Tensor
 
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
-from backbones import DiT, build_backbone
+from backbones import build_backbone
 from recipes.checkpoint import Run
 from recipes.console import UserError, run_script, whole
-from recipes.diffusion import generator_for, to_uint8
+from recipes.diffusion import to_uint8
+from recipes.drawn import Drawn, NotWithoutRun, first_with, hooked, panels, wrapped
 from recipes.evaluate import default_cache
 from recipes.features import real_sets, smallcnn
 from recipes.palette import color_of, marker_of
 from recipes.pictures import image_grid
-from recipes.sample import RunSampler
 
 # Okabe and Ito's colours for classes and projectors, which have no colour of their own.
 _DISTINCT = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
 ]  # fmt: skip
-_NOISE_TIME = 300  # of 1000: objects are visible, the model still has work to do
 
 
 def main(arguments: list[str]) -> int:
@@ -62,13 +59,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cfg", type=float, default=2.0, help="guidance scale of images")
     given = parser.parse_args(arguments)
     out = Path(given.out)
-    runs = [_Drawn(Run.open(folder), given.cfg, given.per_class) for folder in given.runs]
+    runs = [Drawn(Run.open(folder), given.cfg, given.per_class) for folder in given.runs]
     for name in given.only.split(","):
         if name not in FIGURES:
             raise UserError(f"unknown figure {name!r}; there are {', '.join(FIGURES)}")
         try:
             figure = FIGURES[name](runs)
-        except _NotWithoutRun as missing:
+        except NotWithoutRun as missing:
             print(f"{name}: left out, {missing}")
             continue
         out.mkdir(parents=True, exist_ok=True)
@@ -78,87 +75,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class _NotWithoutRun(Exception):
-    """The runs that were given do not have what a figure shows."""
-
-
-class _Drawn:
-    """A run, with what several figures want of it."""
-
-    def __init__(self, run: Run, cfg: float, per_class: int) -> None:
-        self.run, self.cfg, self.per_class = run, cfg, per_class
-        self.config = run.config()
-        self.draw = RunSampler(run, device="cpu")
-        self.model: DiT = self.draw.model.eval()
-        settings = self.config["settings"]
-        self.attn = self.model.config.attn
-        self.data, self.level = settings["data"], settings["level"]
-        self.class_names = self.config["data"]["class_names"]
-        self.options = settings["attn_options"]
-
-    @property
-    def label(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.attn}{f' ({options})' if options else ''}"
-
-    @property
-    def color(self) -> str:
-        is_increasing = self.options.get("lambda_init") == "increasing"
-        return color_of("increasing factors" if is_increasing else self.attn)
-
-    @property
-    def layers(self) -> list[Attention]:
-        return [block.attention for block in self.model.blocks]
-
-    def noisy_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Real images, the same in noise, and their labels: what a model works on."""
-        _, test = real_sets(
-            self.data, resolution=self.config["data"]["resolution"], level=self.level
-        )
-        images, labels = test.batch(torch.arange(count))
-        noise = torch.randn(images.shape, generator=generator_for(0, 0))
-        diffusion = self.draw.diffusion
-        if diffusion.prediction == "flow":
-            share = _NOISE_TIME / 1000
-            return images, (1 - share) * images + share * noise, labels
-        times = torch.full((count,), _NOISE_TIME)
-        return images, diffusion.scheduler("ddpm", 50).add_noise(images, noise, times), labels
-
-    @torch.no_grad()
-    def inputs_of_layers(
-        self, noisy: Tensor, labels: Tensor
-    ) -> list[tuple[Tensor, tuple[int, int]]]:
-        """(tokens, grid) that every attention layer gets for these images."""
-        found: list[tuple[Tensor, tuple[int, int]]] = []
-        with _hooked(self.layers, lambda _, layer, x, grid: found.append((x, grid))):
-            self.model(
-                hidden_states=noisy,
-                timestep=torch.full((len(noisy),), _NOISE_TIME),
-                class_labels=labels,
-            )
-        return found
-
-
-@contextlib.contextmanager
-def _hooked(
-    layers: Sequence[Attention],
-    see: Callable[[int, Attention, Tensor, tuple[int, int]], Any],
-) -> Iterator[None]:
-    def hook_of(index: int) -> Callable[[Any, tuple[Any, ...]], None]:
-        def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-            see(index, module, *arguments)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(hook_of(i)) for i, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def cost_figure(runs: Sequence[_Drawn]) -> Figure:
+def cost_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 1a: cost of one forward against resolution, size L, in latent space."""
     rows = []
     for model in ("DiT", "Sana", "DyDi-LiT"):
@@ -168,7 +85,7 @@ def cost_figure(runs: Sequence[_Drawn]) -> Figure:
             gmacs = count_macs(built, resolution).total / 1e9
             rows.append({"model": model, "pixels": resolution, "GMACs": gmacs})
     frame = pd.DataFrame(rows)
-    figure, axis = _panels(1, 1, width=5.4, height=4)
+    figure, axis = panels(1, 1, width=5.4, height=4)
     for model, group in frame.groupby("model", sort=False):
         axis[0, 0].plot(
             group.pixels, group.GMACs, label=model, color=color_of(str(model)),
@@ -190,9 +107,9 @@ def cost_figure(runs: Sequence[_Drawn]) -> Figure:
     return figure
 
 
-def projector_figure(runs: Sequence[_Drawn]) -> Figure:
+def projector_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 5: the projector that most tokens choose, over all steps of sampling."""
-    drawn = _first(runs, "projectors", "a run of dydila")
+    drawn = first_with(runs, "projectors", "a run of dydila")
     classes = min(10, len(drawn.class_names))
     layers = drawn.layers
     experts = layers[0].config.n_projectors  # type: ignore[attr-defined]
@@ -205,12 +122,12 @@ def projector_figure(runs: Sequence[_Drawn]) -> Figure:
             found = torch.bincount(routes[name].flatten(), minlength=experts)
             counts[side, current, index] += found
 
-    with _hooked(layers, see):
+    with hooked(layers, see):
         for current in range(classes):
             drawn.draw(torch.full((4,), current), cfg=drawn.cfg)
     share = counts.amax(-1) / counts.sum(-1)
     choice = counts.argmax(-1)
-    figure, axes = _panels(1, 2, width=0.62 * classes + 1.4, height=0.5 * len(layers) + 2.2)
+    figure, axes = panels(1, 2, width=0.62 * classes + 1.4, height=0.5 * len(layers) + 2.2)
     for axis, name, numbers, shares in zip(
         axes.flat, ("query", "key"), choice, share, strict=True
     ):
@@ -228,14 +145,14 @@ def projector_figure(runs: Sequence[_Drawn]) -> Figure:
     return figure
 
 
-def map_figure(runs: Sequence[_Drawn]) -> Figure:
+def map_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 6: where one query looks, in runs without and with the components of DyDiLA.
 
     Every given run shows its own map; a DyDiLA run shows it after each of its components too,
     with the others taken out of the very same weights.
     """
     if not runs:
-        raise _NotWithoutRun("it needs a run")
+        raise NotWithoutRun("it needs a run")
     shown: list[tuple[str, np.ndarray, int]] = []
     for drawn in runs:
         images, noisy, labels = drawn.noisy_images(1)
@@ -251,8 +168,8 @@ def map_figure(runs: Sequence[_Drawn]) -> Figure:
             name = f"{drawn.label}\n{stage}" if stage else drawn.label
             shown.append((name, weights.reshape(grid).numpy(), query))
     if not shown:
-        raise _NotWithoutRun("it needs a run whose mechanism has an attention map")
-    figure, axes = _panels(1, len(shown) + 1, width=2.9, height=3.0)
+        raise NotWithoutRun("it needs a run whose mechanism has an attention map")
+    figure, axes = panels(1, len(shown) + 1, width=2.9, height=3.0)
     images, _, _ = runs[0].noisy_images(1)
     axes[0, 0].imshow(image_grid(images, columns=1, gap=0))
     axes[0, 0].set(title="image (before noise)")
@@ -261,7 +178,7 @@ def map_figure(runs: Sequence[_Drawn]) -> Figure:
         sns.heatmap(weights, ax=axis, cmap="cividis", square=True, cbar_kws={"shrink": 0.6})
         row, column = divmod(query, weights.shape[1])
         axis.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="#D55E00", lw=2.5))
-        axis.set_title(_wrapped(name), fontsize=9)
+        axis.set_title(wrapped(name), fontsize=9)
     for axis in axes.flat[: len(shown) + 1]:
         axis.set_axis_off()
     return figure
@@ -296,7 +213,7 @@ def _query_token(images: Tensor, grid: tuple[int, int]) -> int:
     return int(light[0, 0].flatten().argmax())
 
 
-def factor_figure(runs: Sequence[_Drawn]) -> Figure:
+def factor_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 7: the mean factor that tokens choose, block by block."""
     rows = []
     for drawn in runs:
@@ -312,14 +229,14 @@ def factor_figure(runs: Sequence[_Drawn]) -> Figure:
                     mean = factors[route].mean().item()
                     rows.append({"run": drawn, "side": side, "block": index + 1, "factor": mean})
     if not rows:
-        raise _NotWithoutRun("it needs a run of dydila or dydila-map")
+        raise NotWithoutRun("it needs a run of dydila or dydila-map")
     frame = pd.DataFrame(rows)
-    figure, axes = _panels(1, 1, width=6, height=4)
+    figure, axes = panels(1, 1, width=6, height=4)
     for (drawn, side), group in frame.groupby(["run", "side"], sort=False):
         style = {"query": "-", "key": "--", "map": "-"}[str(side)]
         axes[0, 0].plot(
             group.block, group.factor, ls=style, color=drawn.color, marker=marker_of(drawn.attn),
-            label=_wrapped(f"{drawn.label}: {side}", 34),
+            label=wrapped(f"{drawn.label}: {side}", 34),
         )  # fmt: skip
     axes[0, 0].set(xlabel="block", ylabel="mean differential factor")
     axes[0, 0].set_xticks(sorted(frame.block.unique()))
@@ -327,12 +244,12 @@ def factor_figure(runs: Sequence[_Drawn]) -> Figure:
     return figure
 
 
-def tsne_figure(runs: Sequence[_Drawn]) -> Figure:
+def tsne_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 11: features of generated images; a row of random and a row of confusable classes."""
     from sklearn.manifold import TSNE
 
     if not runs:
-        raise _NotWithoutRun("it needs a run")
+        raise NotWithoutRun("it needs a run")
     first = runs[0]
     resolution = first.config["data"]["resolution"]
     see = smallcnn(
@@ -342,7 +259,7 @@ def tsne_figure(runs: Sequence[_Drawn]) -> Figure:
         "random": _random_classes(len(first.class_names)),
         "confusable": _confusable_classes(first, see),
     }
-    figure, axes = _panels(2, len(runs), width=4, height=3.7)
+    figure, axes = panels(2, len(runs), width=4, height=3.7)
     for column, drawn in enumerate(runs):
         if drawn.class_names != first.class_names:
             raise UserError(f"{drawn.run.folder} and {first.run.folder} are of different data")
@@ -359,7 +276,7 @@ def tsne_figure(runs: Sequence[_Drawn]) -> Figure:
                     *places[chosen].T, s=16, color=_DISTINCT[index], marker="osD^"[index % 4],
                     label=first.class_names[label], alpha=0.8, linewidths=0,
                 )  # fmt: skip
-            axis.set_title(_wrapped(f"{drawn.label}: {kind} classes", 38))
+            axis.set_title(wrapped(f"{drawn.label}: {kind} classes", 38))
             axis.set(xticks=[], yticks=[])
             axis.legend(fontsize=9, markerscale=1.2)
     return figure
@@ -370,7 +287,7 @@ def _random_classes(count: int, size: int = 4) -> list[int]:
     return sorted(order[:size].tolist())
 
 
-def _confusable_classes(drawn: _Drawn, see: Any, size: int = 4) -> list[int]:
+def _confusable_classes(drawn: Drawn, see: Any, size: int = 4) -> list[int]:
     """The classes that the evaluator mixes up most on real images, added one by one."""
     _, test = real_sets(
         drawn.data, resolution=drawn.config["data"]["resolution"], level=drawn.level
@@ -388,27 +305,7 @@ def _confusable_classes(drawn: _Drawn, see: Any, size: int = 4) -> list[int]:
     return sorted(chosen)
 
 
-def _first(runs: Sequence[_Drawn], needs: str, description: str) -> _Drawn:
-    for drawn in runs:
-        if hasattr(drawn.layers[0], needs):
-            return drawn
-    raise _NotWithoutRun(f"it needs {description}")
-
-
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    # Large letters against the width: the pictures are to be read at half their size.
-    with sns.plotting_context("notebook", font_scale=1.05), sns.axes_style("whitegrid"):
-        return plt.subplots(
-            rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
-
-
-def _wrapped(text: str, width: int = 26) -> str:
-    return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))
-
-
-FIGURES: dict[str, Callable[[Sequence[_Drawn]], Figure]] = {
+FIGURES: dict[str, Callable[[Sequence[Drawn]], Figure]] = {
     "cost": cost_figure,
     "projectors": projector_figure,
     "maps": map_figure,

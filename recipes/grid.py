@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ import pandas as pd
 from attnzoo.mechanisms.dydila import LADDER
 from backbones.presets import PROTOCOLS
 from recipes.cells import Cell
-from recipes.console import UserError
+from recipes.console import UserError, parse_options
+from recipes.data import load_dataset
 from recipes.shapes import LEVELS
 from recipes.train import Settings
 
@@ -45,16 +45,10 @@ def parse_variant(text: str) -> Variant:
         UserError: An option has no ``=``.
     """
     attn, *pairs = text.split(":")
-    options = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--attn takes NAME:OPTION=VALUE, got {text!r}")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = {"true": True, "false": False}.get(value.lower(), value)
-    return Variant(text, attn, options)
+    try:
+        return Variant(text, attn, parse_options(pairs))
+    except UserError as error:
+        raise UserError(f"--attn takes NAME:OPTION=VALUE, got {text!r}") from error
 
 
 _NO_CONV = {"conv": "none"}
@@ -87,11 +81,11 @@ class Preset:
 
     Attributes:
         variants: Its rows.
-        protocol: Of the backbone.
+        protocols: Of the backbone.
     """
 
     variants: Sequence[Variant]
-    protocol: str = "controlled"
+    protocols: Sequence[str] = ("controlled",)
 
 
 PRESETS = {
@@ -101,7 +95,7 @@ PRESETS = {
             for model in ("DiT", "DiG", "PixArt-Sigma", "EDiT", "Sana", "DyDi-LiT")
         ],
         # The paper's models of one size cost about the same; here only this protocol does.
-        protocol="matched",
+        protocols=("matched",),
     ),
     "table4": Preset(_RUNGS),
     "table5": Preset([_token_wise((5, "DyDi-LiT token-wise")), _MAP_WISE]),
@@ -114,6 +108,11 @@ PRESETS = {
             _MAP_WISE,
             _INCREASING,
         ]
+    ),
+    # The mechanisms between which the paper's main claims lie, at one depth and at one cost.
+    "main": Preset(
+        [Variant(name, name) for name in ("softmax", "sana", "focused", "dydila", "dydila-map")],
+        protocols=("controlled", "matched"),
     ),
 }
 
@@ -178,7 +177,7 @@ def plan_cells(
     places: Sequence[tuple[str, int | None]],
     *,
     seeds: int,
-    protocol: str,
+    protocols: Sequence[str],
     size: str,
     patch_size: int | None,
     steps: int,
@@ -190,11 +189,13 @@ def plan_cells(
 ) -> list[Cell]:
     """Every run of a comparison, seed by seed, so that a stopped one is a smaller comparison.
 
+    Within a seed small images come first: they are done soonest.
+
     Args:
         variants: What to compare.
         places: (data, resolution); data as ``parse_data`` reads it.
         seeds: Number of seeds, from 0. Runs of one seed see the same images, noise and times.
-        protocol: Of the backbone.
+        protocols: Of the backbone.
         size: Of the backbone.
         patch_size: In pixels; one for all resolutions, so that tokens grow with them.
         steps: Of training.
@@ -210,36 +211,43 @@ def plan_cells(
     labels = [variant.label for variant in variants]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise UserError(f"{', '.join(sorted(twice))} is given twice; name every variant once")
-    if protocol not in PROTOCOLS:
-        raise UserError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if wrong := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
+        raise UserError(f"protocol {wrong[0]!r} is not one of {', '.join(PROTOCOLS)}")
     cells = []
-    for seed in range(seeds):
-        for place, resolution in places:
-            data, level = parse_data(place)
-            for variant in variants:
-                settings = Settings(
-                    attn=variant.attn,
-                    attn_options=dict(variant.options),
-                    size=size,
-                    protocol=protocol,
-                    data=data,
-                    level=level,
-                    resolution=resolution,
-                    patch_size=patch_size,
-                    steps=steps,
-                    batch_size=batch_size,
-                    seed=seed,
-                    checkpoint_every=max(1, min(500, steps)),
-                    sample_every=steps,
-                )
-                cells.append(
-                    Cell(
-                        label=variant.label,
-                        settings=settings,
-                        cfgs=tuple(cfgs),
-                        samples=samples,
-                        sampling_steps=sampling_steps,
-                        imports=tuple(imports),
-                    )
-                )
+    small_first = sorted(places, key=_pixels)
+    for seed, (place, resolution), protocol, variant in itertools.product(
+        range(seeds), small_first, dict.fromkeys(protocols), variants
+    ):
+        data, level = parse_data(place)
+        settings = Settings(
+            attn=variant.attn,
+            attn_options=dict(variant.options),
+            size=size,
+            protocol=protocol,
+            data=data,
+            level=level,
+            resolution=resolution,
+            patch_size=patch_size,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            checkpoint_every=max(1, min(500, steps)),
+            sample_every=steps,
+        )
+        cells.append(
+            Cell(
+                label=variant.label,
+                settings=settings,
+                cfgs=tuple(cfgs),
+                samples=samples,
+                sampling_steps=sampling_steps,
+                imports=tuple(imports),
+            )
+        )
     return cells
+
+
+def _pixels(place: tuple[str, int | None]) -> int:
+    text, resolution = place
+    data, level = parse_data(text)
+    return resolution or load_dataset(data, level=level).resolution

@@ -142,6 +142,7 @@ def kid(
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
+    within_reference: Tensor | None = None,
 ) -> KernelDistance:
     """Unbiased squared MMD with the kernel (x.y / d + 1)³; can be slightly negative.
 
@@ -152,37 +153,71 @@ def kid(
         subset_size: Samples of either side in each, drawn without replacement; fewer where
             there are not as many.
         seed: Of a generator of its own.
+        within_reference: What ``kernel_within`` gives for these very numbers, if it is known.
 
     Raises:
         ValueError: There are fewer than two samples on a side, or the widths differ.
     """
     x, y = _checked(features), _checked(reference)
     _same_width(x, y)
-    size = min(subset_size, len(x), len(y))
-    if size < 2:
-        raise ValueError(f"KID needs at least 2 samples on either side, got {len(x)}, {len(y)}")
-    generator = torch.Generator().manual_seed(seed)
-    # Sums over a subset are u^T K u with its indicator u: one pass serves all subsets at once.
-    in_x, in_y = (torch.zeros(subsets + 1, len(z), dtype=torch.float64) for z in (x, y))
-    for row in range(subsets):
-        in_x[row, torch.randperm(len(x), generator=generator)[:size]] = 1
-        in_y[row, torch.randperm(len(y), generator=generator)[:size]] = 1
-    in_x[-1], in_y[-1] = 1, 1  # the last one takes everything
-    in_x, in_y = in_x.to(x.device), in_y.to(x.device)
+    in_x, in_y = (z.to(x.device) for z in _subsets(len(x), len(y), subsets, subset_size, seed))
+    if within_reference is None:
+        within_reference = _mean_within(y, in_y)
     n, m = in_x.sum(1), in_y.sum(1)
-    distance = (
-        _kernel_sums(x, x, in_x, in_x, without_diagonal=True) / (n * (n - 1))
-        + _kernel_sums(y, y, in_y, in_y, without_diagonal=True) / (m * (m - 1))
-        - 2 * _kernel_sums(x, y, in_x, in_y, without_diagonal=False) / (n * m)
-    )
+    between = _kernel_sums(x, y, in_x, in_y, without_diagonal=False) / (n * m)
+    distance = _mean_within(x, in_x) + within_reference - 2 * between
     of_subsets = distance[:-1]
     return KernelDistance(
         mean=of_subsets.mean().item() if subsets else distance[-1].item(),
         std=of_subsets.std(unbiased=False).item() if subsets else 0.0,
         full=distance[-1].item(),
         subsets=subsets,
-        subset_size=size,
+        subset_size=min(subset_size, len(x), len(y)),
     )
+
+
+def kernel_within(
+    reference: Tensor, count: int, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Tensor:
+    """The reference's own term of ``kid``, (subsets + 1,): it sees only how many images it meets.
+
+    Args:
+        reference: (m, d).
+        count: Number n of the features that are to be compared with it.
+        subsets: As for ``kid``.
+        subset_size: As for ``kid``.
+        seed: As for ``kid``.
+    """
+    y = _checked(reference)
+    in_y = _subsets(count, len(y), subsets, subset_size, seed)[1]
+    return _mean_within(y, in_y.to(y.device))
+
+
+def _subsets(
+    count: int, reference_count: int, subsets: int, subset_size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Indicators of the random subsets of either side; the last row takes everything."""
+    size = min(subset_size, count, reference_count)
+    if size < 2:
+        raise ValueError(
+            f"KID needs at least 2 samples on either side, got {count}, {reference_count}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    # Sums over a subset are u^T K u with its indicator u: one pass serves all subsets at once.
+    in_x, in_y = (
+        torch.zeros(subsets + 1, length, dtype=torch.float64)
+        for length in (count, reference_count)
+    )
+    for row in range(subsets):
+        in_x[row, torch.randperm(count, generator=generator)[:size]] = 1
+        in_y[row, torch.randperm(reference_count, generator=generator)[:size]] = 1
+    in_x[-1], in_y[-1] = 1, 1
+    return in_x, in_y
+
+
+def _mean_within(x: Tensor, in_x: Tensor) -> Tensor:
+    n = in_x.sum(1)
+    return _kernel_sums(x, x, in_x, in_x, without_diagonal=True) / (n * (n - 1))
 
 
 def _kernel_sums(
@@ -222,17 +257,25 @@ def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
     return values.mean().item(), values.std(unbiased=False).item()
 
 
-def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    features: Tensor, reference: Tensor, k: int = 3, reference_radii: Tensor | None = None
+) -> tuple[float, float]:
     """Share of samples in the reference's manifold, and of the reference in the samples'.
 
     A manifold is the union of balls that reach to the k-th nearest neighbour of its own set.
+
+    Args:
+        features: (n, d).
+        reference: (m, d).
+        k: Of the neighbours.
+        reference_radii: ``radii(reference, k)``, if it is known.
 
     Returns:
         Precision and recall, fractions. Two samples of one distribution do not score 1.
     """
     x, y = _checked(features), _checked(reference)
     _same_width(x, y)
-    x_radius, y_radius = _radii(x, k), _radii(y, k)
+    x_radius, y_radius = radii(x, k), radii(y, k) if reference_radii is None else reference_radii
     is_real = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     is_reached = torch.zeros(len(y), dtype=torch.bool, device=x.device)
     for rows, distance in _distances(x, y):
@@ -241,17 +284,25 @@ def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[f
     return is_real.double().mean().item(), is_reached.double().mean().item()
 
 
-def density_coverage(features: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    features: Tensor, reference: Tensor, k: int = 5, reference_radii: Tensor | None = None
+) -> tuple[float, float]:
     """Mean number of reference balls around a sample, over k; share of balls with a sample.
 
     Unlike precision and recall they do not take an outlier's large ball at its word.
+
+    Args:
+        features: (n, d).
+        reference: (m, d).
+        k: Of the neighbours.
+        reference_radii: ``radii(reference, k)``, if it is known.
 
     Returns:
         Density (about 1 for the same distribution, may exceed it) and coverage (at most 1).
     """
     x, y = _checked(features), _checked(reference)
     _same_width(x, y)
-    radius = _radii(y, k)
+    radius = radii(y, k) if reference_radii is None else reference_radii
     inside = 0
     is_covered = torch.zeros(len(y), dtype=torch.bool, device=x.device)
     for _, distance in _distances(x, y):
@@ -273,7 +324,9 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
 
 
-def _radii(x: Tensor, k: int) -> Tensor:
+def radii(features: Tensor, k: int) -> Tensor:
+    """Distance (n,) of each of (n, d) features to its k-th nearest neighbour among the others."""
+    x = _checked(features)
     if len(x) <= k:
         raise ValueError(f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}")
     return torch.cat(

@@ -16,6 +16,8 @@ import numpy as np
 
 import attnzoo
 
+DECIDING = ("metrics", "features", "reference", "scores", "shape_judge", "shards")
+
 
 def provenance() -> dict[str, Any]:
     """Versions and the commit of this code; "unknown" where git cannot say."""
@@ -41,10 +43,10 @@ def _commit() -> str:
 
 
 @functools.cache
-def code_digest() -> str:
-    """SHA-256 of the code that decides a number."""
+def code_digest(*modules: str) -> str:
+    """SHA-256 of the code of these recipes, or of all that decide a number."""
     digest = hashlib.sha256()
-    for name in ("metrics", "features", "scores", "shape_judge", "shards"):
+    for name in modules or DECIDING:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()
 

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from recipes.verdicts import is_lower_better, summary_sentence
 
 # What the summary and the pictures show; everything else is in the tables.
 HEADLINES = ("FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement")
-PLACE = ["data", "level", "resolution"]
+PLACE = ["data", "level", "resolution", "protocol"]
 COSTS = ["macs", "training_macs", "parameters", "depth", "forward_seconds", "training_seconds"]
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
@@ -56,17 +56,21 @@ def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFram
             "data": settings.data,
             "level": settings.level if settings.data == "shapes" else "",
             "resolution": measured.get("resolution", settings.resolution or 0),
+            "protocol": settings.protocol,
             "variant": cell.label,
             "attn": settings.attn,
             "options": json.dumps(dict(settings.attn_options)),
-            "protocol": settings.protocol,
             "steps": settings.steps,
             "batch_size": settings.batch_size,
+            "samples": cell.samples,
             "seed": settings.seed,
             "cell": cell.name,
             "state": result["state"],
             "error": result.get("error"),
             "wall_seconds": result.get("wall_seconds"),
+            "device": measured.get("device"),
+            "torch": measured.get("versions", {}).get("torch"),
+            "evaluator": _evaluator(measured),
             **{name: result.get("cost", {}).get(name) for name in COSTS},
         }
         found = measured.get("results") or {"": {}}
@@ -81,6 +85,12 @@ def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFram
             curves.append({**{k: base[k] for k in (*PLACE, "variant", "seed")},
                            "step": step, "loss": loss})  # fmt: skip
     return pd.DataFrame(rows), pd.DataFrame(curves)
+
+
+def _evaluator(measured: Mapping[str, Any]) -> str | None:
+    """ "smallcnn 520aacd8", or None where only the exact judge has looked."""
+    found = measured.get("evaluator")
+    return f"{found['name']} {found['sha256'][:8]}" if found else None
 
 
 def write_report(
@@ -165,9 +175,10 @@ def _states(frame: pd.DataFrame) -> str:
 
 
 def place_name(place: Sequence[Any]) -> str:
-    """("shapes", "easy", 16) -> "shapes easy 16 px"."""
-    data, level, resolution = place
-    return f"{Path(str(data)).name}{' ' + level if level else ''} {resolution} px"
+    """("shapes", "easy", 16, "matched") -> "shapes easy 16 px, matched"."""
+    data, level, resolution, protocol = place
+    plain = f"{Path(str(data)).name}{' ' + level if level else ''} {resolution} px"
+    return plain if protocol == "controlled" else f"{plain}, {protocol}"
 
 
 def _groups(done: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
@@ -289,11 +300,11 @@ def _legend_outside(figure: Figure, axes: np.ndarray) -> None:
 def _against_resolution(done: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     groups = [
         (place, group)
-        for place, group in _groups(done, ["data", "level"])
+        for place, group in _groups(done, ["data", "level", "protocol"])
         if group.resolution.nunique() > 1
     ]
     figure, axes, panels = _panels(groups, metrics)
-    for axis, (data, level), group, metric in panels:
+    for axis, (data, level, protocol), group, metric in panels:
         sns.lineplot(
             group, x="resolution", y=metric, hue="variant", style="variant", errorbar="sd",
             err_style="bars", dashes=False, ax=axis, **_style(group.variant.unique()),
@@ -302,7 +313,9 @@ def _against_resolution(done: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         ticks = sorted(group.resolution.unique())
         axis.set_xticks(ticks, [f"{t}" for t in ticks])
         axis.minorticks_off()
-        axis.set(title=f"{data} {level}, guidance {group.cfg.min():g}", xlabel="pixels")
+        axis.set(
+            title=f"{data} {level}, {protocol}, guidance {group.cfg.min():g}", xlabel="pixels"
+        )
         axis.set_ylabel(_labelled(metric))
     _legend_outside(figure, axes)
     return figure

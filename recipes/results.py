@@ -1,6 +1,6 @@
 """Writes docs/results.md from the tables of comparisons: which of the paper's orderings hold.
 
-    python recipes/results.py runs/results --out docs/results.md
+    python recipes/results.py runs/results-16 runs/results-32 --out docs/results.md
 
 Nothing in that page is written by hand but the words around the numbers, which stand here.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -18,26 +19,42 @@ from recipes.cells import OK
 from recipes.console import UserError, run_script
 from recipes.grid import CLAIMS, PRESETS, Claim, paper_rows
 from recipes.report import PLACE, headlines, place_name, summarise
-from recipes.verdicts import Verdict, compare_variants
+from recipes.scores import metric_of
+from recipes.verdicts import CONFIDENCE, Verdict, compare_variants
+
+# Of the overview: every place has it, and its bias does not depend on the number of samples.
+OVERVIEW = "KID"
+# Numbers compare within one experiment only.
+EXPERIMENT = [*PLACE, "steps", "batch_size", "samples"]
+SYMBOLS = {"better": "✓", "worse": "✗", "same": "~", "unknown": "·"}
+NOT_RECORDED = "not recorded"
 
 INTRODUCTION = """# Which of the paper's orderings hold here
 
-Small models (size tiny: width 96, 4 blocks), small images, a few minutes of training: **another
-experiment than the paper's**, in which orders may be compared, values never. The protocol is
-"{protocol}", every model has had the same {steps} steps of {batch} images, in the same order and
-with the same noise within a seed ({seeds} seeds). docs/evaluation.md says what the numbers mean.
+Small models (size tiny: width 96, 4 blocks or what the protocol gives), small images, a few
+minutes of training: **another experiment than the paper's**, in which orders may be compared,
+values never. Within a place every model has had the same number of the same images, in the same
+order and with the same noise within a seed. [docs/evaluation.md](evaluation.md) says what the
+numbers mean.
 
-A difference counts if the 95 % interval of its mean over the seeds (Student's t on differences
-within a seed) leaves out 0; "cannot tell" is all that can be said otherwise, and is no proof that
-two variants are equal. Nothing is corrected for the number of comparisons: of twenty ties, one
-will look like a difference. With three seeds the interval reaches 2.5 standard deviations to
-either side, so only large differences count.
+## In short
+"""
 
-This page is written by a command, from the numbers of these:
+READING = """A difference counts if the 95 % interval of its mean over the seeds (Student's t on
+differences within a seed) leaves out 0; "cannot tell" is all that can be said otherwise, and is no
+proof that two variants are equal. With three seeds the interval reaches 2.5 standard deviations to
+either side, so only large differences count. Of twenty ties one will look like a difference, and
+metrics agree with one another: one difference in ten comparisons is not yet taken for any.
+"""
 
-```sh
-{commands}
-```
+LEGEND = """Gain in {metric} of the first over the second, ± half its interval: ✓ the first is
+better, ✗ the second is, ~ the spread hides any difference, · fewer than two seeds or no spread.
+{guidances} Every other metric is below.
+"""
+
+NUMBERS = """Mean ± standard deviation over seeds. MMACs are the multiply-accumulates of one
+forward, in millions. `[smallcnn]` is a small network trained on the real images, `[judge]` the
+exact judge of the procedural shapes. Lower is better for FID and KID.
 """
 
 
@@ -60,6 +77,38 @@ def results_page(folders: Sequence[Path]) -> str:
     Raises:
         UserError: A folder holds no comparison, or nothing in them is done.
     """
+    everything, commands = _read(folders)
+    done = everything[everything.state == OK]
+    if done.empty:
+        raise UserError(f"no cell of {', '.join(map(str, folders))} is done yet")
+    tables = ("table1-S", "table4", "table5", "table6")
+    from_paper = [variant for table in tables for variant in PRESETS[table].variants]
+    commands.append(f"python recipes/results.py {' '.join(map(str, folders))}")
+    judged = [(claim, claim_verdicts(claim, done)) for claim in CLAIMS]
+    parts = [
+        INTRODUCTION,
+        in_short(judged),
+        READING,
+        *_overviews(done),
+        "## Where the numbers come from\n",
+        _not_done(everything),
+        _origins(everything),
+        _devices(done),
+        "```sh\n" + "\n".join(commands) + "\n```\n",
+        "## Every ordering in every metric\n",
+        *[_claim_section(claim, verdicts) for claim, verdicts in judged if verdicts],
+        "## All numbers\n",
+        NUMBERS,
+        *_tables(done),
+        "## The paper's numbers\n",
+        "Sub-ImageNet at 256 px, size S, guidance 4.0, Inception features; not to be compared in "
+        "value.\n",
+        _markdown(paper_rows(from_paper)),
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _read(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
     frames, commands = [], []
     for folder in folders:
         try:
@@ -70,41 +119,131 @@ def results_page(folders: Sequence[Path]) -> str:
                 f"{folder} holds no comparison ({error.strerror}: {error.filename}); make one "
                 f"with python recipes/compare.py --preset results --out {folder}"
             ) from error
-    everything = pd.concat(frames, ignore_index=True)
-    everything["level"] = everything.level.fillna("")
-    done = everything[everything.state == OK]
-    if done.empty:
-        raise UserError(f"no cell of {', '.join(map(str, folders))} is done yet")
-    tables = ("table1-S", "table4", "table5", "table6")
-    from_paper = [variant for table in tables for variant in PRESETS[table].variants]
-    names = " ".join(map(str, folders))
-    commands.append(f"python recipes/results.py {names}")
-    parts = [
-        INTRODUCTION.format(
-            protocol=_listed(done.protocol),
-            steps=_listed(done.steps),
-            batch=_listed(done.batch_size),
-            seeds=done.seed.nunique(),
-            commands="\n".join(commands),
-        ),
-        _not_done(everything),
-        "## The orderings\n",
-        *[_claim_section(claim, done) for claim in CLAIMS],
-        "## All numbers\n",
-        "Mean ± standard deviation over seeds. The first column counts multiply-accumulates of "
-        "one forward, in millions. `[smallcnn]` is a small network trained on the real images, "
-        "`[judge]` the exact judge of the procedural shapes. Lower is better for FID and KID.\n",
-        *_tables(done),
-        "## The paper's numbers\n",
-        "Sub-ImageNet at 256 px, size S, guidance 4.0, Inception features; not to be compared in "
-        "value.\n",
-        _markdown(paper_rows(from_paper)),
-    ]
-    return "\n".join(part for part in parts if part) + "\n"
+    found = pd.concat(frames, ignore_index=True)
+    found["level"] = found.level.fillna("")
+    for column in ("device", "torch", "evaluator", "samples"):
+        if column not in found:  # written by an earlier version
+            found[column] = None
+        found[column] = found[column].astype(object).where(found[column].notna(), NOT_RECORDED)
+    # Two comparisons may share cells; one that is done speaks for its twin.
+    found = found.sort_values("state", key=lambda state: state != OK, kind="stable")
+    is_twin = found.duplicated(["cell", "cfg"]) | (
+        (found.state != OK) & found.cell.isin(found.cell[found.state == OK])
+    )
+    return found[~is_twin].sort_index(), commands
 
 
-def _listed(column: pd.Series) -> str:
-    return ", ".join(map(str, column.drop_duplicates()))
+def _experiments(done: pd.DataFrame, keys: Sequence[str] = ()) -> Iterator[tuple[Any, Any]]:
+    """(name, rows) of every experiment, and of every value of more keys within it."""
+    varying = [key for key in ("steps", "batch_size", "samples") if done[key].nunique() > 1]
+    for values, rows in done.groupby([*EXPERIMENT, *keys], sort=False, dropna=False):
+        named = dict(zip(EXPERIMENT, values, strict=False))
+        name = place_name([named[key] for key in PLACE])
+        words = {"steps": "steps", "batch_size": "images a step", "samples": "samples"}
+        extra = [f"{named[key]} {words[key]}" for key in varying]
+        yield (", ".join([name, *extra]), *values[len(EXPERIMENT) :]), rows
+
+
+def claim_verdicts(claim: Claim, done: pd.DataFrame) -> list[tuple[str, float, str, Verdict]]:
+    """(place, guidance, metric, verdict) wherever both variants of a claim were measured."""
+    found = []
+    for (name, cfg), rows in _experiments(done, ["cfg"]):
+        for metric in headlines(rows):
+            verdict = compare_variants(rows, claim.better, claim.worse, metric)
+            if verdict.seeds:
+                found.append((name, cfg, metric, verdict))
+    return found
+
+
+Conclusion = Literal[
+    "not measured", "cannot tell", "holds", "mostly holds", "the opposite holds",
+    "mostly the opposite holds", "mixed", "no difference seen", "a difference is seen",
+]  # fmt: skip
+
+
+def conclusion(claim: Claim, kinds: Sequence[str]) -> tuple[Conclusion, str]:
+    """What the verdicts on a claim say together, and how many say what."""
+    count = Counter(kinds)
+    better, worse, same = count["better"], count["worse"], count["same"]
+    total = better + worse + same
+    tally = f"{better} for {claim.better}, {worse} for {claim.worse}, {same} cannot tell"
+    # Twice what ties give, because one odd seed shows in several metrics.
+    chance = 2 * (1 - CONFIDENCE) * total
+    if not total:
+        return "not measured", "no place has two seeds"
+    if claim.equal:
+        is_seen = better + worse > chance
+        return "a difference is seen" if is_seen else "no difference seen", tally
+    if better + worse <= chance:
+        return "cannot tell", tally
+    if worse <= chance:
+        return "mostly holds" if worse else "holds", tally
+    if better <= chance:
+        return "mostly the opposite holds" if better else "the opposite holds", tally
+    return "mixed", tally
+
+
+def _title(claim: Claim) -> str:
+    return f"{claim.better} {'about equal to' if claim.equal else 'before'} {claim.worse}"
+
+
+def in_short(judged: Sequence[tuple[Claim, Sequence[tuple[str, float, str, Verdict]]]]) -> str:
+    """The claims by what has come of them, in words."""
+    found: dict[str, list[str]] = {}
+    for claim, verdicts in judged:
+        said, tally = conclusion(claim, [verdict.kind for *_, verdict in verdicts])
+        found.setdefault(said, []).append(f"  - {_title(claim)} ({claim.source}): {tally}")
+    order = (
+        ("holds", "Holds wherever a difference can be seen"),
+        ("mostly holds", "Holds in most comparisons where a difference can be seen"),
+        ("no difference seen", "Said to be equal, and no difference can be seen"),
+        ("mixed", "Holds in some comparisons, the opposite in others"),
+        ("a difference is seen", "Said to be equal, but a difference can be seen"),
+        ("mostly the opposite holds", "The opposite holds in most comparisons that show any"),
+        ("the opposite holds", "The opposite holds wherever a difference can be seen"),
+        ("cannot tell", "Cannot tell: the spread over the seeds hides what there may be"),
+        ("not measured", "Not measured with two seeds or more"),
+    )
+    lines = []
+    for said, words in order:
+        if said in found:
+            lines += [f"- **{words}:**", *found[said]]
+    note = "Counted are comparisons: one for each place, guidance scale and headline metric."
+    return "\n".join([*lines, "", note, ""])
+
+
+def _overviews(done: pd.DataFrame) -> Iterator[str]:
+    """One table per protocol: claims against places."""
+    for protocol, rows in done.groupby("protocol", sort=False):
+        metric = next((m for m in headlines(rows) if metric_of(m) == OVERVIEW), None)
+        if metric is None:
+            continue
+        table: dict[str, dict[str, str]] = {}
+        for claim in CLAIMS:
+            fields: dict[str, list[str]] = {}
+            for name, _, measured, verdict in claim_verdicts(claim, rows):
+                if measured == metric:
+                    fields.setdefault(name, []).append(_field(verdict))
+            if fields:
+                table[f"{_title(claim)} ({claim.source})"] = {
+                    name.replace(f", {protocol}", ""): "<br>".join(lines)
+                    for name, lines in fields.items()
+                }
+        scales = [f"{cfg:g}" for cfg in rows.cfg.drop_duplicates()]
+        guidances = f"The lines of a field are guidance {' and '.join(scales)}."
+        yield f"## Overview, protocol {protocol}\n"
+        yield LEGEND.format(metric=metric, guidances=guidances)
+        frame = pd.DataFrame.from_dict(table, orient="index")
+        yield _markdown(frame.rename_axis("claim").reset_index()) + "\n"
+
+
+def _field(verdict: Verdict) -> str:
+    gain = f"{SYMBOLS[verdict.kind]} {_rounded(verdict.gain, 2):+g}"
+    return gain if verdict.kind == "unknown" else f"{gain} ± {_rounded(verdict.margin, 1):g}"
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def _not_done(everything: pd.DataFrame) -> str:
@@ -117,60 +256,78 @@ def _not_done(everything: pd.DataFrame) -> str:
     return f"**{len(bad)} of {len(cells)} cells have no number: {states}.**\n"
 
 
-def claim_verdicts(claim: Claim, done: pd.DataFrame) -> list[tuple[str, str, Verdict]]:
-    """(place and guidance, metric, verdict) wherever both variants of a claim were measured."""
-    found = []
-    for (*place, cfg), group in done.groupby([*PLACE, "cfg"], sort=False, dropna=False):
-        for metric in headlines(group):
-            verdict = compare_variants(group, claim.better, claim.worse, metric)
-            if verdict.seeds:
-                found.append((f"{place_name(place)}, guidance {cfg:g}", metric, verdict))
-    return found
+def _origins(everything: pd.DataFrame) -> str:
+    """What was run where, a row for each experiment."""
+    rows = []
+    for (name,), group in _experiments(everything):
+        cells = group.drop_duplicates("cell")
+        done = cells[cells.state == OK]
+        rows.append(
+            {
+                "place": name,
+                "protocol": _listed(cells.protocol),
+                "cells done": f"{len(done)} of {len(cells)}",
+                "seeds": ", ".join(
+                    f"{seed}: {count}" for seed, count in sorted(Counter(done.seed).items())
+                ),
+                "steps x images": f"{_listed(cells.steps)} x {_listed(cells.batch_size)}",
+                "samples": _listed(cells.samples),
+                "device": _counted(done.device),
+                "torch": _counted(done.torch),
+                "evaluator": _listed(done.evaluator),
+            }
+        )
+    note = "Under seeds stands how many variants of each are done, under device how many cells.\n"
+    return f"{note}\n{_markdown(pd.DataFrame(rows))}\n"
 
 
-def conclusion(claim: Claim, kinds: Sequence[str]) -> str:
-    """What the verdicts on a claim say together."""
-    count = Counter(kinds)
-    better, worse, same = count["better"], count["worse"], count["same"]
-    tally = f"{better} for {claim.better}, {worse} for {claim.worse}, {same} cannot tell"
-    if not better + worse + same:
-        return "**Not measured** with more than one seed."
-    if claim.equal:
-        if not better + worse:
-            return f"**No difference seen** ({tally})."
-        return f"**A difference is seen in places** ({tally})."
-    if not better + worse:
-        return f"**Cannot tell**: no difference beyond the spread anywhere ({tally})."
-    if not worse:
-        return f"**Holds** where a difference can be seen ({tally})."
-    if not better:
-        return f"**Does not hold; the opposite does** where a difference can be seen ({tally})."
-    return f"**Mixed** ({tally})."
-
-
-def _claim_section(claim: Claim, done: pd.DataFrame) -> str:
-    verdicts = claim_verdicts(claim, done)
-    relation = "about equal to" if claim.equal else "before"
-    title = f"### {claim.better} {relation} {claim.worse} ({claim.source})\n"
-    text = conclusion(claim, [verdict.kind for _, _, verdict in verdicts])
-    if not verdicts:
-        return f"{title}\n{text}\n"
-    rows = pd.DataFrame(
-        [(where, metric, verdict.words) for where, metric, verdict in verdicts],
-        columns=["where", "metric", "verdict"],
+def _devices(done: pd.DataFrame) -> str:
+    """A warning where numbers that are compared come from different devices."""
+    mixed = [
+        f"{name} ({_counted(rows.drop_duplicates('cell').device)})"
+        for (name,), rows in _experiments(done)
+        if rows.device.nunique() > 1
+    ]
+    if not mixed:
+        return ""
+    return (
+        f"**Cells of one place ran on different devices: {'; '.join(mixed)}.** Data, noise and "
+        f"times are the same there, rounding is not: a seed's differences hold some of it.\n"
     )
-    wide = rows.pivot(index="where", columns="metric", values="verdict")
-    wide = wide.loc[rows["where"].unique(), rows.metric.unique()].reset_index()
-    note = "Gains of the first, positive where it is better:"
-    return f"{title}\n{text} {note}\n\n{_markdown(wide)}\n"
 
 
-def _tables(done: pd.DataFrame) -> list[str]:
-    summary = summarise(done)
+def _listed(column: pd.Series) -> str:
+    return ", ".join(map(str, column.drop_duplicates()))
+
+
+def _counted(column: pd.Series) -> str:
+    counts = Counter(column)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} {count}" for value, count in counts.items())
+
+
+def _claim_section(claim: Claim, verdicts: Sequence[tuple[str, float, str, Verdict]]) -> str:
+    said, tally = conclusion(claim, [verdict.kind for *_, verdict in verdicts])
+    rows = pd.DataFrame(
+        [
+            (f"{name}, guidance {cfg:g}", metric, _field(verdict), verdict.seeds)
+            for name, cfg, metric, verdict in verdicts
+        ],
+        columns=["place", "metric", "verdict", "seeds"],
+    )
+    wide = rows.pivot(index="place", columns="metric", values="verdict")
+    wide = wide.loc[rows.place.unique(), rows.metric.unique()]
+    wide.insert(0, "seeds", rows.groupby("place").seeds.max())
+    summary = f"{_title(claim)} ({claim.source}): <b>{said}</b> ({tally})"
+    return _folded(summary, _markdown(wide.reset_index()))
+
+
+def _tables(done: pd.DataFrame) -> Iterator[str]:
     wanted = headlines(done)
-    parts = []
-    for (*place, cfg), group in summary.groupby([*PLACE, "cfg"], sort=False, dropna=False):
-        group = group[group.metric.isin(wanted)].assign(
+    for (name, cfg), rows in _experiments(done, ["cfg"]):
+        summary = summarise(rows)
+        group = summary[summary.metric.isin(wanted)].assign(
             shown=lambda g: [
                 f"{mean:.3g} ± {std:.2g}" if std == std else f"{mean:.3g}"
                 for mean, std in zip(g["mean"], g["std"], strict=True)
@@ -178,12 +335,14 @@ def _tables(done: pd.DataFrame) -> list[str]:
         )
         wide = group.pivot(index="variant", columns="metric", values="shown")
         wide = wide.loc[group.variant.unique(), [m for m in wanted if m in wide]]
-        mask = (done.data == place[0]) & (done.level == place[1]) & (done.resolution == place[2])
-        macs = done[mask].groupby("variant", sort=False).macs.mean()
-        wide.insert(0, "MMACs", (macs / 1e6).map("{:.3g}".format))
-        title = f"### {place_name(place)}, guidance {cfg:g}"
-        parts.append(f"{title}\n\n{_markdown(wide.reset_index())}\n")
-    return parts
+        by_variant = rows.groupby("variant", sort=False)
+        wide.insert(0, "seeds", by_variant.seed.nunique())
+        wide.insert(1, "MMACs", (by_variant.macs.mean() / 1e6).map("{:.3g}".format))
+        yield _folded(f"{name}, guidance {cfg:g}", _markdown(wide.reset_index()))
+
+
+def _folded(summary: str, table: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>\n"
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -1,77 +1,18 @@
-"""All metrics of one set of images under their reported names, and what they are compared with."""
+"""All metrics of one set of images under their reported names."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from pathlib import Path
-
 import numpy as np
-import torch
 from torch import Tensor
 
 from recipes import metrics
-from recipes.console import UserError
-from recipes.data import ImageDataset
-from recipes.diffusion import to_uint8
 from recipes.features import Extractor, Features
 from recipes.metrics import Moments
-from recipes.shards import load_npz
+from recipes.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Seen
 
 LOWER_IS_BETTER = frozenset({"FID", "sFID", "KID", "sKID"})
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 FEWEST = 10  # images; the metrics of neighbours need more than 5
 _BLOCK = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Real images to compare with, or statistics of them.
-
-    Attributes:
-        pixels: (m, h, w, c) uint8, or None where only statistics are known.
-        labels: (m,) int64 or None.
-        pool: Stored moments of pool features (an ADM reference batch), or None.
-        spatial: The same of spatial features.
-        source: Where they come from.
-        digest: SHA-256 of images or file.
-    """
-
-    pixels: Tensor | None
-    labels: Tensor | None
-    pool: Moments | None
-    spatial: Moments | None
-    source: str
-    digest: str
-
-    @classmethod
-    def of_dataset(cls, dataset: ImageDataset, source: str) -> Reference:
-        """All images of a finite data set."""
-        images, labels = dataset.batch(torch.arange(len(dataset)))
-        pixels = to_uint8(images)
-        digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-        return cls(pixels, labels, None, None, source, digest)
-
-    @classmethod
-    def of_file(cls, file: Path) -> Reference:
-        """An ADM-style file with images, statistics or both.
-
-        Raises:
-            UserError: It holds neither.
-        """
-        pixels, labels = load_npz(file)
-        pool = spatial = None
-        try:
-            pool, spatial = Moments.load_adm(file), Moments.load_adm(file, spatial=True)
-        except KeyError:
-            if pixels is None:
-                raise UserError(
-                    f"{file} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, "
-                    f"sigma_s)"
-                ) from None
-        return cls(
-            pixels, labels, pool, spatial, str(file), hashlib.sha256(file.read_bytes()).hexdigest()
-        )
 
 
 def label_of(metric: str, extractor: str) -> str:
@@ -87,7 +28,7 @@ def metric_of(label: str) -> str:
 def score(
     features: Features,
     labels: Tensor | None,
-    reference: Features | None,
+    reference: Seen | None,
     extractor: Extractor,
     moments: tuple[Moments, Moments] | None = None,
 ) -> dict[str, float]:
@@ -96,7 +37,8 @@ def score(
     Args:
         features: Of the generated images, in the order of their indices.
         labels: (n,) the classes that were asked for, or None.
-        reference: Features of the real images, or None where only their moments are known.
+        reference: The real images as the extractor sees them, or None where only their moments
+            are known.
         extractor: What made the features.
         moments: Moments of the reference's pool and spatial features, if they are not to be
             computed from ``reference``.
@@ -107,8 +49,8 @@ def score(
     """
     if moments is None:
         if reference is None:
-            raise ValueError("give the reference's features or its moments")
-        moments = (_moments(reference.pool), _moments(reference.spatial))
+            raise ValueError("give the reference's images or its moments")
+        moments = (_moments(reference.features.pool), _moments(reference.features.spatial))
     found = {
         "FID": metrics.frechet(_moments(features.pool), moments[0]),
         "sFID": metrics.frechet(_moments(features.spatial), moments[1]),
@@ -117,18 +59,23 @@ def score(
         for name, of in (("KID", "pool"), ("sKID", "spatial")):
             distance = metrics.kid(
                 getattr(features, of),
-                getattr(reference, of),
+                getattr(reference.features, of),
                 subsets=KID_SUBSETS,
                 subset_size=KID_SUBSET_SIZE,
+                within_reference=reference.kernels(of, len(features.pool)),
             )
             found |= {
                 name: distance.mean,
                 f"{name}_std": distance.std,
                 f"{name}_full": distance.full,
             }
-        pools = features.pool, reference.pool
-        found["precision"], found["recall"] = metrics.precision_recall(*pools)
-        found["density"], found["coverage"] = metrics.density_coverage(*pools)
+        pools = features.pool, reference.features.pool
+        found["precision"], found["recall"] = metrics.precision_recall(
+            *pools, NEIGHBOURS["precision"], reference.radii("precision")
+        )
+        found["density"], found["coverage"] = metrics.density_coverage(
+            *pools, NEIGHBOURS["coverage"], reference.radii("coverage")
+        )
     found["IS"], found["IS_std"] = metrics.inception_score(features.logits)
     if labels is not None and extractor.knows_classes:
         found["class_accuracy"] = metrics.class_accuracy(features.logits, labels)

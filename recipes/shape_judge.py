@@ -20,7 +20,7 @@ from recipes.shapes import CLASS_NAMES, DARK_GREY, PALETTE, ShapeParameters, cov
 
 ROTATIONS = 48  # of the level "hard"
 _TEMPLATE_SIDE = 256
-_CHUNK = 256
+_CHUNK_PIXELS = 2**18  # at once; more do not fit a processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,10 @@ def judge_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
     Returns:
         One verdict for all images.
     """
+    size = max(1, _CHUNK_PIXELS // images.shape[1] ** 2)
     parts = [
-        _judge_chunk(images[start : start + _CHUNK].astype(np.float64) / 127.5 - 1, level)
-        for start in range(0, len(images), _CHUNK)
+        _judge_chunk(images[start : start + size].astype(np.float64) / 127.5 - 1, level)
+        for start in range(0, len(images), size)
     ]
     return Verdict(
         **{
@@ -121,8 +122,8 @@ def _parameter_coverage(generated: Verdict, real: Verdict, level: str) -> float:
 
 def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
     side = pixels.shape[1]
-    masks = _object_masks(pixels, level)  # (n, k, h, w)
     background, covered, purity = _two_colours(pixels)
+    masks = _object_masks(covered, level)  # (n, k, h, w)
     rotations = 2 * np.pi * np.arange(ROTATIONS) / ROTATIONS if level == "hard" else np.zeros(1)
     count, objects = masks.shape[:2]
     classes = np.zeros((count, objects), np.int64)
@@ -132,10 +133,11 @@ def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
     best = np.zeros(count)
     for index in range(objects):
         part = covered * masks[:, index]
+        mass, middle = _mass_and_centroid(part)
         best = np.full(count, -1.0)
         for label in range(len(CLASS_NAMES)):
             for rotation in rotations:
-                found = _rendered(part, label, rotation)
+                found = _rendered(mass, middle, side, label, rotation)
                 overlap = _iou(part, found.pixels * masks[:, index])
                 better = overlap > best
                 best[better] = overlap[better]
@@ -143,6 +145,8 @@ def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
                 centre[better, index] = found.centre[better]
                 scale[better, index] = found.scale[better]
         palette[:, index] = _palette_colour(pixels, part, background)
+        if objects == 1:  # it fills its mask, and its best overlap is that of the image
+            return Verdict(classes, best, purity, palette, centre, scale)
         shown = ShapeParameters(
             classes[:, index],
             centre[:, index : index + 1],
@@ -152,9 +156,7 @@ def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
             np.zeros((count, 3)),
         )
         union = np.maximum(union, coverage(shown, side))
-    # A single object fills its mask, and its best overlap is that of the image.
-    iou = best if objects == 1 else _iou(covered, union)
-    return Verdict(classes, iou, purity, palette, centre, scale)
+    return Verdict(classes, _iou(covered, union), purity, palette, centre, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,18 +166,28 @@ class _Rendered:
     scale: NDArray[np.float64]
 
 
-def _rendered(part: NDArray[np.float64], label: int, rotation: float) -> _Rendered:
-    """The object of this class and rotation with the area and centroid of ``part``."""
-    count, side, _ = part.shape
+def _mass_and_centroid(
+    part: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Covered pixels (n,) and their mean place (n, 2) in [-1, 1]."""
+    side = part.shape[1]
     ticks = (2 * np.arange(side) + 1) / side - 1
     mass = part.sum((1, 2))
     safe = np.maximum(mass, 1e-9)
     x = (part.sum(1) @ ticks) / safe
     y = -(part.sum(2) @ ticks) / safe  # row 0 is the top
+    return mass, np.stack([x, y], 1)
+
+
+def _rendered(
+    mass: NDArray[np.float64], middle: NDArray[np.float64], side: int, label: int, rotation: float
+) -> _Rendered:
+    """The object of this class and rotation with this area and centroid."""
+    count = len(mass)
     area, centroid = _template(label)
     scale = np.clip(np.sqrt(mass * (2 / side) ** 2 / area), 0.05, 1.5)
     turn = np.array([[np.cos(rotation), -np.sin(rotation)], [np.sin(rotation), np.cos(rotation)]])
-    centre = np.stack([x, y], 1) - scale[:, None] * (turn @ centroid)
+    centre = middle - scale[:, None] * (turn @ centroid)
     shown = ShapeParameters(
         np.full(count, label),
         centre[:, None],
@@ -243,16 +255,15 @@ def _palette_colour(
     return (cosine / np.linalg.norm(directions, axis=1)).argmax(1)
 
 
-def _object_masks(pixels: NDArray[np.float64], level: str) -> NDArray[np.float64]:
+def _object_masks(covered: NDArray[np.float64], level: str) -> NDArray[np.float64]:
     """Where each object may lie, (n, k, h, w): everywhere, or two opposite quarters."""
-    count, side = pixels.shape[:2]
+    count, side = covered.shape[:2]
     if level != "long-range":
         return np.ones((count, 1, side, side))
     near, far = np.arange(side) < side // 2, np.arange(side) >= side // 2
     quarters = np.stack(
         [np.outer(near, near), np.outer(near, far), np.outer(far, near), np.outer(far, far)]
     ).astype(np.float64)
-    _, covered, _ = _two_colours(pixels)
     mass = (covered[:, None] * quarters).sum((2, 3))
     is_falling = mass[:, 0] + mass[:, 3] >= mass[:, 1] + mass[:, 2]  # upper left, lower right
     return np.where(is_falling[:, None, None, None], quarters[[0, 3]], quarters[[1, 2]])

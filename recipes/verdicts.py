@@ -35,6 +35,9 @@ class Verdict:
         """ "same" means only that the spread hides any difference there may be."""
         if self.seeds < 2 or not math.isfinite(self.gain):
             return "unknown"
+        # Gains that agree to the last digit are a coincidence of rounded shares, not certainty.
+        if self.margin == 0 and self.gain != 0:
+            return "unknown"
         if abs(self.gain) <= self.margin:
             return "same"
         return "better" if self.gain > 0 else "worse"
@@ -43,7 +46,7 @@ class Verdict:
     def words(self) -> str:
         """The verdict in words."""
         if self.kind == "unknown":
-            return "one seed shows no spread, so nothing can be said"
+            return f"no spread to judge by ({self.seeds} seeds), so nothing can be said"
         plain = {"better": "better", "worse": "worse", "same": NO_DIFFERENCE}[self.kind]
         return f"{plain} ({self.gain:+.3g} ± {self.margin:.2g}, {self.seeds} seeds)"
 
@@ -96,5 +99,5 @@ def summary_sentence(cells: pd.DataFrame, metric: str) -> str:
     if tied := by_kind.get("same"):
         parts.append(f"{NO_DIFFERENCE} from {', '.join(tied)}")
     if unknown := by_kind.get("unknown"):
-        parts.append(f"too few seeds to say anything about {', '.join(unknown)}")
+        parts.append(f"too few seeds, or no spread between them, to judge {', '.join(unknown)}")
     return "; ".join(parts) + "."

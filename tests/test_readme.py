@@ -31,7 +31,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
         name = Path(script).stem
         shorter = {"train": ["--steps", "2"], "sample": ["--steps", "2"]}.get(name, [])
         assert SCRIPTS[name]([*arguments, *shorter]) == 0, (name, arguments)
-    assert (tmp_path / "runs/digits-sana/judge.json").exists()
+    assert (tmp_path / "runs/digits-sana/metrics.json").exists()
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[3][:30])

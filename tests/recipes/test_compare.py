@@ -1,8 +1,14 @@
 """Comparisons: the plan, cells that fail, the report, and what a few seeds can say."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -120,6 +126,49 @@ class TestCells:
         assert [step for step, _ in result["curve"]] == [1, 2, 3]
         assert read_result(folder) == json.loads(json.dumps(result))
 
+    @pytest.mark.parametrize("keeps_checkpoint", [True, False])
+    def test_a_folder_goes_on_elsewhere(self, tmp_path, monkeypatch, keeps_checkpoint):
+        """As it travels between machines; what has lost its checkpoint starts anew."""
+        cell = tiny_cell()
+        folder = cell.prepare(tmp_path / "here")
+        monkeypatch.setattr(
+            cells_module, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
+        )
+        own = cells_module.train
+        monkeypatch.setattr(
+            cells_module, "train",
+            lambda *a, **k: own(*a, should_stop=lambda step: step == 2, **k),
+        )  # fmt: skip
+        assert cells_module.run_cell(folder)["state"] == "interrupted"
+        monkeypatch.setattr(cells_module, "train", own)
+        shutil.move(tmp_path / "here", tmp_path / "there")
+        moved = cell.prepare(tmp_path / "there")
+        log = (moved / "run" / "log.jsonl").read_text().splitlines()[:2]
+        if not keeps_checkpoint:
+            shutil.rmtree(moved / "run" / "checkpoints")
+        result = cells_module.run_cell(moved)
+        assert result["state"] == OK
+        assert [step for step, _ in result["curve"]] == [1, 2, 3]
+        kept = (moved / "run" / "log.jsonl").read_text().splitlines()[:2] == log
+        assert kept == keeps_checkpoint  # times differ where the steps were taken again
+
+    def test_a_signal_lets_the_running_cells_save_and_writes_the_report(self, tmp_path):
+        out = tmp_path / "out"
+        arguments = [*TINY, "--steps", "100000", "--out", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recipes.compare", "--attn", "softmax,sana", *arguments],
+            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while not list(out.glob("cells/*/run/log.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(timeout=120) == 1
+        frame = pd.read_csv(out / "cells.csv").set_index("variant")
+        assert frame.state.to_dict() == {"softmax": "interrupted", "sana": "not run"}
+        assert len(list(out.glob("cells/*/run/checkpoints/step-*"))) == 1
+        assert "1 of" not in (out / "report.html").read_text()
+
     def test_a_wrong_option_is_an_error_of_its_cell_alone(self, tmp_path):
         folder = tiny_cell(attn_options={"nonsense": 1}).prepare(tmp_path)
         result = cells_module.run_cell(folder)
@@ -131,7 +180,7 @@ class TestCells:
 
         plan = plan_cells(
             [parse_variant("softmax"), parse_variant("dydila")], [("digits", None)], seeds=2,
-            protocol="controlled", size="tiny", patch_size=4, steps=5, batch_size=4, cfgs=[1.0],
+            protocols=["controlled"], size="tiny", patch_size=4, steps=5, batch_size=4, cfgs=[1.0],
             samples=10, sampling_steps=2,
         )  # fmt: skip
         batches = [Trainer(cell.settings)._batch() for cell in plan]
@@ -178,6 +227,7 @@ class TestThePlan:
             (["--attn", "sana", "--data", "digits", "--resolutions", "9"], "never enlarged"),
             (["--attn", "sana", "--data", "digits@big"], "NAME@PIXELS"),
             (["--attn", "sana", "--import", "no_such_module"], "no_such_module"),
+            (["--attn", "sana", "--protocol", "controlled,fair"], "'fair' is not one of"),
         ],
     )
     def test_bad_input_is_one_clear_line(self, arguments, words, tmp_path):
@@ -190,6 +240,9 @@ class TestThePlan:
             rows = paper_rows(PRESETS[name].variants)
             assert len(rows) == len(PRESETS[name].variants), name
             assert rows.fid.notna().all()
+        main = {variant.label for variant in PRESETS["main"].variants}
+        assert main == {"softmax", "sana", "focused", "dydila", "dydila-map"}
+        assert PRESETS["main"].protocols == ("controlled", "matched")
         ladder = paper_rows(PRESETS["table4"].variants)
         assert ladder.fid.tolist() == [28.00, 28.20, 27.87, 27.46, 26.20, 24.48]
         known = {variant.label for variant in PRESETS["results"].variants}
@@ -201,6 +254,23 @@ class TestThePlan:
         variant = parse_variant("dydila:lambda_init=0.1:conv=none:qkv_bias=true")
         assert variant.attn == "dydila"
         assert variant.options == {"lambda_init": 0.1, "conv": "none", "qkv_bias": True}
+
+    def test_small_images_come_first_within_a_seed_and_protocols_are_crossed(self):
+        plan = plan_cells(
+            [parse_variant("softmax"), parse_variant("sana")],
+            [("shapes", 32), ("digits", None), ("shapes/long-range", 16)], seeds=2,
+            protocols=["controlled", "matched"], size="tiny", patch_size=4, steps=5, batch_size=4,
+            cfgs=[1.0], samples=10, sampling_steps=2,
+        )  # fmt: skip
+        order = [(c.settings.seed, c.settings.resolution, c.settings.protocol) for c in plan[::2]]
+        assert order == [
+            (seed, side, protocol)
+            for seed in (0, 1)
+            for side in (None, 16, 32)
+            for protocol in ("controlled", "matched")
+        ]
+        assert len({cell.name for cell in plan}) == 24
+        assert sum("matched" in cell.name for cell in plan) == 12
 
     def test_other_settings_are_another_cell(self):
         assert tiny_cell().name == tiny_cell().name
@@ -239,50 +309,101 @@ class TestWhatSeedsCanSay:
         assert found.kind == "unknown" and "nothing can be said" in found.words
         assert compare_variants(table(a=[1.0]), "a", "c", "FID[smallcnn]").kind == "unknown"
 
+    def test_gains_that_agree_to_the_last_digit_are_no_certainty(self):
+        found = compare_variants(table(a=[1.0, 2.0], b=[1.5, 2.5]), "a", "b", "FID[smallcnn]")
+        assert found.kind == "unknown" and "no spread" in found.words
+        same = compare_variants(table(a=[1.0, 2.0], b=[1.0, 2.0]), "a", "b", "FID[smallcnn]")
+        assert same.kind == "same"
+
     def test_the_sentence_names_the_best_and_the_ties(self):
-        frame = table(a=[1.0, 2.0, 3.0], b=[1.1, 1.9, 3.1], c=[9.0, 10.0, 11.0])
+        frame = table(a=[1.0, 2.0, 3.0], b=[1.1, 1.9, 3.1], c=[9.0, 10.0, 11.5])
         text = summary_sentence(frame, "FID[smallcnn]")
         assert "a has the best mean (2)" in text
         assert "better than c beyond the spread" in text
         assert f"{NO_DIFFERENCE} from b" in text
 
     def test_means_and_spreads(self):
-        frame = table(a=[1.0, 2.0, 3.0]).assign(data="d", level="", resolution=8, cfg=1.0)
+        frame = table(a=[1.0, 2.0, 3.0]).assign(
+            data="d", level="", resolution=8, protocol="matched", cfg=1.0
+        )
         row = summarise(frame).set_index("metric").loc["FID[smallcnn]"]
         assert (row["mean"], row["std"], row["seeds"]) == (2.0, 1.0, 3)
 
 
+def comparison(folder, frame, **values):
+    """The folder of a comparison with these cells, as compare.py leaves it."""
+    values = {
+        "data": "digits", "level": "", "resolution": 8, "cfg": 4.0, "state": OK, "samples": 300,
+        "protocol": "controlled", "steps": 5, "batch_size": 4, "macs": 1e6, "device": "cpu",
+        "torch": "2.13", "evaluator": "smallcnn 520aacd8", **values,
+    }  # fmt: skip
+    frame = frame.drop(columns="IS[x]").assign(**values)
+    frame["cell"] = frame.variant + frame.seed.astype(str) + frame.protocol + f"{values['steps']}"
+    folder.mkdir(exist_ok=True)
+    frame.to_csv(folder / "cells.csv", index=False)
+    (folder / "command.txt").write_text("python recipes/compare.py --attn x")
+    return folder
+
+
+GOOD = table(dydila=[1.0, 1.1, 1.2], sana=[2.0, 2.15, 2.2], softmax=[1.9, 2.3, 2.1]).rename(
+    columns={"FID[smallcnn]": "KID[smallcnn]"}
+)
+
+
 class TestTheResultsPage:
     def test_claims_are_judged_from_the_tables_alone(self, tmp_path):
-        frame = table(dydila=[1.0, 1.1, 1.2], sana=[2.0, 2.15, 2.2], softmax=[1.9, 2.3, 2.1])
-        frame = frame.drop(columns="IS[x]").assign(
-            data="digits", level="", resolution=8, cfg=4.0, state=OK, protocol="controlled",
-            steps=5, batch_size=4, macs=1e6, cell=lambda f: f.variant + f.seed.astype(str),
-        )  # fmt: skip
-        frame.to_csv(tmp_path / "cells.csv", index=False)
-        (tmp_path / "command.txt").write_text("python recipes/compare.py --attn x")
-        page = results.results_page([tmp_path])
-        first = page.split("### ")[1]
-        assert first.startswith("dydila before sana (Table 1)")
-        assert "**Holds** where a difference can be seen (1 for dydila, 0 for sana" in first
-        assert "better (+1.02 ±" in first and "digits 8 px, guidance 4" in first
-        assert "**Cannot tell**" in page.split("### ")[2]  # Sana before softmax
+        page = results.results_page([comparison(tmp_path / "a", GOOD)])
+        short, overview = page.split("## ")[1:3]
+        holds, _, rest = short.partition("Cannot tell")
+        assert "Holds wherever" in holds and "dydila before sana (Table 1): 1 for dydila" in holds
+        assert "sana before softmax" in rest and "sana before softmax" not in holds
+        assert overview.startswith("Overview, protocol controlled")
+        assert "| claim | digits 8 px |" in overview
+        assert "| dydila before sana (Table 1) | ✓ +1 ± 0.07 |" in overview
+        assert "| sana before softmax (Table 1) | ~ -0.017 ± 0.4 |" in overview
         assert "python recipes/compare.py --attn x" in page and "24.48" in page
+        assert "| digits 8 px | controlled | 9 of 9 | 0: 3, 1: 3, 2: 3 | 5 x 4 | 300 | cpu" in page
+        assert "different devices" not in page
+
+    def test_protocols_devices_and_lengths_stay_apart(self, tmp_path):
+        """A second folder reverses the first one's order: joined, they would be a tie."""
+        reverse = GOOD.assign(**{"KID[smallcnn]": 3 - GOOD["KID[smallcnn]"]})
+        here = comparison(tmp_path / "a", GOOD)
+        for other in ({"protocol": "matched"}, {"steps": 50}):
+            page = results.results_page([here, comparison(tmp_path / "b", reverse, **other)])
+            assert "dydila before sana (Table 1): 1 for dydila, 1 for sana" in page
+        there = comparison(tmp_path / "b", GOOD[GOOD.seed > 1], device="cuda", resolution=8)
+        (tmp_path / "a" / "cells.csv").write_text(
+            "".join(
+                line
+                for line in (here / "cells.csv").read_text().splitlines(keepends=True)
+                if ",2," not in line or line.startswith("variant")
+            )
+        )
+        page = results.results_page([here, there])
+        assert "different devices: digits 8 px (cpu 6, cuda 3)" in page
+
+    def test_a_cell_that_two_comparisons_share_counts_once(self, tmp_path):
+        waiting = comparison(tmp_path / "a", GOOD, state="not run", cfg=np.nan)
+        page = results.results_page([waiting, comparison(tmp_path / "b", GOOD)])
+        assert "9 of 9" in page and "have no number" not in page
 
     def test_verdicts_add_up_to_a_conclusion(self):
         claim = CLAIMS[0]
         words = {
-            "Holds": ["better", "same"],
-            "Cannot tell": ["same", "same"],
-            "the opposite does": ["worse", "same"],
-            "Mixed": ["better", "worse"],
-            "Not measured": ["unknown"],
+            "holds": ["better", "same"],
+            "mostly holds": [*["better"] * 10, "worse", "same"],
+            "cannot tell": ["better", "worse", *["same"] * 18],
+            "the opposite holds": ["worse", "same"],
+            "mostly the opposite holds": [*["worse"] * 10, "better", "same"],
+            "mixed": ["better", "worse"],
+            "not measured": ["unknown"],
         }
         for wanted, kinds in words.items():
-            assert wanted in results.conclusion(claim, kinds)
+            assert results.conclusion(claim, kinds)[0] == wanted
         equal = next(claim for claim in CLAIMS if claim.equal)
-        assert "No difference seen" in results.conclusion(equal, ["same"])
-        assert "A difference is seen" in results.conclusion(equal, ["same", "worse"])
+        assert results.conclusion(equal, ["same"])[0] == "no difference seen"
+        assert results.conclusion(equal, ["same", "worse"])[0] == "a difference is seen"
 
     def test_a_folder_without_a_comparison_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"holds no comparison.*compare\.py"):

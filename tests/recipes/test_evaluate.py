@@ -1,9 +1,12 @@
 """Evaluating runs: what is written, resumed, refused, and which bad models are told apart."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,16 @@ import torch
 
 from recipes import evaluate as evaluate_module
 from recipes import features as features_module
-from recipes import shards
+from recipes import metrics, shards
+from recipes import reference as reference_module
+from recipes.cache import kept
 from recipes.checkpoint import Run
 from recipes.console import UserError
 from recipes.diffusion import to_uint8
 from recipes.evaluate import evaluate
 from recipes.features import CustomExtractor, Features, SmallCNN, real_sets, smallcnn
 from recipes.inception import load_inception, tf1_resize
+from recipes.reference import Reference, Seen, judge_real, prepare
 from recipes.scores import score
 from recipes.shape_judge import judge_shapes, shape_scores
 from recipes.shapes import render, shape_parameters
@@ -233,7 +239,7 @@ class TestBadModels:
     )
     def test_by_features(self, digits, how, worse):
         train, test = real_sets_of_digits()
-        reference = digits(to_uint8(test.batch(torch.arange(359))[0]))
+        reference = Seen(digits(to_uint8(test.batch(torch.arange(359))[0])))
         pixels, labels = features_module.fresh_images(train, 359)
         good = score(digits(pixels), labels, reference, digits)
         pixels, labels = spoiled(pixels, labels, how)
@@ -284,6 +290,115 @@ class TestBadModels:
         scores = shape_scores(verdict, truth.labels[same_side], verdict, "long-range")
         assert scores["agreement"] == (wanted & colours).mean() < scores["agreement_colour"]
         assert scores["agreement_class"] == wanted.mean() < scores["class_accuracy"]
+
+
+class TestWhatIsKept:
+    """What evaluations share is made once, and changes no number."""
+
+    def test_it_changes_no_number_and_is_not_made_again(self, digits, tmp_path, monkeypatch):
+        train, test = real_sets_of_digits()
+        reference = Reference.of_dataset(test, "test")
+        pixels, labels = features_module.fresh_images(train, 50)
+        seen = digits(pixels)
+        plain = score(seen, labels, Seen(digits(reference.pixels)), digits)
+        first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        monkeypatch.setattr(metrics, "kernel_within", None)
+        own, sizes = metrics.radii, []
+        monkeypatch.setattr(metrics, "radii", lambda x, k: sizes.append(len(x)) or own(x, k))
+        again = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        assert plain == first == again
+        assert sizes == [50]  # of the samples alone, not of the real images
+
+    def test_other_images_evaluators_counts_and_code_have_other_files(
+        self, digits, tmp_path, monkeypatch
+    ):
+        _, test = real_sets_of_digits()
+        reference = Reference.of_dataset(test, "test")
+        other = dataclasses.replace(reference, pixels=255 - reference.pixels, digest="other")
+        made = []
+        monkeypatch.setattr(
+            metrics, "kernel_within", lambda *a, **_: made.append(a) or torch.zeros(101)
+        )
+        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
+        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
+        assert len(made) == 1
+        Seen.of(reference, digits, tmp_path).kernels("pool", 41)
+        Seen.of(reference, digits, tmp_path).kernels("spatial", 40)
+        Seen.of(other, digits, tmp_path).kernels("pool", 40)
+        mine = CustomExtractor("mine", digits, digest="1")
+        Seen.of(reference, mine, tmp_path).kernels("pool", 40)
+        monkeypatch.setattr(reference_module, "code_digest", lambda *_: "changed")
+        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
+        assert len(made) == 6
+        # Nobody knows whether a callable without a digest is the one of yesterday.
+        unknown = CustomExtractor("mine", digits)
+        for _ in range(2):
+            Seen.of(reference, unknown, tmp_path).kernels("pool", 40)
+        assert len(made) == 8
+
+    def test_prepared_here_it_serves_there(self, digits, cache, tmp_path, monkeypatch):
+        """An evaluation makes nothing that ``prepare`` has made, wherever the folder lies."""
+        shutil.copytree(cache, tmp_path / "here")
+        prepare("digits", resolution=8, level="easy", samples=40, cache=tmp_path / "here")
+        shutil.move(tmp_path / "here", tmp_path / "there")
+        before = sorted(tmp_path.glob("there/*"))
+        monkeypatch.setattr(features_module, "_fit", None)
+        monkeypatch.setattr(metrics, "kernel_within", None)
+        prepare("digits", resolution=8, level="easy", samples=40, cache=tmp_path / "there")
+        assert sorted(tmp_path.glob("there/*")) == before
+
+    def test_the_judges_verdict_on_real_shapes(self, tmp_path, monkeypatch):
+        pixels = to_uint8(torch.from_numpy(render(shape_parameters(1, "test", range(20)), 16)))
+        first = judge_real(pixels, "easy", tmp_path)
+        plain = judge_shapes(pixels.numpy(), "easy")
+        monkeypatch.setattr(reference_module, "judge_shapes", None)
+        again = judge_real(pixels, "easy", tmp_path)
+        for name, values in vars(plain).items():
+            assert np.array_equal(values, vars(first)[name])
+            assert np.array_equal(values, vars(again)[name])
+        with pytest.raises(TypeError):
+            judge_real(255 - pixels, "easy", tmp_path)
+
+    @pytest.mark.parametrize("how", ["cut", "flipped"])
+    def test_a_damaged_file_is_made_anew(self, tmp_path, how, capsys):
+        file = tmp_path / "a.safetensors"
+        kept(file, lambda: {"x": torch.arange(100.0)})
+        content = bytearray(file.read_bytes())
+        if how == "cut":
+            content = content[:-8]
+        else:
+            content[-3] ^= 1
+        file.write_bytes(content)
+        found = kept(file, lambda: {"x": torch.arange(100.0)})
+        assert torch.equal(found["x"], torch.arange(100.0))
+        assert f"{file} " in capsys.readouterr().err
+        assert torch.equal(kept(file, dict)["x"], torch.arange(100.0))
+
+    def test_processes_that_want_the_same_wait_for_the_first(self, tmp_path):
+        code = textwrap.dedent(
+            """
+            import sys, time, pathlib, torch
+            from recipes.cache import kept
+
+            folder = pathlib.Path(sys.argv[1])
+
+            def make():
+                with (folder / "made").open("a") as file:
+                    file.write("x")
+                time.sleep(1)
+                return {"x": torch.ones(3)}
+
+            (folder / f"ready-{sys.argv[2]}").touch()
+            while len(list(folder.glob("ready-*"))) < 2:
+                time.sleep(0.01)
+            assert kept(folder / "a.safetensors", make)["x"].sum() == 3
+            """
+        )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        root = Path(__file__).parents[2]
+        both = [subprocess.Popen([*command, name], cwd=root) for name in "ab"]
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+        assert (tmp_path / "made").read_text() == "x"
 
 
 class TestEvaluators:

@@ -8,8 +8,9 @@ from PIL import Image
 from recipes import figures as figures_module
 from recipes.checkpoint import Run
 from recipes.console import UserError
+from recipes.drawn import Drawn
 from recipes.features import Features
-from recipes.figures import FIGURES, _confusable_classes, _Drawn, _stages
+from recipes.figures import FIGURES, _confusable_classes, _stages
 from recipes.train import Settings, train
 
 
@@ -23,7 +24,7 @@ def sana(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(trained):
-    return _Drawn(trained, cfg=2.0, per_class=6)
+    return Drawn(trained, cfg=2.0, per_class=6)
 
 
 def test_every_figure_is_written(trained, sana, tmp_path):

@@ -118,6 +118,15 @@ class TestKernelDistance:
         assert kid(x, y, subset_size=50) == first
         assert kid(x, y, subset_size=50, seed=1) != first
 
+    def test_the_references_own_term_is_no_other_when_it_is_known(self):
+        x, y = normal(120, 8, 0), normal(300, 8, 1, mean=0.1)
+        options = {"subsets": 7, "subset_size": 50, "seed": 3}
+        known = metrics.kernel_within(y, 120, **options)
+        assert kid(x, y, **options, within_reference=known) == kid(x, y, **options)
+        assert kid(x, y, **options, within_reference=known + 1).full == pytest.approx(
+            kid(x, y, **options).full + 1
+        )
+
     def test_one_subset_of_everything_is_the_full_estimate(self):
         x, y = normal(90, 8, 0), normal(90, 8, 1, mean=0.2)
         found = kid(x, y)
@@ -157,6 +166,12 @@ class TestNeighbours:
         assert metrics.precision_recall(x, x) == (1, 1)
         assert metrics.precision_recall(x, x + 1000) == (0, 0)
         assert metrics.density_coverage(x, x + 1000) == (0, 0)
+
+    def test_known_radii_change_nothing(self):
+        x, y = normal(100, 8, 0), normal(150, 8, 1, mean=0.5)
+        for measure, k in ((metrics.precision_recall, 3), (metrics.density_coverage, 5)):
+            assert measure(x, y, k, metrics.radii(y, k)) == measure(x, y, k)
+            assert measure(x, y, k, 9 * metrics.radii(y, k)) != measure(x, y, k)
 
     def test_a_collapsed_model_is_precise_and_reaches_one_image(self):
         real = normal(500, 8, 0)
