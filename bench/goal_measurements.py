@@ -99,17 +99,11 @@ def _peak_of_dydila(found: Found) -> None:
 
 def _streaming(found: Found) -> None:
     n = 16384
-    options = option_named("dydila", "stream")
     bars = (("peak over one-shot Sana", 0.35, 0.21), ("time over one-shot DyDiLA", 1.05, 0.90))
-    if options is None:
-        for what, owed, aim in bars:
-            found.add(what, None, "lower", owed, aim, note="no mechanism has such an option yet")
-        return
-    small: dict[str, Any] = {"stream": 32} if "stream" in options else options
-    found.check("dydila", 384, **small)
+    found.check("dydila", 384, stream=32)
     calls = {
         "one-shot": layer_call(found, attnzoo.build_attention("dydila", 384), n),
-        "streaming": layer_call(found, attnzoo.build_attention("dydila", 384, **options), n),
+        "streaming": layer_call(found, attnzoo.build_attention("dydila", 384, stream=2048), n),
         "sana": layer_call(found, attnzoo.build_attention("sana", 384), n),
     }
     peaks = {name: peak_memory(call, found.device).bytes for name, call in calls.items()}

@@ -29,7 +29,7 @@ from bench.fits import crossover, exponent
 from bench.results import device_of, families, frame, read_report, subset
 from bench.tables import amount, markdown, memory, put_into
 from recipes.console import DONE, run_script
-from recipes.palette import color_of, marker_of
+from recipes.drawing.palette import color_of, marker_of
 
 # Below this many tokens projections hide how the core grows.
 ASYMPTOTIC = 1024

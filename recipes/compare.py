@@ -28,14 +28,21 @@ from tqdm.auto import tqdm
 
 from attnzoo import get_attention
 from backbones.presets import PAPER_MODELS, PROTOCOLS
-from recipes.cells import EVALUATORS, OK, Cell, read_result, run_by_submitit, run_locally
+from recipes.comparison.cells import (
+    EVALUATORS,
+    OK,
+    Cell,
+    read_result,
+    run_by_submitit,
+    run_locally,
+)
+from recipes.comparison.costs import cost_of
+from recipes.comparison.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
+from recipes.comparison.report import write_report
 from recipes.console import UserError, numbers, run_script, user_errors, whole
-from recipes.costs import cost_of
-from recipes.data import load_dataset
-from recipes.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
-from recipes.reference import prepare
-from recipes.report import write_report
-from recipes.scores import FEWEST
+from recipes.data.datasets import load_dataset
+from recipes.quality.reference import prepare
+from recipes.quality.scores import FEWEST
 
 
 def main(arguments: list[str]) -> int:

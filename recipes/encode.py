@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.checkpoint import sha256, sync, write_whole
 from recipes.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
-from recipes.data import BadImage, find_images, read_image, training_folder
-from recipes.distributed import make_accelerator, on_main
-from recipes.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
+from recipes.data.datasets import BadImage, find_images, read_image, training_folder
+from recipes.data.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
+from recipes.training.checkpoint import sha256, sync, write_whole
+from recipes.training.distributed import make_accelerator, on_main
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 

@@ -24,12 +24,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from recipes.checkpoint import Run
 from recipes.console import UserError, numbers, run_script, user_errors, whole
-from recipes.data import ImageDataset
+from recipes.data.datasets import ImageDataset
 from recipes.diffusion import SAMPLERS
-from recipes.distributed import make_accelerator
-from recipes.features import (
+from recipes.provenance import code_digest, provenance, write_json
+from recipes.quality.features import (
     Extractor,
     Features,
     SmallCNN,
@@ -39,14 +38,13 @@ from recipes.features import (
     require_accuracy,
     smallcnn,
 )
-from recipes.measure import Measure
-from recipes.provenance import code_digest, provenance, write_json
-from recipes.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
-from recipes.sample import RunSampler
-from recipes.scores import (
+from recipes.quality.measure import Measure
+from recipes.quality.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
+from recipes.quality.scores import (
     FEWEST,
     label_of,
 )
+from recipes.sample import RunSampler
 from recipes.shards import (
     Images,
     Plan,
@@ -56,6 +54,8 @@ from recipes.shards import (
     read_shards,
     save_npz,
 )
+from recipes.training.checkpoint import Run
+from recipes.training.distributed import make_accelerator
 
 
 def main(arguments: list[str]) -> int:
@@ -140,7 +140,7 @@ def evaluate(
         run: A trained run.
         cfgs: Guidance scales, each measured apart.
         plan: What to generate; its own scale is not used.
-        extractor: "smallcnn", "inception", or any object like ``recipes.features.Extractor``.
+        extractor: "smallcnn", "inception", or an object like ``features.Extractor``.
         weights_file: Of Inception.
         reference: ADM-style file to compare with; None takes the test images.
         images: ADM-style file to measure instead of the run's images.
@@ -281,7 +281,7 @@ def _built_in(
     progress: bool,
 ) -> Extractor:
     if name == "inception":
-        from recipes.inception import load_inception
+        from recipes.quality.inception import load_inception
 
         return load_inception(weights_file)
     return smallcnn(

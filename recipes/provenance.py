@@ -16,7 +16,14 @@ import numpy as np
 
 import attnzoo
 
-DECIDING = ("metrics", "features", "reference", "scores", "shape_judge", "shards")
+DECIDING = (
+    "quality/metrics",
+    "quality/features",
+    "quality/reference",
+    "quality/scores",
+    "quality/shape_judge",
+    "shards",
+)
 
 
 def provenance() -> dict[str, Any]:
@@ -44,7 +51,7 @@ def _commit() -> str:
 
 @functools.cache
 def code_digest(*modules: str) -> str:
-    """SHA-256 of the code of these recipes, or of all that decide a number."""
+    """SHA-256 of the code of these modules of recipes, or of all that decide a number."""
     digest = hashlib.sha256()
     for name in modules or DECIDING:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from recipes.cells import OK
+from recipes.comparison.cells import OK
+from recipes.comparison.grid import CLAIMS, PRESETS, Claim, paper_rows
+from recipes.comparison.report import PLACE, headlines, place_name, summarise
+from recipes.comparison.verdicts import CONFIDENCE, Verdict, compare_variants
 from recipes.console import UserError, run_script
-from recipes.grid import CLAIMS, PRESETS, Claim, paper_rows
-from recipes.report import PLACE, headlines, place_name, summarise
-from recipes.scores import metric_of
-from recipes.verdicts import CONFIDENCE, Verdict, compare_variants
+from recipes.quality.scores import metric_of
 
 # Of the overview: every place has it, and its bias does not depend on the number of samples.
 OVERVIEW = "KID"
@@ -174,7 +174,7 @@ def conclusion(claim: Claim, kinds: Sequence[str]) -> tuple[Conclusion, str]:
     if claim.equal:
         is_seen = better + worse > chance
         return "a difference is seen" if is_seen else "no difference seen", tally
-    if better + worse <= chance:
+    if max(better, worse) <= chance:
         return "cannot tell", tally
     if worse <= chance:
         return "mostly holds" if worse else "holds", tally

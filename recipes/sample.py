@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from backbones import DiT
-from recipes.checkpoint import Run
 from recipes.console import UserError, numbers, run_script, user_errors, whole
 from recipes.diffusion import DIFFUSION_PRESETS, SAMPLERS, sample
-from recipes.pictures import save_grid
+from recipes.drawing.pictures import save_grid
+from recipes.training.checkpoint import Run
 
 
 def main(arguments: list[str]) -> int:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.checkpoint import Run
 from recipes.console import UserError
 from recipes.diffusion import to_uint8
 from recipes.sample import RunSampler
+from recipes.training.checkpoint import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

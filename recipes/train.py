@@ -25,8 +25,6 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm.auto import tqdm
 
 import attnzoo
-from recipes.build import build_model
-from recipes.checkpoint import Run
 from recipes.console import (
     DONE,
     UserError,
@@ -35,13 +33,15 @@ from recipes.console import (
     user_errors,
     whole,
 )
-from recipes.data import DATASETS
-from recipes.distributed import on_main
-from recipes.latents import LatentDataset
-from recipes.loop import Loop
-from recipes.settings import PRESETS, Settings, resumed_settings
-from recipes.status import claimed, describe, is_claimed
-from recipes.trainer import Trainer
+from recipes.data.datasets import DATASETS
+from recipes.data.latents import LatentDataset
+from recipes.training.build import build_model
+from recipes.training.checkpoint import Run
+from recipes.training.distributed import on_main
+from recipes.training.loop import Loop
+from recipes.training.settings import PRESETS, Settings, resumed_settings
+from recipes.training.status import claimed, describe, is_claimed
+from recipes.training.trainer import Trainer
 
 __all__ = ["PRESETS", "Settings", "Trainer", "build_model", "default_folder", "main", "train"]
 

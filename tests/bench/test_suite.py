@@ -308,7 +308,10 @@ def test_tables_are_data_without_doubles_and_cover_what_was_asked():
     everything = table(Request(profile="full", device="cuda", goals=("U1", "U2")))
     timed = [cell for cell in everything if cell.kind not in ("count", "goal")]
     # What fits into nine minutes, and the goals before all that a short run may lose.
-    assert len(timed) <= 175 and sum(cell.compiled for cell in timed) <= 4
+    assert (
+        len(timed) <= 14 * len(attnzoo.list_attention())
+        and sum(cell.compiled for cell in timed) <= 4
+    )
     assert everything.index(timed[0]) == len(everything) - len(timed)
     cuda = [cell for cell in timed if cell.kind == "layer"]
     assert {cell.tokens for cell in cuda} >= {256, 65536}

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 import attnzoo
 from recipes import encode
-from recipes.checkpoint import Run
-from recipes.settings import Settings
 from recipes.train import train
-from recipes.trainer import Trainer
+from recipes.training.checkpoint import Run
+from recipes.training.settings import Settings
+from recipes.training.trainer import Trainer
 from tests.recipes import crash, two_processes
 
 ROOT = Path(__file__).parents[2]

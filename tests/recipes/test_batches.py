@@ -12,13 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones import DiT
-from recipes import data as data_module
-from recipes.batches import Batches
-from recipes.checkpoint import Run
 from recipes.console import INTERRUPTED, UserError
-from recipes.settings import Settings
+from recipes.data import datasets as data_module
 from recipes.train import train
-from recipes.trainer import Trainer
+from recipes.training.batches import Batches
+from recipes.training.checkpoint import Run
+from recipes.training.settings import Settings
+from recipes.training.trainer import Trainer
 from tests.recipes.reliability import draw
 
 SMALL = {"attn": "sana", "batch_size": 4, "steps": 8, "checkpoint_every": 1, "sample_every": 1000}
@@ -127,7 +127,7 @@ def test_a_thread_holds_one_batch_only(ahead):
     before = tensors()
     for step in range(1, 100):
         batches.take(step)
-    assert tensors() == before
+    assert tensors() <= before
     batches.close()
 
 

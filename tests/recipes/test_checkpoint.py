@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes import checkpoint as checkpoint_module
 from recipes import sample as sample_module
 from recipes import train as train_module
-from recipes.checkpoint import Run
 from recipes.console import INTERRUPTED, NON_FINITE, UserError
-from recipes.settings import Settings
-from recipes.status import claimed, describe
 from recipes.train import train
-from recipes.trainer import Trainer
+from recipes.training import checkpoint as checkpoint_module
+from recipes.training.checkpoint import Run
+from recipes.training.settings import Settings
+from recipes.training.status import claimed, describe
+from recipes.training.trainer import Trainer
 from tests.recipes import two_processes
 from tests.recipes.reliability import crashes, kills
 

@@ -15,17 +15,24 @@ import pandas as pd
 import pytest
 import torch
 
-from recipes import cells as cells_module
 from recipes import compare as compare_module
 from recipes import results
-from recipes.cells import OK, Cell, read_result
-from recipes.checkpoint import Run
+from recipes.comparison import cells as cells_module
+from recipes.comparison.cells import OK, Cell, read_result
+from recipes.comparison.grid import (
+    CLAIMS,
+    PRESETS,
+    paper_rows,
+    parse_data,
+    parse_variant,
+    plan_cells,
+)
+from recipes.comparison.report import summarise
+from recipes.comparison.verdicts import NO_DIFFERENCE, compare_variants, summary_sentence
 from recipes.console import UserError
-from recipes.grid import CLAIMS, PRESETS, paper_rows, parse_data, parse_variant, plan_cells
-from recipes.palette import color_of, marker_of
-from recipes.report import summarise
+from recipes.drawing.palette import color_of, marker_of
 from recipes.train import Settings
-from recipes.verdicts import NO_DIFFERENCE, compare_variants, summary_sentence
+from recipes.training.checkpoint import Run
 
 TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8", "--samples", "12",
         "--sampling-steps", "2", "--cfg", "1.0", "--patch-size", "4"]  # fmt: skip
@@ -428,7 +435,7 @@ class TestPalette:
 
 
 def test_reports_of_nothing_are_possible(tmp_path):
-    from recipes.report import write_report
+    from recipes.comparison.report import write_report
 
     cell = tiny_cell()
     states = write_report(tmp_path, [cell], [parse_variant("sana")], title="nothing")

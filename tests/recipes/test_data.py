@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes import data as data_module
-from recipes.data import DATASETS, DataError, batch_indices, load_dataset
-from recipes.shapes import (
+from recipes.data import datasets as data_module
+from recipes.data.datasets import DATASETS, DataError, batch_indices, load_dataset
+from recipes.data.shapes import (
     CLASS_NAMES,
     DARK_GREY,
     LEVELS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import attnzoo
-from recipes.checkpoint import Run
-from recipes.trainer import Trainer
+from recipes.training.checkpoint import Run
+from recipes.training.trainer import Trainer
 from tests.recipes import reliability
 from tests.recipes.reliability import deviation, weights
 from tests.recipes.two_processes import CASES, settings

@@ -11,15 +11,15 @@ from PIL import Image
 
 from recipes import encode as encode_module
 from recipes import train as train_module
-from recipes.build import load_training_data
-from recipes.checkpoint import Run, sha256
 from recipes.console import DATA_BUDGET, UserError
-from recipes.data import DataError
-from recipes.latents import CachedDataset, load_vae
-from recipes.settings import Settings
-from recipes.status import describe
+from recipes.data.datasets import DataError
+from recipes.data.latents import CachedDataset, load_vae
 from recipes.train import train
-from recipes.trainer import Trainer
+from recipes.training.build import load_training_data
+from recipes.training.checkpoint import Run, sha256
+from recipes.training.settings import Settings
+from recipes.training.status import describe
+from recipes.training.trainer import Trainer
 from tests.recipes.reliability import draw, make_vae
 from tests.recipes.test_checkpoint import Canary
 

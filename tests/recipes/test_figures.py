@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from recipes import figures as figures_module
-from recipes.checkpoint import Run
 from recipes.console import UserError
-from recipes.drawn import Drawn
-from recipes.features import Features
+from recipes.drawing.drawn import Drawn
 from recipes.figures import FIGURES, _confusable_classes, _stages
+from recipes.quality.features import Features
 from recipes.train import Settings, train
+from recipes.training.checkpoint import Run
 
 
 @pytest.fixture(scope="module")

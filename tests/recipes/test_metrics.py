@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from recipes import metrics
-from recipes.metrics import Moments, frechet, frechet_bias, kid
+from recipes.quality import metrics
+from recipes.quality.metrics import Moments, frechet, frechet_bias, kid
 
 
 def normal(count, dim, seed, mean=0.0, variance=1.0):

@@ -76,7 +76,7 @@ def test_an_interruption_at_a_third_changes_nothing(run, monkeypatch):
 PROCESS = """
 import json, sys, torch
 torch.set_num_threads(1)
-from recipes.checkpoint import Run
+from recipes.training.checkpoint import Run
 from recipes.shards import Plan, generate
 generate(Run(sys.argv[1]), Plan(**json.loads(sys.argv[2])), rank=int(sys.argv[3]), world=2)
 """

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recipes.checkpoint import Run
 from recipes.console import run_script
-from recipes.settings import Settings
 from recipes.train import train
-from recipes.trainer import Trainer
+from recipes.training.checkpoint import Run
+from recipes.training.settings import Settings
+from recipes.training.trainer import Trainer
 
 COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 CASES = {

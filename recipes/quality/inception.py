@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.console import UserError
-from recipes.features import Features
+from recipes.quality.features import Features
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 SHA256_PREFIX = "6726825d"  # torch.hub's convention: the name ends in the content's hash
@@ -145,7 +145,7 @@ class _E(nn.Module):
 
 
 class Inception(nn.Module):
-    """The network as an extractor; see ``recipes.features.Extractor``."""
+    """The network as an extractor; see ``recipes.quality.features.Extractor``."""
 
     name = "inception"
     knows_classes = False  # its classes are ImageNet's, in an order of their own

@@ -21,8 +21,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recipes.checkpoint import sha256
-from recipes.data import DataError, ImageDataset
+from recipes.data.datasets import DataError, ImageDataset
+from recipes.training.checkpoint import sha256
 
 MANIFEST = "manifest.json"
 DEFAULT_RESOLUTION = 256

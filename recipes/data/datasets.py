@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from recipes.shapes import (
+from recipes.data.shapes import (
     CLASS_NAMES,
     LEVELS,
     MINIMUM_RESOLUTION,
@@ -313,7 +313,7 @@ def load_dataset(
     ========================  ==========  ==========  ========  ================================
     digits                    4 to 8      8           1         scikit-learn's handwritten
                                                                 digits, fixed split 80 to 20
-    shapes                    from 8      16          3         procedural, see recipes/shapes.py;
+    shapes                    from 8      16          3         procedural, see shapes.py beside;
                                                                 train infinite, test 1000 images
     fashion-mnist             4 to 28     28          1         the Debian package
                                                                 dataset-fashion-mnist

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attnzoo.counting import count_macs
-from recipes.data import load_dataset
+from recipes.data.datasets import load_dataset
 from recipes.train import Settings, build_model
 
 REPEATS = 5

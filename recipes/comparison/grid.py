@@ -12,13 +12,13 @@ import pandas as pd
 
 from attnzoo.mechanisms.dydila import LADDER
 from backbones.presets import PROTOCOLS
-from recipes.cells import Cell
+from recipes.comparison.cells import Cell
 from recipes.console import UserError, parse_options
-from recipes.data import load_dataset
-from recipes.shapes import LEVELS
+from recipes.data.datasets import load_dataset
+from recipes.data.shapes import LEVELS
 from recipes.train import Settings
 
-PAPER_RESULTS = Path(__file__).absolute().parents[1] / "docs" / "paper_results.csv"
+PAPER_RESULTS = Path(__file__).absolute().parents[2] / "docs" / "paper_results.csv"
 
 
 @dataclasses.dataclass(frozen=True)

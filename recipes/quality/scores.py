@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from recipes import metrics
-from recipes.features import Extractor, Features
-from recipes.metrics import Moments
-from recipes.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Seen
+from recipes.quality import metrics
+from recipes.quality.features import Extractor, Features
+from recipes.quality.metrics import Moments
+from recipes.quality.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Seen
 
 LOWER_IS_BETTER = frozenset({"FID", "sFID", "KID", "sKID"})
 FEWEST = 10  # images; the metrics of neighbours need more than 5

@@ -11,11 +11,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from recipes.checkpoint import Run
 from recipes.console import DONE, INTERRUPTED, NON_FINITE, UserError, user_errors
-from recipes.guard import SpikeWatch
-from recipes.status import Status, memory_mb
-from recipes.trainer import Trainer
+from recipes.training.checkpoint import Run
+from recipes.training.guard import SpikeWatch
+from recipes.training.status import Status, memory_mb
+from recipes.training.trainer import Trainer
 
 _FAILED_SAVES = 3
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,6 +1,6 @@
 """One cell of a comparison: a resumable run in a folder, and processes that run many of them.
 
-    python -m recipes.cells FOLDER
+    python -m recipes.comparison.cells FOLDER
 
 A cell's folder holds cell.json (what it is), run/ (the ordinary run), output.txt and, once it has
 ended, result.json. Whatever happens to one cell happens in its own process.
@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from recipes.checkpoint import Run
+from recipes.comparison.costs import cost_of
 from recipes.console import DONE, INTERRUPTED, NON_FINITE, run_script
-from recipes.costs import cost_of
 from recipes.evaluate import evaluate
 from recipes.provenance import write_json
 from recipes.shards import Plan
 from recipes.train import Settings, train
+from recipes.training.checkpoint import Run
 
 OK = "ok"
 STOPPED = {"state": "interrupted", "error": "stopped by a signal; run the comparison again"}
@@ -226,13 +226,13 @@ def _in_own_process(folder: Path, slot: int, jobs: int, children: _Children) -> 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
     # The folder of recipes/, and the caller's own, where --import finds its modules.
-    paths = [environment.get("PYTHONPATH"), str(Path(__file__).absolute().parents[1]), os.getcwd()]
+    paths = [environment.get("PYTHONPATH"), str(Path(__file__).absolute().parents[2]), os.getcwd()]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     with (folder / "output.txt").open("ab") as output:
         status = children.run(
-            [sys.executable, "-m", "recipes.cells", str(folder.resolve())],
+            [sys.executable, "-m", "recipes.comparison.cells", str(folder.resolve())],
             stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
     result = read_result(folder)

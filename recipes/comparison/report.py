@@ -20,15 +20,15 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from recipes.cells import OK, Cell, read_result
-from recipes.checkpoint import Run
+from recipes.comparison.cells import OK, Cell, read_result
+from recipes.comparison.grid import Variant, paper_rows
+from recipes.comparison.verdicts import is_lower_better, summary_sentence
 from recipes.console import UserError
-from recipes.grid import Variant, paper_rows
-from recipes.palette import color_of, marker_of
-from recipes.pictures import image_grid
-from recipes.scores import metric_of
+from recipes.drawing.palette import color_of, marker_of
+from recipes.drawing.pictures import image_grid
+from recipes.quality.scores import metric_of
 from recipes.shards import Plan, read_shards, shard_folder
-from recipes.verdicts import is_lower_better, summary_sentence
+from recipes.training.checkpoint import Run
 
 # What the summary and the pictures show; everything else is in the tables.
 HEADLINES = ("FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement")

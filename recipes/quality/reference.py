@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recipes import metrics
-from recipes.cache import kept, key_digest
 from recipes.console import UserError
-from recipes.data import ImageDataset
+from recipes.data.datasets import ImageDataset
 from recipes.diffusion import to_uint8
-from recipes.features import Extractor, Features, fresh_images, real_sets, smallcnn
-from recipes.metrics import Moments
 from recipes.provenance import code_digest
-from recipes.shape_judge import Verdict, judge_shapes
+from recipes.quality import metrics
+from recipes.quality.cache import kept, key_digest
+from recipes.quality.features import Extractor, Features, fresh_images, real_sets, smallcnn
+from recipes.quality.metrics import Moments
+from recipes.quality.shape_judge import Verdict, judge_shapes
 from recipes.shards import load_npz
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -129,7 +129,7 @@ class Seen:
         if self._cache is None:
             return make()
         settings = f"{KID_SUBSETS} {KID_SUBSET_SIZE} {NEIGHBOURS}"
-        key = key_digest(seen=self._digest, code=code_digest("metrics"), settings=settings)
+        key = key_digest(seen=self._digest, code=code_digest("quality/metrics"), settings=settings)
         file = self._cache / f"{name}-{key}.safetensors"
         return kept(file, lambda: {"value": make()})["value"]
 
@@ -137,7 +137,9 @@ class Seen:
 def judge_real(pixels: Tensor, level: str, cache: Path) -> Verdict:
     """The exact judge's verdict on real images, which is kept."""
     key = key_digest(
-        images=_pixel_digest(pixels), level=level, code=code_digest("shape_judge", "shapes")
+        images=_pixel_digest(pixels),
+        level=level,
+        code=code_digest("quality/shape_judge", "data/shapes"),
     )
     found = kept(
         cache / f"judged-{key}.safetensors",

@@ -9,7 +9,7 @@ from typing import Literal
 import pandas as pd
 from scipy import stats
 
-from recipes.scores import LOWER_IS_BETTER, metric_of
+from recipes.quality.scores import LOWER_IS_BETTER, metric_of
 
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference beyond the spread"

@@ -2,7 +2,7 @@
 
 An extractor is any callable of uint8 images (n, h, w, c) that gives ``Features``, with a ``name``
 and a ``digest``. The default, ``smallcnn``, is a small network trained here on the real training
-images with a fixed seed; ``recipes/inception.py`` is for comparison with published numbers. Only
+images with a fixed seed; ``inception.py`` beside is for comparison with published numbers. Only
 Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
 """
 
@@ -16,10 +16,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from recipes.cache import kept, key_digest
 from recipes.console import UserError
-from recipes.data import ImageDataset, batch_indices, load_dataset
+from recipes.data.datasets import ImageDataset, batch_indices, load_dataset
 from recipes.diffusion import to_uint8
+from recipes.quality.cache import kept, key_digest
 
 ARCHITECTURE = "smallcnn-1"  # part of the cache's key: change it with anything below
 POOL_DIM = 64

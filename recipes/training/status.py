@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from recipes.checkpoint import Run
 from recipes.console import UserError
+from recipes.training.checkpoint import Run
 
 _SECONDS_BETWEEN_WRITES = 2.0
 

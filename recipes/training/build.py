@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from backbones import DiT, build_backbone
-from recipes.data import ImageDataset, load_dataset
+from recipes.data.datasets import ImageDataset, load_dataset
+from recipes.data.latents import (
+    DEFAULT_RESOLUTION,
+    CachedDataset,
+    EncodedDataset,
+    is_latent_folder,
+)
 from recipes.diffusion import DIFFUSION_PRESETS
-from recipes.latents import DEFAULT_RESOLUTION, CachedDataset, EncodedDataset, is_latent_folder
-from recipes.settings import Settings
+from recipes.training.settings import Settings
 
 
 def load_training_data(settings: Settings, vae: Any = None) -> ImageDataset:

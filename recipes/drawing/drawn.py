@@ -19,11 +19,11 @@ from torch import Tensor
 
 from attnzoo.contract import Attention
 from backbones import DiT
-from recipes.checkpoint import Run
 from recipes.diffusion import generator_for
-from recipes.features import real_sets
-from recipes.palette import color_of
+from recipes.drawing.palette import color_of
+from recipes.quality.features import real_sets
 from recipes.sample import RunSampler
+from recipes.training.checkpoint import Run
 
 _NOISE_TIME = 300  # of 1000: objects are visible, the model still has work to do
 

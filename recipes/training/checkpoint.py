@@ -2,7 +2,7 @@
 
 config.json                          what the run is
 log.jsonl                            one line per step
-status.json                          where it stands, see recipes/status.py
+status.json                          where it stands, see recipes/training/status.py
 .lock                                held while a process trains
 samples/step-00000100.png            sample grids on the way
 checkpoints/step-00000100/           appears by one rename

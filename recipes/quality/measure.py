@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from recipes.console import UserError
-from recipes.features import Extractor, Features
-from recipes.reference import Reference, Seen, judge_real
-from recipes.scores import FEWEST, score, warnings_of
-from recipes.shape_judge import Verdict, judge_shapes, shape_scores
+from recipes.quality.features import Extractor, Features
+from recipes.quality.reference import Reference, Seen, judge_real
+from recipes.quality.scores import FEWEST, score, warnings_of
+from recipes.quality.shape_judge import Verdict, judge_shapes, shape_scores
 from recipes.shards import Images
 
 

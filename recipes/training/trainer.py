@@ -18,13 +18,15 @@ from torch.distributed.tensor import DTensor
 
 import attnzoo
 from backbones import DiT
-from recipes.averaging import WeightAverage
-from recipes.batches import Batch, Batches
-from recipes.build import build_model, load_training_data
-from recipes.checkpoint import Run
 from recipes.console import UserError
+from recipes.data.latents import decode, load_vae
 from recipes.diffusion import DIFFUSION_PRESETS, generator_for, sample
-from recipes.distributed import (
+from recipes.drawing.pictures import save_grid
+from recipes.training.averaging import WeightAverage
+from recipes.training.batches import Batch, Batches
+from recipes.training.build import build_model, load_training_data
+from recipes.training.checkpoint import Run
+from recipes.training.distributed import (
     gathered,
     make_accelerator,
     on_main,
@@ -32,10 +34,8 @@ from recipes.distributed import (
     shard,
     share_batch_statistics,
 )
-from recipes.guard import look_inside, quartile_entry, quartile_sums
-from recipes.latents import decode, load_vae
-from recipes.pictures import save_grid
-from recipes.settings import Settings
+from recipes.training.guard import look_inside, quartile_entry, quartile_sums
+from recipes.training.settings import Settings
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 

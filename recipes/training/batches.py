@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from recipes.data import ImageDataset, batch_indices
+from recipes.data.datasets import ImageDataset, batch_indices
+from recipes.data.latents import LatentDataset
 from recipes.diffusion import Diffusion, generator_for
-from recipes.latents import LatentDataset
-from recipes.settings import Settings
+from recipes.training.settings import Settings
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 

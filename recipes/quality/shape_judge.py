@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from recipes.shapes import CLASS_NAMES, DARK_GREY, PALETTE, ShapeParameters, coverage
+from recipes.data.shapes import CLASS_NAMES, DARK_GREY, PALETTE, ShapeParameters, coverage
 
 ROTATIONS = 48  # of the level "hard"
 _TEMPLATE_SIDE = 256
@@ -45,11 +45,11 @@ class Verdict:
 
 
 def judge_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
-    """Reads images as pictures of ``recipes.shapes``.
+    """Reads images as pictures of ``recipes.data.shapes``.
 
     Args:
         images: (n, h, h, 3) uint8.
-        level: One of ``recipes.shapes.LEVELS``.
+        level: One of ``recipes.data.shapes.LEVELS``.
 
     Returns:
         One verdict for all images.

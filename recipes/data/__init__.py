@@ -1,0 +1,1 @@
+"""Labelled images: data sets, pictures in folders, a procedural set, latents."""

@@ -1,0 +1,1 @@
+"""Colours, grids and the pictures that recipes/figures.py draws from."""

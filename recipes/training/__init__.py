@@ -1,0 +1,1 @@
+"""What recipes/train.py is made of: settings, the loop, checkpoints, many devices."""
