@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench bench-gpu lint constraints clean
+.PHONY: demo test test-slow bench bench-gpu goals-gpu lint constraints clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
@@ -21,13 +21,17 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest bench -q --benchmark-json bench.json
 	$(RUN) bench/plot.py bench.json --out plots
 
-# With the Python that has a CUDA build of torch, not the environment of the other targets.
+# Both with the Python that has a CUDA build of torch, not the environment of the other targets.
 # A cell that fails must not keep the others from being drawn.
 bench-gpu:
-	-$(PYTHON) -m pytest bench -q --device cuda --full --memory-cap 100GiB --time-budget 480 \
-		--benchmark-json gpu.json
+	-$(PYTHON) -m pytest bench -q --device cuda --full --goals none --memory-cap 100GiB \
+		--time-budget 480 --benchmark-json gpu.json
 	$(PYTHON) -m bench.results gpu.json --compact docs/plots/gpu.json
 	$(PYTHON) bench/plot.py docs/plots/gpu.json --out plots-gpu
+
+goals-gpu:
+	$(PYTHON) -m bench.goals --device cuda --save docs/plots/goals-gpu.json \
+		--into docs/performance.md --into README.md
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright

@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--resolutions", default="", help=f"pixels of a latent model{lists}")
     group.addoption("--widths", default="", help=f"of the tokens{lists}")
     group.addoption("--dtypes", default="", help=f"float32, bfloat16, float16{lists}")
-    group.addoption("--goals", default="", help=f"names such as G4, with --full{lists}")
+    group.addoption("--goals", default="", help=f"names such as G4, or none, with --full{lists}")
     group.addoption("--threads", default="1", help="of torch; 1 (default) times by CPU time")
     group.addoption("--memory-cap", default="8GiB", help="of one cell, such as 300MiB")
     group.addoption("--cell-timeout", default="180", help="seconds of one cell")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from bench import machine
 from bench.cells import Cell
 from bench.isolate import run_isolated
-from bench.results import read_report, rounded, source_of
+from bench.results import compact, read_report, rounded, source_of
 from bench.tables import markdown, put_into
 from bench.worker import Settings, prepare
 from recipes.console import DONE, UserError, run_script
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--only", default="", help="goals to measure, such as G4,G9")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--save", type=Path, help="JSON to write what was measured to")
+    parser.add_argument("--save", type=Path, help="JSON to write the goals' figures to")
     parser.add_argument(
         "--into", type=Path, action="append", default=[],
         help="file whose part <!-- goals -->, or <!-- goals-cuda -->, is replaced; repeatable",
@@ -190,6 +190,8 @@ def main(arguments: list[str]) -> int:
                 f"{options.report} holds no goals; they are in a run of pytest bench/ --full, "
                 f"or measure them with python -m bench.goals"
             )
+        if options.save:
+            options.save.write_text(json.dumps(_goals_alone(report), indent=1))
     else:
         own = [name for name in GOALS if name.startswith(LETTERS[options.device])]
         wanted = [name for name in options.only.split(",") if name] or own
@@ -203,6 +205,14 @@ def main(arguments: list[str]) -> int:
     for path in options.into:
         put_into(path, part, as_markdown(rows, source_of(report)))
     return DONE
+
+
+def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
+    entries = [entry for entry in report["benchmarks"] if "rows" in entry["extra_info"]]
+    cells = report.get("cells_not_measured", [])
+    missed = [cell for cell in cells if cell["name"].startswith("test_goal[")]
+    small = compact(report | {"benchmarks": entries, "cells_not_measured": missed})
+    return {key: value for key, value in small.items() if key != "cells_requested"}
 
 
 def _measure(names: list[str], device: str, save: Path | None) -> dict[str, Any]:

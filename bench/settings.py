@@ -69,7 +69,8 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
     """
     # A goal's letter says where it is set: G on a CPU, U on a GPU.
     letter = "U" if texts["device"] == "cuda" else "G"
-    goals = split(texts["goals"]) or tuple(n for n in goal_names if n.startswith(letter))
+    own = tuple(name for name in goal_names if name.startswith(letter))
+    goals = () if texts["goals"] == "none" else split(texts["goals"]) or own
     for goal in goals:
         if goal not in goal_names:
             raise ValueError(

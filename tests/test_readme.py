@@ -57,3 +57,12 @@ def test_every_link_into_the_repository_leads_somewhere():
 def test_the_gflops_table_is_what_its_command_prints(tmp_path):
     rows = paper_table.main(["--out", str(tmp_path)])
     assert paper_table.to_readme(rows).strip() in TEXT
+
+
+def test_what_came_out_is_what_the_results_say():
+    """Every tally of the README stands in docs/results.md, which a command writes."""
+    tallies = re.findall(r"\d+ for \w+, \d+ for \w+, \d+ cannot\s+tell", TEXT)
+    results = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
+    assert len(tallies) == 4
+    for tally in tallies:
+        assert " ".join(tally.split()) in results, tally

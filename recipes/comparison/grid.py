@@ -119,7 +119,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """An ordering that the paper states.
+    """An ordering that the paper states, or one that its tables leave open.
 
     Attributes:
         better: Label of the variant that comes first, or of either where they are equal.
@@ -138,6 +138,7 @@ CLAIMS = (
     Claim("dydila", "sana", "Table 1"),
     Claim("sana", "softmax", "Table 1"),
     Claim("dydila", "softmax", "Table 1"),
+    Claim("dydila", "focused", "ours: both convolve the values"),
     Claim(_TOKEN_WISE, "map-wise, no convolution", "Table 5", equal=True),
     Claim(_TOKEN_WISE, "increasing factors", "Table 6"),
     *(Claim(after.label, before.label, "Table 4") for before, after in itertools.pairwise(_RUNGS)),
