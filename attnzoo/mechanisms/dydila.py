@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.contract import Attention, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.differential_maps import (
     Normalizer,
@@ -40,12 +40,12 @@ from attnzoo.ops import fused
 from attnzoo.ops.linear import linear_attention_macs
 from attnzoo.ops.precision import autocast_operands, operand_dtype
 from attnzoo.ops.routing import Route, RouterGradient, balance_loss
-from attnzoo.ops.streaming import State, linear_parts, stream
+from attnzoo.ops.streaming import State, StreamConfig, linear_parts, stream
 from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AttentionConfig):
+class Config(StreamConfig):
     """Options of DyDiLA; the defaults are the paper's small model where the paper speaks."""
 
     n_projectors: int = 3  # n_P: 3, 5, 7 for S, B, L
@@ -77,19 +77,16 @@ class Config(AttentionConfig):
     qkv_bias: bool = False  # A12
     # "triton": fused kernels (docs/gpu.md); "auto" takes them on a GPU for options they serve.
     impl: Literal["auto", "naive", "triton"] = "auto"
-    stream: int | None = None  # tokens per block in eval mode without gradients; ops/streaming.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "n_projectors", "n_kernel_factors", "n_differential_factors")
         self.at_least(0, "eps", "relu_offset", "gamma_jitter", "balance_coefficient")
-        if self.stream is not None:
-            self.at_least(1, "stream")
-            if self.differential == "map" and self.map_router == "image":
-                raise ValueError(
-                    "map_router='image' averages all queries before it reads one; "
-                    "set stream=None or map_router='token'"
-                )
+        if self.stream is not None and (self.differential, self.map_router) == ("map", "image"):
+            raise ValueError(
+                "map_router='image' averages all queries before it reads one; "
+                "set stream=None or map_router='token'"
+            )
         if self.gamma_init <= 0:
             raise ValueError(f"gamma_init must be positive, got {self.gamma_init}")
         if self.differential != "none" and self.projection != "redundancy":
@@ -138,8 +135,7 @@ class DyDiLA(Attention):
         super().__init__(context, config)
         if config.impl == "triton":
             fused.require_triton()
-            is_streaming = config.stream is not None
-            if reason := f"stream={config.stream}" if is_streaming else self._unserved():
+            if reason := self._unserved():
                 raise ValueError(f"impl='triton' does not serve {reason}; set impl='auto'")
         dim, gradient = self.dim, config.router_gradient
         makes_shared_qk = config.projection != "replace"
@@ -217,10 +213,9 @@ class DyDiLA(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
+        if (block := self.config.block(self.training)) is not None:
+            return self._stream(x, grid, block)
         impl = self.implementation(x)
-        is_inference = not (impl == "naive" or self.training or torch.is_grad_enabled())
-        if self.config.stream is not None and is_inference:
-            return self._stream(x, grid, self.config.stream)
         if impl == "triton":
             return self._fused(x, grid)
         routes: dict[str, Route] = {}

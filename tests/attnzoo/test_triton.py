@@ -53,7 +53,7 @@ def test_asking_for_triton_without_it_names_the_extra(monkeypatch):
         fused.require_triton()
 
 
-@pytest.mark.parametrize("options", [{"normalizer": "diff"}, {"stream": 64}, {"num_heads": 2}])
+@pytest.mark.parametrize("options", [{"normalizer": "diff"}, {"num_heads": 2}])
 def test_asking_for_triton_where_it_does_not_serve(options, monkeypatch):
     monkeypatch.setattr(fused, "require_triton", lambda: None)
     name, value = next(iter(options.items()))
