@@ -181,6 +181,8 @@ def train(
     with user_errors():
         trainer = Trainer(settings, trackers, run.folder)
     accelerator = trainer.accelerator
+    if settings.sharded and not trainer.is_sharded:
+        tqdm.write("--sharded: one process has nothing to shard, so this run is trained whole")
     with contextlib.ExitStack() as stack:
 
         def begin() -> tuple[int, str] | None:

@@ -319,6 +319,12 @@ def test_batches_that_cannot_be_shared_out_are_refused(tmp_path):
         train(Settings(accumulate=3, **SMALL), Run(tmp_path / "run"))
 
 
+def test_nothing_to_shard_is_said(tmp_path, capsys):
+    settings = Settings(attn="sana", steps=1, sharded=True, **SMALL)
+    assert train(settings, Run(tmp_path / "run")) == 0
+    assert "one process has nothing to shard" in capsys.readouterr().out
+
+
 def test_trackers_log_too(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     run = Run(tmp_path / "run")
