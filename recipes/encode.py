@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from recipes.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
-from recipes.data.datasets import BadImage, find_images, read_image, training_folder
+from recipes.data.images import BadImage, find_images, read_image, training_folder
 from recipes.data.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
 from recipes.training.checkpoint import sha256, sync, write_whole
 from recipes.training.distributed import make_accelerator, on_main

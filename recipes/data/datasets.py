@@ -6,23 +6,21 @@ and the step (``batch_indices``), so that a resumed run continues exactly.
 
 from __future__ import annotations
 
-import functools
 import gzip
 import math
-import numbers
 import os
 import sys
-import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from recipes.data.images import IMAGE_SUFFIXES, BadImage, find_images, read_image, training_folder
+from recipes.data.order import is_integer, permutation
 from recipes.data.shapes import (
     CLASS_NAMES,
     LEVELS,
@@ -37,14 +35,9 @@ from recipes.data.shapes import (
 
 __all__ = [
     "DATASETS",
-    "BadImage",
     "DataError",
     "ImageDataset",
-    "batch_indices",
-    "find_images",
     "load_dataset",
-    "read_image",
-    "training_folder",
 ]
 
 DATASETS = ("digits", "shapes", "fashion-mnist")
@@ -62,14 +55,6 @@ FASHION_MNIST_CLASSES = (
     "bag",
     "ankle-boot",
 )
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-# A file is opened only by these readers, whatever its name: PIL has dozens, some run programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 50_000_000
-# PIL warns at more pixels than that. Once and for all, because catch_warnings is not for threads.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Enlarging the short side of a very long image to the resolution would need unbounded memory.
-MAX_ASPECT = 20
 CACHE_BYTES = 2**30
 SHAPES_TEST_IMAGES = 1000
 MAX_IDX_IMAGES = 1_000_000
@@ -384,61 +369,12 @@ def load_dataset(
     return _FolderDataset(folder, resolution, strict, class_count, class_seed)
 
 
-def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) -> Tensor:
-    """Return the indices of the images of one training step, a pure function of the arguments.
-
-    A finite set is passed through in a new order each epoch, without a gap between epochs: a
-    batch may span two of them, or more where it is larger than the set. An infinite set gives
-    each image once, in order, whatever the seed.
-
-    Args:
-        dataset: any data set.
-        seed: of the order, in [0, 2**64).
-        step: from 0.
-        batch_size: at least 1.
-
-    Returns:
-        (batch_size,) int64.
-
-    Raises:
-        DataError: for a seed, step or batch size out of range.
-    """
-    seed = check_seed(seed)
-    if not _is_integer(step) or step < 0:
-        raise DataError(f"step {step!r} is out of range: give an integer of at least 0")
-    if not _is_integer(batch_size) or batch_size < 1:
-        raise DataError(f"batch size {batch_size!r} is out of range: give an integer from 1 up")
-    start = int(step) * int(batch_size)
-    if dataset.infinite:
-        return torch.arange(start, start + batch_size, dtype=torch.int64)
-    length = len(dataset)
-    pieces: list[NDArray[np.int64]] = []
-    position, end = start, start + batch_size
-    while position < end:
-        epoch, offset = divmod(position, length)
-        taken = min(end - position, length - offset)
-        pieces.append(_permutation(length, seed, epoch)[offset : offset + taken])
-        position += taken
-    return torch.from_numpy(np.concatenate(pieces))
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    # numpy promises a stable raw stream, but not a stable Generator.permutation.
-    philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    return np.argsort(philox.random_raw(length), kind="stable").astype(np.int64)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_resolution(
     resolution: int | None, default: int, what: str, smallest: int = 4, largest: int | None = None
 ) -> int:
     if resolution is None:
         return default
-    fits = _is_integer(resolution) and resolution >= smallest
+    fits = is_integer(resolution) and resolution >= smallest
     if fits and (largest is None or resolution <= largest):
         return int(resolution)
     if largest is None:
@@ -465,7 +401,7 @@ def _digits(resolution: int | None, split: str) -> ImageDataset:
     chosen: list[NDArray[np.int64]] = []
     for label in range(10):
         members = np.flatnonzero(labels == label)
-        members = members[_permutation(len(members), 0, label)]
+        members = members[permutation(len(members), 0, label)]
         num_test = round(0.2 * len(members))
         chosen.append(members[:num_test] if split == "test" else members[num_test:])
     rows = np.sort(np.concatenate(chosen))
@@ -526,142 +462,3 @@ def _read_idx(path: Path, item_shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def _damaged(path: Path, reason: str) -> DataError:
     return DataError(f"{str(path)!r} is damaged or unreadable ({reason}): fetch the file again")
-
-
-class BadImage(Exception):
-    """One image that cannot be used; the text is the reason."""
-
-
-def training_folder(folder: Path) -> Path:
-    """``folder``, or its ``train`` if the folder holds nothing but splits."""
-    names = {entry.name for entry in _visible(folder) if entry.is_dir(follow_symlinks=False)}
-    is_split = "train" in names and names <= {"train", "val", "validation", "test"}
-    # Classes may be called train and test: only a split has folders of its own.
-    has_classes = is_split and any(
-        entry.is_dir(follow_symlinks=False) for entry in _visible(folder / "train")
-    )
-    return folder / "train" if has_classes else folder
-
-
-_REFUSED_LINK = "a link to a folder, or to nothing, is not followed"
-
-
-def find_images(
-    root: Path, class_count: int | None = None, class_seed: int = 0
-) -> tuple[tuple[str, ...], list[tuple[Path, int]], list[tuple[Path, str]]]:
-    """List the classes, the image files with their labels, and the links that are refused.
-
-    Args:
-        root: folder with one sub-folder for each class.
-        class_count: keep that many classes, in their order; None keeps all.
-        class_seed: decides which.
-
-    Raises:
-        DataError: if the folder has no classes, or fewer than asked for.
-    """
-    skipped: list[tuple[Path, str]] = []
-    classes: list[str] = []
-    for entry in _visible(root):
-        if entry.is_dir(follow_symlinks=False):
-            classes.append(entry.name)
-        elif entry.is_symlink() and not os.path.isfile(entry):
-            skipped.append((Path(entry.path), _REFUSED_LINK))
-    if not classes:
-        raise DataError(
-            f"folder {str(root)!r} has no sub-folders: make one for each class and put the images "
-            "there (hidden folders and links to folders do not count)"
-        )
-    if class_count is not None:
-        if not 1 <= class_count <= len(classes):
-            raise DataError(
-                f"class count {class_count} is out of range: folder {str(root)!r} has "
-                f"{len(classes)} classes"
-            )
-        drawn = _permutation(len(classes), check_seed(class_seed), 0)[:class_count]
-        classes = [classes[index] for index in sorted(drawn.tolist())]
-    real_root = os.path.realpath(root)
-    found: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        waiting = [root / name]
-        while waiting:
-            for entry in _visible(waiting.pop()):
-                path = Path(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(path)
-                elif entry.is_symlink() and not os.path.isfile(entry):
-                    skipped.append((path, _REFUSED_LINK))
-                elif path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(entry):
-                    target = os.path.realpath(path)
-                    if os.path.commonpath([real_root, target]) == real_root:
-                        found.append((path, label))
-                    else:
-                        skipped.append((path, "a link out of the folder is not followed"))
-    return tuple(classes), found, skipped
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(
-            f"folder {str(folder)!r} cannot be read ({error.strerror}): make it readable"
-        ) from error
-
-
-def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
-    """Decode, crop and resize one file.
-
-    Returns:
-        (3, resolution, resolution) uint8, and the shorter side of the file's image in pixels.
-
-    Raises:
-        BadImage: if the file is not an image that can be used.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            _check_size(width, height)
-            rgb = _centre_crop(_to_rgb(ImageOps.exif_transpose(image)), resolution)
-    except (BadImage, MemoryError):
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels") from error
-    except Exception as error:
-        # PIL's readers let struct.error, SyntaxError, KeyError and more out on damaged files.
-        reason = " ".join(str(error).replace(str(path), "file").split())
-        raise BadImage(f"cannot be decoded ({reason or type(error).__name__})") from error
-    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    return pixels, min(width, height)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels ({width}x{height})")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL would clip at 255; 65535 / 257 is exactly 255.
-        grey = np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadImage(f"mode {image.mode} has no defined white; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    # Box-halving first, as in ADM (Dhariwal & Nichol 2021), keeps the results comparable.
-    while min(image.size) >= 2 * resolution:
-        image = image.reduce(2)
-    ratio = resolution / min(image.size)
-    width, height = (max(resolution, round(side * ratio)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from recipes.console import UserError
-from recipes.data.datasets import ImageDataset, batch_indices, load_dataset
+from recipes.data.datasets import ImageDataset, load_dataset
+from recipes.data.order import batch_indices
 from recipes.diffusion import to_uint8
 from recipes.quality.cache import kept, key_digest
 

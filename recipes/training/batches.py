@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from recipes.data.datasets import ImageDataset, batch_indices
+from recipes.data.datasets import ImageDataset
 from recipes.data.latents import LatentDataset
+from recipes.data.order import batch_indices
 from recipes.diffusion import Diffusion, generator_for
 from recipes.training.settings import Settings
 

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from recipes.data import datasets as data_module
-from recipes.data.datasets import DATASETS, DataError, batch_indices, load_dataset
+from recipes.data.datasets import DATASETS, DataError, load_dataset
+from recipes.data.images import BadImage, read_image, to_rgb
+from recipes.data.order import batch_indices
 from recipes.data.shapes import (
     CLASS_NAMES,
     DARK_GREY,
@@ -457,8 +459,8 @@ class TestFolder:
 
     def test_floating_point_modes_are_refused(self):
         for mode in ("I", "F"):
-            with pytest.raises(data_module.BadImage, match="8 or 16 bits"):
-                data_module._to_rgb(Image.new(mode, (4, 4)))
+            with pytest.raises(BadImage, match="8 or 16 bits"):
+                to_rgb(Image.new(mode, (4, 4)))
 
     def test_exif_rotation(self, root):
         (root / "zebra").mkdir()
@@ -541,8 +543,8 @@ class TestFolder:
         self.make_bad(root)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name in ("large.png", "bomb.png", "huge.png"):
-            with pytest.raises(data_module.BadImage):
-                data_module.read_image(root / "cat" / name, 16)
+            with pytest.raises(BadImage):
+                read_image(root / "cat" / name, 16)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # in kB
 
     def test_of_an_animation_the_first_frame_is_taken(self, root):
