@@ -265,7 +265,7 @@ def power_map_against_copy(found: Found) -> None:
     race = found.race({
         "copy": _rotated(copying),
         "fused": _rotated(lambda: step_of(fused.relu_power_map, tensors(), "forward")),
-        "eager": _rotated(lambda: step_of(eager, tensors(), "forward")),
+        "eager": _rotated(lambda: _by_torch(lambda: step_of(eager, tensors(), "forward"))),
     })  # fmt: skip
     found.compare(f"fused power map, share of a copy's bandwidth, n={tokens}, forward", race,
                   "copy", "fused", "higher", 0.60, 0.85)  # fmt: skip
