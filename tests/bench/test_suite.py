@@ -41,6 +41,8 @@ def suite_process(*arguments):
     return subprocess.Popen(
         [*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # A shell that started these tests in the background let them inherit a deaf SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -379,7 +379,7 @@ def test_nothing_grows_over_the_steps():
     before = tensors()
     for _ in range(20):
         trainer.train_step()
-    assert tensors() == before
+    assert tensors() <= before
 
 
 def test_overwrite_replaces_only_what_a_run_makes(tmp_path):
