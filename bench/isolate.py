@@ -43,8 +43,8 @@ class Outcome:
 
 # What a process needs before its cell comes.
 _MODULES = ("bench.worker",)
-# Starting CUDA takes seconds, so processes of later cells start it during this one.
-_AHEAD = {"cpu": 0, "cuda": 5}
+# Imports and CUDA take a process ten seconds, so those of later cells start during this one.
+_AHEAD = {"cpu": 0, "cuda": max(2, min(10, (os.cpu_count() or 1) - 6))}
 
 
 def preloaded() -> list[str]:
