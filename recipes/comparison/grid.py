@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from attnzoo.contract import nearest
 from attnzoo.mechanisms.dydila import LADDER
 from backbones.presets import PROTOCOLS
 from recipes.comparison.cells import Cell
@@ -213,7 +214,8 @@ def plan_cells(
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise UserError(f"{', '.join(sorted(twice))} is given twice; name every variant once")
     if wrong := [protocol for protocol in protocols if protocol not in PROTOCOLS]:
-        raise UserError(f"protocol {wrong[0]!r} is not one of {', '.join(PROTOCOLS)}")
+        choices = f"{nearest(wrong[0], PROTOCOLS)} Choose of {', '.join(PROTOCOLS)}"
+        raise UserError(f"unknown protocol {wrong[0]!r}{choices}")
     cells = []
     small_first = sorted(places, key=_pixels)
     for seed, (place, resolution), protocol, variant in itertools.product(

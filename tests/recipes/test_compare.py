@@ -234,7 +234,7 @@ class TestThePlan:
             (["--attn", "sana", "--data", "digits", "--resolutions", "9"], "never enlarged"),
             (["--attn", "sana", "--data", "digits@big"], "NAME@PIXELS"),
             (["--attn", "sana", "--import", "no_such_module"], "no_such_module"),
-            (["--attn", "sana", "--protocol", "controlled,fair"], "'fair' is not one of"),
+            (["--attn", "sana", "--protocol", "controlled,fair"], "unknown protocol 'fair'"),
         ],
     )
     def test_bad_input_is_one_clear_line(self, arguments, words, tmp_path):
