@@ -86,9 +86,9 @@ def has_half_sums(*operands: Tensor) -> bool:
 
 def _kernels() -> Any:
     require_triton()
-    from attnzoo.ops import triton_kernels
+    from attnzoo.ops import kernels
 
-    return triton_kernels
+    return kernels
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:

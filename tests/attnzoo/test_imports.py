@@ -1,8 +1,10 @@
 """attnzoo works with every optional package out of reach."""
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 
 def _run(code):
@@ -34,3 +36,15 @@ def test_nothing_optional_is_imported_unasked():
         loaded = {"xformers", "flash_attn", "fla", "timm", "torchvision", "fvcore"}
         assert not loaded & set(sys.modules), loaded & set(sys.modules)
     """)
+
+
+def test_every_package_is_installed():
+    """An editable install would find one that pyproject.toml forgot; a user's would not."""
+    root = Path(__file__).parents[2]
+    found = {
+        ".".join(init.parent.relative_to(root).parts)
+        for name in ("attnzoo", "backbones")
+        for init in (root / name).rglob("__init__.py")
+    }
+    listed = re.search(r"packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.DOTALL)
+    assert found == set(re.findall(r'"([\w.]+)"', listed[1]))

@@ -154,7 +154,7 @@ if CAN_RUN:
     @pytest.mark.parametrize("kind", ["uniform", "all to the last", "one empty"])
     @pytest.mark.parametrize("tokens", [1, 37, 1300])
     def test_counting_sort_is_a_stable_argsort(kind, tokens):
-        from attnzoo.ops.triton_kernels import sort_by_expert
+        from attnzoo.ops.kernels import sort_by_expert
 
         index = indices(kind, tokens, 3)
         order, ends = sort_by_expert(index, 3)
@@ -329,10 +329,10 @@ if CAN_RUN:
     @pytest.mark.parametrize("grid", [(1, 1), (5, 18)])
     @pytest.mark.parametrize("has_bias", [True, False])
     def test_stencil(dtype, grid, has_bias, monkeypatch):
-        from attnzoo.ops import triton_kernels
+        from attnzoo.ops.kernels import convolution
 
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
-            monkeypatch.setattr(triton_kernels, name, (2, 16, 16, 4))
+            monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
         b, c = 2, 20
         x = random(b, grid[0] * grid[1], c, dtype=dtype)
         weight = random(c, 1, 3, 3, seed=1, dtype=dtype)

@@ -1,0 +1,607 @@
+"""Routed power map and token difference in one pass, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.kernels.grouped import _decide
+from attnzoo.ops.kernels.power_map import _unit_power
+from attnzoo.ops.kernels.shared import (
+    _LN2,
+    _NORMAL,
+    _TINY,
+    _add_dot,
+    _ceil,
+    _dot,
+    _is_fast,
+    _precision,
+    _rows,
+    _width,
+)
+
+
+@triton.jit
+def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
+    """Columns ``column`` of a router's matrix (choices, d), as (C, columns)."""
+    choice = tl.arange(0, C)
+    mask = (choice[:, None] < choices) & (column < d)[None, :]
+    return tl.load(weight + choice[:, None] * w_row + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _difference_kernel(
+    z1,
+    z2,
+    r1,
+    r2,
+    gammas,
+    rd,
+    lambdas,
+    key_sum,
+    out,
+    sums,
+    stats,
+    choices,
+    probability,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    n_gamma,
+    n_lambda,
+    eps,
+    blocks,
+    NORMALIZE: tl.constexpr,
+    SAVE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    # Tokens are walked three times, from memory once: for the exponents, for the norms and the
+    # factor, and for the result.
+    sample = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    inside = block * R + tl.arange(0, R)
+    is_row = inside < n
+    row = sample.to(tl.int64) * n + inside
+    dtype: tl.constexpr = out.dtype.element_ty
+    line1 = z1 + row[:, None] * z1_row
+    line2 = z2 + row[:, None] * z2_row
+
+    peak_tile1 = tl.zeros((R, C), tl.float32)
+    peak_tile2 = tl.zeros((R, C), tl.float32)
+    logits1 = tl.zeros((R, G), tl.float32)
+    logits2 = tl.zeros((R, G), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        mask = is_row[:, None] & (column < d)[None, :]
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
+        w = _weights(r1, d, d, n_gamma, column, G)
+        logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
+        peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
+        w = _weights(r2, d, d, n_gamma, column, G)
+        logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
+        peak_tile2 = tl.maximum(peak_tile2, x.to(tl.float32))
+    gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
+    gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
+    peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
+    peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
+
+    squares1 = tl.zeros((R, C), tl.float32)
+    squares2 = tl.zeros((R, C), tl.float32)
+    units1 = tl.zeros((R, C), tl.float32)
+    units2 = tl.zeros((R, C), tl.float32)
+    along = tl.zeros((R, C), tl.float32)
+    logits1 = tl.zeros((R, L), tl.float32)
+    logits2 = tl.zeros((R, L), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        unit, _, power = _unit_power(x, gamma1, peak1, is_column, FAST)
+        squares1 += power * power
+        units1 += unit * unit
+        w = _weights(rd, 2 * d, d, n_lambda, column, L)
+        logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            along += power * total[None, :]
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        unit, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
+        squares2 += power * power
+        units2 += unit * unit
+        w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+        logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
+    norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
+    norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
+    scale1 = peak1 * tl.sqrt(tl.sum(units1, 1)) / norm1
+    scale2 = peak2 * tl.sqrt(tl.sum(units2, 1)) / norm2
+    logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
+    factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
+    if NORMALIZE:
+        norm = tl.sum(along, 1) * scale1 + eps
+        outer = 1.0 / norm
+    else:
+        norm = factor
+        outer = tl.full((R,), 1.0, tl.float32)
+
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma1, peak1, is_column, FAST)
+        result = (power * scale1[:, None]).to(dtype).to(tl.float32)
+        if not NORMALIZE:
+            place = tl.program_id(0).to(tl.int64) * d + column
+            tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
+        redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
+        result = (result - factor[:, None] * redundant) * outer[:, None]
+        tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
+    if SAVE:
+        tl.store(stats + row, gamma1, mask=is_row)
+        tl.store(stats + rows + row, peak1, mask=is_row)
+        tl.store(stats + 2 * rows + row, norm1, mask=is_row)
+        tl.store(stats + 3 * rows + row, scale1, mask=is_row)
+        tl.store(stats + 4 * rows + row, gamma2, mask=is_row)
+        tl.store(stats + 5 * rows + row, peak2, mask=is_row)
+        tl.store(stats + 6 * rows + row, norm2, mask=is_row)
+        tl.store(stats + 7 * rows + row, scale2, mask=is_row)
+        tl.store(stats + 8 * rows + row, factor, mask=is_row)
+        tl.store(stats + 9 * rows + row, norm, mask=is_row)
+        tl.store(choices + row, c1, mask=is_row)
+        tl.store(choices + rows + row, c2, mask=is_row)
+        tl.store(choices + 2 * rows + row, cd, mask=is_row)
+        width = 2 * n_gamma + n_lambda
+        g = tl.arange(0, G)
+        is_g = is_row[:, None] & (g[None, :] < n_gamma)
+        line = probability + row[:, None] * width
+        tl.store(line + g[None, :], p1, mask=is_g)
+        tl.store(line + n_gamma + g[None, :], p2, mask=is_g)
+        lam = tl.arange(0, L)
+        is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+        tl.store(line + 2 * n_gamma + lam[None, :], pd, mask=is_l)
+
+
+@triton.jit
+def _scalar_backward(
+    grad, table, choice_of_row, line, is_row, choices, LEARN: tl.constexpr, C: tl.constexpr
+):
+    """Straight-through gradients of a routed scalar: of the logits (R, C), of the table (C,)."""
+    choice = tl.arange(0, C)
+    is_choice = choice < choices
+    mine = choice[None, :] == choice_of_row[:, None]
+    grad_table = tl.sum(tl.where(mine & is_row[:, None], grad[:, None], 0.0), 0)
+    if LEARN:
+        values = tl.load(table + choice, mask=is_choice, other=0.0)
+        p = tl.load(line + choice[None, :], mask=is_row[:, None] & is_choice[None, :], other=0.0)
+        mean = tl.sum(p * values[None, :], 1)
+        grad_logits = grad[:, None] * p * (values[None, :] - mean[:, None])
+    else:
+        grad_logits = tl.zeros(mine.shape, tl.float32)
+    return grad_logits, grad_table
+
+
+@triton.jit
+def _power_slope(grad, z, gamma, peak, norm, scale, mean, x_norm, is_column, FAST: tl.constexpr):
+    """Gradient of z, given <grad, power> / norm of the whole row as ``mean``."""
+    x = tl.where(z <= 0, 0.0, z)
+    unit, _, power = _unit_power(x, gamma, peak, is_column, FAST)
+    shared = (grad - power * (mean / norm)[:, None]) * power * scale[:, None]
+    slope = tl.where(unit > _TINY, shared * gamma[:, None] / (unit * peak[:, None]), 0.0)
+    return tl.where(z <= 0, 0.0, slope + x * (mean / x_norm)[:, None])
+
+
+@triton.jit
+def _difference_backward_kernel(
+    grad,
+    grad_sum,
+    out,
+    z1,
+    z2,
+    r1,
+    r2,
+    gammas,
+    rd,
+    lambdas,
+    key_sum,
+    stats,
+    choices,
+    probability,
+    grad_z1,
+    grad_z2,
+    grad_gate,
+    grad_logits,
+    grad_norm,
+    grad_tables,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    grad_row,
+    n_gamma,
+    n_lambda,
+    blocks,
+    NORMALIZE: tl.constexpr,
+    LEARN: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    sample = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    inside = block * R + tl.arange(0, R)
+    is_row = inside < n
+    row = sample.to(tl.int64) * n + inside
+    dtype: tl.constexpr = grad_z1.dtype.element_ty
+    line1 = z1 + row[:, None] * z1_row
+    line2 = z2 + row[:, None] * z2_row
+    grad_line = grad + row[:, None] * grad_row
+    width = 2 * n_gamma + n_lambda
+    line = probability + row[:, None] * width
+    gate_line = grad_logits + row[:, None] * width
+    g = tl.arange(0, G)
+    lam = tl.arange(0, L)
+    is_g = is_row[:, None] & (g[None, :] < n_gamma)
+    is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+    gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
+    peak1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
+    scale1 = tl.load(stats + 3 * rows + row, mask=is_row, other=0.0)
+    gamma2 = tl.load(stats + 4 * rows + row, mask=is_row, other=1.0)
+    peak2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
+    norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
+    scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
+    factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
+    c1 = tl.load(choices + row, mask=is_row, other=0)
+    c2 = tl.load(choices + rows + row, mask=is_row, other=0)
+    cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
+    if NORMALIZE:
+        outer = 1.0 / tl.load(stats + 9 * rows + row, mask=is_row, other=1.0)
+    else:
+        outer = tl.full((R,), 1.0, tl.float32)
+
+    # Gradients of the factor and of the normaliser.
+    factor_tile = tl.zeros((R, C), tl.float32)
+    norm_tile = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, peak2, is_column, FAST)
+        factor_tile += gd * (power * scale2[:, None]).to(dtype).to(tl.float32)
+        if NORMALIZE:
+            place = row[:, None] * d + column[None, :]
+            norm_tile += gd * tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+    normal = -tl.sum(norm_tile, 1) * outer
+    if NORMALIZE:
+        tl.store(grad_norm + row, normal, mask=is_row)
+    gl, lambda_table = _scalar_backward(
+        -tl.sum(factor_tile, 1) * outer, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda,
+        LEARN, L,
+    )  # fmt: skip
+    gl = gl.to(dtype)
+    if LEARN:
+        tl.store(gate_line + 2 * n_gamma + lam[None, :], gl, mask=is_l)
+
+    # The sums over a row that the power map's backward needs.
+    along1 = tl.zeros((R, C), tl.float32)
+    along2 = tl.zeros((R, C), tl.float32)
+    slope1 = tl.zeros((R, C), tl.float32)
+    slope2 = tl.zeros((R, C), tl.float32)
+    self1 = tl.zeros((R, C), tl.float32)
+    self2 = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gd = gd * outer[:, None]
+        gx = -factor[:, None] * gd
+        if LEARN:
+            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, peak2, is_column, FAST)
+        along2 += gx * power
+        slope2 += gx * power * log_unit
+        self2 += power * power * log_unit
+        gx = gd
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            gx += normal[:, None] * total[None, :]
+        else:
+            gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+        if LEARN:
+            w = _weights(rd, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma1, peak1, is_column, FAST)
+        along1 += gx * power
+        slope1 += gx * power * log_unit
+        self1 += power * power * log_unit
+    mean1 = tl.sum(along1, 1) / norm1
+    mean2 = tl.sum(along2, 1) / norm2
+    grad_gamma1 = (tl.sum(slope1, 1) - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
+    grad_gamma2 = (tl.sum(slope2, 1) - mean2 / norm2 * tl.sum(self2, 1)) * scale2 * _LN2
+    g1, gamma_table1 = _scalar_backward(grad_gamma1, gammas, c1, line, is_row, n_gamma, LEARN, G)
+    g2, gamma_table2 = _scalar_backward(
+        grad_gamma2, gammas + n_gamma, c2, line + n_gamma, is_row, n_gamma, LEARN, G
+    )
+    g1 = g1.to(dtype)
+    g2 = g2.to(dtype)
+    if LEARN:
+        tl.store(gate_line + g[None, :], g1, mask=is_g)
+        tl.store(gate_line + n_gamma + g[None, :], g2, mask=is_g)
+    x_norm1 = tl.maximum(scale1 * norm1, _NORMAL)
+    x_norm2 = tl.maximum(scale2 * norm2, _NORMAL)
+
+    gate_tile = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        place = row[:, None] * d + column[None, :]
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gd = gd * outer[:, None]
+        z = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gx = -factor[:, None] * gd
+        if LEARN:
+            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        gx = _power_slope(gx, z, gamma2, peak2, norm2, scale2, mean2, x_norm2, is_column, FAST)
+        if LEARN:
+            w = _weights(r2, d, d, n_gamma, column, G)
+            gx += _dot(g2.to(w.dtype), w, P)
+        tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
+        gate_tile += gx * z
+        z = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gx = gd
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            gx += normal[:, None] * total[None, :]
+        else:
+            gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+        if LEARN:
+            w = _weights(rd, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        gx = _power_slope(gx, z, gamma1, peak1, norm1, scale1, mean1, x_norm1, is_column, FAST)
+        if LEARN:
+            w = _weights(r1, d, d, n_gamma, column, G)
+            gx += _dot(g1.to(w.dtype), w, P)
+        tl.store(grad_z1 + place, gx.to(dtype), mask=mask)
+    # Of the factor of 1 that multiplies z2, through which its own router learns.
+    tl.store(grad_gate + row, tl.sum(gate_tile, 1), mask=is_row)
+    tables = grad_tables + tl.program_id(0).to(tl.int64) * width
+    tl.store(tables + g, gamma_table1, mask=g < n_gamma)
+    tl.store(tables + n_gamma + g, gamma_table2, mask=g < n_gamma)
+    tl.store(tables + 2 * n_gamma + lam, lambda_table, mask=lam < n_lambda)
+
+
+@triton.jit
+def _restored(
+    z, row, rows, stats, first, is_row, is_column, dtype: tl.constexpr, FAST: tl.constexpr
+):
+    """What the forward made of tile ``z``, from the rows' saved statistics."""
+    x = z.to(tl.float32)
+    gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
+    peak = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
+    scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
+    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, peak, is_column, FAST)
+    return (power * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def _router_gradient_kernel(
+    z1,
+    z2,
+    stats,
+    grad_logits,
+    grad_norm,
+    grad_r1,
+    grad_r2,
+    grad_rd,
+    grad_key_sum,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    n_gamma,
+    n_lambda,
+    splits,
+    chunk,
+    NORMALIZE: tl.constexpr,
+    LEARN: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    is_column = (column < d)[None, :]
+    part = tl.program_id(1).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    stop = tl.minimum(start + chunk, n)
+    dtype: tl.constexpr = z1.dtype.element_ty
+    width = 2 * n_gamma + n_lambda
+    g = tl.arange(0, G)
+    lam = tl.arange(0, L)
+    total1 = tl.zeros((G, C), tl.float32)
+    total2 = tl.zeros((G, C), tl.float32)
+    base_total = tl.zeros((L, C), tl.float32)
+    redundant_total = tl.zeros((L, C), tl.float32)
+    key_total = tl.zeros((C,), tl.float32)
+    for first in range(start, stop, R):
+        inside = first + tl.arange(0, R)
+        is_row = inside < stop
+        row = sample * n + inside
+        mask = is_row[:, None] & is_column
+        z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
+        base = _restored(z, row, rows, stats, 0, is_row, is_column, dtype, FAST)
+        if NORMALIZE:
+            normal = tl.load(grad_norm + row, mask=is_row, other=0.0)
+            key_total += tl.sum(normal[:, None] * base.to(tl.float32), 0)
+        if LEARN:
+            line = grad_logits + row[:, None] * width
+            is_g = is_row[:, None] & (g[None, :] < n_gamma)
+            is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+            g1 = tl.load(line + g[None, :], mask=is_g, other=0.0)
+            g2 = tl.load(line + n_gamma + g[None, :], mask=is_g, other=0.0)
+            gl = tl.load(line + 2 * n_gamma + lam[None, :], mask=is_l, other=0.0)
+            total1 = _add_dot(total1, tl.trans(g1), z, P)
+            base_total = _add_dot(base_total, tl.trans(gl), base, P)
+            z = tl.load(z2 + row[:, None] * z2_row + column[None, :], mask=mask, other=0.0)
+            total2 = _add_dot(total2, tl.trans(g2), z, P)
+            redundant = _restored(z, row, rows, stats, 4, is_row, is_column, dtype, FAST)
+            redundant_total = _add_dot(redundant_total, tl.trans(gl), redundant, P)
+    if NORMALIZE:
+        tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
+    if LEARN:
+        is_g = (g[:, None] < n_gamma) & is_column
+        is_l = (lam[:, None] < n_lambda) & is_column
+        place = (part * n_gamma + g[:, None]) * d + column[None, :]
+        tl.store(grad_r1 + place, total1, mask=is_g)
+        tl.store(grad_r2 + place, total2, mask=is_g)
+        place = (part * n_lambda + lam[:, None]) * 2 * d + column[None, :]
+        tl.store(grad_rd + place, base_total, mask=is_l)
+        tl.store(grad_rd + place + d, redundant_total, mask=is_l)
+
+
+# Rows and columns of a tile, warps and stages, of the two kernels that walk along (z1, z2).
+DIFFERENCE_BLOCK = (16, 64, 2, 2)
+DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
+
+
+def difference_forward(
+    z1: Tensor,
+    z2: Tensor,
+    routers: tuple[Tensor, Tensor, Tensor],
+    gammas: Tensor,
+    lambdas: Tensor,
+    key_sum: Tensor | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``attnzoo.ops.fused.focused_difference``.
+
+    Returns:
+        The difference (b, n, d), the sum of the powered z1 over n (b, d) or nothing, statistics of
+        the rows (10, t), choices (3, t), probabilities (t, 2 gammas + lambdas) for the backward.
+    """
+    b, n, d = z1.shape
+    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
+    r1, r2, rd = (router.contiguous() for router in routers)
+    size, chunk, warps, stages = DIFFERENCE_BLOCK
+    blocks = _ceil(n, size)
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=z1.device)
+
+    out = new(b, n, d, dtype=z1.dtype)
+    sums = new(b, blocks if key_sum is None else 0, d)
+    kept = rows if save else 0
+    stats, choices = new(10, kept), new(3, kept, dtype=torch.int32)
+    probability = new(kept, 2 * n_gamma + n_lambda)
+    if rows:
+        _difference_kernel[(b * blocks,)](
+            z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
+            out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
+            n_gamma, n_lambda, eps, blocks, key_sum is not None, save, size, chunk,
+            _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast(),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, sums.sum(1), stats, choices, probability
+
+
+def difference_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    out: Tensor,
+    z1: Tensor,
+    z2: Tensor,
+    routers: tuple[Tensor, Tensor, Tensor],
+    gammas: Tensor,
+    lambdas: Tensor,
+    key_sum: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor],
+    learn: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``difference_forward``.
+
+    Returns:
+        Of z1, z2 (b, n, d); of the gate (b, n); of the three routers; of gammas; of lambdas; of
+        key_sum (b, d) or nothing. Routers get 0 where ``learn`` is off.
+    """
+    b, n, d = z1.shape
+    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
+    grad, grad_spacing = _rows(grad)
+    r1, r2, rd = (router.contiguous() for router in routers)
+    stats, choices, probability = saved
+    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
+    blocks = _ceil(n, size)
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+    width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=z1.device)
+
+    grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
+    grad_gate, grad_norm = new(b, n), new(rows if is_normalized else 0)
+    grad_logits = new(rows if learn else 0, width, dtype=z1.dtype)
+    tables = new(b * blocks, width)
+    splits = max(1, min(_ceil(n, 256), _ceil(64, max(b, 1))))
+    part = _ceil(_ceil(n, splits), 64) * 64
+    splits = max(1, _ceil(n, part))
+    parts = b * splits
+    grad_r1, grad_r2 = (new(parts if learn else 0, n_gamma, d) for _ in range(2))
+    grad_rd = new(parts if learn else 0, n_lambda, 2 * d)
+    grad_key_sum = new(b, splits if is_normalized else 0, d)
+    stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
+    if rows:
+        shared = _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast()
+        _difference_backward_kernel[(b * blocks,)](
+            grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
+            key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
+            grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
+            grad_spacing, n_gamma, n_lambda, blocks, is_normalized, learn, size, chunk,
+            *shared, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if learn or is_normalized:
+            column_block = 64
+            _router_gradient_kernel[(_ceil(d, column_block), parts)](
+                z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
+                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, is_normalized,
+                learn, 64, column_block, *shared, num_warps=4,
+            )  # fmt: skip
+    table = tables.sum(0)
+    return (
+        grad_z1, grad_z2, grad_gate, grad_r1.sum(0), grad_r2.sum(0), grad_rd.sum(0),
+        table[: 2 * n_gamma].reshape(2, n_gamma).clone(), table[2 * n_gamma :].clone(),
+        grad_key_sum.sum(1),
+    )  # fmt: skip

@@ -1,0 +1,351 @@
+"""Counting sort by expert, and products in which each row takes its own matrix."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.kernels.shared import _add_dot, _ceil, _precision, _rows, _width
+
+
+@triton.jit
+def _count_kernel(index, counts, total, experts: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+    slots = tl.arange(0, experts)
+    hits = (expert[:, None] == slots[None, :]).to(tl.int32)
+    tl.store(counts + block * experts + slots, tl.sum(hits, 0))
+
+
+@triton.jit
+def _place_kernel(
+    index,
+    counts,
+    order,
+    ends,
+    total,
+    blocks,
+    kept,
+    experts: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slots = tl.arange(0, experts)
+    other = tl.arange(0, BLOCKS)
+    table = tl.load(
+        counts + other[:, None] * experts + slots[None, :], mask=other[:, None] < blocks, other=0
+    )
+    sums = tl.sum(table, 0)
+    end = tl.cumsum(sums, 0)
+    first = end - sums + tl.sum(tl.where(other[:, None] < block, table, 0), 0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+    hits = (expert[:, None] == slots[None, :]).to(tl.int32)
+    place = tl.sum(hits * (first[None, :] + tl.cumsum(hits, 0) - 1), 1)
+    tl.store(order + place, token, mask=token < total)
+    if block == 0:
+        tl.store(ends + slots, end, mask=slots < kept)
+
+
+def sort_by_expert(
+    index: Tensor, experts: int, order: Tensor | None = None, ends: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A stable counting sort on the device.
+
+    Args:
+        index: (t,), each in [0, experts).
+        experts: How many there are.
+        order: Where to put the first result, of any integer type.
+        ends: Where to put the second result, of any integer type.
+
+    Returns:
+        Tokens in the order of their experts, (t,), and where each expert's segment ends,
+        (experts,); int32 unless the caller brought them.
+    """
+    total, slots = index.numel(), max(2, triton.next_power_of_2(experts))
+    if order is None:
+        order = torch.empty(total, dtype=torch.int32, device=index.device)
+    if ends is None:
+        ends = torch.empty(experts, dtype=torch.int32, device=index.device)
+    # At most 1024 blocks, so that one program can hold the table of their counts.
+    block = max(512, triton.next_power_of_2(_ceil(total, 1024)))
+    blocks = max(1, _ceil(total, block))
+    counts = torch.empty(blocks, slots, dtype=torch.int32, device=index.device)
+    _count_kernel[(blocks,)](index, counts, total, slots, block)
+    width = max(2, triton.next_power_of_2(blocks))
+    _place_kernel[(blocks,)](
+        index, counts, order, ends, total, blocks, experts, slots, block, width
+    )
+    return order, ends
+
+
+@triton.jit
+def _grouped_kernel(
+    a,
+    b,
+    b_other,
+    c,
+    order,
+    ends,
+    a_rows,
+    N,
+    K,
+    a_row,
+    b_expert,
+    b_k,
+    b_n,
+    b_experts,
+    experts: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs that share rows of `a` are neighbours; the weights of all experts fit in L2.
+    tiles_n = tl.cdiv(N, N_BLOCK)
+    tile = tl.program_id(0) // tiles_n
+    column = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+    slots = tl.arange(0, SLOTS)
+    is_slot = slots < experts
+    end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
+    start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
+    tiles = (end - start + M_BLOCK - 1) // M_BLOCK
+    last = tl.cumsum(tiles, 0)
+    expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
+    if expert < experts:
+        mine = slots == expert
+        first = tl.sum(tl.where(mine, start + (tile - last + tiles) * M_BLOCK, 0), 0)
+        stop = tl.sum(tl.where(mine, end, 0), 0)
+        row = first + tl.arange(0, M_BLOCK)
+        is_row = row < stop
+        token = tl.load(order + row, mask=is_row, other=0).to(tl.int32)
+        k = tl.arange(0, K_BLOCK)
+        a_tile = a + (token % a_rows).to(tl.int64)[:, None] * a_row + k[None, :]
+        if expert < b_experts:
+            b_mine = b + expert.to(tl.int64) * b_expert
+        else:
+            b_mine = b_other + (expert - b_experts).to(tl.int64) * b_expert
+        b_tile = b_mine + k[:, None] * b_k + column[None, :] * b_n
+        total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
+        for done in range(0, K, K_BLOCK):
+            if IS_EVEN:
+                # Rows past the segment repeat token 0 and are never stored.
+                x = tl.load(a_tile)
+                w = tl.load(b_tile)
+            else:
+                is_k = k < K - done
+                x = tl.load(a_tile, mask=is_row[:, None] & is_k[None, :], other=0.0)
+                w = tl.load(b_tile, mask=is_k[:, None] & (column[None, :] < N), other=0.0)
+            total = _add_dot(total, x, w, PRECISION)
+            a_tile += K_BLOCK
+            b_tile += K_BLOCK * b_k
+        out = c + token.to(tl.int64)[:, None] * N + column[None, :]
+        tl.store(out, total.to(c.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < N))
+
+
+@triton.jit
+def _grouped_weight_kernel(
+    a,
+    g,
+    out,
+    order,
+    ends,
+    a_rows,
+    M,
+    N,
+    a_row,
+    g_row,
+    M_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, N_BLOCK)
+    m = (tl.program_id(0) // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
+    n = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+    expert = tl.program_id(1)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int32)
+    stop = tl.load(ends + expert).to(tl.int32)
+    total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
+    for first in range(start, stop, K_BLOCK):
+        row = first + tl.arange(0, K_BLOCK)
+        is_row = row < stop
+        token = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
+        x = tl.load(
+            a + (token % a_rows)[:, None] * a_row + m[None, :],
+            mask=is_row[:, None] & (m[None, :] < M),
+            other=0.0,
+        )
+        y = tl.load(
+            g + token[:, None] * g_row + n[None, :],
+            mask=is_row[:, None] & (n[None, :] < N),
+            other=0.0,
+        )
+        total = _add_dot(total, tl.trans(x), y, PRECISION)
+    tile = out + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+    tl.store(tile, total.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+# (rows, columns, depth of a tile, warps, stages) by bytes of an element.
+GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
+WEIGHT_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+
+
+def _fitting(
+    table: dict[int, tuple[int, ...]], itemsize: int, device: torch.device
+) -> tuple[int, ...]:
+    """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
+    return _within(table[itemsize], itemsize, _shared_memory(device))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", None)
+
+
+@functools.cache
+def _within(tile: tuple[int, ...], itemsize: int, room: int | None) -> tuple[int, ...]:
+    m, n, k, warps, stages = tile
+    while room and (m + n) * k * itemsize * stages > room and n > 16:
+        stages, n = (stages - 1, n) if stages > 2 else (stages, n // 2)
+    return m, n, k, warps, stages
+
+
+def grouped_product(
+    a: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    other: Tensor | None = None,
+    tiles: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Row i of the result is a[i mod rows of a] times the matrix of the expert that i chose.
+
+    Gathering by ``order`` is part of the operand's load and scattering part of the store.
+
+    Args:
+        a: (rows, k).
+        weight: (experts, k, n), any strides.
+        order: (t,), a multiple of rows; from ``sort_by_expert``.
+        ends: From ``sort_by_expert``.
+        other: More experts, (experts, k, n), strides as of ``weight``; saves joining the two.
+        tiles: Overrides ``GROUPED_TILES``.
+
+    Returns:
+        (t, n).
+    """
+    a, spacing = _rows(a)
+    experts, depth, width = weight.shape
+    total = experts * (1 if other is None else 2)
+    out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
+    grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
+    _grouped_kernel[grid](
+        a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
+        spacing, *weight.stride(), experts, total, max(2, triton.next_power_of_2(total)), m, n, k,
+        width % n == 0 and depth % k == 0, _precision(a.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_weight_gradient(
+    a: Tensor, grad: Tensor, order: Tensor, ends: Tensor, experts: int,
+    tiles: tuple[int, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum of a_i^T grad_i over each expert's tokens: (rows, k), (t, n) -> (experts, k, n)."""
+    a, spacing = _rows(a)
+    grad, grad_spacing = _rows(grad)
+    out = torch.empty(experts, a.shape[1], grad.shape[1], dtype=a.dtype, device=a.device)
+    m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
+    grid = (_ceil(a.shape[1], m) * _ceil(grad.shape[1], n), experts)
+    _grouped_weight_kernel[grid](
+        a, grad, out, order, ends, max(1, a.shape[0]), a.shape[1], grad.shape[1], spacing,
+        grad_spacing, m, n, k, _precision(a.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _decide(logits, table, choices, dtype: tl.constexpr, C: tl.constexpr):
+    """(scalar each row chose, probabilities, the choice): the first of equal logits wins."""
+    choice = tl.arange(0, C)
+    # Rounded as the library's router rounds them, so that both break ties alike.
+    logits = logits.to(dtype).to(tl.float32)
+    logits = tl.where(choice[None, :] < choices, logits, -float("inf"))
+    index = tl.argmax(logits, 1)
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    values = tl.load(table + choice, mask=choice < choices, other=0.0)
+    chosen = tl.sum(tl.where(choice[None, :] == index[:, None], values[None, :], 0.0), 1)
+    return chosen, weights / tl.sum(weights, 1)[:, None], index
+
+
+@triton.jit
+def _top1_kernel(
+    x, r1, r2, index, probability, rows, d, x_row, experts, R: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    is_row = row < rows
+    choice = tl.arange(0, E)
+    is_choice = choice < experts
+    logits1 = tl.zeros((R, E), tl.float32)
+    logits2 = tl.zeros((R, E), tl.float32)
+    for first in range(0, d, K):
+        k = first + tl.arange(0, K)
+        tile = x + row[:, None] * x_row + k[None, :]
+        token = tl.load(tile, mask=is_row[:, None] & (k < d)[None, :], other=0.0)
+        place = choice[None, :] * d + k[:, None]
+        mask = is_choice[None, :] & (k < d)[:, None]
+        w = tl.load(r1 + place, mask=mask, other=0.0)
+        logits1 = _add_dot(logits1, token.to(w.dtype), w, P)
+        w = tl.load(r2 + place, mask=mask, other=0.0)
+        logits2 = _add_dot(logits2, token.to(w.dtype), w, P)
+    dtype: tl.constexpr = x.dtype.element_ty
+    line = probability + row[:, None] * (2 * C) + choice[None, :]
+    # The padding keeps probabilities of 0.
+    mask = is_row[:, None] & (choice < C)[None, :]
+    _, p, best = _decide(logits1, r1, experts, dtype, E)
+    tl.store(index + row, tl.minimum(best, experts - 1), mask=is_row)
+    tl.store(line, p, mask=mask)
+    _, p, best = _decide(logits2, r2, experts, dtype, E)
+    tl.store(index + rows + row, tl.minimum(best, experts - 1) + experts, mask=is_row)
+    tl.store(line + C, p, mask=mask)
+
+
+def top1(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions of two routers of as many experts.
+
+    Args:
+        x: (t, d).
+        first: (experts, d).
+        second: (experts, d).
+
+    Returns:
+        Choices of the first router, then those of the second plus ``experts``, (2 t,) int32; and
+        probabilities (t, 2, padded experts), 0 in the padding.
+    """
+    x, spacing = _rows(x)
+    rows, d = x.shape
+    experts = first.shape[0]
+    padded = _ceil(experts, 8) * 8
+    index = torch.empty(2 * rows, dtype=torch.int32, device=x.device)
+    probability = torch.empty(rows, 2, padded, dtype=torch.float32, device=x.device)
+    if rows:
+        _top1_kernel[(_ceil(rows, 64),)](
+            x, first.contiguous(), second.contiguous(), index, probability, rows, d, spacing,
+            experts, 64, 64, _width(experts), padded, _precision(first.dtype), num_warps=4,
+        )  # fmt: skip
+    return index, probability

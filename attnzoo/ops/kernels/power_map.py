@@ -1,0 +1,134 @@
+"""The norm-preserving power, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.kernels.shared import _LN2, _NORMAL, _TINY, _ceil, _is_fast, _rows
+
+
+@triton.jit
+def _log2(x, FAST: tl.constexpr):
+    if FAST:  # the unit's own instruction; the library's function spends ten on the last digit
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
+
+
+@triton.jit
+def _unit_power(x, gamma, peak, is_column, FAST: tl.constexpr):
+    unit = x / peak[:, None]
+    # Not tl.maximum, which would hide a NaN.
+    log_unit = _log2(tl.where(unit < _TINY, _TINY, unit), FAST)
+    power = tl.where(is_column, tl.exp2(gamma[:, None] * log_unit), 0.0)
+    return unit, log_unit, power
+
+
+@triton.jit
+def _power(x, gamma, is_column, FAST: tl.constexpr):
+    """(unnormalised power, largest entry, norm of the power, factor that restores the norm)."""
+    peak = tl.maximum(tl.max(x, 1), _NORMAL)
+    unit, _, power = _unit_power(x, gamma, peak, is_column, FAST)
+    norm = tl.maximum(tl.sqrt(tl.sum(power * power, 1)), _NORMAL)
+    return power, peak, norm, peak * tl.sqrt(tl.sum(unit * unit, 1)) / norm
+
+
+@triton.jit
+def _power_backward(grad, x, gamma, peak, norm, scale, is_column, FAST: tl.constexpr):
+    """Gradients of x^gamma / |x^gamma| * |x| with respect to x, tile, and gamma, row."""
+    unit, log_unit, power = _unit_power(x, gamma, peak, is_column, FAST)
+    along = tl.sum(grad * power, 1) / norm
+    shared = (grad - power * (along / norm)[:, None]) * power * scale[:, None]
+    grad_gamma = tl.sum(shared * log_unit, 1) * _LN2
+    slope = tl.where(unit > _TINY, shared * gamma[:, None] / (unit * peak[:, None]), 0.0)
+    x_norm = tl.maximum(scale * norm, _NORMAL)
+    return slope + x * (along / x_norm)[:, None], grad_gamma
+
+
+@triton.jit
+def _power_map_kernel(
+    z, gamma, out, stats, rows, d, z_row, R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    is_row = row < rows
+    is_column = (column < d)[None, :]
+    mask = is_row[:, None] & is_column
+    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(x <= 0, 0.0, x)
+    power, peak, norm, scale = _power(
+        x, tl.load(gamma + row, mask=is_row, other=1.0), is_column, FAST
+    )
+    result = (power * scale[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * d + column[None, :], result, mask=mask)
+    tl.store(stats + row, peak, mask=is_row)
+    tl.store(stats + rows + row, norm, mask=is_row)
+    tl.store(stats + 2 * rows + row, scale, mask=is_row)
+
+
+@triton.jit
+def _power_map_backward_kernel(
+    grad, z, gamma, stats, grad_z, grad_gamma, rows, d, g_row, z_row,
+    R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    is_row = row < rows
+    is_column = (column < d)[None, :]
+    mask = is_row[:, None] & is_column
+    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(x <= 0, 0.0, x)
+    g = tl.load(grad + row[:, None] * g_row + column[None, :], mask=mask, other=0.0)
+    peak = tl.load(stats + row, mask=is_row, other=1.0)
+    norm = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    scale = tl.load(stats + 2 * rows + row, mask=is_row, other=0.0)
+    power = tl.load(gamma + row, mask=is_row, other=1.0)
+    slope, gamma_slope = _power_backward(
+        g.to(tl.float32), x, power, peak, norm, scale, is_column, FAST
+    )
+    slope = tl.where(x == 0, 0.0, slope).to(grad_z.dtype.element_ty)
+    tl.store(grad_z + row[:, None] * d + column[None, :], slope, mask=mask)
+    tl.store(grad_gamma + row, gamma_slope, mask=is_row)
+
+
+def _row_block(d: int) -> tuple[int, int]:
+    """Rows and warps of a program that holds whole rows."""
+    width = triton.next_power_of_2(d)
+    return max(1, 2048 // width), 2
+
+
+def power_map_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Power map of ReLU(z): (t, d), (t,) float32 -> (t, d) and (3, t) statistics of the rows."""
+    z, spacing = _rows(z)
+    rows, d = z.shape
+    out = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    block, warps = _row_block(d)
+    if rows:
+        _power_map_kernel[(_ceil(rows, block),)](
+            z, gamma, out, stats, rows, d, spacing, block, triton.next_power_of_2(d),
+            _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return out, stats
+
+
+def power_map_backward(
+    grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``power_map_forward`` with respect to z, (t, d), and gamma, (t,)."""
+    z, spacing = _rows(z)
+    grad, grad_spacing = _rows(grad)
+    rows, d = z.shape
+    grad_z = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    grad_gamma = torch.empty(rows, dtype=torch.float32, device=z.device)
+    block, warps = _row_block(d)
+    if rows:
+        _power_map_backward_kernel[(_ceil(rows, block),)](
+            grad, z, gamma, stats, grad_z, grad_gamma, rows, d, grad_spacing, spacing, block,
+            triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return grad_z, grad_gamma

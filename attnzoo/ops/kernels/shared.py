@@ -1,0 +1,58 @@
+"""Sizes, precisions and products that several kernels share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TINY = tl.constexpr(1e-30)  # entries this far below the largest count as 0
+_NORMAL = tl.constexpr(1.1754943508222875e-38)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _width(n: int) -> int:
+    """The next power of two a dot product accepts."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 operands stay float32-accurate unless the user has allowed TF32."""
+    if triton.knobs.runtime.interpret:
+        return "ieee"
+    is_allowed = torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if dtype != torch.float32 or is_allowed else "tf32x3"
+
+
+def _is_fast() -> bool:
+    return not triton.knobs.runtime.interpret and torch.version.hip is None
+
+
+def _rows(z: Tensor) -> tuple[Tensor, int]:
+    """(b, n, d) or (t, d) with equally spaced rows of unit stride, and their spacing."""
+    spacing = z.stride(-2)
+    is_regular = z.stride(-1) == 1 and (z.dim() == 2 or z.stride(0) == z.shape[1] * spacing)
+    z = z if is_regular or z.numel() == 0 else z.contiguous()
+    return z, z.stride(-2)
+
+
+@triton.jit
+def _dot(a, b, P: tl.constexpr):
+    if P == "ieee":
+        # The interpreter would multiply the bits of bfloat16 operands as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=P)
+
+
+@triton.jit
+def _add_dot(total, a, b, P: tl.constexpr):
+    if P == "ieee":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=P)
