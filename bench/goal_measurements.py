@@ -27,7 +27,6 @@ from bench.goal_tools import (
     N,
     dydila_options,
     layer_call,
-    option_named,
     slope,
 )
 from bench.peak_memory import peak_memory
@@ -146,7 +145,7 @@ def _crossover(faster: dict[int, float]) -> float | None:
 
 
 def _against_diffusers(found: Found) -> None:
-    folded = option_named("sana", "fold")
+    folded = {"impl": "folded"}
     for dim in (384, 768):
         found.check("sana", dim)
         for dtype, owed in ((torch.float32, 1.0), (torch.bfloat16, 0.93)):
@@ -154,14 +153,10 @@ def _against_diffusers(found: Found) -> None:
                 short = "bf16" if dtype == torch.bfloat16 else "fp32"
                 what = f"over diffusers' processor, forward, n={n}, d={dim}, {short}"
                 found.add(what, _sana_ratio(found, dim, n, dtype, {}), "lower", owed, 0.85)
-        if folded is not None:
-            found.check("sana", dim, **folded)
-            found.add(f"the same with the output projection folded, n={N}, d={dim}, fp32",
-                      _sana_ratio(found, dim, N, torch.float32, folded), "lower", 0.96, 0.85,
-                      note=f"{folded}")  # fmt: skip
-        else:
-            found.add(f"the same with the output projection folded, n={N}, d={dim}, fp32", None,
-                      "lower", 0.96, 0.85, note="Sana has no such option yet")  # fmt: skip
+        found.check("sana", dim, **folded)
+        found.add(f"the same with the output projection folded, n={N}, d={dim}, fp32",
+                  _sana_ratio(found, dim, N, torch.float32, folded), "lower", 0.96, 0.85,
+                  note=f"{folded}")  # fmt: skip
 
 
 def _sana_ratio(

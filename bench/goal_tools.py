@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-import attnzoo
 from attnzoo.contract import Attention
 from bench.checks import check_gradients, check_layer
 from bench.goals import Row
@@ -179,17 +178,3 @@ def slope(sizes: typing.Sequence[float], values: typing.Sequence[float]) -> floa
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     covariance = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
     return covariance / sum((a - x) ** 2 for a in xs)
-
-
-def option_named(mechanism: str, word: str) -> dict[str, Any] | None:
-    """The option that asks for an implementation, by part of its name; None if there is none."""
-    config = attnzoo.get_attention(mechanism).Config
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        values = [v for v in typing.get_args(hints[field.name]) if isinstance(v, str)]
-        for value in values:
-            if field.name == "impl" and word in value:
-                return {"impl": value}
-        if word in field.name:
-            return {field.name: True if hints[field.name] is bool else 1024}
-    return None

@@ -409,6 +409,9 @@ class TestTheResultsPage:
         for wanted, kinds in words.items():
             assert results.conclusion(claim, kinds)[0] == wanted
         equal = next(claim for claim in CLAIMS if claim.equal)
+        # Each side by itself is within chance, though together they are not.
+        few = ["better"] * 3 + ["worse"] * 5 + ["same"] * 52
+        assert results.conclusion(claim, few)[0] == "cannot tell"
         assert results.conclusion(equal, ["same"])[0] == "no difference seen"
         assert results.conclusion(equal, ["same", "worse"])[0] == "a difference is seen"
 
