@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.ops import fused
+from attnzoo.ops.precision import operand_dtype
+
 ConvKind = Literal["acnet", "acnet-plain", "3x3", "5x5", "none"]
 
 
@@ -23,13 +26,38 @@ def to_tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _convolve(image: Tensor, branch: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(branch(image)). What a batch norm in training keeps is convolved again in the backward.
+def _widened(kernel: Tensor, size: int) -> Tensor:
+    """The same depthwise kernel with zeros around it: (c, 1, h, w) -> (c, 1, size, size)."""
+    side, edge = ((size - length) // 2 for length in kernel.shape[2:])
+    return F.pad(kernel, (edge, edge, side, side))
+
+
+def _apply(
+    x: Tensor,
+    grid: tuple[int, int],
+    kernel: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None = None,
+) -> Tensor:
+    """Depthwise convolution of tokens (b, h * w, c), as a channels-last image (b, c, h, w)."""
+    size, dtype = kernel.shape[2:], operand_dtype(x)
+    if max(size) == 3 and fused.runs_on(x, dtype):
+        # cuDNN takes several times as long.
+        out = fused.depthwise3x3(x.to(dtype), _widened(kernel, 3), bias, grid, added)
+        return to_image(out, grid)
+    # On CPU a contiguous channels-last view is an order of magnitude faster.
+    image = to_image(x.contiguous(), grid)
+    out = F.conv2d(image, kernel, bias, padding=(size[0] // 2, size[1] // 2), groups=len(kernel))
+    return out if added is None else to_image(added, grid) + out.to(added.dtype)
+
+
+def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(branch(x)). What a batch norm in training keeps is convolved again in the backward.
 
     Three branches would keep three tensors of the image's size, and a depthwise convolution is
     cheap.
     """
-    out = branch(image)
+    out = _apply(x, grid, branch.weight, branch.bias)
     is_kept = isinstance(norm, nn.BatchNorm2d) and torch.is_grad_enabled()
     if not is_kept or torch.compiler.is_compiling():
         return norm(out)
@@ -41,12 +69,9 @@ def _convolve(image: Tensor, branch: nn.Conv2d, norm: nn.Module) -> Tensor:
     def restore(kept: Tensor | None) -> Tensor:
         if kept is not None:
             return kept
+        bias = None if branch.bias is None else branch.bias.to(dtype)
         with torch.no_grad():
-            return F.conv2d(
-                image.to(dtype), branch.weight.to(dtype),
-                None if branch.bias is None else branch.bias.to(dtype),
-                padding=branch.padding, groups=branch.groups,
-            )  # fmt: skip
+            return _apply(x.to(dtype), grid, branch.weight.to(dtype), bias)
 
     with torch.autograd.graph.saved_tensors_hooks(drop, restore):
         return norm(out)
@@ -81,12 +106,26 @@ class DepthwiseConv(nn.Module):
             nn.BatchNorm2d(dim) if kind == "acnet" else nn.Identity() for _ in sizes
         )
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, h * w, dim) -> (b, h * w, dim)."""
-        image = to_image(x.contiguous(), grid)
+    def forward(self, x: Tensor, grid: tuple[int, int], added: Tensor | None = None) -> Tensor:
+        """Convolves tokens on their grid.
+
+        Args:
+            x: (b, h * w, dim).
+            grid: (h, w).
+            added: (b, h * w, dim), to which the result is added, or None.
+
+        Returns:
+            (b, h * w, dim).
+        """
+        if len(self.branches) == 1:
+            [branch] = self.branches
+            return to_tokens(_apply(x, grid, branch.weight, branch.bias, added))
+        if not fused.runs_on(x, operand_dtype(x)):
+            x = x.contiguous()  # once for all branches
         parts = zip(self.branches, self.norms, strict=True)
-        first, *others = (_convolve(image, branch, norm) for branch, norm in parts)
-        return to_tokens(sum(others, first))
+        first, *others = (_convolve(x, grid, branch, norm) for branch, norm in parts)
+        out = to_tokens(sum(others, first))
+        return out if added is None else added + out.to(added.dtype)
 
     @property
     def reach(self) -> int:
@@ -111,8 +150,7 @@ class DepthwiseConv(nn.Module):
                 scale = norm.weight / (variance + norm.eps).sqrt()
                 kernel = kernel * scale[:, None, None, None]
                 offset = norm.bias - mean * scale
-            side, edge = (max(self.branches[0].kernel_size) - size for size in kernel.shape[2:])
-            weight = weight + F.pad(kernel, (edge // 2, edge // 2, side // 2, side // 2))
+            weight = weight + _widened(kernel, max(self.branches[0].kernel_size))
             bias = bias + (0.0 if offset is None else offset)
         size = weight.shape[-1]
         fused = nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)

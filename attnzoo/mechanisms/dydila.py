@@ -35,7 +35,6 @@ from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.measure_kernel import GammaForm, gamma_start, measure_kernel, shaped_gamma
 from attnzoo.layers.router import Router, as_numbers
-from attnzoo.layers.stencil import convolve_tokens
 from attnzoo.ops import fused
 from attnzoo.ops.linear import linear_attention_macs
 from attnzoo.ops.precision import autocast_operands, operand_dtype
@@ -201,7 +200,8 @@ class DyDiLA(Attention):
         for name, values in served.items():
             if (value := getattr(self.config, name)) not in values:
                 return f"{name}={value!r}"
-        return None if self.num_heads == 1 else f"num_heads={self.num_heads}"
+        is_served = self.num_heads == 1 or self.dim // self.num_heads % 16 == 0
+        return None if is_served else f"heads of width {self.dim // self.num_heads}"
 
     def implementation(self, x: Tensor) -> Literal["naive", "torch", "triton"]:
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
@@ -230,7 +230,7 @@ class DyDiLA(Attention):
             del key
             # Before the queries too: the backward goes the other way, and then this comes when
             # little else is kept any more.
-            local = None if self.conv is None else convolve_tokens(self.conv, value, grid)
+            local = None if self.conv is None else self.conv(value, grid)
             out = self._read(x, query, state, x.shape[1], routes)
         out = rearrange(out, "b h n d -> b n (h d)")
         if local is not None:
@@ -258,10 +258,9 @@ class DyDiLA(Attention):
             shaped_gamma(self.gamma, config.gamma_form).expand(4, -1),
             cast(*(self.differential_routers[z].weight for z in sides)),
             self._lambdas().expand(2, -1), config.eps, config.router_gradient == "ste",
+            self.num_heads,
         )  # fmt: skip
-        if self.conv is not None:
-            out = convolve_tokens(self.conv, value, grid, out)
-        return self.proj(out)
+        return self.proj(out if self.conv is None else self.conv(value, grid, out))
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         dim, offset = self.dim, self._offset(grid)

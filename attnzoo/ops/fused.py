@@ -227,6 +227,21 @@ def _grouped_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, .
 _grouped_projection.register_autograd(_grouped_backward, setup_context=_grouped_setup)
 
 
+def grouped_projection(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """Two routed projections of the same tokens as one grouped product, with its sort.
+
+    Args:
+        x: (t, d).
+        first: Projectors, (experts, d, e).
+        second: Likewise.
+        index: Choices of the first, then those of the second plus ``experts``, (2 t,) int32.
+
+    Returns:
+        (2, t, e).
+    """
+    return _grouped_projection(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
+
+
 def routed_pair(
     x: Tensor,
     routers: Sequence[Tensor],
@@ -246,9 +261,9 @@ def routed_pair(
     """
     tokens = x.flatten(0, 1)
     gates, index, _ = _routed_gates(tokens, *routers)
-    out = _grouped_projection(tokens, *projectors, index)[0]
+    out = grouped_projection(tokens, *projectors, index)
     shape = (2, *x.shape[:2])
-    return out.unflatten(0, shape), index.view(shape), gates.view(shape)
+    return out.unflatten(1, x.shape[:2]), index.view(shape), gates.view(shape)
 
 
 @_on_its_device
@@ -342,10 +357,14 @@ def _focused_difference(
     gate: Tensor,
     key_sum: Tensor | None,
     eps: float,
+    heads: int,
     learn: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernels().difference_forward(z1, z2, (r1, r2, rd), gammas, lambdas, key_sum, eps, save)
+    routers = r1, r2, rd
+    return _kernels().difference_forward(
+        z1, z2, routers, gammas, lambdas, key_sum, eps, heads, save
+    )
 
 
 @_focused_difference.register_fake
@@ -360,6 +379,7 @@ def _(
     gate: Tensor,
     key_sum: Tensor | None,
     eps: float,
+    heads: int,
     learn: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -369,7 +389,7 @@ def _(
     return (
         z1.new_empty(b, n, d),
         wide(b, d),
-        wide(10, rows),
+        wide(9 + heads, rows),
         wide(3, rows, dtype=torch.int32),
         wide(rows, 2 * gammas.shape[1] + lambdas.shape[0]),
     )
@@ -391,11 +411,12 @@ def _focused_difference_backward(
     stats: Tensor,
     choices: Tensor,
     probability: Tensor,
+    heads: int,
     learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _kernels().difference_backward(
         grad, grad_sum, out, z1, z2, (r1, r2, rd), gammas, lambdas, key_sum,
-        (stats, choices, probability), learn,
+        (stats, choices, probability), heads, learn,
     )  # fmt: skip
 
 
@@ -415,6 +436,7 @@ def _(
     stats: Tensor,
     choices: Tensor,
     probability: Tensor,
+    heads: int,
     learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     b, n, d = z1.shape
@@ -426,10 +448,10 @@ def _(
 
 
 def _difference_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, _, learn, _ = inputs
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, _, heads, learn, _ = inputs
     out, _, *saved = output
     ctx.set_materialize_grads(False)
-    ctx.learn = learn
+    ctx.heads, ctx.learn = heads, learn
     ctx.save_for_backward(out, z1, z2, r1, r2, rd, gammas, lambdas, key_sum, *saved)
 
 
@@ -440,8 +462,9 @@ def _difference_backward(
     if key_sum is None and grad_sum is None:
         grad_sum = gammas.new_zeros(z1.shape[0], z1.shape[2])
     found = _focused_difference_backward(
-        grad, grad_sum, out, z1, z2, r1, r2, rd, gammas, lambdas, key_sum, *saved, ctx.learn
-    )
+        grad, grad_sum, out, z1, z2, r1, r2, rd, gammas, lambdas, key_sum, *saved, ctx.heads,
+        ctx.learn,
+    )  # fmt: skip
     grad_z1, grad_z2, grad_gate, *routers, grad_gammas, grad_lambdas, grad_key_sum = found
     # Without a straight-through gradient routers get none, not 0.
     grads = [
@@ -450,7 +473,7 @@ def _difference_backward(
     ]
     return (
         grad_z1, grad_z2, *grads, grad_gammas, grad_lambdas, grad_gate if ctx.learn else None,
-        None if key_sum is None else grad_key_sum, None, None, None,
+        None if key_sum is None else grad_key_sum, None, None, None, None,
     )  # fmt: skip
 
 
@@ -468,6 +491,7 @@ def focused_difference(
     key_sum: Tensor | None = None,
     eps: float = 0.0,
     learn: bool = True,
+    heads: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """phi(Z) - lambda phi(Z') with phi the routed power map of ReLU, reading Z and Z' once.
 
@@ -481,9 +505,11 @@ def focused_difference(
         difference_router: (factors', 2 d), of (phi(Z), phi(Z')).
         lambdas: (factors',).
         gate: (b, n) of value 1, by which Z' counts as multiplied; see ``routed_pair``.
-        key_sum: (b, d) in float32. Given, the result is divided by phi(Z) . key_sum + eps.
+        key_sum: (b, d) in float32. Given, each head's part of the result is divided by its part
+            of phi(Z) . key_sum, plus eps.
         eps: See ``key_sum``.
         learn: Whether routers get the straight-through gradient of "ste".
+        heads: Parts of equal width, a multiple of 16 where there are several.
 
     Returns:
         (b, n, d) in the dtype of Z, and, where ``key_sum`` is None, the sum of phi(Z) over the
@@ -495,7 +521,7 @@ def focused_difference(
     return _focused_difference(
         tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
         lambdas.float().contiguous(),
-        gate, key_sum, eps, learn, save,
+        gate, key_sum, eps, heads if key_sum is not None else 1, learn, save,
     )[:2]  # fmt: skip
 
 
@@ -512,10 +538,11 @@ def dynamic_differential_attention(
     lambdas: Tensor,
     eps: float,
     learn: bool = True,
+    heads: int = 1,
 ) -> Tensor:
-    """Token-wise DyDiLA of one head, normalised by phi(Q) . sum phi(K), without convolution.
+    """Token-wise DyDiLA, normalised by phi(Q) . sum phi(K), without convolution.
 
-    Queries leave their kernel divided by their normaliser, so that one plain product is left.
+    Queries leave their kernel divided by their normalisers, so that plain products are left.
 
     Args:
         x: (b, n, d).
@@ -528,8 +555,9 @@ def dynamic_differential_attention(
         gammas: Exponents of Q, K, Q', K', (4, factors).
         difference_routers: Of queries and of keys, (factors', 2 d) each.
         lambdas: Of queries and of keys, (2, factors').
-        eps: Added to the normaliser.
+        eps: Added to the normalisers.
         learn: Whether routers get the straight-through gradient of "ste".
+        heads: See ``focused_difference``.
 
     Returns:
         (b, n, d).
@@ -542,11 +570,14 @@ def dynamic_differential_attention(
     )  # fmt: skip
     query, _ = focused_difference(
         query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
-        gates[0], key_sum, eps, learn,
+        gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
-    if query.shape[1] < query.shape[2]:  # the n x n weights are the smaller product
-        return half_matmul(half_matmul(query, key.mT, is_wide=False), value, is_wide=False)
-    return half_kernel_product(query, key, value)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    if query.shape[2] < query.shape[3]:  # the n x n weights are the smaller product
+        out = half_matmul(half_matmul(query, key.mT, is_wide=False), value, is_wide=False)
+    else:
+        out = half_kernel_product(query, key, value)
+    return out.transpose(1, 2).flatten(2)
 
 
 # ------------------------------------------------------- half-precision products, float32 sums

@@ -135,8 +135,8 @@ def _stencil_weight_kernel(
 
 
 # Rows a program walks down, pixels and channels of its tile, warps.
-STENCIL_BLOCK = (4, 32, 64, 4)
-STENCIL_WEIGHT_BLOCK = (16, 8, 64, 4)
+STENCIL_BLOCK = (8, 32, 64, 4)
+STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
 
 
 def stencil(

@@ -32,6 +32,12 @@ def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
 
 
 @triton.jit
+def _of_head(tile, head, H: tl.constexpr):
+    """Column ``head`` of a tile (rows, H)."""
+    return tl.sum(tl.where(tl.arange(0, H)[None, :] == head, tile, 0.0), 1)
+
+
+@triton.jit
 def _difference_kernel(
     z1,
     z2,
@@ -55,17 +61,19 @@ def _difference_kernel(
     n_lambda,
     eps,
     blocks,
+    head_dim,
     NORMALIZE: tl.constexpr,
     SAVE: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    H: tl.constexpr,
     G: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
 ):
     # Tokens are walked three times, from memory once: for the exponents, for the norms and the
-    # factor, and for the result.
+    # factor, and for the result. With several heads no tile of columns spans two of them.
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     inside = block * R + tl.arange(0, R)
@@ -100,6 +108,8 @@ def _difference_kernel(
     units1 = tl.zeros((R, C), tl.float32)
     units2 = tl.zeros((R, C), tl.float32)
     along = tl.zeros((R, C), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    heads = tl.arange(0, H)
     logits1 = tl.zeros((R, L), tl.float32)
     logits2 = tl.zeros((R, L), tl.float32)
     for first in range(0, d, C):
@@ -115,7 +125,11 @@ def _difference_kernel(
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            along += power * total[None, :]
+            if H == 1:
+                along += power * total[None, :]
+            else:
+                sums_here = tl.sum(power * total[None, :], 1)[:, None]
+                normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
         unit, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
@@ -130,11 +144,9 @@ def _difference_kernel(
     logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
     factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
     if NORMALIZE:
-        norm = tl.sum(along, 1) * scale1 + eps
-        outer = 1.0 / norm
-    else:
-        norm = factor
-        outer = tl.full((R,), 1.0, tl.float32)
+        if H == 1:
+            normals = tl.sum(along, 1)[:, None]
+        normals = normals * scale1[:, None] + eps
 
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
@@ -151,7 +163,9 @@ def _difference_kernel(
         x = tl.where(x <= 0, 0.0, x)
         _, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
         redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
-        result = (result - factor[:, None] * redundant) * outer[:, None]
+        result -= factor[:, None] * redundant
+        if NORMALIZE:
+            result *= (1.0 / _of_head(normals, first // head_dim, H))[:, None]
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
@@ -163,7 +177,9 @@ def _difference_kernel(
         tl.store(stats + 6 * rows + row, norm2, mask=is_row)
         tl.store(stats + 7 * rows + row, scale2, mask=is_row)
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
-        tl.store(stats + 9 * rows + row, norm, mask=is_row)
+        if NORMALIZE:
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            tl.store(stats + (9 + heads[None, :]) * rows + row[:, None], normals, mask=is_head)
         tl.store(choices + row, c1, mask=is_row)
         tl.store(choices + rows + row, c2, mask=is_row)
         tl.store(choices + 2 * rows + row, cd, mask=is_row)
@@ -208,6 +224,12 @@ def _power_slope(grad, z, gamma, peak, norm, scale, mean, x_norm, is_column, FAS
 
 
 @triton.jit
+def _inverse_norm(stats, rows, row, is_row, head):
+    """By what the forward multiplied this head of the rows, (rows, 1)."""
+    return (1.0 / tl.load(stats + (9 + head) * rows + row, mask=is_row, other=1.0))[:, None]
+
+
+@triton.jit
 def _difference_backward_kernel(
     grad,
     grad_sum,
@@ -238,10 +260,12 @@ def _difference_backward_kernel(
     n_gamma,
     n_lambda,
     blocks,
+    head_dim,
     NORMALIZE: tl.constexpr,
     LEARN: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    H: tl.constexpr,
     G: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
@@ -275,32 +299,37 @@ def _difference_backward_kernel(
     c1 = tl.load(choices + row, mask=is_row, other=0)
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
-    if NORMALIZE:
-        outer = 1.0 / tl.load(stats + 9 * rows + row, mask=is_row, other=1.0)
-    else:
-        outer = tl.full((R,), 1.0, tl.float32)
+    heads = tl.arange(0, H)
 
-    # Gradients of the factor and of the normaliser.
+    # Gradients of the factor and of the normalisers.
     factor_tile = tl.zeros((R, C), tl.float32)
     norm_tile = tl.zeros((R, C), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
         is_column = (column < d)[None, :]
         mask = is_row[:, None] & is_column
         gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            place = row[:, None] * d + column[None, :]
+            slope = gd * tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+            if H == 1:
+                norm_tile += slope
+            else:
+                mine = heads[None, :] == first // head_dim
+                normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, peak2, is_column, FAST)
         factor_tile += gd * (power * scale2[:, None]).to(dtype).to(tl.float32)
-        if NORMALIZE:
-            place = row[:, None] * d + column[None, :]
-            norm_tile += gd * tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
-    normal = -tl.sum(norm_tile, 1) * outer
     if NORMALIZE:
-        tl.store(grad_norm + row, normal, mask=is_row)
+        if H == 1:
+            normals = -tl.sum(norm_tile, 1)[:, None]
+        is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+        tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
     gl, lambda_table = _scalar_backward(
-        -tl.sum(factor_tile, 1) * outer, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda,
-        LEARN, L,
-    )  # fmt: skip
+        -tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
+    )
     gl = gl.to(dtype)
     if LEARN:
         tl.store(gate_line + 2 * n_gamma + lam[None, :], gl, mask=is_l)
@@ -317,7 +346,8 @@ def _difference_backward_kernel(
         is_column = (column < d)[None, :]
         mask = is_row[:, None] & is_column
         gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gd = gd * outer[:, None]
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
         gx = -factor[:, None] * gd
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
@@ -330,7 +360,7 @@ def _difference_backward_kernel(
         gx = gd
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            gx += normal[:, None] * total[None, :]
+            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
         else:
             gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
         if LEARN:
@@ -364,7 +394,8 @@ def _difference_backward_kernel(
         mask = is_row[:, None] & is_column
         place = row[:, None] * d + column[None, :]
         gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gd = gd * outer[:, None]
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
         z = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         gx = -factor[:, None] * gd
         if LEARN:
@@ -380,7 +411,7 @@ def _difference_backward_kernel(
         gx = gd
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            gx += normal[:, None] * total[None, :]
+            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
         else:
             gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
         if LEARN:
@@ -432,6 +463,7 @@ def _router_gradient_kernel(
     n_lambda,
     splits,
     chunk,
+    head_dim,
     NORMALIZE: tl.constexpr,
     LEARN: tl.constexpr,
     R: tl.constexpr,
@@ -464,7 +496,8 @@ def _router_gradient_kernel(
         z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
         base = _restored(z, row, rows, stats, 0, is_row, is_column, dtype, FAST)
         if NORMALIZE:
-            normal = tl.load(grad_norm + row, mask=is_row, other=0.0)
+            head = tl.program_id(0) * C // head_dim
+            normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
             key_total += tl.sum(normal[:, None] * base.to(tl.float32), 0)
         if LEARN:
             line = grad_logits + row[:, None] * width
@@ -493,8 +526,13 @@ def _router_gradient_kernel(
 
 
 # Rows and columns of a tile, warps and stages, of the two kernels that walk along (z1, z2).
-DIFFERENCE_BLOCK = (16, 64, 2, 2)
+DIFFERENCE_BLOCK = (16, 64, 2, 3)
 DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
+
+
+def _columns(most: int, head_dim: int, heads: int) -> int:
+    """Columns of a tile: at most ``most``, and within one head where there are several."""
+    return most if heads == 1 else min(most, head_dim & -head_dim)
 
 
 def difference_forward(
@@ -505,18 +543,21 @@ def difference_forward(
     lambdas: Tensor,
     key_sum: Tensor | None,
     eps: float,
+    heads: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``attnzoo.ops.fused.focused_difference``.
 
     Returns:
         The difference (b, n, d), the sum of the powered z1 over n (b, d) or nothing, statistics of
-        the rows (10, t), choices (3, t), probabilities (t, 2 gammas + lambdas) for the backward.
+        the rows (9 + heads, t), choices (3, t), probabilities (t, 2 gammas + lambdas) for the
+        backward.
     """
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     r1, r2, rd = (router.contiguous() for router in routers)
     size, chunk, warps, stages = DIFFERENCE_BLOCK
+    chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
 
@@ -526,15 +567,15 @@ def difference_forward(
     out = new(b, n, d, dtype=z1.dtype)
     sums = new(b, blocks if key_sum is None else 0, d)
     kept = rows if save else 0
-    stats, choices = new(10, kept), new(3, kept, dtype=torch.int32)
+    stats, choices = new(9 + heads, kept), new(3, kept, dtype=torch.int32)
     probability = new(kept, 2 * n_gamma + n_lambda)
     if rows:
         _difference_kernel[(b * blocks,)](
             z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
-            n_gamma, n_lambda, eps, blocks, key_sum is not None, save, size, chunk,
-            _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast(),
-            num_warps=warps, num_stages=stages,
+            n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
+            triton.next_power_of_2(heads), _width(n_gamma), _width(n_lambda),
+            _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, sums.sum(1), stats, choices, probability
 
@@ -550,6 +591,7 @@ def difference_backward(
     lambdas: Tensor,
     key_sum: Tensor | None,
     saved: tuple[Tensor, Tensor, Tensor],
+    heads: int,
     learn: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``difference_forward``.
@@ -564,6 +606,7 @@ def difference_backward(
     r1, r2, rd = (router.contiguous() for router in routers)
     stats, choices, probability = saved
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
+    chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
@@ -572,7 +615,7 @@ def difference_backward(
         return torch.empty(*shape, dtype=dtype, device=z1.device)
 
     grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
-    grad_gate, grad_norm = new(b, n), new(rows if is_normalized else 0)
+    grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
     grad_logits = new(rows if learn else 0, width, dtype=z1.dtype)
     tables = new(b * blocks, width)
     splits = max(1, min(_ceil(n, 256), _ceil(64, max(b, 1))))
@@ -589,15 +632,15 @@ def difference_backward(
             grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
             grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
-            grad_spacing, n_gamma, n_lambda, blocks, is_normalized, learn, size, chunk,
-            *shared, num_warps=warps, num_stages=stages,
+            grad_spacing, n_gamma, n_lambda, blocks, d // heads, is_normalized, learn, size, chunk,
+            triton.next_power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if learn or is_normalized:
-            column_block = 64
+            column_block = _columns(64, d // heads, heads)
             _router_gradient_kernel[(_ceil(d, column_block), parts)](
                 z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
-                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, is_normalized,
-                learn, 64, column_block, *shared, num_warps=4,
+                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
+                is_normalized, learn, 64, column_block, *shared, num_warps=4,
             )  # fmt: skip
     table = tables.sum(0)
     return (

@@ -20,11 +20,21 @@ def _log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    if FAST:  # without the steps for results below 1e-38
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
 def _unit_power(x, gamma, peak, is_column, FAST: tl.constexpr):
-    unit = x / peak[:, None]
+    # One division a row; what its rounding adds to all entries alike, their norm takes away.
+    unit = x * (1.0 / peak)[:, None]
     # Not tl.maximum, which would hide a NaN.
     log_unit = _log2(tl.where(unit < _TINY, _TINY, unit), FAST)
-    power = tl.where(is_column, tl.exp2(gamma[:, None] * log_unit), 0.0)
+    power = tl.where(is_column, _exp2(gamma[:, None] * log_unit, FAST), 0.0)
     return unit, log_unit, power
 
 
