@@ -36,9 +36,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (b, n, dim) and condition (b, dim) -> tokens (b, n, dim)."""
         modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
-        x = x + gate[:, None] * self.attention(modulated, grid)
-        modulated = self.norm(x) * (1 + scale_ff[:, None]) + shift_ff[:, None]
-        x = x + gate_ff[:, None] * self.feedforward(modulated, grid)
+        x = torch.addcmul(x, gate[:, None], self.attention(modulated, grid))
+        modulated = torch.addcmul(shift_ff[:, None], self.norm(x), 1 + scale_ff[:, None])
+        x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid))
         return self.attention.after_block(x, grid)
 
 
