@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import importlib
 import multiprocessing
 import os
 import pickle
@@ -41,21 +40,15 @@ class Outcome:
     result: Any = None
 
 
-# What a process needs before its cell comes.
-_MODULES = ("bench.worker",)
-# Imports and CUDA take a process ten seconds, so those of later cells start during this one.
-_AHEAD = {"cpu": 0, "cuda": max(2, min(10, (os.cpu_count() or 1) - 6))}
+# Processes that start while an earlier cell is measured: CUDA takes half a second to start.
+_AHEAD = {"cpu": 0, "cuda": 2}
 
 
 def preloaded() -> list[str]:
-    """What the server imports once, before every process is forked from it.
-
-    An import that merely asks how many GPUs there are breaks CUDA in all forks. torch itself does
-    not ask, so where there is a GPU each process imports the rest by itself.
-    """
+    """What the server imports once, before every process is forked from it."""
     import torch
 
-    return ["torch"] if torch.cuda.is_available() else list(_MODULES)
+    return ["bench.preload" if torch.cuda.is_available() else "bench.worker"]
 
 
 class _Worker:
@@ -182,8 +175,6 @@ def _child(connection: Connection, memory: int, device: str, errors: str) -> Non
 
 def _cap(memory: int, device: str) -> None:
     if device == "cuda":
-        for name in _MODULES:
-            importlib.import_module(name)
         import torch
 
         if not torch.cuda.is_available():

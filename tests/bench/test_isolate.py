@@ -26,25 +26,31 @@ for name in ("is_available", "device_count", "_lazy_init", "init", "current_devi
 """
 
 
-def importing(modules):
+def importing(modules, path=""):
     code = WATCHED + "".join(f"import {name}\n" for name in modules)
+    environment = os.environ | {"PYTHONPATH": str(path)}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment,
+    )  # fmt: skip
 
 
-def test_what_is_imported_before_a_fork_never_asks_for_cuda():
-    done = importing(isolate.preloaded())
+def test_what_is_imported_before_a_fork_never_asks_for_cuda(tmp_path):
+    done = importing(["bench.worker"])
     assert done.returncode == 0, done.stderr
+    # A library that asks when it is imported.
+    asking = "import torch\nif torch.cuda.is_available() and torch.cuda.device_count():\n"
+    (tmp_path / "triton.py").write_text(asking + "    raise ImportError('no kernels here')\n")
+    assert "is_available was called" in importing(["triton"], tmp_path).stderr
+    done = importing(["bench.preload"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is_available was called" in importing(["bench.preload", "triton"], tmp_path).stderr
 
 
-def test_with_a_gpu_the_server_imports_torch_alone(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert isolate.preloaded() == ["torch"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert isolate.preloaded() == ["bench.worker"]
-    # So that the test above proves something.
-    assert importing(["torch", "torch.cuda; torch.cuda.device_count()"]).returncode != 0
+def test_the_server_imports_by_whether_there_is_a_gpu(monkeypatch):
+    for is_there, module in ((False, "bench.worker"), (True, "bench.preload")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_there: answer)
+        assert isolate.preloaded() == [module]
 
 
 def process_id():
