@@ -200,7 +200,7 @@ def _cuda(request: Request) -> Iterator[Cell]:
     for width in widths:
         yield from _counts(names, asked, width)
     yield from _goals_and_quality(request, names)
-    pace: dict[str, Any] = {"seconds": 0.4, "rounds": 25, "device": "cuda"}
+    pace: dict[str, Any] = {"seconds": 0.25, "rounds": 25, "device": "cuda"}
     for width in widths:
         is_main = width == widths[0] or bool(request.widths)
         for dtype in request.dtypes or ("bfloat16",):

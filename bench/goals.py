@@ -118,7 +118,14 @@ def rows_of(report: dict[str, Any]) -> list[Row]:
     """The rows in a JSON file of the suite, in the order of the goals."""
     names = [field.name for field in dataclasses.fields(Row)]
     entries = [b["extra_info"] for b in report["benchmarks"] if "rows" in b["extra_info"]]
-    rows = [Row(**{n: row[n] for n in names}) for entry in entries for row in entry["rows"]]
+    rows = []
+    for entry in entries:
+        found = [Row(**{name: row[name] for name in names}) for row in entry["rows"]]
+        if "commit" in entry:  # of an earlier run, which a later one of other goals kept
+            earlier = f"measured at commit {entry['commit']}"
+            notes = ["; ".join(text for text in (row.note, earlier) if text) for row in found]
+            found = [dataclasses.replace(r, note=n) for r, n in zip(found, notes, strict=True)]
+        rows += found
     for cell in report.get("cells_not_measured", []):
         goal = cell["name"].removeprefix("test_goal[").removesuffix("]")
         if goal in GOALS:
@@ -176,7 +183,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--only", default="", help="goals to measure, such as G4,G9")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--save", type=Path, help="JSON to write the goals' figures to")
+    parser.add_argument(
+        "--save", type=Path,
+        help="JSON to write the goals' figures to; those that --only leaves out stay in it",
+    )  # fmt: skip
     parser.add_argument(
         "--into", type=Path, action="append", default=[],
         help="file whose part <!-- goals -->, or <!-- goals-cuda -->, is replaced; repeatable",
@@ -198,7 +208,7 @@ def main(arguments: list[str]) -> int:
         for name in wanted:
             if name not in GOALS:
                 raise UserError(f"unknown goal {name!r}; choose of {', '.join(GOALS)}")
-        report = _measure(wanted, options.device, options.save)
+        report = _measure(wanted, options.device, options.save, bool(options.only))
         rows = rows_of(report)
     print(f"{as_table(rows)}\n\n{summary(rows)}")
     part = "goals-cuda" if rows[0].goal.startswith(LETTERS["cuda"]) else "goals"
@@ -215,8 +225,22 @@ def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in small.items() if key != "cells_requested"}
 
 
-def _measure(names: list[str], device: str, save: Path | None) -> dict[str, Any]:
-    entries: list[dict[str, Any]] = []
+def _others(saved: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The entries of goals that are not measured now, each with its commit."""
+    kept = []
+    for entry in saved["benchmarks"]:
+        rows = [row for row in entry["extra_info"].get("rows", []) if row["goal"] not in names]
+        if rows:
+            commit = {"commit": saved.get("common", {}).get("commit", "unknown")}
+            kept.append({"extra_info": {**commit, **entry["extra_info"], "rows": rows}})
+    return kept
+
+
+def _measure(
+    names: list[str], device: str, save: Path | None, keeps_others: bool
+) -> dict[str, Any]:
+    does_keep = save is not None and keeps_others and save.exists()
+    entries: list[dict[str, Any]] = _others(read_report(save), names) if does_keep else []
     report = {
         "machine_info": {"attnzoo": {"device": device, "versions": machine.versions()}},
         "datetime": datetime.now(timezone.utc).isoformat(),

@@ -169,36 +169,46 @@ _PACKAGES = ("flash", "xformers")  # values of the softmax mechanism's impl
 def backbone_against_softmax(found: Found) -> None:
     found.check("dydila", DIM, "bfloat16", **dydila_options(DIM))
     found.check("softmax", DIM, "bfloat16")
-    curves: dict[str, list[tuple[float, float]]] = {"dydila": [], "softmax": []}
-    for resolution in RESOLUTIONS:
-        cell = _cell(found, resolution // PIXELS_PER_TOKEN, "forward", "backbone")
-        race = found.race({"dydila": _step(cell, "dydila")} | _softmax_steps(cell))
-        best = min((name for name in race.launched if name != "dydila"), key=race.median)
-        for name, contestant in (("dydila", "dydila"), ("softmax", best)):
-            curves[name].append((cell.tokens, race.median(contestant)))
-    cross = crossover(curves["dydila"], curves["softmax"])
-    if cross:
-        told = f"faster from {cross[0] ** 0.5 * PIXELS_PER_TOKEN:.0f} px on"
-    else:
-        is_faster = curves["dydila"][0][1] < curves["softmax"][0][1]
-        told = f"{'faster' if is_faster else 'slower'} from {RESOLUTIONS[0]} px on"
-    found.compare(f"DyDiLA's backbone, times faster than the fastest softmax, forward, "
-                  f"{RESOLUTIONS[-1]} px", race, best, "dydila", "higher", 2.0, 3.4,
-                  note=f"{told}; {best}")  # fmt: skip
+    best = ""
+    for compiled, resolutions in ((False, RESOLUTIONS), (True, RESOLUTIONS[1::2])):
+        curves: dict[str, list[tuple[float, float]]] = {"dydila": [], "softmax": []}
+        for resolution in resolutions:
+            torch._dynamo.reset()
+            cell = _cell(found, resolution // PIXELS_PER_TOKEN, "forward", "backbone")
+            # Compiling takes long: only with the backend that was fastest without.
+            softmax = _softmax_steps(cell, compiled, best if compiled else "")
+            race = found.race({"dydila": _step(cell, "dydila", compiled)} | softmax)
+            best = min(softmax, key=race.median)
+            for name, contestant in (("dydila", "dydila"), ("softmax", best)):
+                curves[name].append((cell.tokens, race.median(contestant)))
+        found.compare(
+            f"DyDiLA's backbone{', blocks compiled' if compiled else ''}, times faster than the "
+            f"fastest softmax, forward, {resolutions[-1]} px",
+            race, best, "dydila", "higher", 2.0, 3.4,
+            note=f"{_crossover(curves, resolutions[0])}; {best}",
+        )  # fmt: skip
 
 
-def _softmax_steps(cell: Cell) -> Calls:
-    """The backends that run here, on one set of weights where they can share it."""
-    shared, steps = _step(cell, "softmax"), {}
-    for name, backend in _SOFTMAX.items():
-        steps[name] = _within(functools.partial(sdpa_kernel, backend), shared)
-    for impl in _PACKAGES:
-        steps[impl] = _step(cell, "softmax", impl=impl)
-    for name, step in list(steps.items()):
+def _crossover(curves: dict[str, list[tuple[float, float]]], least: int) -> str:
+    if cross := crossover(curves["dydila"], curves["softmax"]):
+        return f"faster from {cross[0] ** 0.5 * PIXELS_PER_TOKEN:.0f} px on"
+    is_faster = curves["dydila"][0][1] < curves["softmax"][0][1]
+    return f"{'faster' if is_faster else 'slower'} from {least} px on"
+
+
+def _softmax_steps(cell: Cell, compiled: bool, only: str) -> Calls:
+    """The backends that run here, or one, on one set of weights where they can share it."""
+    shared, steps = _step(cell, "softmax", compiled), {}
+    for name in [only] if only else [*_SOFTMAX, *_PACKAGES]:
         try:
+            if name in _SOFTMAX:
+                step = _within(functools.partial(sdpa_kernel, _SOFTMAX[name]), shared)
+            else:
+                step = _step(cell, "softmax", compiled, impl=name)
             step()
         except (ImportError, NotImplementedError, RuntimeError):
-            del steps[name]
+            continue
+        steps[name] = step
     if not steps:
         raise RuntimeError("no backend of softmax attention runs on this device")
     return steps
@@ -241,6 +251,30 @@ def routed_against_linear(found: Found) -> None:
     })  # fmt: skip
     found.compare(f"routed over nn.Linear, speed, n={tokens}, n_P={experts}, forward, with its "
                   f"sort", race, "linear", "routed", "higher", 0.75, 0.90)  # fmt: skip
+
+    def pair() -> tuple[torch.Tensor, ...]:
+        (x, first, one), (_, second, other) = tensors(), tensors()
+        return x, first, second, torch.cat([one, other + experts]).int()
+
+    x, first, second, index = pair()
+    both = fused.grouped_projection(x[few], first, second, index.view(2, -1)[:, few].flatten())
+    for weight, mine, choice in zip((first, second), both, index.view(2, -1), strict=True):
+        choice = choice[few].long() % experts
+        exact = naive_routed_projection(x[few].double(), weight.double(), choice)
+        _require("grouped_projection", mine, exact, found)
+
+    def two() -> Callable[[], Any]:
+        layers = [torch.nn.Linear(DIM, DIM, bias=False, dtype=DTYPE) for _ in range(2)]
+        layers = [layer.to(found.device) for layer in layers]
+        return step_of(lambda x: [layer(x) for layer in layers][1], (tensors()[0],), "forward")
+
+    race = found.race({
+        "linears": _rotated(two),
+        "pair": _rotated(lambda: step_of(fused.grouped_projection, pair(), "forward")),
+    })  # fmt: skip
+    found.compare(f"DyDiLA's two routed projections over two of nn.Linear, speed, n={tokens}, "
+                  f"n_P={experts}, forward, with their sort", race, "linears", "pair", "higher",
+                  0.75, 0.90)  # fmt: skip
 
 
 def power_map_against_copy(found: Found) -> None:

@@ -196,7 +196,11 @@ def subject(
     inputs = _inputs(cell, model, dtype)
     run: Any = WholeLayer(model) if isinstance(model, Attention) else model
     if cell.compiled if compiled is None else compiled:
-        run = torch.compile(run, fullgraph=True)
+        if cell.kind == "backbone":  # blocks are alike: one graph serves all of them
+            for block in run.blocks:
+                block.compile(fullgraph=True)
+        else:
+            run = torch.compile(run, fullgraph=True)
     return model, step_of(run, inputs, cell.mode)
 
 

@@ -349,6 +349,20 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
         goals.main([str(path), "--into", str(page)])
 
 
+def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
+    path = tmp_path / "goals.json"
+    old = [goals.Row(goal=g, what=g, value=1.0, owed=2.0, aim=1.0, better="lower") for g in
+           ("G13", "G5")]  # fmt: skip
+    entries = [{"extra_info": {"rows": [dataclasses.asdict(row)]}} for row in old]
+    path.write_text(json.dumps({"benchmarks": entries, "common": {"commit": "abc123"}}))
+    assert goals.main(["--only", "G13", "--save", str(path)]) == 0
+    rows = goals.rows_of(results.read_report(path))
+    assert [row.goal for row in rows] == ["G5"] + ["G13"] * (len(rows) - 1) and len(rows) > 2
+    assert rows[0].note == "measured at commit abc123" and "commit" not in rows[1].note
+    assert goals.main([str(path)]) == 0
+    assert "abc123" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["goals.json", "goals-gpu.json"])
 def test_the_committed_goals_are_what_the_pages_show(name):
     """Tables on all pages are written from one file: python -m bench.goals FILE --into PAGE."""
