@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -195,6 +196,9 @@ def _cuda(request: Request) -> Iterator[Cell]:
         pair for pair in names if request.mechanisms or pair[0] in ("softmax", "sana", "dydila")
     ]
     linear = [pair for pair in few if pair[0] != "softmax"]
+    # flash-linear-attention tries blocks for a minute and a half before it computes.
+    tuned = [pair for pair in names if pair[0] == "gated"]
+    quick = [pair for pair in names if pair not in tuned]
     is_full = request.profile == "full"
     widths = request.widths or ((768, 384) if is_full else (768,))
     for width in widths:
@@ -211,7 +215,7 @@ def _cuda(request: Request) -> Iterator[Cell]:
                                **base)  # fmt: skip
             yield from _layers(few, asked or (4096,), "train", **base)
             for mode in ("forward", "train"):
-                yield from _peers(names, asked or (1024,), mode, **base)
+                yield from _peers(quick, asked or (1024,), mode, **base)
             if width in SIZES:
                 sizes = (256, 1024, 2048) if is_main else (1024, 2048)
                 yield from _backbones(few, asked or sizes, ("forward",), **base)
@@ -221,6 +225,10 @@ def _cuda(request: Request) -> Iterator[Cell]:
                     yield from _layers(linear, asked or (1024,), mode, compiled=True, **base)
             else:
                 yield from _layers(few, asked or (256, 2048), "forward", **base)
+    for width, dtype, mode in itertools.product(
+        request.widths or widths[:1], request.dtypes or ("bfloat16",), ("forward", "train")
+    ):
+        yield from _peers(tuned, asked or (1024,), mode, width=width, dtype=dtype, **pace)
 
 
 Named = Sequence[tuple[str, tuple[tuple[str, Any], ...]]]

@@ -221,8 +221,7 @@ def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
     entries = [entry for entry in report["benchmarks"] if "rows" in entry["extra_info"]]
     cells = report.get("cells_not_measured", [])
     missed = [cell for cell in cells if cell["name"].startswith("test_goal[")]
-    small = compact(report | {"benchmarks": entries, "cells_not_measured": missed})
-    return {key: value for key, value in small.items() if key != "cells_requested"}
+    return compact(report | {"benchmarks": entries, "cells_not_measured": missed})
 
 
 def _others(saved: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:

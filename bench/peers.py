@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,21 +165,23 @@ def _diffusers_sana(layer: Any) -> nn.Module:
 # --- gated linear attention ---------------------------------------------------------------------
 
 
-def _fla(module: str, function: str) -> Callable[[Any], nn.Module]:
-    """Our layer with flash-linear-attention's scan in place of ours."""
+def _fla(module: str, function: str, gate: str) -> Callable[[Any], nn.Module]:
+    """Our layer with flash-linear-attention's scan in place of ours; ``gate`` is its argument."""
 
     def build(layer: Any) -> nn.Module:
         kernel = getattr(importlib.import_module(module), function)
-        is_triton = "naive" not in function
-        if not is_triton:
+        if "naive" in function:
             _refuse_cuda(layer)
         elif next(layer.parameters()).device.type != "cuda":
             raise NotImplementedError("Triton kernels need a CUDA device")
+        # Where the scale cannot be given it is that of softmax attention.
+        has_scale = "scale" in inspect.signature(kernel).parameters
 
         def scan(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *_: Any) -> Tensor:
+            query = query if has_scale else query * query.shape[-1] ** 0.5
             operands = [rearrange(z, "b h n d -> b n h d") for z in (query, key, value, log_gate)]
-            names = ("q", "k", "v", "g" if is_triton else "gk")
-            out = kernel(**dict(zip(names, operands, strict=True)), scale=1.0)
+            given = dict(zip(("q", "k", "v", gate), operands, strict=True))
+            out = kernel(**given, **({"scale": 1.0} if has_scale else {}))
             return rearrange(out[0] if isinstance(out, tuple) else out, "b n h d -> b h n d")
 
         def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -232,8 +235,8 @@ _PEERS: dict[str, dict[str, Callable[[Any], nn.Module]]] = {
     "sana": {"naive map": _naive, "diffusers Sana processor": _diffusers_sana},
     "gated": {
         "recurrence": _recurrence,
-        "fla chunk_gla": _fla("fla.ops.gla", "chunk_gla"),
-        "fla fused_recurrent_gla": _fla("fla.ops.gla", "fused_recurrent_gla"),
-        "fla naive_recurrent_gla": _fla("fla.ops.gla.naive", "naive_recurrent_gla"),
+        "fla chunk_gla": _fla("fla.ops.gla", "chunk_gla", "g"),
+        "fla fused_recurrent_gla": _fla("fla.ops.gla", "fused_recurrent_gla", "gk"),
+        "fla naive_recurrent_gla": _fla("fla.ops.gla.naive", "naive_recurrent_gla", "gk"),
     },
 }

@@ -257,11 +257,15 @@ def where(report: dict[str, Any]) -> str:
             continue
         resolution = fullest_resolution(chosen)
         chosen = subset(chosen, "layer", resolution=resolution)
+        # The device's own time where it is known.
+        time = chosen["device_time"] if "device_time" in chosen else chosen["seconds"]
+        chosen = chosen.assign(time=time.fillna(chosen["seconds"]))
+        chosen = chosen.assign(share=chosen["share_of_peak"] * chosen["seconds"] / chosen["time"])
         rows = [
-            [row["label"], amount(row["seconds"], "s"), f"{row['gflops']:.0f}",
-             f"{1 / row['share_of_peak']:.2f}", memory(row["peak_memory"]),
-             f"{row['allocated'] / row['peak_memory']:.1f}"]
-            for row in chosen.sort_values(by="share_of_peak", ascending=False).to_dict("records")
+            [row["label"], amount(row["time"], "s"),
+             f"{row['gflops'] * row['seconds'] / row['time']:,.0f}", f"{1 / row['share']:.2f}",
+             memory(row["peak_memory"]), f"{row['allocated'] / row['peak_memory']:.1f}"]
+            for row in chosen.sort_values(by="share", ascending=False).to_dict("records")
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip

@@ -85,9 +85,8 @@ def _machine(report: dict[str, Any], source: str) -> str:
 
 
 def _accounts(report: dict[str, Any]) -> str:
-    requested = report.get("cells_requested", [])
-    absent = report.get("cells_not_measured", [])
-    text = f"<p>{len(requested)} cells requested, {len(requested) - len(absent)} measured.</p>"
+    absent, measured = report.get("cells_not_measured", []), len(report["benchmarks"])
+    text = f"<p>{measured + len(absent)} cells requested, {measured} measured.</p>"
     if absent:
         rows = [[cell["name"], cell["state"], cell["reason"]] for cell in absent]
         text += f"<div class=bad>{_table(['cell', 'state', 'reason'], rows)}</div>"

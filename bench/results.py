@@ -107,17 +107,38 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
         found = entry["extra_info"]
         if found.get("kind") != "count":  # which is made on a CPU in every run
             common = {key: found[key] for key in shared if key in found} | common
-        dropped = ("macs_parts", "check", *shared)
+        dropped = ("macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds", *shared)
         info = {key: rounded(value) for key, value in found.items() if key not in dropped}
         low, middle, high = quartiles(entry["stats"].get("data") or [entry["stats"]["median"]])
         stats = {"q1": low, "median": middle, "q3": high, "rounds": entry["stats"]["rounds"]}
         benchmarks.append({"name": entry["name"], "extra_info": info, "stats": rounded(stats)})
-    kept = ("datetime", "cells_requested", "cells_not_measured")
+    kept = ("datetime", "cells_not_measured")
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
         "common": common,
         **{key: report[key] for key in kept if key in report},
         "benchmarks": benchmarks,
+    }
+
+
+def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several runs, where a later measurement of a cell replaces an earlier one.
+
+    Raises:
+        UserError: They are of different devices or commits, and so cannot stand in one table.
+    """
+    sources = {source_of({**report, "datetime": ""}) for report in reports}
+    if len(sources) > 1:
+        told = "; ".join(sorted(sources))
+        raise UserError(f"these are runs of different devices, versions or commits: {told}")
+    measured = {entry["name"]: entry for report in reports for entry in report["benchmarks"]}
+    missed = {cell["name"]: cell for r in reports for cell in r.get("cells_not_measured", [])}
+    asked = {name for report in reports for name in report.get("cells_requested", [])}
+    return {
+        **reports[-1],
+        "benchmarks": list(measured.values()),
+        "cells_requested": sorted(asked),
+        "cells_not_measured": [cell for name, cell in missed.items() if name not in measured],
     }
 
 
@@ -135,10 +156,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.results", description="makes a small copy of a JSON of the suite"
     )
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+", help="several runs are joined")
     parser.add_argument("--compact", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
-    small = compact(read_report(options.report))
+    small = compact(joined([read_report(path) for path in options.reports]))
     options.compact.parent.mkdir(parents=True, exist_ok=True)
     options.compact.write_text(json.dumps(small, separators=(",", ":")))
     print(f"{options.compact}: {options.compact.stat().st_size / 1024:.0f} KiB")

@@ -9,13 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
+from einops import rearrange
 
 import attnzoo
+from attnzoo.ops.gated import naive_gated_linear_attention
+from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results
 from bench.cells import Request, table
+from bench.peers import contestants_of
 from recipes.console import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -349,6 +355,51 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
         goals.main([str(path), "--into", str(page)])
 
 
+def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
+    def naive_recurrent_gla(q, k, v, gk, initial_state=None, output_final_state=False):
+        operands = (
+            rearrange(z, "b n h d -> b h n d") for z in (q * q.shape[-1] ** -0.5, k, v, gk)
+        )
+        return rearrange(naive_gated_linear_attention(*operands), "b h n d -> b n h d"), None
+
+    module = types.SimpleNamespace(naive_recurrent_gla=naive_recurrent_gla)
+    kernels = types.SimpleNamespace(chunk_gla=None, fused_recurrent_gla=None)  # need a GPU
+    found = {"fla": module, "fla.ops": module, "fla.ops.gla": kernels, "fla.ops.gla.naive": module}
+    for name, fake in found.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    ours, theirs, _ = contestants_of(build_scrambled("gated"))
+    x = tokens((4, 4))
+    with torch.no_grad():
+        found, expected = theirs["fla naive_recurrent_gla"](x, (4, 4)), ours(x, (4, 4))
+    torch.testing.assert_close(found, expected)
+
+
+def test_runs_of_one_machine_are_joined(quick, tmp_path):
+    report = json.loads(quick[0].read_text())
+    kept, rest = report["benchmarks"][:5], report["benchmarks"][5:]
+    lost = [{"name": b["name"], "state": "timeout", "reason": "the time was up"} for b in rest]
+    lost.append({"name": "never", "state": "error", "reason": "wrong"})
+    first = report | {"benchmarks": kept, "cells_not_measured": lost}
+    again = json.loads(json.dumps(kept[0]))
+    again["extra_info"]["load"] = 77.0
+    second = report | {"benchmarks": [*rest, again], "cells_not_measured": []}
+    paths = [tmp_path / name for name in ("a.json", "b.json", "small.json")]
+    for path, one in zip(paths, (first, second), strict=False):
+        path.write_text(json.dumps(one))
+    assert results.main([str(paths[0]), str(paths[1]), "--compact", str(paths[2])]) == 0
+    small = results.read_report(paths[2])
+    names = [b["name"] for b in report["benchmarks"]]
+    assert sorted(b["name"] for b in small["benchmarks"]) == sorted(names)
+    assert [cell["name"] for cell in small["cells_not_measured"]] == ["never"]
+    loads = [b["extra_info"]["load"] for b in small["benchmarks"]]
+    assert loads.count(77.0) == 1
+    for entry in second["benchmarks"]:
+        entry["extra_info"]["commit"] = "another"
+    paths[1].write_text(json.dumps(second))
+    with pytest.raises(UserError, match="commit another"):
+        results.main([str(paths[0]), str(paths[1]), "--compact", str(paths[2])])
+
+
 def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
     path = tmp_path / "goals.json"
     old = [goals.Row(goal=g, what=g, value=1.0, owed=2.0, aim=1.0, better="lower") for g in
@@ -371,6 +422,14 @@ def test_the_committed_goals_are_what_the_pages_show(name):
     for page in ("README.md", "docs/performance.md"):
         assert text in (ROOT / page).read_text(), page
     assert (ROOT / "docs" / "plots" / name).stat().st_size < 100 * 2**10
+
+
+def test_the_committed_gpu_run_is_small_and_is_what_its_page_shows():
+    path = ROOT / "docs" / "plots" / "gpu.json"
+    assert path.stat().st_size < 200 * 2**10
+    report = results.read_report(path)
+    assert plot.where(report) in (ROOT / "docs" / "gpu.md").read_text()
+    assert {"layer", "backbone", "peers", "count"} <= set(results.frame(report)["kind"])
 
 
 def test_the_readmes_commands_run(tmp_path, monkeypatch, capsys):
