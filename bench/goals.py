@@ -238,8 +238,14 @@ def _others(saved: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
 def _measure(
     names: list[str], device: str, save: Path | None, keeps_others: bool
 ) -> dict[str, Any]:
-    does_keep = save is not None and keeps_others and save.exists()
-    entries: list[dict[str, Any]] = _others(read_report(save), names) if does_keep else []
+    entries: list[dict[str, Any]] = []
+    if save is not None and keeps_others and save.exists():
+        saved = read_report(save)
+        before = saved.get("machine_info", {}).get("attnzoo", {}).get("device", device)
+        if before != device:
+            raise UserError(f"{save} holds goals of device {before!r}; name another file to save "
+                            f"those of {device!r} to")  # fmt: skip
+        entries = _others(saved, names)
     report = {
         "machine_info": {"attnzoo": {"device": device, "versions": machine.versions()}},
         "datetime": datetime.now(timezone.utc).isoformat(),

@@ -29,7 +29,7 @@ def to_tokens(image: Tensor) -> Tensor:
 def _widened(kernel: Tensor, size: int) -> Tensor:
     """The same depthwise kernel with zeros around it: (c, 1, h, w) -> (c, 1, size, size)."""
     side, edge = ((size - length) // 2 for length in kernel.shape[2:])
-    return F.pad(kernel, (edge, edge, side, side))
+    return F.pad(kernel, (edge, edge, side, side)) if side or edge else kernel
 
 
 def _apply(

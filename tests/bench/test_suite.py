@@ -412,6 +412,8 @@ def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
     assert rows[0].note == "measured at commit abc123" and "commit" not in rows[1].note
     assert goals.main([str(path)]) == 0
     assert "abc123" in capsys.readouterr().out
+    with pytest.raises(UserError, match="device 'cpu'; name another file"):
+        goals.main(["--only", "U2", "--device", "cuda", "--save", str(path)])
 
 
 @pytest.mark.parametrize("name", ["goals.json", "goals-gpu.json"])
