@@ -139,7 +139,7 @@ def test_without_kernels_a_gpu_keeps_to_torch(monkeypatch):
 
     x = torch.zeros(1).as_subclass(Pretender)
     for works in (True, False):
-        monkeypatch.setattr(fused, "_try_kernels", lambda works=works: works)
+        monkeypatch.setattr(fused.support, "_try_kernels", lambda works=works: works)
         assert fused.runs_on(x) is works
         assert not fused.runs_on(x, torch.float16) and not fused.runs_on(x.double())
 
