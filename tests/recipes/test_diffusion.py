@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes import diffusion as module
 from recipes.diffusion import (
     DIFFUSION_PRESETS,
     SAMPLERS,
@@ -18,6 +17,8 @@ from recipes.diffusion import (
     sample,
     to_uint8,
 )
+from recipes.diffusion.sampling import _Guidance
+from recipes.diffusion.variance import _decoder_nll, _gaussian_kl
 
 EPSILON = Diffusion("epsilon")
 VELOCITY = Diffusion("v_prediction")
@@ -345,7 +346,7 @@ class TestVariationalBound:
     def test_kl_of_two_gaussians(self) -> None:
         means, others = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([0.0, 0.5, 1.0])
         variances, other_variances = torch.tensor([1.0, 0.3, 2.0]), torch.tensor([1.0, 2.0, 0.5])
-        divergence = module._gaussian_kl(means, variances.log(), others, other_variances.log())
+        divergence = _gaussian_kl(means, variances.log(), others, other_variances.log())
         expected = torch.distributions.kl_divergence(
             torch.distributions.Normal(means, variances.sqrt()),
             torch.distributions.Normal(others, other_variances.sqrt()),
@@ -356,14 +357,12 @@ class TestVariationalBound:
     @pytest.mark.parametrize("std", [0.008, 0.1, 2.0])
     def test_decoder_masses_sum_to_one(self, mean: float, std: float) -> None:
         levels = torch.arange(256) / 127.5 - 1
-        nll = module._decoder_nll(
-            levels, torch.full((256,), mean), torch.full((256,), 2 * math.log(std))
-        )
+        nll = _decoder_nll(levels, torch.full((256,), mean), torch.full((256,), 2 * math.log(std)))
         assert torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-4)
 
     def test_decoder_keeps_its_digits_in_both_tails(self) -> None:
         levels = torch.tensor([102, 153]) / 127.5 - 1
-        nll = module._decoder_nll(levels, torch.zeros(2), torch.full((2,), 2 * math.log(0.033)))
+        nll = _decoder_nll(levels, torch.zeros(2), torch.full((2,), 2 * math.log(0.033)))
         lower, upper = (
             0.5 * math.erfc((0.2 + shift) / 0.033 / math.sqrt(2)) for shift in (1 / 255, -1 / 255)
         )
@@ -590,7 +589,7 @@ class TestSample:
                 return (torch.cat([hidden_states, variance], dim=1),)
 
         time, labels = torch.tensor(5), torch.tensor([1, 2])
-        guidance = module._Guidance(BothHalves(), HYBRID, NUM_CLASSES, 4.0, 3)
+        guidance = _Guidance(BothHalves(), HYBRID, NUM_CLASSES, 4.0, 3)
         _, variance = guidance.predict(torch.ones(2, *SHAPE), time, labels)
         assert torch.equal(variance, torch.full((2, *SHAPE), 0.5))
 
