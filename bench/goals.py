@@ -265,9 +265,9 @@ def _measure(
         else:
             row = _not_measured(name, outcome.state, outcome.reason)
             info = {"rows": [dataclasses.asdict(row)]}
-        entries.append({"extra_info": info})
+        entries.append(rounded({"extra_info": info}))  # what is printed is what is saved
         if save:  # after every goal, so that no interruption loses one
-            save.write_text(json.dumps(rounded(report), indent=1))
+            save.write_text(json.dumps(report, indent=1))
     return report
 
 
