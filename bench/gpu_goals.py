@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
-from attnzoo.contract import Attention
 from attnzoo.ops import fused
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.gated import gated_linear_attention, naive_gated_linear_attention
@@ -78,11 +77,7 @@ def _cell(found: Found, side: int, mode: str, kind: Any = "layer") -> Cell:
 
 
 def _step(cell: Cell, mechanism: str, compiled: bool = False, **options: Any) -> Callable[[], Any]:
-    model, step = subject(cell, mechanism, options, DTYPE, compiled)
-    for layer in model.modules():
-        if isinstance(layer, Attention) and cell.mode == "forward":
-            layer.fuse()
-    return step
+    return subject(cell, mechanism, options, DTYPE, compiled)[1]
 
 
 # --------------------------------------------------------------------------------------- layers

@@ -193,6 +193,8 @@ def subject(
     with torch.device(cell.device):  # initialising a whole backbone on the CPU takes seconds
         model = build(cell.kind, mechanism, cell.width, options, cell.resolution)
     model = model.to(cell.device, dtype).train(cell.mode == "train")
+    if cell.mode == "forward":
+        model.fuse()  # as whoever only samples does
     inputs = _inputs(cell, model, dtype)
     run: Any = WholeLayer(model) if isinstance(model, Attention) else model
     if cell.compiled if compiled is None else compiled:
