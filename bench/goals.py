@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from attnzoo.contract import nearest
 from bench import machine
 from bench.cells import Cell
 from bench.isolate import run_isolated
@@ -207,7 +208,8 @@ def main(arguments: list[str]) -> int:
         wanted = [name for name in options.only.split(",") if name] or own
         for name in wanted:
             if name not in GOALS:
-                raise UserError(f"unknown goal {name!r}; choose of {', '.join(GOALS)}")
+                choices = f"{nearest(name, GOALS)} Choose of {', '.join(GOALS)}"
+                raise UserError(f"unknown goal {name!r}{choices}")
         report = _measure(wanted, options.device, options.save, bool(options.only))
         rows = rows_of(report)
     print(f"{as_table(rows)}\n\n{summary(rows)}")
