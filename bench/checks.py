@@ -25,7 +25,10 @@ class WrongResult(Exception):
 def check_key(cell: Cell) -> str:
     """What ``check_layer`` depends on: cells that agree in it need one check between them."""
     side = min(cell.side, SIBLING_SIDE)
-    return f"{cell.mechanism}{cell.options} d{cell.width} {cell.dtype} {cell.device} {side}"
+    place = "backbone" if cell.kind == "backbone" else "layer"  # whose heads and options differ
+    return (
+        f"{place} {cell.mechanism}{cell.options} d{cell.width} {cell.dtype} {cell.device} {side}"
+    )
 
 
 def check_layer(

@@ -133,11 +133,9 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
         raise UserError(f"these are runs of different devices, versions or commits: {told}")
     measured = {entry["name"]: entry for report in reports for entry in report["benchmarks"]}
     missed = {cell["name"]: cell for r in reports for cell in r.get("cells_not_measured", [])}
-    asked = {name for report in reports for name in report.get("cells_requested", [])}
     return {
         **reports[-1],
         "benchmarks": list(measured.values()),
-        "cells_requested": sorted(asked),
         "cells_not_measured": [cell for name, cell in missed.items() if name not in measured],
     }
 

@@ -102,7 +102,7 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     allocator = prepare(settings)
     dtype, device, options = getattr(torch, cell.dtype), cell.device, dict(cell.options)
     check = settings.checked.get(check_key(cell)) or check_layer(
-        cell.mechanism, options, cell.width, cell.dtype, device, cell.side
+        cell.mechanism, layer_options(cell), cell.width, cell.dtype, device, cell.side
     )
     record: dict[str, Any] = {"check": check}
     if cell.kind == "peers":
@@ -212,6 +212,16 @@ def _plain_softmax(cell: Cell, dtype: torch.dtype) -> Callable[[], Any]:
     return step_of(peer, _inputs(cell, layer, dtype), cell.mode)
 
 
+def layer_options(cell: Cell) -> dict[str, Any]:
+    """The options of the layer that a cell times, with those that a backbone's size brings."""
+    options = dict(cell.options)
+    if cell.kind != "backbone":
+        return options
+    with torch.device("meta"):
+        model: Any = build(cell.kind, cell.mechanism, cell.width, options, cell.resolution)
+    return {**model.config.attn_options, "num_heads": model.config.num_heads}
+
+
 def build(
     kind: str, mechanism: str, width: int, options: dict[str, Any], resolution: int
 ) -> torch.nn.Module:
@@ -221,7 +231,7 @@ def build(
     model = build_backbone(mechanism, SIZES[width], "controlled", resolution, attn_options=options)
     with torch.no_grad():  # zeroed gates would make every block the identity
         for parameter in model.parameters():
-            if not parameter.any():
+            if not parameter.is_meta and not parameter.any():
                 parameter.normal_(std=0.02)
     return model
 

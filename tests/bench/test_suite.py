@@ -19,8 +19,9 @@ from einops import rearrange
 import attnzoo
 from attnzoo.ops.gated import naive_gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
-from bench import compare, fits, goals, plot, recommend, results
-from bench.cells import Request, table
+from bench import compare, fits, goals, plot, recommend, results, worker
+from bench.cells import Cell, Request, table
+from bench.checks import check_key
 from bench.peers import contestants_of
 from recipes.console import UserError
 
@@ -353,6 +354,16 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
     page.write_text("nothing")
     with pytest.raises(UserError, match="needs one line"):
         goals.main([str(path), "--into", str(page)])
+
+
+def test_a_backbone_is_checked_with_the_layer_that_it_has():
+    own = {"mechanism": "dydila", "resolution": 256, "width": 768}
+    layer, backbone = (Cell(kind=kind, **own) for kind in ("layer", "backbone"))
+    assert worker.layer_options(layer) == {}
+    assert worker.layer_options(backbone) == {
+        "n_projectors": 7, "n_kernel_factors": 21, "n_differential_factors": 21, "num_heads": 12,
+    }  # fmt: skip
+    assert check_key(layer) != check_key(backbone)
 
 
 def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
