@@ -30,6 +30,12 @@ def read_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON file of the suite: {error}") from error
     if not isinstance(report, dict) or "benchmarks" not in report:
         raise UserError(f"{path} is no JSON file of the suite: it has no benchmarks")
+    usual = report.pop("usual", None)
+    if usual is not None:  # it is compact
+        for entry in report["benchmarks"]:
+            info = entry["extra_info"] = {**usual, **entry["extra_info"]}
+            if "id" in info and "name" in entry:
+                entry["name"] += f"[{info['id']}]"
     return report
 
 
@@ -64,8 +70,7 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
         info, stats = entry["extra_info"], entry["stats"]
         if "id" not in info:
             continue
-        data = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]
-        low, middle, high = quartiles(data)
+        low, middle, high = _quartiles(stats)
         row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high}
         if "device_seconds" in info:
             row["device_time"] = info["device_seconds"]["median"]
@@ -99,9 +104,9 @@ def families(cells: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
 
 
 def compact(report: dict[str, Any]) -> dict[str, Any]:
-    """The same report without what pictures and tables do not need; about a fifth of the size."""
+    """The report without what pictures and tables do not need, as ``read_report`` takes it."""
     shared = ("versions", "commit", "allocator", "memory_method", "device_name", "threads")
-    common: dict[str, Any] = {}
+    common: dict[str, Any] = dict(report.get("common", {}))
     benchmarks = []
     for entry in report["benchmarks"]:
         found = entry["extra_info"]
@@ -109,16 +114,39 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
             common = {key: found[key] for key in shared if key in found} | common
         dropped = ("macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds", *shared)
         info = {key: rounded(value) for key, value in found.items() if key not in dropped}
-        low, middle, high = quartiles(entry["stats"].get("data") or [entry["stats"]["median"]])
+        low, middle, high = _quartiles(entry["stats"])
         stats = {"q1": low, "median": middle, "q3": high, "rounds": entry["stats"]["rounds"]}
         benchmarks.append({"name": entry["name"], "extra_info": info, "stats": rounded(stats)})
+    usual = _usual([entry["extra_info"] for entry in benchmarks])
+    for entry in benchmarks:
+        info = entry["extra_info"]
+        entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
+        entry["extra_info"] = {k: v for k, v in info.items() if k not in usual or v != usual[k]}
     kept = ("datetime", "cells_not_measured")
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
         "common": common,
+        "usual": usual,
         **{key: report[key] for key in kept if key in report},
         "benchmarks": benchmarks,
     }
+
+
+def _quartiles(stats: dict[str, Any]) -> tuple[float, float, float]:
+    if data := stats.get("data"):
+        return quartiles(data)
+    return stats.get("q1", stats["median"]), stats["median"], stats.get("q3", stats["median"])
+
+
+def _usual(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most frequent value of each key that all cells have; ``read_report`` puts it back."""
+    usual = {}
+    for key in sorted(set.intersection(*map(set, cells))) if cells else ():
+        counts = collections.Counter(json.dumps(cell[key]) for cell in cells)
+        text, times = counts.most_common(1)[0]
+        if times > 1:
+            usual[key] = json.loads(text)
+    return usual
 
 
 def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -122,6 +122,18 @@ def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
     small = tmp_path / "small.json"
     assert results.main([str(quick[0]), "--compact", str(small)]) == 0
     assert small.stat().st_size < quick[0].stat().st_size / 2
+    whole, read = results.read_report(quick[0]), results.read_report(small)
+    dropped = {"macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds"}
+    for entry, kept in zip(whole["benchmarks"], read["benchmarks"], strict=True):
+        info = entry["extra_info"]
+        assert kept["name"] == entry["name"]
+        expected = {k: info[k] for k in info.keys() - dropped - read["common"].keys()}
+        assert kept["extra_info"] == results.rounded(expected)
+    again = tmp_path / "again.json"
+    assert results.main([str(small), "--compact", str(again)]) == 0
+    assert json.loads(again.read_text()) == json.loads(small.read_text())
+    seconds = results.frame(whole)["seconds_q1"].to_numpy()
+    assert results.frame(read)["seconds_q1"].to_numpy() == pytest.approx(seconds, rel=1e-5)
     out = tmp_path / "plots"
     assert plot.main([str(small), "--out", str(out)]) == 0
     names = {path.stem for path in out.glob("*.png")}
