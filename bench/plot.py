@@ -257,9 +257,6 @@ def where(report: dict[str, Any]) -> str:
             continue
         resolution = fullest_resolution(chosen)
         chosen = subset(chosen, "layer", resolution=resolution)
-        # The device's own time where it is known.
-        time = chosen["device_time"] if "device_time" in chosen else chosen["seconds"]
-        chosen = chosen.assign(time=time.fillna(chosen["seconds"]))
         chosen = chosen.assign(share=chosen["share_of_peak"] * chosen["seconds"] / chosen["time"])
         rows = [
             [row["label"], amount(row["time"], "s"),

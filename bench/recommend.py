@@ -29,7 +29,8 @@ class Choice:
 
     Attributes:
         label: The mechanism with its options.
-        seconds: Of all blocks.
+        seconds: Of all blocks: on a GPU the device's, unless the launched times are asked for.
+        launched: The same, with what the host takes to launch every operator.
         peak: Bytes: one block's peak and the weights of all, and in training what every block
             keeps for its backward.
         is_measured: Whether the resolution was measured, not put on a line.
@@ -38,30 +39,35 @@ class Choice:
 
     label: str
     seconds: float
+    launched: float
     peak: float
     is_measured: bool
     quality: float | None = None
 
 
 def choices(
-    cells: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float]
+    cells: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time"
 ) -> tuple[list[Choice], list[str]]:
-    """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told."""
+    """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told.
+
+    ``time`` is the column of ``frame`` that counts.
+    """
     found, unknown = [], []
     for label, rows in cells.groupby("label", sort=True):
         # Where a cell for time and one for memory fall together, the one with more rounds counts.
         rows = rows.drop_duplicates("tokens", keep="first")
-        columns = [list(zip(rows["tokens"], rows[c], strict=True))
-                   for c in ("seconds", "peak_memory")]  # fmt: skip
-        time, peak = (value_at(points, tokens) for points in columns)
-        if time is None or peak is None:
+        spent, launched, peak = (
+            value_at(list(zip(rows["tokens"], rows[column], strict=True)), tokens)
+            for column in (time, "seconds", "peak_memory")
+        )
+        if spent is None or launched is None or peak is None:
             unknown.append(str(label))
             continue
         weights = rows["parameter_memory"].iloc[0] * depth
         kept = depth if rows["mode"].iloc[0] == "train" else 1
         found.append(
-            Choice(str(label), time[0] * depth, peak[0] * kept + weights, time[1],
-                   quality.get(str(label)))
+            Choice(str(label), spent[0] * depth, launched[0] * depth, peak[0] * kept + weights,
+                   spent[1], quality.get(str(label)))
         )  # fmt: skip
     return found, unknown
 
@@ -102,9 +108,11 @@ def advise(found: list[Choice], limit: float | None, metric: str | None, lower: 
         if choice.quality is not None:
             text += f", {metric} {choice.quality:.4g}"
         lines.append(text + ("" if choice.is_measured else " (estimated)") + ".")
-    beaten = [c.label for c in fitting if c not in front]
+    beaten = [c.label for c in judged or fitting if c not in front]
     if beaten:
         lines.append(f"Beaten in everything that was compared: {', '.join(sorted(beaten))}.")
+    if judged and (rest := [c.label for c in fitting if c not in judged]):
+        lines.append(f"Not compared, for want of {metric}: {', '.join(sorted(rest))}.")
     return lines
 
 
@@ -124,8 +132,9 @@ def main(arguments: list[str]) -> int:
     family = _family(cells, options)
     chosen = subset(cells, "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
-    quality, metric, lower = _quality(options.quality)
-    found, unknown = choices(chosen, tokens, options.depth, quality)
+    quality, metric, lower, source = _quality(options.quality)
+    time = "seconds" if options.launched else "time"
+    found, unknown = choices(chosen, tokens, options.depth, quality, time)
     if not found:
         raise UserError(
             f"{options.report} cannot tell of {options.resolution} px: it needs this resolution, "
@@ -137,14 +146,20 @@ def main(arguments: list[str]) -> int:
         f"{int(chosen['batch'].iloc[0])}, on {device_of(report)}:\n"
     )
     print("\n".join(advise(found, limit, metric, lower)) + "\n")
+    on_device = time == "time" and "device_time" in chosen and chosen["device_time"].notna().any()
     rows = [
-        [c.label, amount(c.seconds, "s"), memory(c.peak),
-         "" if c.quality is None else f"{c.quality:.4g}",
+        [c.label, amount(c.seconds, "s"), *([amount(c.launched, "s")] if on_device else []),
+         memory(c.peak), "" if c.quality is None else f"{c.quality:.4g}",
          "measured" if c.is_measured else "estimated"]
         for c in sorted(found, key=lambda c: c.seconds)
     ]  # fmt: skip
-    print(markdown(["mechanism", "time", "memory", metric or "quality", ""], rows) + "\n")
-    print("\n".join(_caveats(found, unknown, metric, options)))
+    heading = ["mechanism", *(["on the device", "launched"] if on_device else ["time"]), "memory"]
+    print(markdown([*heading, metric or "quality", ""], rows) + "\n")
+    print(
+        "\n".join(
+            _caveats(found, unknown, metric and f"{metric} is of {source}", on_device, options)
+        )
+    )
     return DONE
 
 
@@ -157,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=("forward", "train"), default="forward")
     parser.add_argument("--width", type=whole(1), default=None, help="of the tokens")
     parser.add_argument("--dtype", default=None, help="such as bfloat16")
+    parser.add_argument(
+        "--launched", action="store_true", help="rank by what the host takes, too, on a GPU"
+    )
     parser.add_argument("--depth", type=whole(1), default=12, help="blocks (default: 12)")
     return parser
 
@@ -176,25 +194,40 @@ def _family(cells: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool]:
+def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool, str]:
+    """Values of each mechanism, the metric, whether smaller is better, and what they are of."""
     if folder is None:
-        return {}, None, True
+        return {}, None, True, ""
     summary = read_quality(folder)
     metric, lower = best_metric(summary)
     rows = [row for row in summary.to_dict("records") if row["metric"] == metric]
+    # Attention is compared here in backbones of one depth.
+    protocols = sorted({row.get("protocol", "controlled") for row in rows})
+    protocol = "controlled" if "controlled" in protocols else protocols[0]
+    rows = [row for row in rows if row.get("protocol", "controlled") == protocol]
     # The hardest place stands for all: the largest resolution of the comparison.
     largest = max(row["resolution"] for row in rows)
     values: dict[str, list[float]] = {}
     for row in rows:
         if row["resolution"] == largest:
             values.setdefault(str(row["variant"]), []).append(float(row["mean"]))
-    return {name: statistics.fmean(found) for name, found in values.items()}, metric, lower
+    means = {name: statistics.fmean(found) for name, found in values.items()}
+    return means, metric, lower, f"small models at {largest} px, protocol {protocol}"
 
 
 def _caveats(
-    found: list[Choice], unknown: list[str], metric: str | None, options: argparse.Namespace
+    found: list[Choice],
+    unknown: list[str],
+    quality: str | None,
+    on_device: bool,
+    options: argparse.Namespace,
 ) -> list[str]:
     lines = ["What to keep in mind:"]
+    if on_device:
+        lines.append(
+            "- Times are those of replayed CUDA graphs, except where a step could not be "
+            "recorded. Launched one by one the host may take longer; --launched ranks by that."
+        )
     lines.append(
         "- Time and memory are of attention alone, one layer times the number of blocks; "
         "feed-forwards, and in training the optimiser, come on top for every mechanism alike."
@@ -205,16 +238,15 @@ def _caveats(
             f"value lies on the line through the two nearest sizes in log-log. Measure it with "
             f"pytest bench/ --resolutions {options.resolution}."
         )
-    if metric is None:
+    if quality is None:
         lines.append(
             "- Nothing is said of quality, and mechanisms differ in it: train them with "
             "python recipes/compare.py and name its folder with --quality."
         )
     else:
         lines.append(
-            f"- {metric} is of small models at the comparison's own resolution, not of yours; "
-            f"its report says which differences are more than noise. Mechanisms without a "
-            f"result are left out of the front."
+            f"- {quality}, not at yours; its report says which differences are more than noise. "
+            f"Mechanisms without a result are left out of the choice."
         )
     lines.append("- Another device, dtype or batch gives another order: measure on your own.")
     if unknown:

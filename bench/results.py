@@ -64,16 +64,19 @@ def device_of(report: dict[str, Any]) -> str:
 
 
 def frame(report: dict[str, Any]) -> pd.DataFrame:
-    """One row per measured cell: its extra_info, and seconds, seconds_q1 and seconds_q3."""
+    """One row per measured cell: its extra_info, and seconds, seconds_q1 and seconds_q3.
+
+    "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds".
+    """
     rows = []
     for entry in report["benchmarks"]:
         info, stats = entry["extra_info"], entry["stats"]
         if "id" not in info:
             continue
         low, middle, high = _quartiles(stats)
-        row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high}
+        row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high, "time": middle}
         if "device_seconds" in info:
-            row["device_time"] = info["device_seconds"]["median"]
+            row["device_time"] = row["time"] = info["device_seconds"]["median"]
         for key, column in (("ratios", "ratio_to_softmax"),
                             ("device_ratios", "device_ratio_to_softmax")):  # fmt: skip
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":

@@ -186,7 +186,16 @@ def test_a_run_on_a_gpu_is_drawn_told_and_compared(quick, tmp_path, capsys):
     assert "NVIDIA H200" in (out / "report.html").read_text()
     assert "NVIDIA H200" in (out / "time-layer-forward-d96-float32-cuda.svg").read_text()
     assert recommend.main([str(small), "--resolution", "256"]) == 0
-    assert "on NVIDIA H200" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "on NVIDIA H200" in told and "| on the device | launched |" in told
+    assert recommend.main([str(small), "--resolution", "256", "--launched"]) == 0
+    assert "| launched |" not in capsys.readouterr().out
+    cells = results.subset(results.frame(results.read_report(small)), "layer", "forward")
+    (on_device, *_), (launched, *_) = (
+        recommend.choices(cells, 256, 1, {}, time)[0] for time in ("time", "seconds")
+    )
+    assert on_device.seconds == pytest.approx(launched.seconds / 2, rel=1e-5)
+    assert on_device.launched == launched.launched == launched.seconds
     assert compare.main([str(full), str(small)]) == 0 and "0 changes" in capsys.readouterr().out
     page.write_text("<!-- goals-cuda -->\n<!-- /goals-cuda -->\n")
     alone = tmp_path / "alone.json"
@@ -206,12 +215,26 @@ def test_recommend(quick, tmp_path, capsys):
     assert "Nothing fits. The smallest is" in capsys.readouterr().out
     quality = tmp_path / "summary.csv"
     quality.write_text(
-        "data,level,resolution,cfg,variant,metric,mean,std,seeds\n"
-        "shapes,easy,32,1.0,sana,FID[smallcnn],9.0,0.1,3\n"
-        "shapes,easy,32,1.0,softmax,FID[smallcnn],5.0,0.1,3\n"
+        "data,level,resolution,protocol,cfg,variant,metric,mean,std,seeds\n"
+        "shapes,easy,32,controlled,1.0,sana,FID[smallcnn],9.0,0.1,3\n"
+        "shapes,easy,32,controlled,1.0,softmax,FID[smallcnn],5.0,0.1,3\n"
+        "shapes,easy,32,matched,1.0,sana,FID[smallcnn],1.0,0.1,3\n"
+        "shapes,easy,32,matched,1.0,dydila,FID[smallcnn],1.0,0.1,3\n"
     )
     assert recommend.main([str(quick[0]), "--resolution", "256", "--quality", str(tmp_path)]) == 0
-    assert re.search(r"- softmax: .*the best FID\[smallcnn\]", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    assert re.search(r"- softmax: .*the best FID\[smallcnn\] *; .*FID\[smallcnn\] 5", told)
+    assert "32 px, protocol controlled" in told
+    found = [
+        recommend.Choice("softmax", 2.0, 2.0, 5.0, True, 1.0),
+        recommend.Choice("sana", 1.0, 1.0, 5.0, True, 2.0),
+        recommend.Choice("focused", 2.0, 2.0, 6.0, True, 2.0),
+        recommend.Choice("agent", 1.0, 1.0, 4.0, True),
+    ]
+    assert recommend.advise(found, None, "FID", True)[2:] == [
+        "Beaten in everything that was compared: focused.",
+        "Not compared, for want of FID: agent.",
+    ]
 
 
 def test_two_files_are_compared_beyond_their_spread(quick, tmp_path, capsys):
