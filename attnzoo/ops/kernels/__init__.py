@@ -6,7 +6,8 @@ the data (how many tokens chose an expert) stay there.
 """
 
 from attnzoo.ops.kernels.convolution import stencil, stencil_weight_gradient
-from attnzoo.ops.kernels.difference import difference_backward, difference_forward
+from attnzoo.ops.kernels.difference import difference_forward
+from attnzoo.ops.kernels.difference_gradients import difference_backward
 from attnzoo.ops.kernels.grouped import (
     grouped_product,
     grouped_weight_gradient,
