@@ -200,6 +200,9 @@ class DyDiLA(Attention):
         for name, values in served.items():
             if (value := getattr(self.config, name)) not in values:
                 return f"{name}={value!r}"
+        for name in ("n_projectors", "n_kernel_factors", "n_differential_factors"):
+            if (value := getattr(self.config, name)) > fused.MOST_CHOICES:
+                return f"{name}={value}, more than {fused.MOST_CHOICES}"
         is_served = self.num_heads == 1 or self.dim // self.num_heads % 16 == 0
         return None if is_served else f"heads of width {self.dim // self.num_heads}"
 

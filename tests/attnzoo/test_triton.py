@@ -56,7 +56,11 @@ def test_asking_for_triton_without_it_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"normalizer": "diff"}, "normalizer='diff'"), ({"num_heads": 4}, "heads of width 12")],
+    [
+        ({"normalizer": "diff"}, "normalizer='diff'"),
+        ({"num_heads": 4}, "heads of width 12"),
+        ({"n_kernel_factors": 65}, "n_kernel_factors=65, more than 64"),
+    ],
 )
 def test_asking_for_triton_where_it_does_not_serve(options, said, monkeypatch):
     monkeypatch.setattr(fused, "require_triton", lambda: None)
@@ -163,6 +167,17 @@ if CAN_RUN:
         order, ends = sort_by_expert(index, 3)
         assert torch.equal(order.long(), index.argsort(stable=True))
         assert ends.tolist()[:3] == torch.bincount(index, minlength=3).cumsum(0).tolist()
+
+    @pytest.mark.parametrize("kind", ["uniform", "all to the last", "one empty"])
+    @pytest.mark.parametrize("entries", [64, 4096])
+    def test_counting_sort_in_parts_is_a_stable_argsort(kind, entries, monkeypatch):
+        from attnzoo.ops.kernels import grouped
+
+        monkeypatch.setattr(grouped, "SORTED_ENTRIES", entries)
+        index = indices(kind, 3000, 70)  # six blocks
+        order, ends = grouped.sort_by_expert(index, 70)
+        assert torch.equal(order.long(), index.argsort(stable=True))
+        assert ends.tolist() == torch.bincount(index, minlength=70).cumsum(0).tolist()
 
     @pytest.mark.parametrize("kind", ["uniform", "all to the last", "one empty"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,9 +23,10 @@ from attnzoo.ops.fused.routing import (
     grouped_projection,
     routed_pair,
 )
-from attnzoo.ops.fused.support import require_triton, runs_on
+from attnzoo.ops.fused.support import MOST_CHOICES, require_triton, runs_on
 
 __all__ = [
+    "MOST_CHOICES",
     "depthwise3x3",
     "device_routed_projection",
     "device_routed_projection_backward",

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of one router; with more, its matrix leaves no shared memory for the tokens.
+MOST_CHOICES = 64
+
 
 def _is_installed() -> bool:
     try:

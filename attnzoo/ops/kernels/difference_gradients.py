@@ -19,6 +19,7 @@ from attnzoo.ops.kernels.shared import (
     _is_fast,
     _precision,
     _rows,
+    _shared_memory,
     _width,
 )
 
@@ -358,6 +359,21 @@ def _router_gradient_kernel(
 DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
 
 
+def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
+    """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
+    while room and choices * (4 * columns * itemsize + 384) + 2**13 > room and columns > 16:
+        columns //= 2
+    return columns
+
+
+def _fitting_stages(operands: int, room: int | None) -> int:
+    """How many loads of ``operands`` bytes, at most three, fit beside what a product takes."""
+    stages = 3
+    while room and (stages - 1) * operands + max(operands, 36 * 2**10) > room and stages > 1:
+        stages -= 1
+    return stages
+
+
 def difference_backward(
     grad: Tensor,
     grad_sum: Tensor | None,
@@ -384,9 +400,11 @@ def difference_backward(
     r1, r2, rd = (router.contiguous() for router in routers)
     stats, choices, probability = saved
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
-    chunk = _columns(chunk, d // heads, heads)
-    blocks = _ceil(n, size)
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+    room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
+    choices_width = max(_width(n_gamma), _width(n_lambda))
+    chunk = _fitting_columns(_columns(chunk, d // heads, heads), choices_width, itemsize, room)
+    blocks = _ceil(n, size)
     width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -415,10 +433,12 @@ def difference_backward(
         )  # fmt: skip
         if learn or is_normalized:
             column_block = _columns(64, d // heads, heads)
+            operands = 64 * itemsize * (2 * column_block + 2 * _width(n_gamma) + _width(n_lambda))
             _router_gradient_kernel[(_ceil(d, column_block), parts)](
                 z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
                 n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
                 is_normalized, learn, 64, column_block, *shared, num_warps=4,
+                num_stages=_fitting_stages(operands, room),
             )  # fmt: skip
     table = tables.sum(0)
     return (

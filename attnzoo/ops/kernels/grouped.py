@@ -9,17 +9,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.shared import _add_dot, _ceil, _precision, _rows, _width
+from attnzoo.ops.kernels.shared import (
+    _add_dot,
+    _ceil,
+    _precision,
+    _rows,
+    _shared_memory,
+    _width,
+)
 
 
 @triton.jit
-def _count_kernel(index, counts, total, experts: tl.constexpr, BLOCK: tl.constexpr):
+def _count_kernel(
+    index, counts, total, experts: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
     block = tl.program_id(0)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
     slots = tl.arange(0, experts)
-    hits = (expert[:, None] == slots[None, :]).to(tl.int32)
-    tl.store(counts + block * experts + slots, tl.sum(hits, 0))
+    found = tl.zeros((experts,), tl.int32)
+    for chunk in range(CHUNKS):
+        token = (block * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+        expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+        found += tl.sum((expert[:, None] == slots[None, :]).to(tl.int32), 0)
+    tl.store(counts + block * experts + slots, found)
 
 
 @triton.jit
@@ -32,25 +43,36 @@ def _place_kernel(
     blocks,
     kept,
     experts: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TABLE: tl.constexpr,
+    TABLES: tl.constexpr,
 ):
     block = tl.program_id(0)
     slots = tl.arange(0, experts)
-    other = tl.arange(0, BLOCKS)
-    table = tl.load(
-        counts + other[:, None] * experts + slots[None, :], mask=other[:, None] < blocks, other=0
-    )
-    sums = tl.sum(table, 0)
+    sums = tl.zeros((experts,), tl.int32)
+    before = tl.zeros((experts,), tl.int32)
+    for part in range(TABLES):
+        other = part * TABLE + tl.arange(0, TABLE)
+        entry = counts + other[:, None] * experts + slots[None, :]
+        table = tl.load(entry, mask=other[:, None] < blocks, other=0)
+        sums += tl.sum(table, 0)
+        before += tl.sum(tl.where(other[:, None] < block, table, 0), 0)
     end = tl.cumsum(sums, 0)
-    first = end - sums + tl.sum(tl.where(other[:, None] < block, table, 0), 0)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
-    hits = (expert[:, None] == slots[None, :]).to(tl.int32)
-    place = tl.sum(hits * (first[None, :] + tl.cumsum(hits, 0) - 1), 1)
-    tl.store(order + place, token, mask=token < total)
+    first = end - sums + before
+    for chunk in range(CHUNKS):
+        token = (block * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+        expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+        hits = (expert[:, None] == slots[None, :]).to(tl.int32)
+        place = tl.sum(hits * (first[None, :] + tl.cumsum(hits, 0) - 1), 1)
+        tl.store(order + place, token, mask=token < total)
+        first += tl.sum(hits, 0)
     if block == 0:
         tl.store(ends + slots, end, mask=slots < kept)
+
+
+# Pairs of token and expert that a program of the sort holds at a time.
+SORTED_ENTRIES = 8192
 
 
 def sort_by_expert(
@@ -73,15 +95,19 @@ def sort_by_expert(
         order = torch.empty(total, dtype=torch.int32, device=index.device)
     if ends is None:
         ends = torch.empty(experts, dtype=torch.int32, device=index.device)
-    # At most 1024 blocks, so that one program can hold the table of their counts.
+    # At most 1024 blocks, each of which reads the counts of all.
     block = max(512, triton.next_power_of_2(_ceil(total, 1024)))
     blocks = max(1, _ceil(total, block))
     counts = torch.empty(blocks, slots, dtype=torch.int32, device=index.device)
-    _count_kernel[(blocks,)](index, counts, total, slots, block)
+    # In parts that fit into registers and shared memory.
+    chunk = min(block, max(16, SORTED_ENTRIES // slots))
+    _count_kernel[(blocks,)](index, counts, total, slots, chunk, block // chunk)
     width = max(2, triton.next_power_of_2(blocks))
+    table = min(width, 2 * SORTED_ENTRIES // slots)
     _place_kernel[(blocks,)](
-        index, counts, order, ends, total, blocks, experts, slots, block, width
-    )
+        index, counts, order, ends, total, blocks, experts, slots, chunk, block // chunk, table,
+        width // table,
+    )  # fmt: skip
     return order, ends
 
 
@@ -204,14 +230,6 @@ def _fitting(
 ) -> tuple[int, ...]:
     """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
     return _within(table[itemsize], itemsize, _shared_memory(device))
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", None)
 
 
 @functools.cache

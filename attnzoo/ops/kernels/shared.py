@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,15 @@ def _rows(z: Tensor) -> tuple[Tensor, int]:
     is_regular = z.stride(-1) == 1 and (z.dim() == 2 or z.stride(0) == z.shape[1] * spacing)
     z = z if is_regular or z.numel() == 0 else z.contiguous()
     return z, z.stride(-2)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes that one program may take; None if nothing limits them."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", None)
 
 
 @triton.jit

@@ -1,0 +1,140 @@
+"""The kernels compile for GPUs that are not there, and fit into their shared memory.
+
+Triton's interpreter knows no registers, no layouts and no limits, so that what it runs may still
+not start on a GPU. The compiler needs none: a driver that only names its target is enough.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_COMPILER = (
+    importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
+)
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs Triton's compiler")
+
+# By compute capability, the shared memory that one program may take: A100, RTX 4090, H200.
+ROOM = {80: 163 * 2**10, 89: 99 * 2**10, 90: 227 * 2**10}
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Names a GPU; from then on kernels are compiled for it, checked, and not launched."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from attnzoo.ops.kernels import difference_gradients, grouped
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    found = {}
+
+    def on(capability):
+        class Driver:
+            def get_current_device(self):
+                return capability  # so that no cache takes one GPU for another
+
+            def get_current_stream(self, device):
+                return 0
+
+            def get_current_target(self):
+                return GPUTarget("cuda", capability, 32)
+
+        compile_only = JITFunction.run
+
+        def run(self, *args, grid, warmup, **kwargs):
+            kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
+            name, taken = self.fn.__name__, kernel.metadata.shared
+            assert taken <= ROOM[capability], f"{name} takes {taken} bytes"
+            found[name] = taken
+            return kernel
+
+        monkeypatch.setattr(driver, "_active", Driver())
+        monkeypatch.setattr(JITFunction, "run", run)
+        for module in (grouped, difference_gradients):
+            monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
+        return found
+
+    return on
+
+
+def launch_difference(dtype, choices, heads, width=384):
+    from attnzoo.ops import kernels
+
+    z = torch.ones(1, 256, width, dtype=dtype)
+    routers = [torch.ones(choices, columns, dtype=dtype) for columns in (width, width, 2 * width)]
+    gammas, lambdas, norm = torch.ones(2, choices), torch.ones(choices), torch.ones(1, width)
+    for key_sum in (None, norm):
+        out, sums, *saved = kernels.difference_forward(
+            z, z, routers, gammas, lambdas, key_sum, 1e-6, heads, True
+        )
+        kernels.difference_backward(
+            out, sums if key_sum is None else None, out, z, z, routers, gammas, lambdas, key_sum,
+            tuple(saved), heads, True,
+        )  # fmt: skip
+
+
+def launch_routing(dtype, experts, width=384):
+    from attnzoo.ops import kernels
+
+    x, weight = torch.ones(512, width, dtype=dtype), torch.ones(experts, width, 64, dtype=dtype)
+    router = torch.ones(experts, width, dtype=dtype)
+    index, _ = kernels.top1(x, router, router)
+    order, ends = kernels.sort_by_expert(index, 2 * experts)
+    out = kernels.grouped_product(x, weight, order, ends, weight)
+    kernels.grouped_product(out, weight.mT, order, ends, weight.mT)
+    kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
+
+
+def launch_the_rest(dtype, width=384):
+    from attnzoo.ops import kernels
+
+    z, gamma = torch.ones(256, width, dtype=dtype), torch.ones(256)
+    _, stats = kernels.power_map_forward(z, gamma)
+    kernels.power_map_backward(z, z, gamma, stats)
+    tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
+    kernels.stencil(tokens, weight, None, (16, 16))
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
+
+
+KERNELS = {
+    "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_grouped_kernel",
+    "_grouped_weight_kernel", "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel",
+    "_router_gradient_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "capability",
+    [89, pytest.param(80, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.slow)],
+)
+def test_every_kernel_compiles(compiled, capability, dtype):
+    found = compiled(capability)
+    launch_routing(dtype, experts=7)
+    launch_difference(dtype, choices=21, heads=1)
+    launch_difference(dtype, choices=21, heads=6)
+    launch_the_rest(dtype)
+    assert set(found) == KERNELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [89, 90])
+def test_the_largest_routers_fit(compiled, capability):
+    from attnzoo.ops.fused import MOST_CHOICES
+
+    compiled(capability)
+    launch_routing(torch.float32, experts=MOST_CHOICES)
+    launch_difference(torch.float32, choices=MOST_CHOICES, heads=1)
+    launch_difference(torch.bfloat16, choices=MOST_CHOICES, heads=1)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(512, 300), (2**22, 14), (2**22, 300)])
+def test_the_sort_fits_whatever_is_sorted(compiled, tokens, experts):
+    from attnzoo.ops import kernels
+
+    compiled(89)
+    kernels.sort_by_expert(torch.zeros(tokens, dtype=torch.int32), experts)
