@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.results import frame, read_report
+from bench.results import frame, read_cells
 from bench.tables import markdown, memory
 from recipes.console import DONE, run_script
 
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         "--tolerance", type=float, default=0.1, help="smallest change of time (default: 0.1)"
     )
     options = parser.parse_args(arguments)
-    before, after = (frame(read_report(path)) for path in (options.before, options.after))
+    before, after = (frame(read_cells(path)) for path in (options.before, options.after))
     only = [set(a["id"]) - set(b["id"]) for a, b in ((before, after), (after, before))]
     rows = compare(before, after, options.tolerance)
     shared = len(set(before["id"]) & set(after["id"]))

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.fits import crossover, exponent
-from bench.results import device_of, families, frame, read_report, subset
+from bench.results import device_of, families, frame, read_cells, subset
 from bench.tables import amount, markdown, memory, put_into
 from recipes.console import DONE, run_script
 from recipes.drawing.palette import color_of, marker_of
@@ -294,7 +294,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
     parser.add_argument("--into", type=Path, help="file whose <!-- where --> part is replaced")
     options = parser.parse_args(arguments)
-    report = read_report(options.report)
+    report = read_cells(options.report)
     drawn = draw(report, options.out)
     path = write_report(report, drawn, options.out, options.report.name)
     if options.into:

@@ -17,7 +17,7 @@ import pandas as pd
 from bench.cells import PIXELS_PER_TOKEN
 from bench.fits import pareto, value_at
 from bench.quality import best_metric, read_quality
-from bench.results import device_of, families, frame, read_report, subset
+from bench.results import device_of, families, frame, read_cells, subset
 from bench.settings import parse_bytes
 from bench.tables import amount, markdown, memory
 from recipes.console import DONE, UserError, run_script, user_errors, whole
@@ -119,7 +119,7 @@ def advise(found: list[Choice], limit: float | None, metric: str | None, lower: 
 def main(arguments: list[str]) -> int:
     """Prints the advice."""
     options = _parser().parse_args(arguments)
-    report = read_report(options.report)
+    report = read_cells(options.report)
     cells = frame(report)
     limit = None
     if options.memory:

@@ -39,6 +39,20 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def read_cells(path: Path) -> dict[str, Any]:
+    """``read_report`` of a file that is to hold times.
+
+    Raises:
+        UserError: As there; or it holds the figures of goals alone.
+    """
+    report = read_report(path)
+    if report["benchmarks"] and not any("stats" in entry for entry in report["benchmarks"]):
+        raise UserError(
+            f"{path} holds figures of goals and no cells; python -m bench.goals {path} shows them"
+        )
+    return report
+
+
 def source_of(report: dict[str, Any]) -> str:
     """The device, torch, commit and day of a run, as far as they are known."""
     first = report["benchmarks"][0]["extra_info"] if report["benchmarks"] else {}
@@ -188,7 +202,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("reports", type=Path, nargs="+", help="several runs are joined")
     parser.add_argument("--compact", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
-    small = compact(joined([read_report(path) for path in options.reports]))
+    small = compact(joined([read_cells(path) for path in options.reports]))
     options.compact.parent.mkdir(parents=True, exist_ok=True)
     options.compact.write_text(json.dumps(small, separators=(",", ":")))
     print(f"{options.compact}: {options.compact.stat().st_size / 1024:.0f} KiB")

@@ -527,3 +527,5 @@ def test_reading_what_is_no_report_is_a_one_line_error(tmp_path):
     (tmp_path / "empty.json").write_text('{"benchmarks": [], "machine_info": {}}')
     with pytest.raises(UserError, match="holds no goals"):
         goals.main([str(tmp_path / "empty.json")])
+    with pytest.raises(UserError, match="figures of goals and no cells"):
+        recommend.main([str(ROOT / "docs" / "plots" / "goals.json")])
