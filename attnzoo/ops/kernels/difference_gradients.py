@@ -357,6 +357,9 @@ def _router_gradient_kernel(
 
 # Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2).
 DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
+# Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
+# would spill their registers.
+ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
 
 
 def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
@@ -432,12 +435,13 @@ def difference_backward(
             triton.next_power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if learn or is_normalized:
-            column_block = _columns(64, d // heads, heads)
-            operands = 64 * itemsize * (2 * column_block + 2 * _width(n_gamma) + _width(n_lambda))
-            _router_gradient_kernel[(_ceil(d, column_block), parts)](
+            size, chunk = ROUTER_GRADIENT_TILES[itemsize]
+            chunk = _columns(chunk, d // heads, heads)
+            operands = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
+            _router_gradient_kernel[(_ceil(d, chunk), parts)](
                 z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
                 n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
-                is_normalized, learn, 64, column_block, *shared, num_warps=4,
+                is_normalized, learn, size, chunk, *shared, num_warps=4,
                 num_stages=_fitting_stages(operands, room),
             )  # fmt: skip
     table = tables.sum(0)
