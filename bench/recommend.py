@@ -155,11 +155,7 @@ def main(arguments: list[str]) -> int:
     ]  # fmt: skip
     heading = ["mechanism", *(["on the device", "launched"] if on_device else ["time"]), "memory"]
     print(markdown([*heading, metric or "quality", ""], rows) + "\n")
-    print(
-        "\n".join(
-            _caveats(found, unknown, metric and f"{metric} is of {source}", on_device, options)
-        )
-    )
+    print("\n".join(_caveats(found, unknown, source, on_device, options)))
     return DONE
 
 
@@ -212,13 +208,14 @@ def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool, st
         if row["resolution"] == largest:
             values.setdefault(str(row["variant"]), []).append(float(row["mean"]))
     means = {name: statistics.fmean(found) for name, found in values.items()}
-    return means, metric, lower, f"small models at {largest} px, protocol {protocol}"
+    source = f"{metric} is of small models at {largest} px, protocol {protocol}"
+    return means, metric, lower, source
 
 
 def _caveats(
     found: list[Choice],
     unknown: list[str],
-    quality: str | None,
+    quality: str,
     on_device: bool,
     options: argparse.Namespace,
 ) -> list[str]:
@@ -238,7 +235,7 @@ def _caveats(
             f"value lies on the line through the two nearest sizes in log-log. Measure it with "
             f"pytest bench/ --resolutions {options.resolution}."
         )
-    if quality is None:
+    if not quality:
         lines.append(
             "- Nothing is said of quality, and mechanisms differ in it: train them with "
             "python recipes/compare.py and name its folder with --quality."

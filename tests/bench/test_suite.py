@@ -12,6 +12,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -132,8 +133,11 @@ def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
     again = tmp_path / "again.json"
     assert results.main([str(small), "--compact", str(again)]) == 0
     assert json.loads(again.read_text()) == json.loads(small.read_text())
-    seconds = results.frame(whole)["seconds_q1"].to_numpy()
-    assert results.frame(read)["seconds_q1"].to_numpy() == pytest.approx(seconds, rel=1e-5)
+    data = [entry["stats"]["data"] for entry in whole["benchmarks"]]
+    for column, share in (("seconds_q1", 25), ("seconds", 50), ("seconds_q3", 75)):
+        expected = [np.percentile(rounds, share) for rounds in data]
+        for report in (whole, read):
+            assert results.frame(report)[column].tolist() == pytest.approx(expected, rel=1e-5)
     out = tmp_path / "plots"
     assert plot.main([str(small), "--out", str(out)]) == 0
     names = {path.stem for path in out.glob("*.png")}
