@@ -8,7 +8,15 @@ from attnzoo.contract import (
     auxiliary_loss,
     heads_of_width,
 )
-from attnzoo.registry import build_attention, get_attention, list_attention, register_attention
+from attnzoo.errors import InvalidType, InvalidValue, UsageError
+from attnzoo.registry import (
+    build_attention,
+    get_attention,
+    import_mechanisms,
+    list_attention,
+    register_attention,
+    source_of,
+)
 
 __version__ = "0.1.0"
 
@@ -16,11 +24,16 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "AttentionContext",
+    "InvalidType",
+    "InvalidValue",
+    "UsageError",
     "auxiliary_loss",
     "build_attention",
     "get_attention",
     "heads_of_width",
+    "import_mechanisms",
     "list_attention",
     "mechanisms",
     "register_attention",
+    "source_of",
 ]

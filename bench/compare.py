@@ -15,7 +15,7 @@ import pandas as pd
 
 from bench.results import frame, read_cells
 from bench.tables import markdown, memory
-from recipes.console import DONE, run_script
+from recipes.lab.console import DONE, run_script
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> list[list[str]]:

@@ -25,7 +25,7 @@ from bench.isolate import run_isolated
 from bench.results import compact, read_report, rounded, source_of
 from bench.tables import markdown, put_into
 from bench.worker import Settings, prepare
-from recipes.console import DONE, UserError, run_script
+from recipes.lab.console import DONE, UserError, run_script
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

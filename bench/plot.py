@@ -28,8 +28,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from bench.fits import crossover, exponent
 from bench.results import device_of, families, frame, read_cells, subset
 from bench.tables import amount, markdown, memory, put_into
-from recipes.console import DONE, run_script
-from recipes.drawing.palette import color_of, marker_of
+from recipes.lab.console import DONE, run_script
+from recipes.lab.drawing.palette import color_of, marker_of
 
 # Below this many tokens projections hide how the core grows.
 ASYMPTOTIC = 1024

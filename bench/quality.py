@@ -16,7 +16,7 @@ from bench import machine
 from bench.cells import Cell
 from bench.isolate import Unsupported
 from bench.worker import Settings, prepare
-from recipes.console import UserError
+from recipes.lab.console import UserError
 
 # Long enough for the loss to fall from its start, far too short to rank mechanisms.
 STEPS = 30
@@ -45,8 +45,8 @@ def read_quality(folder: str | Path) -> pd.DataFrame:
 
 def best_metric(summary: pd.DataFrame) -> tuple[str, bool]:
     """The most telling metric of a summary, and whether smaller is better."""
-    from recipes.comparison.report import HEADLINES
-    from recipes.comparison.verdicts import is_lower_better
+    from recipes.studies.comparison.report import HEADLINES
+    from recipes.studies.comparison.verdicts import is_lower_better
 
     names = list(dict.fromkeys(summary["metric"]))
     ranked = [name for wanted in HEADLINES for name in names if name.startswith(wanted)]
@@ -77,7 +77,7 @@ def measure_quality(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 def _short_training(cell: Cell) -> dict[str, Any]:
     from recipes import train
-    from recipes.training.checkpoint import Run
+    from recipes.lab.training.checkpoint import Run
 
     options = [part for name, value in cell.options for part in ("--set", f"{name}={value}")]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -20,7 +20,7 @@ from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cells, subset
 from bench.settings import parse_bytes
 from bench.tables import amount, markdown, memory
-from recipes.console import DONE, UserError, run_script, user_errors, whole
+from recipes.lab.console import DONE, UserError, run_script, user_errors, whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bench.timing import quartiles
-from recipes.console import DONE, UserError, run_script
+from recipes.lab.console import DONE, UserError, run_script
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from attnzoo.contract import nearest
 from bench.cells import Cell, Request, table
 from bench.machine import commit
 from bench.worker import Settings
-from recipes.console import parse_options
+from recipes.lab.console import parse_options
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 

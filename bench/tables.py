@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.console import UserError
+from recipes.lab.console import UserError
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -28,7 +28,11 @@ from tqdm.auto import tqdm
 
 from attnzoo import get_attention
 from backbones.presets import PAPER_MODELS, PROTOCOLS
-from recipes.comparison.cells import (
+from recipes.lab.console import UserError, numbers, run_script, user_errors, whole
+from recipes.lab.data.datasets import load_dataset
+from recipes.lab.evaluation.reference import prepare
+from recipes.lab.evaluation.scores import FEWEST
+from recipes.studies.comparison.cells import (
     EVALUATORS,
     OK,
     Cell,
@@ -36,13 +40,9 @@ from recipes.comparison.cells import (
     run_by_submitit,
     run_locally,
 )
-from recipes.comparison.costs import cost_of
-from recipes.comparison.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
-from recipes.comparison.report import write_report
-from recipes.console import UserError, numbers, run_script, user_errors, whole
-from recipes.data.datasets import load_dataset
-from recipes.quality.reference import prepare
-from recipes.quality.scores import FEWEST
+from recipes.studies.comparison.costs import cost_of
+from recipes.studies.comparison.grid import PRESETS, Variant, parse_data, parse_variant, plan_cells
+from recipes.studies.comparison.report import write_report
 
 
 def main(arguments: list[str]) -> int:

@@ -15,13 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from recipes.console import DONE, run_script, whole
-from recipes.drawing.palette import color_of
-from recipes.drawing.pictures import image_grid
 from recipes.evaluate import judge
+from recipes.lab.console import DONE, run_script, whole
+from recipes.lab.drawing.palette import color_of
+from recipes.lab.drawing.pictures import image_grid
+from recipes.lab.training.checkpoint import Run
 from recipes.sample import sample_run
 from recipes.train import Settings, train
-from recipes.training.checkpoint import Run
 
 MECHANISMS = ("dydila", "softmax")
 SMOOTHED_STEPS = 25

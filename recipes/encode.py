@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
-from recipes.data.images import BadImage, find_images, read_image, training_folder
-from recipes.data.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
-from recipes.training.checkpoint import sha256, sync, write_whole
-from recipes.training.distributed import make_accelerator, on_main
+from recipes.lab.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
+from recipes.lab.data.images import BadImage, find_images, read_image, training_folder
+from recipes.lab.data.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
+from recipes.lab.files import sha256, sync, write_text
+from recipes.lab.training.distributed import make_accelerator, on_main
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -142,7 +142,7 @@ def _begin(latents: Path, plan: dict[str, Any]) -> None:
         elif latents.exists() and any(latents.iterdir()):
             raise UserError(f"{latents} holds other files; choose another folder")
         latents.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(plan, indent=2) + "\n")
+        write_text(file, json.dumps(plan, indent=2) + "\n")
         _remove_damaged(latents)
     except OSError as error:
         raise UserError(f"cannot write to {latents}: {error.strerror}") from error
@@ -230,7 +230,7 @@ def _finish(
         return DATA_BUDGET
     total = sum(shard["count"] for shard in shards)
     manifest = {**plan, "count": total, "bad": bad, "shards": shards}
-    write_whole(latents / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_text(latents / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     print(f"{total} images of {len(plan['class_names'])} classes: {latents}")
     return DONE
 

@@ -24,11 +24,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from recipes.console import UserError, numbers, run_script, user_errors, whole
-from recipes.data.datasets import ImageDataset
-from recipes.diffusion import SAMPLERS
-from recipes.provenance import code_digest, provenance, write_json
-from recipes.quality.features import (
+from recipes.lab.console import UserError, numbers, run_script, user_errors, whole
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.diffusion import SAMPLERS
+from recipes.lab.evaluation.features import (
     Extractor,
     Features,
     SmallCNN,
@@ -38,14 +37,13 @@ from recipes.quality.features import (
     require_accuracy,
     smallcnn,
 )
-from recipes.quality.measure import Measure
-from recipes.quality.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
-from recipes.quality.scores import (
+from recipes.lab.evaluation.measure import Measure
+from recipes.lab.evaluation.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
+from recipes.lab.evaluation.scores import (
     FEWEST,
     label_of,
 )
-from recipes.sample import RunSampler
-from recipes.shards import (
+from recipes.lab.evaluation.shards import (
     Images,
     Plan,
     checkpoint_digest,
@@ -54,8 +52,11 @@ from recipes.shards import (
     read_shards,
     save_npz,
 )
-from recipes.training.checkpoint import Run
-from recipes.training.distributed import make_accelerator
+from recipes.lab.files import write_json
+from recipes.lab.provenance import code_digest, provenance
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.distributed import make_accelerator
+from recipes.sample import RunSampler
 
 
 def main(arguments: list[str]) -> int:
@@ -281,7 +282,7 @@ def _built_in(
     progress: bool,
 ) -> Extractor:
     if name == "inception":
-        from recipes.quality.inception import load_inception
+        from recipes.lab.evaluation.inception import load_inception
 
         return load_inception(weights_file)
     return smallcnn(

@@ -32,14 +32,14 @@ from torch import Tensor
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from backbones import build_backbone
-from recipes.console import UserError, run_script, whole
-from recipes.diffusion import to_uint8
-from recipes.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, panels, wrapped
-from recipes.drawing.palette import color_of, marker_of
-from recipes.drawing.pictures import image_grid
 from recipes.evaluate import default_cache
-from recipes.quality.features import real_sets, smallcnn
-from recipes.training.checkpoint import Run
+from recipes.lab.console import UserError, run_script, whole
+from recipes.lab.diffusion import to_uint8
+from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, panels, wrapped
+from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.drawing.pictures import image_grid
+from recipes.lab.evaluation.features import real_sets, smallcnn
+from recipes.lab.training.checkpoint import Run
 
 # Okabe and Ito's colours for classes and projectors, which have no colour of their own.
 _DISTINCT = [

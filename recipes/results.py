@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from recipes.comparison.cells import OK
-from recipes.comparison.grid import CLAIMS, PRESETS, Claim, paper_rows
-from recipes.comparison.report import PLACE, headlines, place_name, summarise
-from recipes.comparison.verdicts import CONFIDENCE, Verdict, compare_variants
-from recipes.console import UserError, run_script
-from recipes.quality.scores import metric_of
+from recipes.lab.console import UserError, run_script
+from recipes.lab.evaluation.scores import metric_of
+from recipes.studies.comparison.cells import OK
+from recipes.studies.comparison.grid import CLAIMS, PRESETS, Claim, paper_rows
+from recipes.studies.comparison.report import PLACE, headlines, place_name, summarise
+from recipes.studies.comparison.verdicts import CONFIDENCE, Verdict, compare_variants
 
 # Of the overview: every place has it, and its bias does not depend on the number of samples.
 OVERVIEW = "KID"

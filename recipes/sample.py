@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from backbones import DiT
-from recipes.console import UserError, numbers, run_script, user_errors, whole
-from recipes.diffusion import DIFFUSION_PRESETS, SAMPLERS, sample
-from recipes.drawing.pictures import save_grid
-from recipes.training.checkpoint import Run
+from recipes.lab.console import UserError, numbers, run_script, user_errors, whole
+from recipes.lab.diffusion import DIFFUSION_PRESETS, SAMPLERS, sample
+from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.training.checkpoint import Run
 
 
 def main(arguments: list[str]) -> int:
@@ -117,7 +117,7 @@ class RunSampler:
         sampler: str | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draws one image per label; see ``recipes.diffusion.sample``.
+        """Draws one image per label; see ``recipes.lab.diffusion.sample``.
 
         Args:
             labels: (n,) int64.

@@ -25,7 +25,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm.auto import tqdm
 
 import attnzoo
-from recipes.console import (
+from recipes.lab.console import (
     DONE,
     UserError,
     parse_options,
@@ -33,15 +33,15 @@ from recipes.console import (
     user_errors,
     whole,
 )
-from recipes.data.datasets import DATASETS
-from recipes.data.latents import LatentDataset
-from recipes.training.build import build_model
-from recipes.training.checkpoint import Run
-from recipes.training.distributed import on_main
-from recipes.training.loop import Loop
-from recipes.training.settings import PRESETS, Settings, resumed_settings
-from recipes.training.status import claimed, describe, is_claimed
-from recipes.training.trainer import Trainer
+from recipes.lab.data.datasets import DATASETS
+from recipes.lab.data.latents import LatentDataset
+from recipes.lab.training.build import build_model
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.distributed import on_main
+from recipes.lab.training.loop import Loop
+from recipes.lab.training.settings import PRESETS, Settings, resumed_settings
+from recipes.lab.training.status import claimed, describe, is_claimed
+from recipes.lab.training.trainer import Trainer
 
 __all__ = ["PRESETS", "Settings", "Trainer", "build_model", "default_folder", "main", "train"]
 

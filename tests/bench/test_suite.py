@@ -24,7 +24,7 @@ from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cells import Cell, Request, table
 from bench.checks import check_key
 from bench.peers import contestants_of
-from recipes.console import UserError
+from recipes.lab.console import UserError
 
 ROOT = Path(__file__).parents[2]
 WRONG = str(Path(__file__).with_name("wrong.py"))

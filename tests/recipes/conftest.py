@@ -2,8 +2,8 @@
 
 import pytest
 
+from recipes.lab.training.checkpoint import Run
 from recipes.train import Settings, train
-from recipes.training.checkpoint import Run
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 

@@ -25,11 +25,11 @@ if __name__ == "__main__":
 import sklearn.datasets  # noqa: E402, F401 - once here instead of in every child
 import torch  # noqa: E402
 
+from recipes.lab.training import checkpoint  # noqa: E402
+from recipes.lab.training.checkpoint import Run  # noqa: E402
+from recipes.lab.training.settings import Settings  # noqa: E402
+from recipes.lab.training.trainer import Trainer  # noqa: E402
 from recipes.train import train  # noqa: E402
-from recipes.training import checkpoint  # noqa: E402
-from recipes.training.checkpoint import Run  # noqa: E402
-from recipes.training.settings import Settings  # noqa: E402
-from recipes.training.trainer import Trainer  # noqa: E402
 
 CRASHED = 9
 SMALL = {"attn": "dydila", "batch_size": 4, "sample_every": 10_000, "decay": "constant"}

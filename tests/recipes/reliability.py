@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 import attnzoo
 from recipes import encode
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training.checkpoint import Run
-from recipes.training.settings import Settings
-from recipes.training.trainer import Trainer
 from tests.recipes import crash, two_processes
 
 ROOT = Path(__file__).parents[2]

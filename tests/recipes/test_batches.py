@@ -12,13 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones import DiT
-from recipes.console import INTERRUPTED, UserError
-from recipes.data import datasets as data_module
+from recipes.lab.console import INTERRUPTED, UserError
+from recipes.lab.data import datasets as data_module
+from recipes.lab.training.batches import Batches
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training.batches import Batches
-from recipes.training.checkpoint import Run
-from recipes.training.settings import Settings
-from recipes.training.trainer import Trainer
 from tests.recipes.reliability import draw
 
 SMALL = {"attn": "sana", "batch_size": 4, "steps": 8, "checkpoint_every": 1, "sample_every": 1000}

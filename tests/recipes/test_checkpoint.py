@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from recipes import sample as sample_module
 from recipes import train as train_module
-from recipes.console import INTERRUPTED, NON_FINITE, UserError
+from recipes.lab.console import INTERRUPTED, NON_FINITE, UserError
+from recipes.lab.training import checkpoint as checkpoint_module
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.status import claimed, describe
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training import checkpoint as checkpoint_module
-from recipes.training.checkpoint import Run
-from recipes.training.settings import Settings
-from recipes.training.status import claimed, describe
-from recipes.training.trainer import Trainer
 from tests.recipes import two_processes
 from tests.recipes.reliability import crashes, kills
 

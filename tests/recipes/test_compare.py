@@ -17,9 +17,12 @@ import torch
 
 from recipes import compare as compare_module
 from recipes import results
-from recipes.comparison import cells as cells_module
-from recipes.comparison.cells import OK, Cell, read_result
-from recipes.comparison.grid import (
+from recipes.lab.console import UserError
+from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.training.checkpoint import Run
+from recipes.studies.comparison import cells as cells_module
+from recipes.studies.comparison.cells import OK, Cell, read_result
+from recipes.studies.comparison.grid import (
     CLAIMS,
     PRESETS,
     paper_rows,
@@ -27,12 +30,9 @@ from recipes.comparison.grid import (
     parse_variant,
     plan_cells,
 )
-from recipes.comparison.report import summarise
-from recipes.comparison.verdicts import NO_DIFFERENCE, compare_variants, summary_sentence
-from recipes.console import UserError
-from recipes.drawing.palette import color_of, marker_of
+from recipes.studies.comparison.report import summarise
+from recipes.studies.comparison.verdicts import NO_DIFFERENCE, compare_variants, summary_sentence
 from recipes.train import Settings
-from recipes.training.checkpoint import Run
 
 TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8", "--samples", "12",
         "--sampling-steps", "2", "--cfg", "1.0", "--patch-size", "4"]  # fmt: skip
@@ -438,7 +438,7 @@ class TestPalette:
 
 
 def test_reports_of_nothing_are_possible(tmp_path):
-    from recipes.comparison.report import write_report
+    from recipes.studies.comparison.report import write_report
 
     cell = tiny_cell()
     states = write_report(tmp_path, [cell], [parse_variant("sana")], title="nothing")

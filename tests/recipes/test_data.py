@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.data import datasets as data_module
-from recipes.data.datasets import DATASETS, DataError, load_dataset
-from recipes.data.images import BadImage, read_image, to_rgb
-from recipes.data.order import batch_indices
-from recipes.data.shapes import (
+from recipes.lab.data import datasets as data_module
+from recipes.lab.data.datasets import DATASETS, DataError, load_dataset
+from recipes.lab.data.images import BadImage, read_image, to_rgb
+from recipes.lab.data.order import batch_indices
+from recipes.lab.data.shapes import (
     CLASS_NAMES,
     DARK_GREY,
     LEVELS,

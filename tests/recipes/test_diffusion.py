@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes.diffusion import (
+from recipes.lab.diffusion import (
     DIFFUSION_PRESETS,
     SAMPLERS,
     Diffusion,
@@ -17,8 +17,8 @@ from recipes.diffusion import (
     sample,
     to_uint8,
 )
-from recipes.diffusion.sampling import _Guidance
-from recipes.diffusion.variance import _decoder_nll, _gaussian_kl
+from recipes.lab.diffusion.sampling import _Guidance
+from recipes.lab.diffusion.variance import _decoder_nll, _gaussian_kl
 
 EPSILON = Diffusion("epsilon")
 VELOCITY = Diffusion("v_prediction")

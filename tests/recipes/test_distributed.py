@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import attnzoo
-from recipes.training.checkpoint import Run
-from recipes.training.trainer import Trainer
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.trainer import Trainer
 from tests.recipes import reliability
 from tests.recipes.reliability import deviation, weights
 from tests.recipes.two_processes import CASES, settings

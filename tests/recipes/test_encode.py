@@ -11,15 +11,16 @@ from PIL import Image
 
 from recipes import encode as encode_module
 from recipes import train as train_module
-from recipes.console import DATA_BUDGET, UserError
-from recipes.data.datasets import DataError
-from recipes.data.latents import CachedDataset, load_vae
+from recipes.lab.console import DATA_BUDGET, UserError
+from recipes.lab.data.datasets import DataError
+from recipes.lab.data.latents import CachedDataset, load_vae
+from recipes.lab.files import sha256
+from recipes.lab.training.build import load_training_data
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.status import describe
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training.build import load_training_data
-from recipes.training.checkpoint import Run, sha256
-from recipes.training.settings import Settings
-from recipes.training.status import describe
-from recipes.training.trainer import Trainer
 from tests.recipes.reliability import draw, make_vae
 from tests.recipes.test_checkpoint import Canary
 

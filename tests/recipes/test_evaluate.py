@@ -15,22 +15,27 @@ import scipy.ndimage
 import torch
 
 from recipes import evaluate as evaluate_module
-from recipes import shards
-from recipes.console import UserError
-from recipes.data.shapes import render, shape_parameters
-from recipes.diffusion import to_uint8
 from recipes.evaluate import evaluate
-from recipes.quality import features as features_module
-from recipes.quality import metrics
-from recipes.quality import reference as reference_module
-from recipes.quality.cache import kept
-from recipes.quality.features import CustomExtractor, Features, SmallCNN, real_sets, smallcnn
-from recipes.quality.inception import load_inception, tf1_resize
-from recipes.quality.reference import Reference, Seen, judge_real, prepare
-from recipes.quality.scores import score
-from recipes.quality.shape_judge import judge_shapes, shape_scores
-from recipes.shards import Plan, read_shards, sample_labels, save_npz, shard_folder
-from recipes.training.checkpoint import Run
+from recipes.lab.console import UserError
+from recipes.lab.data.shapes import render, shape_parameters
+from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation import features as features_module
+from recipes.lab.evaluation import metrics, shards
+from recipes.lab.evaluation import reference as reference_module
+from recipes.lab.evaluation.cache import kept
+from recipes.lab.evaluation.features import (
+    CustomExtractor,
+    Features,
+    SmallCNN,
+    real_sets,
+    smallcnn,
+)
+from recipes.lab.evaluation.inception import load_inception, tf1_resize
+from recipes.lab.evaluation.reference import Reference, Seen, judge_real, prepare
+from recipes.lab.evaluation.scores import score
+from recipes.lab.evaluation.shape_judge import judge_shapes, shape_scores
+from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, save_npz, shard_folder
+from recipes.lab.training.checkpoint import Run
 
 PLAN = Plan(samples=40, steps=2, shard_size=16)
 
@@ -379,7 +384,7 @@ class TestWhatIsKept:
         code = textwrap.dedent(
             """
             import sys, time, pathlib, torch
-            from recipes.quality.cache import kept
+            from recipes.lab.evaluation.cache import kept
 
             folder = pathlib.Path(sys.argv[1])
 
@@ -432,7 +437,7 @@ class TestEvaluators:
             load_inception(wrong, check_hash=False)
 
     def test_inception_has_the_published_shape(self, tmp_path):
-        from recipes.quality.inception import Inception
+        from recipes.lab.evaluation.inception import Inception
 
         torch.manual_seed(0)
         model = Inception().eval()

@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from recipes import figures as figures_module
-from recipes.console import UserError
-from recipes.drawing.drawn import Drawn
 from recipes.figures import FIGURES, _confusable_classes, _stages
-from recipes.quality.features import Features
+from recipes.lab.console import UserError
+from recipes.lab.drawing.drawn import Drawn
+from recipes.lab.evaluation.features import Features
+from recipes.lab.training.checkpoint import Run
 from recipes.train import Settings, train
-from recipes.training.checkpoint import Run
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from recipes.quality import metrics
-from recipes.quality.metrics import Moments, frechet, frechet_bias, kid
+from recipes.lab.evaluation import metrics
+from recipes.lab.evaluation.metrics import Moments, frechet, frechet_bias, kid
 
 
 def normal(count, dim, seed, mean=0.0, variance=1.0):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.console import INTERRUPTED, USER_ERROR
-from recipes.training.checkpoint import Run
+from recipes.lab.console import INTERRUPTED, USER_ERROR
+from recipes.lab.training.checkpoint import Run
 from tests.recipes import reliability
 
 pytestmark = pytest.mark.slow

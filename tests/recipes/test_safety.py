@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes import sample as sample_module
-from recipes.console import UserError
+from recipes.lab.console import UserError
+from recipes.lab.training import checkpoint as checkpoint_module
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training import checkpoint as checkpoint_module
-from recipes.training.checkpoint import Run
-from recipes.training.settings import Settings
-from recipes.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}

@@ -8,9 +8,9 @@ from PIL import Image
 
 from recipes import evaluate as evaluate_module
 from recipes import sample as sample_module
-from recipes.console import UserError
+from recipes.lab.console import UserError
+from recipes.lab.training.checkpoint import Run
 from recipes.sample import RunSampler, sample_run
-from recipes.training.checkpoint import Run
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):

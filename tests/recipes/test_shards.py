@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import shards
-from recipes.shards import Plan, generate, read_shards, sample_labels, shard_folder
+from recipes.lab.evaluation import shards
+from recipes.lab.evaluation.shards import Plan, generate, read_shards, sample_labels, shard_folder
 from tests.recipes.test_checkpoint import Canary
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +76,8 @@ def test_an_interruption_at_a_third_changes_nothing(run, monkeypatch):
 PROCESS = """
 import json, sys, torch
 torch.set_num_threads(1)
-from recipes.training.checkpoint import Run
-from recipes.shards import Plan, generate
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.evaluation.shards import Plan, generate
 generate(Run(sys.argv[1]), Plan(**json.loads(sys.argv[2])), rank=int(sys.argv[3]), world=2)
 """
 

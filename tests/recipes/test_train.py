@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
-from recipes.console import INTERRUPTED, UserError, parse_options
+from recipes.lab.console import INTERRUPTED, UserError, parse_options
+from recipes.lab.training.averaging import WeightAverage
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
 from recipes.train import Settings, Trainer, train
-from recipes.training.averaging import WeightAverage
-from recipes.training.checkpoint import Run
-from recipes.training.guard import SpikeWatch, quartile_entry, quartile_sums
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 SCRIPT = Path(train_module.__file__)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recipes.console import run_script
+from recipes.lab.console import run_script
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from recipes.training.checkpoint import Run
-from recipes.training.settings import Settings
-from recipes.training.trainer import Trainer
 
 COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 CASES = {

@@ -1,0 +1,1 @@
+"""What the scripts in recipes/ share: data, diffusion, training, evaluation, drawing, files."""

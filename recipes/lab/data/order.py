@@ -1,0 +1,68 @@
+"""Which images a step sees: a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recipes.lab.data.shapes import DataError, check_seed
+
+if TYPE_CHECKING:
+    from recipes.lab.data.datasets import ImageDataset
+
+
+def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) -> Tensor:
+    """Return the indices of the images of one training step, a pure function of the arguments.
+
+    A finite set is passed through in a new order each epoch, without a gap between epochs: a
+    batch may span two of them, or more where it is larger than the set. An infinite set gives
+    each image once, in order, whatever the seed.
+
+    Args:
+        dataset: any data set.
+        seed: of the order, in [0, 2**64).
+        step: from 0.
+        batch_size: at least 1.
+
+    Returns:
+        (batch_size,) int64.
+
+    Raises:
+        DataError: for a seed, step or batch size out of range.
+    """
+    seed = check_seed(seed)
+    if not is_integer(step) or step < 0:
+        raise DataError(f"step {step!r} is out of range: give an integer of at least 0")
+    if not is_integer(batch_size) or batch_size < 1:
+        raise DataError(f"batch size {batch_size!r} is out of range: give an integer from 1 up")
+    start = int(step) * int(batch_size)
+    if dataset.infinite:
+        return torch.arange(start, start + batch_size, dtype=torch.int64)
+    length = len(dataset)
+    pieces: list[NDArray[np.int64]] = []
+    position, end = start, start + batch_size
+    while position < end:
+        epoch, offset = divmod(position, length)
+        taken = min(end - position, length - offset)
+        pieces.append(permutation(length, seed, epoch)[offset : offset + taken])
+        position += taken
+    return torch.from_numpy(np.concatenate(pieces))
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """(length,) indices in an order that no library's version changes."""
+    # numpy promises a stable raw stream, but not a stable Generator.permutation.
+    philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    return np.argsort(philox.random_raw(length), kind="stable").astype(np.int64)
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of any library; booleans are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,19 @@
+"""Diffusion objectives, samplers and the stateless randomness they share.
+
+Nothing here draws from a global random state: training noise and times come from a generator the
+caller passes, and the noise of a sampled image depends on ``(seed, index)`` alone.
+"""
+
+from recipes.lab.diffusion.objective import DIFFUSION_PRESETS, PREDICTIONS, SAMPLERS, Diffusion
+from recipes.lab.diffusion.randomness import generator_for
+from recipes.lab.diffusion.sampling import sample, to_uint8
+
+__all__ = [
+    "DIFFUSION_PRESETS",
+    "PREDICTIONS",
+    "SAMPLERS",
+    "Diffusion",
+    "generator_for",
+    "sample",
+    "to_uint8",
+]

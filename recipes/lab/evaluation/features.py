@@ -1,0 +1,316 @@
+"""Feature extractors: images in; pool, spatial and class features out.
+
+An extractor is any callable of uint8 images (n, h, w, c) that gives ``Features``, with a ``name``
+and a ``digest``. The default, ``smallcnn``, is a small network trained here on the real training
+images with a fixed seed; ``inception.py`` beside is for comparison with published numbers. Only
+Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recipes.lab.console import UserError
+from recipes.lab.data.datasets import ImageDataset, load_dataset
+from recipes.lab.data.order import batch_indices
+from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation.cache import kept, key_digest
+
+ARCHITECTURE = "smallcnn-1"  # part of the cache's key: change it with anything below
+POOL_DIM = 64
+SPATIAL_CHANNELS = 7  # as many as sFID takes of Inception
+SPATIAL_SIDE = 3
+TRAINING_STEPS = {"digits": 200}
+OTHER_STEPS = 1000
+BATCH_SIZE = 128
+STATISTICS_IMAGES = 2048
+# Least accuracy on real images that it has not seen; below it no number is written.
+ACCURACY_FLOORS = {"digits": 0.95, "shapes": 0.95, "fashion-mnist": 0.85}
+OTHER_FLOOR = 0.8
+HELD_OUT = 0.2  # of a folder, which has no test split
+# Far beyond any training run, so that these pictures of the infinite stream are new.
+FRESH = 2**40
+
+
+class Features(NamedTuple):
+    """What an extractor sees in n images.
+
+    Attributes:
+        pool: (n, d), for FID, KID, precision, recall, density and coverage.
+        spatial: (n, d'), for sFID and sKID.
+        logits: (n, classes), for the Inception Score and class accuracy.
+    """
+
+    pool: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: list[Features]) -> Features:
+        """The features of all parts in their order."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    def select(self, rows: Tensor) -> Features:
+        """The features of some images, by mask or index."""
+        return Features(*(tensor[rows] for tensor in self))
+
+
+class Extractor(Protocol):
+    """What the evaluation asks of an extractor.
+
+    Attributes:
+        name: What the numbers are labelled with.
+        digest: SHA-256 of whatever decides its output.
+        knows_classes: Whether its classes are those of the data.
+    """
+
+    name: str
+    digest: str
+    knows_classes: bool
+
+    def __call__(self, images: Tensor) -> Features:
+        """(n, h, w, c) uint8 -> features on the CPU."""
+        ...
+
+
+class CustomExtractor:
+    """Any callable as an extractor.
+
+    Args:
+        name: What the numbers are labelled with.
+        function: (n, h, w, c) uint8 -> ``Features``.
+        digest: Tells one version of the function from another.
+        knows_classes: Whether its logits are of the data's classes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[Tensor], Features],
+        digest: str = "unknown",
+        knows_classes: bool = False,
+    ) -> None:
+        self.name, self.digest, self.knows_classes = name, digest, knows_classes
+        self._function = function
+
+    def __call__(self, images: Tensor) -> Features:
+        return self._function(images)
+
+
+class SmallCNN(nn.Module):
+    """Three stages of convolutions and 64 features, for images of from 4 pixels.
+
+    Attributes:
+        accuracy: On real images that it was not trained on.
+        digest: SHA-256 of the weights.
+    """
+
+    name = "smallcnn"
+    knows_classes = True
+
+    def __init__(self, channels: int, classes: int, resolution: int) -> None:
+        super().__init__()
+        widths = (16, 32, POOL_DIM)
+        first_stride = max(1, resolution // 12)  # leaves about twelve pixels to look at
+        self.stages = nn.ModuleList()
+        for index, width in enumerate(widths):
+            before = widths[index - 1] if index else channels
+            self.stages.append(
+                nn.Sequential(
+                    nn.Conv2d(before, width, 3, stride=2 if index else first_stride, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                    nn.Conv2d(width, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                )
+            )
+        self.head = nn.Linear(POOL_DIM, classes)
+        spatial_dim = SPATIAL_CHANNELS * SPATIAL_SIDE**2
+        for kind, dim in (("pool", POOL_DIM), ("spatial", spatial_dim)):
+            self.register_buffer(f"{kind}_mean", torch.zeros(dim))
+            self.register_buffer(f"{kind}_std", torch.ones(dim))
+        self.accuracy, self.digest = 0.0, ""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(n, c, h, w) in [-1, 1] -> raw pool, raw spatial, logits."""
+        x = self.stages[1](self.stages[0](images))
+        # The first channels of a middle map, as sFID takes them; 3x3 whatever the resolution.
+        spatial = nn.functional.adaptive_avg_pool2d(x[:, :SPATIAL_CHANNELS], SPATIAL_SIDE)
+        pool = self.stages[2](x).mean((2, 3))
+        return pool, spatial.flatten(1), self.head(pool)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:  # type: ignore[override]
+        """(n, h, w, c) uint8 -> features standardised by the real images' statistics."""
+        device, parts = self.head.weight.device, []
+        for batch in images.split(256):
+            # TensorFloat-32 would let features depend on the device that looks.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                pool, spatial, logits = self.forward(_scaled(batch).to(device))
+            pool = (pool - self.pool_mean) / self.pool_std
+            spatial = (spatial - self.spatial_mean) / self.spatial_std
+            parts.append(Features(*(z.double().cpu() for z in (pool, spatial, logits))))
+        return Features.concatenate(parts)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def smallcnn(
+    data: str,
+    *,
+    resolution: int | None,
+    level: str,
+    cache: Path,
+    steps: int | None = None,
+    progress: bool = False,
+) -> SmallCNN:
+    """The extractor of a data set: loaded from the cache, or trained and put there.
+
+    Args:
+        data: As for ``load_dataset``.
+        resolution: In pixels.
+        level: Of shapes.
+        cache: Folder of trained extractors.
+        steps: Optimiser steps of its training; None takes what suits the data.
+        progress: Whether to say what takes the time.
+
+    Returns:
+        In eval mode. Its accuracy may lie below ``accuracy_floor``: ask before using it.
+    """
+    train, test = real_sets(data, resolution=resolution, level=level)
+    name = Path(data.partition(":")[0]).name
+    steps = steps or TRAINING_STEPS.get(name, OTHER_STEPS)
+    key = {
+        "architecture": ARCHITECTURE,
+        "data": name,
+        "images": image_digest(train),
+        "resolution": train.resolution,
+        "classes": train.num_classes,
+        "steps": steps,
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def make() -> dict[str, Tensor]:
+        if progress:
+            print(f"training the evaluator ({steps} steps on real {data} images): {file}")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trained = SmallCNN(train.channels, train.num_classes, train.resolution).to(device)
+            _fit(trained, train, steps)
+        return trained.state_dict()
+
+    file = (
+        cache / f"{ARCHITECTURE}-{train.name}-{train.resolution}-{key_digest(**key)}.safetensors"
+    )
+    model = SmallCNN(train.channels, train.num_classes, train.resolution)
+    model.load_state_dict(kept(file, make))
+    model = model.to(device).eval()
+    model.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def accuracy() -> dict[str, Tensor]:
+        images, labels = test.batch(torch.arange(min(len(test), 2000)))
+        return {"share": (model(to_uint8(images)).logits.argmax(1) == labels).double().mean()}
+
+    tried = key_digest(evaluator=model.digest, images=image_digest(test))
+    model.accuracy = kept(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
+    return model
+
+
+def _fit(model: SmallCNN, train: ImageDataset, steps: int) -> None:
+    device = model.head.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+    model.train()
+    for step in range(steps):
+        images, labels = train.batch(batch_indices(train, 0, step, BATCH_SIZE))
+        images = _scaled(to_uint8(images)).to(device)
+        logits = model.forward(images)[2]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels.to(device), label_smoothing=0.05).backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    images, _ = train.batch(batch_indices(train, 0, 0, STATISTICS_IMAGES))
+    with torch.no_grad():
+        found = [model.forward(z.to(device)) for z in _scaled(to_uint8(images)).split(256)]
+    for kind, index in (("pool", 0), ("spatial", 1)):
+        values = torch.cat([parts[index] for parts in found])
+        std = values.std(0)
+        getattr(model, f"{kind}_mean").copy_(values.mean(0))
+        # A feature that hardly varies must not be blown up into the loudest one.
+        getattr(model, f"{kind}_std").copy_(std + 1e-3 * values.std())
+
+
+def accuracy_floor(data: str) -> float:
+    """Least accuracy on real images with which the small network may judge generated ones."""
+    return ACCURACY_FLOORS.get(data.partition(":")[0], OTHER_FLOOR)
+
+
+def require_accuracy(extractor: SmallCNN, data: str) -> None:
+    """Raises UserError where the network is too weak on real images to judge generated ones."""
+    floor = accuracy_floor(data)
+    if extractor.accuracy < floor:
+        raise UserError(
+            f"the evaluator recognises only {extractor.accuracy:.1%} of real {data} images, and "
+            f"below {floor:.0%} it judges nothing; choose a higher resolution or another evaluator"
+        )
+
+
+class _Part(ImageDataset):
+    """Some images of a data set, in an order of their own."""
+
+    def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
+        self._whole, self._indices = whole, indices
+        self.name, self.resolution, self.channels = whole.name, whole.resolution, whole.channels
+        self.class_names, self.horizontal_flip = whole.class_names, whole.horizontal_flip
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_range(indices)
+        return self._whole.batch(self._indices[indices])
+
+
+def real_sets(
+    data: str, *, resolution: int | None, level: str
+) -> tuple[ImageDataset, ImageDataset]:
+    """Real images to train an evaluator on, and others to compare with.
+
+    They do not depend on a run's seed, so that every run is measured with one rule. The second
+    part of a folder, which has no test split, is a fixed fifth of it: the run has seen those
+    images, the evaluator has not.
+    """
+    train = load_dataset(data, resolution=resolution, level=level)
+    if data == "shapes" or data == "digits" or data.partition(":")[0] == "fashion-mnist":
+        return train, load_dataset(data, resolution=resolution, level=level, split="test")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    cut = max(1, round(HELD_OUT * len(train)))
+    return _Part(train, order[cut:]), _Part(train, order[:cut])
+
+
+def fresh_images(train: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` real images (n, h, w, c) uint8 with labels, new ones if there are."""
+    if train.infinite:
+        chosen = torch.arange(FRESH, FRESH + count)
+    else:
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:count]
+    images, labels = train.batch(chosen)
+    return to_uint8(images), labels
+
+
+def image_digest(dataset: ImageDataset, count: int = 64) -> str:
+    """SHA-256 of the first pixels and labels: enough to tell data sets and levels apart."""
+    count = count if dataset.infinite else min(count, len(dataset))
+    images, labels = dataset.batch(torch.arange(count))
+    content = to_uint8(images).numpy().tobytes() + labels.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()

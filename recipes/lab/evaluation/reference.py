@@ -1,0 +1,182 @@
+"""What generated images are compared with, and what of it is worth keeping between evaluations.
+
+The terms of KID, precision and coverage that see the real images alone take most of an
+evaluation's time at thousands of them, and so does the exact judge at high resolution. They depend
+on the images, the evaluator and the number of samples, so they are kept beside the evaluators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recipes.lab.console import UserError
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation import metrics
+from recipes.lab.evaluation.cache import kept, key_digest
+from recipes.lab.evaluation.features import Extractor, Features, fresh_images, real_sets, smallcnn
+from recipes.lab.evaluation.metrics import Moments
+from recipes.lab.evaluation.shape_judge import Verdict, judge_shapes
+from recipes.lab.evaluation.shards import load_npz
+from recipes.lab.provenance import code_digest
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+NEIGHBOURS = {"precision": 3, "coverage": 5}
+UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Real images to compare with, or statistics of them.
+
+    Attributes:
+        pixels: (m, h, w, c) uint8, or None where only statistics are known.
+        labels: (m,) int64 or None.
+        pool: Stored moments of pool features (an ADM reference batch), or None.
+        spatial: The same of spatial features.
+        source: Where they come from.
+        digest: SHA-256 of images or file.
+    """
+
+    pixels: Tensor | None
+    labels: Tensor | None
+    pool: Moments | None
+    spatial: Moments | None
+    source: str
+    digest: str
+
+    @classmethod
+    def of_dataset(cls, dataset: ImageDataset, source: str) -> Reference:
+        """All images of a finite data set."""
+        images, labels = dataset.batch(torch.arange(len(dataset)))
+        pixels = to_uint8(images)
+        return cls(pixels, labels, None, None, source, _pixel_digest(pixels))
+
+    @classmethod
+    def of_file(cls, file: Path) -> Reference:
+        """An ADM-style file with images, statistics or both.
+
+        Raises:
+            UserError: It holds neither.
+        """
+        pixels, labels = load_npz(file)
+        pool = spatial = None
+        try:
+            pool, spatial = Moments.load_adm(file), Moments.load_adm(file, spatial=True)
+        except KeyError:
+            if pixels is None:
+                raise UserError(
+                    f"{file} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, "
+                    f"sigma_s)"
+                ) from None
+        return cls(
+            pixels, labels, pool, spatial, str(file), hashlib.sha256(file.read_bytes()).hexdigest()
+        )
+
+
+class Seen:
+    """Features of the real images, and what these are to one another.
+
+    Args:
+        features: Of the real images.
+        cache: Folder to keep the costly terms in; None computes them anew.
+        digest: Of all that decides the features; None keeps nothing.
+    """
+
+    def __init__(
+        self, features: Features, cache: Path | None = None, digest: str | None = None
+    ) -> None:
+        self.features = features
+        self._cache = cache if digest else None
+        self._digest = digest
+
+    @classmethod
+    def of(cls, reference: Reference, extractor: Extractor, cache: Path | None = None) -> Seen:
+        """What an extractor sees in a reference that has images."""
+        if reference.pixels is None:
+            raise ValueError(f"{reference.source} holds statistics, but no images to look at")
+        digest = None
+        if extractor.digest != UNKNOWN:
+            digest = key_digest(
+                images=reference.digest, extractor=extractor.name, weights=extractor.digest
+            )
+        return cls(extractor(reference.pixels), cache, digest)
+
+    def radii(self, metric: str) -> Tensor:
+        """Distance (m,) of each image to the neighbour that a metric asks for."""
+        k = NEIGHBOURS[metric]
+        return self._kept(f"neighbours-{k}", lambda: metrics.radii(self.features.pool, k))
+
+    def kernels(self, kind: str, count: int) -> Tensor:
+        """The reference's own term of KID ("pool") or sKID ("spatial") with ``count`` images."""
+        return self._kept(
+            f"kernels-{kind}-{count}",
+            lambda: metrics.kernel_within(
+                getattr(self.features, kind),
+                count,
+                subsets=KID_SUBSETS,
+                subset_size=KID_SUBSET_SIZE,
+            ),
+        )
+
+    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if self._cache is None:
+            return make()
+        settings = f"{KID_SUBSETS} {KID_SUBSET_SIZE} {NEIGHBOURS}"
+        key = key_digest(
+            seen=self._digest, code=code_digest("evaluation/metrics"), settings=settings
+        )
+        file = self._cache / f"{name}-{key}.safetensors"
+        return kept(file, lambda: {"value": make()})["value"]
+
+
+def judge_real(pixels: Tensor, level: str, cache: Path) -> Verdict:
+    """The exact judge's verdict on real images, which is kept."""
+    key = key_digest(
+        images=_pixel_digest(pixels),
+        level=level,
+        code=code_digest("evaluation/shape_judge", "data/shapes"),
+    )
+    found = kept(
+        cache / f"judged-{key}.safetensors",
+        lambda: {
+            name: torch.from_numpy(z)
+            for name, z in vars(judge_shapes(pixels.numpy(), level)).items()
+        },
+    )
+    return Verdict(**{name: z.numpy() for name, z in found.items()})
+
+
+def prepare(data: str, *, resolution: int | None, level: str, samples: int, cache: Path) -> None:
+    """Makes all that evaluations of this data share: evaluator and terms of the real images.
+
+    Args:
+        data: As for ``load_dataset``.
+        resolution: In pixels.
+        level: Of shapes.
+        samples: Images per evaluation.
+        cache: Folder of trained evaluators.
+    """
+    extractor = smallcnn(data, resolution=resolution, level=level, cache=cache, progress=True)
+    train, test = real_sets(data, resolution=resolution, level=level)
+    reference = Reference.of_dataset(test, "test")
+    fresh, _ = fresh_images(train, samples)
+    seen = Seen.of(reference, extractor, cache)
+    for metric in NEIGHBOURS:
+        seen.radii(metric)
+    for kind in ("pool", "spatial"):
+        for count in {samples, len(fresh)}:
+            seen.kernels(kind, count)
+    if data == "shapes" and reference.pixels is not None:
+        for pixels in (reference.pixels, fresh):
+            judge_real(pixels, level, cache)
+
+
+def _pixel_digest(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()

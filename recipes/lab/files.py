@@ -1,0 +1,239 @@
+"""The one place that writes files: whole or not at all, in UTF-8, never through a link.
+
+Every writer makes a temporary file of its own beside the target, so that two processes may write
+the same file at the same time and the last one wins. A link at the target is replaced, not
+followed. What the system refuses (a full disk, no permission) is a ``CannotWrite``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.lab.console import UserError
+
+TEMPORARY = ".tmp-"  # what the names of unfinished files and folders begin with
+
+
+class CannotWrite(UserError, OSError):
+    """The system refuses to write; the message names the file and the reason.
+
+    Attributes:
+        errno: The system's number of the reason.
+        strerror: The system's words for it.
+    """
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        reason = error if isinstance(error, OSError) else _as_os_error(error)
+        text = reason.strerror or str(error)
+        super().__init__(f"cannot write {str(path)!r}: {text}")
+        self.errno, self.strerror = reason.errno, text
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _as_os_error(error: Exception) -> OSError:
+    # safetensors and PIL wrap the system's error into text of their own.
+    is_full = "os error 28" in str(error) or "No space left" in str(error)
+    return OSError(errno.ENOSPC if is_full else errno.EIO, " ".join(str(error).split()))
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file to be written; it becomes ``path`` at the end.
+
+    The temporary name has the suffix of ``path``, since many writers go by it. If the statement
+    inside fails, nothing is left and an older file stays as it was.
+
+    Args:
+        path: The file to write; missing folders are made.
+
+    Raises:
+        CannotWrite: The system refuses.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+    except Exception as error:
+        if "os error" in str(error):  # safetensors' own class for what the system refuses
+            raise CannotWrite(path, error) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def opened_whole(path: Path) -> Iterator[IO[bytes]]:
+    """The same as an open binary file, for writers that take one."""
+    with whole_file(path) as temporary, open(temporary, "xb") as file:
+        yield file
+        file.flush()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+        CannotWrite: The system refuses.
+    """
+    with opened_whole(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same of text, in UTF-8 whatever the locale; what no encoding knows is escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """The same of JSON; infinities and NaNs are refused, numpy's numbers are taken.
+
+    Raises:
+        CannotWrite: The system refuses.
+        ValueError: The content holds a number that JSON does not have.
+    """
+    separators = None if indent else (",", ":")
+    text = json.dumps(
+        content, indent=indent, separators=separators, allow_nan=False, default=_plain
+    )
+    write_text(path, text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    # A scalar of numpy or torch, without importing either.
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Reads JSON in UTF-8.
+
+    Raises:
+        UserError: It is missing, unreadable or damaged; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{what} {str(path)!r} is damaged: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{what} {str(path)!r} is nested too deeply") from error
+
+
+def refuse_links(root: Path, path: Path) -> Path:
+    """Returns ``path`` if nothing between ``root`` and it, itself included, is a link.
+
+    ``root`` may be a link: the user has named it. What lies inside may have come from elsewhere.
+
+    Raises:
+        UserError: Something on the way is a link, which would lead writing out of ``root``.
+    """
+    place = root
+    for part in path.relative_to(root).parts:
+        place = place / part
+        if place.is_symlink():
+            raise UserError(
+                f"{str(place)!r} is a link, and nothing in {str(root)!r} is written or deleted "
+                f"through one; remove the link"
+            )
+    return path
+
+
+def remove_folder(root: Path, folder: Path) -> None:
+    """Deletes a folder inside ``root``, following no link; a missing one is no error.
+
+    Raises:
+        UserError: The way to it leads through a link.
+        CannotWrite: The system refuses.
+    """
+    refuse_links(root, folder)
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CannotWrite(folder, error) from error
+
+
+@contextlib.contextmanager
+def locked(
+    file: Path, *, wait: bool = False, warn: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Holds a lock on a file inside the with-statement; it goes with the process.
+
+    Where the file system knows no locks, there is none, and ``warn`` says so.
+
+    Args:
+        file: Made if missing; holds the owner's process number and host.
+        wait: Whether to wait for another holder instead of refusing.
+        warn: Told once if there can be no lock.
+
+    Raises:
+        UserError: Another process holds it.
+        CannotWrite: The file cannot be made, or is a link.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        raise CannotWrite(file, error) from error
+    with open(descriptor, "r+", encoding="utf-8", errors="replace") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = handle.read(200).strip() or "another process"
+            raise UserError(
+                f"{str(file.parent)!r} is being written to by {holder}; wait for it, stop it, or "
+                f"choose another folder"
+            ) from None
+        except OSError as error:
+            if warn:
+                warn(f"{file.parent} is not locked: {error.strerror}")
+        with contextlib.suppress(OSError):  # the text is a courtesy; a full disk has no room
+            handle.truncate(0)
+            handle.seek(0)
+            handle.write(f"process {os.getpid()} on {platform.node()}\n")
+            handle.flush()
+        yield
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return digest.hexdigest()

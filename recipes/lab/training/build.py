@@ -1,0 +1,69 @@
+"""From settings to what they describe: the data and the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from backbones import DiT, build_backbone
+from recipes.lab.data.datasets import ImageDataset, load_dataset
+from recipes.lab.data.latents import (
+    DEFAULT_RESOLUTION,
+    CachedDataset,
+    EncodedDataset,
+    is_latent_folder,
+)
+from recipes.lab.diffusion import DIFFUSION_PRESETS
+from recipes.lab.training.settings import Settings
+
+
+def load_training_data(settings: Settings, vae: Any = None) -> ImageDataset:
+    """What the settings train on: images, cached latents, or images that ``vae`` encodes.
+
+    Raises:
+        DataError: It does not exist or does not fit.
+    """
+    if is_latent_folder(settings.data):
+        dataset = CachedDataset(Path(settings.data).expanduser())
+        if settings.resolution not in (None, dataset.image_resolution):
+            raise ValueError(
+                f"the latents in {settings.data} are of resolution {dataset.image_resolution}, "
+                f"not {settings.resolution}; encode them anew, or drop --resolution"
+            )
+        if settings.class_count not in (None, dataset.num_classes):
+            raise ValueError(
+                f"the latents in {settings.data} have {dataset.num_classes} classes; choose "
+                f"classes when encoding, with recipes/encode.py --class-count"
+            )
+        return dataset
+    resolution = settings.resolution
+    if vae is not None and resolution is None:
+        resolution = DEFAULT_RESOLUTION
+    images = load_dataset(
+        settings.data,
+        resolution=resolution,
+        level=settings.level,
+        seed=settings.seed,
+        strict=settings.strict,
+        class_count=settings.class_count,
+        class_seed=settings.class_seed,
+    )
+    return images if vae is None else EncodedDataset(images, vae)
+
+
+def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
+    """The backbone that the settings describe, for images or latents of ``dataset``."""
+    is_latent = dataset.latent_factor > 1
+    patch_size = settings.patch_size or (2 if is_latent or dataset.resolution <= 16 else 4)
+    return build_backbone(
+        settings.attn,
+        settings.size,
+        settings.protocol,
+        dataset.resolution * dataset.latent_factor,
+        latent_factor=dataset.latent_factor,
+        patch_size=patch_size,
+        in_channels=dataset.channels,
+        num_classes=dataset.num_classes,
+        learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
+        attn_options=settings.attn_options,
+    )

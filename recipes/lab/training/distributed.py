@@ -1,0 +1,143 @@
+"""What several processes have to agree on, and the batch statistics they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from recipes.lab.console import UserError
+
+Result = TypeVar("Result")
+
+
+def make_accelerator(precision: str = "fp32", **options: Any) -> Accelerator:
+    """An Accelerator that knows every process that was started, on GPUs or CPUs.
+
+    Raises:
+        UserError: Accelerate sees another number of processes than the launcher started.
+    """
+    # The precision of a process' first Accelerator would stay that of all later ones.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        # Under torchrun without a GPU, Accelerate otherwise makes every process a world of one.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
+        **options,
+    )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"the launcher started {started} processes, Accelerate sees "
+            f"{accelerator.num_processes}; start with torchrun --standalone --nproc_per_node N"
+        )
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Runs ``action`` on the main process and gives every process its result.
+
+    Raises:
+        UserError: ``action`` raised it; every process does.
+    """
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        error = UserError(outcome[1])
+        error.is_shared = True
+        raise error
+    return outcome[0]
+
+
+def share_batch_statistics(model: nn.Module) -> None:
+    """Makes every batch norm of ``model`` normalise over the batches of all processes."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm2d
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over all processes; torch's own ``SyncBatchNorm`` refuses a CPU."""
+
+    # A collective inside the graph would have to be compiled with its process group.
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, c, h, w), of the same shape in every process -> the same shape."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            x = input.float()
+            mean = _mean_of_all(x.mean(dim=(0, 2, 3)))
+            centred = x - mean[:, None, None]
+            variance = _mean_of_all(centred.square().mean(dim=(0, 2, 3)))
+            self._update(mean, variance, x.numel() // len(mean) * dist.get_world_size())
+            out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+            if self.affine:
+                out = out * self.weight[:, None, None] + self.bias[:, None, None]
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.momentum is not None and self.running_mean is not None
+        assert self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        # Every process' loss depends on every process' share of the sum.
+        return _Sum.forward(ctx, grad)
+
+
+def _mean_of_all(x: Tensor) -> Tensor:
+    return _Sum.apply(x) / dist.get_world_size()
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Spreads weights, gradients and optimiser state over the processes (FSDP2), block by block.
+
+    Torch's own call, because Accelerate ignores its FSDP2 plugin on a CPU without a word.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on the CPU; for a shard every process has to call it."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def placed_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, on the device of ``like`` and sharded as it is."""
+    whole = whole.to(like.device)
+    if isinstance(like, DTensor) and whole.ndim:
+        return distribute_tensor(whole, like.device_mesh, like.placements)
+    return whole

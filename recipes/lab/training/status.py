@@ -1,0 +1,159 @@
+"""Who writes to a run's folder, and where the run stands."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from recipes.lab.console import UserError
+from recipes.lab.training.checkpoint import Run
+
+_SECONDS_BETWEEN_WRITES = 2.0
+
+
+@contextlib.contextmanager
+def claimed(run: Run) -> Iterator[None]:
+    """Holds the run's folder; a second process that trains into it is refused.
+
+    The lock goes with the process, however it ends. Where the file system knows no locks, there
+    is none.
+
+    Raises:
+        UserError: Another process holds the folder, or it cannot be written to.
+    """
+    run.make()
+    try:
+        file = run.lock_file.open("a+")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {run.folder} ({error.strerror}); choose another --out"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run.folder} is being written to by {file.read().strip() or 'another process'}; "
+                f"wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            print(f"{run.folder} is not locked: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the text is a courtesy; a full disk has no room
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+            file.flush()
+        yield
+
+
+def is_claimed(run: Run) -> bool:
+    """Whether a process trains into the folder now."""
+    try:
+        with run.lock_file.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class Status:
+    """Keeps a run's status.json.
+
+    Args:
+        run: The run.
+        steps: Where it ends.
+        batch_size: Images of a step.
+    """
+
+    def __init__(self, run: Run, steps: int, batch_size: int) -> None:
+        self.run = run
+        self.steps = steps
+        self.batch_size = batch_size
+        self.rate: float | None = None  # steps per second, over the last dozen or so
+        self._written = 0.0
+
+    def update(self, step: int, seconds: float, entry: dict[str, Any], saved: int | None) -> None:
+        """Notes a step that took ``seconds``; writes every few seconds."""
+        self.rate = 1 / seconds if self.rate is None else 0.9 * self.rate + 0.1 / seconds
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self.write("running", step, entry, saved)
+
+    def write(
+        self, state: str, step: int, entry: dict[str, Any], saved: int | None, reason: str = ""
+    ) -> None:
+        """Writes "running", "preempted", "done" or "failed" now, unless the disk is full."""
+        self._written = time.monotonic()
+        content = {
+            "state": state,
+            "reason": reason,
+            "step": step,
+            "steps": self.steps,
+            "checkpoint": saved,
+            "loss": entry.get("loss"),
+            "skipped": entry.get("skipped_in_all", 0),
+            "images_per_second": self.rate and round(self.rate * self.batch_size, 1),
+            "seconds_left": self.rate and round((self.steps - step) / self.rate),
+            "memory_mb": round(memory_mb()),
+            "process": os.getpid(),
+            "host": platform.node(),
+            "updated": _now(),
+        }
+        temporary = self.run.status_file.with_name("status.json.tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(temporary, self.run.status_file)
+
+
+def describe(run: Run) -> str:
+    """Where a run stands, for a person.
+
+    Raises:
+        UserError: There is no status in the folder.
+    """
+    try:
+        status = json.loads(run.status_file.read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{run.folder} has no readable status.json; has it been trained?"
+        ) from None
+    state = status["state"]
+    if state == "running" and not is_claimed(run):
+        state = "crashed (it says running, but no process holds it)"
+    lines = [
+        f"{run.folder}: {state}" + (f", {status['reason']}" if status["reason"] else ""),
+        f"  step {status['step']} of {status['steps']}, newest checkpoint {status['checkpoint']}",
+    ]
+    if status["loss"] is not None:
+        lines.append(f"  loss {status['loss']:.4f}, {status['skipped']} steps skipped")
+    if status["images_per_second"]:
+        left = datetime.timedelta(seconds=status["seconds_left"])
+        lines.append(
+            f"  {status['images_per_second']} images per second, {left} left, "
+            f"{status['memory_mb']} MB"
+        )
+    lines.append(f"  process {status['process']} on {status['host']}, {status['updated']}")
+    return "\n".join(lines)
+
+
+def memory_mb() -> float:
+    """The most memory this process has held, in MB: of the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")

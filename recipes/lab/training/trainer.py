@@ -1,0 +1,368 @@
+"""The state of a training run between two steps, and what one step does to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import attnzoo
+from backbones import DiT
+from recipes.lab.console import UserError
+from recipes.lab.data.latents import decode, load_vae
+from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
+from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.training.averaging import WeightAverage
+from recipes.lab.training.batches import Batch, Batches
+from recipes.lab.training.build import build_model, load_training_data
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.distributed import (
+    gathered,
+    make_accelerator,
+    on_main,
+    placed_like,
+    shard,
+    share_batch_statistics,
+)
+from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
+from recipes.lab.training.settings import Settings
+
+_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Trainer:
+    """The state of a run between two steps.
+
+    Args:
+        settings: What to compute.
+        trackers: Names of Accelerate's trackers.
+        folder: Where trackers write.
+
+    Raises:
+        ValueError: A setting is out of range or does not fit the others.
+        TypeError: The mechanism does not have an option.
+    """
+
+    def __init__(
+        self, settings: Settings, trackers: Sequence[str] = (), folder: Path | None = None
+    ) -> None:
+        self.settings = settings
+        ddp = DistributedDataParallelKwargs()
+        self.accelerator = make_accelerator(
+            settings.precision,
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[ddp],
+        )
+        self._check_division()
+        self.vae = (
+            load_vae(settings.vae, self.accelerator.device) if settings.vae is not None else None
+        )
+        self.dataset = load_training_data(settings, self.vae)
+        self.diffusion = DIFFUSION_PRESETS[settings.preset]
+        if self.accelerator.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as DiT
+        torch.manual_seed(settings.seed)
+        self.model = build_model(settings, self.dataset).to(self.accelerator.device).train()
+        share_batch_statistics(self.model)
+        if self.accelerator.num_processes > 1:
+            # Searching the graph for them at every step costs time, not searching an error.
+            ddp.find_unused_parameters = self._leaves_parameters_unused()
+        if settings.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+            _halve_momentum(self.model)
+        if settings.compile:
+            self.model.compile()
+        self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
+        self.wrapped: nn.Module = self.model
+        if self.is_sharded:
+            shard(self.model, self.accelerator)
+        else:
+            self.wrapped = self.accelerator.prepare_model(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=0.0,
+        )
+        self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
+        self.batches = Batches(
+            settings,
+            self.dataset,
+            self.diffusion,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+        )
+        self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def _leaves_parameters_unused(self) -> bool:
+        """Whether options of the mechanism leave a parameter without a gradient."""
+        side, device = self.dataset.resolution, self.accelerator.device
+        image = torch.zeros(1, self.dataset.channels, side, side, device=device)
+        self.model.eval()  # batch norm would note the statistics of this image
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        self.model(image, timestep=zero, class_labels=zero).sample.sum().backward()
+        unused = [parameter for parameter in self.model.parameters() if parameter.grad is None]
+        self.model.zero_grad()
+        self.model.train()
+        return bool(unused)
+
+    def _check_division(self) -> None:
+        settings, processes = self.settings, self.accelerator.num_processes
+        if settings.batch_size % (settings.accumulate * processes):
+            raise ValueError(
+                f"batch size {settings.batch_size} does not divide among {processes} processes "
+                f"with {settings.accumulate} micro-steps each; choose a multiple of "
+                f"{settings.accumulate * processes}"
+            )
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[DiT]:
+        """The model with its averaged weights, inside the with-statement."""
+        with self.average.applied():
+            yield self.model
+
+    def train_step(self, wants_stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """Takes one optimiser step, or skips it where loss or gradient are not finite.
+
+        Args:
+            wants_stop: Whether this process has been told to stop.
+
+        Returns:
+            What there is to log about it, the same in every process, and whether any process
+            wants to stop.
+        """
+        settings, device = self.settings, self.accelerator.device
+        share = [
+            tensor.to(device, non_blocking=device.type == "cuda").chunk(settings.accumulate)
+            for tensor in self._batch()
+        ]
+        rate = settings.learning_rate
+        if settings.decay == "linear":
+            rate *= 1 - self.step / settings.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        buffers = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        self.optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
+        others = torch.zeros(9, device=device)  # loss by time, and the wish to stop
+        others[8].fill_(wants_stop)
+        inputs: dict[str, Tensor] = {}
+        for index, (images, labels, timesteps, noise) in enumerate(zip(*share, strict=True)):
+            # For noise inside a mechanism; all else comes from the step's own generator.
+            key = (settings.seed, self.step, self.accelerator.process_index, index)
+            torch.manual_seed(generator_for(*key).initial_seed())
+
+            def model(**arguments: Any) -> Any:
+                inputs.update(arguments)
+                return self.wrapped(**arguments)
+
+            with self._synchronising(index == settings.accumulate - 1):
+                with self.accelerator.autocast():
+                    losses = self.diffusion.training_losses(
+                        model,  # type: ignore[arg-type]
+                        images,
+                        labels,
+                        timesteps=timesteps,
+                        noise=noise,
+                    )
+                parts = {name: value.mean() for name, value in losses.items()}
+                auxiliary = attnzoo.auxiliary_loss(self.model)
+                if auxiliary is not None:
+                    parts["auxiliary"] = auxiliary
+                total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
+                (total / settings.accumulate).backward()
+            for name, value in parts.items():
+                share_of_mean = value.detach() / settings.accumulate
+                means[name] = means[name] + share_of_mean if name in means else share_of_mean
+            others[:8] += quartile_sums(losses["mse"], timesteps, self._last_time())
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), settings.gradient_clip or math.inf
+        )
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        # One reduction for everything: every process sees the same numbers and decides alike.
+        values = torch.stack([*means.values()]) / self.accelerator.num_processes
+        reduced: Any = self.accelerator.reduce(torch.cat([values, others]), "sum")
+        # The only wait for the GPU in a step: all of its numbers in one copy.
+        *numbers, gradient_norm = torch.cat([reduced, norm.reshape(1).float()]).tolist()
+        entry = dict(zip(means, numbers, strict=False))
+        stopping = numbers[-1] > 0
+        self.step += 1
+        if not (math.isfinite(entry["loss"]) and math.isfinite(gradient_norm)):
+            for tensor, before in buffers:
+                tensor.copy_(before)  # batch-norm statistics have already seen the batch
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            reason = f"loss {entry['loss']}, gradient norm {gradient_norm}"
+            skip = {"step": self.step, "loss": None, "skipped": reason}
+            return {**skip, "skipped_in_all": self.skipped}, stopping
+        self.optimizer.step()
+        self.average.update(self.step)
+        self.skipped_in_a_row = 0
+        entry = {"step": self.step, **entry, "gradient_norm": gradient_norm}
+        entry |= {"learning_rate": rate, **quartile_entry(numbers[-9:-1])}
+        if self.skipped:
+            entry["skipped_in_all"] = self.skipped
+        if self.step % settings.diagnose_every == 0:
+            said = look_inside(self.model, inputs, direct=settings.compile)
+            if self.is_sharded:
+                self.model.reshard()  # type: ignore[operator]
+            if said:
+                entry["blocks"] = said
+        return entry, stopping
+
+    def _last_time(self) -> float:
+        is_flow = self.diffusion.prediction == "flow"
+        return 1.0 if is_flow else float(self.diffusion.num_train_timesteps)
+
+    @contextlib.contextmanager
+    def _synchronising(self, is_last: bool) -> Iterator[None]:
+        """Gradients are averaged over processes after the last micro-step only."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+            yield
+        else:
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                yield
+
+    def _batch(self) -> Batch:
+        return self.batches.take(self.step)
+
+    def save(self, run: Run) -> str | None:
+        """Writes a checkpoint.
+
+        Returns:
+            None, or why it could not be written; then nothing of it is left.
+        """
+        weights = {name: gathered(tensor) for name, tensor in self.model.state_dict().items()}
+        average = {name: gathered(tensor) for name, tensor in self.average.shadow.items()}
+        optimizer = {
+            f"{name}/{key}": gathered(value)
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        config = self.model.to_json_string()
+
+        def write() -> str | None:
+            try:
+                run.save(
+                    self.step,
+                    {
+                        f"model/{_WEIGHTS_FILE}": weights,
+                        f"ema/{_WEIGHTS_FILE}": average,
+                        "optimizer.safetensors": optimizer,
+                    },
+                    {"model/config.json": config, "ema/config.json": config},
+                    {
+                        "skipped": self.skipped,
+                        "skipped_in_a_row": self.skipped_in_a_row,
+                        "processes": self.accelerator.num_processes,
+                        "torch": torch.__version__,
+                    },
+                    self.settings.keep_every,
+                )
+            except OSError as error:
+                return error.strerror or str(error)
+            return None
+
+        return on_main(self.accelerator, write)
+
+    def load(self, step: int, folder: Path) -> None:
+        """Restores a checkpoint that ``Run.newest_checkpoint`` has found whole.
+
+        Raises:
+            UserError: It belongs to another model.
+        """
+        _fill(dict(self.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
+        _fill(self.average.shadow, folder / "ema" / _WEIGHTS_FILE)
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in _read(folder / "optimizer.safetensors").items():
+            name, _, kind = key.rpartition("/")
+            if name not in parameters or (tensor.ndim and tensor.shape != parameters[name].shape):
+                raise UserError(f"{folder} is of another model: its optimiser has {key!r}")
+            # The count of steps stays where the optimiser made it, on the CPU.
+            like = parameters[name] if tensor.ndim else torch.empty(())
+            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.skipped = int(manifest.get("skipped", 0))
+        self.skipped_in_a_row = int(manifest.get("skipped_in_a_row", 0))
+        self.step = step
+
+    def sample_grid(self, path: Path) -> None:
+        """Draws two images of each of the first ten classes, always from the same noise.
+
+        Latents are decoded where the settings name a VAE; otherwise their first channel is shown.
+        """
+        if not (self.accelerator.is_main_process or self.is_sharded):
+            return
+        classes = min(10, self.dataset.num_classes)
+        labels = torch.arange(classes).repeat(2)
+        with self.averaged_model() as averaged:
+            images = sample(
+                averaged,
+                self.diffusion,
+                labels=labels,
+                indices=torch.arange(len(labels)),
+                seed=self.settings.seed,
+                num_classes=self.dataset.num_classes,
+                shape=(self.dataset.channels, self.dataset.resolution, self.dataset.resolution),
+                sampler="euler-flow" if self.diffusion.prediction == "flow" else "dpm++",
+                device=self.accelerator.device,
+            )
+            if self.is_sharded:
+                averaged.reshard()  # type: ignore[operator]
+        if self.accelerator.is_main_process:
+            if self.vae is not None:
+                images = decode(self.vae, images)
+            save_grid(images.cpu(), path, columns=classes)
+
+
+def _halve_momentum(model: nn.Module) -> None:
+    """Makes two updates of a batch norm's statistics with one batch count as one.
+
+    Gradient checkpointing runs every block's forward twice.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
+            module.momentum = 1 - math.sqrt(1 - module.momentum)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no safetensors file ({error}); delete its folder") from error
+
+
+@torch.no_grad()
+def _fill(targets: dict[str, Tensor], file: Path) -> None:
+    """Copies the tensors of a file into those of the same names.
+
+    Raises:
+        UserError: Names, shapes or types differ.
+    """
+    saved = _read(file)
+    differing = sorted(targets.keys() ^ saved.keys()) or [
+        name
+        for name, tensor in targets.items()
+        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype)
+    ]
+    if differing:
+        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
+        raise UserError(f"{file} is of another model: {len(differing)} tensors differ ({shown})")
+    for name, tensor in targets.items():
+        tensor.copy_(placed_like(saved[name], tensor))
