@@ -39,7 +39,7 @@ from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.distributed import on_main
 from recipes.lab.training.loop import Loop
-from recipes.lab.training.settings import PRESETS, Settings, resumed_settings
+from recipes.lab.training.settings import PRESETS, Settings, canonical_settings, resumed_settings
 from recipes.lab.training.status import claimed, describe, is_claimed
 from recipes.lab.training.trainer import Trainer
 
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     allowed, trackers = given.pop("allow_change"), given.pop("tracker")
     if "set" in given:
         given["attn_options"] = parse_options(given.pop("set"))
+    given = canonical_settings(given)
     run = Run(out or default_folder(given))
     if resume == "always":
         Run.open(run.folder)

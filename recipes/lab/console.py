@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +31,9 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     exit status 2, Ctrl-C one line and 130; a reader that closes the pipe (``| head``) ends the
     script quietly. Everything else is a bug and shows its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no locale may stop a script
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
