@@ -34,12 +34,12 @@ from recipes.lab.console import (
     whole,
 )
 from recipes.lab.data.datasets import DATASETS
-from recipes.lab.data.latents import LatentDataset
+from recipes.lab.data.latents import LatentDataset, canonical_settings
 from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.distributed import on_main
 from recipes.lab.training.loop import Loop
-from recipes.lab.training.settings import PRESETS, Settings, canonical_settings, resumed_settings
+from recipes.lab.training.settings import PRESETS, Settings, resumed_settings
 from recipes.lab.training.status import claimed, describe, is_claimed
 from recipes.lab.training.trainer import Trainer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -32,7 +31,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     script quietly. Everything else is a bug and shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # no locale may stop a script
     try:
         status = main(sys.argv[1:])

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +181,15 @@ def test_a_malicious_vae_is_not_executed(vae, images, tmp_path):
         weights.write_bytes(evil)
         with pytest.raises(DataError, match="no VAE with safetensors"):
             load_vae(str(folder))
+    shutil.copy(Path(vae) / weights.name, weights)
+    state = load_file(weights)
+    for place in ("diffusion_pytorch_model.bin", "../evil.safetensors", 3):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, place)}
+        (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
+        with pytest.raises(DataError, match="other than safetensors files beside"):
+            load_vae(str(folder))
+    (folder / f"{weights.name}.index.json").unlink()
+    weights.unlink()
     with pytest.raises(UserError, match="no VAE with safetensors"):
         encode(images, tmp_path / "out", str(folder))
     assert not trace.exists()

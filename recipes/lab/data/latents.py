@@ -25,7 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, canonical_data
 from recipes.lab.data.errors import DataError
 from recipes.lab.files import read_json, sha256
 
@@ -43,6 +43,7 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     source = canonical_vae(place)
     options: dict[str, Any] = {"local_files_only": os.path.isdir(source)}
     try:
+        _check_index(Path(source))
         config = AutoencoderKL.load_config(source, **options)
         _check_config(place, config)
         vae, loaded = AutoencoderKL.from_pretrained(
@@ -73,6 +74,29 @@ def canonical_vae(place: str) -> str:
     """A hub id as it is, or a folder's absolute path without links."""
     folder = os.path.expanduser(place)
     return os.path.realpath(folder) if place and os.path.isdir(folder) else place
+
+
+def canonical_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings with one spelling of "data" and "vae", good from any working directory."""
+    spelled = dict(given)
+    for name, canonical in (("data", canonical_data), ("vae", canonical_vae)):
+        if isinstance(spelled.get(name), str):
+            spelled[name] = canonical(spelled[name])
+    return spelled
+
+
+def _check_index(folder: Path) -> None:
+    # Diffusers prefers an index to the file beside it, and reads pickles that one names.
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.exists():
+        return
+    listed = read_json(index, "index")
+    files = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or any(
+        Path(str(file)).name != file or not file.endswith(".safetensors")
+        for file in files.values()
+    ):
+        raise DataError(f"{str(index)!r} names other than safetensors files beside it")
 
 
 def _check_config(place: str, config: Mapping[str, Any]) -> None:

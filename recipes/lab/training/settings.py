@@ -8,8 +8,7 @@ from typing import Any
 
 from attnzoo.contract import nearest
 from recipes.lab.console import UserError
-from recipes.lab.data.datasets import canonical_data
-from recipes.lab.data.latents import canonical_vae
+from recipes.lab.data.latents import canonical_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,15 +78,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def canonical_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with one spelling of each folder, good from any working directory."""
-    spelled = dict(given)
-    for name, canonical in (("data", canonical_data), ("vae", canonical_vae)):
-        if isinstance(spelled.get(name), str):
-            spelled[name] = canonical(spelled[name])
-    return spelled
-
-
 def resumed_settings(
     saved: Mapping[str, Any], given: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> tuple[Settings, list[str]]:
@@ -104,14 +94,12 @@ def resumed_settings(
     Raises:
         UserError: A setting differs that is not allowed to, or a name does not exist.
     """
+    saved, given = canonical_settings(saved), canonical_settings(given)
     names = [field.name for field in dataclasses.fields(Settings)]
     for name in allowed:
         if name not in names:
             raise UserError(f"--allow-change {name!r} is not a setting{nearest(name, names)}")
-    given = canonical_settings(given)
-    before = Settings(
-        **canonical_settings({name: value for name, value in saved.items() if name in names})
-    )
+    before = Settings(**{name: value for name, value in saved.items() if name in names})
     changes = {
         name: (getattr(before, name), value)
         for name, value in given.items()
