@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,12 +31,15 @@ from tqdm.auto import tqdm
 
 from recipes.lab.console import DATA_BUDGET, DONE, UserError, printable, run_script, whole
 from recipes.lab.data.images import (
+    MAX_PIXELS,
     BadImage,
     FileDigest,
     FoundImages,
     digest_file,
     digest_images,
     find_images,
+    portable,
+    portable_bytes,
     read_image,
     training_folder,
 )
@@ -125,6 +129,8 @@ def encode(
     if not os.path.isdir(images):
         raise UserError(f"{str(images)!r} is no folder; give one with a sub-folder per class")
     _check_target(latents)
+    if resolution**2 > MAX_PIXELS:
+        raise UserError(f"resolution {resolution} is too large: {math.isqrt(MAX_PIXELS)} at most")
     root = training_folder(images)
     found = find_images(root, class_count, class_seed)
     found.check_classes(root, (label for _, label in found.images))
@@ -134,7 +140,7 @@ def encode(
         raise UserError(f"the VAE takes {encoder.config['in_channels']} channels, images have 3")
     if resolution % facts["factor"]:
         raise UserError(f"resolution {resolution} is no multiple of the VAE's {facts['factor']}")
-    names = [str(path.relative_to(root)) for path, _ in found.images]
+    names = [portable(path.relative_to(root)) for path, _ in found.images]
     listing = "\n".join(
         f"{label}\t{name}" for name, (_, label) in zip(names, found.images, strict=True)
     )
@@ -153,7 +159,7 @@ def encode(
         "class_count": class_count,
         "class_seed": class_seed,
         "images": len(found.images),
-        "images_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest(),
+        "images_sha256": hashlib.sha256(portable_bytes(listing)).hexdigest(),
         "dtype": dtype,
         "shard_size": shard_size,
     }
@@ -363,7 +369,7 @@ def _finish(
 ) -> int:
     shards: list[dict[str, Any]] = []
     contents: list[tuple[str, int, FileDigest]] = []
-    bad = {str(path.relative_to(root)): reason for path, reason in found.skipped}
+    bad = {portable(path.relative_to(root)): reason for path, reason in found.skipped}
     labels: set[int] = set()
     for number in range(count):
         path = latents / _shard_name(number)

@@ -722,6 +722,7 @@ class TestFolder:
             path.rmdir()
         assert "one for each class" in fails(str(root))
         assert "at least 4" in fails(str(root), resolution=0)
+        assert "at most 7071" in fails(str(root), resolution=10**6)
         assert "no split 'test'" in fails(str(root), split="test")
         (root / "file").write_text("x")
         assert "is a file" in fails(str(root / "file"))

@@ -370,8 +370,8 @@ def test_a_vae_that_overflows_is_refused(images, vae, tmp_path):
         load_training_data(settings, load_vae(place)).batch(torch.arange(2))
 
 
-def command(*arguments, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def command(*arguments, launcher=(), **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(
         [sys.executable, *launcher, ROOT / "recipes" / "encode.py", *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -397,6 +397,18 @@ def test_a_folder_that_is_being_written_is_refused(copy, images, vae):
         encode(images, copy, vae, dtype="fp32")
     assert len(before) == 5
     assert before == {path.name: path.stat().st_mtime_ns for path in copy.glob("[!.]*")}
+
+
+def test_the_locale_does_not_count(images, vae, cache, tmp_path):
+    out = tmp_path / "l\u00e4tents"
+    process = command(
+        images, out, "--vae", vae, "--resolution", 16, "--shard-size", 5, "--batch-size", 2,
+        "--dtype", "fp32", LC_ALL="C", PYTHONUTF8="0",
+    )  # fmt: skip
+    said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert CachedDataset(out).identity() == CachedDataset(cache).identity()
+    assert CachedDataset(out).class_names == ("ant", "bee", "cat", "d\u00f6g")
 
 
 def test_several_processes_share_the_shards(images, vae, cache, tmp_path):
@@ -463,6 +475,8 @@ def test_places_that_cannot_be_written_are_refused_before_the_vae_is_loaded(
         encode(images, images, vae)
     with pytest.raises(UserError, match="no folder"):
         encode(tmp_path / "none", tmp_path / "out", vae)
+    with pytest.raises(UserError, match="too large"):
+        encode(images, tmp_path / "out", vae, resolution=10**6)
     with pytest.raises(UserError, match="class count 5"):
         encode(images, tmp_path / "out", vae, class_count=5)
     with pytest.raises(UserError, match=r"2\*\*64"):

@@ -90,6 +90,7 @@ def test_decoding_undoes_what_training_sees(fields, vae, images, tmp_path):
         ({"use_quant_conv": False}, "quant_conv"),
         ({"mid_block_add_attention": False}, "do not fit"),
         ({"latent_channels": 8}, "no VAE"),
+        ({"out_channels": 1}, "no VAE"),
         ({"block_out_channels": "x"}, "no VAE"),
     ],
     ids=str,

@@ -25,11 +25,13 @@ from torch.nn.functional import interpolate
 from recipes.lab.console import printable
 from recipes.lab.data.errors import DataError
 from recipes.lab.data.images import (
+    MAX_PIXELS,
     WHOLE_BYTES,
     BadImage,
     digest_file,
     digest_images,
     find_images,
+    portable,
     read_image,
     training_folder,
 )
@@ -81,7 +83,8 @@ class ImageDataset:
         resolution: pixels on a side.
         channels: 1 (grey) or 3 (RGB).
         class_names: name of each class, in the order of the labels. Those of a folder are its
-            sub-folders' names as they are, so they are not safe as parts of a path.
+            sub-folders' names as they are, so they are not safe as parts of a path, of HTML or of
+            what a terminal shows (``console.printable``).
         horizontal_flip: whether a mirrored image is as good an example of its class.
         infinite: whether every index in [0, 2**63) is another image.
         latent_factor: image pixels per pixel that the model sees; 1 unless a VAE stands between.
@@ -300,7 +303,7 @@ class _FolderDataset(ImageDataset):
     def identity(self) -> dict[str, Any]:
         whole = sum(path.stat().st_size for path, _ in self._found if path.exists()) <= WHOLE_BYTES
         sha256, hashed = digest_images(
-            (str(path.relative_to(self._root)), label, digest_file(path, whole))
+            (portable(path.relative_to(self._root)), label, digest_file(path, whole))
             for path, label in self._found
         )
         return self._identity("folder", sha256) | {"hashed": hashed}
@@ -434,6 +437,11 @@ def _check_resolution(
     if resolution is None:
         return default
     fits = is_integer(resolution) and resolution >= smallest
+    if fits and int(resolution) ** 2 > MAX_PIXELS:
+        raise DataError(
+            f"resolution {resolution} does not suit {what}: give one of at most "
+            f"{math.isqrt(MAX_PIXELS)}"
+        )
     if fits and (largest is None or resolution <= largest):
         return int(resolution)
     if largest is None:

@@ -54,12 +54,22 @@ class BadImage(Exception):
     """One image that cannot be used; the text is the reason."""
 
 
+def portable(name: str | Path) -> str:
+    """A file's name as UTF-8 has it, whatever the locale under which it was listed."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def portable_bytes(name: str) -> bytes:
+    """The bytes on disk of what ``portable`` gave."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 @dataclasses.dataclass(frozen=True)
 class FoundImages:
     """What a folder holds.
 
     Attributes:
-        classes: Names of the class folders, as they are: not safe to print or to use in a path.
+        classes: Names of the class folders, ``portable`` but raw: not safe to print.
         images: Files with their labels.
         skipped: Files that are or may be images and are left out, with the reason.
         notes: Lines about what else was passed over, for a person.
@@ -185,12 +195,13 @@ def find_images(root: Path, class_count: int | None = None, class_seed: int = 0)
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         notes.append(f"passed over files under {str(root)!r} that are no images: {kinds}")
+    names = tuple(portable(name) for name in classes)
     doubtful = [
         f"classes {first!r} and {second!r} differ only in upper case or in Unicode's form, and "
         f"are two classes"
-        for first, second in _twins(classes)
+        for first, second in _twins(names)
     ]
-    return FoundImages(tuple(classes), images, skipped, notes, doubtful)
+    return FoundImages(names, images, skipped, notes, doubtful)
 
 
 def _twins(names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -327,7 +338,7 @@ def digest_images(files: Iterable[tuple[str, int, FileDigest]]) -> tuple[str, st
     digest = hashlib.sha256()
     for name, label, content in files:
         part = content.whole if is_small else content.ends
-        digest.update(os.fsencode(name) + b"\0%d\0" % label + part.encode() + b"\n")
+        digest.update(portable_bytes(name) + b"\0%d\0" % label + part.encode() + b"\n")
     return digest.hexdigest(), "contents" if is_small else "ends"
 
 

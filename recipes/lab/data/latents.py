@@ -65,6 +65,11 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
             f"the weights of the VAE at {place!r} do not fit its config.json: {len(unfit)} are "
             f"missing, unexpected or of another shape ({', '.join(map(str, unfit[:3]))})"
         )
+    if vae.config["in_channels"] != vae.config["out_channels"]:
+        raise DataError(
+            f"the VAE at {place!r} takes {vae.config['in_channels']} channels and gives "
+            f"{vae.config['out_channels']}, so its images cannot be compared"
+        )
     _normalizer(vae_settings(vae))
     vae.to(device)
     return vae.eval().requires_grad_(False)
@@ -331,7 +336,8 @@ class EncodedDataset(LatentDataset):
 
     def identity(self) -> dict[str, Any]:
         images = self.images.identity()
-        parts = json.dumps([images["sha256"], self.facts["sha256"], self.resolution])
+        facts = {name: value for name, value in self.facts.items() if name != "place"}
+        parts = json.dumps([images["sha256"], facts, self.resolution], sort_keys=True)
         return images | {
             "kind": f"encoded {images['kind']}",
             "sha256": hashlib.sha256(parts.encode()).hexdigest(),
