@@ -56,6 +56,20 @@ def main() -> None:
         print(f"{name}  offered by {' and '.join(point.value for point in points)}")
     print(f"\none layer of width {DIM}, per sample, every multiply-accumulate counted\n")
 
+    backends()
+    print(f"\nattnzoo {attnzoo.__version__}, Python {platform.python_version()}", end="")
+    for package in PACKAGES:
+        try:
+            print(f", {package} {importlib.metadata.version(package)}", end="")
+        except importlib.metadata.PackageNotFoundError:
+            print(f", no {package}", end="")
+        except Exception:  # an installation may be broken in any way
+            print(f", {package} of unknown version", end="")
+    print()
+
+
+def backends() -> None:
+    """Prints which implementations run here, and what the others lack."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     print(f"softmax backends on {device} with {dtype}:")
@@ -66,16 +80,6 @@ def main() -> None:
         print("other backends:")
         _report("fla", fla.why_unavailable(device))
         _report("triton", _why_no_triton(device))
-
-    print(f"\nattnzoo {attnzoo.__version__}, Python {platform.python_version()}", end="")
-    for package in PACKAGES:
-        try:
-            print(f", {package} {importlib.metadata.version(package)}", end="")
-        except importlib.metadata.PackageNotFoundError:
-            print(f", no {package}", end="")
-        except Exception:  # an installation may be broken in any way
-            print(f", {package} of unknown version", end="")
-    print()
 
 
 def _report(impl: str, reason: str | None) -> None:

@@ -37,6 +37,10 @@ class Config(StreamConfig):
     # "folded" multiplies the output projection into the heads' states: for float32 and large n.
     impl: Literal["auto", "folded", "naive"] = "auto"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "eps")
+
 
 @register_attention("sana")
 class SanaAttention(Attention):
