@@ -140,7 +140,7 @@ class Always(Attention):
     def forward(self, x, grid):
         out = self.linear(x)
         self.auxiliary_loss = out.square().mean()
-        return out
+        return self.linear(out)  # a recomputation stops once nothing more is needed
 
 
 @pytest.fixture
