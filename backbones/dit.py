@@ -110,9 +110,7 @@ class DiT(ModelMixin, ConfigMixin):
             if name in hints:
                 check_option(name, value, hints[name])
         # A config file holds a tuple as a list, which would then differ from what was given.
-        self.register_to_config(
-            attn_options=as_tuples(attn_options), provenance=as_tuples(provenance)
-        )
+        self.register_to_config(attn_options=as_tuples(attn_options))
         for name, value in (
             ("dim", dim),
             ("depth", depth),
