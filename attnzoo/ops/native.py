@@ -37,12 +37,21 @@ void NAME(forward)(const T *z, long stride, const float *gamma, T *out, float *p
             peak = x > peak ? x : peak;
             poison += x * 0;
         }
-        float inverse = 1 / peak, exponent = gamma[row] * 1.44269504f;
+        float inverse = 1 / peak, exponent = gamma[row] * 1.44269504f, top = 0;
+        if (exponent < 0) { /* the smallest positive entry has the largest power */
+            float low = 1;
+            EACH {
+                float x = LOAD(z[i]), unit = x * inverse;
+                low = x > TINY && unit < low ? unit : low;
+            }
+            top = exponent * natural_log(low > TINY ? low : TINY);
+        }
         _Pragma("omp simd reduction(+:squares,sum)") EACH {
-            float unit = LOAD(z[i]) * inverse;
-            unit = unit > 1e-30f ? unit : 1e-30f;
+            float x = LOAD(z[i]), unit = x * inverse;
+            unit = unit > TINY ? unit : TINY;
             squares += unit * unit;
-            power[i] = power_of_2(exponent * natural_log(unit));
+            float raised = power_of_2(exponent * natural_log(unit) - top);
+            power[i] = x > TINY ? raised : 0;
             sum += power[i] * power[i];
         }
         float norm = sqrtf(squares) * peak + poison, width = sqrtf(sum);
@@ -64,16 +73,16 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
         }
         float norm = norms[row] < TINY ? TINY : norms[row], inverse = 1 / peaks[row];
         float slope = gamma[row] * inverse, dot = 0, by_gamma = 0;
-        slope = slope > FLT_MAX ? FLT_MAX : slope;
+        slope = slope > FLT_MAX ? FLT_MAX : slope < -FLT_MAX ? -FLT_MAX : slope;
         _Pragma("omp simd reduction(+:dot)") EACH dot += LOAD(grad[i]) * LOAD(out[i]);
         float along = dot / norm / norm;
         _Pragma("omp simd reduction(+:by_gamma)") EACH {
             float x = LOAD(z[i]), y = LOAD(out[i]), unit = x * inverse;
-            unit = unit > 1e-30f ? unit : 1e-30f;
+            unit = unit > TINY ? unit : TINY;
             float shared = (LOAD(grad[i]) - y * along) * y;
             by_gamma += shared * natural_log(unit);
-            float slant = shared / unit * slope + x * along;
-            grad_z[i] = STORE(x <= 0 ? 0 : slant);
+            float slant = shared * slope / unit + x * along;
+            grad_z[i] = STORE(x <= TINY ? 0 : slant);
         }
         grad_gamma[row] = by_gamma;
         z += stride, grad += grad_stride, out += d, grad_z += d;
