@@ -19,7 +19,6 @@ from attnzoo.ops.routing import (
     routed_scalar,
 )
 
-
 # Every sign, and what a floor under the entries would show itself at.
 POWERS = [-3.0, -0.5, 0.0, 0.05, 0.2, 0.4, 1.0, 3.0, 6.3]
 
@@ -135,14 +134,6 @@ def test_nan_comes_out_of_the_c_kernel_in_its_row_alone(monkeypatch):
     for out, grad_z, _ in results:
         assert out.isnan().all(-1).tolist() == [False, False, True, False]
         assert grad_z.isnan().any(-1).tolist() == [False, False, True, False]
-
-
-@pytest.mark.parametrize("setting", [{"ATTNZOO_NATIVE": "0"}, {"CC": "no-such-compiler"}])
-def test_without_a_kernel_the_map_is_the_same(setting, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in setting.items():
-        monkeypatch.setenv(name, value)
-    assert library.__wrapped__() is None
 
 
 @pytest.mark.parametrize("name", ["power_map", "power_map_backward"])
