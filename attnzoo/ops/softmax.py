@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from attnzoo.ops.precision import in_float32
 
 SoftmaxImpl = Literal["auto", "naive", "sdpa", "flash", "xformers"]
+_STEEP = 1e6  # a score whose rounding error changes its exponential by a tenth
 
 
 def softmax_attention(
@@ -33,7 +35,7 @@ def softmax_attention(
         RuntimeError: The named backend is missing or cannot take these tensors; nothing else is
             used in its place.
     """
-    if impl == "naive":
+    if impl == "naive" or (impl in ("auto", "sdpa") and is_steep(query, key)):
         return naive_softmax_attention(query, key, value)
     if impl in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(query, key, value)
@@ -55,16 +57,33 @@ def softmax_attention(
 
 
 @in_float32
-def naive_softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Twin of ``softmax_attention`` that materialises the attention map."""
-    return naive_softmax_map(query, key) @ value
+def naive_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Reference of ``softmax_attention`` that materialises the attention map."""
+    return naive_softmax_map(query, key, bias) @ value
+
+
+def is_steep(query: Tensor, key: Tensor) -> bool:
+    """Whether scores may be so large that torch's fused attention has no finite gradient.
+
+    Its backward computes exp(score - log of the sum) anew: a rounding error of a score beyond
+    1e9 is an exponent beyond 88. Looks at the data where that is free of waiting, on a CPU, and
+    only if there will be a backward.
+    """
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or not query.numel():
+        return False
+    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return False
+    norms = (torch.linalg.vector_norm(z.detach(), dim=-1).amax().item() for z in (query, key))
+    return math.prod(norms) * query.shape[-1] ** -0.5 > _STEEP
 
 
 @in_float32
-def naive_softmax_map(query: Tensor, key: Tensor) -> Tensor:
+def naive_softmax_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
     """The map of ``softmax_attention``: (..., n, d), (..., m, d) -> (..., n, m)."""
     scores = torch.einsum("...nd,...md->...nm", query, key) * query.shape[-1] ** -0.5
-    return scores.softmax(-1)
+    return (scores if bias is None else scores + bias).softmax(-1)
 
 
 def why_unavailable(
