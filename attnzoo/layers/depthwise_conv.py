@@ -51,6 +51,14 @@ def _apply(
     return out if added is None else to_image(added, grid) + out.to(added.dtype)
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x); one value of a channel has no variance and takes the running statistics."""
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and x.numel() == x.shape[1]:
+        mean, variance = norm.running_mean, norm.running_var
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)
+
+
 def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Module) -> Tensor:
     """norm(branch(x)). What a batch norm in training keeps is convolved again in the backward.
 
@@ -60,7 +68,7 @@ def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Modu
     out = _apply(x, grid, branch.weight, branch.bias)
     is_kept = isinstance(norm, nn.BatchNorm2d) and torch.is_grad_enabled()
     if not is_kept or torch.compiler.is_compiling():
-        return norm(out)
+        return _normed(norm, out)
     dtype, storage = out.dtype, out.untyped_storage()._cdata
 
     def drop(kept: Tensor) -> Tensor | None:
@@ -74,7 +82,7 @@ def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Modu
             return _apply(x.to(dtype), grid, branch.weight.to(dtype), bias)
 
     with torch.autograd.graph.saved_tensors_hooks(drop, restore):
-        return norm(out)
+        return _normed(norm, out)
 
 
 class DepthwiseConv(nn.Module):

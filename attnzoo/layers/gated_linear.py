@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.gated import (
     Direction,
@@ -40,7 +41,7 @@ class GatedLinearConfig(StreamConfig):
         self.at_least(1, "gate_rank")
         for name in ("expand_k", "expand_v", "gate_normalizer"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InvalidValue(f"{name} must be positive, got {getattr(self, name)}")
         self.at_least(0, "norm_eps")
 
 
@@ -55,7 +56,7 @@ class GatedLinear(nn.Module):
         config: The options.
 
     Raises:
-        ValueError: The heads do not divide the expanded widths.
+        InvalidValue: The heads do not divide the expanded widths.
     """
 
     def __init__(self, dim: int, num_heads: int, config: GatedLinearConfig) -> None:
@@ -193,7 +194,7 @@ def _gated_norm(gate: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _expand(dim: int, name: str, ratio: float, num_heads: int) -> int:
     width = round(dim * ratio)
     if abs(width - dim * ratio) > 1e-6 or width < 1 or width % num_heads:
-        raise ValueError(
+        raise InvalidValue(
             f"{name}={ratio} times dim={dim} gives {dim * ratio:g} channels, which do not divide "
             f"into num_heads={num_heads} heads; change one of the three"
         )

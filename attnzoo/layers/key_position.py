@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attnzoo.errors import InvalidValue
+
 
 class KeyPosition(nn.Module):
     """Adds a learned vector per grid cell, which starts at 0.
@@ -14,20 +16,20 @@ class KeyPosition(nn.Module):
         dim: Channels.
 
     Raises:
-        ValueError: ``grid`` is not two positive integers.
+        InvalidValue: ``grid`` is not two positive integers.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
         if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-            raise ValueError(f"key_position must be a grid (height, width) or None, got {grid}")
+            raise InvalidValue(f"key_position must be a grid (height, width) or None, got {grid}")
         self.grid = tuple(grid)
         self.offset = nn.Parameter(torch.zeros(grid[0] * grid[1], dim))
 
     def forward(self, key: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, h * w, dim) -> (b, h * w, dim); another grid than its own is a ValueError."""
+        """(b, h * w, dim) -> (b, h * w, dim); another grid than its own is an InvalidValue."""
         if tuple(grid) != self.grid:
-            raise ValueError(
+            raise InvalidValue(
                 f"key_position was built for grid={self.grid[0]}x{self.grid[1]} and cannot take "
                 f"grid={grid[0]}x{grid[1]}; set key_position=None for layers of any grid"
             )

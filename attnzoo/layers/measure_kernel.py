@@ -10,13 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from attnzoo.ops.focused import naive_power_map, power_map
+from attnzoo.ops.precision import in_wide_range
 
 GammaForm = Literal["raw", "clamp", "softplus"]
 
 
 def gamma_start(init: float, form: GammaForm) -> float:
     """The parameter whose ``shaped_gamma`` is ``init``."""
-    return math.log(math.expm1(init)) if form == "softplus" else init
+    return init + math.log(-math.expm1(-init)) if form == "softplus" else init
 
 
 def shaped_gamma(gamma: Tensor, form: GammaForm) -> Tensor:
@@ -45,8 +46,9 @@ def measure_kernel(
         is_naive: Whether the formula is computed as it is written.
 
     Returns:
-        (b, n, d).
+        (b, n, d), of float16 in float32.
     """
+    z = in_wide_range(z)
     if offset:
         z = F.relu(z) + offset
     if scale is not None:

@@ -22,10 +22,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, to_image, to_tokens
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax import (
+    SoftmaxImpl,
+    is_steep,
+    naive_softmax_attention,
+    naive_softmax_map,
+    softmax_attention,
+)
 from attnzoo.ops.streaming import (
     State,
     StreamConfig,
@@ -43,7 +50,7 @@ from attnzoo.registry import register_attention
 def _check_square(n_agents: int) -> None:
     side = math.isqrt(max(n_agents, 1))
     if n_agents < 1 or side**2 != n_agents:
-        raise ValueError(
+        raise InvalidValue(
             f"n_agents={n_agents} must be a square number; choose {side**2} or {(side + 1) ** 2}"
         )
 
@@ -65,17 +72,17 @@ class Config(StreamConfig):
         _check_square(self.n_agents)
         if self.bias == "none":
             if self.bias_grid is not None:
-                raise ValueError(f"bias_grid={self.bias_grid} has no use; set bias='learned'")
+                raise InvalidValue(f"bias_grid={self.bias_grid} has no use; set bias='learned'")
             return
         side = math.isqrt(self.n_agents)
         grid = self.bias_grid
         if grid is None or len(grid) != 2 or min(grid) < side:
-            raise ValueError(
+            raise InvalidValue(
                 f"bias='learned' with n_agents={self.n_agents} needs the token grid, at least "
                 f"{side}x{side}: set bias_grid=(height, width), got {grid}"
             )
         if self.impl in ("flash", "xformers"):
-            raise ValueError(f"impl={self.impl!r} takes no bias; set impl='sdpa' or bias='none'")
+            raise InvalidValue(f"impl={self.impl!r} takes no bias; set impl='sdpa' or bias='none'")
 
 
 @register_attention("agent")
@@ -115,11 +122,11 @@ class AgentAttention(Attention):
         """Sets the number of agents of the calls to come; ``config`` keeps the first one.
 
         Raises:
-            ValueError: It is not a square, or learned biases fix another one.
+            InvalidValue: It is not a square, or learned biases fix another one.
         """
         _check_square(n_agents)
         if self.config.bias == "learned" and n_agents != self.config.n_agents:
-            raise ValueError(
+            raise InvalidValue(
                 f"bias='learned' fixes n_agents={self.config.n_agents}, got {n_agents}; "
                 f"build the layer with bias='none' to change the number of agents"
             )
@@ -172,6 +179,8 @@ class AgentAttention(Attention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
             return softmax_attention(query, key, value, impl=self.config.impl)
+        if is_steep(query, key):
+            return naive_softmax_attention(query, key, value, bias)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
 
     def _pooled_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -193,7 +202,7 @@ class AgentAttention(Attention):
         if self.config.bias == "none":
             return None, None
         if tuple(grid) != self.config.bias_grid:
-            raise ValueError(
+            raise InvalidValue(
                 f"bias='learned' was made for bias_grid={self.config.bias_grid}, got a grid of "
                 f"{grid}; build the layer with that bias_grid, or with bias='none'"
             )
@@ -237,11 +246,7 @@ def _naive_attention(
 def _naive_map(
     query: Tensor, agent: Tensor, key: Tensor, gather: Tensor | None, hand_out: Tensor | None
 ) -> Tensor:
-    maps = []
-    for rows, columns, bias in ((query, agent, hand_out), (agent, key, gather)):
-        scores = torch.einsum("bhnd,bhmd->bhnm", rows, columns) * rows.shape[-1] ** -0.5
-        maps.append((scores if bias is None else scores + bias).softmax(-1))
-    return maps[0] @ maps[1]
+    return naive_softmax_map(query, agent, hand_out) @ naive_softmax_map(agent, key, gather)
 
 
 @contextmanager
@@ -252,11 +257,11 @@ def agents(model: nn.Module, n_agents: int) -> Iterator[None]:
     Weights do not depend on the number, so that it costs nothing to change.
 
     Raises:
-        ValueError: ``model`` has no agent attention, or a layer cannot take the number.
+        InvalidValue: ``model`` has no agent attention, or a layer cannot take the number.
     """
     layers = [module for module in model.modules() if isinstance(module, AgentAttention)]
     if not layers:
-        raise ValueError(
+        raise InvalidValue(
             f"{type(model).__name__} has no agent attention; build it with attn='agent'"
         )
     before = [layer.n_agents for layer in layers]

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
@@ -40,7 +41,7 @@ class Config(AttentionConfig):
         super().__post_init__()
         self.at_least(1, "ratio")
         if isinstance(self.layers, tuple) and not all(isinstance(i, int) for i in self.layers):
-            raise TypeError(f"layers must hold the indices of blocks, got {self.layers!r}")
+            raise InvalidType(f"layers must hold the indices of blocks, got {self.layers!r}")
 
 
 @register_attention("compressed")
@@ -77,7 +78,7 @@ class CompressedAttention(Attention):
         if isinstance(layers, tuple):
             outside = [i for i in layers if not 0 <= i < depth]
             if outside:
-                raise ValueError(
+                raise InvalidValue(
                     f"layers={layers} names blocks {outside}, but depth={depth}; "
                     f"choose indices from 0 to {depth - 1}"
                 )
@@ -92,7 +93,7 @@ class CompressedAttention(Attention):
         """See ``Attention.forward``.
 
         Raises:
-            ValueError: ``remainder="raise"`` and the ratio does not divide the grid.
+            InvalidValue: ``remainder="raise"`` and the ratio does not divide the grid.
         """
         out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
@@ -119,7 +120,7 @@ class CompressedAttention(Attention):
         ratio = self.config.ratio
         if self.config.remainder == "raise" and any(side % ratio for side in grid):
             divisors = [r for r in range(1, min(grid) + 1) if not any(side % r for side in grid)]
-            raise ValueError(
+            raise InvalidValue(
                 f"ratio={ratio} does not divide grid={grid[0]}x{grid[1]}; choose a ratio of "
                 f"{divisors}, or set remainder='pad'"
             )

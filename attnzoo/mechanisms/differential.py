@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import naive_softmax_map, softmax_attention
@@ -41,7 +42,7 @@ class Config(AttentionConfig):
         super().__post_init__()
         self.at_least(0, "eps")
         if not isinstance(self.lambda_init, str) and not 0 <= self.lambda_init < 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"lambda_init={self.lambda_init} must lie in [0, 1), because 1 - lambda_init "
                 f"scales the output; or set lambda_init='increasing'"
             )
@@ -66,7 +67,7 @@ class DifferentialAttention(Attention):
         if width % 2:
             fits = [h for h in range(1, self.dim + 1) if self.dim % (2 * h) == 0][:12]
             remedy = f"choose num_heads from {fits}" if fits else "choose an even dim"
-            raise ValueError(
+            raise InvalidValue(
                 f"num_heads={self.num_heads} makes heads of width {width} out of dim={self.dim}; "
                 f"the two maps halve a head, so that its width must be even: {remedy}"
             )

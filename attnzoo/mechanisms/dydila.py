@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.differential_maps import (
     Normalizer,
@@ -37,7 +38,7 @@ from attnzoo.layers.measure_kernel import GammaForm, gamma_start, measure_kernel
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.ops import fused
 from attnzoo.ops.linear import linear_attention_macs
-from attnzoo.ops.precision import autocast_operands, operand_dtype
+from attnzoo.ops.precision import autocast_operands, in_wide_range, operand_dtype
 from attnzoo.ops.routing import Route, RouterGradient, balance_loss
 from attnzoo.ops.streaming import State, StreamConfig, linear_parts, stream
 from attnzoo.registry import register_attention
@@ -50,8 +51,9 @@ class Config(StreamConfig):
     n_projectors: int = 3  # n_P: 3, 5, 7 for S, B, L
     n_kernel_factors: int = 9  # n_F: 9, 15, 21 for S, B, L
     n_differential_factors: int = 9  # n_D: 9, 15, 21 for S, B, L
-    # Where routed projections go: "redundancy" adds Q', K' (the method); "replace" makes Q, K
-    # routed themselves (Table 4, row 4); "none" has none.
+    # Where routed projections go: "redundancy" adds Q', K' (the method), where there is a
+    # difference that reads them; "replace" makes Q, K routed themselves (Table 4, row 4); "none"
+    # has none.
     projection: Literal["redundancy", "replace", "none"] = "redundancy"
     kernel: Literal["routed", "fixed", "relu"] = "routed"  # "fixed": one constant power, Eq. 5
     differential: Literal["token", "map", "none"] = "token"
@@ -82,14 +84,19 @@ class Config(StreamConfig):
         self.at_least(1, "n_projectors", "n_kernel_factors", "n_differential_factors")
         self.at_least(0, "eps", "relu_offset", "gamma_jitter", "balance_coefficient")
         if self.stream is not None and (self.differential, self.map_router) == ("map", "image"):
-            raise ValueError(
+            raise InvalidValue(
                 "map_router='image' averages all queries before it reads one; "
                 "set stream=None or map_router='token'"
             )
-        if self.gamma_init <= 0:
-            raise ValueError(f"gamma_init must be positive, got {self.gamma_init}")
+        if not 0 < self.gamma_init < math.inf:
+            raise InvalidValue(f"gamma_init must be positive and finite, got {self.gamma_init}")
+        if self.gamma_form == "raw" and self.gamma_jitter >= self.gamma_init:
+            raise InvalidValue(
+                f"gamma_jitter={self.gamma_jitter} must be below gamma_init={self.gamma_init}, so "
+                f"that every power starts positive; or set gamma_form='softplus'"
+            )
         if self.differential != "none" and self.projection != "redundancy":
-            raise ValueError(
+            raise InvalidValue(
                 f"differential={self.differential!r} subtracts Q' and K', which "
                 f"projection={self.projection!r} does not make; set projection='redundancy' or "
                 f"differential='none'"
@@ -124,6 +131,7 @@ class DyDiLA(Attention):
 
     Config = Config
     config: Config
+    projection: Literal["redundancy", "replace", "none"]
     projector_routers: Any
     kernel_routers: Any
     differential_routers: Any
@@ -135,13 +143,16 @@ class DyDiLA(Attention):
         if config.impl == "triton":
             fused.require_triton()
             if reason := self._unserved():
-                raise ValueError(f"impl='triton' does not serve {reason}; set impl='auto'")
+                raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
         dim, gradient = self.dim, config.router_gradient
+        # Nothing but the difference reads Q' and K'.
+        is_unread = (config.projection, config.differential) == ("redundancy", "none")
+        self.projection = "none" if is_unread else config.projection
         makes_shared_qk = config.projection != "replace"
         self.shared = xavier_linear(dim, (3 if makes_shared_qk else 1) * dim, config.qkv_bias)
         self.proj = xavier_linear(dim, dim, bias=True)
 
-        if config.projection != "none":
+        if self.projection != "none":
             self.projectors = nn.ParameterDict()
             self.projector_routers = nn.ModuleDict()
             for z in ("query", "key"):
@@ -235,7 +246,7 @@ class DyDiLA(Attention):
             # little else is kept any more.
             local = None if self.conv is None else self.conv(value, grid)
             out = self._read(x, query, state, x.shape[1], routes)
-        out = rearrange(out, "b h n d -> b n (h d)")
+        out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
         if self.training and self.config.balance_coefficient:
@@ -278,7 +289,7 @@ class DyDiLA(Attention):
         def decode(tokens: Tensor, state: State) -> Tensor:
             [query] = linear_parts(self.shared, tokens, dim, slice(1)) if is_shared else [None]
             out = self._read(tokens, query, state, x.shape[1], {})
-            return rearrange(out, "b h n d -> b n (h d)")
+            return rearrange(out, "b h n d -> b n (h d)").to(operand_dtype(tokens))
 
         halo = 0 if self.conv is None else self.conv.reach
         return stream(x, grid, block, encode, decode, self.proj, self.conv, halo)
@@ -336,7 +347,7 @@ class DyDiLA(Attention):
         """Queries or keys, from the tokens to what the core multiplies."""
         config = self.config
         pair = [] if shared is None else [shared]
-        if config.projection != "none":
+        if self.projection != "none":
             router, is_naive = self.projector_routers[name], config.impl == "naive"
             routed, routes[f"projector.{name}"] = router.project(
                 x, self.projectors[name], is_naive
@@ -362,7 +373,7 @@ class DyDiLA(Attention):
         """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
         config, is_naive = self.config, self.config.impl == "naive"
         if config.kernel == "relu":
-            return F.relu(z)
+            return F.relu(in_wide_range(z))
         if config.kernel == "fixed":
             gamma = torch.full((1,), config.gamma_init, device=z.device)
         else:
@@ -443,8 +454,8 @@ class DyDiLA(Attention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, config, head_dim = grid[0] * grid[1], self.config, self.dim // self.num_heads
-        projections = 4 if config.projection in ("replace", "none") else 6
-        routed_tokens = 2 if config.projection != "none" else 0
+        projections = 4 if self.projection in ("replace", "none") else 6
+        routed_tokens = 2 if self.projection != "none" else 0
         kernels = {"routed": 2 if config.differential == "none" else 4}.get(config.kernel, 0)
         routing = routed_tokens * config.n_projectors + kernels * config.n_kernel_factors
         routing *= n

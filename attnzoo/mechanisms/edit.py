@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
@@ -67,7 +68,7 @@ class ConvFusion(nn.Module):
         config: The mechanism's options.
 
     Raises:
-        ValueError: ``groups`` does not divide the bottleneck's channels.
+        InvalidValue: ``groups`` does not divide the bottleneck's channels.
     """
 
     def __init__(self, dim: int, config: Config) -> None:
@@ -78,7 +79,7 @@ class ConvFusion(nn.Module):
         if groups is None:
             groups = max(g for g in divisors if g <= max(1, min(32, width // 2)))
         if groups not in divisors:
-            raise ValueError(
+            raise InvalidValue(
                 f"groups={groups} does not divide the bottleneck's {width} channels "
                 f"(dim={dim}, bottleneck={config.bottleneck}); choose one of {divisors}"
             )

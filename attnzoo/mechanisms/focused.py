@@ -7,6 +7,7 @@ Cost per sample: 4 d^2 n + 2 n d d_head + 25 n d.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
@@ -27,6 +29,7 @@ from attnzoo.ops.linear import (
     naive_linear_attention,
     naive_linear_map,
 )
+from attnzoo.ops.precision import in_wide_range
 from attnzoo.ops.streaming import StreamConfig, linear_parts, stream_linear_attention
 from attnzoo.registry import register_attention
 
@@ -51,8 +54,10 @@ class Config(StreamConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(0, "relu_offset", "eps")
-        if self.focusing_factor <= 0:
-            raise ValueError(f"focusing_factor must be positive, got {self.focusing_factor}")
+        if not 0 < self.focusing_factor < math.inf:
+            raise InvalidValue(
+                f"focusing_factor must be positive and finite, got {self.focusing_factor}"
+            )
 
 
 @register_attention("focused")
@@ -99,7 +104,7 @@ class FocusedAttention(Attention):
         query, key, value = self._query_key_value(x, grid)
         attend = naive_linear_attention if config.impl == "naive" else linear_attention
         out = attend(query, key, self._heads(value), eps=eps)
-        out = rearrange(out, "b h n d -> b n (h d)")
+        out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
         if self.conv is not None:
             out = out + self.conv(value, grid).to(out.dtype)
         return self.proj(out)
@@ -123,7 +128,7 @@ class FocusedAttention(Attention):
         return self._heads(self._focus(query)), self._heads(self._focus(key)), value
 
     def _focus(self, z: Tensor) -> Tensor:
-        activated = F.relu(z) + self.config.relu_offset
+        activated = F.relu(in_wide_range(z)) + self.config.relu_offset
         if self.scale is not None:
             activated = activated / F.softplus(self.scale)
         power = torch.full((1,), self.config.focusing_factor, device=z.device)

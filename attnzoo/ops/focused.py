@@ -16,8 +16,6 @@ from attnzoo.ops import fused
 from attnzoo.ops.native import library
 from attnzoo.ops.precision import in_float32
 
-# Entries this far below the largest count as 0: log(0) is slow, and 0 * inf would be NaN.
-_TINY = 1e-30
 _LN_2 = 0.6931471805599453
 # Elements that a CPU's second-level cache holds a few times over.
 _BLOCK = 1 << 16
@@ -46,10 +44,23 @@ def _forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peak = z.amax(-1, keepdim=True).to(dtype).clamp_min(tiny)
     norm = torch.empty_like(peak)
     exponent = gamma / _LN_2
+    # Looking at an accelerator's data would wait for it.
+    is_blind = z.device.type != "cpu"
+    may_fall = is_blind or bool((gamma < 0).any())
+    # From this exponent on the power of the floor underflows to 0 by itself.
+    may_show_floor = is_blind or bool((gamma < 1.25).any())
     for rows in _blocks(z):
-        power = z[rows].to(dtype).div(peak[rows]).clamp_min_(_TINY)
+        x = z[rows].to(dtype)
+        # A floor, because log(0) is slow; what is not positive becomes an exact 0.
+        power = x.div(peak[rows]).clamp_min_(tiny)
         norm[rows] = torch.linalg.vector_norm(power, dim=-1, keepdim=True) * peak[rows]
-        power.log_().mul_(exponent[rows]).exp2_()
+        power.log_().mul_(exponent[rows])
+        if may_fall:  # a negative exponent makes the smallest entry the largest power
+            top = torch.where(x > tiny, power, 0).amax(-1, keepdim=True)
+            power.sub_(top.clamp_min_(0))
+        power.exp2_()
+        if may_show_floor:
+            power = torch.ops.aten.threshold_backward(power, x, tiny)
         # The largest power is 1 unless the whole row is 0, and then the row stays 0.
         width = torch.linalg.vector_norm(power, dim=-1, keepdim=True).clamp_min_(tiny)
         out[rows] = power.mul_(norm[rows] / width)
@@ -62,17 +73,18 @@ def _backward(
     """Gradients of ``_forward``'s first result by z and gamma."""
     dtype = _working_dtype(z.dtype)
     grad_z, grad_gamma = torch.empty_like(out), torch.empty_like(gamma)
-    norm = norm.clamp_min(torch.finfo(dtype).tiny)
-    slope = (gamma / peak).clamp_max(torch.finfo(dtype).max)
+    tiny, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    norm = norm.clamp_min(tiny)
+    slope = (gamma / peak).clamp(-most, most)
     for rows in _blocks(z):
         x, y, g = z[rows].to(dtype), out[rows].to(dtype), grad[rows].to(dtype)
-        unit = x.div(peak[rows]).clamp_min_(_TINY)
+        unit = x.div(peak[rows]).clamp_min_(tiny)
         along = (g * y).sum(-1, keepdim=True) / norm[rows] / norm[rows]
-        # d out / d power, times power: what both gradients share.
+        # d out / d power, times power: what both gradients share, 0 where the power is.
         shared = torch.addcmul(g, y, along, value=-1).mul_(y)
         grad_gamma[rows] = (shared * unit.log()).sum(-1, keepdim=True)
-        slant = shared.div_(unit).mul_(slope[rows]).addcmul_(x, along)
-        grad_z[rows] = torch.ops.aten.threshold_backward(slant, x, 0)
+        slant = shared.mul_(slope[rows]).div_(unit).addcmul_(x, along)
+        grad_z[rows] = torch.ops.aten.threshold_backward(slant, x, tiny)
     return grad_z, grad_gamma
 
 
@@ -155,12 +167,16 @@ class _PowerMap(torch.autograd.Function):
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """x^gamma / |x^gamma| * |x| of x = ReLU(z), over the last dimension.
 
-    Sharpens a token and keeps its norm. Finite with finite gradients for rows of any scale, and
-    for rows without a positive entry, which become 0.
+    Sharpens a token and keeps its norm. Powers are those of the positive entries: an entry that
+    is not positive becomes 0 for every exponent, 0 and negative ones too, and adds nothing to any
+    gradient. Finite with finite gradients for rows of any scale, and for rows without a positive
+    entry, which become 0. Positive means above the smallest normal number, 1.2e-38 in float32; an
+    entry further than that factor below the largest of its row counts as that far below it.
 
     Args:
         z: (..., d); entries below 0 count as 0.
-        gamma: Exponents, broadcastable to (..., 1).
+        gamma: Exponents of any sign, broadcastable to (..., 1). Below 0 the smallest positive
+            entries become the largest; at 0 all positive entries become equal.
 
     Returns:
         (..., d), computed in float32 or better.
@@ -173,10 +189,16 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
 
 @in_float32
 def naive_power_map(z: Tensor, gamma: Tensor) -> Tensor:
-    """Twin of ``power_map``: the formula as it is written, in float64."""
+    """Reference of ``power_map``: the formula as it is written, in float64."""
     wide = z.double().relu()
-    dead = wide.sum(-1, keepdim=True) == 0
-    powered = torch.where(dead, torch.ones_like(wide), wide).pow(gamma.double())
+    # What divides a row changes its norm and nothing else, but keeps powers from 0 and infinity.
+    peak = wide.detach().amax(-1, keepdim=True)
+    # Not ``wide > 0``, which would take a NaN for an entry that is 0.
+    is_dead = wide <= 0
+    is_empty = is_dead.all(-1, keepdim=True)
+    # 1 stands in where there is no power, so that no gradient sees log(0) or 0 / 0.
+    unit = (wide / peak).masked_fill(is_dead, 1)
+    powered = unit.pow(gamma.double()).masked_fill(is_dead & ~is_empty, 0)
     direction = powered / powered.norm(dim=-1, keepdim=True)
-    norm = torch.where(dead, torch.ones_like(wide), wide).norm(dim=-1, keepdim=True)
-    return torch.where(dead, torch.zeros_like(wide), direction * norm).to(z.dtype)
+    norm = wide.masked_fill(is_empty, 1).norm(dim=-1, keepdim=True)
+    return (direction * norm).masked_fill(is_empty, 0).to(z.dtype)

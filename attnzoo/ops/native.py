@@ -2,12 +2,15 @@
 
 Written with torch's operators the map is a dozen passes over memory, and on a CPU memory is what
 they cost. Where there is no compiler, or with ATTNZOO_NATIVE=0 in the environment, ``library``
-returns None and ``attnzoo.ops.focused`` does without. The build takes a second, is kept in the
-user's cache (XDG_CACHE_HOME, else ~/.cache) and needs nothing but a C compiler (CC, else cc).
+returns None and ``attnzoo.ops.focused`` does without. The build takes a second and needs nothing
+but a C compiler (CC, else cc). It is cached in a folder that only the user can write to (attnzoo
+in XDG_CACHE_HOME, else in ~/.cache) with its hash; where there is no such folder, every process
+builds its own. Only what has the right hash is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +19,8 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import uuid
+import warnings
 from pathlib import Path
 
 # What attnzoo.ops.focused._forward and _backward compute, with their reasons there. T is how
@@ -37,12 +42,21 @@ void NAME(forward)(const T *z, long stride, const float *gamma, T *out, float *p
             peak = x > peak ? x : peak;
             poison += x * 0;
         }
-        float inverse = 1 / peak, exponent = gamma[row] * 1.44269504f;
+        float inverse = 1 / peak, exponent = gamma[row] * 1.44269504f, top = 0;
+        if (exponent < 0) { /* the smallest positive entry has the largest power */
+            float low = 1;
+            EACH {
+                float x = LOAD(z[i]), unit = x * inverse;
+                low = x > TINY && unit < low ? unit : low;
+            }
+            top = exponent * natural_log(low > TINY ? low : TINY);
+        }
         _Pragma("omp simd reduction(+:squares,sum)") EACH {
-            float unit = LOAD(z[i]) * inverse;
-            unit = unit > 1e-30f ? unit : 1e-30f;
+            float x = LOAD(z[i]), unit = x * inverse;
+            unit = unit > TINY ? unit : TINY;
             squares += unit * unit;
-            power[i] = power_of_2(exponent * natural_log(unit));
+            float raised = power_of_2(exponent * natural_log(unit) - top);
+            power[i] = x > TINY ? raised : 0;
             sum += power[i] * power[i];
         }
         float norm = sqrtf(squares) * peak + poison, width = sqrtf(sum);
@@ -64,16 +78,16 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
         }
         float norm = norms[row] < TINY ? TINY : norms[row], inverse = 1 / peaks[row];
         float slope = gamma[row] * inverse, dot = 0, by_gamma = 0;
-        slope = slope > FLT_MAX ? FLT_MAX : slope;
+        slope = slope > FLT_MAX ? FLT_MAX : slope < -FLT_MAX ? -FLT_MAX : slope;
         _Pragma("omp simd reduction(+:dot)") EACH dot += LOAD(grad[i]) * LOAD(out[i]);
         float along = dot / norm / norm;
         _Pragma("omp simd reduction(+:by_gamma)") EACH {
             float x = LOAD(z[i]), y = LOAD(out[i]), unit = x * inverse;
-            unit = unit > 1e-30f ? unit : 1e-30f;
+            unit = unit > TINY ? unit : TINY;
             float shared = (LOAD(grad[i]) - y * along) * y;
             by_gamma += shared * natural_log(unit);
-            float slant = shared / unit * slope + x * along;
-            grad_z[i] = STORE(x <= 0 ? 0 : slant);
+            float slant = shared * slope / unit + x * along;
+            grad_z[i] = STORE(x <= TINY ? 0 : slant);
         }
         grad_gamma[row] = by_gamma;
         z += stride, grad += grad_stride, out += d, grad_z += d;
@@ -144,28 +158,129 @@ if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # a third faster than the compiler's own choice
 
 
+def _key(source: str, compiler: list[str]) -> bytes:
+    """What a build depends on: the code is for this very processor, a home may serve several."""
+    cpu, flags = Path("/proc/cpuinfo"), []
+    if cpu.exists():
+        lines = cpu.read_text(errors="replace").splitlines()
+        flags = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    key = "\n".join([source, *compiler, *_FLAGS, platform.machine(), *flags])
+    return hashlib.sha256(key.encode(errors="replace")).digest()
+
+
+def _is_mine(descriptor: int) -> bool:
+    """Whether nobody else can write to this file or folder, root aside."""
+    state = os.fstat(descriptor)
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
+
+
+def _open_cache() -> int | None:
+    """A descriptor of the user's cache folder, or None where it is missing or open to others."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+        if not home.is_absolute():  # it would be code of whatever folder this runs in
+            return None
+        home.mkdir(parents=True, exist_ok=True)
+        folder = home / "attnzoo"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (OSError, RuntimeError, AttributeError):  # no such flags where there is no such cache
+        return None
+    try:
+        if _is_mine(descriptor):
+            os.fchmod(descriptor, 0o700)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _read(cache: int, name: str, key: bytes) -> bytes | None:
+    """The library in the cache, or None unless it is whole and this user's own."""
+    try:
+        # Not blocking, in case it is a pipe.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(name, flags, dir_fd=cache), "rb") as file:
+            data = file.read() if _is_mine(file.fileno()) else b""
+    except OSError:
+        return None
+    code, digest = data[:-32], data[-32:]
+    return code if digest == hashlib.sha256(key + code).digest() else None
+
+
+def _write(cache: int, name: str, key: bytes, code: bytes) -> None:
+    """Puts a library into the cache, whole or not at all; a loader ignores what follows it."""
+    part = f"{name}.{uuid.uuid4().hex}"
+    with contextlib.suppress(OSError):  # it is built again next time
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(os.open(part, flags, 0o600, dir_fd=cache), "wb") as file:
+                file.write(code + hashlib.sha256(key + code).digest())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, name, src_dir_fd=cache, dst_dir_fd=cache)
+        except BaseException:
+            os.unlink(part, dir_fd=cache)
+            raise
+
+
+def _build(source: str, compiler: list[str]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        code, target = Path(folder, "power_map.c"), Path(folder, "power_map.so")
+        code.write_text(source, encoding="ascii")
+        command = [*compiler, *_FLAGS, str(code), "-o", str(target), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return target.read_bytes()
+
+
+def _load(code: bytes) -> ctypes.CDLL:
+    """Loads a library from memory, where nothing can truncate or exchange it."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("attnzoo-power-map")
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(code)
+        # Stays open: a loader takes a second library of one path for the first.
+        return ctypes.CDLL(f"/proc/{os.getpid()}/fd/{descriptor}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "power_map.so")
+        path.write_bytes(code)
+        return ctypes.CDLL(str(path))
+
+
+def _find() -> ctypes.CDLL:
+    source = _SOURCE.replace("KERNEL", _KERNEL)
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    key = _key(source, compiler)
+    name = f"power_map-{key.hex()[:16]}.so"
+    cache = _open_cache()
+    if cache is None:
+        return _load(_build(source, compiler))
+    try:
+        code = _read(cache, name, key)
+        if code is None:
+            code = _build(source, compiler)
+            _write(cache, name, key, code)
+    finally:
+        os.close(cache)
+    return _load(code)
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are not wanted or cannot be built."""
+    """The compiled kernels, or None where they are not wanted or, with a warning, not built."""
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return None
-    source = _SOURCE.replace("KERNEL", _KERNEL)
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
-        # The code is for this very processor: a home may be shared by several.
-        cpu = Path("/proc/cpuinfo")
-        flags = [line for line in cpu.read_text().splitlines() if line.startswith("flags")][:1]
-        key = "\n".join([source, *compiler, *_FLAGS, platform.machine(), *flags])
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "attnzoo")
-        built = cache / f"power_map-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not built.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                code, target = Path(folder, "power_map.c"), Path(folder, "power_map.so")
-                code.write_text(source)
-                command = [*compiler, *_FLAGS, str(code), "-o", str(target), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                target.replace(built)  # at once, so that another process sees all or nothing
-        return ctypes.CDLL(str(built))
-    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return _find()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error).encode(errors="replace")
+        reason = (said.decode(errors="replace").strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn_explicit(
+            f"the power map runs by torch's operators, slower, because its C kernel could not be "
+            f"built ({reason}); set ATTNZOO_NATIVE=0 to be spared this warning",
+            RuntimeWarning, "attnzoo", 0,
+        )  # fmt: skip
         return None

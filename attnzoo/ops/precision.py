@@ -48,6 +48,16 @@ def in_float32(function: Function) -> Function:
     return cast(Function, wrapper)
 
 
+def in_wide_range(x: Tensor) -> Tensor:
+    """float16 as float32, anything else as it is.
+
+    A normalizer near 0 makes gradients beyond 65504, float16's largest, that what comes before it
+    in the forward makes small again; in float16 they are infinite by then, and infinity times 0
+    is NaN.
+    """
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def operand_dtype(x: Tensor) -> torch.dtype:
     """The dtype to which autocast would cast ``x`` for a matmul; its own where autocast is off."""
     device_type = x.device.type

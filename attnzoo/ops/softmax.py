@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ _LIBRARIES = {
         "pip install xformers",
     ),
 }
+_STEEP = 1e6  # a score whose rounding error changes its exponential by a tenth
 
 
 def softmax_attention(
@@ -37,7 +39,8 @@ def softmax_attention(
         key: (batch, heads, m, d).
         value: (batch, heads, m, e).
         impl: "sdpa" is torch's fused attention, "flash" flash-attn (2, or else 4), "xformers"
-            memory-efficient attention, "naive" the twin below; "auto" is "sdpa".
+            memory-efficient attention, "naive" the reference below; "auto" is "sdpa", but for
+            scores too steep for its gradient (``is_steep``).
 
     Returns:
         (batch, heads, n, e).
@@ -46,7 +49,7 @@ def softmax_attention(
         InvalidValue: There is no such backend; or, as a RuntimeError too, it is missing or cannot
             take these tensors. Nothing else is used in its place.
     """
-    if impl == "naive":
+    if impl == "naive" or (impl == "auto" and is_steep(query, key)):
         return naive_softmax_attention(query, key, value)
     if impl in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(query, key, value)
@@ -79,16 +82,33 @@ def _first_of(places: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
 
 
 @in_float32
-def naive_softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Twin of ``softmax_attention`` that materialises the attention map."""
-    return naive_softmax_map(query, key) @ value
+def naive_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Reference of ``softmax_attention`` that materialises the attention map."""
+    return naive_softmax_map(query, key, bias) @ value
+
+
+def is_steep(query: Tensor, key: Tensor) -> bool:
+    """Whether scores may be so large that torch's fused attention has no finite gradient.
+
+    Its backward computes exp(score - log of the sum) anew: a rounding error of a score beyond
+    1e9 is an exponent beyond 88. Looks at the data where that is free of waiting, on a CPU, and
+    only if there will be a backward.
+    """
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or not query.numel():
+        return False
+    if not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return False
+    norms = (torch.linalg.vector_norm(z.detach(), dim=-1).amax().item() for z in (query, key))
+    return math.prod(norms) * query.shape[-1] ** -0.5 > _STEEP
 
 
 @in_float32
-def naive_softmax_map(query: Tensor, key: Tensor) -> Tensor:
+def naive_softmax_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
     """The map of ``softmax_attention``: (..., n, d), (..., m, d) -> (..., n, m)."""
     scores = torch.einsum("...nd,...md->...nm", query, key) * query.shape[-1] ** -0.5
-    return scores.softmax(-1)
+    return (scores if bias is None else scores + bias).softmax(-1)
 
 
 def why_unavailable(

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionConfig
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.gated import Direction, scan, unscan
 from attnzoo.ops.linear import fold, key_sum, normalized_read
 from attnzoo.ops.precision import in_float32
@@ -37,7 +38,7 @@ class StreamConfig(AttentionConfig):
             return
         self.at_least(1, "stream")
         if (impl := getattr(self, "impl", "auto")) not in ("auto", "safe", "naive"):
-            raise ValueError(
+            raise InvalidValue(
                 f"impl={impl!r} takes all tokens at once; set stream=None or impl='auto'"
             )
 
@@ -212,7 +213,7 @@ def stream_linear_attention(
     def decode(tokens: Tensor, state: State) -> Tensor:
         [query] = linear_parts(qkv, tokens, x.shape[-1], slice(1))
         out = normalized_read(heads(query_kernel(query)), *state, eps=eps)
-        return rearrange(out, "b h n d -> b n (h d)")
+        return rearrange(out, "b h n d -> b n (h d)").to(query.dtype)
 
     return stream(x, grid, block, encode, decode, proj, conv, halo)
 

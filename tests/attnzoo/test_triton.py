@@ -247,14 +247,19 @@ if CAN_RUN:
             # takes it from results rounded to half precision.
             assert error <= 1.5 * other + 4 * torch.finfo(found.dtype).eps * exact.norm()
 
-    @pytest.mark.parametrize("gamma", [0.4, 3.0, 6.3])
+    @pytest.mark.parametrize("gamma", [-3.0, -0.5, 0.0, 0.05, 0.2, 0.4, 3.0, 6.3])
     @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e15])
     def test_power_map_at_any_scale(gamma, scale):
         z = (random(5, 40, grad=False) * scale).requires_grad_()
-        gammas = torch.full((5, 1), gamma, device=DEVICE)
-        found = fused.relu_power_map(z, gammas)
-        close(found, naive_power_map(F.relu(z), gammas))
-        assert torch.autograd.grad(found.sum(), z)[0].isfinite().all()
+        gammas = torch.full((5, 1), gamma, device=DEVICE, requires_grad=True)
+        found, expected = fused.relu_power_map(z, gammas), naive_power_map(z.double(), gammas)
+        close(found, expected)
+        assert found[z <= 0].eq(0).all()
+        cotangent = random(5, 40, seed=1, grad=False)
+        grads = torch.autograd.grad(found, (z, gammas), cotangent)
+        exact = torch.autograd.grad(expected, (z, gammas), cotangent.double())
+        for mine, theirs in zip(grads, exact, strict=True):
+            close(mine, theirs)
 
     def test_power_map_keeps_dead_rows_and_shows_nan():
         z = random(4, 7, 16, grad=False)
@@ -287,13 +292,16 @@ if CAN_RUN:
             out = out.flatten(-2)
         return out, powered[0].sum(1)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("dtype", "powers"),
+        [(torch.float32, (1.5, 4.0)), (torch.float32, (-0.5, 0.5)), (torch.bfloat16, (1.5, 4.0))],
+    )
     @pytest.mark.parametrize("gradient", ["ste", "none"])
     @pytest.mark.parametrize("width", [None, 0, 16])  # of heads; None: keys, not normalised
     @pytest.mark.parametrize(
         ("b", "n", "d", "n_gamma", "n_lambda"), [(2, 37, 48, 9, 9), (1, 70, 176, 21, 5)]
     )
-    def test_focused_difference(dtype, gradient, width, b, n, d, n_gamma, n_lambda):
+    def test_focused_difference(dtype, powers, gradient, width, b, n, d, n_gamma, n_lambda):
         is_normalized, heads = width is not None, d // width if width else 1
         wide = random(b, n, 2 * d, dtype=dtype, grad=False)
         # A slice of a wider tensor, as the shared projection gives it.
@@ -301,7 +309,7 @@ if CAN_RUN:
         z2 = random(b, n, d, seed=1, dtype=dtype)
         routers = [random(n_gamma, d, seed=s, dtype=dtype) for s in (2, 3)]
         rd = random(n_lambda, 2 * d, seed=4, dtype=dtype)
-        gammas = (torch.linspace(1.5, 4, 2 * n_gamma).view(2, n_gamma)).to(DEVICE)
+        gammas = torch.linspace(*powers, 2 * n_gamma).view(2, n_gamma).to(DEVICE)
         gammas.requires_grad_()
         lambdas = torch.linspace(-0.2, 0.5, n_lambda, device=DEVICE).requires_grad_()
         gates = torch.ones(b, n, device=DEVICE, requires_grad=True)

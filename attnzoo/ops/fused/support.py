@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.errors import Unavailable
+
 # Of one router; with more, its matrix leaves no shared memory for the tokens.
 MOST_CHOICES = 64
 
@@ -24,9 +26,9 @@ def _is_installed() -> bool:
 
 
 def require_triton() -> None:
-    """Raises RuntimeError, naming the extra, where Triton cannot be imported."""
+    """Raises Unavailable, naming the extra, where Triton cannot be imported."""
     if not _is_installed():
-        raise RuntimeError(
+        raise Unavailable(
             "impl='triton' needs Triton, which is not installed; pip install 'attnzoo[triton]', "
             "or leave impl='auto'"
         )

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.kernels.grouped import _decide
-from attnzoo.ops.kernels.power_map import _unit_power
+from attnzoo.ops.kernels.power_map import _pivot, _unit_power
 from attnzoo.ops.kernels.shared import (
+    _LARGEST,
     _NORMAL,
     _add_dot,
     _ceil,
@@ -81,7 +82,9 @@ def _difference_kernel(
     line2 = z2 + row[:, None] * z2_row
 
     peak_tile1 = tl.zeros((R, C), tl.float32)
+    low_tile1 = tl.full((R, C), _LARGEST, tl.float32)
     peak_tile2 = tl.zeros((R, C), tl.float32)
+    low_tile2 = tl.full((R, C), _LARGEST, tl.float32)
     logits1 = tl.zeros((R, G), tl.float32)
     logits2 = tl.zeros((R, G), tl.float32)
     for first in range(0, d, C):
@@ -90,15 +93,21 @@ def _difference_kernel(
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
         w = _weights(r1, d, d, n_gamma, column, G)
         logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
-        peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
+        x = x.to(tl.float32)
+        peak_tile1 = tl.maximum(peak_tile1, x)
+        low_tile1 = tl.minimum(low_tile1, tl.where(x > _NORMAL, x, _LARGEST))
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
         w = _weights(r2, d, d, n_gamma, column, G)
         logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
-        peak_tile2 = tl.maximum(peak_tile2, x.to(tl.float32))
+        x = x.to(tl.float32)
+        peak_tile2 = tl.maximum(peak_tile2, x)
+        low_tile2 = tl.minimum(low_tile2, tl.where(x > _NORMAL, x, _LARGEST))
     gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
     gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
     peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
+    pivot1 = _pivot(gamma1, tl.min(low_tile1, 1), peak1)
     peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
+    pivot2 = _pivot(gamma2, tl.min(low_tile2, 1), peak2)
 
     squares1 = tl.zeros((R, C), tl.float32)
     squares2 = tl.zeros((R, C), tl.float32)
@@ -115,9 +124,10 @@ def _difference_kernel(
         mask = is_row[:, None] & is_column
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        unit, _, power = _unit_power(x, gamma1, peak1, is_column, FAST)
+        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
+        ratio = x * (1.0 / peak1)[:, None]
         squares1 += power * power
-        units1 += unit * unit
+        units1 += ratio * ratio
         w = _weights(rd, 2 * d, d, n_lambda, column, L)
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
         if NORMALIZE:
@@ -129,9 +139,10 @@ def _difference_kernel(
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        unit, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
+        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
+        ratio = x * (1.0 / peak2)[:, None]
         squares2 += power * power
-        units2 += unit * unit
+        units2 += ratio * ratio
         w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
         logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
     norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
@@ -151,14 +162,14 @@ def _difference_kernel(
         mask = is_row[:, None] & is_column
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma1, peak1, is_column, FAST)
+        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
         result = (power * scale1[:, None]).to(dtype).to(tl.float32)
         if not NORMALIZE:
             place = tl.program_id(0).to(tl.int64) * d + column
             tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma2, peak2, is_column, FAST)
+        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
         redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
         result -= factor[:, None] * redundant
         if NORMALIZE:
@@ -166,11 +177,11 @@ def _difference_kernel(
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
-        tl.store(stats + rows + row, peak1, mask=is_row)
+        tl.store(stats + rows + row, pivot1, mask=is_row)
         tl.store(stats + 2 * rows + row, norm1, mask=is_row)
         tl.store(stats + 3 * rows + row, scale1, mask=is_row)
         tl.store(stats + 4 * rows + row, gamma2, mask=is_row)
-        tl.store(stats + 5 * rows + row, peak2, mask=is_row)
+        tl.store(stats + 5 * rows + row, pivot2, mask=is_row)
         tl.store(stats + 6 * rows + row, norm2, mask=is_row)
         tl.store(stats + 7 * rows + row, scale2, mask=is_row)
         tl.store(stats + 8 * rows + row, factor, mask=is_row)

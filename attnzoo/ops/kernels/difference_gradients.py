@@ -12,7 +12,6 @@ from attnzoo.ops.kernels.power_map import _unit_power
 from attnzoo.ops.kernels.shared import (
     _LN2,
     _NORMAL,
-    _TINY,
     _add_dot,
     _ceil,
     _dot,
@@ -44,12 +43,12 @@ def _scalar_backward(
 
 
 @triton.jit
-def _power_slope(grad, z, gamma, peak, norm, scale, mean, x_norm, is_column, FAST: tl.constexpr):
+def _power_slope(grad, z, gamma, pivot, norm, scale, mean, x_norm, FAST: tl.constexpr):
     """Gradient of z, given <grad, power> / norm of the whole row as ``mean``."""
     x = tl.where(z <= 0, 0.0, z)
-    unit, _, power = _unit_power(x, gamma, peak, is_column, FAST)
+    unit, _, power = _unit_power(x, gamma, pivot, FAST)
     shared = (grad - power * (mean / norm)[:, None]) * power * scale[:, None]
-    slope = tl.where(unit > _TINY, shared * gamma[:, None] / (unit * peak[:, None]), 0.0)
+    slope = tl.where(unit >= _NORMAL, shared * gamma[:, None] / (unit * pivot[:, None]), 0.0)
     return tl.where(z <= 0, 0.0, slope + x * (mean / x_norm)[:, None])
 
 
@@ -118,11 +117,11 @@ def _difference_backward_kernel(
     is_g = is_row[:, None] & (g[None, :] < n_gamma)
     is_l = is_row[:, None] & (lam[None, :] < n_lambda)
     gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
-    peak1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    pivot1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
     norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
     scale1 = tl.load(stats + 3 * rows + row, mask=is_row, other=0.0)
     gamma2 = tl.load(stats + 4 * rows + row, mask=is_row, other=1.0)
-    peak2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
+    pivot2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
     norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
     scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
     factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
@@ -150,7 +149,7 @@ def _difference_backward_kernel(
                 mine = heads[None, :] == first // head_dim
                 normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, peak2, is_column, FAST)
+        _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
         factor_tile += gd * (power * scale2[:, None]).to(dtype).to(tl.float32)
     if NORMALIZE:
         if H == 1:
@@ -183,7 +182,7 @@ def _difference_backward_kernel(
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, peak2, is_column, FAST)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
         along2 += gx * power
         slope2 += gx * power * log_unit
         self2 += power * power * log_unit
@@ -197,7 +196,7 @@ def _difference_backward_kernel(
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma1, peak1, is_column, FAST)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma1, pivot1, FAST)
         along1 += gx * power
         slope1 += gx * power * log_unit
         self1 += power * power * log_unit
@@ -231,7 +230,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, z, gamma2, peak2, norm2, scale2, mean2, x_norm2, is_column, FAST)
+        gx = _power_slope(gx, z, gamma2, pivot2, norm2, scale2, mean2, x_norm2, FAST)
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
@@ -247,7 +246,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, z, gamma1, peak1, norm1, scale1, mean1, x_norm1, is_column, FAST)
+        gx = _power_slope(gx, z, gamma1, pivot1, norm1, scale1, mean1, x_norm1, FAST)
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
@@ -261,15 +260,13 @@ def _difference_backward_kernel(
 
 
 @triton.jit
-def _restored(
-    z, row, rows, stats, first, is_row, is_column, dtype: tl.constexpr, FAST: tl.constexpr
-):
+def _restored(z, row, rows, stats, first, is_row, dtype: tl.constexpr, FAST: tl.constexpr):
     """What the forward made of tile ``z``, from the rows' saved statistics."""
     x = z.to(tl.float32)
     gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
-    peak = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
+    pivot = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
     scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
-    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, peak, is_column, FAST)
+    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, pivot, FAST)
     return (power * scale[:, None]).to(dtype)
 
 
@@ -324,7 +321,7 @@ def _router_gradient_kernel(
         row = sample * n + inside
         mask = is_row[:, None] & is_column
         z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
-        base = _restored(z, row, rows, stats, 0, is_row, is_column, dtype, FAST)
+        base = _restored(z, row, rows, stats, 0, is_row, dtype, FAST)
         if NORMALIZE:
             head = tl.program_id(0) * C // head_dim
             normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
@@ -340,7 +337,7 @@ def _router_gradient_kernel(
             base_total = _add_dot(base_total, tl.trans(gl), base, P)
             z = tl.load(z2 + row[:, None] * z2_row + column[None, :], mask=mask, other=0.0)
             total2 = _add_dot(total2, tl.trans(g2), z, P)
-            redundant = _restored(z, row, rows, stats, 4, is_row, is_column, dtype, FAST)
+            redundant = _restored(z, row, rows, stats, 4, is_row, dtype, FAST)
             redundant_total = _add_dot(redundant_total, tl.trans(gl), redundant, P)
     if NORMALIZE:
         tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)

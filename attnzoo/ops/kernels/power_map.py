@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.shared import _LN2, _NORMAL, _TINY, _ceil, _is_fast, _rows
+from attnzoo.ops.kernels.shared import _LARGEST, _LN2, _NORMAL, _ceil, _is_fast, _rows
 
 
 @triton.jit
@@ -29,32 +29,45 @@ def _exp2(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _unit_power(x, gamma, peak, is_column, FAST: tl.constexpr):
+def _unit_power(x, gamma, pivot, FAST: tl.constexpr):
+    """(x over the pivot, its logarithm, power); x is ReLU(z), and powers of 0 are 0."""
     # One division a row; what its rounding adds to all entries alike, their norm takes away.
-    unit = x * (1.0 / peak)[:, None]
-    # Not tl.maximum, which would hide a NaN.
-    log_unit = _log2(tl.where(unit < _TINY, _TINY, unit), FAST)
-    power = tl.where(is_column, _exp2(gamma[:, None] * log_unit, FAST), 0.0)
+    unit = x * (1.0 / pivot)[:, None]
+    # Not tl.maximum and tl.minimum, which would hide a NaN.
+    bounded = tl.where(unit < _NORMAL, _NORMAL, tl.where(unit > _LARGEST, _LARGEST, unit))
+    log_unit = _log2(bounded, FAST)
+    power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
     return unit, log_unit, power
 
 
 @triton.jit
-def _power(x, gamma, is_column, FAST: tl.constexpr):
-    """(unnormalised power, largest entry, norm of the power, factor that restores the norm)."""
-    peak = tl.maximum(tl.max(x, 1), _NORMAL)
-    unit, _, power = _unit_power(x, gamma, peak, is_column, FAST)
-    norm = tl.maximum(tl.sqrt(tl.sum(power * power, 1)), _NORMAL)
-    return power, peak, norm, peak * tl.sqrt(tl.sum(unit * unit, 1)) / norm
+def _pivot(gamma, low, peak):
+    """The entry of the largest power, by which a row is divided so that no power overflows.
+
+    ``low`` is the smallest entry above 0, ``peak`` the largest, at least the smallest normal.
+    """
+    return tl.where(gamma < 0.0, low, peak)
 
 
 @triton.jit
-def _power_backward(grad, x, gamma, peak, norm, scale, is_column, FAST: tl.constexpr):
+def _power(x, gamma, FAST: tl.constexpr):
+    """(unnormalised power, pivot, norm of the power, factor that restores the norm)."""
+    peak = tl.maximum(tl.max(x, 1), _NORMAL)
+    pivot = _pivot(gamma, tl.min(tl.where(x > _NORMAL, x, _LARGEST), 1), peak)
+    _, _, power = _unit_power(x, gamma, pivot, FAST)
+    norm = tl.maximum(tl.sqrt(tl.sum(power * power, 1)), _NORMAL)
+    ratio = x * (1.0 / peak)[:, None]
+    return power, pivot, norm, peak * tl.sqrt(tl.sum(ratio * ratio, 1)) / norm
+
+
+@triton.jit
+def _power_backward(grad, x, gamma, pivot, norm, scale, FAST: tl.constexpr):
     """Gradients of x^gamma / |x^gamma| * |x| with respect to x, tile, and gamma, row."""
-    unit, log_unit, power = _unit_power(x, gamma, peak, is_column, FAST)
+    unit, log_unit, power = _unit_power(x, gamma, pivot, FAST)
     along = tl.sum(grad * power, 1) / norm
     shared = (grad - power * (along / norm)[:, None]) * power * scale[:, None]
     grad_gamma = tl.sum(shared * log_unit, 1) * _LN2
-    slope = tl.where(unit > _TINY, shared * gamma[:, None] / (unit * peak[:, None]), 0.0)
+    slope = tl.where(unit >= _NORMAL, shared * gamma[:, None] / (unit * pivot[:, None]), 0.0)
     x_norm = tl.maximum(scale * norm, _NORMAL)
     return slope + x * (along / x_norm)[:, None], grad_gamma
 
@@ -70,12 +83,10 @@ def _power_map_kernel(
     mask = is_row[:, None] & is_column
     x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.where(x <= 0, 0.0, x)
-    power, peak, norm, scale = _power(
-        x, tl.load(gamma + row, mask=is_row, other=1.0), is_column, FAST
-    )
+    power, pivot, norm, scale = _power(x, tl.load(gamma + row, mask=is_row, other=1.0), FAST)
     result = (power * scale[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * d + column[None, :], result, mask=mask)
-    tl.store(stats + row, peak, mask=is_row)
+    tl.store(stats + row, pivot, mask=is_row)
     tl.store(stats + rows + row, norm, mask=is_row)
     tl.store(stats + 2 * rows + row, scale, mask=is_row)
 
@@ -93,13 +104,11 @@ def _power_map_backward_kernel(
     x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.where(x <= 0, 0.0, x)
     g = tl.load(grad + row[:, None] * g_row + column[None, :], mask=mask, other=0.0)
-    peak = tl.load(stats + row, mask=is_row, other=1.0)
+    pivot = tl.load(stats + row, mask=is_row, other=1.0)
     norm = tl.load(stats + rows + row, mask=is_row, other=1.0)
     scale = tl.load(stats + 2 * rows + row, mask=is_row, other=0.0)
     power = tl.load(gamma + row, mask=is_row, other=1.0)
-    slope, gamma_slope = _power_backward(
-        g.to(tl.float32), x, power, peak, norm, scale, is_column, FAST
-    )
+    slope, gamma_slope = _power_backward(g.to(tl.float32), x, power, pivot, norm, scale, FAST)
     slope = tl.where(x == 0, 0.0, slope).to(grad_z.dtype.element_ty)
     tl.store(grad_z + row[:, None] * d + column[None, :], slope, mask=mask)
     tl.store(grad_gamma + row, gamma_slope, mask=is_row)

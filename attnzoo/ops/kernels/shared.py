@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TINY = tl.constexpr(1e-30)  # entries this far below the largest count as 0
 _NORMAL = tl.constexpr(1.1754943508222875e-38)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
