@@ -41,6 +41,9 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     """
     folder = Path(place).expanduser()
     is_local = folder.is_dir()
+    if not is_local and (folder.is_absolute() or place[:1] in ".~" or place.count("/") > 1):
+        # The hub would be asked, for minutes, for what cannot be there.
+        raise DataError(f"there is no VAE's folder {place!r}; give one, or a hub id")
     options: dict[str, Any] = {"local_files_only": is_local}
     try:
         source = str(folder.resolve()) if is_local else place

@@ -237,7 +237,7 @@ def _check_plan(plan: Plan, config: Mapping[str, Any], cfgs: Sequence[float] | A
 
 
 def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
-    require_writable(cache / ".lock-trial")
+    require_writable(cache / "evaluator.safetensors")
     require_writable(run.folder / "metrics.json")
     if names:
         require_writable(refuse_links(run.folder, run.folder / "evaluation" / "trial"))

@@ -9,7 +9,6 @@ Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -237,9 +236,8 @@ def smallcnn_of(
             _fit(trained, train, steps)
         return trained.state_dict()
 
-    # A folder's name may be anything, and long.
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", train.name)[:40]
-    file = cache / f"{ARCHITECTURE}-{name}-{train.resolution}-{key_digest(**key)}.safetensors"
+    # A folder's name may be anything, and is no part of what it holds.
+    file = cache / f"{ARCHITECTURE}-{kind}-{train.resolution}-{key_digest(**key)}.safetensors"
     model = SmallCNN(train.channels, train.num_classes, train.resolution)
     model.load_state_dict(kept(file, make))
     model = model.to(device).eval()
