@@ -558,7 +558,7 @@ class TestChecksFirst:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.writestr("arr_0.npy", header.getvalue())
         for option in ("images", "reference"):
-            with pytest.raises(UserError, match="cannot be read as an .npz"):
+            with pytest.raises(UserError, match=r"cannot be read as an \.npz"):
                 evaluate(run, plan=PLAN, extractor=digits, **{option: file})
 
 

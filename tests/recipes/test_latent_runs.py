@@ -75,7 +75,7 @@ def test_where_no_real_images_are_it_says_so_before_it_samples(place, see, monke
     hidden = place / "elsewhere"
     (place / "images").rename(hidden)
     try:
-        with pytest.raises(UserError, match="is gone.*pass --real FOLDER"):
+        with pytest.raises(UserError, match=r"is gone.*pass --real FOLDER"):
             evaluate(run, plan=PLAN, extractor=see)
         source, _ = real_images(run, run_config(run), hidden)
         assert len(source.open()[0]) == 48
@@ -85,7 +85,7 @@ def test_where_no_real_images_are_it_says_so_before_it_samples(place, see, monke
         np.savez(file, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(3), sigma_s=np.eye(3))
         result = evaluate(run, plan=PLAN, extractor=see, reference=file)
         assert result["real_floor"] == {} and "FID[colors]" in result["results"]["1"]
-        with pytest.raises(UserError, match="small evaluator needs real images"):
+        with pytest.raises(UserError, match="small evaluator is trained on real images"):
             evaluate(run, plan=PLAN, reference=file)
     finally:
         hidden.rename(place / "images")
@@ -95,7 +95,7 @@ def test_images_that_have_changed_are_refused_and_may_be_named(place, see):
     run, extra = Run(place / "cached"), place / "images" / "ant" / "zz.png"
     extra.write_bytes((place / "images" / "bee" / "0.png").read_bytes())
     try:
-        with pytest.raises(UserError, match="have changed since.*--real"):
+        with pytest.raises(UserError, match=r"have changed since.*--real"):
             evaluate(run, plan=PLAN, extractor=see)
         evaluate(run, plan=PLAN, extractor=see, real=place / "images")
     finally:
