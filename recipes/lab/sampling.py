@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from recipes.lab.imports import import_remembered
 from recipes.lab.training.checkpoint import Run
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ON_GPUS = ("triton", "flash", "fla", "xformers")  # implementations that no CPU runs
 _DECODED_AT_ONCE = 8  # at 256 px a VAE's decoder takes gigabytes for more
 _TRIES = 3  # a training run may delete a checkpoint while it is being read
 
@@ -267,6 +269,12 @@ class RunSampler:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
         checkpoint = checkpoint or read_checkpoint(run, weights)
+        impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
+        is_interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if self.device.type == "cpu" and impl in _ON_GPUS and not is_interpreted:
+            raise UserError(
+                f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
+            )
         self.model = build(run, config, checkpoint, imports).to(self.device)
         self.checkpoint = checkpoint._replace(tensors={})
         self.vae = open_run_vae(run, config, vae, self.device)

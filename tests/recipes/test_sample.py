@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,3 +156,34 @@ def test_a_damaged_configuration_is_one_line(trained, tmp_path, change):
     run.config_file.write_text(json.dumps(json.loads(run.config_file.read_text()) | change))
     with pytest.raises(UserError, match="damaged"):
         sampling.load_run(run)
+
+
+def test_a_mechanism_of_the_users_is_named_with_what_to_pass(trained, tmp_path):
+    """A run remembers it, and nothing advises to delete what is whole."""
+    run, _ = copy_of(trained, tmp_path)
+    config = json.loads(run.config_file.read_text())
+    config["imports"] = {"mean": {"source": str(tmp_path / "mean.py"), "sha256": "0"}}
+    run.config_file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"attention 'mean'.*missing: pass .*--import"):
+        sampling.load_run(run)
+    (tmp_path / "mean.py").write_text("changed")
+    with pytest.raises(UserError, match=r"has changed since: pass --import"):
+        sampling.load_run(run)
+
+
+def test_tqdm_can_be_disabled():
+    code = (
+        "from recipes.lab.console import progress_bar as bar;"
+        "assert bar([1]).disable and bar([1], shown=False).disable"
+    )
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+def test_an_implementation_for_gpus_is_refused_on_a_cpu(trained, monkeypatch, impl):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    checkpoint = sampling.read_checkpoint(trained)
+    config = {**checkpoint.config, "attn_options": {"impl": impl}}
+    with pytest.raises(UserError, match=f"impl={impl}, which needs a GPU"):
+        RunSampler(trained, device="cpu", checkpoint=checkpoint._replace(config=config))
