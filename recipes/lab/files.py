@@ -125,6 +125,27 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
+def require_writable(path: Path) -> Path:
+    """Returns ``path`` if a file can be written there; missing folders are made.
+
+    Asked before long work whose result goes there.
+
+    Raises:
+        CannotWrite: The system refuses, or a folder of that name is there.
+    """
+    if path.is_dir():
+        raise CannotWrite(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+    trial = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(trial, "xb"):
+            pass
+        trial.unlink()
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+    return path
+
+
 def read_json(path: Path, what: str = "file") -> Any:
     """Reads JSON in UTF-8.
 

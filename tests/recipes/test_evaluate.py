@@ -1,12 +1,14 @@
 """Evaluating runs: what is written, resumed, refused, and which bad models are told apart."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
 from recipes.lab.data.shapes import render, shape_parameters
 from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation import evaluate as evaluation
 from recipes.lab.evaluation import features as features_module
 from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
@@ -84,7 +87,7 @@ class TestWhatIsWritten:
     def test_the_command_line_measures_images_it_is_given(
         self, run, digits, tmp_path, monkeypatch, capsys
     ):
-        monkeypatch.setattr(evaluate_module, "smallcnn", lambda *_, **__: digits)
+        monkeypatch.setattr(evaluation, "smallcnn_of", lambda *_, **__: digits)
         file = tmp_path / "real.npz"
         pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 300)
         save_npz(file, pixels, arr_1=labels)  # ADM's sampler puts the labels there
@@ -247,9 +250,9 @@ class TestBadModels:
         train, test = real_sets_of_digits()
         reference = Seen(digits(to_uint8(test.batch(torch.arange(359))[0])))
         pixels, labels = features_module.fresh_images(train, 359)
-        good = score(digits(pixels), labels, reference, digits)
+        good = score(digits(pixels), labels, reference, digits)[0]
         pixels, labels = spoiled(pixels, labels, how)
-        bad = score(digits(pixels), labels, reference, digits)
+        bad = score(digits(pixels), labels, reference, digits)[0]
         for name in worse:
             there, here = bad[f"{name}[smallcnn]"], good[f"{name}[smallcnn]"]
             is_distance = name in ("FID", "KID", "sFID", "sKID")
@@ -306,12 +309,12 @@ class TestWhatIsKept:
         reference = Reference.of_dataset(test, "test")
         pixels, labels = features_module.fresh_images(train, 50)
         seen = digits(pixels)
-        plain = score(seen, labels, Seen(digits(reference.pixels)), digits)
-        first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        plain = score(seen, labels, Seen(digits(reference.pixels)), digits)[0]
+        first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)[0]
         monkeypatch.setattr(metrics, "kernel_within", None)
         own, sizes = metrics.radii, []
         monkeypatch.setattr(metrics, "radii", lambda x, k: sizes.append(len(x)) or own(x, k))
-        again = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        again = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)[0]
         assert plain == first == again
         assert sizes == [50]  # of the samples alone, not of the real images
 
@@ -488,3 +491,107 @@ def test_two_processes_equal_one_to_the_last_digit(run, cache, digits, tmp_path)
         for result in results:
             result[part].get("1", {}).pop("seconds", None)
         assert results[0][part] == results[1][part]
+
+
+class TestChecksFirst:
+    """What cannot be measured is refused before anything is drawn or overwritten."""
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"cfgs": ()}, "at least one guidance scale"),
+            ({"cfgs": (float("nan"),)}, "finite"),
+            ({"cfgs": (1.0, float("inf"))}, "finite"),
+            ({"plan": Plan(samples=40, cfg_channels=2)}, r"1\.\.1"),
+            ({"plan": Plan(samples=40, steps=1000)}, "steps"),
+            ({"plan": Plan(samples=40, sampler="euler-flow")}, "does not fit"),
+            ({"plan": Plan(samples=9)}, "too few to measure"),
+            ({"weights_file": Path("nothing.pth")}, "--extractor inception"),
+            ({"extractor": "inception", "weights_file": Path("nothing.pth")}, "not at nothing"),
+            ({"reference": Path("nothing.npz")}, "cannot be read"),
+            ({"images": Path("nothing.npz")}, "cannot be read"),
+            ({"real": Path("nothing")}, "no folder"),
+            ({"npz": Path(__file__)}, "cannot write"),
+            ({"vae": "somewhere"}, "drop --vae"),
+        ],
+        ids=str,
+    )
+    def test_an_argument_that_does_not_fit(self, run, digits, monkeypatch, options, words):
+        monkeypatch.setattr(shards.RunSampler, "__call__", None)
+        monkeypatch.setattr(shards, "save_npz", None)
+        monkeypatch.setattr(evaluation, "smallcnn_of", lambda *_, **__: digits)
+        (run.folder / "metrics.json").write_text("old")
+        with pytest.raises(UserError, match=words):
+            evaluate(run, **{"plan": PLAN, **options})
+        assert (run.folder / "metrics.json").read_text() == "old"
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"mu": np.full(64, np.nan)}, "not finite"),
+            ({"sigma_s": np.full((63, 63), np.inf)}, "not finite"),
+            ({"sigma": -np.eye(64)}, "negative"),
+            ({"sigma": np.triu(np.ones((64, 64)))}, "not symmetric"),
+            ({"mu": np.zeros(65)}, "do not belong together"),
+            ({"mu": np.zeros(20), "sigma": np.eye(20)}, "of another extractor"),
+            ({"mu": np.array(["a"] * 64)}, "of type"),
+        ],
+    )
+    def test_statistics_that_are_none(self, run, digits, tmp_path, monkeypatch, change, words):
+        monkeypatch.setattr(shards.RunSampler, "__call__", None)
+        file = tmp_path / "statistics.npz"
+        whole = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(63)}
+        np.savez(file, **{**whole, "sigma_s": np.eye(63), **change})
+        with pytest.raises(UserError, match=words):
+            evaluate(run, plan=PLAN, extractor=digits, reference=file)
+
+    @pytest.mark.parametrize("kind", ["array", "64 TB"])
+    def test_an_archive_that_is_not_what_it_says(self, run, digits, tmp_path, kind):
+        file = tmp_path / "images.npz"
+        if kind == "array":
+            np.save(tmp_path / "images.npy", np.zeros(3))
+            os.replace(tmp_path / "images.npy", file)
+        else:
+            header = io.BytesIO()
+            shape = {"descr": "|u1", "fortran_order": False, "shape": (2**46, 1, 1, 1)}
+            np.lib.format.write_array_header_1_0(header, shape)
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("arr_0.npy", header.getvalue())
+        for option in ("images", "reference"):
+            with pytest.raises(UserError, match=r"cannot be read as an \.npz"):
+                evaluate(run, plan=PLAN, extractor=digits, **{option: file})
+
+
+def test_one_checkpoint_is_measured_whatever_becomes_of_the_run(run, digits, monkeypatch):
+    own, calls = shards.RunSampler.__call__, []
+
+    def then_lose_all(self, *arguments, **options):
+        calls.append(1)
+        monkeypatch.setattr(Run, "newest_checkpoint", lambda *_, **__: None)
+        return own(self, *arguments, **options)
+
+    monkeypatch.setattr(shards.RunSampler, "__call__", then_lose_all)
+    result = evaluate(run, cfgs=(1.0, 2.0), plan=PLAN, extractor=digits)
+    assert len(calls) == 6 and result["sampling"]["trained_steps"] == 30
+
+
+def test_few_real_images_leave_out_what_they_cannot_give(run, digits, tmp_path):
+    file = tmp_path / "five.npz"
+    pixels, _ = features_module.fresh_images(real_sets_of_digits()[0], 5)
+    save_npz(file, pixels)
+    result = evaluate(run, plan=PLAN, extractor=digits, reference=file)
+    missing = result["not_measured"]["1"]
+    assert set(missing) == {"density[smallcnn]", "coverage[smallcnn]"}
+    assert "needs more than 5 samples, got 5" in "\n".join(result["warnings"])
+    save_npz(file, pixels[:1])
+    assert "FID[smallcnn]" in evaluate(run, plan=PLAN, extractor=digits, reference=file)[
+        "not_measured"
+    ]["1"]  # fmt: skip
+
+
+def test_few_images_are_not_called_diverged(run, digits, tmp_path):
+    file = tmp_path / "six.npz"
+    pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 6)
+    save_npz(file, pixels, labels=labels)
+    with pytest.raises(UserError, match="6 images, which are too few to measure"):
+        evaluate(run, plan=PLAN, extractor=digits, images=file)

@@ -226,3 +226,22 @@ def test_class_accuracy_alone_sees_shuffled_labels():
 def test_what_cannot_be_measured_says_why(call, words):
     with pytest.raises(ValueError, match=words):
         call(normal(8, 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "words"),
+    [
+        (float("nan"), torch.eye(4), "not finite"),
+        (0.0, torch.eye(4) / 0, "not finite"),
+        (0.0, -torch.eye(4), "negative"),
+        (0.0, torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0])), "negative"),
+        (0.0, torch.triu(torch.ones(4, 4)), "not symmetric"),
+        (0.0, torch.eye(3), "do not belong together"),
+    ],
+)
+def test_what_is_no_gaussian_is_at_no_distance(mean, covariance, words):
+    good = gaussian(torch.zeros(4).double(), torch.eye(4).double())
+    bad = gaussian(torch.full((4,), mean).double(), covariance.double())
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(metrics.NotMeasured, match=words):
+            frechet(*pair)

@@ -1,14 +1,22 @@
 """Sampling and judging a run."""
 
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import attnzoo
 from recipes import evaluate as evaluate_module
 from recipes import sample as sample_module
-from recipes.lab.console import UserError
+from recipes.lab import sampling
+from recipes.lab.console import NON_FINITE, UserError
 from recipes.lab.training.checkpoint import Run
 from recipes.sample import RunSampler, sample_run
 
@@ -47,9 +55,14 @@ def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
         (["--cfg", "nan"], "finite"),
         (["--steps", "1001"], "1 to 999"),
         (["--sampler", "euler-flow"], "v_prediction"),
+        (["--classes", ""], "at least one class"),
+        (["--cfg-channels", "2"], "1..1"),
+        (["--out", "a.xyz"], "no picture's name"),
+        (["--out", f"{__file__}/a.png"], "cannot write"),
     ],
 )
-def test_bad_input_is_one_clear_line(trained, arguments, fragment):
+def test_bad_input_is_one_clear_line(trained, arguments, fragment, monkeypatch):
+    monkeypatch.setattr(sampling.RunSampler, "__call__", None)
     with pytest.raises(UserError, match=r".") as caught:
         sample_module.main([str(trained.folder), *arguments])
     assert fragment in str(caught.value)
@@ -80,3 +93,97 @@ def test_image_i_is_the_same_alone_or_among_others(trained):
     together = draw(labels, steps=4)
     alone = draw(labels[4:5], torch.tensor([4]), steps=4)
     torch.testing.assert_close(alone[0], together[4], rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_are_not_finite_are_no_picture(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sampling.RunSampler, "__call__",
+        lambda self, labels, **_: torch.full((len(labels), 1, 8, 8), float("nan")),
+    )  # fmt: skip
+    out = tmp_path / "grid.png"
+    assert sample_module.main([str(trained.folder), "--out", str(out)]) == NON_FINITE
+    assert "40 of 40 images are not finite" in capsys.readouterr().err and not out.exists()
+
+
+def copy_of(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    return run, run.newest_checkpoint(print)[1] / "ema"
+
+
+def test_only_what_the_manifest_lists_is_loaded(trained, tmp_path):
+    wanted = sampling.read_checkpoint(trained)
+    run, folder = copy_of(trained, tmp_path)
+    other = {name: torch.zeros_like(z) for name, z in wanted.tensors.items()}
+    save_file(other, folder / "other.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "other.safetensors")}
+    name = "diffusion_pytorch_model"
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    torch.save(other, folder / f"{name}.bin")
+    found = sampling.read_checkpoint(run)
+    assert found.digest == wanted.digest
+    loaded = sampling.load_run(run)[0].state_dict()
+    assert all(torch.equal(loaded[key], wanted.tensors[key]) for key in loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attn": "mean"}, "'mean', which is not registered: pass .*--import"),
+        ({"widgets": 3}, "option 'widgets'"),
+        ({"depth": "nine"}, "'depth' is 'nine'"),
+        ({"attn_options": {"widgets": 3}}, "widgets"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(trained, tmp_path, change, words):
+    run, folder = copy_of(trained, tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    manifest = json.loads((folder.parent / "manifest.json").read_text())
+    content = file.read_bytes()
+    manifest["files"]["ema/config.json"] = [len(content), hashlib.sha256(content).hexdigest()]
+    (folder.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises((UserError, attnzoo.InvalidType), match=words) as caught:
+        sampling.load_run(run)
+    assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": []}, {"settings": None}, {"imports": []}, {"data": {"channels": "x"}}]
+)
+def test_a_damaged_configuration_is_one_line(trained, tmp_path, change):
+    run, _ = copy_of(trained, tmp_path)
+    run.config_file.write_text(json.dumps(json.loads(run.config_file.read_text()) | change))
+    with pytest.raises(UserError, match="damaged"):
+        sampling.load_run(run)
+
+
+def test_a_mechanism_of_the_users_is_named_with_what_to_pass(trained, tmp_path):
+    """A run remembers it, and nothing advises to delete what is whole."""
+    run, _ = copy_of(trained, tmp_path)
+    config = json.loads(run.config_file.read_text())
+    config["imports"] = {"mean": {"source": str(tmp_path / "mean.py"), "sha256": "0"}}
+    run.config_file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"attention 'mean'.*missing: pass .*--import"):
+        sampling.load_run(run)
+    (tmp_path / "mean.py").write_text("changed")
+    with pytest.raises(UserError, match=r"has changed since: pass --import"):
+        sampling.load_run(run)
+
+
+def test_tqdm_can_be_disabled():
+    code = (
+        "from recipes.lab.console import progress_bar as bar;"
+        "assert bar([1]).disable and bar([1], shown=False).disable"
+    )
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+def test_an_implementation_for_gpus_is_refused_on_a_cpu(trained, monkeypatch, impl):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    checkpoint = sampling.read_checkpoint(trained)
+    config = {**checkpoint.config, "attn_options": {"impl": impl}}
+    with pytest.raises(UserError, match=f"impl={impl}, which needs a GPU"):
+        RunSampler(trained, device="cpu", checkpoint=checkpoint._replace(config=config))

@@ -41,7 +41,11 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
             has a field that would change what a latent means and is not known here.
     """
     source = canonical_vae(place)
-    options: dict[str, Any] = {"local_files_only": os.path.isdir(source)}
+    is_local = os.path.isdir(source)
+    if not is_local and (os.path.isabs(source) or place[:1] in ".~" or place.count("/") > 1):
+        # The hub would be asked, for minutes, for what cannot be there.
+        raise DataError(f"there is no VAE's folder {place!r}; give one, or a hub id")
+    options: dict[str, Any] = {"local_files_only": is_local}
     try:
         _check_index(Path(source))
         config = AutoencoderKL.load_config(source, **options)
@@ -336,17 +340,20 @@ class EncodedDataset(LatentDataset):
 
     def identity(self) -> dict[str, Any]:
         images = self.images.identity()
-        facts = {name: value for name, value in self.facts.items() if name != "place"}
-        parts = json.dumps([images["sha256"], facts, self.resolution], sort_keys=True)
-        return images | {
-            "kind": f"encoded {images['kind']}",
-            "sha256": hashlib.sha256(parts.encode()).hexdigest(),
-        }
+        digest = encoded_identity(images["sha256"], self.facts, self.resolution)
+        return images | {"kind": f"encoded {images['kind']}", "sha256": digest}
 
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = self.images.batch(indices)
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         return *moments(self.vae, images), labels
+
+
+def encoded_identity(images: str, facts: Mapping[str, Any], resolution: int) -> str:
+    """SHA-256 of images, given by theirs, of what their VAE makes of them, and of the side."""
+    deciding = {name: value for name, value in facts.items() if name != "place"}
+    parts = json.dumps([images, deciding, resolution], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 class CachedDataset(LatentDataset):
