@@ -73,6 +73,12 @@ def printable(text: str) -> str:
     )  # fmt: skip
 
 
+def one_line(text: str) -> str:
+    """``printable`` without line breaks and tabs; names whose bytes the locale hid are shown."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 class user_errors:
     """Turns the ValueError and TypeError of a set-up phase into ``UserError``."""
 

@@ -1,4 +1,4 @@
-"""A run as the figures want it: its model, real images in noise, what its layers get; panels."""
+"""A run as the figures want it: its model, real images in noise, what its layers get."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from attnzoo.contract import Attention
 from backbones import DiT
 from recipes.lab.diffusion import generator_for
+from recipes.lab.drawing.canvas import plain
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.evaluation.features import real_sets
 from recipes.lab.training.checkpoint import Run
@@ -48,9 +42,9 @@ class Drawn:
 
     @property
     def label(self) -> str:
-        """Mechanism and options."""
+        """Mechanism and options, as a picture may show them."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.attn}{f' ({options})' if options else ''}"
+        return plain(f"{self.attn}{f' ({options})' if options else ''}")
 
     @property
     def color(self) -> str:
@@ -119,16 +113,6 @@ def first_with(runs: Sequence[Drawn], needs: str, description: str) -> Drawn:
         if hasattr(drawn.layers[0], needs):
             return drawn
     raise NotWithoutRun(f"it needs {description}")
-
-
-def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure with axes (rows, columns), each of this size in inches."""
-    # Large letters against the width: the pictures are to be read at half their size.
-    with sns.plotting_context("notebook", font_scale=1.05), sns.axes_style("whitegrid"):
-        return plt.subplots(
-            rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
 
 
 def wrapped(text: str, width: int = 26) -> str:
