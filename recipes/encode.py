@@ -25,8 +25,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from recipes.lab.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
-from recipes.lab.data.images import BadImage, find_images, read_image, training_folder
-from recipes.lab.data.latents import DEFAULT_RESOLUTION, MANIFEST, load_vae, moments, vae_facts
+from recipes.lab.data.images import (
+    BadImage,
+    digest_file,
+    digest_images,
+    find_images,
+    read_image,
+    training_folder,
+)
+from recipes.lab.data.latents import (
+    DEFAULT_RESOLUTION,
+    MANIFEST,
+    differing_facts,
+    load_vae,
+    moments,
+    vae_facts,
+)
 from recipes.lab.files import sha256, sync, write_text
 from recipes.lab.training.distributed import make_accelerator, on_main
 
@@ -99,6 +113,12 @@ def encode(
     listing = "\n".join(f"{label}\t{path.relative_to(root)}" for path, label in found)
     plan = {
         "name": images.resolve().name,
+        "source": {
+            "folder": str(images.resolve()),
+            "resolution": resolution,
+            "class_count": class_count,
+            "class_seed": class_seed,
+        },
         "vae": facts,
         "resolution": resolution,
         "crop": "halved, bicubic, centre (ADM)",
@@ -118,7 +138,9 @@ def encode(
         if not path.exists():
             _write_shard(path, chunks[number], root, encoder, resolution, dtype, batch_size)
     accelerator.wait_for_everyone()
-    return on_main(accelerator, lambda: _finish(latents, plan, len(chunks), refused, skip_bad))
+    return on_main(
+        accelerator, lambda: _finish(latents, plan, len(chunks), root, found, refused, skip_bad)
+    )
 
 
 def _shard_name(number: int) -> str:
@@ -132,7 +154,11 @@ def _begin(latents: Path, plan: dict[str, Any]) -> None:
         if file.exists():
             before = json.loads(file.read_text())
             changed = [
-                name for name in plan if json.dumps(before.get(name)) != json.dumps(plan[name])
+                name
+                for name in plan
+                if name != "source"
+                and json.dumps(before.get(name)) != json.dumps(plan[name])
+                and not (name == "vae" and not differing_facts(before["vae"], plan["vae"]))
             ]
             if changed:
                 raise UserError(
@@ -200,6 +226,8 @@ def _finish(
     latents: Path,
     plan: dict[str, Any],
     count: int,
+    root: Path,
+    found: list[tuple[Path, int]],
     refused: list[tuple[Path, str]],
     skip_bad: int,
 ) -> int:
@@ -229,6 +257,8 @@ def _finish(
         )
         return DATA_BUDGET
     total = sum(shard["count"] for shard in shards)
+    contents = ((str(path.relative_to(root)), label, digest_file(path)) for path, label in found)
+    plan["source"]["sha256"] = digest_images(contents)[0]
     manifest = {**plan, "count": total, "bad": bad, "shards": shards}
     write_text(latents / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     print(f"{total} images of {len(plan['class_names'])} classes: {latents}")

@@ -42,7 +42,7 @@ from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, 
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
 from recipes.lab.evaluation.features import real_sets, smallcnn
-from recipes.lab.files import check_writable
+from recipes.lab.files import require_writable
 from recipes.lab.imports import add_import_flag, import_all
 from recipes.lab.training.checkpoint import Run
 
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     if not math.isfinite(given.cfg):
         raise UserError(f"--cfg must be a finite number, got {given.cfg}")
     for name in names:
-        check_writable(out / f"{name}.png")
+        require_writable(out / f"{name}.png")
     import_all(given.imports)
     runs = [Drawn(Run.open(folder), given.cfg, given.per_class) for folder in given.runs]
     for name in names:

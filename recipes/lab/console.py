@@ -79,6 +79,23 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
+    """tqdm's bar: ``TQDM_DISABLE=1`` turns it off, and a log gets a line each half minute.
+
+    Args:
+        arguments: Of tqdm.
+        shown: Whether to show it at all.
+        options: Of tqdm.
+    """
+    from tqdm.auto import tqdm  # --help must not wait for it
+
+    if not shown:
+        options["disable"] = True  # named, it would win over the environment
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 30, "miniters": 1, "ncols": 80}
+    return tqdm(*arguments, **options)
+
+
 class user_errors:
     """Turns the ValueError and TypeError of a set-up phase into ``UserError``."""
 

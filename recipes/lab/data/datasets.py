@@ -7,11 +7,13 @@ and the step (``batch_indices``), so that a resumed run continues exactly.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from recipes.lab.data.errors import DataError
 from recipes.lab.data.images import (
     IMAGE_SUFFIXES,
+    WHOLE_BYTES,
     BadImage,
+    digest_file,
+    digest_images,
     find_images,
     read_image,
     training_folder,
@@ -32,7 +38,6 @@ from recipes.lab.data.shapes import (
     LEVELS,
     MINIMUM_RESOLUTION,
     SPLITS,
-    DataError,
     check_choice,
     check_seed,
     render,
@@ -116,6 +121,26 @@ class ImageDataset:
         """
         raise NotImplementedError
 
+    def identity(self) -> dict[str, Any]:
+        """What the data is, by content, so that a run can tell whether it has changed.
+
+        Returns:
+            What JSON can hold: "kind"; "images", their number, None for an infinite set;
+            "class_names"; "sha256". A folder's has "hashed": "contents" where every file was read
+            whole, "ends" where its size and its first and last 64 KiB stand for it, because the
+            files have more than 1 GiB in all. Neither where the data lies nor when it was written
+            counts.
+        """
+        raise NotImplementedError
+
+    def _identity(self, kind: str, sha256: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "images": None if self.infinite else len(self),
+            "class_names": list(self.class_names),
+            "sha256": sha256,
+        }
+
     def _check_range(self, indices: Tensor) -> None:
         # Negative indices would otherwise count from the end and hide a mistake of the caller.
         last = 2**63 - 1 if self.infinite else len(self) - 1
@@ -139,6 +164,10 @@ class _ShapesDataset(ImageDataset):
 
     def __len__(self) -> int:
         return super().__len__() if self.infinite else SHAPES_TEST_IMAGES
+
+    def identity(self) -> dict[str, Any]:
+        law = f"shapes 1 {self.level} {self.split} {self.resolution}"
+        return self._identity("shapes", hashlib.sha256(law.encode()).hexdigest())
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         self._check_range(indices)
@@ -172,6 +201,11 @@ class _ArrayDataset(ImageDataset):
     def __len__(self) -> int:
         return len(self._labels)
 
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._pixels.numpy().tobytes())
+        digest.update(self._labels.numpy().tobytes())
+        return self._identity(self.name, digest.hexdigest())
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         self._check_range(indices)
         images = self._pixels[indices].float() * (2 / self._white) - 1
@@ -204,6 +238,7 @@ class _FolderDataset(ImageDataset):
         self.resolution = _check_resolution(resolution, 64, f"folder {str(folder)!r}")
         folder = training_folder(folder)
         self.class_names, found, self.skipped = find_images(folder, class_count, class_seed)
+        self._root, self._found = folder, found
         self._read(folder, found)
         if self.skipped:
             self._report(folder, strict)
@@ -267,6 +302,14 @@ class _FolderDataset(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def identity(self) -> dict[str, Any]:
+        whole = sum(path.stat().st_size for path, _ in self._found if path.exists()) <= WHOLE_BYTES
+        sha256, hashed = digest_images(
+            (str(path.relative_to(self._root)), label, digest_file(path, whole))
+            for path, label in self._found
+        )
+        return self._identity("folder", sha256) | {"hashed": hashed}
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         self._check_range(indices)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from recipes.lab.data.errors import DataError
 from recipes.lab.data.order import permutation
-from recipes.lab.data.shapes import DataError, check_seed
+from recipes.lab.data.shapes import check_seed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 # A file is opened only by these readers, whatever its name: PIL has dozens, some run programs.
@@ -22,6 +26,8 @@ MAX_PIXELS = 50_000_000
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Enlarging the short side of a very long image to the resolution would need unbounded memory.
 MAX_ASPECT = 20
+WHOLE_BYTES = 2**30  # up to so much, a folder is identified by all that its files hold
+END_BYTES = 2**16
 
 
 class BadImage(Exception):
@@ -103,6 +109,61 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(
             f"folder {str(folder)!r} cannot be read ({error.strerror}): make it readable"
         ) from error
+
+
+class FileDigest(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        size: In bytes.
+        whole: SHA-256 of all of it; "" if it was not read.
+        ends: SHA-256 of its size and its first and last 64 KiB.
+    """
+
+    size: int
+    whole: str
+    ends: str
+
+
+def digest_file(path: Path, whole: bool = True) -> FileDigest:
+    """What a file holds; of one that cannot be read, that it cannot.
+
+    Args:
+        path: The file.
+        whole: Whether to read all of it.
+    """
+    digest, ends = hashlib.sha256(), hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            ends.update(b"%d:" % size + file.read(END_BYTES))
+            file.seek(max(0, size - END_BYTES))
+            ends.update(file.read(END_BYTES))
+            file.seek(0)
+            while whole and (piece := file.read(1 << 20)):
+                digest.update(piece)
+    except OSError:
+        return FileDigest(0, "unreadable", "unreadable")
+    return FileDigest(size, digest.hexdigest() if whole else "", ends.hexdigest())
+
+
+def digest_images(files: Iterable[tuple[str, int, FileDigest]]) -> tuple[str, str]:
+    """What a folder of images holds.
+
+    Args:
+        files: Name relative to the folder, label and content of every image.
+
+    Returns:
+        SHA-256 over them, and which part of the contents it is of: "contents", or "ends" if
+        there are more than ``WHOLE_BYTES``.
+    """
+    files = list(files)
+    is_small = sum(content.size for _, _, content in files) <= WHOLE_BYTES
+    digest = hashlib.sha256()
+    for name, label, content in files:
+        part = content.whole if is_small else content.ends
+        digest.update(os.fsencode(name) + b"\0%d\0" % label + part.encode() + b"\n")
+    return digest.hexdigest(), "contents" if is_small else "ends"
 
 
 def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:

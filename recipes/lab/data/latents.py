@@ -1,6 +1,6 @@
 """Latents of a VAE: encoded on the fly or read from the cache that recipes/encode.py writes.
 
-FOLDER/manifest.json                 VAE, crop, classes, shards with size and SHA-256; last
+FOLDER/manifest.json                 VAE, crop, classes, source, shards with size and SHA-256; last
 FOLDER/latents-000000.safetensors    mean and logvar (n, 2, c, h, w), as is and mirrored; label (n)
 
 A draw of the posterior takes its noise from the caller, so a step's latents depend on its seed
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import inspect
 import itertools
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recipes.lab.data.datasets import DataError, ImageDataset
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.errors import DataError
 from recipes.lab.files import sha256
 
 MANIFEST = "manifest.json"
@@ -32,51 +36,204 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     """Loads a VAE from a local folder or the hub, from safetensors only.
 
     Raises:
-        DataError: There is none, or its weights are pickles.
+        DataError: There is none, its weights are pickles or do not fit its config, or its config
+            has a field that would change what a latent means and is not known here.
     """
+    folder = Path(place).expanduser()
+    is_local = folder.is_dir()
+    options: dict[str, Any] = {"local_files_only": is_local}
     try:
-        vae = AutoencoderKL.from_pretrained(
-            place, use_safetensors=True, local_files_only=Path(place).is_dir()
+        source = str(folder.resolve()) if is_local else place
+        config = AutoencoderKL.load_config(source, **options)
+        _check_config(place, config)
+        vae, loaded = AutoencoderKL.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except DataError:
+        raise
+    except Exception as error:
+        # Diffusers lets through whatever a damaged config or the hub's client raises.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"no VAE with safetensors weights at {place!r} ({reason}); give a folder that "
             f"AutoencoderKL.save_pretrained wrote, or a hub id such as stabilityai/sd-vae-ft-ema"
         ) from error
-    vae.to(device)  # type: ignore[arg-type]
+    # Diffusers fills what is missing with random numbers.
+    unfit = [name for kind in loaded.values() for name in kind]
+    if unfit:
+        raise DataError(
+            f"the weights of the VAE at {place!r} do not fit its config.json: {len(unfit)} are "
+            f"missing, unexpected or of another shape ({', '.join(map(str, unfit[:3]))})"
+        )
+    _normalizer(vae_settings(vae))
+    vae.to(device)
     return vae.eval().requires_grad_(False)
 
 
-def vae_facts(vae: AutoencoderKL) -> dict[str, Any]:
-    """What has to agree between a VAE and its latents: hash of the weights, scale, shape."""
+def _check_config(place: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise DataError(f"the VAE at {place!r} is a {kind}, and only AutoencoderKL is read here")
+    known = inspect.signature(AutoencoderKL.__init__).parameters
+    unknown = [
+        name
+        for name, value in config.items()
+        if name not in known and not name.startswith("_") and value is not None
+    ]
+    if unknown:
+        raise DataError(
+            f"the config of the VAE at {place!r} has {', '.join(sorted(unknown))}, which is not "
+            f"known here and may change what its latents mean"
+        )
+
+
+def vae_settings(vae: AutoencoderKL) -> dict[str, Any]:
+    """The part of ``vae_facts`` that the config holds."""
+    config = vae.config
+    facts = {
+        "scaling_factor": float(config["scaling_factor"]),
+        "shift_factor": float(config.get("shift_factor") or 0.0),
+        "channels": int(config["latent_channels"]),
+        "factor": 2 ** (len(config["block_out_channels"]) - 1),
+    }
+    # Written only where a VAE has them, so that facts noted before they were known still agree.
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            facts[name] = [float(value) for value in config[name]]
+    return facts
+
+
+def vae_facts(vae: AutoencoderKL, place: str | None = None) -> dict[str, Any]:
+    """What a VAE's latents have to be read with.
+
+    Args:
+        vae: From ``load_vae``.
+        place: Hub id or folder; None takes the one it was loaded from.
+
+    Returns:
+        "sha256" of the weights, "scaling_factor", "shift_factor", "channels", "factor" (image
+        pixels per latent pixel); "latents_mean" and "latents_std" where the VAE has them; and
+        "place", a hub id or the absolute path of a folder, which may differ between two that
+        agree.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    place = str(vae.config.get("_name_or_path") or "") if place is None else place
+    folder = Path(place).expanduser()
     return {
         "sha256": digest.hexdigest(),
-        "scaling_factor": float(vae.config["scaling_factor"]),
-        "shift_factor": float(vae.config.get("shift_factor") or 0.0),
-        "channels": int(vae.config["latent_channels"]),
-        "factor": 2 ** (len(vae.config["block_out_channels"]) - 1),
+        **vae_settings(vae),
+        "place": str(folder.resolve()) if place and folder.is_dir() else place,
     }
+
+
+def differing_facts(facts: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Names of what has to agree between two VAEs and does not; where they lie may differ."""
+    names = sorted((facts.keys() | others.keys()) - {"place"})
+    return [name for name in names if facts.get(name) != others.get(name)]
+
+
+def open_vae(
+    facts: Mapping[str, Any], vae: str | None = None, device: str | torch.device = "cpu"
+) -> AutoencoderKL:
+    """Loads the VAE that latents were made with, and makes sure that it is the one.
+
+    Args:
+        facts: See ``vae_facts``.
+        vae: Folder or hub id; None takes the one that ``facts`` names.
+        device: Where to put it.
+
+    Raises:
+        DataError: It is not there, or it is another; the message says what to pass.
+    """
+    wanted = f"the latents are of the VAE with SHA-256 {str(facts.get('sha256'))[:16]}..."
+    place = vae or str(facts.get("place") or "")
+    if not place:
+        raise DataError(f"{wanted}, whose place was not noted: pass it with --vae FOLDER_OR_ID")
+    try:
+        opened = load_vae(place, device)
+    except DataError as error:
+        raise DataError(f"{wanted}: pass it with --vae FOLDER_OR_ID; {error}") from error
+    differing = differing_facts(facts, vae_facts(opened))
+    if differing:
+        named = f" from {facts['place']!r}" if facts.get("place") else ""
+        raise DataError(
+            f"{wanted}{named}, and the VAE at {place!r} is another ({', '.join(differing)} "
+            f"differ): pass the right one with --vae FOLDER_OR_ID"
+        )
+    return opened
+
+
+def _normalizer(facts: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Offset and scale: what a model sees is ``(latent - offset) * scale``.
+
+    Floats, or (c, 1, 1) tensors where the VAE has a mean and deviation of each channel, which
+    are used as diffusers' pipeline of SDXL does.
+
+    Raises:
+        DataError: The numbers cannot be used, or there are two offsets.
+    """
+    scaling, shift = facts["scaling_factor"], facts["shift_factor"]
+    mean, deviation = facts.get("latents_mean"), facts.get("latents_std")
+    if not (math.isfinite(scaling) and scaling > 0 and math.isfinite(shift)):
+        raise DataError(
+            f"the VAE's scaling_factor {scaling} and shift_factor {shift} cannot be used: give a "
+            f"positive and a finite number"
+        )
+    if mean is None and deviation is None:
+        return shift, scaling
+    channels = facts["channels"]
+    if mean is None or deviation is None or not len(mean) == len(deviation) == channels:
+        raise DataError(
+            f"the VAE's latents_mean and latents_std must both have {channels} numbers, one for "
+            f"each channel"
+        )
+    if shift:
+        raise DataError("the VAE has both shift_factor and latents_mean: remove one of them")
+    offset, scale = torch.tensor(mean), scaling / torch.tensor(deviation)
+    if not (offset.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+        raise DataError("the VAE's latents_mean and latents_std cannot be used: not finite, or 0")
+    return offset[:, None, None], scale[:, None, None]
 
 
 @torch.no_grad()
 def moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the posterior, each (b, c, h, w) float32 on the CPU."""
+    """Mean and log-variance of the posterior, each (b, c, h, w) float32 on the CPU.
+
+    Raises:
+        DataError: The VAE gives numbers that are not finite.
+    """
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(images.to(vae.device), return_dict=False)[0]
-    return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+    mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+    if not (mean.isfinite().all() and logvar.isfinite().all()):
+        raise DataError(
+            f"the VAE {str(vae.config.get('_name_or_path'))!r} gives latents that are not finite: "
+            f"its weights are damaged or overflow"
+        )
+    return mean, logvar
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents of about unit scale (b, c, h, w) -> images (b, 3, H, W), nominally in [-1, 1]."""
-    facts = vae.config
-    shifted = latents.to(vae.device) / facts["scaling_factor"] + (facts.get("shift_factor") or 0.0)
-    return vae.decode(shifted, return_dict=False)[0]  # type: ignore[return-value]
+    """Undoes what training saw: latents of about unit scale become images.
+
+    Args:
+        vae: Of the latents; see ``open_vae``.
+        latents: (b, c, h, w), on any device.
+
+    Returns:
+        (b, 3, H, W) float32 on the VAE's device, nominally in [-1, 1].
+    """
+    offset, scale = _normalizer(vae_settings(vae))
+    latents = latents.to(vae.device).float()
+    if isinstance(offset, Tensor):
+        offset, scale = offset.to(vae.device), scale.to(vae.device)
+    with torch.autocast(vae.device.type, enabled=False):
+        images = vae.decode((latents / scale + offset).to(vae.dtype), return_dict=False)[0]
+    return images.float()
 
 
 class LatentDataset(ImageDataset):
@@ -106,7 +263,8 @@ class LatentDataset(ImageDataset):
         """
         mean, logvar, labels = self.moments(indices, flipped)
         latents = mean + torch.exp(0.5 * logvar) * noise
-        return (latents - self.facts["shift_factor"]) * self.facts["scaling_factor"], labels
+        offset, scale = _normalizer(self.facts)
+        return (latents - offset) * scale, labels
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior means as they are, of unmirrored images; see ``ImageDataset.batch``."""
@@ -147,6 +305,14 @@ class EncodedDataset(LatentDataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def identity(self) -> dict[str, Any]:
+        images = self.images.identity()
+        parts = json.dumps([images["sha256"], self.facts["sha256"], self.resolution])
+        return images | {
+            "kind": f"encoded {images['kind']}",
+            "sha256": hashlib.sha256(parts.encode()).hexdigest(),
+        }
+
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = self.images.batch(indices)
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
@@ -159,9 +325,16 @@ class CachedDataset(LatentDataset):
     Args:
         folder: The cache.
 
+    Attributes:
+        source: What was encoded: "folder" (absolute path), "sha256" (of the ``identity`` of its
+            images), "resolution", "class_count" and "class_seed"; None in caches made before it
+            was noted.
+
     Raises:
         DataError: The cache is unfinished or damaged.
     """
+
+    source: dict[str, Any] | None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -172,6 +345,7 @@ class CachedDataset(LatentDataset):
             self.class_names = tuple(manifest["class_names"])
             self.shards: list[dict[str, Any]] = manifest["shards"]
             self.latent_factor, self.channels = self.facts["factor"], self.facts["channels"]
+            self.source = manifest.get("source")
             self.image_resolution = int(manifest["resolution"])
             self.resolution = self.image_resolution // self.latent_factor
             counts = [int(shard["count"]) for shard in self.shards]
@@ -194,6 +368,12 @@ class CachedDataset(LatentDataset):
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def identity(self) -> dict[str, Any]:
+        facts = {name: value for name, value in self.facts.items() if name != "place"}
+        shards = [[shard["count"], shard["sha256"]] for shard in self.shards]
+        parts = json.dumps([shards, facts, self.class_names], sort_keys=True)
+        return self._identity("latents", hashlib.sha256(parts.encode()).hexdigest())
 
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._check_range(indices)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipes.lab.data.shapes import DataError, check_seed
+from recipes.lab.data.errors import DataError
+from recipes.lab.data.shapes import check_seed
 
 if TYPE_CHECKING:
     from recipes.lab.data.datasets import ImageDataset

@@ -42,6 +42,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recipes.lab.data.errors import DataError
+
 __all__ = [
     "CLASS_NAMES",
     "DARK_GREY",
@@ -57,10 +59,6 @@ __all__ = [
     "render",
     "shape_parameters",
 ]
-
-
-class DataError(ValueError):
-    """Input that the user can put right: one line naming the value or path and the remedy."""
 
 
 CLASS_NAMES = (

@@ -6,13 +6,14 @@ caller passes, and the noise of a sampled image depends on ``(seed, index)`` alo
 
 from recipes.lab.diffusion.objective import DIFFUSION_PRESETS, PREDICTIONS, SAMPLERS, Diffusion
 from recipes.lab.diffusion.randomness import generator_for
-from recipes.lab.diffusion.sampling import sample, to_uint8
+from recipes.lab.diffusion.sampling import check_sampling, sample, to_uint8
 
 __all__ = [
     "DIFFUSION_PRESETS",
     "PREDICTIONS",
     "SAMPLERS",
     "Diffusion",
+    "check_sampling",
     "generator_for",
     "sample",
     "to_uint8",

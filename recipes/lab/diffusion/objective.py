@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recipes.lab.console import UserError
 from recipes.lab.diffusion.schedule import beta_options, forward_process
 from recipes.lab.diffusion.variance import variational_bound_bits
 
@@ -163,7 +164,7 @@ class Diffusion:
             ValueError: If the sampler does not exist or does not fit the prediction, or the
                 number of steps is out of the sampler's range.
         """
-        self._check_sampler(sampler, steps)
+        self.check_sampler(sampler, steps)
         if sampler == "euler-flow":
             from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -195,12 +196,13 @@ class Diffusion:
         scheduler.set_timesteps(steps)
         return scheduler
 
-    def _check_sampler(self, sampler: str, steps: int) -> None:
+    def check_sampler(self, sampler: str, steps: int) -> None:
+        """Raises UserError where a sampler or its number of steps does not fit the prediction."""
         valid = [name for name, fits in _SAMPLER_PREDICTIONS.items() if self.prediction in fits]
         if sampler not in valid:
             # Both are first-order deterministic integrators, closer kin than their spelling.
             nearest = "ddim" if sampler == "euler-flow" else _nearest(sampler, valid)
-            raise ValueError(
+            raise UserError(
                 f"sampler {sampler!r} does not fit prediction {self.prediction!r}; "
                 f"valid: {', '.join(valid)}; the nearest is {nearest!r}"
             )
@@ -212,7 +214,7 @@ class Diffusion:
             # These grids leave out t = 0, so one more step would repeat a time.
             largest -= 1
         if not smallest <= steps <= largest:
-            raise ValueError(
+            raise UserError(
                 f"sampler {sampler!r} takes {smallest} to {largest} steps, got {steps}"
             )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recipes.lab.console import UserError, progress_bar
 from recipes.lab.diffusion.objective import Diffusion, split_output
 from recipes.lab.diffusion.randomness import generator_for
 
@@ -62,31 +63,30 @@ def sample(
         (n, c, h, w) float32 on ``device``, in the model's space and not clamped.
 
     Raises:
-        ValueError: If cfg is not finite, a label is out of range, labels and indices are not
-            integers of one length, cfg_channels or batch_size is out of range, or the sampler or
-            its number of steps does not fit.
+        UserError: If ``check_sampling`` does.
 
     Source: Ho and Salimans 2022 (2207.12598) for guidance.
     """
-    if not math.isfinite(cfg):
-        raise ValueError(f"cfg must be finite, got {cfg}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_sampling(
+        diffusion,
+        num_classes=num_classes,
+        channels=shape[0],
+        labels=labels,
+        indices=indices,
+        cfg=cfg,
+        cfg_channels=cfg_channels,
+        sampler=sampler,
+        steps=steps,
+        batch_size=batch_size,
+    )
     guided_channels = shape[0] if cfg_channels is None else cfg_channels
-    if not 1 <= guided_channels <= shape[0]:
-        raise ValueError(f"cfg_channels must lie in 1..{shape[0]}, got {cfg_channels}")
-    _check_labels(labels, indices, num_classes)
-    diffusion._check_sampler(sampler, steps)
-
     num_images = len(labels)
     if num_images == 0:
         return torch.empty(0, *shape, device=device)
     num_batches = math.ceil(num_images / batch_size)
     bar = None
     if progress:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=num_batches * steps, desc="sampling", unit="step")
+        bar = progress_bar(total=num_batches * steps, desc="sampling", unit="step")
 
     was_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -111,6 +111,49 @@ def sample(
         if bar is not None:
             bar.close()
     return torch.cat(batches)
+
+
+def check_sampling(
+    diffusion: Diffusion,
+    *,
+    num_classes: int,
+    channels: int,
+    labels: Tensor | None = None,
+    indices: Tensor | None = None,
+    cfg: float = 1.0,
+    cfg_channels: int | None = None,
+    sampler: str = "dpm++",
+    steps: int = 20,
+    batch_size: int = 64,
+) -> None:
+    """Refuses what ``sample`` cannot do, without doing anything.
+
+    Args:
+        diffusion: As for ``sample``.
+        num_classes: As for ``sample``.
+        channels: Of an image.
+        labels: As for ``sample``; None looks at none.
+        indices: As for ``sample``; None stands for as many as there are labels.
+        cfg: As for ``sample``.
+        cfg_channels: As for ``sample``.
+        sampler: As for ``sample``.
+        steps: As for ``sample``.
+        batch_size: As for ``sample``.
+
+    Raises:
+        UserError: If cfg is not finite, a label is out of range, labels and indices are not
+            integers of one length, cfg_channels or batch_size is out of range, or the sampler or
+            its number of steps does not fit.
+    """
+    if not math.isfinite(cfg):
+        raise UserError(f"cfg must be finite, got {cfg}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    if cfg_channels is not None and not 1 <= cfg_channels <= channels:
+        raise UserError(f"cfg_channels must lie in 1..{channels}, got {cfg_channels}")
+    if labels is not None:
+        _check_labels(labels, labels if indices is None else indices, num_classes)
+    diffusion.check_sampler(sampler, steps)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -189,16 +232,16 @@ def _sample_batch(
 
 def _check_labels(labels: Tensor, indices: Tensor, num_classes: int) -> None:
     if labels.ndim != 1 or labels.shape != indices.shape:
-        raise ValueError(
+        raise UserError(
             f"labels {tuple(labels.shape)} and indices {tuple(indices.shape)} "
             "must both have shape (n,)"
         )
     for name, values in (("labels", labels), ("indices", indices)):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers, not {values.dtype}")
+            raise UserError(f"{name} must be integers, not {values.dtype}")
     outside = labels[(labels < 0) | (labels > num_classes)]
     if len(outside):
-        raise ValueError(
+        raise UserError(
             f"labels must lie in 0..{num_classes} ({num_classes} is the null class), "
             f"got {outside[0].item()}"
         )

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from recipes.lab.console import UserError
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.files import whole_file
 
@@ -46,16 +45,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Writes ``image_grid``, making its folder; the kind of file follows the suffix.
 
     Raises:
-        UserError: The suffix is of no kind of picture that can be written.
         CannotWrite: The system refuses.
     """
-    check_picture(path)
     with whole_file(path) as temporary:
         image_grid(images, columns).save(temporary)
-
-
-def check_picture(path: Path) -> None:
-    """Raises UserError where a file of this suffix cannot be written; to be asked before work."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"{str(path)!r} is no picture that can be written: end it in .png")

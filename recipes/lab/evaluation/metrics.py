@@ -12,16 +12,23 @@ et al. 2016 (IS); Kynkäänniemi et al. 2019 (precision, recall) as in ADM's eva
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import reduce
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.lab.console import UserError
+
 _TILE = 1024  # rows of a pairwise matrix that are in memory at once
 _RANK_TOLERANCE = 1e-12
+# Of the largest eigenvalue: what statistics stored in float32 may lack to be a covariance.
+_STORED_TOLERANCE = 1e-4
+
+
+class NotMeasured(UserError):
+    """What a metric was given is nothing that it can measure; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,24 +78,51 @@ class Moments:
     def covariance(self) -> Tensor:
         """(d, d), with n - 1 in the denominator as in ADM's evaluator."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+            raise NotMeasured(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
     @classmethod
-    def load_adm(cls, file: Path, spatial: bool = False) -> Moments:
-        """Moments stored as ``mu, sigma`` (``mu_s, sigma_s``) in an ADM reference batch.
+    def of_statistics(cls, mean: Tensor, covariance: Tensor) -> Moments:
+        """Moments of stored statistics, which do not say of how many samples they are.
 
-        The file does not say how many samples they are of; a large number is assumed.
+        A large number is assumed.
+
+        Args:
+            mean: (d,).
+            covariance: (d, d).
 
         Raises:
-            KeyError: The file holds no statistics.
+            NotMeasured: They are no mean and covariance.
         """
-        suffix = "_s" if spatial else ""
-        with np.load(file) as stored:
-            mean = torch.from_numpy(stored[f"mu{suffix}"].astype(np.float64))
-            covariance = torch.from_numpy(stored[f"sigma{suffix}"].astype(np.float64))
         count = 10**9
-        return cls(count, mean, covariance * (count - 1))
+        moments = cls(count, mean.double(), covariance.double() * (count - 1))
+        moments.check()
+        return moments
+
+    def check(self) -> None:
+        """Raises NotMeasured unless this is a mean with a covariance: finite, symmetric, >= 0."""
+        wide = self.mean.numel()
+        if self.mean.ndim != 1 or not wide or tuple(self.scatter.shape) != (wide, wide):
+            raise NotMeasured(
+                f"a mean of shape {tuple(self.mean.shape)} and a covariance of shape "
+                f"{tuple(self.scatter.shape)} do not belong together"
+            )
+        covariance = self.covariance
+        if not (self.mean.isfinite().all() and covariance.isfinite().all()):
+            raise NotMeasured("mean or covariance is not finite")
+        tolerance = _STORED_TOLERANCE * covariance.abs().max()
+        if (covariance - covariance.T).abs().max() > tolerance:
+            raise NotMeasured("the covariance is not symmetric")
+        smallest = _eigenvalues(covariance).min().item()
+        if smallest < -tolerance:
+            raise NotMeasured(f"the covariance is negative: it has the eigenvalue {smallest:.3g}")
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    try:
+        return torch.linalg.eigvalsh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise NotMeasured("the covariance has no eigenvalues that can be computed") from error
 
 
 def frechet(one: Moments, other: Moments) -> float:
@@ -96,19 +130,32 @@ def frechet(one: Moments, other: Moments) -> float:
 
     The root's trace is that of (L^T S2 L)^(1/2) with S1 = L L^T: symmetric, so that eigenvalues
     stay real and sets of fewer samples than dimensions do no harm.
+
+    Raises:
+        NotMeasured: Either side is no Gaussian: not finite, of one sample, not a covariance, or
+            of another width.
     """
+    for side in (one, other):
+        side.check()
+    if len(one.mean) != len(other.mean):
+        raise NotMeasured(
+            f"features of width {len(one.mean)} do not compare with width {len(other.mean)}; "
+            f"take both from one extractor"
+        )
     difference = one.mean - other.mean
     values, vectors = torch.linalg.eigh(one.covariance)
     kept = values > _RANK_TOLERANCE * values.max()
     factor = vectors[:, kept] * values[kept].sqrt()
-    inner = torch.linalg.eigvalsh(factor.T @ other.covariance @ factor)
+    inner = _eigenvalues(factor.T @ other.covariance @ factor)
     distance = (
         difference @ difference
         + one.covariance.trace()
         + other.covariance.trace()
         - 2 * inner.clamp_min(0).sqrt().sum()
-    )
-    return max(0.0, distance.item())  # rounding alone makes it negative
+    ).item()
+    if not math.isfinite(distance):
+        raise NotMeasured("the numbers are too large for a distance")
+    return max(0.0, distance)  # rounding alone makes it negative
 
 
 def frechet_bias(dim: int, count: int, reference_count: int) -> float:
@@ -156,7 +203,7 @@ def kid(
         within_reference: What ``kernel_within`` gives for these very numbers, if it is known.
 
     Raises:
-        ValueError: There are fewer than two samples on a side, or the widths differ.
+        NotMeasured: There are fewer than two samples on a side, or the widths differ.
     """
     x, y = _checked(features), _checked(reference)
     _same_width(x, y)
@@ -199,7 +246,7 @@ def _subsets(
     """Indicators of the random subsets of either side; the last row takes everything."""
     size = min(subset_size, count, reference_count)
     if size < 2:
-        raise ValueError(
+        raise NotMeasured(
             f"KID needs at least 2 samples on either side, got {count}, {reference_count}"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -320,7 +367,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
         labels: (n,) int64.
     """
     if len(logits) != len(labels) or not len(labels):
-        raise ValueError(f"{len(logits)} predictions do not fit {len(labels)} labels")
+        raise NotMeasured(f"{len(logits)} predictions do not fit {len(labels)} labels")
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
 
 
@@ -328,7 +375,9 @@ def radii(features: Tensor, k: int) -> Tensor:
     """Distance (n,) of each of (n, d) features to its k-th nearest neighbour among the others."""
     x = _checked(features)
     if len(x) <= k:
-        raise ValueError(f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}")
+        raise NotMeasured(
+            f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}"
+        )
     return torch.cat(
         [distance.kthvalue(k + 1, dim=1).values for _, distance in _distances(x, x)]
     )  # the nearest of all is the point itself
@@ -343,10 +392,10 @@ def _distances(x: Tensor, y: Tensor) -> Iterable[tuple[slice, Tensor]]:
 
 def _checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or not len(features):
-        raise ValueError(f"features must be (n, d) with n > 0, got {tuple(features.shape)}")
+        raise NotMeasured(f"features must be (n, d) with n > 0, got {tuple(features.shape)}")
     if not features.isfinite().all():
         bad = int((~features.isfinite().all(1)).sum())
-        raise ValueError(
+        raise NotMeasured(
             f"{bad} of {len(features)} feature vectors are not finite; leave them out"
         )
     return features.double()
@@ -354,7 +403,7 @@ def _checked(features: Tensor) -> Tensor:
 
 def _same_width(x: Tensor, y: Tensor) -> None:
     if x.shape[1] != y.shape[1]:
-        raise ValueError(
+        raise NotMeasured(
             f"features of width {x.shape[1]} do not compare with width {y.shape[1]}; "
             f"take both from one extractor"
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from torch import Tensor
 
 from recipes.lab.evaluation import metrics
 from recipes.lab.evaluation.features import Extractor, Features
-from recipes.lab.evaluation.metrics import Moments
+from recipes.lab.evaluation.metrics import Moments, NotMeasured
 from recipes.lab.evaluation.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Seen
 
 LOWER_IS_BETTER = frozenset({"FID", "sFID", "KID", "sKID"})
@@ -31,7 +35,7 @@ def score(
     reference: Seen | None,
     extractor: Extractor,
     moments: tuple[Moments, Moments] | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """Every metric of one set of images.
 
     Args:
@@ -44,42 +48,56 @@ def score(
             computed from ``reference``.
 
     Returns:
-        Numbers by reported name. "KID" is the mean over subsets, "KID_std" their spread, which is
-        no error bar, and "KID_full" uses all samples at once.
+        Numbers by reported name, and by name the reason why one is not measured: too few images
+        on a side, features that are not finite. "KID" is the mean over subsets, "KID_std" their
+        spread, which is no error bar, and "KID_full" uses all samples at once.
     """
-    if moments is None:
-        if reference is None:
-            raise ValueError("give the reference's images or its moments")
-        moments = (_moments(reference.features.pool), _moments(reference.features.spatial))
-    found = {
-        "FID": metrics.frechet(_moments(features.pool), moments[0]),
-        "sFID": metrics.frechet(_moments(features.spatial), moments[1]),
-    }
+    if moments is None and reference is None:
+        raise ValueError("give the reference's images or its moments")
+    found: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+
+    def measure(names: Sequence[str], metric: Callable[[], Sequence[float]]) -> None:
+        try:
+            values = metric()
+        except NotMeasured as error:
+            reasons.update(dict.fromkeys(names, str(error)))
+            return
+        for name, value in zip(names, values, strict=True):
+            if math.isfinite(value):
+                found[name] = value
+            else:
+                reasons[name] = f"it comes out as {value}"
+
+    def frechet(kind: str, index: int) -> list[float]:
+        of = moments[index] if moments else _moments(getattr(reference.features, kind))
+        return [metrics.frechet(_moments(getattr(features, kind)), of)]
+
+    def kid(kind: str) -> list[float]:
+        x, y = getattr(features, kind), getattr(reference.features, kind)
+        options = {"subsets": KID_SUBSETS, "subset_size": KID_SUBSET_SIZE}
+        within = reference.kernels(kind, len(x))
+        distance = metrics.kid(x, y, **options, within_reference=within)
+        return [distance.mean, distance.std, distance.full]
+
+    def neighbors(metric: str, function: Callable[..., tuple[float, float]]) -> Sequence[float]:
+        pools = features.pool, reference.features.pool
+        return function(*pools, NEIGHBOURS[metric], reference.radii(metric))
+
+    measure(["FID"], lambda: frechet("pool", 0))
+    measure(["sFID"], lambda: frechet("spatial", 1))
     if reference is not None:
         for name, of in (("KID", "pool"), ("sKID", "spatial")):
-            distance = metrics.kid(
-                getattr(features, of),
-                getattr(reference.features, of),
-                subsets=KID_SUBSETS,
-                subset_size=KID_SUBSET_SIZE,
-                within_reference=reference.kernels(of, len(features.pool)),
-            )
-            found |= {
-                name: distance.mean,
-                f"{name}_std": distance.std,
-                f"{name}_full": distance.full,
-            }
-        pools = features.pool, reference.features.pool
-        found["precision"], found["recall"] = metrics.precision_recall(
-            *pools, NEIGHBOURS["precision"], reference.radii("precision")
-        )
-        found["density"], found["coverage"] = metrics.density_coverage(
-            *pools, NEIGHBOURS["coverage"], reference.radii("coverage")
-        )
-    found["IS"], found["IS_std"] = metrics.inception_score(features.logits)
+            measure([name, f"{name}_std", f"{name}_full"], functools.partial(kid, of))
+        measure(["precision", "recall"], lambda: neighbors("precision", metrics.precision_recall))
+        measure(["density", "coverage"], lambda: neighbors("coverage", metrics.density_coverage))
+    measure(["IS", "IS_std"], lambda: metrics.inception_score(features.logits))
     if labels is not None and extractor.knows_classes:
-        found["class_accuracy"] = metrics.class_accuracy(features.logits, labels)
-    return {label_of(name, extractor.name): value for name, value in found.items()}
+        measure(["class_accuracy"], lambda: [metrics.class_accuracy(features.logits, labels)])
+    return tuple(  # type: ignore[return-value]
+        {label_of(name, extractor.name): value for name, value in part.items()}
+        for part in (found, reasons)
+    )
 
 
 def warnings_of(

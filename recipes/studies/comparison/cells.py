@@ -48,12 +48,13 @@ EVALUATORS = ".evaluators"  # folder beside cells/, shared by all of them
 GRACE_SECONDS = 60.0  # between asking a run to save and end, and ending it
 # A setting that is added later is part of a run's name only where it is not at its default, so
 # that the runs of an earlier version are found.
-_FIRST_SETTINGS = frozenset(  # noqa: SIM905
-    """accumulate adam_beta2 attn attn_options batch_size checkpoint_every class_count class_seed
-    compile data decay diagnose_every ema_decay ema_ramp gradient_checkpointing gradient_clip
-    keep_every label_dropout learning_rate level patch_size precision preset protocol resolution
-    sample_every seed sharded size skip_limit steps strict vae""".split()
-)
+_FIRST_SETTINGS = (
+    "accumulate", "adam_beta2", "attn", "attn_options", "batch_size", "checkpoint_every",
+    "class_count", "class_seed", "compile", "data", "decay", "diagnose_every", "ema_decay",
+    "ema_ramp", "gradient_checkpointing", "gradient_clip", "keep_every", "label_dropout",
+    "learning_rate", "level", "patch_size", "precision", "preset", "protocol", "resolution",
+    "sample_every", "seed", "sharded", "size", "skip_limit", "steps", "strict", "vae",
+)  # fmt: skip
 _DEFAULTS = dataclasses.asdict(Settings())
 # Sets where modules come from before anything but a built-in module is imported.
 _START = """import sys

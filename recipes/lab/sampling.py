@@ -1,0 +1,489 @@
+"""Images from a run: the checkpoint that is read once, its model, and the VAE behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+import attnzoo
+from backbones import DiT
+from recipes.lab.console import UserError, printable
+from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling, sample
+from recipes.lab.drawing.pictures import image_grid
+from recipes.lab.files import read_json, refuse_links, require_writable, whole_file
+from recipes.lab.imports import import_remembered
+from recipes.lab.training.checkpoint import Run
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_DECODED_AT_ONCE = 8  # at 256 px a VAE's decoder takes gigabytes for more
+_TRIES = 3  # a training run may delete a checkpoint while it is being read
+
+
+class Checkpoint(NamedTuple):
+    """A run's weights as they were read, whatever becomes of the files afterwards.
+
+    Attributes:
+        step: Of the training.
+        weights: "ema" or "model".
+        digest: SHA-256 of the weights' files.
+        config: Of the model.
+        tensors: Weights and buffers by name.
+    """
+
+    step: int
+    weights: str
+    digest: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def run_config(run: Run) -> dict[str, Any]:
+    """A run's configuration, with the parts that sampling and measuring rely on made sure of.
+
+    Raises:
+        UserError: config.json is damaged; the message names the file and the field.
+    """
+    config = read_json(run.config_file, "configuration")
+
+    def require(is_right: bool, what: str) -> None:
+        if not is_right:
+            raise UserError(f"configuration {str(run.config_file)!r} is damaged: {what}")
+
+    require(isinstance(config, dict), "it is no object")
+    for name in ("settings", "data"):
+        require(isinstance(config.get(name), dict), f"{name!r} is no object")
+    settings, data = config["settings"], config["data"]
+    presets = ", ".join(DIFFUSION_PRESETS)
+    require(settings.get("preset") in list(DIFFUSION_PRESETS), f"'preset' is none of {presets}")
+    for name in ("attn", "data"):
+        require(isinstance(settings.get(name), str), f"{name!r} is no text")
+    require(isinstance(settings.setdefault("level", "easy"), str), "'level' is no text")
+    for name in ("resolution", "channels"):
+        value = data.get(name)
+        require(type(value) is int and 0 < value < 2**20, f"{name!r} is {value!r}")
+    names = data.get("class_names")
+    require(
+        isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
+        "'class_names' is no list of names",
+    )
+    for name in ("latent", "source", "identity"):
+        require(isinstance(data.get(name), dict | None), f"{name!r} is no object")
+    if data.get("latent") is not None:
+        factor = data["latent"].get("factor")
+        require(type(factor) is int and factor > 0, f"the VAE's 'factor' is {factor!r}")
+    imports = config.setdefault("imports", {})
+    require(
+        isinstance(imports, dict) and all(isinstance(part, dict) for part in imports.values()),
+        "'imports' is no object of objects",
+    )
+    return config
+
+
+def read_checkpoint(run: Run, weights: str = "ema") -> Checkpoint:
+    """Reads the newest whole checkpoint into memory: what its manifest lists, and nothing else.
+
+    Raises:
+        UserError: There is no whole checkpoint.
+    """
+    for _ in range(_TRIES):
+        found = run.newest_checkpoint(warn=lambda line: print(printable(line)))
+        if found is None:
+            raise UserError(f"{run.folder} holds no whole checkpoint yet; train it further")
+        step, folder = found
+        try:
+            return _read_listed(step, folder, weights)
+        except FileNotFoundError:
+            continue  # a newer one has taken its place
+    raise UserError(f"the checkpoints of {run.folder} change faster than they are read; try again")
+
+
+def _read_listed(step: int, folder: Path, weights: str) -> Checkpoint:
+    files = json.loads((folder / "manifest.json").read_bytes())["files"]
+    prefix = f"{weights}/"
+    digest, config, tensors = hashlib.sha256(), None, {}
+    for name in sorted(files):
+        if not name.startswith(prefix):
+            continue
+        content = (folder / name).read_bytes()
+        # Not the files that were looked at a moment ago: those that are used.
+        if hashlib.sha256(content).hexdigest() != files[name][1]:
+            raise UserError(f"{folder / name} has changed while it was read; try again")
+        if name == f"{prefix}config.json":
+            config = _model_config(folder / name, content)
+        elif name.endswith(".safetensors"):
+            digest.update(content)
+            try:
+                tensors |= load_tensors(content)
+            except SafetensorError as error:
+                raise UserError(f"{folder / name} is no safetensors file: {error}") from error
+    if config is None or not tensors:
+        raise UserError(f"{folder} lists no model under {prefix}; sample an older checkpoint")
+    return Checkpoint(step, weights, digest.hexdigest(), config, tensors)
+
+
+def _model_config(file: Path, content: bytes) -> dict[str, Any]:
+    """The model's options, refused by name where diffusers would ignore or break on one."""
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged: it is no object")
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    known = typing.get_type_hints(DiT.__init__)
+    for name in options:
+        if name not in known or name not in inspect.signature(DiT.__init__).parameters:
+            raise UserError(
+                f"{file} has the option {name!r}, which this version of the model does not know"
+            )
+        if not _is_of(options[name], known[name]):
+            raise UserError(f"{file}: {name!r} is {options[name]!r}, which is of the wrong type")
+    return options
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    kinds = [typing.get_origin(part) or part for part in typing.get_args(hint)]
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = kinds if is_union else [typing.get_origin(hint) or hint]
+    if float in kinds:
+        kinds.append(int)
+    return any(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        for kind in kinds
+        if isinstance(kind, type)
+    )
+
+
+def build(
+    run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str] = ()
+) -> DiT:
+    """The model of a checkpoint that was read, in eval mode on the CPU.
+
+    Args:
+        run: Where it comes from.
+        config: See ``run_config``.
+        checkpoint: See ``read_checkpoint``.
+        imports: What the caller has imported already.
+
+    Raises:
+        UserError: Its mechanism is missing; the message says what to pass. Or the weights do not
+            fit.
+    """
+    import_remembered(run.folder, config.get("imports", {}), imports)
+    attn = checkpoint.config.get("attn", config["settings"]["attn"])
+    if attn not in attnzoo.list_attention():
+        raise UserError(
+            f"{run.folder} was trained with attention {attn!r}, which is not registered: pass the "
+            f"file or module that registers it with --import FILE|MODULE"
+        )
+    with torch.random.fork_rng(devices=[]):  # initial weights, which are then replaced
+        model = DiT.from_config(checkpoint.config)
+    data = config["data"]
+    has = model.config.in_channels, model.config.num_classes
+    wants = data["channels"], len(data["class_names"])
+    if has != wants:
+        raise UserError(
+            f"the model in {run.folder} has {has[0]} channels and {has[1]} classes, its "
+            f"configuration says {wants[0]} and {wants[1]}: they are of different runs"
+        )
+    own = model.state_dict()
+    missing, unexpected = own.keys() - checkpoint.tensors, checkpoint.tensors.keys() - own
+    unfit = [name for name in own.keys() & checkpoint.tensors.keys()
+             if own[name].shape != checkpoint.tensors[name].shape]  # fmt: skip
+    differing = sorted({*missing, *unexpected, *unfit})
+    if differing:
+        raise UserError(
+            f"the weights of step {checkpoint.step} in {run.folder} do not fit their config: "
+            f"{len(differing)} tensors are missing, unexpected or of another shape, "
+            f"{differing[0]!r} for one"
+        )
+    model.load_state_dict(checkpoint.tensors)
+    return model.eval().requires_grad_(False)
+
+
+def load_run(
+    run: Run, weights: str = "ema", imports: Sequence[str] = ()
+) -> tuple[DiT, dict[str, Any]]:
+    """The model of a run's newest whole checkpoint, and the run's configuration.
+
+    Args:
+        run: A trained run.
+        weights: "ema" or "model".
+        imports: What the caller has imported already.
+
+    Raises:
+        UserError: There is no whole checkpoint, its files are not what they should be, or its
+            mechanism is missing.
+    """
+    config = run_config(run)
+    return build(run, config, read_checkpoint(run, weights), imports), config
+
+
+class RunSampler:
+    """Draws images from a run; loads its model, and the VAE behind it, once.
+
+    Args:
+        run: A trained run.
+        weights: "ema" or "model".
+        device: Where to compute; None takes the GPU if there is one.
+        vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
+        imports: What the caller has imported already.
+        checkpoint: What to load; None reads the run's newest.
+
+    Attributes:
+        model: In eval mode.
+        vae: What decodes, or None where the model makes pixels.
+        checkpoint: What was loaded; its step and digest, not its tensors.
+        image_shape: (channels, height, width) of what it draws.
+
+    Raises:
+        UserError: The run has no checkpoint, its mechanism or VAE is missing, or ``vae`` is
+            given and the run has none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        weights: str = "ema",
+        device: str | torch.device | None = None,
+        *,
+        vae: str | None = None,
+        imports: Sequence[str] = (),
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        config = run_config(run)
+        self.data = config["data"]
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
+        checkpoint = checkpoint or read_checkpoint(run, weights)
+        self.model = build(run, config, checkpoint, imports).to(self.device)
+        self.checkpoint = checkpoint._replace(tensors={})
+        self.vae = open_run_vae(run, config, vae, self.device)
+        channels, side = self.data["channels"], self.data["resolution"]
+        if self.vae is not None:
+            channels = int(self.vae.config["out_channels"])
+            side *= self.data["latent"]["factor"]
+        self.image_shape = (channels, side, side)
+
+    def check(
+        self,
+        labels: Tensor | None = None,
+        *,
+        cfg: float = 1.0,
+        cfg_channels: int | None = None,
+        steps: int = 20,
+        batch_size: int = 64,
+        sampler: str | None = None,
+    ) -> None:
+        """Raises UserError where a call with these arguments would, before any work is done."""
+        check_sampling(
+            self.diffusion,
+            num_classes=len(self.data["class_names"]),
+            channels=self.data["channels"],
+            labels=labels,
+            cfg=cfg,
+            cfg_channels=cfg_channels,
+            sampler=sampler or self.default_sampler,
+            steps=steps,
+            batch_size=batch_size,
+        )
+
+    def __call__(
+        self,
+        labels: Tensor,
+        indices: Tensor | None = None,
+        *,
+        cfg: float = 1.0,
+        cfg_channels: int | None = None,
+        steps: int = 20,
+        seed: int = 0,
+        batch_size: int = 64,
+        sampler: str | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draws one image per label; see ``recipes.lab.diffusion.sample``.
+
+        Args:
+            labels: (n,) int64.
+            indices: (n,) int64, which image of the seed each is; None counts from 0.
+            cfg: Guidance scale.
+            cfg_channels: Leading channels of what the model sees to guide; None guides all.
+            steps: Model evaluations.
+            seed: Of the start noise.
+            batch_size: Images per model call.
+            sampler: None takes the one that suits the run.
+            progress: Whether to show a bar.
+
+        Returns:
+            (n, c, h, w) on the CPU, nominally in [-1, 1]: pixels, decoded where the run is of
+            latents.
+
+        Raises:
+            UserError: An argument is out of range.
+        """
+        data = self.data
+        drawn = sample(
+            self.model,
+            self.diffusion,
+            labels=labels,
+            indices=torch.arange(len(labels)) if indices is None else indices,
+            seed=seed,
+            num_classes=len(data["class_names"]),
+            shape=(data["channels"], data["resolution"], data["resolution"]),
+            cfg=cfg,
+            cfg_channels=cfg_channels,
+            sampler=sampler or self.default_sampler,
+            steps=steps,
+            batch_size=batch_size,
+            device=self.device,
+            progress=progress,
+        )
+        if self.vae is None:
+            return drawn.cpu()
+        from recipes.lab.data.latents import decode
+
+        parts = [decode(self.vae, part).cpu() for part in drawn.split(_DECODED_AT_ONCE)]
+        # No images: split gives one empty part, which no VAE takes.
+        return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler that suits what the run predicts."""
+        return default_sampler(self.diffusion.prediction)
+
+
+def default_sampler(prediction: str) -> str:
+    """The sampler that suits a prediction."""
+    return "euler-flow" if prediction == "flow" else "dpm++"
+
+
+def open_run_vae(
+    run: Run,
+    config: Mapping[str, Any],
+    vae: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """The VAE that decodes a run's latents, or None where its model makes pixels.
+
+    Args:
+        run: A trained run.
+        config: See ``run_config``.
+        vae: Folder or hub id; None takes the one the run remembers.
+        device: Where to put it.
+
+    Raises:
+        UserError: It is missing or another than the run was trained with, or the run has none.
+    """
+    facts = config["data"].get("latent")
+    if facts is None:
+        if vae is not None:
+            raise UserError(f"{run.folder} was trained on pixels: drop --vae")
+        return None
+    from recipes.lab.data.latents import open_vae
+
+    # Runs of before the place was noted still have it among their settings.
+    remembered = facts.get("place") or config["settings"].get("vae") or ""
+    return open_vae({**facts, "place": remembered}, vae, device)
+
+
+def sample_run(
+    run: Run,
+    *,
+    labels: Tensor,
+    weights: str = "ema",
+    vae: str | None = None,
+    imports: Sequence[str] = (),
+    **options: Any,
+) -> Tensor:
+    """Draws one image per label from a run; ``options`` are those of ``RunSampler``'s call.
+
+    Returns:
+        (n, c, h, w), nominally in [-1, 1].
+
+    Raises:
+        UserError: The run has no checkpoint, its mechanism or VAE is missing, or an argument is
+            out of range.
+    """
+    return RunSampler(run, weights, vae=vae, imports=imports)(labels, **options)
+
+
+class NotFinite(UserError):
+    """What a model has drawn holds NaNs or infinities."""
+
+
+def sample_grid(
+    run: Run,
+    *,
+    classes: Sequence[int] | None = None,
+    per_class: int = 4,
+    out: Path | None = None,
+    weights: str = "ema",
+    vae: str | None = None,
+    imports: Sequence[str] = (),
+    cfg: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[int, Path]:
+    """Draws images and writes them as one picture, one class per column.
+
+    Args:
+        run: A trained run.
+        classes: Indices; None takes the first ten.
+        per_class: Images of each.
+        out: The picture; None names one in the run's samples.
+        weights: "ema" or "model".
+        vae: See ``RunSampler``.
+        imports: See ``RunSampler``.
+        cfg: Guidance scale.
+        seed: Of the start noise.
+        options: Further ones of ``RunSampler``'s call.
+
+    Returns:
+        The number of images, and the picture's path.
+
+    Raises:
+        NotFinite: The images hold NaNs or infinities; nothing is written.
+        UserError: An argument is out of range, the picture cannot be written, or the run cannot
+            be sampled.
+    """
+    count = len(run_config(run)["data"]["class_names"])
+    if classes is None:
+        classes = list(range(min(10, count)))
+    if not classes:
+        raise UserError("give at least one class, such as --classes 0,1,2")
+    outside = [label for label in classes if not 0 <= label <= count]
+    if outside:
+        raise UserError(
+            f"labels must lie in 0..{count} ({count} is the null class), got {outside[0]}"
+        )
+    if out is None:
+        out = refuse_links(run.folder, run.samples / f"cfg-{cfg:g}-seed-{seed}.png")
+    if out.suffix.lower() not in PICTURES:
+        raise UserError(f"{str(out)!r} is no picture's name; let it end in {', '.join(PICTURES)}")
+    draw = RunSampler(run, weights, vae=vae, imports=imports)
+    labels = torch.tensor(classes, dtype=torch.int64).repeat(per_class)
+    progress = options.pop("progress", False)
+    draw.check(labels, cfg=cfg, **options)
+    require_writable(out)
+    images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)
+    bad = int((~images.isfinite().flatten(1).all(1)).sum())
+    if bad:
+        raise NotFinite(
+            f"{bad} of {len(images)} images are not finite, and no picture is written: the model "
+            f"of step {draw.checkpoint.step} has diverged: train it again "
+            f"with a lower rate"
+        )
+    with whole_file(out) as temporary:
+        image_grid(images, columns=len(classes)).save(temporary)
+    return len(images), out
