@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from attnzoo.errors import UsageError
 from recipes import compare as compare_module
 from recipes import results
 from recipes.lab.console import UserError
@@ -93,22 +94,26 @@ class TestCells:
         sources = re.findall(r'src="([^"]{0,30})', page)
         assert len(sources) >= 4
         assert all(source.startswith("data:image/png;base64,") for source in sources)
-        assert "http" not in page and "<script" not in page
+        assert not re.search(r"https?://|<script", page)
 
     def test_what_is_done_is_not_done_again(self, compared, monkeypatch, capsys):
         _, _, arguments = compared
         started = []
-        monkeypatch.setattr(
-            cells_module, "_in_own_process",
-            lambda folder, *_: started.append(folder.name) or {"state": "error", "error": "no"},
-        )  # fmt: skip
+        failing = [sys.executable, "-c", "raise SystemExit(1)"]
+        own = subprocess.Popen
+
+        def popen(command, **options):
+            started.append(Path(command[3]).name)
+            return own(failing, **options)
+
+        monkeypatch.setattr(cells_module.subprocess, "Popen", popen)
         assert compare_module.main(arguments) == 1
         assert len(started) == 1 and started[0].startswith("digits-easy-native-crashing")
         assert "1 done, 1 to run" in capsys.readouterr().out
 
     def test_no_cell_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
-        monkeypatch.setattr(cells_module, "_in_own_process", None)
+        monkeypatch.setattr(cells_module, "_Process", None)
         assert compare_module.main([*arguments, "--time-budget", "0"]) == 1
 
     def test_a_cell_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
@@ -238,7 +243,7 @@ class TestThePlan:
         ],
     )
     def test_bad_input_is_one_clear_line(self, arguments, words, tmp_path):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises((UserError, UsageError)) as caught:
             compare_module.main([*arguments, "--dry-run", "--out", str(tmp_path)])
         assert words in str(caught.value) and "\n" not in str(caught.value)
 

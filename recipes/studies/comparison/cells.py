@@ -35,9 +35,11 @@ from recipes.lab.console import (
     printable,
     run_script,
 )
+from recipes.lab.data.latents import load_vae
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.files import CannotWrite, read_json, refuse_links, write_json
 from recipes.lab.imports import import_all, origins
+from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison.costs import cost_of
 from recipes.train import Settings, train
@@ -247,7 +249,8 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
             raise _Stopped("not finite", "training stopped: the loss is not finite")
         if status != DONE:
             raise _Stopped("error", f"training ended with status {status}")
-    cost = cost_of(settings)
+    vae = load_vae(settings.vae) if settings.vae else None
+    cost = cost_of(settings, load_training_data(settings, vae))
     measured = evaluate(
         run,
         cfgs=stored["cfgs"],
@@ -262,13 +265,16 @@ def _curve(run: Run, points: int = 100) -> list[tuple[int, float]]:
     """(step, mean loss of the steps since the point before)."""
     # A step that was skipped has no loss.
     entries = [
-        (entry["step"], entry["loss"])
-        for entry in run.read_log()
-        if isinstance(entry.get("loss"), int | float) and math.isfinite(entry["loss"])
+        (entry["step"], entry["loss"]) for entry in run.read_log() if is_loss(entry.get("loss"))
     ]
     size = max(1, len(entries) // points)
     chunks = [entries[start : start + size] for start in range(0, len(entries), size)]
     return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]
+
+
+def is_loss(value: Any) -> bool:
+    """Whether a log's "loss" is one: a skipped step has None."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 Report = Callable[[Path, "dict[str, Any] | None"], None]

@@ -27,9 +27,9 @@ from recipes.studies.comparison.grid import Variant, paper_rows
 from recipes.studies.comparison.tables import as_html, write_table
 from recipes.studies.comparison.verdicts import (
     at_chance,
-    digits_apart,
     is_lower_better,
     summary_sentence,
+    winner_digits,
 )
 
 # What the summary and the pictures show; everything else is in the tables.
@@ -248,7 +248,7 @@ def chance_lines(group: pd.DataFrame) -> list[str]:
 def _numbers(done: pd.DataFrame, summary: pd.DataFrame) -> str:
     parts = []
     for (*place, cfg), group in _groups(summary, [*PLACE, "cfg"]):
-        digits = group.groupby("metric")["mean"].agg(digits_apart)
+        digits = winner_digits(group, 4)
         group = group.assign(
             shown=[
                 f"{mean:.{digits[metric]}g}" + (f" ± {std:.2g}" if std == std else "")

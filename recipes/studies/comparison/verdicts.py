@@ -66,7 +66,7 @@ class Verdict:
             ):
                 break
             more += 1
-        return f"{gain:+.{digits + more}g} ± {margin:.{margin_digits + more}g}"
+        return f"{gain:+.15g} ± {margin:.15g}"
 
 
 def is_lower_better(metric: str) -> bool:
@@ -113,6 +113,16 @@ def digits_apart(values: Iterable[float], digits: int = 4) -> int:
         ):
             digits += 1
     return digits
+
+
+def winner_digits(summary: pd.DataFrame, digits: int) -> dict[str, int]:
+    """By metric, the digits with which the best mean does not look like the second best."""
+    found = {}
+    for metric, means in summary.groupby("metric")["mean"]:
+        ordered = means.sort_values(ascending=is_lower_better(str(metric)))
+        distinct = [mean for mean in ordered if not _are_equal(mean, ordered.iloc[0])]
+        found[str(metric)] = digits_apart([ordered.iloc[0], *distinct[:1]], digits)
+    return found
 
 
 def _are_equal(one: float, other: float) -> bool:
