@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 import torch
@@ -106,20 +106,21 @@ def main(arguments: list[str]) -> int:
     with contextlib.nullcontext() if given.report_only else locked(out / ".lock", warn=_say):
         waiting = [f for f in folders if (read_result(f) or {}).get("state") != OK]
         done = len(cells) - len(waiting)
-        print(f"{len(cells)} cells in {printable(str(out))}: {done} done, {len(waiting)} to run")
+        counts = f"{done} done, {len(waiting)} to run"
+        _say(f"{len(cells)} cells in {out}: {counts}", sys.stdout)
         if not given.report_only and waiting:
             _run(given, folders, waiting, out)
         command = shlex.join(["compare.py", *(a for a in arguments if a != "--report-only")])
         states = write_report(out, cells, variants, title=command)
-    written = [printable(str(out / name)) for name in ("report.html", "cells.csv", "summary.csv")]
-    print("report: {}   numbers: {}, {}".format(*written))
+    written = [str(out / name) for name in ("report.html", "cells.csv", "summary.csv")]
+    _say("report: {}   numbers: {}, {}".format(*written), sys.stdout)
     return 0 if all(state == OK for state in states.values()) else 1
 
 
-def _say(line: str) -> None:
+def _say(line: str, file: TextIO | None = None) -> None:
     # A reader that has gone away, as in "2>&1 | head", is no reason to stop the runs.
-    with contextlib.suppress(OSError, ValueError):
-        print(printable(line), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(printable(line), file=file or sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,7 +226,8 @@ def _run(
 ) -> None:
     for folder in waiting:
         folders[folder].prepare(out)
-    _prepare([folders[folder] for folder in waiting], out / EVALUATORS)
+    with contextlib.suppress(BrokenPipeError):  # it reports; what it leaves, the runs make
+        _prepare([folders[folder] for folder in waiting], out / EVALUATORS)
     limit = math.inf if given.time_budget is None else 60 * given.time_budget
     started, ended = time.monotonic(), 0
 
