@@ -15,6 +15,7 @@ import attnzoo
 DECIDING = (
     "evaluation/metrics",
     "evaluation/features",
+    "evaluation/real",
     "evaluation/reference",
     "evaluation/scores",
     "evaluation/shape_judge",

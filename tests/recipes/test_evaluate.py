@@ -19,6 +19,7 @@ from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
 from recipes.lab.data.shapes import render, shape_parameters
 from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation import evaluate as evaluation
 from recipes.lab.evaluation import features as features_module
 from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
@@ -84,7 +85,7 @@ class TestWhatIsWritten:
     def test_the_command_line_measures_images_it_is_given(
         self, run, digits, tmp_path, monkeypatch, capsys
     ):
-        monkeypatch.setattr(evaluate_module, "smallcnn", lambda *_, **__: digits)
+        monkeypatch.setattr(evaluation, "smallcnn_of", lambda *_, **__: digits)
         file = tmp_path / "real.npz"
         pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 300)
         save_npz(file, pixels, arr_1=labels)  # ADM's sampler puts the labels there
@@ -247,9 +248,9 @@ class TestBadModels:
         train, test = real_sets_of_digits()
         reference = Seen(digits(to_uint8(test.batch(torch.arange(359))[0])))
         pixels, labels = features_module.fresh_images(train, 359)
-        good = score(digits(pixels), labels, reference, digits)
+        good = score(digits(pixels), labels, reference, digits)[0]
         pixels, labels = spoiled(pixels, labels, how)
-        bad = score(digits(pixels), labels, reference, digits)
+        bad = score(digits(pixels), labels, reference, digits)[0]
         for name in worse:
             there, here = bad[f"{name}[smallcnn]"], good[f"{name}[smallcnn]"]
             is_distance = name in ("FID", "KID", "sFID", "sKID")
@@ -306,12 +307,12 @@ class TestWhatIsKept:
         reference = Reference.of_dataset(test, "test")
         pixels, labels = features_module.fresh_images(train, 50)
         seen = digits(pixels)
-        plain = score(seen, labels, Seen(digits(reference.pixels)), digits)
-        first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        plain = score(seen, labels, Seen(digits(reference.pixels)), digits)[0]
+        first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)[0]
         monkeypatch.setattr(metrics, "kernel_within", None)
         own, sizes = metrics.radii, []
         monkeypatch.setattr(metrics, "radii", lambda x, k: sizes.append(len(x)) or own(x, k))
-        again = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)
+        again = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)[0]
         assert plain == first == again
         assert sizes == [50]  # of the samples alone, not of the real images
 

@@ -307,16 +307,18 @@ class EncodedDataset(LatentDataset):
 
     def identity(self) -> dict[str, Any]:
         images = self.images.identity()
-        parts = json.dumps([images["sha256"], self.facts["sha256"], self.resolution])
-        return images | {
-            "kind": f"encoded {images['kind']}",
-            "sha256": hashlib.sha256(parts.encode()).hexdigest(),
-        }
+        digest = encoded_identity(images["sha256"], self.facts["sha256"], self.resolution)
+        return images | {"kind": f"encoded {images['kind']}", "sha256": digest}
 
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = self.images.batch(indices)
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         return *moments(self.vae, images), labels
+
+
+def encoded_identity(images: str, vae: str, resolution: int) -> str:
+    """SHA-256 of images and VAE, given by theirs, and of the latents' side."""
+    return hashlib.sha256(json.dumps([images, vae, resolution]).encode()).hexdigest()
 
 
 class CachedDataset(LatentDataset):

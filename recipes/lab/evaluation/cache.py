@@ -6,18 +6,19 @@ can be carried to another machine.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from recipes.lab.console import printable
+from recipes.lab.files import locked, whole_file
 
 Tensors = dict[str, Tensor]
 
@@ -33,18 +34,19 @@ def kept(file: Path, make: Callable[[], Tensors]) -> Tensors:
     Args:
         file: Where they are kept; a damaged file is made anew.
         make: What gives them.
+
+    Raises:
+        CannotWrite: They have to be made, and the file cannot be written.
     """
     found = _read(file)
     if found is not None:
         return found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(file.with_name(".lock")):
+    with locked(file.with_name(".lock"), wait=True):
         found = _read(file)
         if found is None:
             found = {name: z.detach().cpu().contiguous() for name, z in make().items()}
-            temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-            save_file(found, temporary, metadata={"sha256": _digest(found)})
-            os.replace(temporary, file)
+            with whole_file(file) as temporary:
+                save_file(found, temporary, metadata={"sha256": _digest(found)})
     return found
 
 
@@ -56,11 +58,12 @@ def _read(file: Path) -> Tensors | None:
             found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             wanted = (stored.metadata() or {}).get("sha256")
     except (SafetensorError, OSError) as error:
-        print(f"{file} cannot be read and is made anew: {error}", file=sys.stderr)
+        line = f"{file} cannot be read and is made anew: {error}"
+        print(printable(line), file=sys.stderr)
         return None
     # Evaluators of an earlier version carry no digest.
     if wanted is not None and wanted != _digest(found):
-        print(f"{file} is damaged and is made anew", file=sys.stderr)
+        print(printable(f"{file} is damaged and is made anew"), file=sys.stderr)
         return None
     return found
 
@@ -71,15 +74,3 @@ def _digest(tensors: Tensors) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Exclusive among processes, and released by the system should this one die."""
-    with file.open("a") as handle:
-        # Without locks each process makes its own, and the files are the same.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -9,18 +9,22 @@ Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from recipes.lab.console import UserError
-from recipes.lab.data.datasets import ImageDataset, load_dataset
+from recipes.lab.console import UserError, printable
+from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.order import batch_indices
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation.cache import kept, key_digest
+from recipes.lab.evaluation.real import RealImages, fresh_images
+
+__all__ = ["Extractor", "Features", "SmallCNN", "fresh_images", "real_sets", "smallcnn"]
 
 ARCHITECTURE = "smallcnn-1"  # part of the cache's key: change it with anything below
 POOL_DIM = 64
@@ -33,9 +37,6 @@ STATISTICS_IMAGES = 2048
 # Least accuracy on real images that it has not seen; below it no number is written.
 ACCURACY_FLOORS = {"digits": 0.95, "shapes": 0.95, "fashion-mnist": 0.85}
 OTHER_FLOOR = 0.8
-HELD_OUT = 0.2  # of a folder, which has no test split
-# Far beyond any training run, so that these pictures of the infinite stream are new.
-FRESH = 2**40
 
 
 class Features(NamedTuple):
@@ -172,6 +173,7 @@ def smallcnn(
     cache: Path,
     steps: int | None = None,
     progress: bool = False,
+    **choice: Any,
 ) -> SmallCNN:
     """The extractor of a data set: loaded from the cache, or trained and put there.
 
@@ -182,17 +184,43 @@ def smallcnn(
         cache: Folder of trained extractors.
         steps: Optimiser steps of its training; None takes what suits the data.
         progress: Whether to say what takes the time.
+        choice: Further fields of ``RealImages``: which classes, say.
 
     Returns:
         In eval mode. Its accuracy may lie below ``accuracy_floor``: ask before using it.
     """
-    train, test = real_sets(data, resolution=resolution, level=level)
-    name = Path(data.partition(":")[0]).name
-    steps = steps or TRAINING_STEPS.get(name, OTHER_STEPS)
+    real = RealImages(data=data, resolution=resolution, level=level, **choice)
+    return smallcnn_of(*real.open(), real.kind, cache=cache, steps=steps, progress=progress)
+
+
+def smallcnn_of(
+    train: ImageDataset,
+    test: ImageDataset,
+    kind: str,
+    *,
+    cache: Path,
+    steps: int | None = None,
+    progress: bool = False,
+) -> SmallCNN:
+    """The same for images that are open already.
+
+    Args:
+        train: What it is trained on.
+        test: What its accuracy is measured on.
+        kind: See ``RealImages``.
+        cache: Folder of trained extractors.
+        steps: Optimiser steps of its training; None takes what suits the data.
+        progress: Whether to say what takes the time.
+
+    Raises:
+        CannotWrite: It has to be trained, and cannot be put into the cache.
+    """
+    steps = steps or TRAINING_STEPS.get(kind, OTHER_STEPS)
     key = {
         "architecture": ARCHITECTURE,
-        "data": name,
-        "images": image_digest(train),
+        "images": train.identity()["sha256"],
+        # What reading makes of them: the first ones show it.
+        "pixels": image_digest(train, 64),
         "resolution": train.resolution,
         "classes": train.num_classes,
         "steps": steps,
@@ -201,26 +229,28 @@ def smallcnn(
 
     def make() -> dict[str, Tensor]:
         if progress:
-            print(f"training the evaluator ({steps} steps on real {data} images): {file}")
+            line = f"training the evaluator ({steps} steps on real {train.name} images): {file}"
+            print(printable(line))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trained = SmallCNN(train.channels, train.num_classes, train.resolution).to(device)
             _fit(trained, train, steps)
         return trained.state_dict()
 
-    file = (
-        cache / f"{ARCHITECTURE}-{train.name}-{train.resolution}-{key_digest(**key)}.safetensors"
-    )
+    # A folder's name may be anything, and long.
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", train.name)[:40]
+    file = cache / f"{ARCHITECTURE}-{name}-{train.resolution}-{key_digest(**key)}.safetensors"
     model = SmallCNN(train.channels, train.num_classes, train.resolution)
     model.load_state_dict(kept(file, make))
     model = model.to(device).eval()
     model.digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def accuracy() -> dict[str, Tensor]:
-        images, labels = test.batch(torch.arange(min(len(test), 2000)))
+        images, labels = test.batch(torch.arange(shown))
         return {"share": (model(to_uint8(images)).logits.argmax(1) == labels).double().mean()}
 
-    tried = key_digest(evaluator=model.digest, images=image_digest(test))
+    shown = min(len(test), 2000)
+    tried = key_digest(evaluator=model.digest, images=image_digest(test, shown))
     model.accuracy = kept(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
     return model
 
@@ -250,66 +280,37 @@ def _fit(model: SmallCNN, train: ImageDataset, steps: int) -> None:
         getattr(model, f"{kind}_std").copy_(std + 1e-3 * values.std())
 
 
-def accuracy_floor(data: str) -> float:
+def accuracy_floor(kind: str) -> float:
     """Least accuracy on real images with which the small network may judge generated ones."""
-    return ACCURACY_FLOORS.get(data.partition(":")[0], OTHER_FLOOR)
+    return ACCURACY_FLOORS.get(kind, OTHER_FLOOR)
 
 
-def require_accuracy(extractor: SmallCNN, data: str) -> None:
+def require_accuracy(extractor: SmallCNN, kind: str) -> None:
     """Raises UserError where the network is too weak on real images to judge generated ones."""
-    floor = accuracy_floor(data)
+    floor = accuracy_floor(kind)
     if extractor.accuracy < floor:
         raise UserError(
-            f"the evaluator recognises only {extractor.accuracy:.1%} of real {data} images, and "
+            f"the evaluator recognises only {extractor.accuracy:.1%} of real {kind} images, and "
             f"below {floor:.0%} it judges nothing; choose a higher resolution or another evaluator"
         )
 
 
-class _Part(ImageDataset):
-    """Some images of a data set, in an order of their own."""
-
-    def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
-        self._whole, self._indices = whole, indices
-        self.name, self.resolution, self.channels = whole.name, whole.resolution, whole.channels
-        self.class_names, self.horizontal_flip = whole.class_names, whole.horizontal_flip
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_range(indices)
-        return self._whole.batch(self._indices[indices])
-
-
 def real_sets(
-    data: str, *, resolution: int | None, level: str
+    data: str, *, resolution: int | None, level: str, **choice: Any
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Real images to train an evaluator on, and others to compare with.
+    """Real images to train an evaluator on, and others to compare with; see ``RealImages``.
 
-    They do not depend on a run's seed, so that every run is measured with one rule. The second
-    part of a folder, which has no test split, is a fixed fifth of it: the run has seen those
-    images, the evaluator has not.
+    Args:
+        data: As for ``load_dataset``.
+        resolution: In pixels.
+        level: Of shapes.
+        choice: Further fields of ``RealImages``.
     """
-    train = load_dataset(data, resolution=resolution, level=level)
-    if data == "shapes" or data == "digits" or data.partition(":")[0] == "fashion-mnist":
-        return train, load_dataset(data, resolution=resolution, level=level, split="test")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    cut = max(1, round(HELD_OUT * len(train)))
-    return _Part(train, order[cut:]), _Part(train, order[:cut])
+    return RealImages(data=data, resolution=resolution, level=level, **choice).open()
 
 
-def fresh_images(train: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
-    """Up to ``count`` real images (n, h, w, c) uint8 with labels, new ones if there are."""
-    if train.infinite:
-        chosen = torch.arange(FRESH, FRESH + count)
-    else:
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:count]
-    images, labels = train.batch(chosen)
-    return to_uint8(images), labels
-
-
-def image_digest(dataset: ImageDataset, count: int = 64) -> str:
-    """SHA-256 of the first pixels and labels: enough to tell data sets and levels apart."""
+def image_digest(dataset: ImageDataset, count: int) -> str:
+    """SHA-256 of the first pixels and labels."""
     count = count if dataset.infinite else min(count, len(dataset))
     images, labels = dataset.batch(torch.arange(count))
     content = to_uint8(images).numpy().tobytes() + labels.numpy().tobytes()

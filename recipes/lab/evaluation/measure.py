@@ -55,8 +55,10 @@ class Measure:
 
     def __call__(
         self, images: Images, features: Features | None, are_real: bool = False
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Numbers and warnings; images that are not finite are counted and left out.
+    ) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+        """Numbers, warnings, and reasons why a number is missing.
+
+        Images that are not finite are counted and left out.
 
         Args:
             images: What to measure.
@@ -79,15 +81,20 @@ class Measure:
                 f"{len(bad)} of {len(images.labels)} images are not finite and were left out: "
                 f"{shown}"
             )
-        if found["count"] < FEWEST:
+        if found["count"] < FEWEST and not are_real:
+            cause = "take more samples"
+            if 2 * len(bad) >= len(images.labels):
+                cause = "the model has diverged: train it again with a lower rate"
             raise UserError(
-                f"only {found['count']} of {len(images.labels)} images are finite, which is too "
-                f"few to measure; the model has diverged: train it again with a lower rate"
+                f"only {found['count']} of {len(images.labels)} images are finite, and fewer than "
+                f"{FEWEST} are not measured; {cause}"
             )
+        reasons: dict[str, str] = {}
         labels, pixels = images.labels[images.finite], images.pixels[images.finite]
         if self.extractor is not None and features is not None:
             kept = features.select(images.finite)
-            found |= score(kept, labels, self._seen, self.extractor, self.moments)
+            numbers, reasons = score(kept, labels, self._seen, self.extractor, self.moments)
+            found |= numbers
             warnings += warnings_of(kept, self.count, labels, self.class_names)
         if self.judged is not None and self._real_shapes is not None:
             level = self.judged[1]
@@ -98,4 +105,4 @@ class Measure:
             )
             scores = shape_scores(verdict, labels.numpy(), self._real_shapes, level)
             found |= {f"{name}[judge]": value for name, value in scores.items()}
-        return found, warnings
+        return found, warnings, reasons

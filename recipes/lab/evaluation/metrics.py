@@ -375,7 +375,9 @@ def radii(features: Tensor, k: int) -> Tensor:
     """Distance (n,) of each of (n, d) features to its k-th nearest neighbour among the others."""
     x = _checked(features)
     if len(x) <= k:
-        raise NotMeasured(f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}")
+        raise NotMeasured(
+            f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}"
+        )
     return torch.cat(
         [distance.kthvalue(k + 1, dim=1).values for _, distance in _distances(x, x)]
     )  # the nearest of all is the point itself

@@ -7,27 +7,34 @@ on the images, the evaluator and the number of samples, so they are kept beside 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation import metrics
+from recipes.lab.evaluation.archives import load_npz, read_npz
 from recipes.lab.evaluation.cache import kept, key_digest
-from recipes.lab.evaluation.features import Extractor, Features, fresh_images, real_sets, smallcnn
-from recipes.lab.evaluation.metrics import Moments
+from recipes.lab.evaluation.features import Extractor, Features, smallcnn_of
+from recipes.lab.evaluation.metrics import Moments, NotMeasured
+from recipes.lab.evaluation.real import RealImages, fresh_images
 from recipes.lab.evaluation.shape_judge import Verdict, judge_shapes
-from recipes.lab.evaluation.shards import load_npz
+from recipes.lab.files import sha256
 from recipes.lab.provenance import code_digest
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = {"precision": 3, "coverage": 5}
+_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # as ADM's reference batches call them
 UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
 
 
@@ -63,21 +70,34 @@ class Reference:
         """An ADM-style file with images, statistics or both.
 
         Raises:
-            UserError: It holds neither.
+            UserError: It holds neither, or what is no statistics.
         """
         pixels, labels = load_npz(file)
+        stored = read_npz(file, _STATISTICS)
         pool = spatial = None
-        try:
-            pool, spatial = Moments.load_adm(file), Moments.load_adm(file, spatial=True)
-        except KeyError:
-            if pixels is None:
-                raise UserError(
-                    f"{file} holds neither images (arr_0) nor statistics (mu, sigma, mu_s, "
-                    f"sigma_s)"
-                ) from None
-        return cls(
-            pixels, labels, pool, spatial, str(file), hashlib.sha256(file.read_bytes()).hexdigest()
-        )
+        if len(stored) == len(_STATISTICS):
+            try:
+                pool = _moments(stored["mu"], stored["sigma"])
+                spatial = _moments(stored["mu_s"], stored["sigma_s"])
+            except NotMeasured as error:
+                raise UserError(f"the statistics in {file} cannot be used: {error}") from error
+        elif pixels is None:
+            there = f" all of: there is only {', '.join(stored)}" if stored else ""
+            raise UserError(
+                f"{file} holds neither images (arr_0) nor statistics "
+                f"({', '.join(_STATISTICS)}){there}"
+            )
+        if pixels is not None and not len(pixels):
+            raise UserError(f"{file} holds no images: arr_0 is empty")
+        return cls(pixels, labels, pool, spatial, str(file), sha256(file))
+
+
+def _moments(mean: NDArray[Any], covariance: NDArray[Any]) -> Moments:
+    for name, array in (("mean", mean), ("covariance", covariance)):
+        if array.dtype.kind not in "fiu":
+            raise NotMeasured(f"the {name} is of type {array.dtype}")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    return Moments.of_statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
 
 
 class Seen:
@@ -153,7 +173,9 @@ def judge_real(pixels: Tensor, level: str, cache: Path) -> Verdict:
     return Verdict(**{name: z.numpy() for name, z in found.items()})
 
 
-def prepare(data: str, *, resolution: int | None, level: str, samples: int, cache: Path) -> None:
+def prepare(
+    data: str, *, resolution: int | None, level: str, samples: int, cache: Path, **choice: Any
+) -> None:
     """Makes all that evaluations of this data share: evaluator and terms of the real images.
 
     Args:
@@ -162,20 +184,30 @@ def prepare(data: str, *, resolution: int | None, level: str, samples: int, cach
         level: Of shapes.
         samples: Images per evaluation.
         cache: Folder of trained evaluators.
+        choice: Further fields of ``RealImages``: which classes, say.
     """
-    extractor = smallcnn(data, resolution=resolution, level=level, cache=cache, progress=True)
-    train, test = real_sets(data, resolution=resolution, level=level)
+    prepare_real(
+        RealImages(data=data, resolution=resolution, level=level, **choice), samples, cache
+    )
+
+
+def prepare_real(real: RealImages, samples: int, cache: Path) -> None:
+    """The same for images that ``recipes.lab.evaluation.real`` has named."""
+    train, test = real.open()
+    extractor = smallcnn_of(train, test, real.kind, cache=cache, progress=True)
     reference = Reference.of_dataset(test, "test")
     fresh, _ = fresh_images(train, samples)
     seen = Seen.of(reference, extractor, cache)
     for metric in NEIGHBOURS:
-        seen.radii(metric)
+        with contextlib.suppress(NotMeasured):  # the evaluation says so
+            seen.radii(metric)
     for kind in ("pool", "spatial"):
         for count in {samples, len(fresh)}:
-            seen.kernels(kind, count)
-    if data == "shapes" and reference.pixels is not None:
+            with contextlib.suppress(NotMeasured):
+                seen.kernels(kind, count)
+    if real.kind == "shapes" and reference.pixels is not None:
         for pixels in (reference.pixels, fresh):
-            judge_real(pixels, level, cache)
+            judge_real(pixels, real.level, cache)
 
 
 def _pixel_digest(pixels: Tensor) -> str:

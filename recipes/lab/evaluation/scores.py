@@ -89,12 +89,8 @@ def score(
     if reference is not None:
         for name, of in (("KID", "pool"), ("sKID", "spatial")):
             measure([name, f"{name}_std", f"{name}_full"], functools.partial(kid, of))
-        measure(
-            ["precision", "recall"], lambda: neighbors("precision", metrics.precision_recall)
-        )
-        measure(
-            ["density", "coverage"], lambda: neighbors("coverage", metrics.density_coverage)
-        )
+        measure(["precision", "recall"], lambda: neighbors("precision", metrics.precision_recall))
+        measure(["density", "coverage"], lambda: neighbors("coverage", metrics.density_coverage))
     measure(["IS", "IS_std"], lambda: metrics.inception_score(features.logits))
     if labels is not None and extractor.knows_classes:
         measure(["class_accuracy"], lambda: [metrics.class_accuracy(features.logits, labels)])

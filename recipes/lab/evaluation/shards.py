@@ -9,21 +9,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, progress_bar
 from recipes.lab.diffusion import to_uint8
+from recipes.lab.evaluation.archives import load_npz, read_npz, save_npz
+from recipes.lab.files import refuse_links
+from recipes.lab.sampling import Checkpoint, RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import RunSampler
+
+__all__ = [
+    "Images",
+    "Plan",
+    "checkpoint_digest",
+    "generate",
+    "load_npz",
+    "read_shards",
+    "sample_labels",
+    "save_npz",
+    "shard_folder",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,27 +94,35 @@ def sample_labels(plan: Plan, num_classes: int) -> Tensor:
     return (torch.arange(plan.samples) % num_classes)[order]
 
 
-def shard_folder(run: Run, plan: Plan) -> Path:
+def shard_folder(run: Run, plan: Plan, checkpoint: Checkpoint | None = None) -> Path:
     """Where the shards of a plan lie; another checkpoint or plan has another folder.
 
+    Args:
+        run: A trained run.
+        plan: What is generated.
+        checkpoint: Of the run; None takes the newest one.
+
     Raises:
-        UserError: The run has no whole checkpoint.
+        UserError: The run has no whole checkpoint, or the way there leads through a link.
     """
-    step, digest = checkpoint_digest(run, plan.weights)
+    if checkpoint is None:
+        step, digest = checkpoint_digest(run, plan.weights)
+    else:
+        step, digest = checkpoint.step, checkpoint.digest
     key = {**dataclasses.asdict(plan), "checkpoint": digest}
     tail = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
-    return run.folder / "evaluation" / f"step-{step:08d}-cfg-{plan.cfg:g}-{tail}"
+    folder = run.folder / "evaluation" / f"step-{step:08d}-cfg-{plan.cfg:g}-{tail}"
+    return refuse_links(run.folder, folder)
 
 
 def checkpoint_digest(run: Run, weights: str) -> tuple[int, str]:
-    """(step, SHA-256 of the weights) of a run's newest whole checkpoint."""
-    found = run.newest_checkpoint(warn=print)
-    if found is None:
-        raise UserError(f"{run.folder} holds no whole checkpoint yet; train it further")
-    digest = hashlib.sha256()
-    for file in sorted((found[1] / weights).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return found[0], digest.hexdigest()
+    """(step, SHA-256 of the weights) of a run's newest whole checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = read_checkpoint(run, weights)
+    return found.step, found.digest
 
 
 def generate(
@@ -114,6 +133,7 @@ def generate(
     world: int = 1,
     device: str | torch.device | None = None,
     progress: bool = False,
+    draw: RunSampler | None = None,
 ) -> Path:
     """Generates this process's share of the shards that are still missing.
 
@@ -124,19 +144,27 @@ def generate(
         world: Number of processes.
         device: See ``RunSampler``.
         progress: Whether to show a bar.
+        draw: What draws; None loads the run's newest checkpoint.
 
     Returns:
-        The folder of the shards; complete once every process is done.
+        The folder of the shards.
+
+    Raises:
+        CannotWrite: The system refuses.
     """
-    folder = shard_folder(run, plan)
-    folder.mkdir(parents=True, exist_ok=True)
+    if draw is None:
+        draw = RunSampler(run, plan.weights, device)
+    folder = shard_folder(run, plan, draw.checkpoint)
     mine = list(enumerate(plan.shards()))[rank::world]
-    missing = [(number, shard) for number, shard in mine if not _is_whole(folder, number, shard)]
+    missing = [
+        (number, shard)
+        for number, shard in mine
+        if _read_shard(folder, number, shard, draw.image_shape) is None
+    ]
     if not missing:
         return folder
-    draw = RunSampler(run, plan.weights, device)
     labels = sample_labels(plan, len(draw.data["class_names"]))
-    for number, shard in tqdm(missing, desc=f"cfg {plan.cfg:g}", disable=not progress):
+    for number, shard in progress_bar(missing, desc=f"cfg {plan.cfg:g}", shown=progress):
         indices = torch.arange(shard.start, shard.stop)
         images = draw(
             labels[indices],
@@ -164,55 +192,40 @@ def read_shards(folder: Path, plan: Plan, numbers: Sequence[int] | None = None) 
     for number, shard in enumerate(plan.shards()):
         if numbers is not None and number not in numbers:
             continue
-        if not _is_whole(folder, number, shard):
+        found = _read_shard(folder, number, shard)
+        if found is None:
             raise UserError(
                 f"{_shard_file(folder, number)} is missing or damaged; evaluate the run again"
             )
-        with np.load(_shard_file(folder, number)) as stored:
-            parts.append([torch.from_numpy(stored[k]) for k in ("arr_0", "labels", "finite")])
+        parts.append(found)
     return Images(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def save_npz(file: Path, pixels: Tensor, **arrays: Any) -> None:
-    """Writes images under ADM's key ``arr_0``, (n, h, w, c) uint8; the file appears whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    others = {name: np.asarray(value) for name, value in arrays.items()}
-    with temporary.open("wb") as handle:
-        np.savez_compressed(handle, arr_0=pixels.numpy(), **others)
-    os.replace(temporary, file)
-
-
-def load_npz(file: Path) -> tuple[Tensor | None, Tensor | None]:
-    """Images (n, h, w, c) uint8 and labels of an ADM-style file, None for what it lacks.
-
-    Raises:
-        UserError: The file cannot be read, or its images are not of that kind.
-    """
-    try:
-        with np.load(file) as stored:
-            pixels = stored.get("arr_0")
-            labels = stored.get("labels", stored.get("arr_1"))  # where ADM's sampler puts them
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} cannot be read as an .npz of images: {error}") from error
-    if pixels is not None and (pixels.ndim != 4 or pixels.dtype != np.uint8):
-        raise UserError(
-            f"{file} holds arr_0 of shape {pixels.shape} and type {pixels.dtype}; "
-            f"it must be (n, height, width, channels) uint8"
-        )
-    return (
-        None if pixels is None else torch.from_numpy(pixels),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-    )
 
 
 def _shard_file(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.npz"
 
 
-def _is_whole(folder: Path, number: int, shard: range) -> bool:
+def _read_shard(
+    folder: Path, number: int, shard: range, image_shape: tuple[int, int, int] | None = None
+) -> Images | None:
+    """The images of a shard, or None where it is missing or not what it should be."""
+    file = _shard_file(folder, number)
+    if not file.is_file():
+        return None
     try:
-        with np.load(_shard_file(folder, number)) as stored:
-            return all(len(stored[name]) == len(shard) for name in ("arr_0", "labels", "finite"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return False
+        stored = read_npz(file, ("arr_0", "labels", "finite"))
+        pixels, labels, finite = (stored[name] for name in ("arr_0", "labels", "finite"))
+    except (UserError, KeyError):
+        return None
+    count = len(shard)
+    height, width, channels = pixels.shape[1:] if pixels.ndim == 4 else (0, 0, 0)
+    is_right = (
+        (pixels.dtype, labels.dtype, finite.dtype) == (np.uint8, np.int64, np.bool_)
+        and pixels.ndim == 4
+        and len(pixels) == count
+        and labels.shape == finite.shape == (count,)
+        and image_shape in (None, (channels, height, width))
+    )
+    if not is_right:
+        return None
+    return Images(*(torch.from_numpy(np.ascontiguousarray(z)) for z in (pixels, labels, finite)))

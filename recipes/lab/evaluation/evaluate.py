@@ -1,0 +1,457 @@
+"""One evaluation of a run: what is measured with what, checked first, then done and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from recipes.lab.console import UserError
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling
+from recipes.lab.evaluation.archives import load_npz, save_npz
+from recipes.lab.evaluation.features import (
+    Extractor,
+    Features,
+    SmallCNN,
+    accuracy_floor,
+    require_accuracy,
+    smallcnn_of,
+)
+from recipes.lab.evaluation.measure import Measure
+from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
+from recipes.lab.evaluation.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
+from recipes.lab.evaluation.scores import FEWEST, label_of
+from recipes.lab.evaluation.shards import Images, Plan, generate, read_shards
+from recipes.lab.files import refuse_links, require_writable, write_json
+from recipes.lab.provenance import code_digest, provenance
+from recipes.lab.sampling import RunSampler, default_sampler, read_checkpoint, run_config
+from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.distributed import make_accelerator, on_main
+
+
+def evaluate(
+    run: Run,
+    *,
+    cfgs: Sequence[float] = (1.0,),
+    plan: Plan | None = None,
+    extractor: str | Extractor = "smallcnn",
+    weights_file: Path | None = None,
+    reference: Path | None = None,
+    real: Path | str | None = None,
+    images: Path | None = None,
+    npz: Path | None = None,
+    cache: Path | None = None,
+    vae: str | None = None,
+    imports: Sequence[str] = (),
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Generates images of a run, measures them, and writes metrics.json into the run.
+
+    The run's weights are read once, so that all scales are of one checkpoint, whatever a training
+    that goes on beside does. Everything is checked before anything is sampled or overwritten.
+
+    Args:
+        run: A trained run.
+        cfgs: Guidance scales, each measured apart.
+        plan: What to generate; its own scale is not used.
+        extractor: "smallcnn", "inception", or an object like ``features.Extractor``.
+        weights_file: Of Inception.
+        reference: ADM-style file to compare with; None takes the test images.
+        real: Folder of real images; None takes those that the run remembers.
+        images: ADM-style file to measure instead of the run's images.
+        npz: Folder to write the images to.
+        cache: Folder of trained evaluators.
+        vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
+        imports: What the caller has imported already.
+        progress: Whether to show bars.
+
+    Returns:
+        What metrics.json holds; empty on every process but the first.
+
+    Raises:
+        UserError: An argument does not fit, or the evaluator is too weak on real images and
+            there is no exact judge either.
+        CannotWrite: The system refuses to write.
+    """
+    plan = plan or Plan()
+    config = run_config(run)
+    names = _names_of_scales(cfgs) if images is None else {}
+    accelerator = make_accelerator()
+    kept_in = cache or default_cache(run)
+    draw = None
+    if images is None:
+        _check_plan(plan, config, names.values())
+        checkpoint = on_main(accelerator, lambda: read_checkpoint(run, plan.weights))
+        draw = RunSampler(
+            run,
+            plan.weights,
+            accelerator.device,
+            vae=vae,
+            imports=imports,
+            checkpoint=checkpoint,
+        )
+        del checkpoint
+    elif vae is not None or npz is not None:
+        raise UserError("--images measures a file as it is: drop --vae and --npz")
+    on_main(accelerator, lambda: _check_places(run, kept_in, npz, names))
+
+    given = None if images is None else _given_images(images, len(config["data"]["class_names"]))
+    source, reason = real_images(run, config, real)
+    compared = Reference.of_file(reference) if reference else None
+    shape = _shape(config, draw, given)
+    needs_real = compared is None or extractor == "smallcnn"
+    if source is None and needs_real:
+        what = (
+            "the small evaluator is trained on real images" if compared else "nothing to compare"
+        )
+        raise UserError(
+            f"{reason}, and {what}: pass --real FOLDER with real images by class, or --reference "
+            f"FILE.npz with --extractor inception"
+        )
+    train = test = None
+    with accelerator.main_process_first():
+        if source is not None:
+            train, test = source.open()
+            has = (test.channels, test.resolution, test.resolution)
+            shape = shape or has
+            _check_size(has, shape, repr(source.data))
+        see = _extractor(extractor, weights_file, source, train, test, kept_in, progress)
+    if given is not None:
+        _check_size(_shape_of(given.pixels), shape, str(images))
+    if compared is not None and compared.pixels is not None:
+        _check_size(_shape_of(compared.pixels), shape, str(reference))
+
+    # The exact judge knows the shapes, whoever else looks.
+    level = source.level if source is not None and source.kind == "shapes" else None
+    warnings: list[str] = []
+    if isinstance(see, SmallCNN) and source is not None:
+        try:
+            require_accuracy(see, source.kind)
+        except UserError as error:
+            if level is None:
+                raise
+            warnings.append(f"{error}; only the exact judge's numbers are given")
+            see = None
+    ours = None if test is None else Reference.of_dataset(test, "test")
+    compared = compared or ours
+    assert compared is not None and shape is not None
+    if see is not None and compared.pool is not None:
+        _check_width(see, compared, shape)
+    judged = None if level is None or ours is None else (ours.pixels, level)
+    measure = Measure(see, compared, config["data"]["class_names"], kept_in, judged)
+
+    # All processes take part in generating and in looking; the first one puts it together.
+    results: dict[str, dict[str, Any]] = {}
+    unmeasured: dict[str, dict[str, str]] = {}
+    for name, cfg in names.items() or [("images", None)]:
+        started = time.perf_counter()
+        if given is not None:
+            pictures, features = given, see(given.pixels) if see else None
+        else:
+            shown = dataclasses.replace(plan, cfg=cfg)
+            pictures, features = _look(run, shown, draw, see, accelerator, progress)
+        if not accelerator.is_main_process:
+            continue
+        results[name], found, unmeasured[name] = measure(pictures, features)
+        results[name]["seconds"] = round(time.perf_counter() - started, 3)
+        warnings += [line for line in found if line not in warnings]
+        if npz is not None:
+            save_npz(npz / f"cfg-{name}.npz", pictures.pixels, labels=pictures.labels)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    floor: dict[str, Any] = {}
+    if train is not None:
+        pixels, labels = fresh_images(train, plan.samples)
+        fresh = Images(pixels, labels, torch.ones(len(labels), dtype=torch.bool))
+        floor, _, unmeasured["real images"] = measure(
+            fresh, see(pixels) if see else None, are_real=True
+        )
+        if isinstance(see, SmallCNN):
+            # It may have been trained on these very images.
+            floor[label_of("class_accuracy", see.name)] = see.accuracy
+    warnings += _lines_of(unmeasured)
+    settings = config["settings"]
+    result = {
+        "run": str(run.folder),
+        "attn": settings["attn"],
+        "data": settings["data"],
+        "level": settings["level"],
+        "resolution": shape[1],
+        "results": results,
+        "real_floor": floor,
+        "not_measured": {name: reasons for name, reasons in unmeasured.items() if reasons},
+        "warnings": warnings,
+        "evaluator": _describe_extractor(see, source),
+        "real": _describe_real(source, train),
+        "reference": {
+            "source": compared.source,
+            "count": None if compared.pixels is None else len(compared.pixels),
+            "sha256": compared.digest,
+        },
+        "sampling": _describe_sampling(config, plan, draw) if draw else {"images": str(images)},
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device.type),
+        **provenance(),
+    }
+    write_json(run.folder / "metrics.json", result)
+    return result
+
+
+def _names_of_scales(cfgs: Sequence[float]) -> dict[str, float]:
+    """Each guidance scale under the name that its results get."""
+    if not cfgs:
+        raise UserError("give at least one guidance scale, such as --cfg 1.0,4.0")
+    # Two that "g" would print alike are written out.
+    return {f"{cfg:g}" if float(f"{cfg:g}") == cfg else repr(float(cfg)): cfg for cfg in cfgs}
+
+
+def _check_plan(plan: Plan, config: Mapping[str, Any], cfgs: Sequence[float] | Any) -> None:
+    if plan.samples < FEWEST:
+        raise UserError(f"{plan.samples} images are too few to measure; take at least {FEWEST}")
+    if plan.shard_size < 1:
+        raise UserError(f"a shard must hold at least 1 image, got {plan.shard_size}")
+    if not 0 <= plan.seed < 2**63:
+        raise UserError(f"the seed must lie in 0 to 2**63 - 1, got {plan.seed}")
+    data = config["data"]
+    diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
+    for cfg in cfgs:
+        check_sampling(
+            diffusion,
+            num_classes=len(data["class_names"]),
+            channels=data["channels"],
+            cfg=cfg,
+            cfg_channels=plan.cfg_channels,
+            sampler=plan.sampler or default_sampler(diffusion.prediction),
+            steps=plan.steps,
+            batch_size=plan.batch_size,
+        )
+
+
+def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
+    require_writable(cache / ".lock-trial")
+    require_writable(run.folder / "metrics.json")
+    if names:
+        require_writable(refuse_links(run.folder, run.folder / "evaluation" / "trial"))
+    for name in names if npz is not None else ():
+        require_writable(npz / f"cfg-{name}.npz")
+
+
+def _given_images(file: Path, num_classes: int) -> Images:
+    pixels, labels = load_npz(file)
+    if pixels is None or labels is None or len(pixels) != len(labels):
+        raise UserError(f"{file} must hold images (arr_0) and as many labels (labels, arr_1)")
+    if len(pixels) < FEWEST:
+        raise UserError(
+            f"{file} holds {len(pixels)} images, which are too few to measure; give at least "
+            f"{FEWEST}"
+        )
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise UserError(
+            f"{file} holds the label {int(outside[0])}, and the run has the classes 0 to "
+            f"{num_classes - 1}"
+        )
+    return Images(pixels, labels, torch.ones(len(pixels), dtype=torch.bool))
+
+
+def _shape(
+    config: Mapping[str, Any], draw: RunSampler | None, given: Images | None
+) -> tuple[int, int, int] | None:
+    """(c, h, w) of the run's images, or None where only real images can say it."""
+    if draw is not None:
+        return draw.image_shape
+    data = config["data"]
+    if data.get("latent") is None:
+        return data["channels"], data["resolution"], data["resolution"]
+    side = data["resolution"] * data["latent"]["factor"]
+    return (given.pixels.shape[-1] if given else 3), side, side
+
+
+def _shape_of(pixels: torch.Tensor) -> tuple[int, int, int]:
+    height, width, channels = pixels.shape[1:]
+    return channels, height, width
+
+
+def _check_size(
+    has: tuple[int, int, int], wanted: tuple[int, int, int] | None, source: str
+) -> None:
+    if wanted is None or has == wanted:
+        return
+    text, other = ("x".join(map(str, (h, w, c))) for c, h, w in (has, wanted))
+    raise UserError(
+        f"{source} holds images of {text}, but the run's are {other}; compare at one resolution"
+    )
+
+
+def _check_width(see: Extractor, compared: Reference, shape: tuple[int, int, int]) -> None:
+    channels, height, width = shape
+    found = see(torch.zeros(2, height, width, channels, dtype=torch.uint8))
+    for kind in ("pool", "spatial"):
+        has, wanted = len(getattr(compared, kind).mean), getattr(found, kind).shape[1]
+        if has != wanted:
+            raise UserError(
+                f"{compared.source} holds statistics of {has} {kind} features, and {see.name} has "
+                f"{wanted}: they are of another extractor"
+            )
+
+
+def _extractor(
+    name: str | Extractor,
+    weights_file: Path | None,
+    source: RealImages | None,
+    train: ImageDataset | None,
+    test: ImageDataset | None,
+    cache: Path,
+    progress: bool,
+) -> Extractor:
+    if name != "inception" and weights_file is not None:
+        raise UserError("--inception-weights is for --extractor inception; pass both or neither")
+    if not isinstance(name, str):
+        return name
+    if name == "inception":
+        from recipes.lab.evaluation.inception import load_inception
+
+        return load_inception(weights_file)
+    if name != "smallcnn":
+        raise UserError(f"extractor {name!r} is unknown; there are smallcnn and inception")
+    assert source is not None and train is not None and test is not None
+    return smallcnn_of(train, test, source.kind, cache=cache, progress=progress)
+
+
+def _look(
+    run: Run,
+    plan: Plan,
+    draw: RunSampler | None,
+    extractor: Extractor | None,
+    accelerator: Accelerator,
+    progress: bool,
+) -> tuple[Images, Features | None]:
+    """The images, and their features in the images' order whichever process computed them."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    folder = generate(
+        run,
+        plan,
+        rank=rank,
+        world=world,
+        progress=progress and accelerator.is_main_process,
+        draw=draw,
+    )
+    accelerator.wait_for_everyone()
+    shown = read_shards(folder, plan)
+    if extractor is None:
+        return shown, None
+    mine = [
+        (number, tuple(extractor(shown.pixels[shard.start : shard.stop])))
+        for number, shard in list(enumerate(plan.shards()))[rank::world]
+    ]
+    gathered = mine if world == 1 else gather_object(mine)
+    ordered = sorted(gathered, key=lambda pair: pair[0])
+    return shown, Features.concatenate([Features(*parts) for _, parts in ordered])
+
+
+def default_cache(run: Run) -> Path:
+    """Where trained evaluators are cached: beside the run, for all runs of that folder."""
+    return run.folder.resolve().parent / ".evaluators"
+
+
+def _lines_of(unmeasured: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """One line for each reason, with the metrics and columns that it keeps empty."""
+    lines = []
+    for column, reasons in unmeasured.items():
+        for reason in dict.fromkeys(reasons.values()):
+            metrics = ", ".join(name for name, why in reasons.items() if why == reason)
+            where = column if column in ("images", "real images") else f"cfg {column}"
+            lines.append(f"{where}: {metrics} not measured: {reason}")
+    return lines
+
+
+def _describe_extractor(
+    extractor: Extractor | None, source: RealImages | None
+) -> dict[str, Any] | None:
+    if extractor is None:
+        return None
+    found = {
+        "name": extractor.name,
+        "sha256": extractor.digest,
+        "kid": f"{KID_SUBSETS} subsets of up to {KID_SUBSET_SIZE}, cubic kernel, seed 0",
+        "neighbours": f"precision and recall k={NEIGHBOURS['precision']}, "
+        f"density and coverage k={NEIGHBOURS['coverage']}",
+        "code_sha256": code_digest(),
+    }
+    if isinstance(extractor, SmallCNN) and source is not None:
+        found |= {
+            "accuracy_on_real": extractor.accuracy,
+            "accuracy_floor": accuracy_floor(source.kind),
+            "features": "standardised by real training images",
+        }
+    return found
+
+
+def _describe_real(source: RealImages | None, train: ImageDataset | None) -> dict[str, Any] | None:
+    if source is None or train is None:
+        return None
+    return {
+        "data": source.data,
+        "class_count": source.class_count,
+        "class_seed": source.class_seed,
+        "sha256": train.identity()["sha256"],
+    }
+
+
+def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) -> dict[str, Any]:
+    latent = config["data"].get("latent")
+    return {
+        "samples": plan.samples,
+        "steps": plan.steps,
+        "sampler": plan.sampler or draw.default_sampler,
+        "guided_channels": plan.cfg_channels or "all",
+        "seed": plan.seed,
+        "labels": f"{plan.labels}, shuffled",
+        "weights": plan.weights,
+        "weights_sha256": draw.checkpoint.digest,
+        "trained_steps": draw.checkpoint.step,
+        "vae_sha256": latent["sha256"] if latent else None,
+    }
+
+
+def judge(run: Run, *, samples: int = 100) -> dict[str, Any]:
+    """How many of a run's images, without guidance, a classifier takes for their class.
+
+    Returns:
+        "accepted" of "samples", and "accuracy_on_real" of the classifier; also in judge.json.
+    """
+    return verdict(run, evaluate(run, plan=Plan(samples=samples)))
+
+
+def verdict(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The classifier's part of an evaluation's first scale, which is written to judge.json."""
+    found = next(iter(result["results"].values()))
+    accuracy = found.get("class_accuracy[smallcnn]")
+    accepted = {
+        "accepted": None if accuracy is None else round(accuracy * found["count"]),
+        "samples": found["count"],
+        "accuracy_on_real": (result["evaluator"] or {}).get("accuracy_on_real"),
+    }
+    write_json(run.folder / "judge.json", accepted)
+    return accepted
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The numbers as text: one row per metric, one column per guidance scale, and the floor."""
+    columns = {
+        name if name == "images" else f"cfg {name}": found
+        for name, found in result["results"].items()
+    }
+    if result["real_floor"]:
+        columns["real images"] = result["real_floor"]
+    frame = pd.DataFrame(columns).drop(index=["not_finite_images"])
+    return frame.map(lambda v: "" if v is None or v != v else f"{v:.4g}").to_string()

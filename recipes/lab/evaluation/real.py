@@ -1,0 +1,220 @@
+"""The real images that a run is measured with: one place decides which they are.
+
+A run of pixels is measured with what it was trained on, chosen by the same settings; a run of
+latents with the folder that was encoded. Either is refused if it has changed since; ``--real``
+names another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.lab.console import UserError
+from recipes.lab.data.datasets import DATASETS, ImageDataset, load_dataset
+from recipes.lab.data.errors import DataError
+from recipes.lab.data.images import find_images, training_folder
+from recipes.lab.data.latents import CachedDataset, encoded_identity, is_latent_folder
+from recipes.lab.diffusion import to_uint8
+from recipes.lab.training.checkpoint import Run
+
+HELD_OUT = 0.2  # of a folder, which has no test split
+# Far beyond any training run, so that these pictures of the infinite stream are new.
+FRESH = 2**40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """Which real images a run is measured with.
+
+    Attributes:
+        data: As for ``load_dataset``.
+        resolution: In pixels.
+        level: Of shapes.
+        strict: Whether an unusable image is an error.
+        class_count: Classes of a folder that are drawn; None takes all.
+        class_seed: Of that draw.
+        identity: SHA-256 that the images must have, see ``ImageDataset.identity``; None knows
+            none.
+        encoded_by: SHA-256 of the VAE and side of its latents, where the identity is of the
+            images together with them.
+        class_names: Classes that the images must have; None knows none.
+    """
+
+    data: str
+    resolution: int | None = None
+    level: str = "easy"
+    strict: bool = False
+    class_count: int | None = None
+    class_seed: int = 0
+    identity: str | None = None
+    encoded_by: tuple[str, int] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "digits", "shapes", "fashion-mnist" or "folder"."""
+        name = "fashion-mnist" if self.data.startswith("fashion-mnist:") else self.data
+        return name if name in DATASETS else "folder"
+
+    def open(self) -> tuple[ImageDataset, ImageDataset]:
+        """Real images to train an evaluator on, and others to compare with.
+
+        They do not depend on a run's seed, so that every run is measured with one rule. The
+        second part of a folder, which has no test split, is a fixed fifth of it: the run has seen
+        those images, the evaluator has not.
+
+        Raises:
+            UserError: They are missing, too few, or others than the run was trained on.
+        """
+        options = {"resolution": self.resolution, "level": self.level}
+        train = load_dataset(
+            self.data,
+            **options,
+            strict=self.strict,
+            class_count=self.class_count,
+            class_seed=self.class_seed,
+        )
+        if self.class_names is not None and train.class_names != self.class_names:
+            differing = sorted({*train.class_names} ^ {*self.class_names}) or ["their order"]
+            raise UserError(
+                f"the classes of {self.data!r} are not the run's {len(self.class_names)}: "
+                f"{', '.join(differing[:5])} differ; pass --real FOLDER with a sub-folder for each"
+            )
+        if self.identity is not None and self._identity_of(train) != self.identity:
+            raise UserError(
+                f"the images of {self.data!r} have changed since the run was trained on them: "
+                f"restore them, or pass --real FOLDER to measure with what is there now"
+            )
+        if self.kind != "folder":
+            return train, load_dataset(self.data, **options, split="test")
+        if len(train) < 2:
+            raise UserError(
+                f"{self.data!r} has one image, and one is compared with others: give at least 2"
+            )
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        cut = max(1, round(HELD_OUT * len(train)))
+        return _Part(train, order[cut:]), _Part(train, order[:cut])
+
+    def _identity_of(self, train: ImageDataset) -> str:
+        found = train.identity()["sha256"]
+        return encoded_identity(found, *self.encoded_by) if self.encoded_by else found
+
+
+class _Part(ImageDataset):
+    """Some images of a data set, in an order of their own."""
+
+    def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
+        self._whole, self._indices = whole, indices
+        self.name, self.resolution, self.channels = whole.name, whole.resolution, whole.channels
+        self.class_names, self.horizontal_flip = whole.class_names, whole.horizontal_flip
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def identity(self) -> dict[str, Any]:
+        whole = self._whole.identity()
+        part = hashlib.sha256(whole["sha256"].encode() + self._indices.numpy().tobytes())
+        return self._identity(f"part of {whole['kind']}", part.hexdigest())
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_range(indices)
+        return self._whole.batch(self._indices[indices])
+
+
+def real_images(
+    run: Run, config: Mapping[str, Any], real: str | Path | None = None
+) -> tuple[RealImages | None, str]:
+    """Which real images a run is measured with.
+
+    Args:
+        run: A trained run.
+        config: See ``recipes.lab.sampling.run_config``.
+        real: Folder to take instead of what the run remembers.
+
+    Returns:
+        The images, or None and the reason why there are none.
+    """
+    settings, data = config["settings"], config["data"]
+    latent = data.get("latent")
+    choice = {
+        "resolution": data["resolution"] * (latent["factor"] if latent else 1),
+        "strict": bool(settings.get("strict", False)),
+        "class_count": settings.get("class_count"),
+        "class_seed": settings.get("class_seed", 0),
+    }
+    names = tuple(data["class_names"])
+    if real is not None:
+        return _given(str(real), data["class_names"], choice), ""
+    identity = data.get("identity") or {}
+    if latent is None:
+        images = RealImages(
+            data=settings["data"], level=settings["level"], identity=identity.get("sha256"),
+            class_names=names, **choice,
+        )  # fmt: skip
+        return images, ""
+    if settings.get("vae"):  # encoded on the fly: its own images
+        images = RealImages(
+            data=settings["data"], level=settings["level"], class_names=names, **choice
+        )
+        if identity.get("kind", "").startswith("encoded "):
+            images = dataclasses.replace(
+                images,
+                identity=identity.get("sha256"),
+                encoded_by=(str(latent.get("sha256")), data["resolution"]),
+            )
+        return images, ""
+    source = data.get("source") or _source_of(settings["data"])
+    if not isinstance(source, Mapping) or not isinstance(source.get("folder"), str):
+        return None, f"the latents {run.folder} was trained on do not say what was encoded"
+    if not Path(source["folder"]).is_dir():
+        return None, f"the folder {source['folder']!r} that {run.folder}'s latents are of is gone"
+    images = RealImages(
+        data=source["folder"],
+        resolution=choice["resolution"],
+        class_count=source.get("class_count"),
+        class_seed=source.get("class_seed") or 0,
+        identity=source.get("sha256"),
+        class_names=names,
+    )
+    return images, ""
+
+
+def _given(real: str, class_names: list[str], choice: Mapping[str, Any]) -> RealImages:
+    names = tuple(class_names)
+    folder = Path(real).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--real {real!r} is no folder; give one with a sub-folder per class")
+    if is_latent_folder(real):
+        raise UserError(f"--real {real!r} holds latents; give the folder of images")
+    # Either all classes that the run's were drawn from, or just those.
+    if find_images(training_folder(folder))[0] == names:
+        choice = {**choice, "class_count": None}
+    # The whole path, because a known name such as digits would win over a folder.
+    return RealImages(data=str(folder.resolve()), class_names=names, **choice)
+
+
+def _source_of(data: str) -> Mapping[str, Any] | None:
+    # Runs of before the source was noted, whose latents may have been encoded since.
+    if not is_latent_folder(data):
+        return None
+    try:
+        return CachedDataset(Path(data).expanduser()).source
+    except DataError:
+        return None
+
+
+def fresh_images(train: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` real images (n, h, w, c) uint8 with labels, new ones if there are."""
+    if train.infinite:
+        chosen = torch.arange(FRESH, FRESH + count)
+    else:
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[:count]
+    images, labels = train.batch(chosen)
+    return to_uint8(images), labels
