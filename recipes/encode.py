@@ -5,16 +5,20 @@
     python recipes/train.py --preset dit --data latents
 
 Every image is kept as mean and log-variance of its posterior, as it is and mirrored, so that
-training draws afresh at each visit. Interrupted, it goes on where it stopped; several processes
-(torchrun, accelerate launch) share the shards.
+training draws afresh at each visit. Interrupted, it goes on where it stopped; run again, it makes
+anew the shards whose images have changed; several processes (torchrun, accelerate launch) share
+the shards.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from recipes.lab.console import DATA_BUDGET, DONE, UserError, run_script, user_errors, whole
+from recipes.lab.console import DATA_BUDGET, DONE, UserError, printable, run_script, whole
 from recipes.lab.data.images import (
     BadImage,
+    FileDigest,
+    FoundImages,
     digest_file,
     digest_images,
     find_images,
@@ -36,15 +42,29 @@ from recipes.lab.data.images import (
 from recipes.lab.data.latents import (
     DEFAULT_RESOLUTION,
     MANIFEST,
+    PLAN,
     differing_facts,
     load_vae,
     moments,
     vae_facts,
 )
-from recipes.lab.files import sha256, sync, write_text
+from recipes.lab.files import (
+    TEMPORARY,
+    CannotWrite,
+    locked,
+    read_json,
+    sha256,
+    sync,
+    whole_file,
+    write_json,
+)
 from recipes.lab.training.distributed import make_accelerator, on_main
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+_LOCK = ".lock"
+# Root mean square of what a type rounds away, in deviations of the latents: far below what
+# training could notice, far above what a VAE of usual size loses in fp16 (about 1e-4).
+_MAX_ROUNDING = 1e-2
 
 
 def main(arguments: list[str]) -> int:
@@ -92,25 +112,32 @@ def encode(
     shard_size: int = 1024,
     skip_bad: int = 0,
 ) -> int:
-    """Writes the cache, or what of it is missing; see ``main`` for the arguments.
+    """Writes the cache, or what of it is missing or out of date; see ``main`` for the arguments.
 
     Returns:
         0 when whole, 4 when more images are unreadable than ``skip_bad``.
 
     Raises:
-        UserError: Images, VAE or folder cannot be used, or the folder holds other latents.
+        UserError: Images, VAE or folder cannot be used, the folder holds other latents, another
+            process writes to it, or the latents do not fit ``dtype``.
     """
     accelerator = make_accelerator()
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise UserError(f"{str(images)!r} is no folder; give one with a sub-folder per class")
-    with user_errors():
-        encoder = load_vae(vae, accelerator.device)
-        root = training_folder(images)
-        names, found, refused = find_images(root, class_count, class_seed)
+    _check_target(latents)
+    root = training_folder(images)
+    found = find_images(root, class_count, class_seed)
+    found.check_classes(root, (label for _, label in found.images))
+    encoder = load_vae(vae, accelerator.device)
     facts = vae_facts(encoder)
+    if encoder.config["in_channels"] != 3:
+        raise UserError(f"the VAE takes {encoder.config['in_channels']} channels, images have 3")
     if resolution % facts["factor"]:
         raise UserError(f"resolution {resolution} is no multiple of the VAE's {facts['factor']}")
-    listing = "\n".join(f"{label}\t{path.relative_to(root)}" for path, label in found)
+    names = [str(path.relative_to(root)) for path, _ in found.images]
+    listing = "\n".join(
+        f"{label}\t{name}" for name, (_, label) in zip(names, found.images, strict=True)
+    )
     plan = {
         "name": images.resolve().name,
         "source": {
@@ -122,146 +149,255 @@ def encode(
         "vae": facts,
         "resolution": resolution,
         "crop": "halved, bicubic, centre (ADM)",
-        "class_names": list(names),
+        "class_names": list(found.classes),
         "class_count": class_count,
         "class_seed": class_seed,
-        "images": len(found),
+        "images": len(found.images),
         "images_sha256": hashlib.sha256(os.fsencode(listing)).hexdigest(),
         "dtype": dtype,
         "shard_size": shard_size,
     }
-    on_main(accelerator, lambda: _begin(latents, plan))
-    chunks = [found[start : start + shard_size] for start in range(0, len(found), shard_size)]
-    mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
-    for number in tqdm(mine, unit="shard", disable=not accelerator.is_main_process):
-        path = latents / _shard_name(number)
-        if not path.exists():
-            _write_shard(path, chunks[number], root, encoder, resolution, dtype, batch_size)
-    accelerator.wait_for_everyone()
-    return on_main(
-        accelerator, lambda: _finish(latents, plan, len(chunks), root, found, refused, skip_bad)
-    )
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> dict[str, str]:
+            for line in found.notes + found.doubtful:
+                tqdm.write(printable(line))
+            stack.enter_context(locked(latents / _LOCK, warn=tqdm.write))
+            return _begin(latents, plan)
+
+        digests = on_main(accelerator, begin)
+        count = -(-len(names) // shard_size)
+        mine = range(accelerator.process_index, count, accelerator.num_processes)
+        # "disable" only where it is wanted, so that TQDM_DISABLE counts; rarely into a log.
+        shown: dict[str, Any] = {"mininterval": 0.1 if sys.stderr.isatty() else 10}
+        if not accelerator.is_main_process:
+            shown["disable"] = True
+        for number in tqdm(mine, unit="shard", **shown):
+            rows = slice(number * shard_size, (number + 1) * shard_size)
+            shard = _Shard(latents, number, names[rows], found.images[rows])
+            if not shard.is_current(digests):
+                shard.write(encoder, resolution, dtype, batch_size)
+        accelerator.wait_for_everyone()
+        return on_main(accelerator, lambda: _finish(latents, plan, count, root, found, skip_bad))
+
+
+def _check_target(latents: Path) -> None:
+    if os.path.isfile(latents / PLAN):
+        return
+    try:
+        # Another process may be writing its plan at this moment.
+        if any(name != _LOCK and not name.startswith(TEMPORARY) for name in os.listdir(latents)):
+            raise UserError(f"{str(latents)!r} holds other files; choose another folder")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {str(latents)!r}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def _begin(latents: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Notes what is being made; a folder that holds something else is refused.
+
+    Returns:
+        The SHA-256 of every shard that the manifest lists, by name.
+    """
+    _check_target(latents)
+    file, manifest = latents / PLAN, latents / MANIFEST
+    if file.exists():
+        before = read_json(file, "plan")
+        changed = _changed(before if isinstance(before, dict) else {}, plan)
+        if changed:
+            raise UserError(
+                f"{str(latents)!r} holds latents made otherwise ({', '.join(changed)} differ); "
+                f"choose another folder, or delete it"
+            )
+    for path in latents.glob(f"{TEMPORARY}*"):  # of processes that were killed
+        _remove(path)
+    write_json(file, plan)
+    with contextlib.suppress(UserError, KeyError, TypeError):  # shards are then judged alone
+        shards = read_json(manifest)["shards"]
+        return {str(shard["file"]): str(shard["sha256"]) for shard in shards}
+    return {}
+
+
+def _changed(before: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    changed = []
+    for name, value in plan.items():
+        if name in ("name", "source"):  # the same images may have been moved
+            continue
+        old = before.get(name)
+        if name == "vae" and isinstance(old, dict):
+            changed += ["vae"] if differing_facts(old, value) else []
+        elif json.dumps(old) != json.dumps(value):
+            changed.append("images (their names or classes)" if name == "images_sha256" else name)
+    return changed
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(path, error) from error
 
 
 def _shard_name(number: int) -> str:
     return f"latents-{number:06d}.safetensors"
 
 
-def _begin(latents: Path, plan: dict[str, Any]) -> None:
-    """Notes what is being made; a folder that holds something else is refused."""
-    file = latents / "plan.json"
-    try:
-        if file.exists():
-            before = json.loads(file.read_text())
-            changed = [
-                name
-                for name in plan
-                if name != "source"
-                and json.dumps(before.get(name)) != json.dumps(plan[name])
-                and not (name == "vae" and not differing_facts(before["vae"], plan["vae"]))
-            ]
-            if changed:
-                raise UserError(
-                    f"{latents} holds latents made otherwise ({', '.join(changed)} differ); "
-                    f"choose another folder, or delete it"
-                )
-        elif latents.exists() and any(latents.iterdir()):
-            raise UserError(f"{latents} holds other files; choose another folder")
-        latents.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(plan, indent=2) + "\n")
-        _remove_damaged(latents)
-    except OSError as error:
-        raise UserError(f"cannot write to {latents}: {error.strerror}") from error
+class _Shard:
+    """One file of latents, which remembers what every image of it held.
 
+    Args:
+        latents: The folder.
+        number: From 0.
+        names: Of the images, relative to their folder.
+        images: Their paths and labels.
+    """
 
-def _remove_damaged(latents: Path) -> None:
-    """Removes shards that are no longer what the manifest says; they are made again."""
-    manifest = latents / MANIFEST
-    if not manifest.exists():
-        return
-    with user_errors():
-        shards = json.loads(manifest.read_text())["shards"]
-    for shard in shards:
-        path = latents / Path(shard["file"]).name
-        if path.exists() and sha256(path) != shard["sha256"]:
-            print(f"{path} is damaged and made again")
-            path.unlink()
+    def __init__(
+        self, latents: Path, number: int, names: list[str], images: list[tuple[Path, int]]
+    ) -> None:
+        self.path = latents / _shard_name(number)
+        self.names, self.images = names, images
+        self.contents = [
+            [name, label, *digest_file(path)]
+            for name, (path, label) in zip(names, images, strict=True)
+        ]
 
-
-def _write_shard(
-    path: Path,
-    chunk: list[tuple[Path, int]],
-    root: Path,
-    encoder: Any,
-    resolution: int,
-    dtype: str,
-    batch_size: int,
-) -> None:
-    pixels: list[Tensor] = []
-    labels: list[int] = []
-    bad: dict[str, str] = {}
-    for file, label in chunk:
+    def is_current(self, digests: Mapping[str, str]) -> bool:
+        """Whether the file is there, whole, and made of what the images hold now."""
+        if not os.path.lexists(self.path):
+            return False
+        listed = digests.get(self.path.name)
         try:
-            pixels.append(read_image(file, resolution)[0])
-            labels.append(label)
-        except BadImage as error:
-            bad[str(file.relative_to(root))] = str(error)
-    tensors = {"label": torch.tensor(labels, dtype=torch.int64)}
-    sides: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
-    for start in range(0, len(pixels), batch_size):
-        images = torch.stack(pixels[start : start + batch_size]).float() * (2 / 255) - 1
-        both = [moments(encoder, images), moments(encoder, images.flip(-1))]
-        for name, pair in zip(sides, zip(*both, strict=True), strict=True):
-            sides[name].append(torch.stack(pair, dim=1).to(_DTYPES[dtype]))
-    for name, parts in sides.items():
-        tensors[name] = torch.cat(parts) if parts else torch.empty(0, 2, 1, 1, 1)
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, temporary, metadata={"bad": json.dumps(bad)})
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+            if listed is not None and sha256(self.path) != listed:
+                reason = "is damaged"
+            elif _read_made(self.path)["contents"] != self.contents:
+                reason = "is of images that have changed"
+            else:
+                return True
+        except (OSError, SafetensorError, _NotNoted) as error:
+            reason = f"cannot be used ({' '.join(str(error).split())})"
+        tqdm.write(printable(f"{str(self.path)!r} {reason} and is made again"))
+        return False
+
+    def write(self, encoder: Any, resolution: int, dtype: str, batch_size: int) -> None:
+        """Encodes the images.
+
+        Raises:
+            UserError: The latents do not fit ``dtype``, or the VAE does not work.
+            CannotWrite: The system refuses.
+        """
+        labels: list[int] = []
+        bad: dict[str, str] = {}
+        sides: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
+        for pixels in self._batches(resolution, batch_size, labels, bad):
+            both = [moments(encoder, pixels), moments(encoder, pixels.flip(-1))]
+            for name, pair in zip(sides, zip(*both, strict=True), strict=True):
+                sides[name].append(torch.stack(pair, dim=1))
+        tensors = {"label": torch.tensor(labels, dtype=torch.int64)}
+        exact = {
+            name: torch.cat(parts) if parts else torch.empty(0, 2, 1, 1, 1)
+            for name, parts in sides.items()
+        }
+        tensors |= {name: tensor.to(_DTYPES[dtype]) for name, tensor in exact.items()}
+        if labels:
+            _check_rounding(self.path.name, exact, tensors, dtype)
+        # One key only: safetensors writes several in an order of chance.
+        made = {"made": json.dumps({"bad": bad, "contents": self.contents})}
+        # A manifest would vouch for the shard that is about to go.
+        _remove(self.path.parent / MANIFEST)
+        with whole_file(self.path) as temporary:
+            save_file(tensors, temporary, metadata=made)
+        sync(self.path.parent)
+
+    def _batches(
+        self, resolution: int, batch_size: int, labels: list[int], bad: dict[str, str]
+    ) -> Iterator[Tensor]:
+        """Images (b, 3, resolution, resolution) in [-1, 1]; adds to ``labels`` and ``bad``."""
+        pixels: list[Tensor] = []
+        for name, (file, label) in zip(self.names, self.images, strict=True):
+            try:
+                pixels.append(read_image(file, resolution)[0])
+                labels.append(label)
+            except BadImage as error:
+                bad[name] = str(error)
+            if len(pixels) == batch_size:
+                yield torch.stack(pixels).float() * (2 / 255) - 1
+                pixels.clear()
+        if pixels:
+            yield torch.stack(pixels).float() * (2 / 255) - 1
+
+
+class _NotNoted(Exception):
+    """A shard does not say which images it was made of."""
+
+
+def _read_made(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        try:
+            made = json.loads((file.metadata() or {})["made"])
+            return {"bad": dict(made["bad"]), "contents": list(made["contents"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise _NotNoted("it does not say which images it was made of") from error
+
+
+def _check_rounding(
+    name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], dtype: str
+) -> None:
+    """Refuses latents of which the type on disk loses what training would notice."""
+    if dtype == "fp32":
+        return
+    spread = exact["mean"].var(dim=(0, 1, 3, 4)) + exact["logvar"].exp().mean(dim=(0, 1, 3, 4))
+    error = (stored["mean"].float() - exact["mean"]).square().mean(dim=(0, 1, 3, 4))
+    if not (error <= _MAX_ROUNDING**2 * spread).all() or not stored["logvar"].isfinite().all():
+        raise UserError(
+            f"the latents of {name} do not fit {dtype} (values up to "
+            f"{exact['mean'].abs().max():.3g}): pass --dtype fp32 and another folder"
+        )
 
 
 def _finish(
-    latents: Path,
-    plan: dict[str, Any],
-    count: int,
-    root: Path,
-    found: list[tuple[Path, int]],
-    refused: list[tuple[Path, str]],
-    skip_bad: int,
+    latents: Path, plan: dict[str, Any], count: int, root: Path, found: FoundImages, skip_bad: int
 ) -> int:
-    shards, bad = [], {str(path): reason for path, reason in refused}
+    shards: list[dict[str, Any]] = []
+    contents: list[tuple[str, int, FileDigest]] = []
+    bad = {str(path.relative_to(root)): reason for path, reason in found.skipped}
+    labels: set[int] = set()
     for number in range(count):
         path = latents / _shard_name(number)
         try:
             with safe_open(path, framework="pt") as file:
-                images = len(file.get_tensor("label"))
-                bad |= json.loads((file.metadata() or {}).get("bad", "{}"))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it and run again") from error
-        shards.append(
-            {
-                "file": path.name,
-                "count": images,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-        )
+                label = file.get_tensor("label")
+            made = _read_made(path)
+            shards.append(
+                {
+                    "file": path.name,
+                    "count": len(label),
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256(path),
+                }
+            )
+        except (OSError, SafetensorError, _NotNoted) as error:
+            raise UserError(f"{str(path)!r} cannot be read ({error}); run again") from error
+        bad |= made["bad"]
+        labels |= set(label.tolist())
+        contents += [(name, number, FileDigest(*rest)) for name, number, *rest in made["contents"]]
     for name, reason in list(bad.items())[:5]:
-        print(f"left out {name!r}: {reason}")
+        print(f"left out {name!r}: {printable(reason)}")
     if len(bad) > skip_bad:
         print(
             f"error: {len(bad)} of {plan['images']} images cannot be read, {skip_bad} may be: "
-            f"repair them and delete the shards, or go on with --skip-bad {len(bad)}"
+            f"repair them and run again, or go on with --skip-bad {len(bad)}"
         )
         return DATA_BUDGET
+    found.check_classes(root, labels)
     total = sum(shard["count"] for shard in shards)
-    contents = ((str(path.relative_to(root)), label, digest_file(path)) for path, label in found)
-    plan["source"]["sha256"] = digest_images(contents)[0]
-    manifest = {**plan, "count": total, "bad": bad, "shards": shards}
-    write_text(latents / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    print(f"{total} images of {len(plan['class_names'])} classes: {latents}")
+    source = {**plan["source"], "sha256": digest_images(contents)[0]}
+    manifest = {**plan, "source": source, "count": total, "bad": bad, "shards": shards}
+    write_json(latents / MANIFEST, manifest)
+    print(printable(f"{total} images of {len(plan['class_names'])} classes: {latents}"))
     return DONE
 
 

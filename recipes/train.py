@@ -34,7 +34,7 @@ from recipes.lab.console import (
     whole,
 )
 from recipes.lab.data.datasets import DATASETS
-from recipes.lab.data.latents import LatentDataset
+from recipes.lab.data.latents import LatentDataset, canonical_settings
 from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.distributed import on_main
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     allowed, trackers = given.pop("allow_change"), given.pop("tracker")
     if "set" in given:
         given["attn_options"] = parse_options(given.pop("set"))
+    given = canonical_settings(given)
     run = Run(out or default_folder(given))
     if resume == "always":
         Run.open(run.folder)

@@ -3,6 +3,7 @@
 import gzip
 import os
 import resource
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from recipes.lab.data import datasets as data_module
-from recipes.lab.data.datasets import DATASETS, DataError, load_dataset
+from recipes.lab.data.datasets import DATASETS, DataError, canonical_data, load_dataset
 from recipes.lab.data.images import BadImage, read_image, to_rgb
 from recipes.lab.data.order import batch_indices
 from recipes.lab.data.shapes import (
@@ -568,20 +569,131 @@ class TestFolder:
         (root / "cat" / "loop").symlink_to(root)
         (root / "cat" / "self.png").symlink_to(root / "cat" / "self.png")
         (root / "cat" / "dead.png").symlink_to(root / "nothing.png")
-        (root / "elsewhere").symlink_to(secret)
         dataset = load_dataset(str(root), resolution=16)
         assert dataset.class_names == ("cat", "dog") and len(dataset) == 3
         names = {path.name for path, _ in dataset.skipped}
-        assert names == {"escape.png", "loop", "self.png", "dead.png", "elsewhere"}
+        assert names == {"escape.png", "loop", "self.png", "dead.png"}
+        line = capsys.readouterr().err.splitlines()[0]
+        assert "3 a link to a folder, or to nothing" in line and "1 a link out of" in line
         # The folder itself may be a link.
         (root.parent / "link").symlink_to(root)
         assert len(load_dataset(str(root.parent / "link"), resolution=16)) == 3
 
-    def test_pipes_and_other_files_are_passed_over(self, root):
-        os.mkfifo(root / "cat" / "pipe.png")
+    def test_a_class_that_is_a_link_is_not_dropped_silently(self, root):
+        (root.parent / "secret").mkdir()
+        (root / "bee").symlink_to(root.parent / "secret")
+        message = fails(str(root))
+        assert "bee" in message and "link" in message and "renumbered" in message
+        (root.parent / "secret").rmdir()
+        assert "dangling" in fails(str(root))
+        (root / "bee").rename(root / ".bee")
+        assert load_dataset(str(root), resolution=16).class_names == ("cat", "dog")
+
+    @pytest.mark.parametrize(
+        ("file", "mode", "options"),
+        [
+            ("a.tif", "RGB", {}),
+            ("a.TIFF", "RGB", {"compression": "tiff_lzw"}),
+            ("a.jfif", "RGB", {"format": "JPEG"}),
+            ("a.jpe", "RGB", {"format": "JPEG"}),
+            ("a.apng", "RGB", {"format": "PNG"}),
+            ("a.ppm", "RGB", {}),
+            ("a.pnm", "RGB", {}),
+            ("a.pgm", "L", {}),
+            ("a.pbm", "1", {}),
+            ("a.dib", "RGB", {}),
+            ("a.jp2", "RGB", {}),
+            ("a.avif", "RGB", {}),
+            ("a.qoi", "RGB", {}),
+        ],
+    )
+    def test_every_safe_suffix_is_read(self, root, file, mode, options):
+        if file.endswith("avif") and not features.check("avif"):
+            pytest.skip("this Pillow has no AVIF")
+        (root / "zebra").mkdir()
+        solid(mode, 255 if mode != "RGB" else (255, 255, 255)).save(
+            root / "zebra" / file, **options
+        )
+        assert only_image(root).min() > 250
+
+    def test_sixteen_bit_grey_maps_keep_their_white(self, root):
+        (root / "zebra").mkdir()
+        header = b"P5 20 20 65535\n"
+        content = np.full(400, 0x8080, dtype=">u2").tobytes()
+        (root / "zebra" / "a.pgm").write_bytes(header + content)
+        assert (only_image(root) - 128).abs().max() < 1
+
+    def test_what_is_not_read_is_counted_by_reason(self, root, capsys):
+        for number in range(3):
+            (root / "cat" / f"{number}.heic").write_bytes(b"x")
+        (root / "cat" / "bare").write_bytes(b"x")
+        (root / "dog" / "b.png").write_bytes(b"")
+        solid("RGB", 0).save(root / "loose.png")
+        dataset = load_dataset(str(root), resolution=16)
+        assert len(dataset) == 2 and len(dataset.skipped) == 6
+        line = capsys.readouterr().err.splitlines()[0]
+        for part in ("skipped 6 of 8", "3 .heic", "1 no suffix", "1 cannot be", "1 lies in no"):
+            assert part in line
+        for name in ("b.png", "bare", "loose.png"):
+            (next(root.rglob(name))).unlink()
+        assert "heic" in fails(str(root), strict=True)
+
+    def test_pipes_and_other_files_are_passed_over(self, root, capsys):
         (root / "cat" / "notes.txt").write_text("x")
         (root / "labels.csv").write_text("x")
         assert len(load_dataset(str(root), resolution=16, strict=True)) == 2
+        assert "no images: 1 .txt" in capsys.readouterr().err
+        os.mkfifo(root / "cat" / "pipe.png")
+        assert len(load_dataset(str(root), resolution=16)) == 2
+        assert "pipe.png" in fails(str(root), strict=True)
+
+    def make_run(self, folder: Path) -> None:
+        (folder / "samples").mkdir(parents=True)
+        (folder / "checkpoints").mkdir()
+        (folder / "config.json").write_text("{}")
+        solid("RGB", 0).save(folder / "samples" / "a.png")
+
+    def test_what_this_project_wrote_is_no_class(self, root, capsys):
+        plain = load_dataset(str(root), resolution=16)
+        self.make_run(root / "runs" / "a-sana")
+        solid("RGB", 0).save(root / "runs" / "demo.png")
+        self.make_run(root / "results" / "cells" / "x" / "run")
+        (root / "latents").mkdir()
+        (root / "latents" / "plan.json").write_text("{}")
+        capsys.readouterr()
+        dataset = load_dataset(str(root), resolution=16, strict=True)
+        assert dataset.class_names == ("cat", "dog") and len(dataset) == 2
+        assert dataset.identity() == plain.identity()
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 3 and all("is no class" in line for line in lines)
+        self.make_run(root / "cat" / "run")
+        message = fails(str(root))
+        assert "cat" in message and "a run" in message and "move one" in message
+        assert "is a run" in fails(str(root / "cat" / "run"))
+
+    def test_outputs_beside_splits_do_not_make_classes_of_them(self, root):
+        (root / "train").mkdir()
+        for name in ("cat", "dog"):
+            (root / name).rename(root / "train" / name)
+        (root / "val").mkdir()
+        self.make_run(root / "runs" / "a-sana")
+        assert load_dataset(str(root), resolution=16).class_names == ("cat", "dog")
+
+    @pytest.mark.parametrize(
+        ("first", "second"), [("Cat", "cat"), ("\u00fc", "u\u0308"), ("Stra\u00dfe", "STRASSE")]
+    )
+    def test_classes_that_differ_only_in_spelling_are_named(self, root, first, second, capsys):
+        for name in {first, second} - {"cat"}:
+            shutil.copytree(root / "dog", root / name)
+        assert len(load_dataset(str(root), resolution=16).class_names) in (3, 4)
+        assert "are two classes" in capsys.readouterr().err
+        assert "are two classes" in fails(str(root), strict=True)
+
+    def test_names_do_not_drive_the_terminal(self, root, capsys):
+        (root / "cat\x1b[31m").mkdir()
+        (root / "cat\x1b[31m" / "a.png").write_bytes(b"")
+        fails(str(root))
+        assert "\x1b" not in capsys.readouterr().err
 
     def test_class_names(self, root):
         odd = ["..x", ".hidden", "-rf", "a\nb", "\u00fc", "x" * 255, "\udce9"]
@@ -616,7 +728,20 @@ class TestFolder:
 
 
 class TestNames:
-    @pytest.mark.parametrize("name", ["shape", "/no/such/folder", "", "shapes:x", "~nobody/x"])
+    def test_one_folder_has_one_spelling(self, root, monkeypatch):
+        monkeypatch.chdir(root.parent)
+        wanted = str(root.resolve())
+        for name in ("images", "images/", "./images", "images/cat/..", wanted):
+            assert canonical_data(name) == wanted
+        for name in ("digits", "shapes", "", "no-such", "x" * 5000, "a\0b"):
+            assert canonical_data(name) == name
+        assert canonical_data("fashion-mnist:images") == f"fashion-mnist:{wanted}"
+        (root.parent / "digits").mkdir()
+        assert canonical_data("./digits") == str((root.parent / "digits").resolve())
+
+    @pytest.mark.parametrize(
+        "name", ["shape", "/no/such/folder", "", "shapes:x", "~nobody/x", "x" * 5000, "a\0b"]
+    )
     def test_unknown(self, name):
         message = fails(name)
         assert repr(name) in message and all(known in message for known in DATASETS)

@@ -1,27 +1,33 @@
 """Latents: the cache equals encoding on the fly, resumes, and refuses what is not safe."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from recipes import encode as encode_module
 from recipes import train as train_module
 from recipes.lab.console import DATA_BUDGET, UserError
-from recipes.lab.data.datasets import DataError
+from recipes.lab.data.datasets import DataError, load_dataset
 from recipes.lab.data.latents import CachedDataset, load_vae
-from recipes.lab.files import sha256
+from recipes.lab.files import locked, sha256
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.status import describe
 from recipes.lab.training.trainer import Trainer
 from recipes.train import train
-from tests.recipes.reliability import draw, make_vae
+from tests.recipes.reliability import ROOT, draw, make_vae
 from tests.recipes.test_checkpoint import Canary
 
 COMMON = {"attn": "sana", "batch_size": 4, "steps": 4, "sample_every": 1000}
@@ -175,6 +181,15 @@ def test_a_malicious_vae_is_not_executed(vae, images, tmp_path):
         weights.write_bytes(evil)
         with pytest.raises(DataError, match="no VAE with safetensors"):
             load_vae(str(folder))
+    shutil.copy(Path(vae) / weights.name, weights)
+    state = load_file(weights)
+    for place in ("diffusion_pytorch_model.bin", "../evil.safetensors", 3):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(state, place)}
+        (folder / f"{weights.name}.index.json").write_text(json.dumps(index))
+        with pytest.raises(DataError, match="other than safetensors files beside"):
+            load_vae(str(folder))
+    (folder / f"{weights.name}.index.json").unlink()
+    weights.unlink()
     with pytest.raises(UserError, match="no VAE with safetensors"):
         encode(images, tmp_path / "out", str(folder))
     assert not trace.exists()
@@ -183,19 +198,340 @@ def test_a_malicious_vae_is_not_executed(vae, images, tmp_path):
 def test_malicious_latents_are_not_executed(copy, images, vae, tmp_path):
     trace = tmp_path / "executed"
     victim = sorted(copy.glob("*.safetensors"))[0]
-    victim.write_bytes(pickle.dumps(Canary(trace)))
+    victim.write_bytes(pickle.dumps(Canary(trace)).ljust(100_000, b"\0"))
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["shards"][0] |= {"bytes": victim.stat().st_size, "sha256": sha256(victim)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="cannot be read"):
         train(Settings(**COMMON, data=str(copy)), Run(tmp_path / "run"))
-    with pytest.raises(UserError, match=victim.name):
-        encode(images, copy, vae, dtype="fp32")
-    manifest["shards"][0]["file"] = "../plan.json"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="outside"):
-        CachedDataset(copy)
+    assert len(encode(images, copy, vae, dtype="fp32")) == 12
     assert not trace.exists()
+
+
+HUGE = 10**18
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda m: [], "the manifest is"),
+        (lambda m: None, "the manifest is"),
+        (lambda m: m | {"shards": []}, "no images"),
+        (lambda m: m | {"shards": {}}, "shards is"),
+        (lambda m: m | {"shards": [1]}, "a shard is"),
+        (lambda m: m | {"shards": m["shards"] * 2}, "listed twice"),
+        (lambda m: m | {"class_names": "ab"}, "class_names"),
+        (lambda m: m | {"class_names": []}, "no classes"),
+        (lambda m: m | {"class_names": [1]}, "class name"),
+        (lambda m: m | {"resolution": 17}, "no multiple"),
+        (lambda m: m | {"resolution": "16"}, "resolution"),
+        (lambda m: m | {"resolution": HUGE}, "cannot hold"),
+        (lambda m: m | {"vae": None}, "vae is"),
+        (lambda m: m | {"vae": m["vae"] | {"channels": -1}}, "channels"),
+        (lambda m: m | {"vae": m["vae"] | {"factor": 0}}, "factor"),
+        (lambda m: m | {"vae": m["vae"] | {"scaling_factor": "x"}}, "scaling_factor"),
+        (lambda m: m | {"vae": m["vae"] | {"latents_mean": [1.0]}}, "latents_mean"),
+        (lambda m: m | {"source": "x"}, "source"),
+        (lambda m: {"name": "x"}, "no 'vae'"),
+    ],
+)
+def test_a_manifest_that_is_not_sound_is_refused_in_one_line(copy, change, fragment):
+    file = copy / "manifest.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(DataError, match=f"{fragment}.*recipes/encode.py again") as caught:
+        CachedDataset(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        {"count": HUGE},
+        {"count": -1},
+        {"count": 1.5},
+        {"count": True},
+        {"file": "../plan.json"},
+        {"file": "/etc/hostname"},
+        {"file": ".."},
+        {"file": ""},
+        {"file": "a\0b"},
+        {"file": 7},
+        {"file": "none.safetensors"},
+        {"bytes": 0},
+        {"sha256": None},
+    ],
+    ids=str,
+)
+def test_a_shard_that_is_not_sound_is_refused_in_one_line(copy, shard):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0] |= shard
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"damaged or unfinished"):
+        CachedDataset(copy)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fragment"),
+    [
+        (lambda t: t | {"mean": t["mean"][:, :1].contiguous()}, "mean is"),
+        (lambda t: t | {"logvar": t["logvar"][..., :4].contiguous()}, "logvar is"),
+        (lambda t: t | {"label": t["label"] + 9}, "labels"),
+        (lambda t: t | {"label": t["label"] - 9}, "labels"),
+        (lambda t: t | {"label": t["label"].float()}, "labels"),
+        (lambda t: {"mean": t["mean"], "label": t["label"]}, "logvar"),
+        (lambda t: t | {"mean": t["mean"] * float("inf")}, "not finite.*--dtype fp32"),
+        (lambda t: t | {"logvar": t["logvar"] * float("nan")}, "not finite"),
+    ],
+)
+def test_tensors_that_are_not_sound_are_refused_when_touched(copy, wrong, fragment):
+    victim = sorted(copy.glob("*.safetensors"))[0]
+    # Room for the bound on counts, so that the tensors themselves are looked at.
+    save_file(wrong(load_file(victim)) | {"pad": torch.zeros(10_000)}, victim)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][0] |= {"bytes": victim.stat().st_size, "sha256": sha256(victim)}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=fragment):
+        CachedDataset(copy).batch(torch.arange(2))
+
+
+def test_a_cache_from_before_contents_were_noted_is_read(copy):
+    expected = CachedDataset(copy).batch(torch.arange(12))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = copy / shard["file"]
+        save_file(load_file(path), path, metadata={"bad": "{}"})
+        shard |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    del manifest["source"], manifest["vae"]["place"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = CachedDataset(copy).batch(torch.arange(12))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_an_image_that_changed_is_encoded_again(images, vae, tmp_path, capsys):
+    source = shutil.copytree(images, tmp_path / "images")
+    encode(source, tmp_path / "out", vae, dtype="fp32")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    before = [path.stat().st_mtime_ns for path in shards]
+    victim = source / "train" / "bee" / "2.png"  # in the second shard
+    status, size = victim.stat(), victim.stat().st_size
+    shutil.copy(source / "val" / "cat" / "0.png", victim)
+    # Neither the size nor the time may hide it.
+    content = victim.read_bytes()
+    victim.write_bytes(content[:size] if len(content) > size else content.ljust(size, b"\0"))
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+    capsys.readouterr()
+    cached = encode(source, tmp_path / "out", vae, dtype="fp32", skip_bad=1)
+    after = [path.stat().st_mtime_ns for path in shards]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    said = capsys.readouterr().out
+    assert "changed" in said and shards[1].name in said and shards[0].name not in said
+    options = {"resolution": 16, "seed": 0}
+    assert cached.source["sha256"] == load_dataset(str(source), **options).identity()["sha256"]
+    fresh = encode(source, tmp_path / "fresh", vae, dtype="fp32", skip_bad=1)
+    assert torch.equal(cached.batch(torch.arange(11))[0], fresh.batch(torch.arange(11))[0])
+    # Nothing changed: nothing is made, wherever the images lie now.
+    source.rename(tmp_path / "moved")
+    encode(tmp_path / "moved", tmp_path / "out", vae, dtype="fp32", skip_bad=1)
+    assert after == [path.stat().st_mtime_ns for path in shards]
+
+
+def shifted_vae(vae, folder, channel_bias, scale=1.0):
+    """A VAE whose means lie around a number, and vary by about ``scale``."""
+    model = load_vae(vae)
+    with torch.no_grad():
+        model.quant_conv.weight[:4] *= scale
+        model.quant_conv.bias[:4] += channel_bias
+        model.quant_conv.weight[4:] = 0
+        model.quant_conv.bias[4:] = -30  # the spread is the means' alone
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("bias", "scale"), [(1e6, 1.0), (-1e5, 1.0), (6e4, 1.0), (3000.0, 1.0), (0.0, 1e-9)]
+)
+def test_latents_that_do_not_fit_the_type_are_refused(bias, scale, images, vae, tmp_path):
+    place = shifted_vae(vae, tmp_path / "vae", bias, scale)
+    with pytest.raises(UserError, match=r"do not fit fp16.*--dtype fp32"):
+        encode(images, tmp_path / "out", place)
+    with pytest.raises(DataError, match="unfinished"):
+        CachedDataset(tmp_path / "out")
+    latents, _ = encode(images, tmp_path / "full", place, dtype="fp32").batch(torch.arange(12))
+    assert latents.isfinite().all()
+
+
+def test_a_vae_that_overflows_is_refused(images, vae, tmp_path):
+    place = shifted_vae(vae, tmp_path / "vae", float("inf"))
+    with pytest.raises(UserError, match="not finite"):
+        encode(images, tmp_path / "out", place, dtype="fp32")
+    settings = Settings(**COMMON, data=str(images), vae=place, resolution=16)
+    with pytest.raises(UserError, match="not finite"):
+        load_training_data(settings, load_vae(place)).batch(torch.arange(2))
+
+
+def command(*arguments, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *launcher, ROOT / "recipes" / "encode.py", *map(str, arguments)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_two_writers_of_one_folder(images, vae, tmp_path):
+    arguments = [images, tmp_path / "out", "--vae", vae, "--resolution", 16, "--shard-size", 1]
+    writers = [command(*arguments) for _ in range(2)]
+    outcomes = [writer.communicate(timeout=120) for writer in writers]
+    codes = sorted(writer.returncode for writer in writers)
+    assert codes in ([0, 0], [0, 2])
+    for (_, said), writer in zip(outcomes, writers, strict=True):
+        assert "Traceback" not in said
+        if writer.returncode:
+            assert "is being written to by process" in said.splitlines()[-1]
+    assert len(CachedDataset(tmp_path / "out")) == 12
+
+
+def test_a_folder_that_is_being_written_is_refused(copy, images, vae):
+    before = {path.name: path.stat().st_mtime_ns for path in copy.glob("[!.]*")}
+    with locked(copy / ".lock"), pytest.raises(UserError, match="being written to by process"):
+        encode(images, copy, vae, dtype="fp32")
+    assert len(before) == 5
+    assert before == {path.name: path.stat().st_mtime_ns for path in copy.glob("[!.]*")}
+
+
+def test_several_processes_share_the_shards(images, vae, cache, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = command(
+        images, tmp_path / "out", "--vae", vae, "--resolution", 16, "--shard-size", 5,
+        "--batch-size", 2, "--dtype", "fp32", launcher=launcher,
+    )  # fmt: skip
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert CachedDataset(tmp_path / "out").identity() == CachedDataset(cache).identity()
+
+
+def test_interrupted_it_goes_on(images, vae, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    write, calls = encode_module._Shard.write, []
+
+    def second_fails(self, *arguments):
+        calls.append(self.path)
+        if len(calls) == 2:
+            monkeypatch.setattr(encode_module, "save_file", interrupt)
+        write(self, *arguments)
+
+    monkeypatch.setattr(encode_module._Shard, "write", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        encode(images, out, vae)
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock", "latents-000000.safetensors", "plan.json",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    (out / ".tmp-1-abc-latents-000001.safetensors").write_bytes(b"of a killed process")
+    first = (out / "latents-000000.safetensors").stat().st_mtime_ns
+    assert len(encode(images, out, vae)) == 12
+    assert (out / "latents-000000.safetensors").stat().st_mtime_ns == first
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_a_full_disk_is_one_line_and_goes_on(images, vae, tmp_path, monkeypatch):
+    def full(tensors, path, **options):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(encode_module, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        encode(images, tmp_path / "out", vae)
+    assert not list((tmp_path / "out").glob(".tmp-*"))
+    monkeypatch.undo()
+    assert len(encode(images, tmp_path / "out", vae)) == 12
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_vae_is_loaded(
+    images, vae, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode_module, "load_vae", lambda *arguments: pytest.fail("too late"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        encode(images, tmp_path / "file", vae)
+    with pytest.raises(UserError, match="cannot write"):
+        encode(images, tmp_path / "file" / "below", vae)
+    with pytest.raises(UserError, match="holds other files"):
+        encode(images, images, vae)
+    with pytest.raises(UserError, match="no folder"):
+        encode(tmp_path / "none", tmp_path / "out", vae)
+    with pytest.raises(UserError, match="class count 5"):
+        encode(images, tmp_path / "out", vae, class_count=5)
+    with pytest.raises(UserError, match=r"2\*\*64"):
+        encode(images, tmp_path / "out", vae, class_seed=2**64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_in_the_folder_are_not_followed(copy, images, vae, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    for name in ("manifest.json", "plan.json", "latents-000001.safetensors"):
+        content = (copy / name).read_bytes()
+        (copy / name).unlink()
+        if name == "plan.json":
+            victim.write_bytes(content)
+        (copy / name).symlink_to(victim)
+        wanted = victim.read_bytes()
+        encode(images, copy, vae, dtype="fp32")
+        assert victim.read_bytes() == wanted and not (copy / name).is_symlink()
+    (copy / ".tmp-x").symlink_to(victim)
+    encode(images, copy, vae, dtype="fp32")
+    assert victim.exists() and not (copy / ".tmp-x").is_symlink()
+    (copy / ".lock").unlink()
+    (copy / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"cannot write.*\.lock"):
+        encode(images, copy, vae, dtype="fp32")
+    assert victim.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"vae": 3}', '{"vae": {}}'])
+def test_a_damaged_plan_is_refused_in_one_line(copy, images, vae, content):
+    (copy / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan|made otherwise") as caught:
+        encode(images, copy, vae, dtype="fp32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_images_is_not_encoded_away(images, vae, tmp_path):
+    source = shutil.copytree(images / "train", tmp_path / "images")
+    (source / "aaa").mkdir()
+    with pytest.raises(UserError, match=r"aaa.*no usable image"):
+        encode(source, tmp_path / "out", vae)
+    (source / "aaa" / "bad.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"aaa.*no usable image"):
+        encode(source, tmp_path / "out", vae, skip_bad=1)
+
+
+def test_a_relative_folder_is_one_setting_from_everywhere(images, tmp_path, monkeypatch):
+    shutil.copytree(images / "train", tmp_path / "d5")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--attn", "sana", "--batch-size", "4", "--resolution", "16", "--out"]
+    out = tmp_path / "run"
+    arguments = [*flags, str(out), "--steps", "1"]
+    assert train_module.main(["--data", "d5", *arguments]) == 0
+    assert Run(out).config()["settings"]["data"] == str((tmp_path / "d5").resolve())
+    for data in ("d5/", "./d5", str(tmp_path / "d5")):
+        assert train_module.main(["--data", data, *arguments]) == 0
+    # A run from before kept what was typed.
+    config = Run(out).config()
+    config["settings"]["data"] = "d5/"
+    Run(out).write_config(config)
+    assert train_module.main(["--data", "./d5", *arguments]) == 0
+    monkeypatch.chdir(images)
+    Run(out).write_config(
+        config | {"settings": config["settings"] | {"data": str(tmp_path / "d5")}}
+    )
+    more = ["--steps", "2", "--allow-change", "steps", "--sample-every", "1000"]
+    assert train_module.main([*flags, str(out), *more, "--allow-change", "sample_every"]) == 0
+    assert len(Run(out).read_log()) == 2
 
 
 def test_the_papers_recipe_trains_on_latents(cache, tmp_path):

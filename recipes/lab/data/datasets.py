@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from recipes.lab.console import printable
 from recipes.lab.data.errors import DataError
 from recipes.lab.data.images import (
-    IMAGE_SUFFIXES,
     WHOLE_BYTES,
     BadImage,
     digest_file,
@@ -48,6 +49,7 @@ __all__ = [
     "DATASETS",
     "DataError",
     "ImageDataset",
+    "canonical_data",
     "load_dataset",
 ]
 
@@ -237,12 +239,17 @@ class _FolderDataset(ImageDataset):
         self.name = folder.resolve().name
         self.resolution = _check_resolution(resolution, 64, f"folder {str(folder)!r}")
         folder = training_folder(folder)
-        self.class_names, found, self.skipped = find_images(folder, class_count, class_seed)
-        self._root, self._found = folder, found
-        self._read(folder, found)
+        found = find_images(folder, class_count, class_seed)
+        self.class_names, self.skipped = found.classes, found.skipped
+        self._root, self._found = folder, found.images
+        for line in found.notes + ([] if strict else found.doubtful):
+            _warn(line)
+        if strict and found.doubtful:
+            raise DataError(f"{found.doubtful[0]}: rename one, or drop the strict option")
+        self._read(folder, found.images)
         if self.skipped:
             self._report(folder, strict)
-        self._check_classes(folder)
+        found.check_classes(folder, self._labels.tolist())
 
     def _read(self, folder: Path, found: list[tuple[Path, int]]) -> None:
         shape = (3, self.resolution, self.resolution)
@@ -279,26 +286,13 @@ class _FolderDataset(ImageDataset):
                 f"image {str(path)!r}: {reason}; {len(self.skipped)} of {total} images under "
                 f"{str(folder)!r} are unusable: repair or remove them, or drop the strict option"
             )
-        _warn(f"skipped {len(self.skipped)} of {total} images under {str(folder)!r}:")
+        reasons = Counter(reason.partition(" (")[0] for _, reason in self.skipped)
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        _warn(f"skipped {len(self.skipped)} of {total} images under {str(folder)!r}: {counted}")
         for path, reason in self.skipped[:5]:
             _warn(f"  {str(path)!r}: {reason}")
         if len(self.skipped) > 5:
             _warn(f"  and {len(self.skipped) - 5} more")
-
-    def _check_classes(self, folder: Path) -> None:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        if not self._files:
-            raise DataError(
-                f"no usable image in any class folder of {str(folder)!r}: "
-                f"add images ({suffixes}) to its sub-folders"
-            )
-        counts = torch.bincount(self._labels, minlength=self.num_classes)
-        for name, count in zip(self.class_names, counts.tolist(), strict=True):
-            if not count:
-                raise DataError(
-                    f"class folder {str(folder / name)!r} has no usable image: "
-                    f"add images ({suffixes}) or remove the folder"
-                )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -359,12 +353,13 @@ def load_dataset(
     write ``./digits`` for the folder. A folder that holds nothing but the splits ``train``,
     ``val``, ``validation`` or ``test``, as ImageNet comes, means its ``train``.
 
-    Folder images (jpg, jpeg, png, webp, bmp, gif; at any depth of a class folder; the first frame
-    of an animation) are turned as their EXIF says, laid on white where transparent, halved until
-    close to the resolution, resized to it and cropped at the centre. Hidden names are passed
-    over; links to folders are not followed, nor links to files outside the folder. Every image is
-    decoded once here, and kept in memory up to 1 GiB in all. Those that fail are named on stderr
-    and listed in ``skipped``.
+    Folder images (the suffixes of ``images.IMAGE_SUFFIXES``; at any depth of a class folder; the
+    first frame of an animation) are turned as their EXIF says, laid on white where transparent,
+    halved until close to the resolution, resized to it and cropped at the centre. Hidden names
+    are passed over; links to folders are not followed, nor links to files outside the folder; a
+    class folder that is a link is refused, and what this project wrote is no class. Every image
+    is decoded once here, and held in memory up to 1 GiB in all. Those that fail or have another
+    suffix are counted and named on stderr and listed in ``skipped``.
 
     Args:
         data: see the table.
@@ -401,12 +396,12 @@ def load_dataset(
         return _fashion_mnist(folder, resolution, split)
     folder = Path(os.path.expanduser(data))
     # Path("") is the working directory, which nobody means by an empty option.
-    if not data or not folder.exists():
+    if not data or not os.path.exists(folder):
         try:
             check_choice(data, DATASETS, "data")
         except DataError as error:
             raise DataError(f"{error}, or the path of an existing folder of images") from None
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"data {data!r} is a file: give a folder with one sub-folder of images for each class"
         )
@@ -416,6 +411,21 @@ def load_dataset(
             "with split 'train'"
         )
     return _FolderDataset(folder, resolution, strict, class_count, class_seed)
+
+
+def canonical_data(data: str) -> str:
+    """One spelling for one set of data, good from any working directory.
+
+    A folder becomes its absolute path without links; the names of built-in sets, and what does
+    not exist, stay as they are.
+    """
+    name, colon, place = data.partition(":")
+    if data in DATASETS or not data:
+        return data
+    if name == "fashion-mnist" and place:
+        return name + colon + os.path.realpath(os.path.expanduser(place))
+    folder = os.path.expanduser(data)
+    return os.path.realpath(folder) if os.path.exists(folder) else data
 
 
 def _check_resolution(
@@ -434,7 +444,7 @@ def _check_resolution(
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _digits(resolution: int | None, split: str) -> ImageDataset:
@@ -464,7 +474,7 @@ def _fashion_mnist(folder: Path, resolution: int | None, split: str) -> ImageDat
     image_path = folder / f"{prefix}-images-idx3-ubyte.gz"
     label_path = folder / f"{prefix}-labels-idx1-ubyte.gz"
     for path in (image_path, label_path):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(
                 f"fashion-mnist file {str(path)!r} is missing: "
                 "apt-get install dataset-fashion-mnist, or give the folder that holds the four "

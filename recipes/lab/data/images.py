@@ -1,11 +1,14 @@
-"""Picture files in folders: which ones count, and how one becomes a square of pixels."""
+"""Picture files in folders: which ones count, what they hold, how one becomes a square."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +21,26 @@ from recipes.lab.data.errors import DataError
 from recipes.lab.data.order import permutation
 from recipes.lab.data.shapes import check_seed
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-# A file is opened only by these readers, whatever its name: PIL has dozens, some run programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+# A file is opened by its own reader only: PIL has dozens, some run programs. Names of the common
+# formats are often mixed up, so each of those readers takes them all.
+_COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+IMAGE_FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"), _COMMON),
+    **dict.fromkeys((".jpe", ".jfif"), ("JPEG",)),
+    ".apng": ("PNG",),
+    ".dib": ("DIB",),
+    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
+    **dict.fromkeys((".avif", ".avifs"), ("AVIF",)),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), ("PPM",)),
+    **dict.fromkeys((".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"), ("JPEG2000",)),
+    ".qoi": ("QOI",),
+}
+IMAGE_SUFFIXES = frozenset(IMAGE_FORMATS)
+# What lies beside images and is none.
+_COMPANIONS = frozenset(
+    {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml"}
+    | {".html", ".htm", ".db", ".ini", ".log"}
+)
 MAX_PIXELS = 50_000_000
 # PIL warns at more pixels than that. Once and for all, because catch_warnings is not for threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -34,10 +54,55 @@ class BadImage(Exception):
     """One image that cannot be used; the text is the reason."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundImages:
+    """What a folder holds.
+
+    Attributes:
+        classes: Names of the class folders, as they are: not safe to print or to use in a path.
+        images: Files with their labels.
+        skipped: Files that are or may be images and are left out, with the reason.
+        notes: Lines about what else was passed over, for a person.
+        doubtful: Lines about what is read but is perhaps not meant so.
+    """
+
+    classes: tuple[str, ...]
+    images: list[tuple[Path, int]]
+    skipped: list[tuple[Path, str]]
+    notes: list[str]
+    doubtful: list[str]
+
+    def check_classes(self, root: Path, labels: Iterable[int]) -> None:
+        """Refuses a class without an image, because dropping it would renumber the others.
+
+        Raises:
+            DataError: There is one.
+        """
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        present = set(labels)
+        if not present:
+            raise DataError(
+                f"no usable image in any class folder of {str(root)!r}: "
+                f"add images ({suffixes}) to its sub-folders"
+            )
+        for label, name in enumerate(self.classes):
+            if label not in present:
+                raise DataError(
+                    f"class folder {str(root / name)!r} has no usable image: "
+                    f"add images ({suffixes}) or remove the folder"
+                )
+
+
 def training_folder(folder: Path) -> Path:
-    """``folder``, or its ``train`` if the folder holds nothing but splits."""
+    """``folder``, or its ``train`` if the folder holds nothing but splits.
+
+    Folders that this project wrote do not count.
+    """
     names = {entry.name for entry in _visible(folder) if entry.is_dir(follow_symlinks=False)}
-    is_split = "train" in names and names <= {"train", "val", "validation", "test"}
+    splits = {"train", "val", "validation", "test"}
+    is_split = "train" in names and all(
+        _is_output(_walk(folder / name)) for name in names - splits
+    )
     # Classes may be called train and test: only a split has folders of its own.
     has_classes = is_split and any(
         entry.is_dir(follow_symlinks=False) for entry in _visible(folder / "train")
@@ -48,26 +113,50 @@ def training_folder(folder: Path) -> Path:
 _REFUSED_LINK = "a link to a folder, or to nothing, is not followed"
 
 
-def find_images(
-    root: Path, class_count: int | None = None, class_seed: int = 0
-) -> tuple[tuple[str, ...], list[tuple[Path, int]], list[tuple[Path, str]]]:
-    """List the classes, the image files with their labels, and the links that are refused.
+def find_images(root: Path, class_count: int | None = None, class_seed: int = 0) -> FoundImages:
+    """Lists the classes, the image files with their labels, and what is left out.
+
+    A sub-folder that holds only what this project wrote (runs, latents, comparisons) is no class.
 
     Args:
-        root: folder with one sub-folder for each class.
-        class_count: keep that many classes, in their order; None keeps all.
-        class_seed: decides which.
+        root: Folder with one sub-folder for each class.
+        class_count: Take that many classes, in their order; None takes all.
+        class_seed: Decides which.
 
     Raises:
-        DataError: if the folder has no classes, or fewer than asked for.
+        DataError: The folder has no classes, or fewer than asked for; a class folder is a link,
+            or holds what this project wrote among its images.
     """
+    check_seed(class_seed)
+    walks: dict[str, _Walk] = {}
     skipped: list[tuple[Path, str]] = []
-    classes: list[str] = []
-    for entry in _visible(root):
+    notes: list[str] = []
+    entries = _visible(root)
+    made = _made_here({entry.name for entry in entries})
+    if made:
+        raise DataError(f"folder {str(root)!r} is {made}, and no folder of images")
+    for entry in entries:
+        path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            classes.append(entry.name)
+            walk = _walk(path)
+            if _is_output(walk):
+                notes.append(f"{str(path)!r} holds {walk.outputs[0][1]} and is no class")
+            elif walk.outputs and (walk.images or walk.skipped):
+                raise DataError(
+                    f"class folder {str(path)!r} holds images, and {walk.outputs[0][1]} in "
+                    f"{str(walk.outputs[0][0])!r}: move one of them elsewhere"
+                )
+            else:
+                walks[entry.name] = walk
         elif entry.is_symlink() and not os.path.isfile(entry):
-            skipped.append((Path(entry.path), _REFUSED_LINK))
+            raise DataError(
+                f"{str(path)!r} is {'a link' if os.path.isdir(entry) else 'a dangling link'}, "
+                f"which is not followed, so that its class would be missing and the others "
+                f"renumbered: put the folder itself there, or remove the link to go without it"
+            )
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            skipped.append((path, "lies in no class folder"))
+    classes = list(walks)
     if not classes:
         raise DataError(
             f"folder {str(root)!r} has no sub-folders: make one for each class and put the images "
@@ -81,24 +170,100 @@ def find_images(
             )
         drawn = permutation(len(classes), check_seed(class_seed), 0)[:class_count]
         classes = [classes[index] for index in sorted(drawn.tolist())]
+    others: Counter[str] = Counter()
     real_root = os.path.realpath(root)
-    found: list[tuple[Path, int]] = []
+    images: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        waiting = [root / name]
-        while waiting:
-            for entry in _visible(waiting.pop()):
-                path = Path(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(path)
-                elif entry.is_symlink() and not os.path.isfile(entry):
-                    skipped.append((path, _REFUSED_LINK))
-                elif path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(entry):
-                    target = os.path.realpath(path)
-                    if os.path.commonpath([real_root, target]) == real_root:
-                        found.append((path, label))
-                    else:
-                        skipped.append((path, "a link out of the folder is not followed"))
-    return tuple(classes), found, skipped
+        skipped += walks[name].skipped
+        others += walks[name].others
+        for path, is_link in walks[name].images:
+            # Links to folders were not followed, so nothing else can lead out.
+            if is_link and not Path(os.path.realpath(path)).is_relative_to(real_root):
+                skipped.append((path, "a link out of the folder is not followed"))
+            else:
+                images.append((path, label))
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        notes.append(f"passed over files under {str(root)!r} that are no images: {kinds}")
+    doubtful = [
+        f"classes {first!r} and {second!r} differ only in upper case or in Unicode's form, and "
+        f"are two classes"
+        for first, second in _twins(classes)
+    ]
+    return FoundImages(tuple(classes), images, skipped, notes, doubtful)
+
+
+def _twins(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if key in seen:
+            yield seen[key], name
+        seen[key] = name
+
+
+@dataclasses.dataclass
+class _Walk:
+    """What lies below one folder.
+
+    Attributes:
+        folder: The folder.
+        images: Files with an image's suffix, and whether each is a link.
+        skipped: What may be an image and is left out, with the reason.
+        others: Number of other files, by suffix.
+        outputs: Folders that this project wrote, and what they are; nothing in them is listed.
+    """
+
+    folder: Path
+    images: list[tuple[Path, bool]]
+    skipped: list[tuple[Path, str]]
+    others: Counter[str]
+    outputs: list[tuple[Path, str]]
+
+
+def _walk(folder: Path) -> _Walk:
+    walk = _Walk(folder, [], [], Counter(), [])
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        entries = _visible(place)
+        made = _made_here({entry.name for entry in entries})
+        if made:
+            walk.outputs.append((place, made))
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            suffix = path.suffix.lower()
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+            elif entry.is_symlink() and not os.path.isfile(entry):
+                walk.skipped.append((path, _REFUSED_LINK))
+            elif not os.path.isfile(entry):
+                walk.skipped.append((path, "no regular file"))
+            elif suffix in IMAGE_SUFFIXES:
+                walk.images.append((path, entry.is_symlink()))
+            elif suffix in _COMPANIONS:
+                walk.others[suffix] += 1
+            else:
+                walk.skipped.append((path, f"{suffix or 'no suffix'} is not among what is read"))
+    return walk
+
+
+def _made_here(names: Collection[str]) -> str:
+    """What this project wrote into a folder with these names in it; "" if it did not."""
+    if "config.json" in names and {"checkpoints", "log.jsonl", "status.json"} & set(names):
+        return "a run"
+    if "plan.json" in names:
+        return "latents of recipes/encode.py"
+    if "cells" in names and {"command.txt", "cells.csv", "report.html"} & set(names):
+        return "a comparison"
+    return ""
+
+
+def _is_output(walk: _Walk) -> bool:
+    # Beside their runs, the default folder of the scripts holds pictures of them too.
+    is_bare = not (walk.images or walk.skipped)
+    return bool(walk.outputs) and (is_bare or walk.folder.name == "runs")
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -176,10 +341,14 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
         BadImage: if the file is not an image that can be used.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        formats = IMAGE_FORMATS.get(path.suffix.lower(), _COMMON)
+        with Image.open(path, formats=formats) as image:
             width, height = image.size
             _check_size(width, height)
-            rgb = _centre_crop(to_rgb(ImageOps.exif_transpose(image)), resolution)
+            upright = ImageOps.exif_transpose(image)
+            if image.format == "PPM" and image.mode == "I":  # 16 bits, scaled to 65535
+                upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
+            rgb = _centre_crop(to_rgb(upright), resolution)
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, canonical_data
 from recipes.lab.data.errors import DataError
-from recipes.lab.files import sha256
+from recipes.lab.files import read_json, sha256
 
-MANIFEST = "manifest.json"
+MANIFEST, PLAN = "manifest.json", "plan.json"
 DEFAULT_RESOLUTION = 256
 
 
@@ -39,11 +40,10 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
         DataError: There is none, its weights are pickles or do not fit its config, or its config
             has a field that would change what a latent means and is not known here.
     """
-    folder = Path(place).expanduser()
-    is_local = folder.is_dir()
-    options: dict[str, Any] = {"local_files_only": is_local}
+    source = canonical_vae(place)
+    options: dict[str, Any] = {"local_files_only": os.path.isdir(source)}
     try:
-        source = str(folder.resolve()) if is_local else place
+        _check_index(Path(source))
         config = AutoencoderKL.load_config(source, **options)
         _check_config(place, config)
         vae, loaded = AutoencoderKL.from_pretrained(
@@ -68,6 +68,35 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     _normalizer(vae_settings(vae))
     vae.to(device)
     return vae.eval().requires_grad_(False)
+
+
+def canonical_vae(place: str) -> str:
+    """A hub id as it is, or a folder's absolute path without links."""
+    folder = os.path.expanduser(place)
+    return os.path.realpath(folder) if place and os.path.isdir(folder) else place
+
+
+def canonical_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings with one spelling of "data" and "vae", good from any working directory."""
+    spelled = dict(given)
+    for name, canonical in (("data", canonical_data), ("vae", canonical_vae)):
+        if isinstance(spelled.get(name), str):
+            spelled[name] = canonical(spelled[name])
+    return spelled
+
+
+def _check_index(folder: Path) -> None:
+    # Diffusers prefers an index to the file beside it, and reads pickles that one names.
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.exists():
+        return
+    listed = read_json(index, "index")
+    files = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or any(
+        Path(str(file)).name != file or not file.endswith(".safetensors")
+        for file in files.values()
+    ):
+        raise DataError(f"{str(index)!r} names other than safetensors files beside it")
 
 
 def _check_config(place: str, config: Mapping[str, Any]) -> None:
@@ -121,12 +150,7 @@ def vae_facts(vae: AutoencoderKL, place: str | None = None) -> dict[str, Any]:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     place = str(vae.config.get("_name_or_path") or "") if place is None else place
-    folder = Path(place).expanduser()
-    return {
-        "sha256": digest.hexdigest(),
-        **vae_settings(vae),
-        "place": str(folder.resolve()) if place and folder.is_dir() else place,
-    }
+    return {"sha256": digest.hexdigest(), **vae_settings(vae), "place": canonical_vae(place)}
 
 
 def differing_facts(facts: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
@@ -341,32 +365,64 @@ class CachedDataset(LatentDataset):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            self.name = str(manifest["name"])
-            self.facts = manifest["vae"]
-            self.class_names = tuple(manifest["class_names"])
-            self.shards: list[dict[str, Any]] = manifest["shards"]
-            self.latent_factor, self.channels = self.facts["factor"], self.facts["channels"]
-            self.source = manifest.get("source")
-            self.image_resolution = int(manifest["resolution"])
-            self.resolution = self.image_resolution // self.latent_factor
-            counts = [int(shard["count"]) for shard in self.shards]
-            for shard in self.shards:
-                path = self._path(shard)
-                if path.stat().st_size != shard["bytes"]:
-                    raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+            self._read_manifest(read_json(folder / MANIFEST, "manifest"))
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"the latents in {str(folder)!r} are damaged or unfinished ({error}): "
+                f"the latents in {str(folder)!r} are damaged or unfinished ({reason}): "
                 f"run recipes/encode.py again, it redoes what is missing"
             ) from error
-        self._ends = list(itertools.accumulate(counts))
+        self._ends = list(itertools.accumulate(shard["count"] for shard in self.shards))
         self._open: dict[int, Any] = {}
 
+    def _read_manifest(self, manifest: dict[str, Any]) -> None:
+        """Takes over what the manifest says, which may come from elsewhere, once it is sound."""
+        _expect(manifest, dict, "the manifest")
+        self.name = _expect(manifest["name"], str, "name")
+        self.facts = _expect(manifest["vae"], dict, "vae")
+        _expect(self.facts["sha256"], str, "the VAE's sha256")
+        for name in ("scaling_factor", "shift_factor"):
+            _expect(self.facts[name], (int, float), name)
+        for name in ("latents_mean", "latents_std"):
+            for value in _expect(self.facts.get(name) or [], list, name):
+                _expect(value, (int, float), name)
+        self.channels = _positive(self.facts["channels"], "channels")
+        self.latent_factor = _positive(self.facts["factor"], "factor")
+        _normalizer(self.facts)
+        names = _expect(manifest["class_names"], list, "class_names")
+        self.class_names = tuple(_expect(name, str, "a class name") for name in names)
+        self.image_resolution = _positive(manifest["resolution"], "resolution")
+        self.resolution = self.image_resolution // self.latent_factor
+        if not self.class_names or self.resolution * self.latent_factor != self.image_resolution:
+            raise ValueError("no classes, or a resolution that is no multiple of the factor")
+        self.source = manifest.get("source")
+        if self.source is not None:
+            _expect(_expect(self.source, dict, "source")["folder"], str, "the source's folder")
+            _expect(self.source["sha256"], str, "the source's sha256")
+        self.shards: list[dict[str, Any]] = _expect(manifest["shards"], list, "shards")
+        for shard in self.shards:
+            self._check_shard(_expect(shard, dict, "a shard"))
+        if len({shard["file"] for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        if not sum(shard["count"] for shard in self.shards):
+            raise ValueError("it lists no images")
+
+    def _check_shard(self, shard: dict[str, Any]) -> None:
+        path = self._path(shard)
+        _expect(shard["sha256"], str, "a shard's sha256")
+        count = _expect(shard["count"], int, "a shard's count")
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{path.name} is missing or has another size")
+        # Two sides of mean and log-variance in at least two bytes each, and a label of eight.
+        smallest = 8 * self.channels * self.resolution**2 + 8
+        if count < 0 or count * smallest > path.stat().st_size:
+            raise ValueError(f"{path.name} cannot hold {count} images")
+
     def _path(self, shard: dict[str, Any]) -> Path:
-        if Path(shard["file"]).name != shard["file"]:
-            raise ValueError(f"{shard['file']!r} lies outside")
-        return self.folder / shard["file"]
+        name = _expect(shard["file"], str, "a shard's file")
+        if Path(name).name != name or "\0" in name:
+            raise ValueError(f"{name!r} lies outside")
+        return self.folder / name
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -387,7 +443,13 @@ class CachedDataset(LatentDataset):
             means.append(shard.get_slice("mean")[row : row + 1, side : side + 1][0, 0])
             logvars.append(shard.get_slice("logvar")[row : row + 1, side : side + 1][0, 0])
             labels.append(shard.get_slice("label")[row : row + 1])
-        return torch.stack(means).float(), torch.stack(logvars).float(), torch.cat(labels)
+        mean, logvar = torch.stack(means).float(), torch.stack(logvars).float()
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
+            raise DataError(
+                f"the latents in {str(self.folder)!r} hold numbers that are not finite: encode "
+                f"into another folder with --dtype fp32"
+            )
+        return mean, logvar, torch.cat(labels)
 
     def _shard(self, number: int) -> Any:
         if number not in self._open:
@@ -399,15 +461,41 @@ class CachedDataset(LatentDataset):
                         f"latent shard {str(path)!r} is damaged (SHA-256 differs from the "
                         f"manifest): run recipes/encode.py again, it makes damaged shards anew"
                     )
-                self._open[number] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
+                opened = safe_open(path, framework="pt")
+                self._check_tensors(opened, shard["count"])
+                self._open[number] = opened
+            except (OSError, ValueError, SafetensorError) as error:
+                if isinstance(error, DataError):
+                    raise
                 raise DataError(
                     f"latent shard {str(path)!r} cannot be read ({error}): delete it and run "
                     f"recipes/encode.py again"
                 ) from error
         return self._open[number]
 
+    def _check_tensors(self, opened: Any, count: int) -> None:
+        side = (count, 2, self.channels, self.resolution, self.resolution)
+        for name, shape in (("mean", side), ("logvar", side), ("label", (count,))):
+            found = tuple(opened.get_slice(name).get_shape())
+            if found != shape:
+                raise ValueError(f"{name} is {found}, not {shape}")
+        labels = opened.get_tensor("label")
+        if labels.dtype != torch.int64 or not ((labels >= 0) & (labels < self.num_classes)).all():
+            raise ValueError(f"its labels are not from 0 to {self.num_classes - 1}")
+
+
+def _expect(value: Any, kind: Any, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{what} is {str(value)[:50]!r}")
+    return value
+
+
+def _positive(value: Any, what: str) -> int:
+    if _expect(value, int, what) < 1:
+        raise ValueError(f"{what} is {value}")
+    return value
+
 
 def is_latent_folder(data: str) -> bool:
     """Whether ``data`` is a folder that recipes/encode.py has written to."""
-    return (Path(data).expanduser() / "plan.json").is_file()
+    return os.path.isfile(os.path.join(os.path.expanduser(data), PLAN))

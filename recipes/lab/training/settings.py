@@ -8,6 +8,7 @@ from typing import Any
 
 from attnzoo.contract import nearest
 from recipes.lab.console import UserError
+from recipes.lab.data.latents import canonical_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def resumed_settings(
     Raises:
         UserError: A setting differs that is not allowed to, or a name does not exist.
     """
+    saved, given = canonical_settings(saved), canonical_settings(given)
     names = [field.name for field in dataclasses.fields(Settings)]
     for name in allowed:
         if name not in names:
