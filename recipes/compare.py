@@ -38,7 +38,7 @@ from recipes.lab.console import (
     whole,
 )
 from recipes.lab.data.latents import is_latent_folder
-from recipes.lab.evaluation.reference import prepare
+from recipes.lab.evaluation.reference import prepare_real
 from recipes.lab.evaluation.scores import FEWEST
 from recipes.lab.files import locked, refuse_links, require_writable
 from recipes.lab.imports import add_import_flag, import_all
@@ -57,10 +57,12 @@ from recipes.studies.comparison.grid import (
     Variant,
     check_plan,
     data_facts,
+    distinct_data,
     facts_of,
     parse_data,
     parse_variants,
     plan_cells,
+    real_of,
     split_data,
     vae_of,
 )
@@ -88,6 +90,7 @@ def main(arguments: list[str]) -> int:
         sampling_steps=given.sampling_steps,
         imports=[str(Path(s).expanduser().resolve()) if is_file(s) else s for s in given.imports],
         vae=given.vae,
+        real=given.real,
     )
     out = Path(given.out)
     if not given.report_only:
@@ -134,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--data", default="shapes",
          help="such as shapes,shapes/long-range,fashion-mnist@28, folders of images, or latents "
          "from recipes/encode.py")  # fmt: skip
-    flag("--vae", help="folder or hub id of an AutoencoderKL that encodes folders of images")
+    flag("--vae", help="folder or hub id of an AutoencoderKL: encodes images, decodes latents")
+    flag("--real", help="folder of real images by class to measure with (default: the data's own)")
     flag("--resolutions", type=numbers(int), default=[], help="in pixels; default: the data's")
     flag("--seeds", type=whole(1), default=3, help="number of seeds")
     flag(
@@ -179,7 +183,7 @@ def _variants(given: argparse.Namespace) -> tuple[list[Variant], Sequence[str]]:
 
 def _check_numbers(given: argparse.Namespace) -> None:
     """Refuses what argparse lets through."""
-    shown = [f"{cfg:g}" for cfg in given.cfg]
+    shown = [repr(cfg) for cfg in given.cfg]
     if not shown or not all(map(math.isfinite, given.cfg)):
         raise UserError(f"--cfg takes finite guidance scales, such as 1.0,4.0; got {shown}")
     if len(set(shown)) < len(shown):
@@ -259,12 +263,8 @@ def _run(
 
 def _prepare(cells: list[Cell], cache: Path) -> None:
     """Makes what measures the images, once, before cells want it at the same time."""
-    wanted = {
-        (cell.settings.data, cell.settings.level, cell.settings.resolution): cell.samples
-        for cell in cells
-    }
-    for (data, level, resolution), samples in wanted.items():
-        prepare(data, resolution=resolution, level=level, samples=samples, cache=cache)
+    for cell in distinct_data(cells):
+        prepare_real(real_of(cell), cell.samples, cache)
 
 
 def dry_run(cells: list[Cell], jobs: int) -> str:

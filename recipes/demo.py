@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from recipes.evaluate import judge
 from recipes.lab.console import DONE, UserError, printable, run_script, whole
 from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
+from recipes.lab.evaluation.evaluate import judge
 from recipes.lab.files import require_writable
+from recipes.lab.sampling import sample_run
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import sample_run
 from recipes.studies.comparison.cells import is_loss
 from recipes.train import Settings, train
 

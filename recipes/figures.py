@@ -26,7 +26,6 @@ from torch import Tensor
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from backbones import build_backbone
-from recipes.evaluate import default_cache
 from recipes.lab.console import UserError, printable, run_script, whole
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.drawing.canvas import (
@@ -41,7 +40,8 @@ from recipes.lab.drawing.canvas import (
 from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, wrapped
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.evaluation.features import real_sets, smallcnn
+from recipes.lab.evaluation.evaluate import default_cache
+from recipes.lab.evaluation.features import smallcnn_of
 from recipes.lab.files import require_writable
 from recipes.lab.imports import add_import_flag, import_all
 from recipes.lab.training.checkpoint import Run
@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default=",".join(FIGURES), help="some of the figures")
     parser.add_argument("--per-class", type=whole(1), default=40, help="images, for t-SNE")
     parser.add_argument("--cfg", type=float, default=2.0, help="guidance scale of images")
+    parser.add_argument("--vae", help="of latents, if not where the run was trained with it")
+    parser.add_argument("--real", help="folder of real images by class, if not the run's own")
     add_import_flag(parser)
     given = parser.parse_args(arguments)
     out, names = Path(given.out), list(dict.fromkeys(given.only.split(",")))
@@ -73,7 +75,17 @@ def main(arguments: list[str]) -> int:
     for name in names:
         require_writable(out / f"{name}.png")
     import_all(given.imports)
-    runs = [Drawn(Run.open(folder), given.cfg, given.per_class) for folder in given.runs]
+    runs = [
+        Drawn(
+            Run.open(folder),
+            given.cfg,
+            given.per_class,
+            vae=given.vae,
+            real=given.real,
+            imports=given.imports,
+        )  # fmt: skip
+        for folder in given.runs
+    ]
     for name in names:
         try:
             figure = FIGURES[name](runs)
@@ -262,10 +274,10 @@ def tsne_figure(runs: Sequence[Drawn]) -> Figure:
     if not runs:
         raise NotWithoutRun("it needs a run")
     first = runs[0]
-    resolution = first.config["data"]["resolution"]
-    see = smallcnn(
-        first.data, resolution=resolution, level=first.level, cache=default_cache(first.run)
-    )
+    if len(first.class_names) < 2 or 2 * first.per_class < 4:
+        raise NotWithoutRun("it needs two classes and two images of each")
+    real, train, test = first.real
+    see = smallcnn_of(train, test, real.kind, cache=default_cache(first.run))
     groups = {
         "random": _random_classes(len(first.class_names)),
         "confusable": _confusable_classes(first, see),
@@ -300,13 +312,12 @@ def _random_classes(count: int, size: int = 4) -> list[int]:
 
 def _confusable_classes(drawn: Drawn, see: Any, size: int = 4) -> list[int]:
     """The classes that the evaluator mixes up most on real images, added one by one."""
-    _, test = real_sets(
-        drawn.data, resolution=drawn.config["data"]["resolution"], level=drawn.level
-    )
+    _, _, test = drawn.real
     images, labels = test.batch(torch.arange(min(len(test), 1000)))
     probability = see(to_uint8(images)).logits.softmax(1)
     count = len(drawn.class_names)
-    mixed = torch.stack([probability[labels == c].mean(0) for c in range(count)])
+    # Of a small folder the held-out images may lack a class.
+    mixed = torch.stack([probability[labels == c].mean(0).nan_to_num() for c in range(count)])
     mixed = (mixed + mixed.T).fill_diagonal_(0)
     chosen = list(divmod(int(mixed.argmax()), count))
     while len(chosen) < min(size, count):

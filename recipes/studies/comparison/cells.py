@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from recipes.evaluate import evaluate
 from recipes.lab.console import (
     DONE,
     INTERRUPTED,
@@ -35,7 +34,8 @@ from recipes.lab.console import (
     printable,
     run_script,
 )
-from recipes.lab.data.latents import load_vae
+from recipes.lab.data.latents import canonical_settings, load_vae
+from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.files import CannotWrite, read_json, refuse_links, write_json
 from recipes.lab.imports import import_all, origins
@@ -78,6 +78,8 @@ class Cell:
         samples: Images per scale.
         sampling_steps: Model evaluations per image.
         imports: Files (absolute) or modules that register mechanisms of the user's own.
+        vae: Folder or hub id of what decodes latents; None takes what these remember.
+        real: Folder of real images to measure with; None takes the data's own.
     """
 
     label: str
@@ -86,12 +88,17 @@ class Cell:
     samples: int
     sampling_steps: int
     imports: tuple[str, ...] = ()
+    vae: str | None = None
+    real: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the folder, which another setting would change."""
         settings = self.settings
         key = dataclasses.asdict(self)
+        del key["vae"]  # only the one that made the latents is taken
+        if self.real is None:
+            del key["real"]
         key["settings"] = {
             name: value
             for name, value in key["settings"].items()
@@ -238,7 +245,7 @@ class _Stopped(Exception):
 def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
     stored = read_json(folder / "cell.json", "cell")
     import_all(stored["imports"])
-    settings = Settings(**stored["settings"])
+    settings = Settings(**canonical_settings(stored["settings"]))
     run = Run(folder / "run")
     found = run.newest_checkpoint(warn=print) if run.config_file.exists() else None
     if found is None or found[0] < settings.steps:
@@ -256,6 +263,9 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
         cfgs=stored["cfgs"],
         plan=Plan(samples=stored["samples"], steps=stored["sampling_steps"]),
         cache=folder.parents[1] / EVALUATORS,
+        vae=stored["vae"],
+        real=stored["real"],
+        imports=stored["imports"],
         progress=progress,
     )
     return {"cost": cost, "metrics": measured, "curve": _curve(run)}

@@ -21,9 +21,17 @@ from attnzoo.mechanisms.dydila import LADDER
 from backbones.presets import PROTOCOLS
 from recipes.lab.console import UserError, parse_options
 from recipes.lab.data.datasets import DATASETS
-from recipes.lab.data.latents import LatentDataset, is_latent_folder, load_vae
+from recipes.lab.data.latents import (
+    LatentDataset,
+    canonical_settings,
+    is_latent_folder,
+    load_vae,
+    open_vae,
+)
 from recipes.lab.data.shapes import LEVELS
+from recipes.lab.evaluation.real import RealImages, real_images
 from recipes.lab.training.build import build_model, load_training_data
+from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison.cells import Cell
 from recipes.train import Settings
 
@@ -318,6 +326,11 @@ def check_plan(cells: Sequence[Cell]) -> None:
             classes.
     """
     seen = set()
+    for cell in distinct_data(cells):
+        facts = facts_of(cell.settings)
+        real_of(cell)
+        if facts.latent is not None and cell.settings.vae is None:
+            open_vae(facts.latent, cell.vae)
     for cell in cells:
         settings = cell.settings
         facts = facts_of(settings)
@@ -340,6 +353,35 @@ def check_plan(cells: Sequence[Cell]) -> None:
             continue
 
 
+def distinct_data(cells: Sequence[Cell]) -> list[Cell]:
+    """A cell for each data and resolution."""
+    found = {}
+    for cell in cells:
+        settings = cell.settings
+        found.setdefault((settings.data, settings.level, settings.resolution), cell)
+    return list(found.values())
+
+
+def real_of(cell: Cell) -> RealImages:
+    """The real images that a run of this cell will be measured with.
+
+    Raises:
+        UserError: There are none.
+    """
+    facts = facts_of(cell.settings)
+    data = {
+        "resolution": facts.resolution,
+        "class_names": list(facts.class_names),
+        "latent": facts.latent,
+        "source": facts.source,
+    }
+    config = {"settings": canonical_settings(dataclasses.asdict(cell.settings)), "data": data}
+    found, reason = real_images(Run(cell.settings.data), config, cell.real)
+    if found is None:
+        raise UserError(f"{reason}: pass --real FOLDER with real images by class")
+    return found
+
+
 def plan_cells(
     variants: Sequence[Variant],
     places: Sequence[tuple[str, int | None]],
@@ -355,6 +397,7 @@ def plan_cells(
     sampling_steps: int,
     imports: Sequence[str] = (),
     vae: str | None = None,
+    real: str | None = None,
 ) -> list[Cell]:
     """Every run of a comparison, seed by seed, so that a stopped one is a smaller comparison.
 
@@ -374,7 +417,8 @@ def plan_cells(
         samples: Images per scale.
         sampling_steps: Model evaluations per image.
         imports: Files (absolute) or modules that register mechanisms of the user's own.
-        vae: Folder or hub id; data that is no folder of latents is encoded by it.
+        vae: Folder or hub id; it encodes images, and decodes what is latents already.
+        real: Folder of real images to measure with; None takes the data's own.
 
     Raises:
         UserError: Two variants have one label, or a name is not valid.
@@ -420,6 +464,8 @@ def plan_cells(
                 samples=samples,
                 sampling_steps=sampling_steps,
                 imports=tuple(imports),
+                vae=None if settings.vae else vae,
+                real=real,
             )
         )
     return cells
