@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,18 @@ _FIRST_SETTINGS = (
     "sample_every", "seed", "sharded", "size", "skip_limit", "steps", "strict", "vae",
 )  # fmt: skip
 _DEFAULTS = dataclasses.asdict(Settings())
-# Sets where modules come from before anything but a built-in module is imported.
+_ROOT = Path(__file__).absolute().parents[3]
+# Sets where modules come from before any is imported that is not built in: this project's own
+# from where this file lies, whichever other checkout is installed.
 _START = """import sys
-sys.path[:] = sys.argv[2:]
+root, sys.path[:] = sys.argv[2], sys.argv[3:]
 del sys.argv[2:]
+from importlib.machinery import PathFinder
+class Own:
+    def find_spec(name, path=None, target=None):
+        if name in ("attnzoo", "backbones", "recipes"):
+            return PathFinder.find_spec(name, [root])
+sys.meta_path.insert(0, Own)
 from recipes.lab.console import run_script
 from recipes.studies.comparison.cells import main
 run_script(main)"""
@@ -369,7 +378,10 @@ class _Process:
             with (folder / "output.txt").open("ab") as output:
                 # A session of its own: Ctrl-C reaches it as one signal, from here.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _START, str(folder.resolve()), *import_path()],
+                    [
+                        sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT),
+                        *import_path(),
+                    ],
                     stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                     env=environment, start_new_session=True,
                 )  # fmt: skip
@@ -429,9 +441,8 @@ def import_path() -> list[str]:
 
     A file of the working folder must not stand in for a package, whatever PYTHONPATH says.
     """
-    root = Path(__file__).absolute().parents[3]
-    last = [str(root), os.getcwd()]
-    later = {Path(path).resolve() for path in (*last, root / "recipes")}
+    last = [str(_ROOT), os.getcwd()]
+    later = {Path(path).resolve() for path in (*last, _ROOT / "recipes")}
     first = [path for path in sys.path if path and Path(path).resolve() not in later]
     shown = [str(Path(path).absolute()) if Path(path).exists() else path for path in first]
     return list(dict.fromkeys([*shown, *last]))
@@ -450,7 +461,11 @@ def run_by_submitit(
     import submitit
 
     # The jobs inherit both; Python 3.10 knows only the first.
-    os.environ["PYTHONPATH"] = os.pathsep.join(import_path())
+    path = import_path()
+    found = PathFinder.find_spec("recipes", path)
+    if found is None or Path(found.origin or "").parents[1] != _ROOT:  # another checkout's
+        path.insert(0, str(_ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
     os.environ["PYTHONSAFEPATH"] = "1"
     executor = submitit.AutoExecutor(folder=log, cluster=cluster)
     executor.update_parameters(name="attnzoo-compare", **parameters)
