@@ -10,13 +10,15 @@ from attnzoo import build_attention
 from attnzoo.testing import tokens
 
 
-def diffusers_attention(processor, layer, bias):
+def diffusers_attention(processor, layer, bias, qk_norm=None):
     """diffusers' attention module with the weights of ``layer``."""
     theirs = DiffusersAttention(
         query_dim=layer.dim,
         heads=layer.num_heads,
         dim_head=layer.dim // layer.num_heads,
         bias=bias,
+        kv_heads=layer.num_heads,
+        qk_norm=qk_norm,
         processor=processor,
     )
     with torch.no_grad():
@@ -44,6 +46,22 @@ def test_sana_is_diffusers_sana(grid):
     layer = build_attention("sana", 64, eps=1e-15)
     theirs = diffusers_attention(SanaLinearAttnProcessor2_0(), layer, bias=False)
     check_same(lambda x: layer(x, grid), theirs, grid)
+
+
+def test_sana_with_qk_norm_is_sana_1_5_at_small_activations():
+    """Where the mean square of a query is not far above the norm's eps."""
+    torch.manual_seed(0)
+    layer = build_attention("sana", 64, eps=1e-15, qk_norm=True)
+    processor = SanaLinearAttnProcessor2_0()
+    theirs = diffusers_attention(processor, layer, False, qk_norm="rms_norm_across_heads")
+    with torch.no_grad():
+        for mine, original in (
+            (layer.query_norm, theirs.norm_q),
+            (layer.key_norm, theirs.norm_k),
+        ):
+            mine.weight.uniform_(0.5, 1.5)
+            original.weight.copy_(mine.weight)
+    check_same(lambda x: layer(1e-2 * x, (7, 13)), lambda x: theirs(1e-2 * x), (7, 13))
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13)])

@@ -1,11 +1,29 @@
 """Names, options and contexts: what is refused, and what the refusal says."""
 
+import copy
+import dataclasses
+import json
+import pickle
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
-from attnzoo import Attention, AttentionConfig, build_attention, get_attention, register_attention
+from attnzoo import (
+    Attention,
+    AttentionConfig,
+    InvalidType,
+    InvalidValue,
+    UsageError,
+    build_attention,
+    get_attention,
+    list_attention,
+    register_attention,
+    registry,
+    source_of,
+)
 from attnzoo.testing import build_scrambled, tokens
 
 
@@ -25,20 +43,46 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
         (lambda: build_attention("dydila", 8, share_gamma=1), TypeError, ["bool", "1"]),
         (lambda: build_attention("dydila", 8, eps=-1.0), ValueError, ["eps", "-1"]),
-        (
-            lambda: build_attention("dydila", 8, projection="none"),
-            ValueError,
-            ["differential='none'"],
-        ),
         (lambda: build_attention("softmax", 8, num_heads=3), ValueError, ["3", "[1, 2, 4, 8]"]),
         (lambda: build_attention("softmax", 8, layer_index=2, depth=2), ValueError, ["depth=2"]),
+        (lambda: build_attention("softmax", "8"), TypeError, ["dim", "'8'"]),
+        (lambda: build_attention("softmax", 8.0), TypeError, ["dim", "8.0"]),
+        (lambda: build_attention("softmax", 0), ValueError, ["dim", "0"]),
+        (lambda: build_attention("softmax", 8, num_heads="2"), TypeError, ["num_heads", "'2'"]),
+        (lambda: build_attention("softmax", 8, depth=None), TypeError, ["depth", "None"]),
+        (lambda: get_attention(["sana"]), TypeError, ["['sana']"]),
+        (lambda: register_attention(Attention), TypeError, ["@register_attention('mine')"]),
+        (lambda: register_attention(""), TypeError, ["''"]),
+        (lambda: attnzoo.import_mechanisms(3), TypeError, ["3"]),
+        (lambda: attnzoo.import_mechanisms(""), ValueError, ["''"]),
+        (lambda: attnzoo.import_mechanisms("."), ValueError, ["'.'"]),
+        (lambda: attnzoo.import_mechanisms("a..b"), ValueError, ["'a..b'"]),
+        (lambda: attnzoo.import_mechanisms("no/such.py"), ValueError, ["no/such.py"]),
+        (lambda: build_attention("dydila", 8, eps=float("nan")), ValueError, ["eps", "nan"]),
+        (lambda: build_attention("dydila", 8, eps=float("inf")), ValueError, ["eps", "inf"]),
+        (lambda: build_attention("sana", 8, eps=-1.0), ValueError, ["eps", "-1"]),
+        (lambda: build_attention("focused", 8, key_position=(4,)), TypeError, ["key_position"]),
+        (lambda: build_attention("focused", 8, key_position=(4, "4")), TypeError, ["'4'"]),
+        (lambda: build_attention("compressed", 8, layers=[0, 1.5]), TypeError, ["layers", "1.5"]),
+        (lambda: build_attention("moh", 8, shared_heads=1), ValueError, ["routed_heads=None"]),
+        (
+            lambda: build_attention("moh", 8, shared_heads=9, routed_heads=0),
+            ValueError,
+            ["shared_heads=9"],
+        ),
     ],
 )
 def test_refusals_name_the_value_and_the_remedy(call, kind, fragments):
     with pytest.raises(kind) as caught:
         call()
+    assert isinstance(caught.value, UsageError)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+def test_options_that_exclude_each_other_name_the_way_out():
+    with pytest.raises(ValueError, match="differential='none'"):
+        build_attention("dydila", 8, projection="none")
 
 
 def test_an_integer_is_a_float_and_a_number_may_stand_for_a_schedule():
@@ -86,8 +130,171 @@ def test_auxiliary_losses_are_summed_and_cleared():
     assert attnzoo.auxiliary_loss(layers) is None
 
 
+class Always(Attention):
+    """Gives its loss in every forward, whatever kind of forward it is."""
+
+    def __init__(self, context, config):
+        super().__init__(context, config)
+        self.linear = nn.Linear(context.dim, context.dim)
+
+    def forward(self, x, grid):
+        out = self.linear(x)
+        self.auxiliary_loss = out.square().mean()
+        return self.linear(out)  # a recomputation stops once nothing more is needed
+
+
+@pytest.fixture
+def always():
+    return Always(attnzoo.AttentionContext(dim=8), AttentionConfig())
+
+
+def test_an_auxiliary_loss_is_of_a_training_forward_only(always):
+    x = torch.randn(2, 4, 8)
+    always.eval()(x, (2, 2))
+    assert attnzoo.auxiliary_loss(always) is None
+    always.train()
+    with torch.no_grad():
+        always(x, (2, 2))
+    assert attnzoo.auxiliary_loss(always) is None
+    always(x, (2, 2))
+    always.eval()(3 * x, (2, 2))  # a look at the model between forward and reading
+    torch.testing.assert_close(always.auxiliary_loss, always.linear(x).square().mean())
+
+
+def test_two_forwards_leave_the_loss_of_the_second(always):
+    x = torch.randn(2, 4, 8)
+    always(x, (2, 2))
+    always(2 * x, (2, 2))
+    torch.testing.assert_close(
+        attnzoo.auxiliary_loss(always), always.linear(2 * x).square().mean()
+    )
+    assert attnzoo.auxiliary_loss(always) is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_forward_leaves_no_auxiliary_loss(always, use_reentrant):
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(always, x, (2, 2), use_reentrant=use_reentrant)
+    loss = attnzoo.auxiliary_loss(always)
+    assert (loss is None) == use_reentrant  # its forward makes no graph
+    out.sum().backward()
+    assert attnzoo.auxiliary_loss(always) is None
+
+
+def test_an_auxiliary_loss_survives_compiling(always):
+    x = torch.randn(2, 4, 8)
+    compiled = torch.compile(always, fullgraph=True, backend="aot_eager")
+    compiled(x, (2, 2))
+    loss = attnzoo.auxiliary_loss(always)
+    torch.testing.assert_close(loss, always.linear(x).square().mean())
+    loss.backward()
+    assert always.linear.weight.grad.abs().sum() > 0
+    compiled.eval()(x, (2, 2))
+    assert attnzoo.auxiliary_loss(always) is None
+
+
+def test_copies_have_no_auxiliary_loss(always):
+    always(torch.randn(2, 4, 8), (2, 2))
+    for copied in (copy.deepcopy(always), pickle.loads(pickle.dumps(always)), copy.copy(always)):
+        assert attnzoo.auxiliary_loss(copied) is None
+    assert attnzoo.auxiliary_loss(always) is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nested(AttentionConfig):
+    pairs: tuple[tuple[int, int], ...] = ()
+    ratios: tuple[float, float] | None = None
+
+
+def test_a_tuple_option_equals_itself_after_json():
+    given = {"pairs": ((1, 2), (3, 4)), "ratios": (0.5, 2)}
+    config = Nested.from_options("nested", given)
+    again = Nested.from_options("nested", json.loads(json.dumps(given)))
+    assert config == again == Nested(**json.loads(json.dumps(given)))
+    assert hash(config) == hash(again)
+    with pytest.raises(InvalidType, match=r"pairs\[1\]\[0\]"):
+        Nested.from_options("nested", {"pairs": [[1, 2], ["3", 4]]})
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Installs a package that offers mechanisms: ``package(entry points, module's text)``."""
+    before = dict(registry._REGISTRY), dict(registry._SOURCES)
+
+    def install(points, text, name="shared_attention"):
+        (tmp_path / f"{name}.py").write_text(text)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [f"{key} = {value}" for key, value in points.items()]
+        (info / "entry_points.txt").write_text("\n".join(["[attnzoo.mechanisms]", *lines]))
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield install
+    for now, then in zip((registry._REGISTRY, registry._SOURCES), before, strict=True):
+        now.clear()
+        now.update(then)
+    for file in tmp_path.glob("*.py"):
+        sys.modules.pop(file.stem, None)
+
+
+MEAN = """
+import attnzoo
+class Mean(attnzoo.Attention):
+    def forward(self, x, grid):
+        return x.mean(1, keepdim=True).expand_as(x)
+"""
+
+
+@pytest.mark.parametrize("way", ["class", "module", "registered class"])
+def test_an_installed_package_offers_a_mechanism(package, way):
+    value = "shared_attention" if way == "module" else "shared_attention:Mean"
+    text = MEAN if way == "class" else MEAN + "attnzoo.register_attention('mean')(Mean)\n"
+    package({"mean": value}, text)
+    assert "mean" in list_attention() and "sana" in list_attention()
+    assert "shared_attention" not in sys.modules
+    with pytest.raises(InvalidValue, match="did you mean 'mean'"):
+        get_attention("maen")
+    assert "shared_attention" not in sys.modules
+    layer = build_attention("mean", 8)
+    assert layer.name == "mean" and layer(torch.ones(1, 4, 8), (2, 2)).shape == (1, 4, 8)
+    assert source_of("mean") == "shared_attention"
+    assert list_attention().count("mean") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("1 / 0", ZeroDivisionError),
+        ("import no_such_package", ModuleNotFoundError),
+        ("raise ValueError('bug')", ValueError),
+        (MEAN + "attnzoo.register_attention('mean')(Mean)\nraise TypeError('bug')", TypeError),
+        (MEAN + "Mean = 3", InvalidType),
+        ("", AttributeError),
+    ],
+)
+def test_a_broken_package_shows_only_to_who_asks(package, text, kind):
+    package({"mean": "shared_attention:Mean", "sana": "shared_attention:Mean"}, text)
+    assert "mean" in list_attention()
+    assert build_attention("sana", 8).name == "sana"  # the zoo's own comes first
+    for _ in range(2):
+        with pytest.raises(kind) as caught:
+            get_attention("mean")
+        assert (kind is InvalidType) == isinstance(caught.value, UsageError)
+
+
+def test_a_name_that_two_packages_offer_is_refused(package):
+    package({"mean": "shared_attention:Mean"}, MEAN)
+    package({"mean": "other_attention:Mean"}, MEAN, "other_attention")
+    with pytest.raises(InvalidValue, match=r"other_attention:Mean|shared_attention:Mean"):
+        get_attention("mean")
+
+
 def test_softmax_backends_that_are_missing_are_not_replaced():
     for impl in ("flash", "xformers"):
         layer = build_attention("softmax", 32, impl=impl)
-        with pytest.raises(RuntimeError, match=f"impl='{impl}'.*sdpa"):
+        with pytest.raises(InvalidValue, match=f"impl='{impl}'.*sdpa") as caught:
             layer(tokens((4, 4), dim=32), (4, 4))
+        assert isinstance(caught.value, RuntimeError)
+    with pytest.raises(InvalidValue, match=r"impl='fla'.*attnzoo\[fla\]"):
+        build_attention("gated", 32, impl="fla")(tokens((4, 4), dim=32), (4, 4))

@@ -52,9 +52,13 @@ def _try_kernels() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
 def _kernels_work() -> bool:
     return _try_kernels()
+
+
+# As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
+# with a broken Triton nothing of the package would be importable.
+_kernels_work._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(x: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -30,7 +30,7 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
         on the device that would train it, whatever else that device is doing.
     """
     model = build_model(settings, dataset)
-    macs = count_macs(model, dataset.resolution * dataset.latent_factor)
+    macs = count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     batch = settings.batch_size
