@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
             vae=given.vae,
             real=given.real,
             imports=given.imports,
-        )  # fmt: skip
+        )
         for folder in given.runs
     ]
     for name in names:
