@@ -6,21 +6,23 @@ make demo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
-from recipes.evaluate import judge
-from recipes.lab.console import DONE, run_script, whole
+from recipes.lab.console import DONE, UserError, printable, run_script, whole
+from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
+from recipes.lab.evaluation.evaluate import judge
+from recipes.lab.files import require_writable
+from recipes.lab.sampling import sample_run
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import sample_run
+from recipes.studies.comparison.cells import is_loss
 from recipes.train import Settings, train
 
 MECHANISMS = ("dydila", "softmax")
@@ -32,18 +34,26 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python recipes/demo.py", description="Train, sample and draw two mechanisms."
     )
-    parser.add_argument("--steps", type=whole(1), default=1500, help="optimiser steps of each")
+    parser.add_argument("--steps", type=whole(1), default=1500, help="optimizer steps of each")
     parser.add_argument("--out", default="runs/demo", help="folder of both runs and the picture")
+    parser.add_argument("--overwrite", action="store_true", help="replace other runs in --out")
     given = parser.parse_args(arguments)
     out = Path(given.out)
-    for attn in MECHANISMS:
-        status = _train_once(Settings(attn=attn, steps=given.steps), Run(out / attn))
+    wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in MECHANISMS}
+    is_other = {attn: _is_other(settings, Run(out / attn)) for attn, settings in wanted.items()}
+    if any(is_other.values()) and not given.overwrite:
+        raise UserError(
+            f"{printable(str(out))} holds runs of other settings, which are not replaced unasked: "
+            f"choose another --out, or replace them with --overwrite"
+        )
+    picture = require_writable(out / "demo.png")
+    for attn, settings in wanted.items():
+        status = _train_once(settings, Run(out / attn), is_other[attn])
         if status != DONE:
             return status
-    picture = out / "demo.png"
     _draw(out, picture)
     print(
-        f"\n{picture} shows both.\nWhat next:\n"
+        f"\n{printable(str(picture))} shows both.\nWhat next:\n"
         f"  python recipes/sample.py {out / MECHANISMS[0]} --classes 3,7 --cfg 4.0\n"
         f"  python recipes/train.py --attn sana --data shapes\n"
         f"with the environment that make has made: source .venv/bin/activate"
@@ -51,22 +61,28 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def _train_once(settings: Settings, run: Run) -> int:
-    if run.config_file.exists() and run.config()["settings"]["steps"] == settings.steps:
-        found = run.newest_checkpoint(warn=print)
-        if found and found[0] == settings.steps:
-            print(f"{run.folder} is already trained; remove it to train again")
-            return DONE
-        return train(settings, run, resume=found is not None, overwrite=found is None)
-    return train(settings, run, overwrite=True)
+def _is_other(settings: Settings, run: Run) -> bool:
+    """Whether the folder holds a run that was not trained with these settings."""
+    if not run.config_file.exists():
+        return False
+    found = run.config().get("settings", {})
+    defaults = dataclasses.asdict(Settings())
+    return defaults | found != dataclasses.asdict(settings)
+
+
+def _train_once(settings: Settings, run: Run, overwrite: bool) -> int:
+    exists = run.config_file.exists() and not overwrite
+    found = run.newest_checkpoint(warn=print) if exists else None
+    if found and found[0] == settings.steps:
+        print(f"{printable(str(run.folder))} is already trained; remove it to train again")
+        return DONE
+    return train(settings, run, resume=exists, overwrite=overwrite)
 
 
 def _draw(out: Path, picture: Path) -> None:
-    figure, axes = plt.subplot_mosaic(
-        [[MECHANISMS[0], "loss"], [MECHANISMS[1], "loss"]],
-        figsize=(15, 6.4),
-        width_ratios=[1.6, 1],
-        layout="constrained",
+    figure = new_figure(15, 6.4)
+    axes = figure.subplot_mosaic(
+        [[MECHANISMS[0], "loss"], [MECHANISMS[1], "loss"]], width_ratios=[1.6, 1]
     )
     for attn in MECHANISMS:
         run, axis = Run(out / attn), axes[attn]
@@ -78,20 +94,27 @@ def _draw(out: Path, picture: Path) -> None:
             f"{attn}: digits 0 to 9 by column, guidance 2.0; "
             f"a classifier accepts {verdict['accepted']} of {verdict['samples']} (no guidance)"
         )
-        losses = [entry["loss"] for entry in run.read_log()]
-        totals = [0.0, *itertools.accumulate(losses)]
-        window = min(SMOOTHED_STEPS, len(losses))
-        smooth = [
-            (totals[end] - totals[end - window]) / window for end in range(window, len(totals))
-        ]
-        axes["loss"].plot(range(window, len(totals)), smooth, label=attn, color=color_of(attn))
+        steps, smooth, window = smoothed(run.read_log())
+        axes["loss"].plot(steps, smooth, label=attn, color=color_of(attn))
     axes["loss"].set(
         xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log", title="training"
     )
     axes["loss"].legend()
     axes["loss"].grid(alpha=0.3, which="both")
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    save_figure(figure, picture, dpi=110)
+
+
+def smoothed(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], int]:
+    """Steps, the mean loss of the steps before each, and how many these are.
+
+    A step that was skipped has no loss and is left out.
+    """
+    found = [(entry["step"], entry["loss"]) for entry in log if is_loss(entry.get("loss"))]
+    totals = [0.0, *itertools.accumulate(loss for _, loss in found)]
+    window = max(1, min(SMOOTHED_STEPS, len(found)))
+    ends = range(window, len(totals))
+    means = [(totals[end] - totals[end - window]) / window for end in ends]
+    return [found[end - 1][0] for end in ends], means, window
 
 
 if __name__ == "__main__":

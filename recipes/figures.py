@@ -13,35 +13,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from backbones import build_backbone
-from recipes.evaluate import default_cache
-from recipes.lab.console import UserError, run_script, whole
+from recipes.lab.console import UserError, printable, run_script, whole
 from recipes.lab.diffusion import to_uint8
-from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, panels, wrapped
+from recipes.lab.drawing.canvas import (
+    Figure,
+    ListedColormap,
+    Rectangle,
+    panels,
+    plain,
+    save_figure,
+    sns,
+)
+from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, wrapped
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.evaluation.features import real_sets, smallcnn
+from recipes.lab.evaluation.evaluate import default_cache
+from recipes.lab.evaluation.features import smallcnn_of
+from recipes.lab.files import require_writable
+from recipes.lab.imports import add_import_flag, import_all
 from recipes.lab.training.checkpoint import Run
 
-# Okabe and Ito's colours for classes and projectors, which have no colour of their own.
+# Okabe and Ito's colors for classes and projectors, which have no color of their own.
 _DISTINCT = [
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
 ]  # fmt: skip
@@ -57,21 +62,38 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default=",".join(FIGURES), help="some of the figures")
     parser.add_argument("--per-class", type=whole(1), default=40, help="images, for t-SNE")
     parser.add_argument("--cfg", type=float, default=2.0, help="guidance scale of images")
+    parser.add_argument("--vae", help="of latents, if not where the run was trained with it")
+    parser.add_argument("--real", help="folder of real images by class, if not the run's own")
+    add_import_flag(parser)
     given = parser.parse_args(arguments)
-    out = Path(given.out)
-    runs = [Drawn(Run.open(folder), given.cfg, given.per_class) for folder in given.runs]
-    for name in given.only.split(","):
+    out, names = Path(given.out), list(dict.fromkeys(given.only.split(",")))
+    for name in names:
         if name not in FIGURES:
             raise UserError(f"unknown figure {name!r}; there are {', '.join(FIGURES)}")
+    if not math.isfinite(given.cfg):
+        raise UserError(f"--cfg must be a finite number, got {given.cfg}")
+    for name in names:
+        require_writable(out / f"{name}.png")
+    import_all(given.imports)
+    runs = [
+        Drawn(
+            Run.open(folder),
+            given.cfg,
+            given.per_class,
+            vae=given.vae,
+            real=given.real,
+            imports=given.imports,
+        )
+        for folder in given.runs
+    ]
+    for name in names:
         try:
             figure = FIGURES[name](runs)
         except NotWithoutRun as missing:
             print(f"{name}: left out, {missing}")
             continue
-        out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / f"{name}.png", dpi=160)
-        plt.close(figure)
-        print(out / f"{name}.png")
+        save_figure(figure, out / f"{name}.png", dpi=160)
+        print(printable(str(out / f"{name}.png")))
     return 0
 
 
@@ -137,7 +159,8 @@ def projector_figure(runs: Sequence[Drawn]) -> Figure:
             numbers.T, annot=texts.reshape(len(layers), classes), fmt="", cbar=False, ax=axis,
             cmap=ListedColormap(sns.color_palette("colorblind", experts)), vmin=-0.5,
             vmax=experts - 0.5, linewidths=1, annot_kws={"size": 10},
-            xticklabels=drawn.class_names[:classes], yticklabels=range(1, len(layers) + 1),
+            xticklabels=[plain(name) for name in drawn.class_names[:classes]],
+            yticklabels=range(1, len(layers) + 1),
         )  # fmt: skip
         axis.set(title=f"{name}: most used projector, its share", ylabel="block")
         axis.tick_params(axis="y", rotation=0)
@@ -177,7 +200,7 @@ def map_figure(runs: Sequence[Drawn]) -> Figure:
         # Subtracting maps makes weights negative: each panel has its own span.
         sns.heatmap(weights, ax=axis, cmap="cividis", square=True, cbar_kws={"shrink": 0.6})
         row, column = divmod(query, weights.shape[1])
-        axis.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="#D55E00", lw=2.5))
+        axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="#D55E00", lw=2.5))
         axis.set_title(wrapped(name), fontsize=9)
     for axis in axes.flat[: len(shown) + 1]:
         axis.set_axis_off()
@@ -251,10 +274,10 @@ def tsne_figure(runs: Sequence[Drawn]) -> Figure:
     if not runs:
         raise NotWithoutRun("it needs a run")
     first = runs[0]
-    resolution = first.config["data"]["resolution"]
-    see = smallcnn(
-        first.data, resolution=resolution, level=first.level, cache=default_cache(first.run)
-    )
+    if len(first.class_names) < 2 or 2 * first.per_class < 4:
+        raise NotWithoutRun("it needs two classes and two images of each")
+    real, train, test = first.real
+    see = smallcnn_of(train, test, real.kind, cache=default_cache(first.run))
     groups = {
         "random": _random_classes(len(first.class_names)),
         "confusable": _confusable_classes(first, see),
@@ -274,7 +297,7 @@ def tsne_figure(runs: Sequence[Drawn]) -> Figure:
                 chosen = labels.numpy() == label
                 axis.scatter(
                     *places[chosen].T, s=16, color=_DISTINCT[index], marker="osD^"[index % 4],
-                    label=first.class_names[label], alpha=0.8, linewidths=0,
+                    label=plain(first.class_names[label]), alpha=0.8, linewidths=0,
                 )  # fmt: skip
             axis.set_title(wrapped(f"{drawn.label}: {kind} classes", 38))
             axis.set(xticks=[], yticks=[])
@@ -289,13 +312,12 @@ def _random_classes(count: int, size: int = 4) -> list[int]:
 
 def _confusable_classes(drawn: Drawn, see: Any, size: int = 4) -> list[int]:
     """The classes that the evaluator mixes up most on real images, added one by one."""
-    _, test = real_sets(
-        drawn.data, resolution=drawn.config["data"]["resolution"], level=drawn.level
-    )
+    _, _, test = drawn.real
     images, labels = test.batch(torch.arange(min(len(test), 1000)))
     probability = see(to_uint8(images)).logits.softmax(1)
     count = len(drawn.class_names)
-    mixed = torch.stack([probability[labels == c].mean(0) for c in range(count)])
+    # Of a small folder the held-out images may lack a class.
+    mixed = torch.stack([probability[labels == c].mean(0).nan_to_num() for c in range(count)])
     mixed = (mixed + mixed.T).fill_diagonal_(0)
     chosen = list(divmod(int(mixed.argmax()), count))
     while len(chosen) < min(size, count):

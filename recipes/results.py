@@ -8,6 +8,7 @@ Nothing in that page is written by hand but the words around the numbers, which 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,25 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from recipes.lab.console import UserError, run_script
+from recipes.lab.console import UserError, one_line, printable, run_script
 from recipes.lab.evaluation.scores import metric_of
+from recipes.lab.files import require_writable, write_text
 from recipes.studies.comparison.cells import OK
 from recipes.studies.comparison.grid import CLAIMS, PRESETS, Claim, paper_rows
-from recipes.studies.comparison.report import PLACE, headlines, place_name, summarise
-from recipes.studies.comparison.verdicts import CONFIDENCE, Verdict, compare_variants
+from recipes.studies.comparison.report import (
+    PLACE,
+    chance_lines,
+    headlines,
+    place_name,
+    summarise,
+)
+from recipes.studies.comparison.tables import TEXTS, WHOLE, as_markdown, read_table
+from recipes.studies.comparison.verdicts import (
+    CONFIDENCE,
+    Verdict,
+    compare_variants,
+    winner_digits,
+)
 
 # Of the overview: every place has it, and its bias does not depend on the number of samples.
 OVERVIEW = "KID"
@@ -28,6 +42,7 @@ OVERVIEW = "KID"
 EXPERIMENT = [*PLACE, "steps", "batch_size", "samples"]
 SYMBOLS = {"better": "✓", "worse": "✗", "same": "~", "unknown": "·"}
 NOT_RECORDED = "not recorded"
+NEEDED = ["cell", "cfg", "macs", "seed", "state", "variant", *EXPERIMENT[:-1]]
 
 INTRODUCTION = """# Which of the paper's orderings hold here
 
@@ -66,8 +81,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folders", metavar="FOLDER", nargs="+", help="--out of compare.py")
     parser.add_argument("--out", default="docs/results.md", help="page to write")
     given = parser.parse_args(arguments)
-    Path(given.out).write_text(results_page([Path(folder) for folder in given.folders]))
-    print(given.out)
+    out = require_writable(Path(given.out))
+    write_text(out, results_page([Path(folder) for folder in given.folders]))
+    print(printable(given.out))
     return 0
 
 
@@ -94,7 +110,8 @@ def results_page(folders: Sequence[Path]) -> str:
         _not_done(everything),
         _origins(everything),
         _devices(done),
-        "```sh\n" + "\n".join(commands) + "\n```\n",
+        _chance(done),
+        _code(commands),
         "## Every ordering in every metric\n",
         *[_claim_section(claim, verdicts) for claim, verdicts in judged if verdicts],
         "## All numbers\n",
@@ -112,25 +129,42 @@ def _read(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
     frames, commands = [], []
     for folder in folders:
         try:
-            frames.append(pd.read_csv(folder / "cells.csv", dtype={"level": str}))
-            commands.append((folder / "command.txt").read_text().strip())
+            frames.append(_cells(folder / "cells.csv"))
+            command = (folder / "command.txt").read_bytes().decode("utf-8", "backslashreplace")
         except OSError as error:
             raise UserError(
-                f"{folder} holds no comparison ({error.strerror}: {error.filename}); make one "
-                f"with python recipes/compare.py --preset results --out {folder}"
+                f"{folder / 'command.txt'} cannot be read: {error.strerror}"
             ) from error
+        except UserError as error:
+            raise UserError(
+                f"{folder} holds no comparison ({error}); make one with "
+                f"python recipes/compare.py --preset results --out {folder}"
+            ) from error
+        commands.append(one_line(command.strip()))
     found = pd.concat(frames, ignore_index=True)
-    found["level"] = found.level.fillna("")
     for column in ("device", "torch", "evaluator", "samples"):
         if column not in found:  # written by an earlier version
             found[column] = None
-        found[column] = found[column].astype(object).where(found[column].notna(), NOT_RECORDED)
+        known = found[column].notna() & (found[column] != "")
+        found[column] = found[column].astype(object).where(known, NOT_RECORDED)
     # Two comparisons may share cells; one that is done speaks for its twin.
     found = found.sort_values("state", key=lambda state: state != OK, kind="stable")
     is_twin = found.duplicated(["cell", "cfg"]) | (
         (found.state != OK) & found.cell.isin(found.cell[found.state == OK])
     )
     return found[~is_twin].sort_index(), commands
+
+
+def _cells(file: Path) -> pd.DataFrame:
+    frame = read_table(file)
+    if missing := [name for name in NEEDED if name not in frame]:
+        raise UserError(f"table {str(file)!r} has no column {missing[0]!r}")
+    done = frame[frame.state == OK]
+    numbers = [name for name in NEEDED if name not in TEXTS]
+    for name in numbers:
+        if done[name].isna().any() or (name in WHOLE and frame[name].dtype != int):
+            raise UserError(f"table {str(file)!r} is damaged: column {name!r} lacks a number")
+    return frame
 
 
 def _experiments(done: pd.DataFrame, keys: Sequence[str] = ()) -> Iterator[tuple[Any, Any]]:
@@ -226,24 +260,21 @@ def _overviews(done: pd.DataFrame) -> Iterator[str]:
                     fields.setdefault(name, []).append(_field(verdict))
             if fields:
                 table[f"{_title(claim)} ({claim.source})"] = {
-                    name.replace(f", {protocol}", ""): "<br>".join(lines)
+                    name.replace(f", {protocol}", ""): "\n".join(lines)
                     for name, lines in fields.items()
                 }
         scales = [f"{cfg:g}" for cfg in rows.cfg.drop_duplicates()]
         guidances = f"The lines of a field are guidance {' and '.join(scales)}."
-        yield f"## Overview, protocol {protocol}\n"
+        yield f"## Overview, protocol {as_markdown(protocol)}\n"
         yield LEGEND.format(metric=metric, guidances=guidances)
         frame = pd.DataFrame.from_dict(table, orient="index")
         yield _markdown(frame.rename_axis("claim").reset_index()) + "\n"
 
 
 def _field(verdict: Verdict) -> str:
-    gain = f"{SYMBOLS[verdict.kind]} {_rounded(verdict.gain, 2):+g}"
-    return gain if verdict.kind == "unknown" else f"{gain} ± {_rounded(verdict.margin, 1):g}"
-
-
-def _rounded(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}g}")
+    if verdict.kind == "unknown":
+        return f"{SYMBOLS[verdict.kind]} {verdict.gain:+.2g}"
+    return f"{SYMBOLS[verdict.kind]} {verdict.gain_and_margin(2, 1)}"
 
 
 def _not_done(everything: pd.DataFrame) -> str:
@@ -252,7 +283,7 @@ def _not_done(everything: pd.DataFrame) -> str:
     if bad.empty:
         return ""
     counts = Counter(bad.state)
-    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    states = as_markdown(", ".join(f"{count} {state}" for state, count in counts.items()))
     return f"**{len(bad)} of {len(cells)} cells have no number: {states}.**\n"
 
 
@@ -281,10 +312,26 @@ def _origins(everything: pd.DataFrame) -> str:
     return f"{note}\n{_markdown(pd.DataFrame(rows))}\n"
 
 
+def _chance(done: pd.DataFrame) -> str:
+    """The runs whose numbers say nothing of their mechanism."""
+    lines = [
+        f"- {as_markdown(f'{name}, guidance {cfg:g}: {line}')}"
+        for (name, cfg), rows in _experiments(done, ["cfg"])
+        for line in chance_lines(rows)
+    ]
+    return "\n".join(["**Runs at chance:**\n", *lines, ""]) if lines else ""
+
+
+def _code(lines: Sequence[str]) -> str:
+    text = "\n".join(lines)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}\n"
+
+
 def _devices(done: pd.DataFrame) -> str:
     """A warning where numbers that are compared come from different devices."""
     mixed = [
-        f"{name} ({_counted(rows.drop_duplicates('cell').device)})"
+        as_markdown(f"{name} ({_counted(rows.drop_duplicates('cell').device)})")
         for (name,), rows in _experiments(done)
         if rows.device.nunique() > 1
     ]
@@ -327,10 +374,14 @@ def _tables(done: pd.DataFrame) -> Iterator[str]:
     wanted = headlines(done)
     for (name, cfg), rows in _experiments(done, ["cfg"]):
         summary = summarise(rows)
-        group = summary[summary.metric.isin(wanted)].assign(
-            shown=lambda g: [
-                f"{mean:.3g} ± {std:.2g}" if std == std else f"{mean:.3g}"
-                for mean, std in zip(g["mean"], g["std"], strict=True)
+        group = summary[summary.metric.isin(wanted)]
+        digits = winner_digits(group, 3)
+        group = group.assign(
+            shown=[
+                f"{mean:.{digits[metric]}g}" + (f" ± {std:.2g}" if std == std else "")
+                for metric, mean, std in zip(
+                    group.metric, group["mean"], group["std"], strict=True
+                )
             ]
         )
         wide = group.pivot(index="variant", columns="metric", values="shown")
@@ -338,7 +389,7 @@ def _tables(done: pd.DataFrame) -> Iterator[str]:
         by_variant = rows.groupby("variant", sort=False)
         wide.insert(0, "seeds", by_variant.seed.nunique())
         wide.insert(1, "MMACs", (by_variant.macs.mean() / 1e6).map("{:.3g}".format))
-        yield _folded(f"{name}, guidance {cfg:g}", _markdown(wide.reset_index()))
+        yield _folded(as_markdown(f"{name}, guidance {cfg:g}"), _markdown(wide.reset_index()))
 
 
 def _folded(summary: str, table: str) -> str:
@@ -347,7 +398,7 @@ def _folded(summary: str, table: str) -> str:
 
 def _markdown(frame: pd.DataFrame) -> str:
     def line(cells: Sequence[object]) -> str:
-        shown = ("" if cell != cell or cell is None else str(cell) for cell in cells)
+        shown = ("" if cell != cell or cell is None else as_markdown(cell) for cell in cells)
         return f"| {' | '.join(shown)} |"
 
     rule = "|" + "---|" * len(frame.columns)

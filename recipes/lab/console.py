@@ -76,6 +76,12 @@ def printable(text: str) -> str:
     )  # fmt: skip
 
 
+def one_line(text: str) -> str:
+    """``printable`` without line breaks and tabs; names whose bytes the locale hid are shown."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
     """tqdm's bar: ``TQDM_DISABLE=1`` turns it off, and a log gets a line each half minute.
 

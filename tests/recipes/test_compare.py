@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+from attnzoo.errors import UsageError
 from recipes import compare as compare_module
 from recipes import results
 from recipes.lab.console import UserError
@@ -28,12 +30,21 @@ from recipes.studies.comparison.grid import (
     paper_rows,
     parse_data,
     parse_variant,
+    parse_variants,
     plan_cells,
+    split_data,
 )
-from recipes.studies.comparison.report import summarise
-from recipes.studies.comparison.verdicts import NO_DIFFERENCE, compare_variants, summary_sentence
+from recipes.studies.comparison.report import chance_lines, summarise
+from recipes.studies.comparison.verdicts import (
+    NO_DIFFERENCE,
+    Verdict,
+    at_chance,
+    compare_variants,
+    summary_sentence,
+)
 from recipes.train import Settings
 
+SEED = ["--seeds", "1"]
 TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8", "--samples", "12",
         "--sampling-steps", "2", "--cfg", "1.0", "--patch-size", "4"]  # fmt: skip
 
@@ -93,22 +104,26 @@ class TestCells:
         sources = re.findall(r'src="([^"]{0,30})', page)
         assert len(sources) >= 4
         assert all(source.startswith("data:image/png;base64,") for source in sources)
-        assert "http" not in page and "<script" not in page
+        assert not re.search(r"https?://|<script", page)
 
     def test_what_is_done_is_not_done_again(self, compared, monkeypatch, capsys):
         _, _, arguments = compared
         started = []
-        monkeypatch.setattr(
-            cells_module, "_in_own_process",
-            lambda folder, *_: started.append(folder.name) or {"state": "error", "error": "no"},
-        )  # fmt: skip
+        failing = [sys.executable, "-c", "raise SystemExit(1)"]
+        own = subprocess.Popen
+
+        def popen(command, **options):
+            started.append(Path(command[3]).name)
+            return own(failing, **options)
+
+        monkeypatch.setattr(cells_module.subprocess, "Popen", popen)
         assert compare_module.main(arguments) == 1
         assert len(started) == 1 and started[0].startswith("digits-easy-native-crashing")
         assert "1 done, 1 to run" in capsys.readouterr().out
 
     def test_no_cell_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
-        monkeypatch.setattr(cells_module, "_in_own_process", None)
+        monkeypatch.setattr(cells_module, "_Process", None)
         assert compare_module.main([*arguments, "--time-budget", "0"]) == 1
 
     def test_a_cell_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
@@ -235,10 +250,25 @@ class TestThePlan:
             (["--attn", "sana", "--data", "digits@big"], "NAME@PIXELS"),
             (["--attn", "sana", "--import", "no_such_module"], "no_such_module"),
             (["--attn", "sana", "--protocol", "controlled,fair"], "unknown protocol 'fair'"),
+            (["--attn", ","], "names no mechanism"),
+            (["--attn", "sana:a=(1,2"], "does not close )"),
+            (["--attn", "sana:a=1)"], "closes a bracket that is not open"),
+            (["--attn", "sana:a=1:a=2"], "gives an option twice"),
+            (["--attn", "sana:a=1e999"], "cannot be saved"),
+            (["--attn", "sana:nonsense=1", "--data", "digits"], "no option 'nonsense'"),
+            (["--attn", "sana", "--import", "no/such.py"], "no/such.py"),
+            (["--attn", "sana", "--cfg", ""], "--cfg takes finite"),
+            (["--attn", "sana", "--cfg", "1,nan"], "--cfg takes finite"),
+            (["--attn", "sana", "--cfg", "1,1.0"], "names a guidance scale twice"),
+            (["--attn", "sana", "--resolutions", "-8"], "from 1 up"),
+            (["--attn", "sana", "--run-minutes", "nan"], "must be above 0"),
+            (["--attn", "sana", "--time-budget", "-1"], "must be at least 0"),
+            (["--attn", "sana", "--data", ","], "names no data"),
+            (["--attn", "sana", "--data", "no/such/folder"], "no/such/folder"),
         ],
     )
     def test_bad_input_is_one_clear_line(self, arguments, words, tmp_path):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises((UserError, UsageError)) as caught:
             compare_module.main([*arguments, "--dry-run", "--out", str(tmp_path)])
         assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -254,6 +284,48 @@ class TestThePlan:
         assert ladder.fid.tolist() == [28.00, 28.20, 27.87, 27.46, 26.20, 24.48]
         known = {variant.label for variant in PRESETS["results"].variants}
         assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= known
+
+    def test_options_may_hold_separators(self):
+        text = "a:w=(1,2):n={'k:l': [3,4]},b:t='x,y:z',dydila:conv=none"
+        labels = ["a:w=(1,2):n={'k:l': [3,4]}", "b:t='x,y:z'", "dydila:conv=none"]
+        variants = parse_variants(text)
+        assert [variant.label for variant in variants] == labels
+        assert variants[0].options == {"w": (1, 2), "n": {"k:l": [3, 4]}}
+        assert variants[1].options == {"t": "x,y:z"}
+
+    def test_data_may_hold_commas_and_has_one_spelling(self, tmp_path, monkeypatch):
+        assert split_data('shapes,"a,b",c (1)') == ["shapes", "a,b", "c (1)"]
+        assert parse_data("d5/") == parse_data("./d5") == parse_data("d5") == ("d5", "easy")
+        assert parse_data("./digits")[0] == "./digits" and parse_data("digits")[0] == "digits"
+        assert tiny_cell(data="d5").name == tiny_cell(data=parse_data("d5/")[0]).name
+        for name in ("d5@home/a", "d5@home/b"):
+            (tmp_path / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / name / "x.png")
+        monkeypatch.chdir(tmp_path)
+        arguments = ["--attn", "sana", "--data", "d5@home,d5@home/", "--resolutions", "16", *SEED]
+        assert compare_module.main([*arguments, "--dry-run"]) == 0
+
+    def test_fewer_images_than_classes_are_refused(self, tmp_path):
+        for number in range(11):
+            (tmp_path / "data" / str(number)).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / "data" / str(number) / "x.png")
+        arguments = ["--data", str(tmp_path / "data"), "--resolutions", "16", "--samples", "10"]
+        with pytest.raises(UserError, match="--samples 10 are fewer than the 11 classes"):
+            compare_module.main(["--attn", "sana", *arguments, "--out", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+    def test_runs_of_earlier_versions_are_found(self):
+        """The names that they had, whatever settings are added meanwhile."""
+        assert tiny_cell().name == "digits-easy-native-sana-seed-0-72f596df"
+        settings = Settings(
+            attn="dydila", attn_options={"conv": "none", "lambda_init": 0.1}, steps=3,
+            data="pics/d5", resolution=32, protocol="matched",
+        )  # fmt: skip
+        cell = Cell(
+            label="+focused kernel", settings=settings, cfgs=(1.0, 4.0), samples=500,
+            sampling_steps=20, imports=("zoo_of_mine",),
+        )  # fmt: skip
+        assert cell.name == "d5-easy-32-matched-focused-kernel-seed-0-6ca1988e"
 
     def test_data_and_variants_are_read(self):
         assert parse_data("shapes/long-range") == ("shapes", "long-range")
@@ -328,6 +400,42 @@ class TestWhatSeedsCanSay:
         assert "a has the best mean (2)" in text
         assert "better than c beyond the spread" in text
         assert f"{NO_DIFFERENCE} from b" in text
+
+    def test_equal_means_are_a_tie_though_their_sums_differ(self):
+        frame = table(a=[0.1, 0.2, 0.3], b=[0.0, 0.3, 0.3], c=[0.5, 0.6, 0.7])
+        assert len({np.mean([0.1, 0.2, 0.3]), np.mean([0.0, 0.3, 0.3])}) == 2
+        text = summary_sentence(frame, "FID[smallcnn]")
+        assert "a and b tie for the best mean (0.2)" in text and "has the best" not in text
+        both = summary_sentence(frame[frame.variant != "c"], "FID[smallcnn]")
+        assert both == "FID[smallcnn]: all variants tie (0.2)."
+
+    def test_a_winner_is_shown_with_the_digits_that_make_it_one(self):
+        frame = table(a=[0.12001, 0.12002], b=[0.120014, 0.120025])
+        text = summary_sentence(frame, "FID[smallcnn]")
+        assert "a has the best mean (0.120015, then 0.12002)" in text
+        found = Verdict(0.0404, 0.0396, 3)
+        assert found.kind == "better" and found.gain_and_margin(2, 1) == "+0.0404 ± 0.04"
+        assert Verdict(0.12, 0.034, 3).gain_and_margin(2, 1) == "+0.12 ± 0.03"
+        assert Verdict(0.0, 0.0, 3).gain_and_margin(2, 1) == "+0 ± 0"
+
+    def test_gains_that_agree_but_for_rounding_are_no_certainty(self):
+        frame = table(a=[0.12, 0.3, 0.5], b=[0.02, 0.2, 0.4])
+        assert compare_variants(frame, "a", "b", "IS[x]").kind == "unknown"
+        frame = table(a=[0.1 + 0.2, 0.3], b=[0.3, 0.1 + 0.2])
+        assert compare_variants(frame, "a", "b", "IS[x]").kind == "same"
+
+    def test_runs_at_chance_are_called_so(self):
+        def runs(share, first=1.0, last=0.5, classes=10, count=500):
+            row = {"class_accuracy[smallcnn]": share, "classes": classes, "count": count,
+                   "first_loss": first, "last_loss": last, "variant": "a"}  # fmt: skip
+            return pd.DataFrame([row, row])
+
+        assert "0.104, where guessing gives 0.1" in at_chance(runs(0.104))
+        assert at_chance(runs(0.3)) is None and at_chance(runs(1.0, classes=1)) is None
+        assert "0.2, where" in at_chance(runs(0.2, count=12)) and at_chance(runs(0.2)) is None
+        assert "training loss 1.01 after 1 at its start" in at_chance(runs(0.3, last=1.01))
+        assert at_chance(runs(0.3)[["variant"]]) is None
+        assert chance_lines(runs(0.1))[0].startswith("a is at chance (class_accuracy[smallcnn]")
 
     def test_means_and_spreads(self):
         frame = table(a=[1.0, 2.0, 3.0]).assign(

@@ -96,7 +96,7 @@ def test_confusable_classes_are_those_the_evaluator_mixes_up(drawn):
             logits[labels == 3, 5] = 18.0
             return Features(logits, logits, logits)
 
-    _, test = figures_module.real_sets("digits", resolution=8, level="easy")
+    _, _, test = drawn.real
     see = Sees8As3()
     see.labels = test.batch(torch.arange(len(test)))[1]
     assert set(_confusable_classes(drawn, see, size=3)) == {3, 5, 8}

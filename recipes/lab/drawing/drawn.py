@@ -1,29 +1,27 @@
-"""A run as the figures want it: its model, real images in noise, what its layers get; panels."""
+"""A run as the figures want it: its model, real images in noise, what its layers get."""
 
 from __future__ import annotations
 
 import contextlib
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from attnzoo.contract import Attention
 from backbones import DiT
+from recipes.lab.console import UserError
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.latents import EncodedDataset
 from recipes.lab.diffusion import generator_for
+from recipes.lab.drawing.canvas import plain
 from recipes.lab.drawing.palette import color_of
-from recipes.lab.evaluation.features import real_sets
+from recipes.lab.evaluation.real import RealImages, real_images
+from recipes.lab.sampling import RunSampler, run_config
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import RunSampler
 
 _NOISE_TIME = 300  # of 1000: objects are visible, the model still has work to do
 
@@ -35,22 +33,43 @@ class NotWithoutRun(Exception):
 class Drawn:
     """A run, with what several figures want of it."""
 
-    def __init__(self, run: Run, cfg: float, per_class: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        cfg: float,
+        per_class: int,
+        *,
+        vae: str | None = None,
+        real: str | None = None,
+        imports: Sequence[str] = (),
+    ) -> None:
         self.run, self.cfg, self.per_class = run, cfg, per_class
-        self.config = run.config()
-        self.draw = RunSampler(run, device="cpu")
+        self.config = run_config(run)
+        self.draw = RunSampler(run, device="cpu", vae=vae, imports=imports)
+        self.draw.check(cfg=cfg)
         self.model: DiT = self.draw.model.eval()
-        settings = self.config["settings"]
         self.attn = self.model.config.attn
-        self.data, self.level = settings["data"], settings["level"]
         self.class_names = self.config["data"]["class_names"]
-        self.options = settings["attn_options"]
+        self.options = self.config["settings"].get("attn_options") or {}
+        self._real = real
+
+    @cached_property
+    def real(self) -> tuple[RealImages, ImageDataset, ImageDataset]:
+        """Which real images the run is measured with, those to learn from, and the others.
+
+        Raises:
+            UserError: There are none.
+        """
+        found, reason = real_images(self.run, self.config, self._real)
+        if found is None:
+            raise UserError(f"{reason}: pass --real FOLDER with real images by class")
+        return found, *found.open()
 
     @property
     def label(self) -> str:
-        """Mechanism and options."""
+        """Mechanism and options, as a picture may show them."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.attn}{f' ({options})' if options else ''}"
+        return plain(f"{self.attn}{f' ({options})' if options else ''}")
 
     @property
     def color(self) -> str:
@@ -64,18 +83,26 @@ class Drawn:
         return [block.attention for block in self.model.blocks]
 
     def noisy_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Real images, the same in noise, and their labels: what a model works on."""
-        _, test = real_sets(
-            self.data, resolution=self.config["data"]["resolution"], level=self.level
+        """Real images, the same in noise as the model sees them, and their labels.
+
+        There are fewer where the data has fewer; a model of latents sees encoded images.
+        """
+        _, _, test = self.real
+        indices = torch.arange(min(count, len(test)))
+        images, labels = test.batch(indices)
+        # What a model of latents works on.
+        seen = (
+            images
+            if self.draw.vae is None
+            else EncodedDataset(test, self.draw.vae).batch(indices)[0]
         )
-        images, labels = test.batch(torch.arange(count))
-        noise = torch.randn(images.shape, generator=generator_for(0, 0))
+        noise = torch.randn(seen.shape, generator=generator_for(0, 0))
         diffusion = self.draw.diffusion
         if diffusion.prediction == "flow":
             share = _NOISE_TIME / 1000
-            return images, (1 - share) * images + share * noise, labels
-        times = torch.full((count,), _NOISE_TIME)
-        return images, diffusion.scheduler("ddpm", 50).add_noise(images, noise, times), labels
+            return images, (1 - share) * seen + share * noise, labels
+        times = torch.full((len(seen),), _NOISE_TIME)
+        return images, diffusion.scheduler("ddpm", 50).add_noise(seen, noise, times), labels
 
     @torch.no_grad()
     def inputs_of_layers(
@@ -119,16 +146,6 @@ def first_with(runs: Sequence[Drawn], needs: str, description: str) -> Drawn:
         if hasattr(drawn.layers[0], needs):
             return drawn
     raise NotWithoutRun(f"it needs {description}")
-
-
-def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure with axes (rows, columns), each of this size in inches."""
-    # Large letters against the width: the pictures are to be read at half their size.
-    with sns.plotting_context("notebook", font_scale=1.05), sns.axes_style("whitegrid"):
-        return plt.subplots(
-            rows, columns, figsize=(width * columns, height * rows), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
 
 
 def wrapped(text: str, width: int = 26) -> str:

@@ -1,6 +1,6 @@
-"""The project's one colour and one marker per mechanism, in every picture.
+"""The project's one color and one marker per mechanism, in every picture.
 
-The colours are Okabe and Ito's and Paul Tol's "muted", told apart with every kind of colour
+The colors are Okabe and Ito's and Paul Tol's "muted", told apart with every kind of color
 blindness; the markers say the same once more, for print in grey.
 """
 
@@ -75,4 +75,4 @@ def _mechanism(name: str) -> str:
 
 def _number(name: str) -> int:
     # Python's own hash of a string differs from process to process.
-    return hashlib.blake2b(name.encode(), digest_size=1).digest()[0]
+    return hashlib.blake2b(name.encode("utf-8", "backslashreplace"), digest_size=1).digest()[0]

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from recipes.lab.diffusion import to_uint8
+from recipes.lab.files import whole_file
 
 
 def image_grid(images: Tensor, columns: int, smallest: int = 64, gap: int = 2) -> Image.Image:
@@ -41,6 +42,10 @@ def image_grid(images: Tensor, columns: int, smallest: int = 64, gap: int = 2) -
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Writes ``image_grid`` as a PNG, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns).save(path)
+    """Writes ``image_grid``, making its folder; the kind of file follows the suffix.
+
+    Raises:
+        CannotWrite: The system refuses.
+    """
+    with whole_file(path) as temporary:
+        image_grid(images, columns).save(temporary)

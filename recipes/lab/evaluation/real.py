@@ -194,7 +194,7 @@ def _given(real: str, class_names: list[str], choice: Mapping[str, Any]) -> Real
     if is_latent_folder(real):
         raise UserError(f"--real {real!r} holds latents; give the folder of images")
     # Either all classes that the run's were drawn from, or just those.
-    if find_images(training_folder(folder))[0] == names:
+    if find_images(training_folder(folder)).classes == names:
         choice = {**choice, "class_count": None}
     # The whole path, because a known name such as digits would win over a folder.
     return RealImages(data=str(folder.resolve()), class_names=names, **choice)

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from attnzoo.counting import count_macs
-from recipes.lab.data.datasets import load_dataset
-from recipes.train import Settings, build_model
+from recipes.lab.training.build import build_model
+from recipes.train import Settings
 
 REPEATS = 5
 
 
-def cost_of(settings: Settings, repeats: int = REPEATS) -> dict[str, Any]:
+def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[str, Any]:
     """Cost of one image in the model that the settings describe.
 
     Args:
         settings: Of a run.
+        dataset: What it trains on, or what is known of it (``grid.DataFacts``).
         repeats: Measurements of which the median is taken, after one that is not.
 
     Returns:
@@ -28,9 +29,8 @@ def cost_of(settings: Settings, repeats: int = REPEATS) -> dict[str, Any]:
         the seconds per image "forward_seconds" and "training_seconds" at the run's batch size,
         on the device that would train it, whatever else that device is doing.
     """
-    dataset = load_dataset(settings.data, resolution=settings.resolution, level=settings.level)
     model = build_model(settings, dataset)
-    macs = count_macs(model, resolution=dataset.resolution)
+    macs = count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     batch = settings.batch_size

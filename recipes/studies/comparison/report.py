@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, one_line
+from recipes.lab.drawing.canvas import Figure, new_figure, plain, png, sns
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.evaluation.shards import Plan, read_shards, shard_folder
+from recipes.lab.files import write_text
 from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison.cells import OK, Cell, read_result
 from recipes.studies.comparison.grid import Variant, paper_rows
-from recipes.studies.comparison.verdicts import is_lower_better, summary_sentence
+from recipes.studies.comparison.tables import as_html, write_table
+from recipes.studies.comparison.verdicts import (
+    at_chance,
+    is_lower_better,
+    summary_sentence,
+    winner_digits,
+)
 
 # What the summary and the pictures show; everything else is in the tables.
 HEADLINES = ("FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement")
@@ -38,6 +40,8 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em a
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
 th{background:#f4f4f4}img{max-width:100%}.bad{color:#a50026}code{background:#f4f4f4}"""
+# Should a name ever escape its quotes, nothing of it runs or is fetched.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -52,6 +56,7 @@ def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFram
         result = read_result(out / "cells" / cell.name) or {"state": "not run", "error": None}
         settings = cell.settings
         measured = result.get("metrics") or {}
+        curve = result.get("curve") or []
         base = {
             "data": settings.data,
             "level": settings.level if settings.data == "shapes" else "",
@@ -72,6 +77,8 @@ def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFram
             "torch": measured.get("versions", {}).get("torch"),
             "evaluator": _evaluator(measured),
             **{name: result.get("cost", {}).get(name) for name in COSTS},
+            "classes": _classes(out, cell) if measured else None,
+            **_ends(curve),
         }
         found = measured.get("results") or {"": {}}
         for cfg, numbers in found.items():
@@ -81,10 +88,28 @@ def collect(out: Path, cells: Sequence[Cell]) -> tuple[pd.DataFrame, pd.DataFram
             floor = {f"floor {k}": v for k, v in measured["real_floor"].items()}
             for row in rows[-len(found) :]:
                 row.update({k: v for k, v in floor.items() if isinstance(v, float)})
-        for step, loss in result.get("curve", []):
+        for step, loss in curve:
             curves.append({**{k: base[k] for k in (*PLACE, "variant", "seed")},
                            "step": step, "loss": loss})  # fmt: skip
-    return pd.DataFrame(rows), pd.DataFrame(curves)
+    columns = [*PLACE, "variant", "seed", "step", "loss"]
+    return pd.DataFrame(rows), pd.DataFrame(curves, columns=columns)
+
+
+def _classes(out: Path, cell: Cell) -> int | None:
+    """How many classes a run's data has, or None where its configuration does not say."""
+    try:
+        return len(Run(out / "cells" / cell.name / "run").config()["data"]["class_names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _ends(curve: Sequence[tuple[int, float]]) -> dict[str, float | None]:
+    """The loss at the start, and the mean of the last tenth of the curve."""
+    losses = [loss for _, loss in curve]
+    if len(losses) < 2:
+        return {"first_loss": None, "last_loss": None}
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"first_loss": losses[0], "last_loss": math.fsum(last) / len(last)}
 
 
 def _evaluator(measured: Mapping[str, Any]) -> str | None:
@@ -107,15 +132,16 @@ def write_report(
     Returns:
         The state of every cell.
     """
-    (out / "command.txt").write_text(f"python recipes/{title}\n")
+    command = f"python recipes/{one_line(title)}"
+    write_text(out / "command.txt", f"{command}\n")
     frame, curves = collect(out, cells)
-    frame.to_csv(out / "cells.csv", index=False)
-    curves.to_csv(out / "curves.csv", index=False)
+    write_table(out / "cells.csv", frame)
+    write_table(out / "curves.csv", curves)
     done = frame[frame.state == OK]
     summary = summarise(done)
-    summary.to_csv(out / "summary.csv", index=False)
+    write_table(out / "summary.csv", summary)
     parts = [
-        f"<h1>Comparison</h1><p><code>{html.escape(f'python recipes/{title}')}</code></p>",
+        f"<h1>Comparison</h1><p><code>{as_html(command)}</code></p>",
         _states(frame),
     ]
     if len(done):
@@ -131,9 +157,11 @@ def write_report(
             "never values.</p>" + paper.to_html(index=False, na_rep="", float_format="%.4g")
         )
     body = "\n".join(parts)
-    (out / "report.html").write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>attnzoo comparison</title>"
-        f"<style>{STYLE}</style><body>{body}</body></html>\n"
+    write_text(
+        out / "report.html",
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv="
+        f'"Content-Security-Policy" content="{POLICY}"><title>attnzoo comparison</title>'
+        f"<style>{STYLE}</style><body>{body}</body></html>\n",
     )
     return dict(zip(frame.cell, frame.state, strict=True))
 
@@ -167,8 +195,8 @@ def _states(frame: pd.DataFrame) -> str:
     if not len(bad):
         return text
     lines = "".join(
-        f"<li class=bad>{html.escape(row.cell)}: <b>{html.escape(row.state)}</b>"
-        f"{': ' + html.escape(row.error) if isinstance(row.error, str) else ''}</li>"
+        f"<li class=bad>{as_html(row.cell)}: <b>{as_html(row.state)}</b>"
+        f"{': ' + as_html(row.error) if isinstance(row.error, str) else ''}</li>"
         for row in bad.itertuples()
     )
     return f"{text}<p>Without a number:</p><ul>{lines}</ul>"
@@ -177,8 +205,13 @@ def _states(frame: pd.DataFrame) -> str:
 def place_name(place: Sequence[Any]) -> str:
     """("shapes", "easy", 16, "matched") -> "shapes easy 16 px, matched"."""
     data, level, resolution, protocol = place
-    plain = f"{Path(str(data)).name}{' ' + level if level else ''} {resolution} px"
-    return plain if protocol == "controlled" else f"{plain}, {protocol}"
+    name = f"{data_name(data, level)} {resolution} px"
+    return name if protocol == "controlled" else f"{name}, {protocol}"
+
+
+def data_name(data: str, level: str) -> str:
+    """("a/shapes", "") -> "shapes"; ("shapes", "easy") -> "shapes easy"."""
+    return f"{Path(str(data)).name}{' ' + level if level else ''}"
 
 
 def _groups(done: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
@@ -188,11 +221,11 @@ def _groups(done: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, pd.DataF
 def _plain_words(done: pd.DataFrame) -> str:
     lines = []
     for (*place, cfg), group in _groups(done, [*PLACE, "cfg"]):
-        lines.append(f"<h3>{place_name(place)}, guidance {cfg:g}</h3><ul>")
+        lines.append(f"<h3>{as_html(place_name(place))}, guidance {cfg:g}</h3><ul>")
         lines += [
-            f"<li>{html.escape(summary_sentence(group, metric))}</li>"
-            for metric in headlines(group)
+            f"<li>{as_html(summary_sentence(group, metric))}</li>" for metric in headlines(group)
         ]
+        lines += [f"<li class=bad>{as_html(line)}</li>" for line in chance_lines(group)]
         lines.append("</ul>")
     seeds = done.seed.nunique()
     return (
@@ -203,13 +236,25 @@ def _plain_words(done: pd.DataFrame) -> str:
     )
 
 
+def chance_lines(group: pd.DataFrame) -> list[str]:
+    """A line for each variant whose runs are no better than guessing, or than their start."""
+    return [
+        f"{name} is at chance ({why}): its numbers say nothing of the mechanism."
+        for (name,), runs in _groups(group, ["variant"])
+        if (why := at_chance(runs))
+    ]
+
+
 def _numbers(done: pd.DataFrame, summary: pd.DataFrame) -> str:
     parts = []
     for (*place, cfg), group in _groups(summary, [*PLACE, "cfg"]):
+        digits = winner_digits(group, 4)
         group = group.assign(
             shown=[
-                f"{mean:.4g}" + (f" ± {std:.2g}" if std == std else "")
-                for mean, std in zip(group["mean"], group["std"], strict=True)
+                f"{mean:.{digits[metric]}g}" + (f" ± {std:.2g}" if std == std else "")
+                for metric, mean, std in zip(
+                    group.metric, group["mean"], group["std"], strict=True
+                )
             ]
         )
         wide = group.pivot(index="variant", columns="metric", values="shown")
@@ -226,7 +271,9 @@ def _numbers(done: pd.DataFrame, summary: pd.DataFrame) -> str:
             "" if f"floor {c}" not in floor else f"{floor[f'floor {c}']:.4g}" for c in wide.columns
         ]
         wide.columns.name = wide.index.name = None
-        parts.append(f"<h3>{place_name(place)}, guidance {cfg:g}</h3>{wide.to_html(na_rep='')}")
+        wide.index = wide.index.map(one_line)
+        title = f"{as_html(place_name(place))}, guidance {cfg:g}"
+        parts.append(f"<h3>{title}</h3>{wide.to_html(na_rep='')}")
     note = (
         "<p>Mean ± standard deviation over seeds; lower is better for FID, sFID, KID, sKID, "
         "higher for the rest. [judge] is the exact judge of the procedural shapes. The last row "
@@ -256,17 +303,15 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Fig
 
 def _style(labels: Sequence[str]) -> dict[str, Any]:
     return {
-        "palette": {label: color_of(label) for label in labels},
-        "markers": {label: marker_of(label) for label in labels},
+        "palette": {plain(label): color_of(label) for label in labels},
+        "markers": {plain(label): marker_of(label) for label in labels},
     }
 
 
 def _axes(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     with sns.axes_style("whitegrid"):
-        return plt.subplots(
-            rows, columns, figsize=(4.2 * columns + 1.8, 3.4 * rows), squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
+        figure = new_figure(4.2 * columns + 1.8, 3.4 * rows)
+        return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _panels(
@@ -306,7 +351,7 @@ def _against_resolution(done: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     figure, axes, panels = _panels(groups, metrics)
     for axis, (data, level, protocol), group, metric in panels:
         sns.lineplot(
-            group, x="resolution", y=metric, hue="variant", style="variant", errorbar="sd",
+            _shown(group), x="resolution", y=metric, hue="variant", style="variant", errorbar="sd",
             err_style="bars", dashes=False, ax=axis, **_style(group.variant.unique()),
         )  # fmt: skip
         axis.set_xscale("log", base=2)
@@ -314,11 +359,16 @@ def _against_resolution(done: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         axis.set_xticks(ticks, [f"{t}" for t in ticks])
         axis.minorticks_off()
         axis.set(
-            title=f"{data} {level}, {protocol}, guidance {group.cfg.min():g}", xlabel="pixels"
+            title=f"{plain(data_name(data, level))}, {protocol}, guidance {group.cfg.min():g}",
+            xlabel="pixels",
         )
         axis.set_ylabel(_labelled(metric))
     _legend_outside(figure, axes)
     return figure
+
+
+def _shown(group: pd.DataFrame) -> pd.DataFrame:
+    return group.assign(variant=group.variant.map(plain))
 
 
 def _labelled(metric: str) -> str:
@@ -334,12 +384,13 @@ def _pareto(
         spread = group.groupby("variant", sort=False)[metric].std().fillna(0)
         for name, point in means.iterrows():
             axis.errorbar(
-                point[column] / scale, point[metric], yerr=spread[name], label=name,
-                color=color_of(str(name)), marker=marker_of(str(name)), ls="none", capsize=2,
+                point[column] / scale, point[metric], yerr=spread[name],
+                label=plain(str(name)), color=color_of(str(name)), marker=marker_of(str(name)),
+                ls="none", capsize=2,
             )  # fmt: skip
         front = _front(means[column] / scale, means[metric], is_lower_better(metric))
         axis.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
-        axis.set(title=place_name(place), xlabel=label, ylabel=_labelled(metric))
+        axis.set(title=plain(place_name(place)), xlabel=label, ylabel=_labelled(metric))
     _legend_outside(figure, axes)
     return figure
 
@@ -360,31 +411,30 @@ def _learning_curves(curves: pd.DataFrame) -> Figure:
     figure, axes = _axes(1, len(places))
     for axis, (place, group) in zip(axes.flat, places, strict=True):
         sns.lineplot(
-            group, x="step", y="loss", hue="variant", errorbar=None, lw=1.2, ax=axis,
+            _shown(group), x="step", y="loss", hue="variant", errorbar=None, lw=1.2, ax=axis,
             palette=_style(group.variant.unique())["palette"],
         )  # fmt: skip
-        axis.set(title=place_name(place), yscale="log", ylabel="training loss, mean over seeds")
+        axis.set(
+            title=plain(place_name(place)), yscale="log", ylabel="training loss, mean over seeds"
+        )
     _legend_outside(figure, axes)
     return figure
 
 
 def _picture(name: str, figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    plt.close(figure)
-    return f"<h2>{html.escape(name)}</h2>{_image(buffer.getvalue(), name)}"
+    return f"<h2>{as_html(name)}</h2>{_image(png(figure, dpi=90), name)}"
 
 
-def _image(png: bytes, alternative: str) -> str:
-    text = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{text}">'
+def _image(content: bytes, alternative: str) -> str:
+    text = base64.b64encode(content).decode()
+    return f'<img alt="{as_html(alternative)}" src="data:image/png;base64,{text}">'
 
 
 def _sample_grids(out: Path, cells: Sequence[Cell], done: pd.DataFrame) -> Iterator[str]:
     """For every place and scale one image of each class per variant, from the same noise."""
     by_name = {cell.name: cell for cell in cells}
     for (*place, cfg), group in _groups(done, [*PLACE, "cfg"]):
-        yield f"<h3>{place_name(place)}, guidance {cfg:g}</h3><table>"
+        yield f"<h3>{as_html(place_name(place))}, guidance {cfg:g}</h3><table>"
         for row in group[group.seed == group.seed.min()].itertuples():
             cell = by_name[row.cell]
             run = Run(out / "cells" / cell.name / "run")
@@ -399,5 +449,5 @@ def _sample_grids(out: Path, cells: Sequence[Cell], done: pd.DataFrame) -> Itera
             buffer = io.BytesIO()
             image_grid(pixels, columns=len(classes)).save(buffer, format="png")
             picture = _image(buffer.getvalue(), f"samples of {row.variant}")
-            yield f"<tr><td>{html.escape(row.variant)}</td><td>{picture}</td></tr>"
+            yield f"<tr><td>{as_html(row.variant)}</td><td>{picture}</td></tr>"
         yield "</table>"

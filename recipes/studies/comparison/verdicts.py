@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -13,6 +16,8 @@ from recipes.lab.evaluation.scores import LOWER_IS_BETTER, metric_of
 
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference beyond the spread"
+# What sums of rounded shares differ by, relative to their size, though they are equal.
+ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,20 @@ class Verdict:
         if self.kind == "unknown":
             return f"no spread to judge by ({self.seeds} seeds), so nothing can be said"
         plain = {"better": "better", "worse": "worse", "same": NO_DIFFERENCE}[self.kind]
-        return f"{plain} ({self.gain:+.3g} ± {self.margin:.2g}, {self.seeds} seeds)"
+        return f"{plain} ({self.gain_and_margin(3, 2)}, {self.seeds} seeds)"
+
+    def gain_and_margin(self, digits: int, margin_digits: int) -> str:
+        """ "+0.12 ± 0.08", with more digits where the two would look equal and are not."""
+        more = 0
+        while more < 14:
+            gain = float(f"{self.gain:.{digits + more}g}")
+            margin = float(f"{self.margin:.{margin_digits + more}g}")
+            if abs(self.gain) == self.margin or (
+                (abs(gain) > margin) == (abs(self.gain) > self.margin) and abs(gain) != margin
+            ):
+                break
+            more += 1
+        return f"{gain:+.15g} ± {margin:.15g}"
 
 
 def is_lower_better(metric: str) -> bool:
@@ -74,10 +92,74 @@ def compare_variants(cells: pd.DataFrame, first: str, second: str, metric: str) 
     gains = (wide[first] - wide[second]).dropna()
     if is_lower_better(metric):
         gains = -gains
-    if len(gains) < 2:
-        return Verdict(float(gains.mean()) if len(gains) else math.nan, math.inf, len(gains))
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1)
-    return Verdict(float(gains.mean()), float(quantile * gains.sem()), len(gains))
+    both = wide.loc[gains.index, [first, second]].to_numpy()
+    gain, margin = float(gains.mean()) if len(gains) else math.nan, math.inf
+    if len(gains) > 1:
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1)
+        margin = float(quantile * gains.sem())
+        noise = ROUNDING * float(np.abs(both).max())
+        gain, margin = (0.0 if abs(value) <= noise else value for value in (gain, margin))
+    return Verdict(gain, margin, len(gains))
+
+
+def digits_apart(values: Iterable[float], digits: int = 4) -> int:
+    """How many significant digits tell apart the values that differ, at least ``digits``."""
+    ordered = sorted(value for value in values if math.isfinite(value))
+    for low, high in itertools.pairwise(ordered):
+        while (
+            digits < 17
+            and not _are_equal(low, high)
+            and f"{low:.{digits}g}" == (f"{high:.{digits}g}")
+        ):
+            digits += 1
+    return digits
+
+
+def winner_digits(summary: pd.DataFrame, digits: int) -> dict[str, int]:
+    """By metric, the digits with which the best mean does not look like the second best."""
+    found = {}
+    for metric, means in summary.groupby("metric")["mean"]:
+        ordered = means.sort_values(ascending=is_lower_better(str(metric)))
+        distinct = [mean for mean in ordered if not _are_equal(mean, ordered.iloc[0])]
+        found[str(metric)] = digits_apart([ordered.iloc[0], *distinct[:1]], digits)
+    return found
+
+
+def _are_equal(one: float, other: float) -> bool:
+    return abs(one - other) <= ROUNDING * max(abs(one), abs(other))
+
+
+def chance_of(row: pd.Series, metric: str) -> float | None:
+    """The share of right classes that guessing gives, or None where a metric has no such."""
+    classes = row.get("classes", math.nan)
+    if metric_of(metric) != "class_accuracy" or not classes > 1:
+        return None
+    return 1 / float(classes)
+
+
+def at_chance(runs: pd.DataFrame) -> str | None:
+    """How the runs of one variant show that it has learned nothing, or None if they do not.
+
+    Args:
+        runs: Rows of one variant, data set, resolution and guidance scale. Beside the metrics
+            "classes" and "count" (measured images) are used, and "first_loss" and "last_loss";
+            what is missing says nothing.
+    """
+    found = []
+    for metric in [c for c in runs.columns if metric_of(str(c)) == "class_accuracy"]:
+        share, chance = runs[metric].mean(), chance_of(runs.iloc[0], metric)
+        count = runs["count"].sum() if "count" in runs else math.nan
+        if chance is None or not count > 0 or share != share:
+            continue
+        # What guessing stays below in 39 of 40 trials.
+        if share * count <= stats.binom.ppf((1 + CONFIDENCE) / 2, int(count), chance):
+            found.append(f"{metric} {share:.3g}, where guessing gives {chance:.3g}")
+    if {"first_loss", "last_loss"} <= set(runs.columns):
+        first, last = runs.first_loss.mean(), runs.last_loss.mean()
+        if last >= first:
+            digits = digits_apart([last, first], 3)
+            found.append(f"training loss {last:.{digits}g} after {first:.{digits}g} at its start")
+    return "; ".join(found) or None
 
 
 def summary_sentence(cells: pd.DataFrame, metric: str) -> str:
@@ -85,19 +167,35 @@ def summary_sentence(cells: pd.DataFrame, metric: str) -> str:
     means = cells.groupby("variant", sort=False)[metric].mean().dropna()
     if len(means) < 2:
         return f"{metric}: fewer than two variants have a number."
-    if means.nunique() == 1:
-        return f"{metric}: all variants have {means.iloc[0]:.4g}."
-    means = means.sort_values(ascending=is_lower_better(metric))
-    best = str(means.index[0])
+    means = means.sort_values(ascending=is_lower_better(metric), kind="stable")
+    first = [str(name) for name, mean in means.items() if _are_equal(mean, means.iloc[0])]
+    rest = [str(name) for name in means.index[len(first) :]]
+    best = means.iloc[0]
+    if not rest:
+        return f"{metric}: all variants tie ({best:.4g})."
+    second = means.iloc[len(first)]
+    digits = digits_apart([best, second])
+    shown = f"{best:.{digits}g}" + (f", then {second:.{digits}g}" if digits > 4 else "")
     by_kind: dict[str, list[str]] = {}
-    for other in means.index[1:]:
-        kind = compare_variants(cells, best, str(other), metric).kind
-        by_kind.setdefault(kind, []).append(str(other))
-    parts = [f"{metric}: {best} has the best mean ({means.iloc[0]:.4g})"]
+    for other in rest:
+        # Of those that share the best mean, the one that is least sure speaks.
+        kinds = {compare_variants(cells, one, other, metric).kind for one in first}
+        kind = next(kind for kind in ("unknown", "same", "worse", "better") if kind in kinds)
+        by_kind.setdefault(kind, []).append(other)
+    if len(first) > 1:
+        parts = [f"{metric}: {_listed(first)} tie for the best mean ({shown})"]
+    else:
+        parts = [f"{metric}: {first[0]} has the best mean ({shown})"]
     if beaten := by_kind.get("better"):
         parts.append(f"better than {', '.join(beaten)} beyond the spread over seeds")
     if tied := by_kind.get("same"):
         parts.append(f"{NO_DIFFERENCE} from {', '.join(tied)}")
+    if worse := by_kind.get("worse"):  # the seeds of the two are not the same
+        parts.append(f"worse than {', '.join(worse)} in the seeds that both have")
     if unknown := by_kind.get("unknown"):
         parts.append(f"too few seeds, or no spread between them, to judge {', '.join(unknown)}")
     return "; ".join(parts) + "."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

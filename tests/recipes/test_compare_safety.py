@@ -1,0 +1,503 @@
+"""Comparisons in the hands of others: hostile names, damaged files, hangs, odd environments."""
+
+import contextlib
+import csv
+import errno
+import html.parser
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from recipes import compare as compare_module
+from recipes import demo as demo_module
+from recipes import results
+from recipes.lab import files
+from recipes.lab.console import UserError
+from recipes.lab.drawing.canvas import new_figure, plain, png
+from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.files import CannotWrite, locked
+from recipes.lab.training.checkpoint import Run
+from recipes.studies.comparison import cells as cells_module
+from recipes.studies.comparison.cells import OK, Cell, read_result, run_locally
+from recipes.studies.comparison.grid import parse_variant, plan_cells
+from recipes.studies.comparison.report import write_report
+from recipes.studies.comparison.tables import as_markdown, read_table, write_table
+from recipes.train import Settings
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def case(label="sana", imports=(), **settings):
+    settings = {"attn": "sana", "steps": 3, "batch_size": 8, "sample_every": 3} | settings
+    return Cell(
+        label=label, settings=Settings(**settings), cfgs=(1.0,), samples=12, sampling_steps=2,
+        imports=imports,
+    )  # fmt: skip
+
+
+def finished(out, cell, fid=1.5, accuracy=0.5, curve=((1, 1.0), (2, 0.5))):
+    """Leaves what a run that is done leaves, without one."""
+    folder = cell.prepare(out)
+    numbers = {"FID[smallcnn]": fid, "class_accuracy[smallcnn]": accuracy, "count": 12}
+    result = {
+        "state": OK,
+        "error": None,
+        "cost": {"macs": 10**6, "forward_seconds": 1e-3, "training_seconds": 1e-3},
+        "metrics": {
+            "results": {"1": numbers}, "real_floor": {"FID[smallcnn]": 0.1}, "resolution": 8,
+            "device": "cpu", "versions": {"torch": "2.10"},
+            "evaluator": {"name": "smallcnn", "sha256": "0" * 64},
+        },
+        "curve": [list(point) for point in curve],
+        "wall_seconds": 1.0,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "run").mkdir()
+    config = {"data": {"class_names": [str(i) for i in range(10)]}}
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    return result
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag and attribute of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("hostile")
+    labels = [f'{HOSTILE}"{HOSTILE}', "=1+1", "@x", "$\\bad$", "_hidden", "a\x1b[31m|b\n# c"]
+    plan = [case(label, data=HOSTILE, seed=seed) for label in labels for seed in (0, 1)]
+    for number, cell in enumerate(plan):
+        finished(out, cell, fid=1 + number / 7)
+    failed = case("-2+3", data=HOSTILE, steps=9)
+    folder = failed.prepare(out)
+    (folder / "result.json").write_text(
+        json.dumps({"state": "error", "error": f"=cmd {HOSTILE}\x1b]0;x\x07"})
+    )
+    plan.append(failed)
+    title = f"compare.py --data '{HOSTILE}' ```\n# x"
+    write_report(out, plan, [parse_variant("sana")], title=title)
+    return out, labels
+
+
+class TestNamesAreText:
+    def test_the_report_is_inert(self, report):
+        out, _ = report
+        text = (out / "report.html").read_text(encoding="utf-8")
+        page = Page(text)
+        assert "onerror=alert(1)" in page.text and "\x1b" not in text and "\x07" not in text
+        assert not any(name.startswith("on") for _, name, _ in page.attributes)
+        assert set(page.tags) <= {
+            "html", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "code", "ul", "li",
+            "b", "table", "thead", "tbody", "tr", "th", "td", "img",
+        }  # fmt: skip
+        sources = [value for tag, name, value in page.attributes if name == "src"]
+        assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+        assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
+
+    def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers(self, report):
+        out, labels = report
+        with (out / "cells.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            for name, value in row.items():
+                with contextlib.suppress(ValueError):
+                    float(value)
+                    continue
+                assert not value.startswith(tuple("=+-@\t\r\n")), (name, value)
+                assert "\x1b" not in value
+        assert {row["variant"] for row in rows} > {"'=1+1", "'@x", "'-2+3"}
+        frame = read_table(out / "cells.csv")
+        shown = [label.replace("\x1b", "\\x1b").replace("\n", "\\n") for label in labels]
+        assert set(frame.variant) == {*shown, "-2+3"}
+        assert frame["FID[smallcnn]"].dropna().tolist() == [1 + n / 7 for n in range(12)]
+
+    def test_the_page_of_results_is_inert(self, report):
+        out, _ = report
+        page = results.results_page([out])
+        assert "\x1b" not in page and "&lt;img" in page
+        outside = page[: page.index("````sh")] + page[page.rindex("````\n") :]
+        assert "<img" not in outside
+        # The command keeps to its block: a fence longer than any in it.
+        assert page.index("````sh") < page.index("```\\n# x") < page.rindex("````\n")
+        assert "\n# c" not in page and "\\|b" in page
+
+    def test_markdown_escapes(self):
+        assert as_markdown("a|b<c>`d`") == "a\\|b&lt;c&gt;\\`d\\`"
+        assert as_markdown("[x](javascript:y)") == "[x]\\(javascript:y)"
+        assert as_markdown("FID[smallcnn] class_accuracy +focused kernel") == (
+            "FID[smallcnn] class_accuracy +focused kernel"
+        )
+
+    def test_names_that_are_formulas_are_drawn_as_they_are(self):
+        figure = new_figure(2, 2)
+        axis = figure.subplots()
+        for name in ("$\\bad$", "_hidden", "a$b", "\udcc3\udca9", "\x1b[0m"):
+            axis.plot([0, 1], [0, 1], label=plain(name), color=color_of(name),
+                      marker=marker_of(name))  # fmt: skip
+        axis.set(title=plain("$\\frac$"), xlabel=plain("$x"))
+        axis.set_xticks([0, 1], [plain("$\\bad$"), plain("%")])
+        axis.legend()
+        assert png(figure, 50).startswith(b"\x89PNG")
+        assert len(axis.get_legend().get_texts()) == 5
+        with pytest.raises(ValueError, match="bad"):  # what plain() is for
+            axis.set_title("$\\bad$")
+            png(figure, 50)
+
+    def test_tables_read_back_what_was_written(self, tmp_path):
+        names = ["NA", "null", "", "'=x", "=x", "'", "1.50", "a,b", 'q"q', "+focused kernel"]
+        values = [0.1 + 0.2, 1 / 3, np.nan, 1e-300, 5.0, -0.0, 1e22, 2.5, -3.0, 7.0]
+        frame = pd.DataFrame({"variant": names, "seed": range(10), "KID[x]": values})
+        write_table(tmp_path / "t.csv", frame)
+        found = read_table(tmp_path / "t.csv")
+        assert found.variant.tolist() == names and found.seed.tolist() == list(range(10))
+        assert found["KID[x]"].equals(frame["KID[x]"])
+
+    def test_the_terminal_gets_no_control_codes(self, tmp_path, capsys, monkeypatch):
+        out = tmp_path / "a\x1b[31mb"
+        monkeypatch.setattr(compare_module, "_run", lambda *_: None)
+        arguments = ["--attn", "sana", "--data", "digits", "--seeds", "1", "--out", str(out)]
+        assert compare_module.main([*arguments, "--report-only"]) == 1
+        captured = capsys.readouterr()
+        assert "\x1b" not in captured.out + captured.err and "\\x1b[31m" in captured.out
+
+
+class TestDamagedFiles:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'{"state": 3}', b"[" * 100_000,
+            b'{"state": "ok"}',
+            b'{"state": "ok", "cost": {}, "metrics": {}, "curve": []}',
+            b'{"state": "ok", "cost": [], "metrics": {"results": {}, "real_floor": {}},'
+            b' "curve": []}',
+            b'{"state": "ok", "cost": {}, "metrics": {"results": {"a": {}}, "real_floor": {}},'
+            b' "curve": []}',
+            b'{"state": "ok", "cost": {}, "metrics": {"results": {"1": 3}, "real_floor": {}},'
+            b' "curve": []}',
+            b'{"state": "ok", "cost": {}, "metrics": {"results": {}, "real_floor": {}},'
+            b' "curve": [[1]]}',
+            b'{"state": "ok", "cost": {}, "metrics": {"results": {}, "real_floor": {}},'
+            b' "curve": [[1, null]]}',
+            b'{"state": "error", "error": ["x"]}',
+        ],
+    )  # fmt: skip
+    def test_a_damaged_result_is_named_and_run_again(self, tmp_path, capsys, content):
+        good, bad = case(), case(seed=1)
+        finished(tmp_path, good)
+        folder = bad.prepare(tmp_path)
+        (folder / "result.json").write_bytes(content)
+        assert read_result(folder) is None
+        assert str(folder / "result.json") in capsys.readouterr().err
+        states = write_report(tmp_path, [good, bad], [parse_variant("sana")], title="x")
+        assert states == {good.name: OK, bad.name: "not run"}
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("cells.csv", b""),
+            ("cells.csv", b"\xff\xff"),
+            ("cells.csv", b"a,b\n1\n"),
+            ("cells.csv", b"variant,seed\nx,y\n"),
+            ("cells.csv", b'a,"b\n'),
+            ("cells.csv", b"state,state\nok,ok\n"),
+            ("cells.csv", None),
+            ("command.txt", None),
+        ],
+    )
+    def test_a_damaged_table_is_one_line(self, tmp_path, name, content):
+        finished(tmp_path, case())
+        write_report(tmp_path, [case()], [parse_variant("sana")], title="x")
+        assert "digits" in results.results_page([tmp_path])
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name) as caught:
+            results.results_page([tmp_path])
+        assert "\n" not in str(caught.value)
+
+    def test_a_column_without_its_number_is_one_line(self, tmp_path):
+        finished(tmp_path, case())
+        write_report(tmp_path, [case()], [parse_variant("sana")], title="x")
+        frame = read_table(tmp_path / "cells.csv").assign(seed=np.nan)
+        write_table(tmp_path / "cells.csv", frame)
+        with pytest.raises(UserError, match="'seed' lacks a number"):
+            results.results_page([tmp_path])
+
+    def test_a_damaged_case_is_an_error_of_its_own(self, tmp_path, capsys):
+        folder = case().prepare(tmp_path)
+        (folder / "cell.json").write_text("{")
+        result = cells_module.run_cell(folder)
+        assert result["state"] == "error" and "cell.json" in result["error"]
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_steps_without_a_loss_are_left_out(self, tmp_path):
+        run = Run(tmp_path)
+        entries = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5}]
+        for entry in entries:
+            run.append_log(entry)
+        assert cells_module._curve(run) == [(1, 1.0), (3, 0.5)]
+        steps, means, window = demo_module.smoothed(entries)
+        assert (steps, means, window) == ([3], [0.75], 2)
+        assert demo_module.smoothed(entries[1:2]) == ([], [], 1)
+
+    def test_a_link_is_not_written_through(self, tmp_path):
+        victim = tmp_path / "victim"
+        victim.write_text("mine")
+        folder = case().prepare(tmp_path / "out")
+        for name in ("output.txt", "result.json", "run"):
+            (folder / name).symlink_to(victim)
+            with pytest.raises(UserError, match=f"{name}' is a link"):
+                case().prepare(tmp_path / "out")
+            (folder / name).unlink()
+        assert victim.read_text() == "mine"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with modules that must not be taken for others."""
+    for name in ("pandas", "torch", "numpy", "json", "sitecustomize", "recipes"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})\n"
+        )
+    (tmp_path / "helper.py").write_text("value = 1\n")
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent(
+            """
+            import helper
+            import attnzoo
+
+            @attnzoo.register_attention("mine")
+            class Mine(attnzoo.Attention):
+                def forward(self, x, grid):
+                    raise RuntimeError(f"reached {helper.value}")
+            """
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+class TestProcesses:
+    def test_the_working_folder_stands_in_for_no_package(self, place, monkeypatch):
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(place), "."]))
+        folder = case("mine", imports=("mine",), attn="mine").prepare(place / "out")
+        seen = []
+        run_locally([folder], 1, lambda: True, lambda _, result: seen.append(result))
+        assert not (place / "executed").exists()
+        assert "reached 1" in seen[0]["error"]
+        output = (folder / "output.txt").read_text()
+        assert "RuntimeError: reached 1" in output and "mine.py" in output  # a bug: its traceback
+
+    def test_one_that_hangs_is_ended(self, place, monkeypatch):
+        (place / "stuck.py").write_text(
+            "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(999)\n"
+        )
+        monkeypatch.setattr(cells_module, "GRACE_SECONDS", 0.5)
+        folder = case(imports=("stuck",)).prepare(place / "out")
+        seen, started = [], time.monotonic()
+        run_locally([folder], 1, lambda: True, lambda _, r: seen.append(r), minutes=0.3)
+        assert time.monotonic() - started < 60
+        assert seen[0]["state"] == "timed out" and "--run-minutes 0.3" in seen[0]["error"]
+        assert read_result(folder) == seen[0]
+
+    def test_a_reader_that_goes_away_ends_nothing(self, place):
+        """Two runs at once, and both outputs closed: they end, and the report is written."""
+        out = place / "out"
+        read, write = os.pipe()
+        os.close(read)
+        command = [
+            sys.executable, str(ROOT / "recipes" / "compare.py"), "--attn", "mine",
+            "--import", "mine.py", "--data", "digits", "--seeds", "2", "--steps", "2", "--samples",
+            "12", "--jobs", "2", "--batch-size", "4", "--cfg", "1", "--out", str(out),
+        ]  # fmt: skip
+        process = subprocess.Popen(command, stdout=write, stderr=write)
+        os.close(write)
+        assert process.wait(timeout=180) in (1, 141)
+        states = read_table(out / "cells.csv").state.tolist()
+        assert states == ["error", "error"] and (out / "report.html").stat().st_size > 1000
+
+    def test_a_full_disk_stops_no_other(self, place, monkeypatch):
+        def full(*_, **__):
+            raise CannotWrite(Path("result.json"), OSError(errno.ENOSPC, "No space left"))
+
+        folder = case(imports=("no_such_module",)).prepare(place / "out")
+        monkeypatch.setattr(cells_module, "write_json", full)
+        monkeypatch.setattr(cells_module, "_START", "raise SystemExit(2)")
+        seen = []
+        run_locally([folder], 1, lambda: True, lambda _, result: seen.append(result))
+        assert seen[0]["state"] == "crashed"
+
+    def test_runs_end_when_the_report_of_one_fails(self, place):
+        (place / "sleeping.py").write_text("import time\ntime.sleep(999)\n")
+        folders = [
+            case(imports=("no_such_module",)).prepare(place / "out"),
+            case(imports=("sleeping",)).prepare(place / "out"),
+        ]
+
+        def report(*_):
+            raise BrokenPipeError
+
+        started = time.monotonic()
+        with pytest.raises(BrokenPipeError):
+            run_locally(folders, 2, lambda: True, report)
+        assert time.monotonic() - started < 50
+
+
+class TestTheEnvironment:
+    @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+    def test_a_backend_of_a_notebook_is_not_looked_at(self, backend):
+        modules = "recipes.compare, recipes.figures, recipes.results, recipes.demo"
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {modules}"], env=os.environ | {"MPLBACKEND": backend},
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def test_a_locale_without_utf8_writes_the_same(self, tmp_path):
+        data = tmp_path / "pics-é-ж"
+        for name in ("ä", "ö"):
+            (data / name).mkdir(parents=True)
+            Image.fromarray(np.full((16, 16, 3), 9, np.uint8)).save(data / name / "1.png")
+        out = tmp_path / "out"
+        arguments = [
+            "--attn", "sana,softmax", "--data", str(data), "--resolutions", "16", "--seeds", "1",
+            "--steps", "2", "--samples", "12", "--cfg", "1", "--report-only", "--out", str(out),
+        ]  # fmt: skip
+        plan = plan_cells(
+            [parse_variant("sana"), parse_variant("softmax")], [(str(data), 16)], seeds=1,
+            protocols=["controlled"], size="tiny", patch_size=4, steps=2, batch_size=64,
+            cfgs=[1.0], samples=12, sampling_steps=20,
+        )  # fmt: skip
+        for cell in plan:
+            finished(out, cell)
+        (out / "report.html").write_text("old")
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "recipes" / "compare.py"), *arguments],
+            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "pics-é-ж" in page and "2 of 2 cells are done" in page
+        assert str(data) in (out / "command.txt").read_text(encoding="utf-8")
+        assert "pics-é-ж" in read_table(out / "cells.csv").data[0]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "recipes" / "results.py"), str(out), "--out",
+             str(tmp_path / "page-é.md")],
+            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "pics-é-ж" in (tmp_path / "page-é.md").read_text(encoding="utf-8")
+
+
+class TestWritersOfOneFolder:
+    ARGUMENTS = ("--attn", "sana", "--data", "digits", "--seeds", "1", "--out")
+
+    def test_a_second_one_is_refused_in_one_line(self, tmp_path):
+        with (
+            locked(tmp_path / ".lock"),
+            pytest.raises(UserError, match=r"is being written to by process \d+"),
+        ):
+            compare_module.main([*self.ARGUMENTS, str(tmp_path)])
+
+    def test_a_report_may_be_written_meanwhile(self, tmp_path):
+        with locked(tmp_path / ".lock"):
+            assert compare_module.main([*self.ARGUMENTS, str(tmp_path), "--report-only"]) == 1
+        assert (tmp_path / "report.html").exists()
+
+    def test_a_full_disk_leaves_the_old_report(self, tmp_path, monkeypatch):
+        (tmp_path / "report.html").write_text("old")
+        own = os.replace
+
+        def replace(source, target):
+            if Path(target).name == "report.html":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            own(source, target)
+
+        monkeypatch.setattr(files.os, "replace", replace)
+        with pytest.raises(CannotWrite, match=r"report\.html.*No space left"):
+            compare_module.main([*self.ARGUMENTS, str(tmp_path), "--report-only"])
+        assert (tmp_path / "report.html").read_text() == "old"
+        assert not list(tmp_path.glob(".tmp-*"))
+
+    def test_an_out_that_cannot_be_written_is_refused_first(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(compare_module, "_run", None)
+        for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/dev/full/x")):
+            with pytest.raises(CannotWrite):
+                compare_module.main([*self.ARGUMENTS, str(out)])
+        with pytest.raises(CannotWrite):
+            results.main([str(tmp_path), "--out", str(tmp_path / "file" / "page.md")])
+
+
+class TestTheDemo:
+    def test_a_longer_run_is_not_replaced(self, tmp_path, monkeypatch):
+        run = Run(tmp_path / "softmax")
+        settings = json.loads(json.dumps(cells_module._DEFAULTS)) | {"attn": "softmax"}
+        run.create({"settings": settings | {"steps": 9000}}, overwrite=False)
+        monkeypatch.setattr(demo_module, "train", None)
+        with pytest.raises(UserError, match=r"not replaced unasked.*--overwrite"):
+            demo_module.main(["--steps", "2", "--out", str(tmp_path)])
+        assert run.config()["settings"]["steps"] == 9000
+
+    def test_its_own_runs_go_on_and_others_are_replaced_if_asked(self, tmp_path, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            demo_module,
+            "train",
+            lambda settings, run, **how: seen.append((settings.attn, how)) or 0,
+        )
+        monkeypatch.setattr(demo_module, "_draw", lambda *_: None)
+        run = Run(tmp_path / "softmax")
+        settings = json.loads(json.dumps(cells_module._DEFAULTS)) | {"attn": "softmax"}
+        run.create({"settings": settings | {"steps": 2}}, overwrite=False)
+        demo_module.main(["--steps", "2", "--out", str(tmp_path)])
+        demo_module.main(["--steps", "3", "--overwrite", "--out", str(tmp_path)])
+        fresh = {"resume": False, "overwrite": False}
+        assert seen == [
+            ("dydila", fresh),
+            ("softmax", {"resume": True, "overwrite": False}),
+            ("dydila", fresh),
+            ("softmax", {"resume": False, "overwrite": True}),
+        ]
+
+
+def test_nothing_else_is_written_by_hand():
+    """Every file goes through recipes/lab/files.py."""
+    sources = [
+        *(
+            ROOT / "recipes" / name
+            for name in ("compare.py", "figures.py", "results.py", "demo.py")
+        ),
+        *(ROOT / "recipes" / "studies").rglob("*.py"),
+        *(ROOT / "recipes" / "lab" / "drawing").rglob("*.py"),
+    ]
+    for source in sources:
+        text = source.read_text()
+        for call in (".write_text(", ".write_bytes(", ".to_csv(path", "import matplotlib.pyplot"):
+            assert call not in text, (source, call)
