@@ -113,38 +113,57 @@ def test_every_nth_checkpoint_is_kept(tmp_path):
     assert [int(folder.name[-1]) for folder in run._checkpoint_folders()] == [4, 8, 9]
 
 
-def test_a_log_line_that_finds_no_room_waits(tmp_path, monkeypatch):
-    run = Run(tmp_path)
-    run.append_log({"step": 1})
-    real = Path.open
+@pytest.fixture
+def no_room(monkeypatch):
+    """Half of what is written to a log arrives, then the disk is full."""
+    real = os.open
 
-    def full(self, *args, **options):
-        file = real(self, *args, **options)
-
-        class Full:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *args):
-                file.close()
-
-            def write(self, data):
-                file.write(data[: len(data) // 2])
-                file.flush()
-                raise OSError(28, "No space left on device")
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Full()
+    def half(path, flags, *args, **options):
+        descriptor = real(path, flags, *args, **options)
+        if str(path).endswith("log.jsonl") and flags & os.O_APPEND:
+            os.write(descriptor, b'{"step"')
+            os.close(descriptor)
+            descriptor = real("/dev/full", os.O_WRONLY | os.O_APPEND)
+        return descriptor
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
-        with pytest.raises(OSError):
-            run.append_log({"step": 2})
+        patch.setattr(os, "ftruncate", lambda descriptor, size: os.truncate(log[0], log[1]))
+        log: list = [None, None]
+
+        def begin(run):
+            log[:] = [run.log_file, run.log_file.stat().st_size]
+            patch.setattr(os, "open", half)
+            return patch.undo
+
+        yield begin
+
+
+def test_a_log_line_that_finds_no_room_waits(tmp_path, no_room):
+    run = Run(tmp_path)
+    run.append_log({"step": 1})
+    undo = no_room(run)
+    with pytest.raises(OSError):
+        run.append_log({"step": 2})
     assert [entry["step"] for entry in run.read_log()] == [1]
+    undo()
     run.append_log({"step": 3})
     assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
+
+
+def test_lines_that_never_found_room_are_kept_beside_and_put_back(tmp_path, no_room):
+    run = Run(tmp_path)
+    run.append_log({"step": 1})
+    undo = no_room(run)
+    with pytest.raises(OSError):
+        run.append_log({"step": 2})
+    assert "last 1 lines" in run.keep_waiting_log() and str(run.held_file) in (
+        run.keep_waiting_log()
+    )
+    undo()
+    again = Run(tmp_path)
+    again.cut_log(2)
+    assert [entry["step"] for entry in again.read_log()] == [1, 2]
+    assert not again.held_file.exists()
 
 
 def tmpfs(folder, size):
@@ -240,7 +259,7 @@ def test_status_tells_running_crashed_and_done(copy, capsys):
     with claimed(copy):
         assert "running" in describe(copy) and "crashed" not in describe(copy)
     copy.status_file.write_text("{")
-    with pytest.raises(UserError, match=r"no readable status\.json"):
+    with pytest.raises(UserError, match=r"status .*status\.json' is damaged"):
         train_module.main(["--status", str(copy.folder)])
 
 

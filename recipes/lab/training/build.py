@@ -7,6 +7,7 @@ from typing import Any
 
 from backbones import DiT, build_backbone
 from recipes.lab.data.datasets import ImageDataset, load_dataset
+from recipes.lab.data.errors import DataError
 from recipes.lab.data.latents import (
     DEFAULT_RESOLUTION,
     CachedDataset,
@@ -26,12 +27,12 @@ def load_training_data(settings: Settings, vae: Any = None) -> ImageDataset:
     if is_latent_folder(settings.data):
         dataset = CachedDataset(Path(settings.data).expanduser())
         if settings.resolution not in (None, dataset.image_resolution):
-            raise ValueError(
+            raise DataError(
                 f"the latents in {settings.data} are of resolution {dataset.image_resolution}, "
                 f"not {settings.resolution}; encode them anew, or drop --resolution"
             )
         if settings.class_count not in (None, dataset.num_classes):
-            raise ValueError(
+            raise DataError(
                 f"the latents in {settings.data} have {dataset.num_classes} classes; choose "
                 f"classes when encoding, with recipes/encode.py --class-count"
             )
