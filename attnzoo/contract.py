@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -12,6 +13,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from attnzoo.errors import InvalidType, InvalidValue
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -31,7 +34,8 @@ class AttentionContext:
         depth: Number of blocks in the network.
 
     Raises:
-        ValueError: A number is out of range.
+        InvalidType: A number is no integer.
+        InvalidValue: A number is out of range.
     """
 
     dim: int
@@ -40,16 +44,19 @@ class AttentionContext:
     depth: int = 1
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(AttentionContext)
+        for name, hint in hints.items():
+            check_option(name, getattr(self, name), hint)
         if self.dim < 1:
-            raise ValueError(f"dim must be at least 1, got {self.dim}")
+            raise InvalidValue(f"dim must be at least 1, got {self.dim}")
         if self.num_heads is not None and (self.num_heads < 1 or self.dim % self.num_heads):
             divisors = [h for h in range(1, min(self.dim, 64) + 1) if self.dim % h == 0]
-            raise ValueError(
+            raise InvalidValue(
                 f"num_heads={self.num_heads} does not divide dim={self.dim}; "
                 f"choose one of {divisors}"
             )
         if not 0 <= self.layer_index < self.depth:
-            raise ValueError(
+            raise InvalidValue(
                 f"layer_index={self.layer_index} must lie in [0, depth) with depth={self.depth}"
             )
 
@@ -59,40 +66,59 @@ class AttentionConfig:
     """Options of a mechanism: subclass it as a frozen dataclass, one field per option.
 
     Values are checked against the fields' annotations, so that ``Literal`` fields list their
-    valid values and suggest the nearest.
+    valid values and suggest the nearest. A list becomes a tuple, which a config file cannot hold.
 
     Raises:
-        TypeError: A value does not have the type of its field.
-        ValueError: A value is not among those its ``Literal`` lists.
+        InvalidType: A value does not have the type of its field.
+        InvalidValue: A value is not among those its ``Literal`` lists.
     """
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_option(field.name, getattr(self, field.name), hints[field.name])
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                value = as_tuples(value)
+                object.__setattr__(self, field.name, value)
+            check_option(field.name, value, hints[field.name])
 
     def at_least(self, minimum: float, *names: str) -> None:
-        """Raises ValueError for each named option below ``minimum``."""
+        """Raises InvalidValue for each named option below ``minimum``."""
         for name in names:
             if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+                raise InvalidValue(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
     @classmethod
     def from_options(cls, mechanism: str, options: Mapping[str, Any]) -> AttentionConfig:
-        """Builds the config; an option the mechanism does not have is a TypeError."""
+        """Builds the config; an option the mechanism does not have is an InvalidType."""
+        if not isinstance(options, Mapping):
+            raise InvalidType(f"options of {mechanism!r} must be a dict, got {options!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
-                raise TypeError(
+                raise InvalidType(
                     f"{mechanism!r} has no option {name!r}{nearest(name, known)} "
                     f"It takes: {', '.join(known) or 'none'}"
                 )
-        # A config file keeps a tuple as a list.
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-        return cls(**values)
+        return cls(**options)
 
 
-def _check_option(name: str, value: Any, hint: Any) -> None:
+def as_tuples(value: Any) -> Any:
+    """The same value with a tuple for every list, of which JSON makes no difference."""
+    if isinstance(value, Mapping):
+        return {key: as_tuples(item) for key, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def check_option(name: str, value: Any, hint: Any) -> None:
+    """Checks a value against an annotation.
+
+    Raises:
+        InvalidType: The value is of another type.
+        InvalidValue: It is not finite, or not among those that a ``Literal`` lists.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidValue(f"{name} must be finite, got {value}")
     alternatives = (
         typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -103,6 +129,9 @@ def _check_option(name: str, value: Any, hint: Any) -> None:
         if typing.get_origin(kind) is Literal:
             literals += typing.get_args(kind)
             continue
+        if typing.get_origin(kind) is tuple and isinstance(value, tuple):
+            _check_items(name, value, typing.get_args(kind))
+            return
         kind = typing.get_origin(kind) or kind
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if (kind is float and is_number) or (
@@ -114,11 +143,20 @@ def _check_option(name: str, value: Any, hint: Any) -> None:
     if value in literals:
         return
     if literals and isinstance(value, str):
-        raise ValueError(
+        raise InvalidValue(
             f"{name}={value!r} is not valid{nearest(value, literals)} Choose one of {literals}"
         )
     expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in alternatives)
-    raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    raise InvalidType(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _check_items(name: str, value: tuple[Any, ...], hints: tuple[Any, ...]) -> None:
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(value)
+    if len(value) != len(hints):
+        raise InvalidType(f"{name} must hold {len(hints)} values, got {value!r}")
+    for index, (item, hint) in enumerate(zip(value, hints, strict=True)):
+        check_option(f"{name}[{index}]", item, hint)
 
 
 class Attention(nn.Module, ABC):
@@ -137,12 +175,16 @@ class Attention(nn.Module, ABC):
         paper: Title and arXiv number, for the table of ``python -m attnzoo``.
         complexity: Growth of its core with the number of tokens n, likewise.
         auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
+            A mechanism sets it in ``forward``, always or in training only: what is no training
+            forward (eval mode, no gradients, the recomputation of a checkpointed backward)
+            leaves it as it is. A second forward replaces the first's; copies have none.
     """
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
+    _auxiliary_loss: Tensor | None = None
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__()
@@ -150,7 +192,19 @@ class Attention(nn.Module, ABC):
         self.config = config
         self.dim = context.dim
         self.num_heads = context.num_heads or self.default_num_heads(context.dim)
-        self.auxiliary_loss: Tensor | None = None
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        return self._auxiliary_loss
+
+    @auxiliary_loss.setter
+    def auxiliary_loss(self, loss: Tensor | None) -> None:
+        if loss is None or (self.training and torch.is_grad_enabled() and not _in_backward()):
+            self._auxiliary_loss = loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loss in the middle of a graph cannot be copied, and belongs to one step of one model.
+        return {k: v for k, v in vars(self).items() if k != "_auxiliary_loss"}
 
     @classmethod
     def default_num_heads(cls, dim: int) -> int:
@@ -169,7 +223,7 @@ class Attention(nn.Module, ABC):
             Tokens, (batch, height * width, dim).
 
         Raises:
-            ValueError: ``x`` does not hold height * width tokens of width dim.
+            InvalidValue: ``x`` does not hold height * width tokens of width dim.
         """
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
@@ -178,9 +232,9 @@ class Attention(nn.Module, ABC):
         Parts are named projections, core, routing or conv.
 
         Raises:
-            TypeError: The mechanism gives no closed form.
+            InvalidType: The mechanism gives no closed form.
         """
-        raise TypeError(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
+        raise InvalidType(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Every multiply-accumulate of one forward, per sample."""
@@ -194,9 +248,9 @@ class Attention(nn.Module, ABC):
             branches and projections are not part of it.
 
         Raises:
-            TypeError: The mechanism has no such map.
+            InvalidType: The mechanism has no such map.
         """
-        raise TypeError(f"{type(self).__name__} gives no attention_map")
+        raise InvalidType(f"{type(self).__name__} gives no attention_map")
 
     def after_block(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the mechanism does to the residual stream at the end of its block; nothing here.
@@ -221,15 +275,15 @@ class Attention(nn.Module, ABC):
         return {}
 
     def check_tokens(self, x: Tensor, grid: tuple[int, int]) -> None:
-        """Raises ValueError unless ``x`` is (batch, height * width, dim)."""
+        """Raises InvalidValue unless ``x`` is (batch, height * width, dim)."""
         height, width = grid
         if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(
+            raise InvalidValue(
                 f"expected tokens of shape (batch, height * width, {self.dim}), "
                 f"got {tuple(x.shape)}"
             )
         if height < 1 or width < 1 or height * width != x.shape[1]:
-            raise ValueError(
+            raise InvalidValue(
                 f"grid={height}x{width} does not hold the {x.shape[1]} tokens of x; "
                 f"pass the (height, width) of the token grid"
             )
@@ -238,6 +292,13 @@ class Attention(nn.Module, ABC):
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs this forward, to have again what a checkpoint did not store."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
 
 
 def heads_of_width(dim: int, head_dim: int) -> int:

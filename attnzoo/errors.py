@@ -16,5 +16,9 @@ class InvalidValue(UsageError, ValueError):
     """A value that is out of range, unknown, or does not fit the others."""
 
 
+class Unavailable(InvalidValue, RuntimeError):
+    """An implementation that cannot run here: a package, a device or a type is missing."""
+
+
 class InvalidType(UsageError, TypeError):
     """An option that does not exist, or a value of the wrong type."""

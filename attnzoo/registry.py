@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -16,7 +17,8 @@ from attnzoo.contract import Attention, AttentionContext, nearest
 from attnzoo.errors import InvalidType, InvalidValue
 
 _REGISTRY: dict[str, type[Attention]] = {}
-_SOURCES: dict[str, str] = {}  # of mechanisms that import_mechanisms brought
+_SOURCES: dict[str, str] = {}  # of mechanisms that came from outside
+ENTRY_POINTS = "attnzoo.mechanisms"
 Mechanism = TypeVar("Mechanism", bound=type[Attention])
 
 
@@ -24,9 +26,13 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
     """Class decorator that puts a mechanism into the zoo under ``name``.
 
     Raises:
-        ValueError: The name is taken.
-        TypeError: The class is not an ``Attention``.
+        InvalidType: The class is not an ``Attention``, or the name no string.
+        InvalidValue: The name is taken.
     """
+    if not isinstance(name, str) or not name:
+        raise InvalidType(
+            f"register_attention takes a name, as in @register_attention('mine'), got {name!r}"
+        )
 
     def register(cls: Mechanism) -> Mechanism:
         if name in _REGISTRY:
@@ -41,21 +47,73 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
 
 
 def list_attention() -> list[str]:
-    """Sorted names of all registered mechanisms."""
-    return sorted(_REGISTRY)
+    """Sorted names of all mechanisms: the registered ones and those of installed packages."""
+    return sorted({*_REGISTRY, *offered()})
+
+
+def offered() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """What installed packages offer in the group ``attnzoo.mechanisms``, by name, not loaded.
+
+    A registered mechanism comes before one of its name that a package offers.
+    """
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.name not in _REGISTRY and point not in found.get(point.name, []):
+            found.setdefault(point.name, []).append(point)
+    return dict(sorted(found.items()))
 
 
 def get_attention(name: str) -> type[Attention]:
-    """The class registered under ``name``; an unknown name is a ValueError that lists all."""
+    """The class of a mechanism; what an installed package offers is imported now.
+
+    A package offers one by an entry point of the group ``attnzoo.mechanisms``: the mechanism's
+    name, and the class or the module that registers it.
+
+    Raises:
+        InvalidType: The name is no string, or the package offers something else.
+        InvalidValue: The name is unknown, or several packages offer it. What goes wrong inside a
+            package is raised as is.
+    """
+    if not isinstance(name, str):
+        raise InvalidType(f"the name of an attention must be a string, got {name!r}")
     if name not in _REGISTRY:
-        raise InvalidValue(
-            f"unknown attention {name!r}{nearest(name, _REGISTRY)} "
-            f"Registered: {', '.join(list_attention())}"
-        )
+        points = offered().get(name)
+        if not points:
+            names = list_attention()
+            raise InvalidValue(
+                f"unknown attention {name!r}{nearest(name, names)} Registered: {', '.join(names)}"
+            )
+        _load(name, points)
     return _REGISTRY[name]
 
 
-def import_mechanisms(source: str) -> None:
+def _load(name: str, points: list[importlib.metadata.EntryPoint]) -> None:
+    values = " and ".join(point.value for point in points)
+    if len(points) > 1:
+        raise InvalidValue(f"attention {name!r} is offered by {values}; uninstall all but one")
+    with _all_or_nothing() as new:
+        found = points[0].load()
+        if name not in _REGISTRY and isinstance(found, type):
+            register_attention(name)(found)
+        if name not in _REGISTRY:
+            raise InvalidType(f"{values}, offered as attention {name!r}, registers no such one")
+    _SOURCES.update(dict.fromkeys(new, points[0].module))
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[list[str]]:
+    """Gives the names that were registered inside; if it fails, they are free again."""
+    before, new = set(_REGISTRY), []
+    try:
+        yield new
+    except BaseException:
+        for name in set(_REGISTRY) - before:  # else a second try finds the names taken
+            del _REGISTRY[name]
+        raise
+    new += set(_REGISTRY) - before
+
+
+def import_mechanisms(source: str | os.PathLike[str]) -> None:
     """Imports a Python file or a module for the mechanisms that it registers; once.
 
     Args:
@@ -63,16 +121,14 @@ def import_mechanisms(source: str) -> None:
             from here or from the working folder.
 
     Raises:
+        InvalidType: It is neither a string nor a path.
         InvalidValue: There is no such file or module. What goes wrong inside it is raised as is.
     """
-    before = set(_REGISTRY)
-    try:
-        source = _import(source)
-    except BaseException:
-        for name in set(_REGISTRY) - before:  # else a second try finds the names taken
-            del _REGISTRY[name]
-        raise
-    _SOURCES.update(dict.fromkeys(set(_REGISTRY) - before, source))
+    if not isinstance(source, str | os.PathLike):
+        raise InvalidType(f"a mechanism is imported from a file or a module, got {source!r}")
+    with _all_or_nothing() as new:
+        origin = _import(os.fspath(source))
+    _SOURCES.update(dict.fromkeys(new, origin))
 
 
 def _import(source: str) -> str:
@@ -85,7 +141,7 @@ def _import(source: str) -> str:
 
 
 def source_of(name: str) -> str | None:
-    """The file or module that ``import_mechanisms`` found a mechanism in; None for the zoo's."""
+    """The file or module that a mechanism was imported from; None for the zoo's own."""
     return _SOURCES.get(name)
 
 
@@ -108,6 +164,11 @@ def _import_file(source: str, path: Path) -> None:
 
 
 def _import_module(name: str) -> None:
+    if not all(name.split(".")):
+        raise InvalidValue(
+            f"{name!r} is no module to import a mechanism from; give a file such as mine.py, or "
+            f"a module's full name"
+        )
     with _on_path(Path.cwd()):
         try:
             importlib.import_module(name)
@@ -157,8 +218,8 @@ def build_attention(
         A module called as ``layer(x, grid)``: (b, h * w, dim) -> (b, h * w, dim).
 
     Raises:
-        ValueError: Unknown name, or a value that is out of range.
-        TypeError: Unknown option (the nearest is suggested), or a value of the wrong type.
+        InvalidValue: Unknown name, or a value that is out of range.
+        InvalidType: Unknown option (the nearest is suggested), or a value of the wrong type.
     """
     cls = get_attention(name)
     context = AttentionContext(dim=dim, num_heads=num_heads, layer_index=layer_index, depth=depth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from attnzoo.console import printing
 from backbones.presets import preset_table
 
 
@@ -19,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    printing(main)

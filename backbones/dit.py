@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,10 +19,12 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from attnzoo import build_attention
-from attnzoo.contract import Attention
+from attnzoo import InvalidType, InvalidValue, build_attention
+from attnzoo.contract import Attention, as_tuples, check_option, nearest
 from backbones.feedforward import build_feedforward
 
 
@@ -64,8 +69,8 @@ class DiT(ModelMixin, ConfigMixin):
         provenance: Where the numbers come from; kept in the saved config, not used.
 
     Raises:
-        ValueError: An argument is out of range or a name is unknown.
-        TypeError: The mechanism does not have one of the options.
+        InvalidValue: An argument is out of range or a name is unknown.
+        InvalidType: An argument has a wrong type, or the mechanism lacks one of the options.
     """
 
     # The parts that ``macs_parts`` knows, by the name of the module that computes them.
@@ -100,18 +105,28 @@ class DiT(ModelMixin, ConfigMixin):
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        hints = typing.get_type_hints(DiT.__init__)
+        for name, value in self.config.items():
+            if name in hints:
+                check_option(name, value, hints[name])
+        # A config file holds a tuple as a list, which would then differ from what was given.
+        self.register_to_config(
+            attn_options=as_tuples(attn_options), provenance=as_tuples(provenance)
+        )
         for name, value in (
+            ("dim", dim),
             ("depth", depth),
             ("patch_size", patch_size),
             ("in_channels", in_channels),
             ("num_classes", num_classes),
+            ("sample_size", sample_size),
         ):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InvalidValue(f"{name} must be at least 1, got {value}")
         if position not in ("sincos", "none"):
-            raise ValueError(f"position={position!r} is not valid; choose 'sincos' or 'none'")
+            raise InvalidValue(f"position={position!r} is not valid; choose 'sincos' or 'none'")
         if position == "sincos" and dim % 4:
-            raise ValueError(f"dim={dim} must be a multiple of 4 for 2-D sine-cosine positions")
+            raise InvalidValue(f"dim={dim} must be a multiple of 4 for 2-D sine-cosine positions")
         self.patch_embedding = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep_embedding = TimestepEmbedding(256, dim)
@@ -145,6 +160,20 @@ class DiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None
+    ) -> None:
+        """Stores no activations inside blocks; backward computes them again.
+
+        Statistics, auxiliary losses and whatever else a block's forward leaves in its modules
+        are those of one forward, as without.
+
+        Args:
+            gradient_checkpointing_func: Called as ``func(block, x, condition, grid)`` instead of
+                ``torch.utils.checkpoint``; what it leaves is its own affair.
+        """
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -164,7 +193,7 @@ class DiT(ModelMixin, ConfigMixin):
             ``.sample``: (b, in_channels or twice that, height, width).
 
         Raises:
-            ValueError: The size does not fit the patch, or a label or time is out of range.
+            InvalidValue: The size does not fit the patch, or a label or time is out of range.
         """
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
@@ -194,12 +223,12 @@ class DiT(ModelMixin, ConfigMixin):
         """(height, width) in tokens of an input of ``height`` x ``width``.
 
         Raises:
-            ValueError: The patch does not divide the input.
+            InvalidValue: The patch does not divide the input.
         """
         patch = self.config.patch_size
         if height < 1 or width < 1 or height % patch or width % patch:
             fits = [max(patch, round(side / patch) * patch) for side in (height, width)]
-            raise ValueError(
+            raise InvalidValue(
                 f"an input of {height}x{width} does not divide into patches of {patch}x{patch}; "
                 f"the nearest that does is {fits[0]}x{fits[1]}"
             )
@@ -220,7 +249,7 @@ class DiT(ModelMixin, ConfigMixin):
             For each block ("blocks.0", ...) and each module around them, its parts.
 
         Raises:
-            TypeError: The mechanism gives no closed form.
+            InvalidType: The mechanism gives no closed form.
         """
         n, dim = grid[0] * grid[1], self.class_embedding.embedding_dim
         embedding = self.timestep_embedding
@@ -246,11 +275,11 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _check_condition(self, x: Tensor, timestep: Tensor, labels: Tensor) -> None:
         if x.shape[1] != self.config.in_channels:
-            raise ValueError(
+            raise InvalidValue(
                 f"expected {self.config.in_channels} channels, got an input of {tuple(x.shape)}"
             )
         if labels.shape != x.shape[:1] or labels.is_floating_point():
-            raise ValueError(
+            raise InvalidValue(
                 f"class_labels must be {x.shape[0]} integers, got {tuple(labels.shape)} "
                 f"of {labels.dtype}"
             )
@@ -258,13 +287,13 @@ class DiT(ModelMixin, ConfigMixin):
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
             return
         if int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes:
-            raise ValueError(
+            raise InvalidValue(
                 f"class labels must lie in [0, {self.config.num_classes}] "
                 f"({self.config.num_classes} is the null class), "
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
         if timestep.device.type == "cpu" and not bool((timestep >= 0).all()):
-            raise ValueError(f"timesteps must be at least 0, got {timestep.tolist()}")
+            raise InvalidValue(f"timesteps must be at least 0, got {timestep.tolist()}")
 
     def fuse(self) -> DiT:
         """Folds training-only structure (re-parameterised convolutions) in place.
@@ -286,22 +315,62 @@ class DiT(ModelMixin, ConfigMixin):
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> DiT:
         """Loads a saved model; see diffusers' ``ModelMixin.from_pretrained``.
 
+        Args:
+            folder: A folder, or a repository of the hub.
+            **kwargs: What diffusers takes, all of which holds for the config too; and arguments of
+                the model that replace those of the config.
+
         Raises:
-            ValueError: The weights belong to another mechanism or do not fit.
+            InvalidType: An argument, or an entry of the config, that the model does not have.
+            InvalidValue: The config or the weights are missing or damaged (an OSError too), belong
+                to another mechanism, or do not fit.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        config_arguments = {k: kwargs[k] for k in ("subfolder", "local_files_only") if k in kwargs}
-        saved = cls.load_config(folder, **config_arguments)["attn"]
-        wanted = kwargs.get("attn", saved)
-        if wanted != saved:
-            raise ValueError(
-                f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
-                f"leave attn out to load what is there"
-            )
-        model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+        try:
+            # It ignores what concerns the weights only.
+            saved = cls._saved_attention(folder, cls.load_config(folder, **kwargs))
+            if (wanted := kwargs.get("attn", saved)) != saved:
+                raise InvalidValue(
+                    f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
+                    f"leave attn out to load what is there"
+                )
+            model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise CannotLoad(f"cannot load a DiT from {folder}: {reason}") from error
+        except (ValueError, RuntimeError) as error:
+            if any(said in str(error) for said in ("expected shape", "size mismatch")):
+                reason = " ".join(str(error).split())
+                raise InvalidValue(
+                    f"the weights in {folder} do not fit its config: {reason}"
+                ) from error
+            raise
         if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            raise ValueError(f"the weights in {folder} do not fit its config: {info}")
+            raise InvalidValue(f"the weights in {folder} do not fit its config: {info}")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _saved_attention(cls, folder: Any, config: Any) -> str:
+        if not isinstance(config, dict):
+            raise InvalidValue(f"the config in {folder} is no JSON object")
+        if not isinstance(config.get("attn"), str):
+            raise InvalidValue(
+                f"the config in {folder} names no attention, but attn={config.get('attn')!r}: "
+                f"it is of a {config.get('_class_name')}"
+            )
+        return config["attn"]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """See diffusers' ``ConfigMixin``; an entry that the model does not have is refused."""
+        known = [*inspect.signature(cls.__init__).parameters][1:]
+        for name in (*config_dict, *kwargs):
+            if name not in known and not name.startswith("_") and name not in _OF_DIFFUSERS:
+                raise InvalidType(
+                    f"{cls.__name__} has no option {name!r}{nearest(name, known)} "
+                    f"It takes: {', '.join(known)}"
+                )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -309,14 +378,62 @@ class DiT(ModelMixin, ConfigMixin):
             destination._metadata[prefix[:-1]]["attn"] = self.config.attn
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads weights; those of another mechanism raise ValueError even where shapes agree."""
+        """Loads weights; those of another mechanism raise InvalidValue even where shapes agree."""
         saved = getattr(state_dict, "_metadata", {}).get("", {}).get("attn", self.config.attn)
         if saved != self.config.attn:
-            raise ValueError(
+            raise InvalidValue(
                 f"these are the weights of attention {saved!r}, "
                 f"this model has attention {self.config.attn!r}"
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+class CannotLoad(InvalidValue, OSError):
+    """A saved model that is missing or damaged."""
+
+
+# What diffusers adds to a config, or hands on beside it.
+_OF_DIFFUSERS = ("quantization_config", "dtype", "torch_dtype")
+
+
+def _checkpoint(block: nn.Module, *args: Any) -> Any:
+    if torch.compiler.is_compiling():  # the compiler repeats products, not what a forward leaves
+        return checkpoint(block, *args, use_reentrant=False)
+
+    recomputation = _Recomputation(block)
+    return checkpoint(
+        block,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), recomputation),
+    )
+
+
+class _Recomputation:
+    """A block's forward once more: from the buffers it had, and leaving no trace in its modules.
+
+    A context that can be entered for every backward of a graph that is retained.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._modules = list(block.modules())
+        self._start = [
+            {name: None if z is None else z.detach().clone() for name, z in m._buffers.items()}
+            for m in self._modules
+        ]
+
+    def __enter__(self) -> None:
+        self._after = [(dict(vars(m)), dict(m._buffers)) for m in self._modules]
+        for module, start in zip(self._modules, self._start, strict=True):
+            for name, buffer in start.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+    def __exit__(self, *_: Any) -> None:
+        for module, (attributes, buffers) in zip(self._modules, self._after, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _sincos_positions(dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:

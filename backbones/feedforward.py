@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import nearest
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from attnzoo.layers.linear import xavier_linear
 
@@ -82,11 +83,13 @@ def build_feedforward(kind: str, dim: int, ratio: float) -> nn.Module:
         ratio: Hidden width over ``dim``; "swiglu" takes two thirds of it, as is its custom.
 
     Raises:
-        ValueError: Unknown kind.
+        InvalidValue: Unknown kind, or a ratio that leaves no hidden width.
     """
     if kind not in FEEDFORWARDS:
-        raise ValueError(
+        raise InvalidValue(
             f"unknown feedforward {kind!r}{nearest(kind, FEEDFORWARDS)} "
             f"Choose one of {', '.join(FEEDFORWARDS)}"
         )
+    if int(dim * ratio) < 1:
+        raise InvalidValue(f"feedforward_ratio={ratio} leaves no hidden width of dim={dim}")
     return FEEDFORWARDS[kind](dim, ratio)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from attnzoo import get_attention, list_attention
-from attnzoo.contract import nearest
+from attnzoo import InvalidType, InvalidValue, get_attention, list_attention
+from attnzoo.contract import Attention, check_option, nearest
 from attnzoo.counting import count_macs
 from backbones.dit import DiT
 
@@ -133,23 +133,33 @@ def build_backbone(
         A freshly initialised model. Its config records where the numbers came from.
 
     Raises:
-        ValueError: A name is unknown, or the resolution does not fit factor and patch.
-        TypeError: An override or option that does not exist.
+        InvalidValue: A name is unknown, or the resolution does not fit factor and patch.
+        InvalidType: An override or option that does not exist, or a value of a wrong type.
     """
+    for name, value, hint in (
+        ("attn", attn, str), ("size", size, str), ("protocol", protocol, str),
+        ("resolution", resolution, int), ("latent_factor", latent_factor, int),
+        ("patch_size", overrides.get("patch_size", 2), int),
+    ):  # fmt: skip
+        check_option(name, value, hint)
     row, size, patch = _find_row(attn, size)
     _one_of("size", size, SIZES)
     _one_of("protocol", protocol, PROTOCOLS)
     known = [name for name in inspect.signature(DiT.__init__).parameters if name != "self"]
     for name in overrides:
         if name not in known:
-            raise TypeError(
+            raise InvalidType(
                 f"build_backbone has no option {name!r}{nearest(name, known)} Options of the "
                 f"mechanism go into attn_options={{...}}"
             )
     patch = overrides.get("patch_size", patch)
-    if resolution < 1 or resolution % (latent_factor * patch):
-        unit = latent_factor * patch
-        raise ValueError(
+    unit = latent_factor * patch
+    if latent_factor < 1 or patch < 1:
+        raise InvalidValue(
+            f"latent_factor={latent_factor} and patch_size={patch} must be at least 1"
+        )
+    if resolution < 1 or resolution % unit:
+        raise InvalidValue(
             f"resolution={resolution} does not divide into patches of {unit} pixels "
             f"(patch {patch} x latent factor {latent_factor}); choose a multiple, such as "
             f"{max(1, resolution // unit) * unit} or {(max(1, resolution // unit) + 1) * unit}"
@@ -176,7 +186,9 @@ def build_backbone(
         },
     }
     options = scale.options.get(row.attn, {}) | ({} if is_controlled else row.options)
-    options |= overrides.pop("attn_options", None) or {}
+    given = overrides.pop("attn_options", None) or {}
+    check_option("attn_options", given, dict)
+    options |= given
     fields |= overrides | {"attn_options": options}
     if protocol == "matched" and "depth" not in overrides:
         depth, match = _matched_depth(fields, scale, resolution)
@@ -195,10 +207,9 @@ def _matched_depth(
         with torch.device("meta"):
             model = DiT(**(fields | changed))
         grid = model.token_grid(latent, latent)
-        try:
-            return sum(sum(parts.values()) for parts in model.macs_parts(grid).values())
-        except TypeError:  # no closed form
+        if get_attention(model.config.attn).macs_parts is Attention.macs_parts:
             return count_macs(model, grid=grid).total
+        return sum(sum(parts.values()) for parts in model.macs_parts(grid).values())
 
     dit = PAPER_MODELS["DiT"]
     target = macs(
@@ -243,7 +254,7 @@ def _find_row(attn: str, size: str) -> tuple[PaperModel, str, int]:
 
 def _one_of(kind: str, value: str, choices: Any) -> None:
     if value not in choices:
-        raise ValueError(
+        raise InvalidValue(
             f"unknown {kind} {value!r}{nearest(value, choices)} Choose one of {', '.join(choices)}"
         )
 

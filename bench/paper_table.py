@@ -72,7 +72,9 @@ def table_row(model: str, size: str, resolution: int, printed: str) -> Row:
     """Counts one model both ways; nothing is run."""
     with torch.device("meta"):
         built = build_backbone(model, size, "paper", resolution)
-    full, paper = (count_macs(built, resolution, how) for how in ("full", "paper"))
+    full, paper = (
+        count_macs(built, resolution=resolution, convention=how) for how in ("full", "paper")
+    )
     residual = 100 * (paper.total / 1e9 / float(printed) - 1)
     return Row(
         model=model,

@@ -82,7 +82,7 @@ def cost_figure(runs: Sequence[Drawn]) -> Figure:
         for resolution in (256, 512, 1024, 2048):
             with torch.device("meta"):
                 built = build_backbone(model, "L", "paper", resolution)
-            gmacs = count_macs(built, resolution).total / 1e9
+            gmacs = count_macs(built, resolution=resolution).total / 1e9
             rows.append({"model": model, "pixels": resolution, "GMACs": gmacs})
     frame = pd.DataFrame(rows)
     figure, axis = panels(1, 1, width=5.4, height=4)

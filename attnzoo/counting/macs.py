@@ -12,41 +12,44 @@ from attnzoo.counting.measure import measure
 from attnzoo.counting.paper import as_in_the_paper
 from attnzoo.counting.result import ATTENTION_PARTS, Grid, Macs, Parts, sums
 from attnzoo.counting.subject import grid_of, layers_of, names_of, repeated_blocks, shadow_of
+from attnzoo.errors import InvalidValue
 
 Convention = Literal["full", "paper"]
 
 
 def count_macs(
     model: nn.Module,
+    *unnamed: Any,
     resolution: int | tuple[int, int] | None = None,
-    convention: Convention = "full",
-    *,
     grid: Grid | None = None,
+    convention: Convention = "full",
 ) -> Macs:
     """Counts one sample's multiply-accumulates without running the model.
 
     Args:
         model: An ``Attention`` layer, or a model with ``macs_parts`` and ``token_grid`` (the
             shared backbone); on any device, the meta device too. It is not changed.
+        *unnamed: Nothing: a size must say whether it is in pixels or in tokens.
         resolution: Of a model, in image pixels, one side or (height, width).
+        grid: (height, width) in tokens, instead of ``resolution``; the only way for a layer.
         convention: "full" counts every multiply-accumulate; "paper" counts what the tool of
             arXiv 2601.13683 saw, see ``PAPER_RULES`` and docs/gflops.md.
-        grid: (height, width) in tokens, instead of ``resolution``; the only way for a layer.
 
     Returns:
         The closed form, checked against the measurement.
 
     Raises:
-        TypeError: ``model`` is nothing that can be counted.
-        ValueError: The closed form is wrong; an argument does not fit; or the paper prints no
+        InvalidType: ``model`` is nothing that can be counted, a size comes without its name, or
+            a layer was given a resolution.
+        InvalidValue: The closed form is wrong; an argument does not fit; or the paper prints no
             figure for the mechanism and ``convention`` is "paper".
     """
     if convention not in ("full", "paper"):
-        raise ValueError(
+        raise InvalidValue(
             f"convention={convention!r} is not valid{nearest(convention, ('full', 'paper'))} "
             f"Choose 'full' or 'paper'"
         )
-    grid = grid_of(model, resolution, grid)
+    grid = grid_of(model, resolution, grid, *unnamed)
     shadow = shadow_of(model, "meta")
     layers = layers_of(shadow)
     formless = {block: layer for block, layer in layers.items() if not _has_form(layer)}
@@ -59,7 +62,7 @@ def count_macs(
             parts |= {part: measured[part] for part in ATTENTION_PARTS if part in measured}
         _refuse_difference(block, layers.get(block), parts, measured, grid)
     if missing := [name for name in seen.blocks if name not in blocks]:
-        raise ValueError(
+        raise InvalidValue(
             f"the closed form of {type(model).__name__} leaves out {missing[0]!r}, measured as "
             f"{seen.blocks[missing[0]]} at grid={grid[0]}x{grid[1]}; add it to macs_parts"
         )
@@ -99,7 +102,7 @@ def _refuse_difference(
         owner = "the backbone"
         if layer is not None and part in ATTENTION_PARTS:
             owner = f"{layer.name or type(layer).__name__!r}"
-        raise ValueError(
+        raise InvalidValue(
             f"the closed form of {owner} is wrong in {block}: its part {part!r} states "
             f"{stated.get(part, 0)} multiply-accumulates at grid={grid[0]}x{grid[1]}, measured "
             f"are {seen.get(part, 0)} (all parts together: {sum(stated.values())} stated, "

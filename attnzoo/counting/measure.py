@@ -21,13 +21,14 @@ from attnzoo.counting.subject import (
     names_of,
     shadow_of,
 )
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.gated import counted_as_recurrence
 
 
 def measure_macs(
     model: nn.Module,
+    *unnamed: Any,
     resolution: int | tuple[int, int] | None = None,
-    *,
     grid: Grid | None = None,
     run_backward: bool = False,
     device: Literal["meta", "cpu"] = "meta",
@@ -40,6 +41,7 @@ def measure_macs(
 
     Args:
         model: See ``count_macs``.
+        *unnamed: See ``count_macs``.
         resolution: See ``count_macs``.
         grid: See ``count_macs``.
         run_backward: Whether autograd runs for ``backward``; otherwise it is inferred: a product
@@ -51,10 +53,10 @@ def measure_macs(
         The counts; ``measured`` names every mechanism.
 
     Raises:
-        TypeError: See ``count_macs``.
-        ValueError: An argument does not fit, or the model cannot run on the meta device.
+        InvalidType: See ``count_macs``.
+        InvalidValue: An argument does not fit, or the model cannot run on the meta device.
     """
-    return measure(model, grid_of(model, resolution, grid), run_backward, device)
+    return measure(model, grid_of(model, resolution, grid, *unnamed), run_backward, device)
 
 
 def measure(
@@ -85,7 +87,7 @@ def measure(
         if device != "meta":
             raise
         if any(p.is_meta for p in model.parameters()):
-            raise ValueError(
+            raise InvalidValue(
                 f"{type(model).__name__} cannot run on the meta device ({error}) and has no "
                 f"weights to run with; build it on CPU"
             ) from error

@@ -16,6 +16,7 @@ from torch import nn
 from attnzoo.contract import Attention
 from attnzoo.counting.result import Grid, Parts
 from attnzoo.counting.subject import block_of, layers_of
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.linear import linear_attention_macs
 
 
@@ -119,12 +120,12 @@ FRAME_RULES: dict[str, PaperRule] = {
 
 
 def as_in_the_paper(model: nn.Module, blocks: Parts, grid: Grid) -> Parts:
-    """The full count with what the rules replace; a mechanism without figure is a ValueError."""
+    """The full count with what the rules replace; one without a figure is an InvalidValue."""
     seen: dict[str, Counter[str]] = {block: Counter() for block in blocks}
     layers = layers_of(model)
     for block, layer in layers.items():
         if layer.name not in PAPER_RULES:
-            raise ValueError(
+            raise InvalidValue(
                 f"the paper prints no figure for {layer.name!r}, so its convention is unknown; "
                 f"it has one for {', '.join(PAPER_RULES)}. Use convention='full'"
             )

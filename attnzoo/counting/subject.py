@@ -12,44 +12,54 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention
 from attnzoo.counting.result import Grid
+from attnzoo.errors import InvalidType, InvalidValue
+
+# Ways to compute the same that count otherwise, or that do not run on every device.
+_REPLACED = ("naive", "triton", "flash", "xformers", "fla")
 
 
-def grid_of(model: Any, resolution: Any, grid: Any) -> Grid:
+def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:
     """(height, width) in tokens; raises for what cannot be counted, see ``count_macs``."""
-    if (resolution is None) == (grid is None):
-        raise ValueError(
-            f"give either resolution (image pixels) or grid (tokens), got "
-            f"resolution={resolution!r} and grid={grid!r}"
-        )
     is_layer = isinstance(model, Attention)
     if not is_layer and not (hasattr(model, "macs_parts") and hasattr(model, "token_grid")):
-        raise TypeError(
+        raise InvalidType(
             f"cannot count a {type(model).__name__}; pass an attnzoo.Attention layer, or a model "
             f"with macs_parts and token_grid such as backbones.DiT"
         )
-    name, value = ("resolution", resolution) if grid is None else ("grid", grid)
-    sides = (value, value) if grid is None and isinstance(value, int) else value
-    if (
-        not isinstance(sides, tuple | list)
-        or len(sides) != 2
-        or not all(isinstance(s, int) and s > 0 for s in sides)
-    ):
-        raise ValueError(f"{name} must be (height, width), both positive, got {value!r}")
-    if grid is not None:
-        return sides[0], sides[1]
-    if is_layer:
-        raise ValueError(
-            f"a layer knows no pixels: pass grid=(height, width) in tokens instead of "
-            f"resolution={resolution!r}"
+    ways = "grid=(height, width) in tokens"
+    if not is_layer:
+        ways = f"resolution=(height, width) in image pixels, or {ways}"
+    if unnamed:
+        raise InvalidType(f"say what {unnamed[0]!r} is: {ways}")
+    if is_layer and resolution is not None:
+        raise InvalidType(
+            f"a layer knows no pixels: pass {ways} instead of resolution={resolution!r}"
         )
+    if (resolution is None) == (grid is None):
+        raise InvalidValue(f"give either {ways}; got resolution={resolution!r} and grid={grid!r}")
+    if grid is not None:
+        return _sides("grid", grid)
+    sides = _sides(
+        "resolution", (resolution, resolution) if isinstance(resolution, int) else resolution
+    )
     factor = (model.config.provenance or {}).get("latent_factor", 8)
     if any(side % factor for side in sides):
         nearest_side = [max(1, round(side / factor)) * factor for side in sides]
-        raise ValueError(
+        raise InvalidValue(
             f"resolution={sides[0]}x{sides[1]} does not divide into latent pixels of {factor}; "
             f"the nearest that does is {nearest_side[0]}x{nearest_side[1]}"
         )
     return model.token_grid(sides[0] // factor, sides[1] // factor)
+
+
+def _sides(name: str, value: Any) -> Grid:
+    if (
+        not isinstance(value, tuple | list)
+        or len(value) != 2
+        or not all(isinstance(side, int) and side > 0 for side in value)
+    ):
+        raise InvalidValue(f"{name} must be (height, width), both positive, got {value!r}")
+    return value[0], value[1]
 
 
 def shadow_of(model: nn.Module, device: str) -> nn.Module:
@@ -75,7 +85,7 @@ def shadow_of(model: nn.Module, device: str) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # backward would count forward again
     for layer in layers_of(shadow).values():
-        if getattr(layer.config, "impl", None) in ("naive", "triton"):
+        if getattr(layer.config, "impl", None) in _REPLACED:
             layer.config = dataclasses.replace(layer.config, impl="auto")  # type: ignore[call-arg]
     return shadow
 

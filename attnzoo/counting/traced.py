@@ -12,19 +12,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo.counting.formulas import fused_attention, grouped_product, routed_projection
 from attnzoo.counting.result import Grid
 from attnzoo.counting.subject import Runnable, grid_of, shadow_of
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.gated import counted_as_recurrence
 
 
 def fvcore_macs(
     model: nn.Module,
+    *unnamed: Any,
     resolution: int | tuple[int, int] | None = None,
-    *,
     grid: Grid | None = None,
 ) -> int:
     """Counts by fvcore, which traces a run of the model on CPU.
 
     Args:
         model: See ``count_macs``; with weights.
+        *unnamed: See ``count_macs``.
         resolution: See ``count_macs``.
         grid: See ``count_macs``.
 
@@ -33,16 +35,16 @@ def fvcore_macs(
 
     Raises:
         ImportError: fvcore is missing.
-        TypeError: See ``count_macs``.
-        ValueError: An argument does not fit, or the model is on the meta device.
+        InvalidType: See ``count_macs``.
+        InvalidValue: An argument does not fit, or the model is on the meta device.
     """
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError as error:
         raise ImportError("fvcore_macs needs fvcore: pip install attnzoo[bench]") from error
-    grid = grid_of(model, resolution, grid)
+    grid = grid_of(model, resolution, grid, *unnamed)
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
+        raise InvalidValue(
             "fvcore traces a run, and a model on the meta device has no weights to run with; "
             "build it on CPU, or use measure_macs"
         )

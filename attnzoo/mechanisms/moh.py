@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routing import router_logits
@@ -68,7 +69,7 @@ class Config(AttentionConfig):
         super().__post_init__()
         self.at_least(0, "balance_coefficient")
         if (self.shared_heads is None) != (self.routed_heads is None):
-            raise ValueError(
+            raise InvalidValue(
                 f"shared_heads={self.shared_heads} and routed_heads={self.routed_heads}: set "
                 f"both, or neither to follow schedule={self.schedule!r}"
             )
@@ -95,7 +96,7 @@ class MixtureOfHeadAttention(Attention):
         self.shared_heads, self.routed_heads = self._split(context.layer_index)
         shared, routed, heads = self.shared_heads, self.routed_heads, self.num_heads
         if shared + routed > heads or (routed == 0 and shared != heads):
-            raise ValueError(
+            raise InvalidValue(
                 f"shared_heads={shared} and routed_heads={routed} do not divide the {heads} heads "
                 f"(dim={self.dim}): choose shared_heads + routed_heads <= {heads} with "
                 f"routed_heads >= 1, or shared_heads={heads} and routed_heads=0"

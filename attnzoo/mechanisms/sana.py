@@ -31,7 +31,8 @@ class Config(StreamConfig):
     """Options of Sana's attention."""
 
     qkv_bias: bool = False  # Sana
-    qk_norm: bool = False  # RMSNorm over the full width, before the head split; off in Sana
+    # RMSNorm over the full width, before the head split, eps 1e-5: off in Sana, on in Sana 1.5.
+    qk_norm: bool = False
     eps: float = 1e-8  # what Sana's block passes; its class and diffusers default to 1e-15
     # "folded" multiplies the output projection into the heads' states: for float32 and large n.
     impl: Literal["auto", "folded", "naive"] = "auto"
@@ -49,8 +50,8 @@ class SanaAttention(Attention):
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
         self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
-        self.query_norm = nn.RMSNorm(self.dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(self.dim, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.dim, eps=1e-5) if config.qk_norm else nn.Identity()
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
 
     @classmethod

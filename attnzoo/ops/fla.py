@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from attnzoo.errors import Unavailable
+from attnzoo.ops.optional import ANYTHING, load, reason
 
-def _is_installed() -> bool:
+
+def require_fla() -> Any:
+    """The library's kernel; raises Unavailable, naming the extra, where it cannot be imported."""
     try:
-        return importlib.util.find_spec("fla.ops.gla") is not None
-    except (ImportError, ValueError):  # a parent that is missing, or blocked on purpose
-        return False
+        return load("fla.ops.gla", "chunk_gla")
+    except ImportError as error:
+        raise Unavailable(
+            f"impl='fla' needs flash-linear-attention, which cannot be imported ({error}); "
+            f"pip install 'attnzoo[fla]', or leave impl='auto'"
+        ) from error
 
 
-def require_fla() -> None:
-    """Raises RuntimeError, naming the extra, where flash-linear-attention is not installed."""
-    if not _is_installed():
-        raise RuntimeError(
-            "impl='fla' needs flash-linear-attention, which is not installed; "
-            "pip install 'attnzoo[fla]', or leave impl='auto'"
-        )
+def why_unavailable(device: str | torch.device) -> str | None:
+    """Calls the kernel once on a few tokens; returns None if it works, or else the reason."""
+    try:
+        probe = torch.zeros(1, 1, 16, 32, device=device, dtype=torch.bfloat16)
+        fla_gated_linear_attention(probe, probe, probe, probe)
+    except Unavailable as error:
+        return str(error)
+    except ANYTHING as error:
+        return reason(error)
+    return None
 
 
 def fla_gated_linear_attention(
@@ -39,16 +50,25 @@ def fla_gated_linear_attention(
         (b, h, n, dv), in the dtype of ``query``.
 
     Raises:
-        RuntimeError: flash-linear-attention is not installed, or the tensors are not on a GPU.
+        Unavailable: flash-linear-attention cannot be imported or fails, or the tensors are not
+            on a GPU.
     """
-    require_fla()
+    chunk_gla = require_fla()
     if not query.is_cuda:
-        raise RuntimeError(f"impl='fla' runs on a GPU, not on {query.device.type!r}")
-    from fla.ops.gla import chunk_gla
-
+        raise Unavailable(
+            f"impl='fla' runs on a GPU, not on {query.device.type!r}; leave impl='auto'"
+        )
     if value.numel() == 0:  # an empty grid of programs cannot be launched
         return value.clone()
     # The library has heads after tokens.
     operands = (z.transpose(1, 2).contiguous() for z in (query, key, value, log_gate.float()))
-    out, _ = chunk_gla(*operands, scale=1.0)
+    try:
+        out, _ = chunk_gla(*operands, scale=1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except ANYTHING as error:
+        raise Unavailable(
+            f"impl='fla' cannot run: {reason(error)}; mend or update flash-linear-attention, or "
+            f"leave impl='auto'"
+        ) from error
     return out.transpose(1, 2).to(query.dtype)

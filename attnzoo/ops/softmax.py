@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.errors import InvalidValue, Unavailable
+from attnzoo.ops.optional import ANYTHING, load, reason
 from attnzoo.ops.precision import in_float32
 
 SoftmaxImpl = Literal["auto", "naive", "sdpa", "flash", "xformers"]
+# Where the named libraries have their function, the first that can be imported, and the remedy.
+_LIBRARIES = {
+    "flash": (
+        (("flash_attn", "flash_attn_func"), ("flash_attn.cute", "flash_attn_func")),
+        "pip install flash-attn, or flash-attn-4",
+    ),
+    "xformers": (
+        (("xformers.ops", "memory_efficient_attention"),),
+        "pip install xformers",
+    ),
+}
 
 
 def softmax_attention(
@@ -23,35 +36,46 @@ def softmax_attention(
         query: (batch, heads, n, d).
         key: (batch, heads, m, d).
         value: (batch, heads, m, e).
-        impl: "sdpa" is torch's fused attention, "flash" the flash-attn package, "xformers"
+        impl: "sdpa" is torch's fused attention, "flash" flash-attn (2, or else 4), "xformers"
             memory-efficient attention, "naive" the twin below; "auto" is "sdpa".
 
     Returns:
         (batch, heads, n, e).
 
     Raises:
-        RuntimeError: The named backend is missing or cannot take these tensors; nothing else is
-            used in its place.
+        InvalidValue: There is no such backend; or, as a RuntimeError too, it is missing or cannot
+            take these tensors. Nothing else is used in its place.
     """
     if impl == "naive":
         return naive_softmax_attention(query, key, value)
     if impl in ("auto", "sdpa"):
         return F.scaled_dot_product_attention(query, key, value)
-    package, function, remedy = {
-        "flash": ("flash_attn", "flash_attn_func", "pip install flash-attn"),
-        "xformers": ("xformers.ops", "memory_efficient_attention", "pip install xformers"),
-    }[impl]
-    # Both packages want (batch, n, heads, d).
+    if impl not in _LIBRARIES:
+        raise InvalidValue(f"impl={impl!r} is not one of {get_args(SoftmaxImpl)}")
+    places, remedy = _LIBRARIES[impl]
+    # All want (batch, n, heads, d); flash-attn 4 also returns the logarithms of the sums.
     operands = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     try:
-        out = getattr(importlib.import_module(package), function)(*operands)
-    except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RuntimeError(
-            f"impl={impl!r} cannot run on {query.device.type} with {query.dtype}: {reason} "
+        out = _first_of(places)(*operands)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(1, 2)
+    except torch.OutOfMemoryError:
+        raise
+    except ANYTHING as error:
+        raise Unavailable(
+            f"impl={impl!r} cannot run on {query.device.type} with {query.dtype}: {reason(error)} "
             f"({remedy}, on a CUDA device with float16 or bfloat16; or choose impl='sdpa')"
         ) from error
-    return out.transpose(1, 2)
+
+
+def _first_of(places: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+    reasons = []
+    for module, function in places:
+        try:
+            return load(module, function)
+        except ImportError as error:
+            reasons.append(str(error))
+    raise ImportError("; ".join(dict.fromkeys(reasons)))
 
 
 @in_float32
@@ -74,9 +98,11 @@ def why_unavailable(
 
     A package that imports may still have no kernel for the device, so only a call tells.
     """
-    probe = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
     try:
+        probe = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
         softmax_attention(probe, probe, probe, impl)
-    except RuntimeError as error:
+    except Unavailable as error:
         return str(error)
+    except ANYTHING as error:
+        return reason(error)
     return None

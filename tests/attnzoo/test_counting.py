@@ -14,7 +14,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnzoo import Attention, build_attention, list_attention, register_attention, registry
+from attnzoo import (
+    Attention,
+    InvalidType,
+    InvalidValue,
+    build_attention,
+    list_attention,
+    register_attention,
+    registry,
+)
 from attnzoo.counting import PAPER_RULES, count_macs, fvcore_macs, measure_macs
 from attnzoo.ops import gated
 from backbones import DiT, build_backbone, list_presets
@@ -99,7 +107,7 @@ def test_backward_agrees_with_autograd_on_the_meta_device(preset):
 
 def test_parts_and_blocks_add_up():
     model = on_meta(build_backbone, "DyDi-LiT-S/2")
-    counted = count_macs(model, 256)
+    counted = count_macs(model, resolution=256)
     assert set(counted.parts) == {
         "projections", "core", "routing", "conv", "feed-forward", "modulation", "embedding",
         "final",
@@ -171,10 +179,10 @@ def test_a_mechanism_without_closed_form_is_measured(register):
     assert counted.parts == TRUE_PARTS
     assert counted.measured == ("half-softmax",)
     model = DiT("half-softmax", dim=8, depth=2, num_classes=3)
-    counted = count_macs(model, 64)
+    counted = count_macs(model, resolution=64)
     assert counted.measured == ("half-softmax",)
     assert counted.parts["core"] == 2 * TRUE_PARTS["core"]
-    assert counted.total == fvcore_macs(model, 64)
+    assert counted.total == fvcore_macs(model, resolution=64)
 
 
 def test_a_mechanism_that_looks_at_numbers_is_measured_on_cpu(register):
@@ -247,20 +255,20 @@ def test_a_wrong_backbone_is_refused(monkeypatch):
     model = on_meta(build_backbone, "softmax", "tiny")
     monkeypatch.setattr(type(model.blocks[0].feedforward), "macs", lambda self, grid: 7)
     with pytest.raises(ValueError, match=r"the backbone is wrong in blocks.0.*'feed-forward'"):
-        count_macs(model, 256)
+        count_macs(model, resolution=256)
 
 
 def test_the_model_is_left_as_it_was():
     model = build_backbone("dydila", "tiny").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.enable_gradient_checkpointing()
-    counted = count_macs(model, 64)
-    fvcore_macs(model, 64)
+    counted = count_macs(model, resolution=64)
+    fvcore_macs(model, resolution=64)
     assert model.training and model.gradient_checkpointing
     assert all(not module._forward_hooks for module in model.modules())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-    assert counted.total == count_macs(model.to(torch.bfloat16), 64).total
+    assert counted.total == count_macs(model.to(torch.bfloat16), resolution=64).total
 
 
 def test_an_auxiliary_loss_left_by_a_forward_does_not_disturb():
@@ -273,7 +281,7 @@ def test_an_auxiliary_loss_left_by_a_forward_does_not_disturb():
 def test_all_presets_at_4096_pixels_are_quick_and_small():
     start = time.process_time()
     for preset in list_presets():
-        counted = count_macs(on_meta(build_backbone, preset, resolution=4096), 4096)
+        counted = count_macs(on_meta(build_backbone, preset, resolution=4096), resolution=4096)
         assert counted.grid == (256, 256)
     assert time.process_time() - start < 10
     # Kilobytes, on macOS bytes.
@@ -285,16 +293,36 @@ def test_bad_arguments_name_the_value_and_the_remedy():
     layer = build_attention("softmax", 48)
     model = on_meta(build_backbone, "softmax", "tiny")
     for call, kind, message in (
-        (lambda: count_macs(layer, 256), ValueError, r"pass grid=\(height, width\)"),
-        (lambda: count_macs(layer), ValueError, "either resolution"),
-        (lambda: count_macs(model, 256, grid=(4, 4)), ValueError, "either resolution"),
-        (lambda: count_macs(model, 250), ValueError, "nearest that does is 248x248"),
-        (lambda: count_macs(model, 248), ValueError, "patches of 2x2"),
-        (lambda: count_macs(model, grid=(0, 4)), ValueError, "both positive"),
-        (lambda: count_macs(model, grid=4), ValueError, "both positive"),
-        (lambda: count_macs(model, 256, "papr"), ValueError, "did you mean 'paper'"),
-        (lambda: count_macs(nn.Linear(2, 2), 256), TypeError, "cannot count a Linear"),
-        (lambda: fvcore_macs(model, 256), ValueError, "build it on CPU"),
+        (lambda: count_macs(layer, resolution=256), InvalidType, r"pass grid=\(height, width\)"),
+        (lambda: count_macs(layer), InvalidValue, "either grid"),
+        (
+            lambda: count_macs(model, resolution=256, grid=(4, 4)),
+            InvalidValue,
+            "either resolution",
+        ),
+        (lambda: count_macs(model, resolution=250), InvalidValue, "nearest that does is 248x248"),
+        (lambda: count_macs(model, resolution=248), InvalidValue, "patches of 2x2"),
+        (lambda: count_macs(model, grid=(0, 4)), InvalidValue, "both positive"),
+        (lambda: count_macs(model, grid=4), InvalidValue, "both positive"),
+        (
+            lambda: count_macs(model, resolution=256, convention="papr"),
+            InvalidValue,
+            "did you mean 'paper'",
+        ),
+        *(
+            (lambda count=count, subject=subject: count(subject, (16, 16)), InvalidType, said)
+            for count in (count_macs, measure_macs, fvcore_macs)
+            for subject, said in (
+                (layer, r"say what \(16, 16\) is: grid=\(height, width\) in tokens$"),
+                (model, r"say what \(16, 16\) is: resolution=.* in image pixels, or grid="),
+            )
+        ),
+        (
+            lambda: count_macs(nn.Linear(2, 2), resolution=256),
+            InvalidType,
+            "cannot count a Linear",
+        ),
+        (lambda: fvcore_macs(model, resolution=256), InvalidValue, "build it on CPU"),
     ):
         with pytest.raises(kind, match=message):
             call()
@@ -302,18 +330,18 @@ def test_bad_arguments_name_the_value_and_the_remedy():
 
 def test_the_resolution_may_be_oblong_and_of_pixels():
     model = on_meta(build_backbone, "sana", "tiny")
-    assert count_macs(model, (256, 128)).grid == (16, 8)
+    assert count_macs(model, resolution=(256, 128)).grid == (16, 8)
     pixels = on_meta(build_backbone, "sana", "tiny", resolution=32, latent_factor=1)
-    assert count_macs(pixels, 32).grid == (16, 16)
+    assert count_macs(pixels, resolution=32).grid == (16, 16)
 
 
 def test_paper_convention_keeps_to_what_the_paper_prints():
     model = on_meta(build_backbone, "DyDi-LiT-S/2")
-    paper = count_macs(model, 256, "paper")
+    paper = count_macs(model, resolution=256, convention="paper")
     assert paper.parts["routing"] == 0 and paper.backward is None
     assert paper.training_step is None
     assert paper.parts["norm"] == (9 * 2 + 1) * 2 * 256 * 384
-    with pytest.raises(ValueError, match="prints no figure for 'half'"):
+    with pytest.raises(InvalidValue, match="prints no figure for 'half'"):
         layer = build_attention("softmax", 48)
         layer.name = "half"
         count_macs(layer, grid=(4, 4), convention="paper")
@@ -330,3 +358,10 @@ def test_macs_are_frozen():
     counted = count_macs(build_attention("softmax", 48), grid=(4, 4))
     with pytest.raises(dataclasses.FrozenInstanceError):
         counted.total = 1
+
+
+def test_an_implementation_that_this_device_lacks_is_counted():
+    for name, impls in (("softmax", ("flash", "xformers")), ("gated", ("fla",))):
+        for impl in impls:
+            layer = build_attention(name, 48, impl=impl)
+            assert count_macs(layer, grid=(4, 4)).total == layer.macs((4, 4))

@@ -529,11 +529,13 @@ if CAN_RUN:
     def test_counts_are_those_of_the_eager_operators(gradient, pixels, monkeypatch):
         options = {"conv": "3x3", "router_gradient": gradient}
         model = build_backbone("dydila", "tiny", resolution=pixels, attn_options=options)
-        expected = [measure_macs(model, pixels, run_backward=train) for train in (True, False)]
-        assert count_macs(model, pixels).total == expected[0].total
+        expected = [
+            measure_macs(model, resolution=pixels, run_backward=train) for train in (True, False)
+        ]
+        assert count_macs(model, resolution=pixels).total == expected[0].total
         as_on_a_gpu(monkeypatch)
         for counted, train in zip(expected, (True, False), strict=True):
-            assert measure_macs(model, pixels, run_backward=train) == counted
+            assert measure_macs(model, resolution=pixels, run_backward=train) == counted
 
     def test_torch_counts_the_kernels_by_itself(monkeypatch):
         as_on_a_gpu(monkeypatch)
@@ -543,7 +545,9 @@ if CAN_RUN:
         assert counter.get_total_flops() == 2 * layer.macs(grid)
 
 
-@pytest.mark.skipif(DEVICE != "cuda" or not fla._is_installed(), reason="needs a GPU and fla")
+@pytest.mark.skipif(
+    DEVICE != "cuda" or fla.why_unavailable(DEVICE) is not None, reason="needs a GPU and fla"
+)
 class TestFla:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("strength", [1, 20])

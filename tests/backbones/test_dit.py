@@ -2,13 +2,15 @@
 
 import copy
 import itertools
+import json
+import shutil
 
 import pytest
 import torch
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 
 import attnzoo
-from attnzoo import list_attention
+from attnzoo import InvalidType, InvalidValue, UsageError, list_attention
 from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from backbones import DiT, build_backbone
 from backbones.dit import _sincos_positions
@@ -126,6 +128,107 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
+def twins(**options):
+    """A model in training, and the same with gradient checkpointing."""
+    model = scrambled(DiT(**options, **TINY)).train()
+    twin = copy.deepcopy(model)
+    twin.enable_gradient_checkpointing()
+    return model, twin
+
+
+def same_buffers(model, twin):
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_gradient_checkpointing_moves_statistics_once():
+    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"})
+    start = copy.deepcopy(dict(model.named_buffers()))
+    x, t = inputs()
+    for step in range(3):
+        for each in (model, twin):
+            loss = each(x + step, t, torch.tensor([0, 10])).sample.square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()  # computes every block a third time
+        same_buffers(model, twin)
+    moved = [name for name, z in model.named_buffers() if not torch.equal(z, start[name])]
+    assert any("running_mean" in name for name in moved)
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, msg=name)
+
+
+@pytest.mark.parametrize("is_fullgraph", [False, True])
+def test_gradient_checkpointing_moves_statistics_once_when_compiled(is_fullgraph):
+    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"})
+    x, t = inputs()
+    if is_fullgraph:
+        step = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    else:
+        for block in twin.blocks:
+            block.compile(backend="aot_eager")
+        step = twin
+    model(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
+    step(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+class Counting(attnzoo.Attention):
+    """Buffers and attributes that every forward moves, and a loss that it always gives."""
+
+    def __init__(self, context, config):
+        super().__init__(context, config)
+        self.register_buffer("scale", torch.ones(()))
+        self.calls = 0
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x, grid):
+        self.calls += 1
+        self.last = x.detach()
+        self.auxiliary_loss = x.square().mean()
+        self.scale.mul_(1.5)
+        return self.drop(x) * self.scale
+
+
+def test_a_checkpointed_backward_leaves_what_one_forward_leaves():
+    attnzoo.register_attention("counting")(Counting)
+    try:
+        model, twin = twins(attn="counting")
+        x, t = inputs()
+        for each in (model, twin):
+            torch.manual_seed(0)
+            out = each(x, t, torch.tensor([0, 10])).sample
+            loss = attnzoo.auxiliary_loss(each)
+            assert loss is not None
+            (out.square().sum() + loss).backward()
+            assert attnzoo.auxiliary_loss(each) is None
+            assert [block.attention.calls for block in each.blocks] == [1, 1]
+            assert each.blocks[0].attention.last.grad_fn is None
+        same_buffers(model, twin)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+    finally:
+        del attnzoo.registry._REGISTRY["counting"]
+
+
+@pytest.mark.parametrize("attn", ["moh", "dydila"])
+def test_an_auxiliary_loss_is_of_one_training_forward(attn):
+    options = {"dydila": {"balance_coefficient": 0.1}}.get(attn, {})
+    _, model = twins(attn=attn, attn_options=options, num_heads=4)
+    x, t = inputs()
+    labels = torch.tensor([0, 10])
+    model(x, t, labels).sample.sum().backward()
+    first = attnzoo.auxiliary_loss(model)
+    assert first is not None and attnzoo.auxiliary_loss(model) is None
+    model.eval()(x, t, labels)
+    with torch.no_grad():
+        model.train()(x, t, labels)
+    assert attnzoo.auxiliary_loss(model) is None
+    model(2 * x, t, labels)
+    model(x, t, labels)  # replaces the loss of the first
+    torch.testing.assert_close(attnzoo.auxiliary_loss(model), first)
+
+
 def test_fusing_keeps_the_output_and_can_be_saved(tmp_path):
     model = scrambled(DiT(attn="dydila", **TINY)).train()
     x, t = inputs()
@@ -175,6 +278,14 @@ def test_swiglu_has_digs_widths():
             ValueError,
             ["nan"],
         ),
+        (lambda m: DiT(depth=2.5), TypeError, ["depth", "2.5"]),
+        (lambda m: DiT(attn_options=3), TypeError, ["attn_options", "3"]),
+        (lambda m: DiT(dim=0), ValueError, ["dim", "0"]),
+        (lambda m: build_backbone(attn_options=[1]), TypeError, ["attn_options"]),
+        (lambda m: build_backbone(resolution="256"), TypeError, ["resolution", "'256'"]),
+        (lambda m: build_backbone(latent_factor=0), ValueError, ["latent_factor=0"]),
+        (lambda m: build_backbone(patch_size=0), ValueError, ["patch_size=0"]),
+        (lambda m: build_backbone(3), TypeError, ["attn", "3"]),
         (lambda m: DiT(depth=0), ValueError, ["depth", "0"]),
         (lambda m: DiT(dim=30), ValueError, ["30", "multiple of 4"]),
         (lambda m: DiT(position="rope"), ValueError, ["'rope'", "sincos"]),
@@ -192,6 +303,7 @@ def test_refusals_name_the_value_and_the_remedy(call, kind, fragments):
     model = DiT(attn="softmax", **TINY)
     with pytest.raises(kind) as caught:
         call(model)
+    assert isinstance(caught.value, UsageError)
     for fragment in fragments:
         assert fragment in str(caught.value)
 
@@ -232,3 +344,135 @@ def test_a_mechanism_of_ones_own_is_at_once_in_the_backbone():
         from attnzoo import registry
 
         del registry._REGISTRY["mean-of-tokens"]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub's cache with a repository of two revisions, whose models are of two mechanisms."""
+    repository = tmp_path / "models--somebody--dit"
+    for revision, attn, digit in (("main", "softmax", "0"), ("v2", "sana", "1")):
+        snapshot = repository / "snapshots" / (40 * digit)
+        DiT(attn=attn, **TINY).save_pretrained(snapshot / "inner", variant="ema")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(40 * digit)
+    return tmp_path
+
+
+def test_every_argument_of_the_hub_reaches_every_lookup(hub, monkeypatch):
+    lookups = []
+    load_config = DiT.load_config
+
+    def recorded(*args, **kwargs):
+        lookups.append(kwargs)
+        return load_config(*args, **kwargs)
+
+    monkeypatch.setattr(DiT, "load_config", recorded)
+    wanted = {
+        "cache_dir": hub,
+        "force_download": False,
+        "local_files_only": True,
+        "proxies": {"https": "nowhere:1"},
+        "revision": "v2",
+        "subfolder": "inner",
+        "token": "secret",
+    }
+    model = DiT.from_pretrained("somebody/dit", attn="sana", variant="ema", **wanted)
+    assert model.config.attn == "sana"
+    with pytest.raises(InvalidValue, match=r"'sana', not of 'softmax'"):
+        DiT.from_pretrained("somebody/dit", attn="softmax", variant="ema", **wanted)
+    with pytest.raises(InvalidValue, match=r"'softmax', not of 'sana'"):
+        DiT.from_pretrained(
+            "somebody/dit", attn="sana", variant="ema", **(wanted | {"revision": "main"})
+        )
+    ours = [seen for seen in lookups if "return_unused_kwargs" not in seen]
+    assert [seen["revision"] for seen in ours] == ["v2", "v2", "main"]
+    for seen in ours:
+        assert {name: seen[name] for name in wanted} == wanted | {"revision": seen["revision"]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (lambda config: "", ["valid JSON"]),
+        (lambda config: '{"attn": "so', ["valid JSON"]),
+        (lambda config: "[1]", ["JSON object"]),
+        (lambda config: '"text"', ["JSON object"]),
+        (lambda config: json.dumps(config | {"attn": None}), ["attn=None"]),
+        (lambda config: json.dumps({"_class_name": "UNet2DModel"}), ["UNet2DModel"]),
+        (lambda config: json.dumps(config | {"dpeth": 3}), ["'dpeth'", "'depth'"]),
+        (lambda config: json.dumps(config | {"depth": "2"}), ["depth", "'2'"]),
+        (lambda config: json.dumps(config | {"depth": -1}), ["depth", "-1"]),
+        (lambda config: json.dumps(config | {"depth": None}), ["depth", "None"]),
+        (lambda config: json.dumps(config | {"num_heads": 2.0}), ["num_heads", "2.0"]),
+        (lambda config: json.dumps(config | {"feedforward_ratio": 0.0}), ["feedforward_ratio"]),
+        (lambda config: json.dumps(config | {"attn_options": [1]}), ["attn_options"]),
+        (lambda config: json.dumps(config | {"attn_options": {"qk_nrom": True}}), ["'qk_norm'"]),
+        (lambda config: json.dumps(config | {"attn": "sfotmax"}), ["'softmax'"]),
+        (lambda config: json.dumps(config).encode() + b"\xff\xfe", ["valid JSON"]),
+        (lambda config: None, ["config.json"]),
+    ],
+)
+def test_a_damaged_config_is_named(damage, fragments, tmp_path):
+    DiT(attn="softmax", **TINY).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    text = damage(json.loads(file.read_text()))
+    file.unlink()
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError) as caught:
+        DiT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "other"])
+def test_damaged_weights_are_named(damage, tmp_path):
+    DiT(attn="softmax", **TINY).save_pretrained(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "other":
+        DiT(attn="softmax", **(TINY | {"dim": 64})).save_pretrained(tmp_path / "other")
+        shutil.copy(tmp_path / "other" / file.name, file)
+    elif damage != "missing":
+        file.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        DiT.from_pretrained(tmp_path)
+
+
+def test_an_argument_that_does_not_exist_is_not_ignored(tmp_path):
+    DiT(attn="softmax", **TINY).save_pretrained(tmp_path)
+    with pytest.raises(InvalidType, match="'depth'"):
+        DiT.from_pretrained(tmp_path, depht=2)
+
+
+def test_a_bug_in_a_mechanism_is_no_mistake_of_the_user(tmp_path):
+    class Broken(attnzoo.Attention):
+        def forward(self, x, grid):
+            return None + x
+
+    attnzoo.register_attention("broken")(Broken)
+    try:
+        model = DiT(attn="broken", **TINY)
+        with pytest.raises(TypeError) as caught:
+            model(*inputs(), torch.tensor([0, 1]))
+        assert not isinstance(caught.value, UsageError)
+        model.save_pretrained(tmp_path)
+        Broken.__init__ = lambda self, context, config: int("bug")
+        with pytest.raises(ValueError, match="bug") as caught:
+            DiT.from_pretrained(tmp_path)
+        assert not isinstance(caught.value, UsageError)
+    finally:
+        del attnzoo.registry._REGISTRY["broken"]
+
+
+def test_a_tuple_option_equals_itself_after_saving(tmp_path):
+    given = {"key_position": (4, 6)}
+    model = DiT(attn="focused", attn_options=given, **TINY)
+    model.save_pretrained(tmp_path)
+    as_list = DiT(attn="focused", attn_options={"key_position": [4, 6]}, **TINY)
+    loaded = DiT.from_pretrained(tmp_path)
+    for other in (as_list, loaded):
+        assert other.config.attn_options == model.config.attn_options == given
+        assert other.blocks[0].attention.config == model.blocks[0].attention.config

@@ -72,13 +72,13 @@ def test_controlled_models_differ_in_attention_only(size):
 def test_matched_depth_is_the_nearest(model, size, resolution):
     matched = build(model, size, "matched", resolution)
     match = matched.config.provenance["match"]
-    target = count_macs(build("DiT", size), resolution).total
+    target = count_macs(build("DiT", size), resolution=resolution).total
     assert match["dit_macs"] == target
-    assert match["macs"] == count_macs(matched, resolution).total
+    assert match["macs"] == count_macs(matched, resolution=resolution).total
     assert match["residual"] == pytest.approx(match["macs"] / target - 1)
     for other in (-1, 1):
         depth = matched.config.depth + other
-        neighbour = count_macs(build(model, size, depth=depth), resolution).total
+        neighbour = count_macs(build(model, size, depth=depth), resolution=resolution).total
         assert abs(neighbour - target) >= abs(match["macs"] - target)
 
 

@@ -81,7 +81,6 @@ class Trainer:
             ddp.find_unused_parameters = self._leaves_parameters_unused()
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-            _halve_momentum(self.model)
         if settings.compile:
             self.model.compile()
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
@@ -399,16 +398,6 @@ class Trainer:
 
 class NotFinite(Exception):
     """The state of a run holds a NaN or an infinity; the message names where."""
-
-
-def _halve_momentum(model: nn.Module) -> None:
-    """Makes two updates of a batch norm's statistics with one batch count as one.
-
-    Gradient checkpointing runs every block's forward twice.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.momentum is not None:
-            module.momentum = 1 - math.sqrt(1 - module.momentum)
 
 
 def _not_finite(parts: dict[str, dict[str, Tensor]]) -> str | None:

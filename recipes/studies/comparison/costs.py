@@ -30,7 +30,7 @@ def cost_of(settings: Settings, repeats: int = REPEATS) -> dict[str, Any]:
     """
     dataset = load_dataset(settings.data, resolution=settings.resolution, level=settings.level)
     model = build_model(settings, dataset)
-    macs = count_macs(model, dataset.resolution)
+    macs = count_macs(model, resolution=dataset.resolution)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     batch = settings.batch_size
