@@ -257,12 +257,12 @@ def _describe(trainer: Trainer) -> dict[str, Any]:
         "data": {
             "resolution": dataset.resolution,
             "channels": dataset.channels,
-            "class_names": list(dataset.class_names),
+            "class_names": _readable(dataset.class_names),
             # None, or the VAE whose latents the model sees.
             "latent": dataset.facts if isinstance(dataset, LatentDataset) else None,
             # None, or the folder of images that was encoded.
             "source": getattr(dataset, "source", None),
-            "identity": dataset.identity(),
+            "identity": {**dataset.identity(), "class_names": _readable(dataset.class_names)},
         },
         "imports": origins(sorted(names)),
         "environment": _environment(trainer),
@@ -272,6 +272,14 @@ def _describe(trainer: Trainer) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _readable(names: Sequence[str]) -> list[str]:
+    # Under an ASCII locale the names of folders come in as bytes in disguise.
+    return [
+        name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        for name in names
+    ]
 
 
 def _environment(trainer: Trainer) -> dict[str, Any]:

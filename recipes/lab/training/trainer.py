@@ -329,7 +329,8 @@ class Trainer:
             kinds.setdefault(name, set()).add(kind)
             # The count of steps stays where the optimiser made it, on the CPU.
             like = parameters[name] if kind in _MOMENTS else torch.empty(())
-            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like)
+            # A copy: what the file still backs would go with it.
+            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like).clone()
         for name, found in kinds.items():
             if found != {"step", *_MOMENTS}:
                 raise UserError(
