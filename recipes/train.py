@@ -13,34 +13,20 @@ that is there is continued; docs/reliability.md says what is promised and was tr
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from tqdm.auto import tqdm
-
 import attnzoo
-from recipes.lab.console import (
-    DONE,
-    UserError,
-    parse_options,
-    run_script,
-    user_errors,
-    whole,
-)
+from recipes.lab.console import DONE, UserError, parse_options, run_script, whole
 from recipes.lab.data.datasets import DATASETS
-from recipes.lab.data.latents import LatentDataset, canonical_settings
+from recipes.lab.data.latents import canonical_settings, is_latent_folder
+from recipes.lab.imports import add_import_flag, import_all
 from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.distributed import on_main
-from recipes.lab.training.loop import Loop
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import PRESETS, Settings, resumed_settings
-from recipes.lab.training.status import claimed, describe, is_claimed
+from recipes.lab.training.status import describe
 from recipes.lab.training.trainer import Trainer
 
 __all__ = ["PRESETS", "Settings", "Trainer", "build_model", "default_folder", "main", "train"]
@@ -53,7 +39,9 @@ def main(arguments: list[str]) -> int:
         print(describe(Run.open(given["status"])))
         return DONE
     out, resume, overwrite = given.pop("out"), given.pop("resume"), given.pop("overwrite")
-    allowed, trackers = given.pop("allow_change"), given.pop("tracker")
+    allowed, pixels = given.pop("allow_change"), given.pop("pixels")
+    options = {name: given.pop(name) for name in ("trackers", "imports", "ignore_memory")}
+    import_all(options["imports"])
     if "set" in given:
         given["attn_options"] = parse_options(given.pop("set"))
     given = canonical_settings(given)
@@ -64,13 +52,27 @@ def main(arguments: list[str]) -> int:
     if exists and resume == "never" and not overwrite:
         raise UserError(f"{run.folder} already holds a run; drop --resume never to continue it")
     if exists and not overwrite:
-        settings, _ = resumed_settings(run.config()["settings"], given, allowed)
-        return train(settings, run, resume=True, trackers=trackers)
-    settings = Settings(**({**PRESETS[given.get("preset", "tiny")]} | given))
-    return train(settings, run, overwrite=overwrite, trackers=trackers)
+        saved, where = run.config()["settings"], str(run.config_file)
+        settings, _ = resumed_settings(saved, given, allowed, where)
+        return train(settings, run, resume=True, allowed=allowed, **options)
+    settings = Settings(**(PRESETS[given.get("preset", "tiny")] | given))
+    if not pixels:
+        _refuse_pixels(settings)
+    return train(settings, run, overwrite=overwrite, **options)
 
 
-def default_folder(given: dict[str, Any]) -> Path:
+def _refuse_pixels(settings: Settings) -> None:
+    data = Path(settings.data).expanduser()
+    is_images = settings.data not in DATASETS and data.is_dir() and not is_latent_folder(str(data))
+    if settings.preset == "dit" and is_images and settings.vae is None:
+        raise UserError(
+            f"--preset dit is the recipe for latents, and {settings.data!r} holds images: give "
+            f"their encoder with --vae FOLDER_OR_ID, encode them once with recipes/encode.py, or "
+            f"train on pixels all the same with --pixels"
+        )
+
+
+def default_folder(given: Mapping[str, Any]) -> Path:
     """Where a run goes if the caller does not say."""
     data = Path(given.get("data", Settings.data)).name
     return Path("runs") / f"{data}-{given.get('attn', Settings.attn).replace('/', '-')}"
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     flag = parser.add_argument
+    add_import_flag(parser)
     flag("--attn", help=f"one of {', '.join(attnzoo.list_attention())}, or a model of the paper")
     flag(
         "--set", action="append", metavar="OPTION=VALUE", help="an option of the mechanism; repeat"
@@ -116,12 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--gradient-checkpointing", action="store_true", help="less memory, more time")
     flag("--compile", action="store_true", help="compile the model")
-    flag("--sharded", action="store_true", help="FSDP2 instead of DDP; not tried on GPUs yet")
+    flag(
+        "--sharded",
+        action="store_true",
+        help="FSDP2 instead of DDP; tested with two CPU processes, never run on GPUs",
+    )
     flag("--checkpoint-every", type=whole(1), help="steps between checkpoints")
     flag("--keep-every", type=whole(1), help="never delete checkpoints at multiples of this")
     flag("--sample-every", type=whole(1), help="steps between sample grids")
     flag("--diagnose-every", type=whole(1), help="steps between looks into the mechanisms")
     flag("--skip-limit", type=whole(1), help="non-finite steps in a row before the run stops")
+    flag("--pixels", action="store_true", default=False, help="let --preset dit train on pixels")
+    flag(
+        "--ignore-memory",
+        action="store_true",
+        default=False,
+        help="go on where a step seems too large for the memory",
+    )
     flag("--strict", action="store_true", help="stop at the first unreadable image")
     flag("--out", default=None, help="folder of the run (default: runs/DATA-ATTN)")
     flag(
@@ -139,10 +153,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="a setting that a continued run may change; repeat",
+        help="a setting that a continued run may change, or data for what it holds; repeat",
     )
     flag(
         "--tracker",
+        dest="trackers",
         action="append",
         default=[],
         choices=["tensorboard", "wandb", "trackio"],
@@ -150,121 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--status", metavar="RUN", help="say where a run stands, and do nothing else")
     return parser
-
-
-def train(
-    settings: Settings,
-    run: Run,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    should_stop: Callable[[int], bool] = lambda step: False,
-    trackers: Sequence[str] = (),
-) -> int:
-    """Trains until ``settings.steps`` and leaves everything in the run's folder.
-
-    Args:
-        settings: What to compute.
-        run: Where it goes.
-        resume: Whether to continue from the newest checkpoint.
-        overwrite: Whether to replace a run that is there.
-        should_stop: Asked after every step, in every process; True saves and stops, as Ctrl-C
-            does.
-        trackers: Names of Accelerate's trackers to log to, besides the run's log.
-
-    Returns:
-        0 when done, 75 when interrupted and saved, 3 after too many non-finite steps in a row.
-
-    Raises:
-        UserError: The settings or the folder cannot be used.
-    """
-    _check_trackers(trackers)
-    with user_errors():
-        trainer = Trainer(settings, trackers, run.folder)
-    accelerator = trainer.accelerator
-    if settings.sharded and not trainer.is_sharded:
-        tqdm.write("--sharded: one process has nothing to shard, so this run is trained whole")
-    with contextlib.ExitStack() as stack:
-
-        def begin() -> tuple[int, str] | None:
-            found = run.newest_checkpoint(warn=tqdm.write) if resume else None
-            if found is not None and found[0] >= settings.steps:
-                if not is_claimed(run):
-                    run.sweep()
-                return found[0], str(found[1])
-            if resume and found is None and run.has_checkpoints():
-                raise UserError(
-                    f"{run.folder} holds no whole checkpoint; start again with --overwrite"
-                )
-            stack.enter_context(claimed(run))
-            run.sweep()
-            if resume:
-                _note_changes(run, settings, found[0] if found else 0)
-                run.cut_log(found[0] if found else 0)
-            else:
-                run.create(_describe(trainer), overwrite)
-            return (found[0], str(found[1])) if found else None
-
-        found = on_main(accelerator, begin)
-        if found is not None and found[0] >= settings.steps:
-            if accelerator.is_main_process:
-                tqdm.write(_already_done(run, found[0]))
-            return DONE
-        if found is not None:
-            trainer.load(found[0], Path(found[1]))
-        return Loop(trainer, run, should_stop, resume).run_to_end()
-
-
-def _already_done(run: Run, step: int) -> str:
-    return (
-        f"{run.folder} is done, {step} steps: sample it with\n"
-        f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0\n"
-        f"train it longer with --steps N --allow-change steps, or anew with --overwrite"
-    )
-
-
-def _note_changes(run: Run, settings: Settings, step: int) -> None:
-    config = run.config()
-    now = dataclasses.asdict(settings)
-    _, lines = resumed_settings(config["settings"], now, list(now))
-    if lines:
-        config["settings"] = now
-        config.setdefault("changes", []).append({"step": step, "changes": lines})
-        run.write_config(config)
-        tqdm.write(f"changed: {'; '.join(lines)}")
-
-
-def _check_trackers(trackers: Sequence[str]) -> None:
-    # Accelerate drops a tracker that is not installed without a word.
-    for name in trackers:
-        kind = LOGGER_TYPE_TO_CLASS.get(name)
-        if kind is None:
-            raise UserError(
-                f"tracker {name!r} is unknown; Accelerate has {sorted(LOGGER_TYPE_TO_CLASS)}"
-            )
-        try:
-            __import__("tensorboard" if name == "tensorboard" else name)
-        except ImportError:
-            raise UserError(f"tracker {name!r} is not installed: pip install {name}") from None
-
-
-def _describe(trainer: Trainer) -> dict[str, Any]:
-    dataset = trainer.dataset
-    return {
-        "settings": dataclasses.asdict(trainer.settings),
-        "data": {
-            "resolution": dataset.resolution,
-            "channels": dataset.channels,
-            "class_names": list(dataset.class_names),
-            # None, or the VAE whose latents the model sees.
-            "latent": dataset.facts if isinstance(dataset, LatentDataset) else None,
-        },
-        "versions": {
-            "attnzoo": attnzoo.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
 STOPPED_BY_HAND, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
@@ -35,13 +36,13 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # no locale may stop a script
     try:
         status = main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it can", file=sys.stderr)
+        _tell("interrupted; the same command goes on where it can")
         status = STOPPED_BY_HAND
     except BrokenPipeError:
-        # The interpreter would fail again when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon(sys.stdout)
         status = PIPE_CLOSED
     except Exception as error:
         if not is_users_mistake(error):
@@ -49,14 +50,33 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not getattr(error, "is_shared", False):
             where = "" if rank == "0" else f" in process {rank}"
-            print(f"error{where}: {printable(str(error))}", file=sys.stderr)
+            _tell(f"error{where}: {printable(str(error))}")
         status = USER_ERROR
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed before the start
+                stream.flush()
+        except OSError:
+            abandon(stream)
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         # gloo's threads can abort the interpreter while it shuts down, after all work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _tell(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        abandon(sys.stderr)
+
+
+def abandon(stream: TextIO) -> None:
+    """Sends what is still to be written nowhere: the interpreter would fail again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's stream has no number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def is_users_mistake(error: BaseException) -> bool:

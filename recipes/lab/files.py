@@ -232,11 +232,11 @@ def locked(
         except OSError as error:
             if warn:
                 warn(f"{file.parent} is not locked: {error.strerror}")
-        with contextlib.suppress(OSError):  # the text is a courtesy; a full disk has no room
-            handle.truncate(0)
-            handle.seek(0)
-            handle.write(f"process {os.getpid()} on {platform.node()}\n")
-            handle.flush()
+        # The text is a courtesy, and a full disk has no room: what waits in a buffer would fail
+        # again when the file is closed.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield
 
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import sklearn.datasets  # noqa: E402, F401 - once here instead of in every child
 import torch  # noqa: E402
 
+from recipes.lab import files  # noqa: E402
 from recipes.lab.training import checkpoint  # noqa: E402
 from recipes.lab.training.checkpoint import Run  # noqa: E402
 from recipes.lab.training.settings import Settings  # noqa: E402
@@ -81,16 +82,16 @@ class Saboteur:
     def install(self) -> None:
         for module, name, kind in (
             (checkpoint, "save_file", "write"),
-            (checkpoint.Path, "write_text", "write"),
-            (checkpoint.os, "fsync", "sync"),
-            (checkpoint.os, "replace", "rename"),
-            (checkpoint.shutil, "rmtree", "delete"),
+            (files, "write_bytes", "write"),
+            (files, "sync", "sync"),
+            (os, "replace", "rename"),
+            (shutil, "rmtree", "delete"),
         ):
             setattr(module, name, self._wrap(getattr(module, name), kind))
 
     def _wrap(self, action, kind):
         def act(*args, **kwargs):
-            if "status.json.tmp" in (getattr(argument, "name", "") for argument in args):
+            if any(getattr(argument, "name", "").endswith("status.json") for argument in args):
                 return action(*args, **kwargs)  # written by the clock, so not at a fixed place
             if len(self.acts) == self.crash_at:
                 if self.inside:
@@ -105,11 +106,13 @@ class Saboteur:
     def _half(kind, args) -> None:
         if kind == "write":
             target = next(a for a in args if isinstance(a, Path))
+            if target is args[0]:  # of files.write_bytes, which writes beside it first
+                target = target.with_name(f"{files.TEMPORARY}1-half-{target.name}")
             with target.open("wb") as file:
                 file.write(b"half a file")
         elif kind == "delete":
-            files = [path for path in Path(args[0]).rglob("*") if path.is_file()]
-            for path in files[: len(files) // 2]:
+            found = [path for path in Path(args[0]).rglob("*") if path.is_file()]
+            for path in found[: len(found) // 2]:
                 path.unlink()
 
 
@@ -119,6 +122,7 @@ def points(folder: Path) -> dict:
     counter = Saboteur()
     counting = os.fork()
     if not counting:
+        Trainer.sample_grid = lambda self, path: None
         counter.install()
         with contextlib.redirect_stdout(None):
             train(POINTS, Run(folder / "counted"))
@@ -138,7 +142,7 @@ def points(folder: Path) -> dict:
         child = fork(POINTS, run, False, before=Saboteur(act, inside).install)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         whole = code == CRASHED and finish(POINTS, run) == 0 and digest(run) == expected
-        if whole and not list(run.checkpoints.glob(".tmp-*")):
+        if whole and not list(run.folder.rglob(f"{files.TEMPORARY}*")):
             survived += 1
             shutil.rmtree(run.folder)
         else:

@@ -1,5 +1,6 @@
 """The run's folder: crashes, broken files, full disks, strangers' files, two writers."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recipes import sample as sample_module
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, NON_FINITE, UserError
+from recipes.lab.files import sha256
 from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
@@ -113,38 +115,57 @@ def test_every_nth_checkpoint_is_kept(tmp_path):
     assert [int(folder.name[-1]) for folder in run._checkpoint_folders()] == [4, 8, 9]
 
 
-def test_a_log_line_that_finds_no_room_waits(tmp_path, monkeypatch):
-    run = Run(tmp_path)
-    run.append_log({"step": 1})
-    real = Path.open
+@pytest.fixture
+def no_room(monkeypatch):
+    """Half of what is written to a log arrives, then the disk is full."""
+    real = os.open
 
-    def full(self, *args, **options):
-        file = real(self, *args, **options)
-
-        class Full:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *args):
-                file.close()
-
-            def write(self, data):
-                file.write(data[: len(data) // 2])
-                file.flush()
-                raise OSError(28, "No space left on device")
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Full()
+    def half(path, flags, *args, **options):
+        descriptor = real(path, flags, *args, **options)
+        if str(path).endswith("log.jsonl") and flags & os.O_APPEND:
+            os.write(descriptor, b'{"step"')
+            os.close(descriptor)
+            descriptor = real("/dev/full", os.O_WRONLY | os.O_APPEND)
+        return descriptor
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
-        with pytest.raises(OSError):
-            run.append_log({"step": 2})
+        patch.setattr(os, "ftruncate", lambda descriptor, size: os.truncate(log[0], log[1]))
+        log: list = [None, None]
+
+        def begin(run):
+            log[:] = [run.log_file, run.log_file.stat().st_size]
+            patch.setattr(os, "open", half)
+            return patch.undo
+
+        yield begin
+
+
+def test_a_log_line_that_finds_no_room_waits(tmp_path, no_room):
+    run = Run(tmp_path)
+    run.append_log({"step": 1})
+    undo = no_room(run)
+    with pytest.raises(OSError):
+        run.append_log({"step": 2})
     assert [entry["step"] for entry in run.read_log()] == [1]
+    undo()
     run.append_log({"step": 3})
     assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
+
+
+def test_lines_that_never_found_room_are_kept_beside_and_put_back(tmp_path, no_room):
+    run = Run(tmp_path)
+    run.append_log({"step": 1})
+    undo = no_room(run)
+    with pytest.raises(OSError):
+        run.append_log({"step": 2})
+    assert "last 1 lines" in run.keep_waiting_log() and str(run.held_file) in (
+        run.keep_waiting_log()
+    )
+    undo()
+    again = Run(tmp_path)
+    again.cut_log(2)
+    assert [entry["step"] for entry in again.read_log()] == [1, 2]
+    assert not again.held_file.exists()
 
 
 def tmpfs(folder, size):
@@ -240,7 +261,7 @@ def test_status_tells_running_crashed_and_done(copy, capsys):
     with claimed(copy):
         assert "running" in describe(copy) and "crashed" not in describe(copy)
     copy.status_file.write_text("{")
-    with pytest.raises(UserError, match=r"no readable status\.json"):
+    with pytest.raises(UserError, match=r"status .*status\.json' is damaged"):
         train_module.main(["--status", str(copy.folder)])
 
 
@@ -355,3 +376,207 @@ def test_checkpoints_are_safetensors_only(finished):
     assert suffixes == {".safetensors", ".json"}
     optimizer = load_file(finished.checkpoints / "step-00000004" / "optimizer.safetensors")
     assert "blocks.0.attention.proj.weight/exp_avg" in optimizer or len(optimizer) > 10
+
+
+@pytest.mark.parametrize("form", ["file", "dangling link"])
+def test_checkpoints_that_cannot_be_read_stop_the_run(copy, form):
+    moved = copy.checkpoints.rename(copy.folder / "elsewhere")
+    if form == "file":
+        copy.checkpoints.write_text("")
+    else:
+        copy.checkpoints.symlink_to(copy.folder / "nowhere")
+    before = copy.log_file.read_bytes()
+    with pytest.raises(UserError, match=r"checkpoints' (cannot be read|is a link)"):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        copy.newest_checkpoint(warn=pytest.fail)
+    assert copy.log_file.read_bytes() == before and moved.is_dir()
+
+
+@pytest.mark.parametrize("what", ["folder", "manifest", "weights"])
+def test_what_may_not_be_read_is_not_passed_over_as_broken(copy, what, monkeypatch):
+    victim = {"folder": "checkpoints", "manifest": "manifest.json", "weights": WEIGHTS}[what]
+
+    def forbid(action):
+        def act(self, *args, **options):
+            if self.name == victim:
+                raise PermissionError(13, "Permission denied", str(self))
+            return action(self, *args, **options)
+
+        return act
+
+    for name in ("iterdir", "read_bytes", "open"):
+        monkeypatch.setattr(Path, name, forbid(getattr(Path, name)))
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        copy.newest_checkpoint(warn=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1e400}, {"step": "4"}, {"step": 3}, {"step": None}, {"skipped": "many"},
+        {"skipped_in_a_row": -1}, {"files": []}, {"files": {"a": 1}}, {"files": {"a": ["1", 2]}},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_nonsense_is_passed_over(copy, change):
+    file = copy.checkpoints / "step-00000004" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    said = []
+    assert copy.newest_checkpoint(warn=said.append)[0] == 2
+    assert "manifest.json is damaged" in said[0]
+
+
+def edited(run, file, change):
+    """Changes tensors of the newest checkpoint, under a manifest that agrees."""
+    folder = run.checkpoints / "step-00000004"
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = [(folder / file).stat().st_size, sha256(folder / file)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("step", torch.tensor(9.0)), ("step", torch.tensor(float("nan"))),
+        ("step", torch.tensor(-1.0)), ("step", torch.zeros(2)), ("exp_avg", torch.tensor(1.0)),
+        ("exp_avg", None), ("step", None), ("exp_more", torch.tensor(1.0)),
+    ],
+)  # fmt: skip
+def test_a_state_of_the_optimiser_that_cannot_be_is_one_line(copy, kind, value):
+    def change(tensors):
+        name = next(key for key in tensors if key.endswith("/exp_avg")).rpartition("/")[0]
+        tensors.pop(f"{name}/{kind}", None)
+        if value is not None:
+            tensors[f"{name}/{kind}"] = value
+
+    edited(copy, "optimizer.safetensors", change)
+    with pytest.raises(UserError, match=r"or damaged|not finite"):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_gone_on_from(copy, part):
+    edited(
+        copy, f"{part}/{WEIGHTS}", lambda tensors: next(iter(tensors.values())).fill_(torch.nan)
+    )
+    with pytest.raises(UserError, match=r"not finite.*move .*step-00000004 away"):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+
+
+class TestDivergence:
+    """A run that goes wrong keeps what was right."""
+
+    def poisoned(self, monkeypatch, first):
+        original = Trainer._batch
+
+        def batch(self):
+            images, *rest = original(self)
+            return (images * float("nan") if self.step >= first else images, *rest)
+
+        monkeypatch.setattr(Trainer, "_batch", batch)
+
+    def test_skipped_steps_push_no_checkpoint_out(self, tmp_path, monkeypatch):
+        self.poisoned(monkeypatch, 4)
+        run = Run(tmp_path / "run")
+        assert train(Settings(**SMALL, steps=40, skip_limit=20), run) == NON_FINITE
+        assert run.checkpoint_names() == ["step-00000002", "step-00000004"]
+        assert "checkpoint of step 4 is whole" in describe(run)
+
+    def test_a_stop_among_skipped_steps_saves_and_deletes_nothing(self, tmp_path, monkeypatch):
+        self.poisoned(monkeypatch, 4)
+        run = Run(tmp_path / "run")
+        settings = Settings(**SMALL, steps=40, skip_limit=20)
+        assert train(settings, run, should_stop=lambda step: step == 7) == INTERRUPTED
+        assert run.checkpoint_names() == ["step-00000002", "step-00000004", "step-00000007"]
+
+    def test_a_run_of_skipped_steps_is_not_done(self, tmp_path, monkeypatch):
+        self.poisoned(monkeypatch, 0)
+        run = Run(tmp_path / "run")
+        assert train(Settings(**SMALL, steps=4), run) == NON_FINITE
+        assert "failed" in describe(run) and "not finite in any step" in describe(run)
+        assert "there is no checkpoint" in describe(run)
+        assert not run.has_checkpoints()
+
+    def test_a_run_that_ends_in_skipped_steps_is_not_done(self, tmp_path, monkeypatch):
+        self.poisoned(monkeypatch, 2)
+        run = Run(tmp_path / "run")
+        assert train(Settings(**SMALL, steps=14, skip_limit=99), run) == NON_FINITE
+        assert "not finite in the last 12 steps" in describe(run)
+
+    @pytest.mark.parametrize("part", ["weights", "average", "optimiser"])
+    def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path, part, monkeypatch):
+        run = Run(tmp_path / "run")
+        trainers = []
+
+        def spoil(step):
+            if step == 4:
+                trainer = trainers[0]
+                weight = trainer.model.blocks[0].attention.proj.weight
+                victim = {
+                    "weights": weight.data,
+                    "average": next(iter(trainer.average.shadow.values())),
+                    "optimiser": trainer.optimizer.state[weight]["exp_avg"],
+                }[part]
+                victim[0] = torch.inf
+            return False
+
+        own = Trainer.__init__
+
+        def remember(self, *args, **options):
+            trainers.append(self)
+            own(self, *args, **options)
+
+        monkeypatch.setattr(Trainer, "__init__", remember)
+        assert train(Settings(**SMALL, steps=8), run, should_stop=spoil) == NON_FINITE
+        assert run.checkpoint_names() == ["step-00000002"]
+        assert "not finite" in describe(run) and "step 2 is whole" in describe(run)
+
+
+def test_overwrite_takes_only_a_run(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "UNet2DModel", "attn": "x"}')
+    (folder / "weights.safetensors").write_bytes(b"years of work")
+    for arguments in (["--overwrite"], [], ["--resume"]):
+        with pytest.raises(UserError, match=r"not a run|not the configuration of a run"):
+            train_module.main(["--attn", "sana", "--steps", "1", "--out", str(folder), *arguments])
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights.safetensors"]
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(copy):
+    (copy.folder / "evaluation").mkdir()
+    for name in ("metrics.json", "judge.json", "evaluation/shard.npz", "notes.txt"):
+        (copy.folder / name).write_text("old")
+    assert train(Settings(**SMALL | {"checkpoint_every": 9}, steps=1), copy, overwrite=True) == 0
+    left = {path.name for path in copy.folder.iterdir()}
+    assert left <= {"config.json", "log.jsonl", "status.json", ".lock", "checkpoints", "notes.txt"}
+    assert copy.checkpoint_names() == ["step-00000001"]
+
+
+def test_overwrite_waits_for_no_one(copy):
+    before = copy.config_file.read_bytes()
+    with claimed(copy), pytest.raises(UserError, match="being written to by process"):
+        train(Settings(**SMALL, steps=1), copy, overwrite=True)
+    assert copy.config_file.read_bytes() == before and copy.has_checkpoints()
+
+
+@pytest.mark.parametrize("start", ["new", "resume"])
+def test_a_disk_that_is_full_from_the_start_is_one_line(copy, tmp_path, start):
+    disk = tmp_path / "disk"
+    tmpfs(disk, "60m")
+    try:
+        run = Run(disk / "run")
+        if start == "resume":
+            shutil.copytree(copy.folder, run.folder)
+            run.append_log({"step": 5, "loss": 1.0})
+        with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        with pytest.raises(UserError, match="No space") as caught:
+            train(Settings(**SMALL, steps=6), run, resume=start == "resume")
+        assert "\n" not in str(caught.value)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

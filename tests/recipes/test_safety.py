@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -159,3 +160,61 @@ def test_tokens_of_the_environment_are_nowhere_in_a_run(no_pictures, tmp_path, m
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     assert len(files) > 8
     assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def contents(folder):
+    return {
+        str(path): (os.readlink(path) if path.is_symlink() else path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".lock", "config.json", "status.json", "log.jsonl", "log.held.jsonl", "checkpoints",
+     "samples", "samples/step-00000004.png", "checkpoints/step-00000002", "evaluation",
+     "metrics.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_written_or_deleted_through_a_link(run, tmp_path, name, overwrite):
+    link, outside = run.folder / name, tmp_path / "outside"
+    link.parent.mkdir(exist_ok=True)
+    if link.exists():
+        link.rename(outside)
+    elif "." in link.name:
+        outside.write_text("mine")
+    else:
+        outside.mkdir()
+        (outside / "mine").write_text("mine")
+    link.symlink_to(outside)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is a link, and nothing in"):
+        train(Settings(**SMALL, steps=4), run, resume=not overwrite, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_trackers_folder_that_is_a_link_is_refused(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "outside").mkdir()
+    (run.folder / "attnzoo").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link"):
+        train(Settings(**SMALL, steps=4), run, resume=True, trackers=["tensorboard"])
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_links_that_appear_while_training_lead_nowhere(no_pictures, tmp_path):
+    run = Run(tmp_path / "run")
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+
+    def plant(step):
+        if step == 2:
+            for file in (run.status_file, run.log_file):
+                file.unlink()
+                file.symlink_to(outside)
+        return False
+
+    assert train(Settings(**SMALL, steps=4), run, should_stop=plant) == 0
+    assert outside.read_text() == "mine"
+    assert not run.status_file.is_symlink()

@@ -225,7 +225,7 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
     arguments, fragments = _errors(tmp_path)[case]
     if "--out" not in arguments:
         arguments = [*arguments, "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((UserError, attnzoo.UsageError)) as caught:
         train_module.main([*arguments, "--steps", "1"])
     message = str(caught.value)
     assert "\n" not in message

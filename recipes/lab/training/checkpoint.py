@@ -2,6 +2,7 @@
 
 config.json                          what the run is
 log.jsonl                            one line per step
+log.held.jsonl                       lines that log.jsonl had no room for when the run ended
 status.json                          where it stands, see recipes/lab/training/status.py
 .lock                                held while a process trains
 samples/step-00000100.png            sample grids on the way
@@ -11,15 +12,17 @@ checkpoints/step-00000100/           appears by one rename
     manifest.json                    step, size and SHA-256 of every file; written last
 
 Nothing is a pickle. A file that is not synced before the rename can be empty after a power cut.
+Nothing is written or deleted through a link: a folder may have come from elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recipes.lab import files
 from recipes.lab.console import UserError
-from recipes.lab.files import sha256, sync, write_text
+from recipes.lab.files import CannotWrite, read_json, refuse_links, sha256
 
 KEPT_CHECKPOINTS = 2
-# What may lie in a folder that a run died in before its configuration was written.
-_TRACES = frozenset({".lock", "config.json.tmp", "status.json", "status.json.tmp"})
+_TEMPORARY = f"{files.TEMPORARY}*"
+TRACKER_FOLDERS = ("attnzoo", "wandb", "trackio")
+# What a run holds besides its configuration: of training, of evaluation, of trackers.
+_MADE = (
+    *("checkpoints", "samples", "log.jsonl", "log.held.jsonl", "status.json"),
+    *("evaluation", "metrics.json", "judge.json", *TRACKER_FOLDERS),
+)
 
 
 class Run:
@@ -46,18 +55,19 @@ class Run:
         self.folder = Path(folder)
         self.config_file = self.folder / "config.json"
         self.log_file = self.folder / "log.jsonl"
+        self.held_file = self.folder / "log.held.jsonl"
         self.status_file = self.folder / "status.json"
         self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
-        self._unwritten = b""
+        self._unwritten: list[bytes] = []
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
         """Opens an existing run.
 
         Raises:
-            UserError: There is no run in the folder.
+            UserError: There is no run in the folder, or its configuration is damaged.
         """
         run = cls(folder)
         if not run.config_file.is_file():
@@ -65,6 +75,7 @@ class Run:
                 f"{folder} holds no run (no config.json); make one with "
                 f"python recipes/train.py --out {folder}"
             )
+        run.config()
         return run
 
     def make(self) -> None:
@@ -73,39 +84,82 @@ class Run:
         Raises:
             UserError: The folder holds files that are not a run's, or cannot be made.
         """
+        self.check_new(overwrite=True)
         try:
-            if self.folder.exists() and not self.config_file.exists():
-                is_free = self.folder.is_dir() and all(
-                    path.name in _TRACES for path in self.folder.iterdir()
-                )
-                if not is_free:
-                    raise UserError(
-                        f"{self.folder} holds files that are not a run; choose another --out"
-                    )
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder} ({error.strerror}); choose another --out"
-            ) from error
+            raise self._cannot_write(error) from error
+
+    def _is_free(self) -> bool:
+        """Whether the folder holds a run, or what a run left that died before it was one."""
+        if self.config_file.exists() or self.config_file.is_symlink():
+            return _is_configuration(self._raw_config())
+        return self.folder.is_dir() and all(
+            path.name in (".lock", "status.json") or path.name.startswith(files.TEMPORARY)
+            for path in self.folder.iterdir()
+        )
+
+    def _raw_config(self) -> Any:
+        return read_json(self.config_file, "the configuration")
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
+
+    def check_links(self) -> None:
+        """Looks whether anything that training writes or deletes is a link.
+
+        Raises:
+            UserError: It is, or a folder of the run cannot be read.
+        """
+        for name in (*_MADE, ".lock", "config.json"):
+            refuse_links(self.folder, self.folder / name)
+        for path in [*self._checkpoint_folders(), *_listed(self.samples)]:
+            refuse_links(self.folder, path)
 
     def create(self, config: dict[str, Any], overwrite: bool) -> None:
-        """Starts the run.
+        """Starts the run; an older one is removed with all that belonged to it.
+
+        Files that no recipe makes stay. The caller holds the lock.
 
         Raises:
             UserError: The folder holds another run, and ``overwrite`` is not set, or it holds
                 files that are not a run's, or cannot be written to.
         """
+        self.check_new(overwrite)
         self.make()
         if self.config_file.exists():
-            if not overwrite:
-                raise UserError(
-                    f"{self.folder} already holds a run; continue it with --resume, replace it "
-                    f"with --overwrite, or choose another --out"
-                )
-            for made in (self.checkpoints, self.samples):
-                shutil.rmtree(made, ignore_errors=True)
-            self.log_file.unlink(missing_ok=True)
+            for name in _MADE:
+                self._discard(self.folder / name)
         self.write_config(config)
+
+    def check_new(self, overwrite: bool) -> None:
+        """Looks whether a run can start here; changes nothing.
+
+        Raises:
+            UserError: As ``create``.
+        """
+        try:
+            is_taken = self.config_file.exists()
+            is_usable = not self.folder.exists() or self._is_free()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        if not is_usable:
+            raise UserError(f"{self.folder} holds files that are not a run; choose another --out")
+        if is_taken and not overwrite:
+            raise UserError(
+                f"{self.folder} already holds a run; continue it with --resume, replace it "
+                f"with --overwrite, or choose another --out"
+            )
+
+    def _discard(self, path: Path) -> None:
+        """Deletes a file or a folder of the run; of a link the link."""
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CannotWrite(path, error) from error
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replaces the configuration.
@@ -114,15 +168,39 @@ class Run:
             UserError: The folder cannot be written to.
         """
         try:
-            write_text(self.config_file, json.dumps(config, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder} ({error.strerror}); choose another --out"
-            ) from error
+            files.write_json(self.config_file, config)
+        except CannotWrite as error:
+            raise self._cannot_write(error) from error
 
     def config(self) -> dict[str, Any]:
-        """The configuration the run was started with."""
-        return json.loads(self.config_file.read_text())
+        """The configuration the run was started with.
+
+        Raises:
+            UserError: It is missing, damaged, or of something else than a run; it is named.
+        """
+        config = self._raw_config()
+        if not _is_configuration(config):
+            raise UserError(
+                f"{str(self.config_file)!r} is not the configuration of a run: it has no settings "
+                f"with an attn"
+            )
+        data = config.get("data", {})
+        fits = (
+            isinstance(data, dict)
+            and all(_is_whole(data.get(name, 1), 1) for name in ("resolution", "channels"))
+            and isinstance(names := data.get("class_names", ["a"]), list)
+            and names
+            and all(isinstance(name, str) for name in names)
+            and isinstance(data.get("latent"), dict | None)
+            and all(isinstance(config.get(n, {}), dict) for n in ("imports", "environment"))
+            and isinstance(config.get("changes", []), list)
+        )
+        if not fits:
+            raise UserError(
+                f"the configuration {str(self.config_file)!r} is damaged: its data, imports, "
+                f"environment or changes are not what training writes"
+            )
+        return config
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Appends one line to the log.
@@ -130,28 +208,60 @@ class Run:
         Raises:
             OSError: The line could not be written; the next call tries again.
         """
-        self._unwritten += json.dumps(entry).encode() + b"\n"
-        with self.log_file.open("ab") as file:
-            size = file.tell()
+        self._unwritten.append(json.dumps(entry).encode() + b"\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        descriptor = os.open(self.log_file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with open(descriptor, "ab") as file:
+            size = os.fstat(descriptor).st_size
             try:
-                file.write(self._unwritten)
+                file.write(b"".join(self._unwritten))
                 file.flush()
             except OSError:
-                os.ftruncate(file.fileno(), size)  # half a line would spoil the next one
+                os.ftruncate(descriptor, size)  # half a line would spoil the next one
                 raise
-        self._unwritten = b""
+        self._unwritten = []
+
+    def keep_waiting_log(self) -> str | None:
+        """Writes the lines that have found no room yet: to the log, or else beside it.
+
+        Returns:
+            What became of them, if not all is as it should be.
+        """
+        if not self._unwritten:
+            return None
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+            return None
+        count = len(self._unwritten)
+        try:
+            files.write_bytes(self.held_file, b"".join(self._unwritten))
+        except CannotWrite as error:
+            return f"the last {count} lines of {self.log_file.name} are lost: {error.strerror}"
+        return (
+            f"the last {count} lines of {self.log_file.name} are in {self.held_file}; resuming "
+            f"puts them back"
+        )
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All whole lines of the log; a line cut off by a crash is left out."""
-        if not self.log_file.exists():
-            return []
-        lines = self.log_file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All whole lines of the log; a line cut off by a crash is left out.
+
+        Raises:
+            UserError: A line is damaged, or the log cannot be read; it is named.
+        """
+        return _read_lines(self.log_file)
 
     def cut_log(self, step: int) -> None:
         """Drops what was logged after ``step``, which a resumed run logs again."""
-        kept = [json.dumps(entry) for entry in self.read_log() if entry["step"] <= step]
-        write_text(self.log_file, "".join(line + "\n" for line in kept))
+        entries, held = self.read_log(), _read_lines(self.held_file)
+        kept = [entry for entry in [*entries, *held] if entry["step"] <= step]
+        # A full disk has no room even for the same lines.
+        if kept != entries or not _ends_whole(self.log_file):
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            files.write_text(self.log_file, text)
+        self._discard(self.held_file)
 
     def save(
         self,
@@ -160,6 +270,7 @@ class Run:
         texts: Mapping[str, str],
         state: Mapping[str, Any],
         keep_every: int | None = None,
+        evict: bool = True,
     ) -> Path:
         """Writes a checkpoint under a temporary name, then renames it, then deletes older ones.
 
@@ -169,12 +280,15 @@ class Run:
             texts: Contents of text files, by path.
             state: What else goes into the manifest.
             keep_every: Checkpoints at its multiples are not deleted; nor are the newest two.
+            evict: Whether to delete older ones at all.
 
         Raises:
+            UserError: A link stands in the way.
             OSError: It could not be written; nothing of it is left, older ones are untouched.
         """
         target = self.checkpoints / f"step-{step:08d}"
-        temporary = self.checkpoints / f".tmp-{target.name}"
+        temporary = self.checkpoints / f"{files.TEMPORARY}{target.name}"
+        refuse_links(self.folder, target)
         self.sweep()
         try:
             self._check_space(tensors)
@@ -182,34 +296,46 @@ class Run:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 # diffusers wants to know what wrote the file.
                 save_file(dict(contents), temporary / name, metadata={"format": "pt"})
+                files.sync(temporary / name)
             for name, text in texts.items():
-                (temporary / name).write_text(text)
-            files = {
+                files.write_text(temporary / name, text)
+            listed = {
                 name: [(temporary / name).stat().st_size, sha256(temporary / name)]
                 for name in sorted([*tensors, *texts])
             }
-            for path in (*(temporary / name for name in files), *_folders(temporary)):
-                sync(path)
-            manifest = {"step": step, **state, "files": files}
-            write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            for folder in _folders(temporary):
+                files.sync(folder)
+            files.write_json(temporary / "manifest.json", {"step": step, **state, "files": listed})
+            files.sync(temporary)
             if target.exists():
                 self._remove(target)
             os.replace(temporary, target)
-            sync(self.checkpoints)
+            files.sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise _as_os_error(error) from error
-        # A folder of a later step is one that was passed over as broken: it counts for nothing.
-        whole = [folder for folder in self._checkpoint_folders() if _step(folder) <= step]
-        for old in whole[:-KEPT_CHECKPOINTS]:
-            if keep_every is None or _step(old) % keep_every:
-                self._remove(old)
+            raise CannotWrite(target, error) from error
+        if evict:
+            # A folder of a later step is one that was passed over as broken: it counts for
+            # nothing.
+            whole = [folder for folder in self._checkpoint_folders() if _step(folder) <= step]
+            for old in whole[:-KEPT_CHECKPOINTS]:
+                if keep_every is None or _step(old) % keep_every:
+                    self._remove(old)
         return target
 
     def sweep(self) -> None:
-        """Removes what an interrupted save has left."""
-        for leftover in self.checkpoints.glob(".tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Removes what an interrupted save has left. The caller holds the lock."""
+        # Others write here too: an evaluation beside the training has temporary files of its own.
+        for folder, tails in (
+            (self.checkpoints, ("",)),
+            (self.samples, ("-step-*.png",)),
+            (self.folder, ("-config.json", "-status.json", "-log.jsonl", "-log.held.jsonl")),
+        ):
+            if folder.is_symlink() and folder != self.folder:
+                continue
+            for leftover in (path for t in tails for path in folder.glob(f"{_TEMPORARY}{t}")):
+                with contextlib.suppress(CannotWrite):
+                    self._discard(leftover)
 
     def _check_space(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -226,45 +352,139 @@ class Run:
 
     def _remove(self, folder: Path) -> None:
         # By a rename first, so that a crash never leaves half a checkpoint under a real name.
-        doomed = folder.with_name(f".tmp-old-{folder.name}")
+        doomed = folder.with_name(f"{files.TEMPORARY}old-{folder.name}")
         os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(CannotWrite):
+            self._discard(doomed)
 
     def newest_checkpoint(self, warn: Callable[[str], None]) -> tuple[int, Path] | None:
-        """(step, folder) of the newest whole checkpoint; a broken one is named and passed over."""
+        """(step, folder) of the newest whole checkpoint; a broken one is named and passed over.
+
+        Raises:
+            UserError: The checkpoints, or a file of one, cannot be read, which says nothing about
+                what they hold.
+        """
         for folder in reversed(self._checkpoint_folders()):
             try:
-                manifest = json.loads((folder / "manifest.json").read_text())
+                manifest = read_manifest(folder)
                 for name, (size, digest) in manifest["files"].items():
                     path = folder / name
                     if ".." in Path(name).parts or Path(name).is_absolute():
                         raise ValueError(f"{name} lies outside")
                     if path.stat().st_size != size or sha256(path) != digest:
                         raise ValueError(f"{name} is damaged")
-                return int(manifest["step"]), folder
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                return manifest["step"], folder
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
                 warn(f"passing over {folder}: {error}")
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be read ({error.strerror}), and may be whole; make it "
+                    f"readable, or move it away to use the checkpoint before"
+                ) from error
         return None
 
     def has_checkpoints(self) -> bool:
         """Whether there is any checkpoint, whole or broken."""
         return bool(self._checkpoint_folders())
 
+    def checkpoint_names(self) -> list[str]:
+        """Names of the checkpoints' folders, oldest first, whole or broken."""
+        return [folder.name for folder in self._checkpoint_folders()]
+
     def _checkpoint_folders(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-[0-9]*"), key=_step)
+        found = [path for path in _listed(self.checkpoints) if _step(path) >= 0]
+        return sorted(found, key=_step)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is damaged, or of another step than the folder's name says.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except RecursionError:
+        raise ValueError("manifest.json is nested too deeply") from None
+    fits = (
+        isinstance(manifest, dict)
+        and manifest.get("step") == _step(folder)
+        and all(_is_whole(manifest.get(name, 0)) for name in ("skipped", "skipped_in_a_row"))
+        and isinstance(listed := manifest.get("files"), dict)
+        and all(
+            isinstance(entry, list)
+            and len(entry) == 2
+            and _is_whole(entry[0])
+            and isinstance(entry[1], str)
+            for entry in listed.values()
+        )
+    )
+    if not fits:
+        raise ValueError("manifest.json is damaged")
+    return manifest
+
+
+def _is_configuration(config: Any) -> bool:
+    """Whether a config.json is a run's and not, say, that of a model of Hugging Face."""
+    settings = config.get("settings") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and isinstance(settings.get("attn"), str)
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _listed(folder: Path) -> Collection[Path]:
+    """What a folder holds; nothing if it is missing.
+
+    Raises:
+        UserError: It is there and cannot be read: a file, a link to nowhere, no permission.
+    """
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return []
+        raise UserError(
+            f"{str(folder)!r} cannot be read ({error.strerror}); make it a readable folder, or "
+            f"move it away"
+        ) from error
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not (isinstance(entry, dict) and _is_whole(entry.get("step"))):
+            raise UserError(
+                f"line {number} of {str(file)!r} is damaged; repair it or move the file away"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _ends_whole(file: Path) -> bool:
+    try:
+        return file.read_bytes()[-1:] in (b"", b"\n")
+    except FileNotFoundError:
+        return True
 
 
 def _step(folder: Path) -> int:
     digits = folder.name.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
+    is_checkpoint = folder.name.startswith("step-") and digits.isdecimal() and digits.isascii()
+    return int(digits) if is_checkpoint else -1
 
 
 def _folders(root: Path) -> list[Path]:
     return [root, *(path for path in root.rglob("*") if path.is_dir())]
-
-
-def _as_os_error(error: Exception) -> OSError:
-    if isinstance(error, OSError):
-        return error
-    # safetensors wraps the cause into its own text.
-    return OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error))

@@ -14,26 +14,48 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, is_users_mistake
 
 Result = TypeVar("Result")
+
+
+# What these plug into training is not what a run's settings say, or not tested.
+_FOREIGN = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def make_accelerator(precision: str = "fp32", **options: Any) -> Accelerator:
     """An Accelerator that knows every process that was started, on GPUs or CPUs.
 
     Raises:
-        UserError: Accelerate sees another number of processes than the launcher started.
+        UserError: A variable of the environment asks Accelerate for what training does not do, or
+            for what it cannot read; or it sees another number of processes than were started.
     """
+    _refuse_foreign()
     # The precision of a process' first Accelerator would stay that of all later ones.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        # Under torchrun without a GPU, Accelerate otherwise makes every process a world of one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="no" if precision == "fp32" else precision,
-        **options,
-    )
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        accelerator = Accelerator(
+            # Under torchrun without a GPU, Accelerate otherwise makes every process a world of
+            # one.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no" if precision == "fp32" else precision,
+            **options,
+        )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+    except Exception as error:
+        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        named = [
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith("ACCELERATE_") or name in launched
+        ]
+        if not named:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"Accelerate cannot start with {', '.join(named)} in the environment ({reason}); "
+            f"unset what you did not mean, or start with torchrun"
+        ) from error
     if accelerator.num_processes != started:
         raise UserError(
             f"the launcher started {started} processes, Accelerate sees "
@@ -42,17 +64,35 @@ def make_accelerator(precision: str = "fp32", **options: Any) -> Accelerator:
     return accelerator
 
 
+def _refuse_foreign() -> None:
+    no = ("", "0", "no", "false", "off", "n", "f")
+    asked = [f"ACCELERATE_USE_{name}" for name in _FOREIGN] + ["ACCELERATE_DYNAMO_BACKEND"]
+    for name in asked:
+        value = os.environ.get(name, "")
+        if value.lower() not in no:
+            instead = {
+                "ACCELERATE_USE_FSDP": "--sharded",
+                "ACCELERATE_DYNAMO_BACKEND": "--compile",
+            }.get(name, "DDP or --sharded")
+            raise UserError(
+                f"{name}={value} in the environment asks Accelerate for what is not supported "
+                f"here: unset it, and use {instead}"
+            )
+
+
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Runs ``action`` on the main process and gives every process its result.
 
     Raises:
-        UserError: ``action`` raised it; every process does.
+        UserError: ``action`` raised what the caller can put right; every process does.
     """
     outcome: list = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [action(), None]
-        except UserError as error:
+        except Exception as error:
+            if not is_users_mistake(error):
+                raise
             outcome = [None, str(error)]
     broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import platform
 import resource
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, printable
+from recipes.lab.files import CannotWrite, locked, read_json, write_json
 from recipes.lab.training.checkpoint import Run
 
 _SECONDS_BETWEEN_WRITES = 2.0
@@ -33,40 +33,39 @@ def claimed(run: Run) -> Iterator[None]:
         UserError: Another process holds the folder, or it cannot be written to.
     """
     run.make()
-    try:
-        file = run.lock_file.open("a+")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {run.folder} ({error.strerror}); choose another --out"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{run.folder} is being written to by {file.read().strip() or 'another process'}; "
-                f"wait for it, stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            print(f"{run.folder} is not locked: {error.strerror}", file=sys.stderr)
-        with contextlib.suppress(OSError):  # the text is a courtesy; a full disk has no room
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
-            file.flush()
+    with locked(run.lock_file, warn=lambda line: print(line, file=sys.stderr)):
         yield
 
 
 def is_claimed(run: Run) -> bool:
-    """Whether a process trains into the folder now."""
+    """Whether a process trains into the folder now; unlike ``claimed`` it leaves no trace."""
     try:
-        with run.lock_file.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(run.lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(descriptor)
     return False
+
+
+def check_unclaimed(run: Run) -> None:
+    """Leaves everything as it is, unlike a ``claimed`` that fails late.
+
+    Raises:
+        UserError: Another process holds the folder.
+    """
+    if is_claimed(run):
+        holder = run.lock_file.read_bytes()[:200].decode(errors="replace").strip()
+        raise UserError(
+            f"{run.folder} is being written to by {holder or 'another process'}; wait for it, "
+            f"stop it, or choose another --out"
+        )
 
 
 class Status:
@@ -111,24 +110,28 @@ class Status:
             "host": platform.node(),
             "updated": _now(),
         }
-        temporary = self.run.status_file.with_name("status.json.tmp")
-        with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            os.replace(temporary, self.run.status_file)
+        with contextlib.suppress(CannotWrite):
+            write_json(self.run.status_file, content)
 
 
 def describe(run: Run) -> str:
     """Where a run stands, for a person.
 
     Raises:
-        UserError: There is no status in the folder.
+        UserError: There is no status in the folder, or it is damaged.
     """
     try:
-        status = json.loads(run.status_file.read_text())
-    except (OSError, ValueError):
+        return printable(_describe(run, read_json(run.status_file, "the status")))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{run.folder} has no readable status.json; has it been trained?"
-        ) from None
+            f"{run.folder} has no readable status.json: the status {str(run.status_file)!r} is "
+            f"damaged"
+        ) from error
+
+
+def _describe(run: Run, status: dict[str, Any]) -> str:
     state = status["state"]
     if state == "running" and not is_claimed(run):
         state = "crashed (it says running, but no process holds it)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,13 +18,16 @@ from torch.distributed.tensor import DTensor
 import attnzoo
 from backbones import DiT
 from recipes.lab.console import UserError
-from recipes.lab.data.latents import decode, load_vae
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.errors import DataError
+from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.files import CannotWrite, refuse_links, whole_file
 from recipes.lab.training.averaging import WeightAverage
 from recipes.lab.training.batches import Batch, Batches
 from recipes.lab.training.build import build_model, load_training_data
-from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.checkpoint import Run, read_manifest
 from recipes.lab.training.distributed import (
     gathered,
     make_accelerator,
@@ -38,6 +40,7 @@ from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sum
 from recipes.lab.training.settings import Settings
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -49,8 +52,8 @@ class Trainer:
         folder: Where trackers write.
 
     Raises:
-        ValueError: A setting is out of range or does not fit the others.
-        TypeError: The mechanism does not have an option.
+        UserError: The data cannot be used, or the settings do not fit it or each other.
+        attnzoo.UsageError: The mechanism or one of its options is not one of the zoo's.
     """
 
     def __init__(
@@ -65,10 +68,8 @@ class Trainer:
             kwargs_handlers=[ddp],
         )
         self._check_division()
-        self.vae = (
-            load_vae(settings.vae, self.accelerator.device) if settings.vae is not None else None
-        )
-        self.dataset = load_training_data(settings, self.vae)
+        self.dataset, self.vae = self._load_data()
+        self._undecodable: str | None = None  # why previews show latents
         self.diffusion = DIFFUSION_PRESETS[settings.preset]
         if self.accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as DiT
@@ -107,6 +108,17 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
 
+    def _load_data(self) -> tuple[ImageDataset, Any]:
+        settings, device = self.settings, self.accelerator.device
+        if settings.vae is None:
+            return load_training_data(settings), None
+        if is_latent_folder(settings.data):
+            dataset = load_training_data(settings)
+            assert isinstance(dataset, LatentDataset)
+            return dataset, open_vae(dataset.facts, settings.vae, device)
+        vae = load_vae(settings.vae, device)
+        return load_training_data(settings, vae), vae
+
     def _leaves_parameters_unused(self) -> bool:
         """Whether options of the mechanism leave a parameter without a gradient."""
         side, device = self.dataset.resolution, self.accelerator.device
@@ -122,7 +134,7 @@ class Trainer:
     def _check_division(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         if settings.batch_size % (settings.accumulate * processes):
-            raise ValueError(
+            raise UserError(
                 f"batch size {settings.batch_size} does not divide among {processes} processes "
                 f"with {settings.accumulate} micro-steps each; choose a multiple of "
                 f"{settings.accumulate * processes}"
@@ -241,11 +253,18 @@ class Trainer:
     def _batch(self) -> Batch:
         return self.batches.take(self.step)
 
-    def save(self, run: Run) -> str | None:
+    def save(self, run: Run, evict: bool = True) -> str | None:
         """Writes a checkpoint.
+
+        Args:
+            run: Whose it is.
+            evict: Whether older ones may be deleted.
 
         Returns:
             None, or why it could not be written; then nothing of it is left.
+
+        Raises:
+            NotFinite: There is a NaN or an infinity in the state; nothing is written.
         """
         weights = {name: gathered(tensor) for name, tensor in self.model.state_dict().items()}
         average = {name: gathered(tensor) for name, tensor in self.average.shadow.items()}
@@ -255,16 +274,20 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         config = self.model.to_json_string()
+        parts = {
+            f"model/{_WEIGHTS_FILE}": weights,
+            f"ema/{_WEIGHTS_FILE}": average,
+            "optimizer.safetensors": optimizer,
+        }
 
-        def write() -> str | None:
+        def write() -> tuple[str, str] | None:
+            broken = _not_finite(parts)
+            if broken is not None:
+                return "not finite", broken
             try:
                 run.save(
                     self.step,
-                    {
-                        f"model/{_WEIGHTS_FILE}": weights,
-                        f"ema/{_WEIGHTS_FILE}": average,
-                        "optimizer.safetensors": optimizer,
-                    },
+                    parts,
                     {"model/config.json": config, "ema/config.json": config},
                     {
                         "skipped": self.skipped,
@@ -273,41 +296,68 @@ class Trainer:
                         "torch": torch.__version__,
                     },
                     self.settings.keep_every,
+                    evict,
                 )
-            except OSError as error:
-                return error.strerror or str(error)
+            except CannotWrite as error:
+                return "not written", error.strerror
             return None
 
-        return on_main(self.accelerator, write)
+        problem = on_main(self.accelerator, write)
+        if problem is None:
+            return None
+        if problem[0] == "not finite":
+            raise NotFinite(problem[1])
+        return problem[1]
 
     def load(self, step: int, folder: Path) -> None:
         """Restores a checkpoint that ``Run.newest_checkpoint`` has found whole.
 
         Raises:
-            UserError: It belongs to another model.
+            UserError: It belongs to another model, or holds what cannot be.
         """
         _fill(dict(self.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
         _fill(self.average.shadow, folder / "ema" / _WEIGHTS_FILE)
         parameters = dict(self.model.named_parameters())
+        kinds: dict[str, set[str]] = {}
         for key, tensor in _read(folder / "optimizer.safetensors").items():
             name, _, kind = key.rpartition("/")
-            if name not in parameters or (tensor.ndim and tensor.shape != parameters[name].shape):
-                raise UserError(f"{folder} is of another model: its optimiser has {key!r}")
+            if name not in parameters or not _is_moment(kind, tensor, parameters[name], step):
+                raise UserError(
+                    f"{folder} is of another model, or damaged: its optimiser has {key!r} of "
+                    f"shape {list(tensor.shape)}, {tensor.dtype}"
+                )
+            kinds.setdefault(name, set()).add(kind)
             # The count of steps stays where the optimiser made it, on the CPU.
-            like = parameters[name] if tensor.ndim else torch.empty(())
-            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        self.skipped = int(manifest.get("skipped", 0))
-        self.skipped_in_a_row = int(manifest.get("skipped_in_a_row", 0))
+            like = parameters[name] if kind in _MOMENTS else torch.empty(())
+            # A copy: what the file still backs would go with it.
+            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like).clone()
+        for name, found in kinds.items():
+            if found != {"step", *_MOMENTS}:
+                raise UserError(
+                    f"{folder} is of another model, or damaged: its optimiser has only "
+                    f"{', '.join(sorted(found))} of {name!r}"
+                )
+        manifest = read_manifest(folder)
+        self.skipped = manifest.get("skipped", 0)
+        self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
         self.step = step
 
-    def sample_grid(self, path: Path) -> None:
+    def sample_grid(self, path: Path) -> str | None:
         """Draws two images of each of the first ten classes, always from the same noise.
 
-        Latents are decoded where the settings name a VAE; otherwise their first channel is shown.
+        Latents are decoded where their VAE can be loaded; otherwise their first channel is shown.
+
+        Args:
+            path: PNG to write, in the run's samples.
+
+        Returns:
+            What to say about the picture: the first time, why it shows latents.
+
+        Raises:
+            CannotWrite: The system refuses.
         """
         if not (self.accelerator.is_main_process or self.is_sharded):
-            return
+            return None
         classes = min(10, self.dataset.num_classes)
         labels = torch.arange(classes).repeat(2)
         with self.averaged_model() as averaged:
@@ -324,17 +374,71 @@ class Trainer:
             )
             if self.is_sharded:
                 averaged.reshard()  # type: ignore[operator]
+        said = None
         if self.accelerator.is_main_process:
+            said = self._find_vae()
             if self.vae is not None:
                 images = decode(self.vae, images)
-            save_grid(images.cpu(), path, columns=classes)
+            refuse_links(path.parent.parent, path.parent)
+            with whole_file(path) as temporary:
+                save_grid(images.cpu(), temporary, columns=classes)
+        return said
+
+    def _find_vae(self) -> str | None:
+        """Loads the VAE of cached latents, once; what it says is why that is impossible."""
+        is_latent = isinstance(self.dataset, LatentDataset)
+        if not is_latent or self.vae is not None or self._undecodable is not None:
+            return None
+        try:
+            self.vae = open_vae(self.dataset.facts, None, self.accelerator.device)
+        except DataError as error:
+            self._undecodable = str(error)
+            return f"sample grids show the first latent channel, not images: {error}"
+        return None
+
+
+class NotFinite(Exception):
+    """The state of a run holds a NaN or an infinity; the message names where."""
+
+
+def _not_finite(parts: dict[str, dict[str, Tensor]]) -> str | None:
+    for file, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                return f"{name} of {file}"
+    return None
+
+
+def _is_moment(kind: str, tensor: Tensor, parameter: Tensor, step: int) -> bool:
+    """Whether a tensor can be the part ``kind`` of AdamW's state of a parameter."""
+    if kind == "step":
+        count = float(tensor) if tensor.ndim == 0 else -1.0
+        return count.is_integer() and 0 <= count <= step
+    same = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
+    return kind in _MOMENTS and same
 
 
 def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint.
+
+    Raises:
+        UserError: It holds none, or a number that is not finite.
+    """
+    folder = next((p for p in file.parents if p.name.startswith("step-")), file.parent)
+    advice = f"move {folder} away"
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no safetensors file ({error}); delete its folder") from error
+        raise UserError(
+            f"{file} is no safetensors file ({error}); {advice} to use the checkpoint before"
+        ) from error
+    broken = _not_finite({file.name: tensors})
+    if broken is not None:
+        raise UserError(
+            f"{file} has numbers that are not finite ({broken}); {advice} to use the checkpoint "
+            f"before"
+        )
+    return tensors
 
 
 @torch.no_grad()

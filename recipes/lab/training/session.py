@@ -1,0 +1,354 @@
+"""One call that trains: what is looked at first, what is written, and then the loop.
+
+Everything that can refuse a run is asked before anything of its folder changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+import attnzoo
+from attnzoo.counting import count_macs
+from attnzoo.ops import native
+from recipes.lab.console import DONE, UserError
+from recipes.lab.data.latents import LatentDataset, differing_facts
+from recipes.lab.files import refuse_links
+from recipes.lab.imports import import_remembered, origins
+from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
+from recipes.lab.training.distributed import on_main
+from recipes.lab.training.loop import Loop
+from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
+from recipes.lab.training.progress import Progress
+from recipes.lab.training.settings import Settings, resumed_settings
+from recipes.lab.training.status import check_unclaimed, claimed
+from recipes.lab.training.trainer import Trainer
+
+_OF_DATA = ("data", "level", "class_count", "class_seed", "vae", "resolution")
+
+
+def train(
+    settings: Settings,
+    run: Run,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    should_stop: Callable[[int], bool] = lambda step: False,
+    trackers: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    allowed: Collection[str] = (),
+    ignore_memory: bool = False,
+) -> int:
+    """Trains until ``settings.steps`` and leaves everything in the run's folder.
+
+    Args:
+        settings: What to compute.
+        run: Where it goes.
+        resume: Whether to continue from the newest checkpoint.
+        overwrite: Whether to replace a run that is there.
+        should_stop: Asked after every step, in every process; True saves and stops, as Ctrl-C
+            does.
+        trackers: Names of Accelerate's trackers to log to, besides the run's log.
+        imports: Files or modules of mechanisms, imported already; a resumed run imports what it
+            remembers.
+        allowed: "data" lets a resumed run go on with data that has changed.
+        ignore_memory: Whether to go on where a step will not fit into the memory.
+
+    Returns:
+        0 when done, 75 when interrupted and saved, 3 after too many non-finite steps.
+
+    Raises:
+        UserError: The settings or the folder cannot be used; nothing in it has changed.
+        attnzoo.UsageError: A mechanism or one of its options cannot be used; likewise.
+    """
+    _check_trackers(trackers)
+    if resume:
+        import_remembered(run.folder, run.config().get("imports", {}), imports)
+    trainer = Trainer(settings, trackers, run.folder)
+    accelerator = trainer.accelerator
+    progress = Progress(str(run.folder), settings.steps, accelerator.is_main_process)
+    if settings.sharded and not trainer.is_sharded:
+        progress.say("--sharded: one process has nothing to shard, so this run is trained whole")
+    needed = step_bytes(trainer)
+
+    def plan() -> _Plan:
+        planned = _look(trainer, run, resume, overwrite, allowed, progress.say)
+        if trackers:
+            for name in TRACKER_FOLDERS:
+                refuse_links(run.folder, run.folder / name)
+        if not planned.is_done(settings):
+            progress.say(_banner(trainer, run, needed))
+            if not ignore_memory:
+                check_memory(*_memory(trainer, needed), settings)
+        return planned
+
+    planned = on_main(accelerator, plan)
+    if planned.is_done(settings):
+        if accelerator.is_main_process:
+            run.sweep()
+            progress.say(_already_done(run, planned.step))
+        return DONE
+    if planned.checkpoint is not None:
+        trainer.load(planned.step, planned.checkpoint)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(claimed(run))
+            if _files(run) != planned.files:
+                raise UserError(f"{run.folder} has changed while it was read; try again")
+            run.sweep()
+            if not resume:
+                run.create(planned.config, overwrite)
+                return
+            run.cut_log(planned.step)
+            if planned.config != run.config():
+                run.write_config(planned.config)
+            for line in planned.said:
+                progress.say(line)
+
+        on_main(accelerator, begin)
+        return Loop(trainer, run, should_stop, resume, progress).run_to_end()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a run will begin with, found out without changing anything."""
+
+    step: int
+    checkpoint: Path | None
+    config: dict[str, Any]
+    said: list[str]
+    files: list[str]
+
+    def is_done(self, settings: Settings) -> bool:
+        return self.checkpoint is not None and self.step >= settings.steps
+
+
+def _look(
+    trainer: Trainer,
+    run: Run,
+    resume: bool,
+    overwrite: bool,
+    allowed: Collection[str],
+    warn: Callable[[str], None],
+) -> _Plan:
+    run.check_links()
+    check_unclaimed(run)
+    files = _files(run)
+    if not resume:
+        run.check_new(overwrite)
+        return _Plan(0, None, _describe(trainer), [], files)
+    found = run.newest_checkpoint(warn=warn)
+    if found is None and run.has_checkpoints():
+        raise UserError(f"{run.folder} holds no whole checkpoint; start again with --overwrite")
+    step, folder = found or (0, None)
+    run.read_log()  # a damaged one is named before anything changes
+    config, said = _continued(trainer, run, step, allowed)
+    return _Plan(step, folder, config, said, files)
+
+
+def _files(run: Run) -> list[str]:
+    """What would be otherwise if another process had written to the run meanwhile."""
+    if not run.config_file.is_file():
+        return []
+    return [run.config_file.read_text(errors="replace"), *run.checkpoint_names()]
+
+
+def _continued(
+    trainer: Trainer, run: Run, step: int, allowed: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a run that goes on, and what to say about what has changed."""
+    config, now = run.config(), _describe(trainer)
+    where = str(run.config_file)
+    changed, said = [], []
+    names = list(now["settings"])
+    _, lines = resumed_settings(config["settings"], now["settings"], names, where)
+    before = resumed_settings(config["settings"], {}, where=where)[0]
+    if lines:
+        changed += lines
+        said.append(f"changed: {'; '.join(lines)}")
+    data_changes = _data_changes(config.get("data", {}), now["data"])
+    is_other_data = any(
+        getattr(before, name) != getattr(trainer.settings, name) for name in _OF_DATA
+    )
+    if data_changes and not (is_other_data or "data" in allowed):
+        raise UserError(
+            f"the data of {run.folder} is not what it began with ({'; '.join(data_changes)}): "
+            f"restore it, allow the change with --allow-change data, or choose another --out"
+        )
+    if data_changes:
+        changed += [f"data: {line}" for line in data_changes]
+        said.append(f"the data has changed: {'; '.join(data_changes)}")
+    if "identity" not in config.get("data", {}):
+        said.append(
+            f"{run.folder} does not say what its data held when it began; from now on it does"
+        )
+    differing = _differences(config.get("environment", {}), now["environment"])
+    if config.get("imports", {}) != now["imports"]:
+        differing.append("the code of a mechanism of your own")
+    if differing:
+        changed += [f"environment: {line}" for line in differing]
+        said.append(
+            f"what follows is not bit for bit what an uninterrupted run gives, for it began with "
+            f"another environment: {'; '.join(differing)}"
+        )
+    kept = {name: now[name] for name in ("settings", "data", "imports", "environment")}
+    kept["settings"] = {**config["settings"], **now["settings"]} if lines else config["settings"]
+    if not data_changes and "identity" in config.get("data", {}):
+        kept["data"] = config["data"]
+    changes = list(config.get("changes", []))
+    if changed:
+        changes.append({"step": step, "changes": changed})
+    return {**config, **kept, **({"changes": changes} if changes else {})}, said
+
+
+def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each difference between what a run's data was and what it is."""
+    pairs = {name: (before.get(name), now[name]) for name in ("resolution", "channels")}
+    pairs["class_names"] = before.get("class_names"), now["class_names"]
+    lines = [
+        f"{name}: {_short(old)} -> {_short(new)}"
+        for name, (old, new) in pairs.items()
+        if name in before and old != new
+    ]
+    if "latent" in before and (before["latent"] is None) != (now["latent"] is None):
+        lines.append("latents of a VAE -> pixels" if before["latent"] else "pixels -> latents")
+    elif before.get("latent"):
+        differing = differing_facts(before["latent"], now["latent"])
+        lines += [f"the VAE: {name} differs" for name in differing]
+    old, new = before.get("identity"), now["identity"]
+    if isinstance(old, dict):
+        keys = [key for key in {**old, **new} if key != "class_names"]
+        lines += [
+            f"{'contents, SHA-256' if key == 'sha256' else key}: {_short(old.get(key))} -> "
+            f"{_short(new.get(key))}"
+            for key in keys
+            if old.get(key) != new.get(key)
+        ]
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {before[name]} -> {value}"
+        for name, value in now.items()
+        if before.get(name) is not None and value is not None and before[name] != value
+    ]
+
+
+def _describe(trainer: Trainer) -> dict[str, Any]:
+    dataset = trainer.dataset
+    names = {type(block.attention).name for block in trainer.model.blocks}
+    return {
+        "settings": dataclasses.asdict(trainer.settings),
+        "data": {
+            "resolution": dataset.resolution,
+            "channels": dataset.channels,
+            "class_names": _readable(dataset.class_names),
+            # None, or the VAE whose latents the model sees.
+            "latent": dataset.facts if isinstance(dataset, LatentDataset) else None,
+            # None, or the folder of images that was encoded.
+            "source": getattr(dataset, "source", None),
+            "identity": {**dataset.identity(), "class_names": _readable(dataset.class_names)},
+        },
+        "imports": origins(sorted(names)),
+        "environment": _environment(trainer),
+        "versions": {
+            "attnzoo": attnzoo.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _readable(names: Sequence[str]) -> list[str]:
+    # Under an ASCII locale the names of folders come in as bytes in disguise.
+    return [
+        name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        for name in names
+    ]
+
+
+def _environment(trainer: Trainer) -> dict[str, Any]:
+    """What decides the bits of a run beside its settings; None where it does not matter."""
+    device = trainer.accelerator.device
+    is_gpu = device.type == "cuda"
+    # Asked only by a mechanism that has a power map, when it has run once.
+    was_asked = bool(native.library.cache_info().currsize)
+    variables = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith("ATTNZOO_")
+    }
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
+        "processor": platform.machine() if is_gpu else torch.backends.cpu.get_cpu_capability(),
+        "processes": trainer.accelerator.num_processes,
+        "threads": None if is_gpu else torch.get_num_threads(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "compiled power map": native.library() is not None if was_asked and not is_gpu else None,
+        "variables": variables,
+    }
+
+
+def _memory(trainer: Trainer, needed: int) -> tuple[int, int | None]:
+    device = trainer.accelerator.device
+    shared = needed * (neighbors() if device.type == "cpu" else 1)
+    return shared, free_bytes(device)
+
+
+def _banner(trainer: Trainer, run: Run, needed: int) -> str:
+    settings, model, dataset = trainer.settings, trainer.model, trainer.dataset
+    device = trainer.accelerator.device
+    grid = model.token_grid(dataset.resolution, dataset.resolution)
+    try:
+        macs = f"{count_macs(model, grid=grid).total / 1e9:.3g} G multiply-accumulates"
+    except Exception:  # a mechanism of one's own need not be countable to be trained
+        macs = "multiply-accumulates not counted"
+    images = "endless" if dataset.infinite else str(len(dataset))
+    side = dataset.resolution * dataset.latent_factor
+    latents = f" as {dataset.resolution} px latents" if dataset.latent_factor > 1 else ""
+    total, free = _memory(trainer, needed)
+    left = "" if free is None else f" of {free / 1e9:.1f} GB free"
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{run.folder}: {settings.attn}, {parameters / 1e6:.1f} M parameters, "
+        f"{grid[0] * grid[1]} tokens and {macs} per image\n"
+        f"{on}, {dataset.name}: {images} images of {side} px{latents}, {dataset.num_classes} "
+        f"classes; a step of {settings.batch_size} takes about {total / 1e9:.2g} GB{left}"
+    )
+
+
+def _already_done(run: Run, step: int) -> str:
+    return (
+        f"{run.folder} is done, {step} steps: sample it with\n"
+        f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0\n"
+        f"train it longer with --steps N --allow-change steps, or anew with --overwrite"
+    )
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    # Accelerate drops a tracker that is not installed without a word.
+    for name in trackers:
+        kind = LOGGER_TYPE_TO_CLASS.get(name)
+        if kind is None:
+            raise UserError(
+                f"tracker {name!r} is unknown; Accelerate has {sorted(LOGGER_TYPE_TO_CLASS)}"
+            )
+        try:
+            __import__("tensorboard" if name == "tensorboard" else name)
+        except ImportError:
+            raise UserError(f"tracker {name!r} is not installed: pip install {name}") from None
