@@ -30,6 +30,9 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     exit status 2, Ctrl-C one line and 130; a reader that closes the pipe (``| head``) ends the
     script quietly. Everything else is a bug and shows its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # the C locale cannot print "µ" and a user's names
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
