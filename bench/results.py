@@ -96,8 +96,8 @@ def _check_entry(entry: Any, place: str, usual: dict[str, Any] | None) -> None:
             _require(info, place, {name: kinds})
     if "rows" in info:
         _check_rows(info["rows"], place)
-    if "id" not in info:
-        return
+    if "id" not in info or ("rows" in info and "stats" not in entry):
+        return  # of other tests, or the figures of a goal alone
     _require(info, place, {**_OF_ALL, **_OF_KIND.get(info.get("kind"), {})})
     _require(entry, place, {"name": _TEXT, "stats": (dict,)})
     stats, data = entry["stats"], entry["stats"].get("data")
@@ -178,8 +178,8 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
     """
     rows = []
     for entry in report["benchmarks"]:
-        info, stats = entry["extra_info"], entry["stats"]
-        if "id" not in info:
+        info, stats = entry["extra_info"], entry.get("stats")
+        if "id" not in info or stats is None:
             continue
         low, middle, high = _quartiles(stats)
         row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high, "time": middle}
@@ -230,20 +230,27 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
             for key, value in found.items()
             if key not in dropped
         }
-        low, middle, high = _quartiles(entry["stats"])
-        stats = {"q1": low, "median": middle, "q3": high, "rounds": entry["stats"]["rounds"]}
-        benchmarks.append({"name": entry["name"], "extra_info": info, "stats": rounded(stats)})
+        kept: dict[str, Any] = {"extra_info": info}
+        if "name" in entry:
+            kept["name"] = entry["name"]
+        if "stats" in entry:  # bench.goals --save writes figures alone
+            low, middle, high = _quartiles(entry["stats"])
+            stats = {"q1": low, "median": middle, "q3": high}
+            stats |= {key: v for key, v in entry["stats"].items() if key == "rounds"}
+            kept["stats"] = rounded(stats)
+        benchmarks.append(kept)
     usual = _usual([entry["extra_info"] for entry in benchmarks])
     for entry in benchmarks:
         info = entry["extra_info"]
-        entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
+        if "name" in entry:
+            entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
         entry["extra_info"] = {k: v for k, v in info.items() if k not in usual or v != usual[k]}
-    kept = ("datetime", "cells_not_measured")
+    also = ("datetime", "cells_not_measured")
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
         "common": common,
         "usual": usual,
-        **{key: report[key] for key in kept if key in report},
+        **{key: report[key] for key in also if key in report},
         "benchmarks": benchmarks,
     }
 

@@ -12,8 +12,8 @@ from recipes.lab.files import check_writable, write_text
 
 def escaped(text: str) -> str:
     """Text that Markdown, HTML inside it and the terminal show as it is, in one table cell."""
-    line = printable(" ".join(text.split()))
-    return re.sub(r"[\\|`]|<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", line)
+    line = " ".join(text.split())
+    return printable(re.sub(r"[\\|`]|<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", line))
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
