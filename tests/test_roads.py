@@ -88,3 +88,51 @@ def test_own_images(walk, tmp_path):
     walk("evaluate", "run", *FEW)
     check_picture(tmp_path / "s.png")
     check_results(tmp_path / "run")
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """A saved VAE with two channels, width 8, and one halving."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=4,
+        sample_size=16,
+    ).save_pretrained(tmp_path / "vae")
+    return "vae"
+
+
+def test_from_encoding_to_a_comparison(walk, tmp_path, vae):
+    class_folders(tmp_path / "pictures")
+    walk("encode", "pictures", "latents", "--vae", vae, "--resolution", "16")
+    walk("train", "--attn", "sana", "--data", "latents", "--out", "run", *TINY)
+    walk("sample", "run", "--classes", "0,1", "--steps", "2", "--out", "s.png")
+    walk("evaluate", "run", *FEW)
+    walk("figures", "run", "--out", "figures", "--per-class", "4")
+    walk("compare", "--attn", "softmax,sana", "--data", "latents", "--seeds", "1", "--samples",
+         "20", "--out", "comparison", *TINY)  # fmt: skip
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.mode == "RGB"  # images, not the first channel of latents
+    check_results(tmp_path / "run")
+    assert any((tmp_path / "figures").iterdir())
+    assert (tmp_path / "comparison" / "report.html").stat().st_size > 1000
+
+
+def test_own_mechanism(walk, tmp_path):
+    (tmp_path / "mean.py").write_text(OWN, "utf-8")
+    walk("train", "--import", "mean.py", "--attn", "mean", "--out", "run", *TINY)
+    walk("sample", "run", "--classes", "0", "--steps", "2", "--out", "s.png")
+    walk("evaluate", "run", *FEW)
+    walk("compare", "--import", "mean.py", "--attn", "softmax,mean", "--data", "digits", "--seeds",
+         "1", "--samples", "20", "--out", "comparison", *TINY)  # fmt: skip
+    walk(("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench")), "--import",
+         "mean.py", "--mechanisms", "mean", "--resolutions", "128", "--widths", "96", "-k",
+         "latency and layer and forward", "--benchmark-json", "out.json")  # fmt: skip
+    check_results(tmp_path / "run")
+    assert "mean" in (tmp_path / "comparison" / "report.html").read_text("utf-8")
+    (case,) = json.loads((tmp_path / "out.json").read_text("utf-8"))["benchmarks"]
+    assert case["extra_info"]["mechanism"] == "mean"
