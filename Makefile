@@ -36,20 +36,30 @@ goals-gpu:
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "attnzoo needs Python 3.10 or later; name one with PYTHON=python3.12"; exit 2; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot make a virtual environment: install Python's venv module"; exit 2; }
 	@echo "installing into $(VENV), about two minutes the first time"
+# Everything but torch by its hash. torch, whose builds differ by index, brings its own packages.
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
-		--constraint constraints.txt --editable ".[dev]"
+		--require-hashes --no-deps --requirement requirements.lock
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		--no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# The first lines of both files say what they are.
 constraints: $(VENV)/.installed
 	$(RUN) -m pip install --quiet uv
-	$(RUN) -m uv pip compile --universal --python-version 3.10 pyproject.toml --extra dev \
-		--no-header --no-annotate | grep -vE '^(nvidia|cuda)' > constraints.txt
+	{ sed -n '/^#/p' constraints.txt; \
+		$(RUN) -m uv pip compile --universal --python-version 3.10 pyproject.toml --extra dev \
+		--no-header --no-annotate | grep -vE '^(nvidia|cuda)'; } > constraints.new
+	mv constraints.new constraints.txt
+	{ sed -n '/^#/p' requirements.lock; grep -v '^torch==' constraints.txt | \
+		$(RUN) -m uv pip compile --universal --python-version 3.10 - --no-deps --generate-hashes \
+		--no-header --no-annotate; } > requirements.new
+	mv requirements.new requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import attnzoo
 from attnzoo.contract import nearest
+from recipes.lab.console import UserError
 
 Kind = Literal["layer", "backbone", "peers", "count", "quality", "goal"]
 KINDS = ("layer", "backbone", "peers", "count", "quality", "goal")
@@ -131,10 +132,13 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, options in self.mechanisms:
-            attnzoo.get_attention(name).Config.from_options(name, dict(options))
+            try:
+                attnzoo.get_attention(name).Config.from_options(name, dict(options))
+            except (ValueError, TypeError) as error:
+                raise UserError(" ".join(str(error).split())) from error
         for resolution in self.resolutions:
             if resolution < PIXELS_PER_TOKEN or resolution % PIXELS_PER_TOKEN:
-                raise ValueError(
+                raise UserError(
                     f"resolution={resolution} is no multiple of {PIXELS_PER_TOKEN} pixels, the "
                     f"side of a token; the nearest is "
                     f"{max(1, round(resolution / PIXELS_PER_TOKEN)) * PIXELS_PER_TOKEN}"
@@ -142,8 +146,8 @@ class Request:
         for dtype in self.dtypes:
             known = ("float32", "bfloat16", "float16")
             if dtype not in known:
-                raise ValueError(f"dtype {dtype!r} is unknown{nearest(dtype, known)} Choose one "
-                                 f"of {', '.join(known)}")  # fmt: skip
+                raise UserError(f"dtype {dtype!r} is unknown{nearest(dtype, known)} Choose one "
+                                f"of {', '.join(known)}")  # fmt: skip
 
 
 def table(request: Request) -> list[Cell]:

@@ -8,6 +8,7 @@ few percent. Both should come from one machine.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,20 @@ def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> list
     return [line for _, line in sorted(found, key=lambda item: -item[0])]
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
+    return value
+
+
 def main(arguments: list[str]) -> int:
     """Prints what changed."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, help="smallest change of time (default: 0.1)"
+        "--tolerance", type=_share, default=0.1, help="smallest change of time (default: 0.1)"
     )
     options = parser.parse_args(arguments)
     before, after = (frame(read_cells(path)) for path in (options.before, options.after))

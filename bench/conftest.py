@@ -1,20 +1,23 @@
-"""The suite as a pytest plugin: options, one test per cell, and the accounts of every cell.
+"""The suite as a pytest plugin: options, one test per case, and the accounts of every case.
 
-pytest-benchmark leaves a test that fails or is skipped out of its JSON; here every requested cell
-ends in ``benchmarks`` or, with a reason, in ``cells_not_measured``.
+pytest-benchmark leaves a test that fails or is skipped out of its JSON; here every requested case
+ends in ``benchmarks`` or, with a reason, in ``cells_not_measured``. What would measure everything
+and store nothing is refused before it starts.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import attnzoo
+from attnzoo.errors import UsageError
 from bench import machine, worker
 from bench.cells import PROFILES, Cell
 from bench.checks import check_key
@@ -22,6 +25,9 @@ from bench.goals import GOALS
 from bench.isolate import Outcome, run_isolated
 from bench.settings import BenchSettings, settings_from
 from bench.timing import replay_clock
+from recipes.lab.console import USER_ERROR, UserError, printable
+from recipes.lab.files import CannotWrite, check_writable, write_json
+from recipes.lab.imports import import_all, origins
 
 _SETTINGS = pytest.StashKey[BenchSettings]()
 _REQUESTED = pytest.StashKey[dict[str, str]]()
@@ -30,6 +36,7 @@ _PEAKS = pytest.StashKey[dict[str, float]]()
 _CHECKED = pytest.StashKey[dict[str, dict[str, Any]]]()
 _SPENT = pytest.StashKey[dict[str, list[float]]]()
 _BEGIN = pytest.StashKey[float]()
+_UNWRITTEN = pytest.StashKey[list[str]]()
 # One goal compares many layers.
 GOAL_TIMEOUT = 1200.0
 
@@ -59,20 +66,54 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption("--quality", default=None, help="results of recipes/compare.py")
     group.addoption(
-        "--register", action="append", default=[], metavar="MODULE",
-        help="module or file that registers your own mechanism; may be repeated",
+        "--import", dest="imports", action="append", default=[], metavar="FILE|MODULE",
+        help="file or module that registers mechanisms of your own; repeat",
     )  # fmt: skip
 
 
+def _refuse_what_stores_nothing(config: pytest.Config) -> None:
+    """Raises UsageError for options of pytest and its plugins with which nothing is measured."""
+    given = config.option
+    if not hasattr(given, "imports"):
+        raise pytest.UsageError("the suite runs by itself: name no other folder beside bench/")
+    if not hasattr(given, "benchmark_json"):
+        raise pytest.UsageError("the suite needs pytest-benchmark: leave -p no:benchmark out")
+    if given.collectonly:
+        return
+    is_distributed = getattr(given, "dist", "no") != "no" or hasattr(config, "workerinput")
+    if is_distributed or getattr(given, "tx", None):
+        raise pytest.UsageError(
+            "the suite measures one case at a time, each in a process of its own, since two would "
+            "disturb each other: leave -n, --dist and --tx out"
+        )
+    if given.benchmark_disable and not given.benchmark_enable:
+        raise pytest.UsageError(
+            "--benchmark-disable stores nothing of what is measured: leave it out, or list the "
+            "cases with --collect-only"
+        )
+    if given.benchmark_skip and not given.benchmark_only:
+        raise pytest.UsageError("--benchmark-skip skips every case of the suite: leave it out")
+    if given.setuponly or getattr(given, "setupplan", False):
+        raise pytest.UsageError("--setup-only and --setup-plan measure nothing: leave them out")
+    kinds = ("group", "name", "func", "fullname", "fullfunc", "param")
+    for grouping in given.benchmark_group_by.split(","):
+        if grouping not in kinds and not grouping.startswith("param:"):
+            raise pytest.UsageError(
+                f"--benchmark-group-by {grouping!r} is unknown; choose of {', '.join(kinds)} and "
+                f"param:NAME"
+            )
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark, whose session writes the results
 def pytest_configure(config: pytest.Config) -> None:
+    _refuse_what_stores_nothing(config)
     option = config.getoption
     chosen = [profile for profile in PROFILES if option(f"--{profile}")]
     if len(chosen) > 1:
         raise pytest.UsageError("--quick and --full exclude each other; choose one")
-    given_modules: tuple[str, ...] = tuple(option("--register") or ())
+    imports: tuple[str, ...] = tuple(option("imports") or ())
     try:
-        for name in given_modules:
-            worker.register(name)
+        import_all(imports)
         settings = settings_from(
             tuple(GOALS),
             profile=(chosen or ["quick"])[0],
@@ -87,10 +128,12 @@ def pytest_configure(config: pytest.Config) -> None:
             cell_timeout=option("--cell-timeout"),
             time_budget=option("--time-budget"),
             quality=option("--quality"),
-            register=given_modules,
+            imports=imports,
         )
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise pytest.UsageError(" ".join(str(error).split())) from error
+        if not config.option.collectonly:
+            _prepare_writing(config)
+    except (UserError, UsageError) as error:
+        raise pytest.UsageError(printable(" ".join(str(error).split()))) from error
     given = [str(argument) for argument in config.invocation_params.args]
     if not any(argument.startswith("--benchmark-columns") for argument in given):
         config.option.benchmark_columns = ["median", "iqr", "ops", "rounds"]
@@ -101,8 +144,34 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CHECKED] = {}
     config.stash[_SPENT] = {}
     config.stash[_BEGIN] = time.monotonic()
+    config.stash[_UNWRITTEN] = []
     # Whoever ends the run politely gets what was measured until then, as with Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _prepare_writing(config: pytest.Config) -> None:
+    """Checks the outputs of pytest-benchmark, and has them written whole or not at all."""
+    session: Any = config._benchmarksession  # type: ignore[attr-defined]
+
+    def reported(write: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except (OSError, ValueError) as error:
+                config.stash[_UNWRITTEN].append(str(error))
+
+        return guarded
+
+    def save_json(content: dict[str, Any]) -> None:
+        write_json(session.json, content, indent=4)
+        session.logger.info(f"Wrote benchmark data in: {session.json}", purple=True)
+
+    if session.json:
+        session.json = check_writable(Path(session.json).absolute())
+        session.save_json = reported(save_json)
+    if (session.save or session.autosave) and hasattr(session.storage, "path"):
+        check_writable(Path(session.storage.path) / "trial")
+        session.storage.save = reported(session.storage.save)
 
 
 def pytest_keyboard_interrupt() -> None:
@@ -266,6 +335,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "threads": settings.threads,
         "memory_cap": settings.memory_cap,
         "peaks": config.stash[_PEAKS],
+        "imports": origins(attnzoo.list_attention()),
     }
 
 
@@ -274,13 +344,16 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def _accounts(config: pytest.Config, benchmarks: list[dict[str, Any]]) -> dict[str, Any]:
+    session: Any = config.pluginmanager.get_plugin("session")
+    stop = session and (session.shouldfail or session.shouldstop)
+    ended = "the run ended before this case" + (f": {stop}" if stop else "")
     measured = {entry["name"] for entry in benchmarks}
     missed = config.stash[_MISSED]
     requested = config.stash[_REQUESTED]
     absent = []
     for nodeid, name in requested.items():
         if name not in measured:
-            state, reason = missed.get(nodeid, ("error", "the run ended before this cell"))
+            state, reason = missed.get(nodeid, ("interrupted", ended))
             absent.append({"name": name, "state": state, "reason": reason})
     return {"cells_requested": sorted(requested.values()), "cells_not_measured": absent}
 
@@ -288,42 +361,61 @@ def _accounts(config: pytest.Config, benchmarks: list[dict[str, Any]]) -> dict[s
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes the accounts even if no cell was measured, where pytest-benchmark writes nothing."""
-    path = session.config.getoption("benchmark_json", None)
-    requested = session.config.stash[_REQUESTED]
-    if not path or not requested or session.config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+    config = session.config
+    benchmarks: Any = config._benchmarksession  # type: ignore[attr-defined]
+    if config.stash[_UNWRITTEN]:
+        session.exitstatus = USER_ERROR
+    if not config.stash[_REQUESTED] or config.option.collectonly:
+        return
+    if not benchmarks.json or benchmarks.benchmarks:
         return
     empty = {
         "machine_info": {}, "commit_info": {}, "benchmarks": [], "version": "",
         "datetime": datetime.now(timezone.utc).isoformat(),
     }  # fmt: skip
-    Path(path).write_text(json.dumps(empty | _accounts(session.config, []), indent=1))
+    try:
+        write_json(benchmarks.json, empty | _accounts(config, []))
+    except CannotWrite as error:
+        config.stash[_UNWRITTEN].append(str(error))
+        session.exitstatus = USER_ERROR
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     requested, missed = config.stash[_REQUESTED], config.stash[_MISSED]
     if not requested or config.option.collectonly:
         return
-    terminalreporter.section("cells")
+    terminalreporter.section("cases")
+
+    def line(text: str) -> None:
+        terminalreporter.line(printable(text))
+
+    for text in config.stash[_UNWRITTEN]:
+        line(f"error: {text}; nothing of this run is stored there")
     counts: dict[str, int] = {}
     for state, _ in missed.values():
         counts[state] = counts.get(state, 0) + 1
     parts = [f"{number} {state}" for state, number in sorted(counts.items())]
     measured = {entry.name for entry in config._benchmarksession.benchmarks}  # type: ignore[attr-defined]
     done = len(measured & set(requested.values()))
-    terminalreporter.line(f"{len(requested)} requested, {done} measured {', '.join(parts)}")
+    line(f"{len(requested)} requested, {done} measured {', '.join(parts)}")
     for nodeid, (state, reason) in missed.items():
-        terminalreporter.line(f"  {requested[nodeid]}: {state}, {reason}")
+        line(f"  {requested[nodeid]}: {state}, {reason}")
     for kind, seconds in config.stash[_SPENT].items():
-        terminalreporter.line(
+        line(
             f"  {len(seconds)} of kind {kind} took {sum(seconds):.0f} s, "
             f"the longest {max(seconds):.1f} s"
         )
+    absent: dict[str, None] = {}
     for entry in config._benchmarksession.benchmarks:  # type: ignore[attr-defined]
+        for peer, reason in entry.extra_info.get("peers_missing", {}).items():
+            absent[f"  {peer} does not run here: {reason}"] = None
         best = entry.extra_info.get("ratio_to_best")
         if best:
-            terminalreporter.line(
+            line(
                 f"  {entry.extra_info['label']} {entry.extra_info['mode']} at "
                 f"{entry.extra_info['resolution']} px takes {best['median']:.2f} x the time of "
                 f"the best peer ({entry.extra_info['best_peer']}), quartiles "
                 f"{best['q1']:.2f} to {best['q3']:.2f}"
             )
+    for text in absent:
+        line(text)

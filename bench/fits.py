@@ -26,7 +26,7 @@ def crossover(curve: Points, reference: Points) -> tuple[float, float] | None:
     None if it lies below from the first common size on, or never does.
     """
     theirs = dict(reference)
-    shared = [(x, y, theirs[x]) for x, y in sorted(curve) if x in theirs]
+    shared = [(x, y, theirs[x]) for x, y in sorted(curve) if min(y, theirs.get(x, 0)) > 0]
     for (x0, y0, r0), (x1, y1, r1) in itertools.pairwise(shared):
         before, after = math.log(y0 / r0), math.log(y1 / r1)
         if before > 0 >= after:
@@ -49,6 +49,8 @@ def value_at(points: Points, x: float) -> tuple[float, bool] | None:
     if len(ordered) < 2:
         return None
     (x0, y0), (x1, y1) = sorted(ordered, key=lambda p: abs(math.log(p[0] / x)))[:2]
+    if min(y0, y1) <= 0:  # a mechanism without memory of its own has no logarithm
+        return max(y0, y1), False
     slope = math.log(y1 / y0) / math.log(x1 / x0)
     return y0 * (x / x0) ** slope, False
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -22,10 +21,11 @@ from attnzoo.contract import nearest
 from bench import machine
 from bench.cells import Cell
 from bench.isolate import run_isolated
-from bench.results import compact, read_report, rounded, source_of
-from bench.tables import markdown, put_into
+from bench.results import compact, read_report, source_of
+from bench.tables import markdown, parts_around, put_into
 from bench.worker import Settings, prepare
 from recipes.lab.console import DONE, UserError, run_script
+from recipes.lab.files import check_writable, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,17 @@ class Row:
         if sign * self.value >= sign * self.aim:
             return "aim reached"
         return "met" if sign * self.value >= sign * self.owed else "NOT MET"
+
+    @property
+    def shown(self) -> str:
+        """The value in as few digits as agree with the verdict, at least three."""
+        if self.value is None:
+            return ""
+        for digits in range(3, 17):
+            text = f"{self.value:.{digits}g}"
+            if dataclasses.replace(self, value=float(text)).verdict == self.verdict:
+                return text
+        return repr(self.value)
 
 
 VERDICTS = ("aim reached", "met", "NOT MET", "not measured")
@@ -159,10 +170,9 @@ def as_table(rows: list[Row]) -> str:
     for row in rows:
         sign = ">=" if row.better == "higher" else "<="
         spread = "" if row.q1 is None else f"{row.q1:.3g} to {row.q3:.3g}"
-        value = "" if row.value is None else f"{row.value:.3g}"
         owed = "" if row.owed is None else f"{sign} {row.owed:g}"
         aim = "" if row.aim is None else f"{row.aim:g}"
-        lines.append([row.goal, row.what, value, spread, owed, aim, row.verdict, row.note])
+        lines.append([row.goal, row.what, row.shown, spread, owed, aim, row.verdict, row.note])
     heading = ["goal", "what", "value", "quartiles", "owed", "aim", "", "note"]
     return markdown(heading, lines)
 
@@ -193,6 +203,8 @@ def main(arguments: list[str]) -> int:
         help="file whose part <!-- goals -->, or <!-- goals-cuda -->, is replaced; repeatable",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.save:
+        check_writable(options.save)
     if options.report:
         report = read_report(options.report)
         rows = rows_of(report)
@@ -201,8 +213,10 @@ def main(arguments: list[str]) -> int:
                 f"{options.report} holds no goals; they are in a run of pytest bench/ --full, "
                 f"or measure them with python -m bench.goals"
             )
+        part = _part(rows[0].goal)
+        _check_parts(options.into, part)
         if options.save:
-            options.save.write_text(json.dumps(_goals_alone(report), indent=1))
+            write_json(options.save, _goals_alone(report))
     else:
         own = [name for name in GOALS if name.startswith(LETTERS[options.device])]
         wanted = [name for name in options.only.split(",") if name] or own
@@ -210,13 +224,23 @@ def main(arguments: list[str]) -> int:
             if name not in GOALS:
                 choices = f"{nearest(name, GOALS)} Choose of {', '.join(GOALS)}"
                 raise UserError(f"unknown goal {name!r}{choices}")
+        part = _part(LETTERS[options.device])
+        _check_parts(options.into, part)
         report = _measure(wanted, options.device, options.save, bool(options.only))
         rows = rows_of(report)
     print(f"{as_table(rows)}\n\n{summary(rows)}")
-    part = "goals-cuda" if rows[0].goal.startswith(LETTERS["cuda"]) else "goals"
     for path in options.into:
         put_into(path, part, as_markdown(rows, source_of(report)))
     return DONE
+
+
+def _part(goal: str) -> str:
+    return "goals-cuda" if goal.startswith(LETTERS["cuda"]) else "goals"
+
+
+def _check_parts(paths: list[Path], part: str) -> None:
+    for path in paths:
+        parts_around(path, part)
 
 
 def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
@@ -267,9 +291,9 @@ def _measure(
         else:
             row = _not_measured(name, outcome.state, outcome.reason)
             info = {"rows": [dataclasses.asdict(row)]}
-        entries.append(rounded({"extra_info": info}))  # what is printed is what is saved
+        entries.append({"extra_info": info})
         if save:  # after every goal, so that no interruption loses one
-            save.write_text(json.dumps(report, indent=1))
+            write_json(save, report)
     return report
 
 

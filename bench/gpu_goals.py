@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -22,7 +21,7 @@ from bench.checks import HALF_PRECISION_BUDGET, WrongResult, check_equal, relati
 from bench.fits import crossover
 from bench.goal_tools import Calls, Found, dydila_options, projectors
 from bench.peak_memory import peak_memory
-from bench.peers import contestants_of
+from bench.peers import contestants_of, optional
 from bench.tables import memory
 from bench.worker import layer_options, step_of, subject
 
@@ -304,7 +303,7 @@ def power_map_against_copy(found: Found) -> None:
 
 
 def gated_against_fla(found: Found) -> None:
-    chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
+    chunk_gla = optional("chunk_gla", "fla.ops.gla")
 
     def theirs(*operands: torch.Tensor) -> torch.Tensor:
         return chunk_gla(*operands, scale=1.0)[0]

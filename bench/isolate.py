@@ -5,20 +5,35 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable
+from multiprocessing import reduction, util
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["measured", "out-of-memory", "unsupported", "timeout", "error"]
+from recipes.lab.console import UserError
+from recipes.lab.files import locked
+
+State = Literal["measured", "out-of-memory", "unsupported", "timeout", "interrupted", "error"]
 # Address space that the allocator reserves ahead and libraries take as scratch.
 _SLACK = 2**29
-STATES: tuple[State, ...] = ("measured", "out-of-memory", "unsupported", "timeout", "error")
+
+
+# The temporary folders of runs, each with a lock that goes with the run's process.
+_SCRATCH = "attnzoo-bench-"
+_LOCK = ".lock"
+# A folder younger than this may belong to a run that has not locked it yet.
+_YOUNG = 60.0
 
 
 class Unsupported(Exception):
@@ -30,7 +45,7 @@ class Outcome:
     """How a cell ended.
 
     Attributes:
-        state: One of ``STATES``.
+        state: "measured", or why not; "interrupted" if the run ended before it.
         reason: Why it was not measured, in one line.
         result: What the function returned.
     """
@@ -38,6 +53,38 @@ class Outcome:
     state: State
     reason: str = ""
     result: Any = None
+
+
+@functools.cache
+def scratch() -> Path:
+    """The temporary folder of this run; it goes with the run.
+
+    What a killed run could not remove is removed when the next one starts.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    holder = contextlib.ExitStack()
+    holder.enter_context(locked(folder / _LOCK))
+    atexit.register(holder.close)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # The server's socket would otherwise lie in a folder that a killed process leaves behind.
+    multiprocessing.current_process()._config.setdefault("tempdir", str(folder))  # type: ignore[attr-defined]
+    return folder
+
+
+def scratch_of_parent() -> str:
+    """The same folder, in a process that ``run_isolated`` has started."""
+    return util.get_temp_dir()
+
+
+def _sweep(root: Path) -> None:
+    for old in root.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError, UserError):  # another user's, or of a run that goes on
+            found = old.lstat()
+            is_ours = found.st_uid == os.getuid() and not old.is_symlink()
+            if is_ours and time.time() - found.st_mtime > _YOUNG:
+                with locked(old / _LOCK):
+                    shutil.rmtree(old)
 
 
 # Processes that start while an earlier cell is measured: CUDA takes half a second to start.
@@ -58,14 +105,14 @@ class _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(preloaded())
         self.connection, other = context.Pipe()
-        handle, self.errors = tempfile.mkstemp(prefix="attnzoo-bench-")
-        os.close(handle)
+        scratch()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so nothing stays
         # Daemons end with this process, also one that still waits.
-        self.process = context.Process(
-            target=_child, args=(other, memory, device, self.errors), daemon=True
-        )
+        self.process = context.Process(target=_child, args=(other, memory, device), daemon=True)
         self.process.start()
         other.close()
+        with contextlib.suppress(OSError):  # of one that died already, which is found out later
+            reduction.send_handle(self.connection, self.errors.fileno(), self.process.pid)
 
     def call(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
@@ -84,8 +131,9 @@ class _Worker:
         return Outcome("error", f"the process died with exit status {code}: {self._last_words()}")
 
     def _last_words(self) -> str:
-        with open(self.errors, errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip()]
+        self.errors.seek(0)
+        text = self.errors.read().decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1][:300] if lines else "it said nothing"
 
     def end(self) -> None:
@@ -93,8 +141,7 @@ class _Worker:
             self.process.kill()
         self.process.join()
         self.connection.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.errors)
+        self.errors.close()
 
 
 _waiting: dict[tuple[int, str, bool], list[_Worker]] = {}
@@ -149,10 +196,12 @@ def run_isolated(
             worker.end()
 
 
-def _child(connection: Connection, memory: int, device: str, errors: str) -> None:
-    # What libraries and the profiler write is kept for the case that this process dies of it.
-    with open(errors, "w") as file:
-        os.dup2(file.fileno(), 2)
+def _child(connection: Connection, memory: int, device: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What libraries and the profiler write is stored for the case that this process dies of it.
+    errors = reduction.recv_handle(connection)
+    os.dup2(errors, 2)
+    os.close(errors)
     failure: Exception | None = None
     try:
         _cap(memory, device)
@@ -169,8 +218,16 @@ def _child(connection: Connection, memory: int, device: str, errors: str) -> Non
             function, arguments = pickle.loads(message)
             answer: tuple[State, str, Any] = ("measured", "", function(*arguments))
         except Exception as error:
-            answer = (_classify(error), _line(error), None)
+            answer = (_classify(error), one_line(error), None)
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the suite's is gone, also if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _cap(memory: int, device: str) -> None:
@@ -204,12 +261,13 @@ def _classify(error: Exception) -> State:
     ):
         return "unsupported"
     # What attnzoo says of a backend that was named and is not there.
-    if text.startswith("impl=") and "cannot run" in text:
+    if text.startswith("impl="):
         return "unsupported"
     return "error"
 
 
-def _line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """The error's kind and words, at most 300 characters."""
     text = " ".join(str(error).split())
     if isinstance(error, Unsupported):
         return text[:300]

@@ -52,9 +52,11 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            found[package] = str(importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             continue
+        except Exception as error:  # a half-removed package has metadata that cannot be read
+            found[package] = f"unreadable ({type(error).__name__})"
     return found
 
 
@@ -64,7 +66,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         name = models[0] if models else name
     return {

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-from collections.abc import Iterable
+import io
 from pathlib import Path
 
 import torch
 
 from attnzoo.counting import count_macs
 from backbones import build_backbone
+from bench.tables import markdown
+from recipes.lab.console import DONE, run_script
+from recipes.lab.files import check_writable, write_text
 
 # (size, resolution): Table 1 has S, B, L at 256 pixels, Table 2 has L at 512.
 COLUMNS = (("S", 256), ("B", 256), ("L", 256), ("L", 512))
@@ -108,7 +111,7 @@ HEADINGS = {
 
 def to_markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    return _table([HEADINGS.values(), *map(dataclasses.astuple, rows)])
+    return markdown(list(HEADINGS.values()), [dataclasses.astuple(row) for row in rows])
 
 
 def to_readme(rows: list[Row]) -> str:
@@ -117,24 +120,10 @@ def to_readme(rows: list[Row]) -> str:
     for row in rows:
         ours = f"{float(row.ours_paper):.2f} / {float(row.ours_full):.2f}"
         cells.setdefault(row.model, {})[row.size, row.resolution] = f"{row.paper} / {ours}"
-    return _table(
-        [
-            ["model", *(f"{size}, {resolution} px" for size, resolution in COLUMNS)],
-            *([model, *(found.get(c, "-") for c in COLUMNS)] for model, found in cells.items()),
-        ]
+    return markdown(
+        ["model", *(f"{size}, {resolution} px" for size, resolution in COLUMNS)],
+        [[model, *(found.get(c, "-") for c in COLUMNS)] for model, found in cells.items()],
     )
-
-
-def _table(lines: Iterable[Iterable[object]]) -> str:
-    heading, *rows = [[str(value) for value in values] for values in lines]
-    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
-
-    def line(values: list[str]) -> str:
-        padded = (value.ljust(width) for value, width in zip(values, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
-    return "\n".join([line(heading), rule, *map(line, rows)])
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -144,20 +133,26 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         "--out", type=Path, default=Path("plots"), help="folder to write to (default: plots)"
     )
     options = parser.parse_args(arguments)
+    check_writable(options.out / "paper_table.csv")
     rows = [table_row(*printed) for printed in PRINTED]
     text = to_markdown(rows)
     print(text)
     same = sum(row.same_digits == "yes" for row in rows)
     print(f"\n{same} of {len(rows)} figures print the paper's digits.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "paper_table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[f.name for f in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
-    (options.out / "paper_table.md").write_text(f"{text}\n")
-    (options.out / "paper_table_readme.md").write_text(f"{to_readme(rows)}\n")
+    sheet = io.StringIO(newline="")
+    writer = csv.DictWriter(sheet, fieldnames=[f.name for f in dataclasses.fields(Row)])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, rows))
+    write_text(options.out / "paper_table.csv", sheet.getvalue())
+    write_text(options.out / "paper_table.md", f"{text}\n")
+    write_text(options.out / "paper_table_readme.md", f"{to_readme(rows)}\n")
     return rows
 
 
+def _script(arguments: list[str]) -> int:
+    main(arguments)
+    return DONE
+
+
 if __name__ == "__main__":
-    main()
+    run_script(_script)

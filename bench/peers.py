@@ -18,6 +18,7 @@ from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
 from attnzoo.ops import gated
 from attnzoo.testing import twin_of
+from bench.isolate import Unsupported, one_line
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -37,7 +38,8 @@ class Peer(nn.Module):
 def contestants_of(layer: Attention) -> tuple[nn.Module, dict[str, nn.Module], dict[str, str]]:
     """Ours, the peers that could be built, and why others could not.
 
-    Whether a peer runs is told by calling it: a package that imports may have no kernel here.
+    Whether a peer runs is found by calling it: a package that imports may have no kernel here,
+    and one in a state that nobody foresaw may raise anything.
 
     Args:
         layer: A layer of "softmax", "sana" or "gated", on its device and in its dtype.
@@ -47,8 +49,8 @@ def contestants_of(layer: Attention) -> tuple[nn.Module, dict[str, nn.Module], d
     for name, build in _PEERS.get(layer.name, {}).items():
         try:
             peers[name] = build(layer)
-        except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-            missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
+        except (Exception, SystemExit) as error:
+            missing[name] = one_line(error)
     return layer, peers, missing
 
 
@@ -131,12 +133,28 @@ def _multihead(layer: Any) -> nn.Module:
     return Peer(lambda x, grid: peer(x, x, x, need_weights=False)[0], peer)
 
 
-def _package(package: str, function: str) -> Callable[[Any], nn.Module]:
-    def build(layer: Any) -> nn.Module:
-        kernel = getattr(importlib.import_module(package), function)
+def optional(function: str, *modules: str) -> Callable[..., Any]:
+    """A function of the first of these modules that has it.
 
-        def attend(*operands: Tensor) -> Tensor:  # both packages want (b, n, h, d)
-            return kernel(*(z.transpose(1, 2) for z in operands)).transpose(1, 2)
+    Raises:
+        Unsupported: None has, whatever importing them raised; the message is one line.
+    """
+    failed = []
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), function)
+        except (Exception, SystemExit) as error:
+            failed.append(one_line(error))
+    raise Unsupported("; ".join(failed))
+
+
+def _package(function: str, *modules: str) -> Callable[[Any], nn.Module]:
+    def build(layer: Any) -> nn.Module:
+        kernel = optional(function, *modules)
+
+        def attend(*operands: Tensor) -> Tensor:  # all of these want (b, n, h, d)
+            out = kernel(*(z.transpose(1, 2) for z in operands))
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         return Peer(lambda x, grid: _projected(layer, x, attend), layer)
 
@@ -169,7 +187,7 @@ def _fla(module: str, function: str, gate: str) -> Callable[[Any], nn.Module]:
     """Our layer with flash-linear-attention's scan in place of ours; ``gate`` is its argument."""
 
     def build(layer: Any) -> nn.Module:
-        kernel = getattr(importlib.import_module(module), function)
+        kernel = optional(function, module)
         if "naive" in function:
             _refuse_cuda(layer)
         elif next(layer.parameters()).device.type != "cuda":
@@ -229,8 +247,9 @@ _PEERS: dict[str, dict[str, Callable[[Any], nn.Module]]] = {
         "SDPA flash": _sdpa_backend(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": _sdpa_backend(SDPBackend.CUDNN_ATTENTION),
         "SDPA efficient": _sdpa_backend(SDPBackend.EFFICIENT_ATTENTION),
-        "flash-attn": _package("flash_attn", "flash_attn_func"),
-        "xformers": _package("xformers.ops", "memory_efficient_attention"),
+        # The second is flash-attn 4, a package that has no more than that.
+        "flash-attn": _package("flash_attn_func", "flash_attn", "flash_attn.cute"),
+        "xformers": _package("memory_efficient_attention", "xformers.ops"),
     },
     "sana": {"naive map": _naive, "diffusers Sana processor": _diffusers_sana},
     "gated": {

@@ -10,26 +10,28 @@ from __future__ import annotations
 import argparse
 import collections
 import math
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+# A notebook's, whose module may be missing here; matplotlib would look for it when imported.
+os.environ.pop("MPLBACKEND", None)
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.fits import crossover, exponent
 from bench.results import device_of, families, frame, read_cells, subset
-from bench.tables import amount, markdown, memory, put_into
-from recipes.lab.console import DONE, run_script
+from bench.tables import amount, markdown, memory, parts_around, put_into
+from recipes.lab.console import DONE, printable, run_script
 from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.files import check_writable, whole_file
 
 # Below this many tokens projections hide how the core grows.
 ASYMPTOTIC = 1024
@@ -78,8 +80,9 @@ def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
             yield (f"macs-d{width}", _caption("macs"),
                    curves(chosen, "macs", "multiply-accumulates (G)", 1e-9, title))  # fmt: skip
     for family in families(cells, "layer"):
-        chosen = subset(cells, "layer", **family).dropna(subset=["gflops"])
-        if chosen.empty or family["dtype"] not in peaks:
+        chosen = subset(cells, "layer", **family)
+        chosen = chosen[chosen["gflops"] > 0] if "gflops" in chosen else chosen.iloc[:0]
+        if chosen.empty or not peaks.get(family["dtype"]) or not peaks.get("copy"):
             continue
         suffix = f"layer-{family['mode']}-d{family['width']}-{family['dtype']}{end}"
         title = f"{family['mode']}, d = {family['width']}, {family['dtype']}, {place}"
@@ -123,13 +126,13 @@ def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str
     for label in sorted(points, key=lambda name: -last[name]):
         curve = sorted(points[label])
         slope = exponent(curve, ASYMPTOTIC) if len(curve) > 2 else exponent(curve)
-        text = label if slope is None else f"{label}  $n^{{{slope:.2f}}}$"
+        text = literal(label) + ("" if slope is None else f"  $n^{{{slope:.2f}}}$")
         cross = crossover(curve, reference) if label != "softmax" else None
         if cross:
             text += f", from {math.sqrt(cross[0]) * 16:.0f} px"
             ax.plot(*cross, "o", ms=13, mfc="none", mec=_color(label), mew=1.3)
         ax.plot(*zip(*curve, strict=True), label=text, **_style(label))
-    ax.set(xscale="log", yscale="log", ylabel=axis, title=title)
+    ax.set(xscale="log", yscale="log", ylabel=axis, title=literal(title))
     _plain_ticks(ax)
     _resolution_axis(ax, sorted({int(n) for n in cells["tokens"]}))
     ax.legend(
@@ -146,13 +149,14 @@ def heat_map(cells: pd.DataFrame, column: str, title: str) -> Figure | None:
         return None
     table = table.loc[table.iloc[:, -1].sort_values().index]
     table.columns = [f"{px} px" for px in table.columns]
+    table.index = [literal(str(label)) for label in table.index]
     figure, ax = _canvas(2.6 + 1.0 * table.shape[1], 1.3 + 0.36 * len(table))
     limit = max(1.0, float(np.nanmax(np.abs(np.log2(table.to_numpy())))))
     sns.heatmap(
         np.log2(table), annot=table, fmt=".2f", cmap="RdBu_r", center=0, vmin=-limit, vmax=limit,
         ax=ax, cbar=False, linewidths=0.5,
     )  # fmt: skip
-    ax.set(xlabel="", ylabel="", title=f"time over softmax\n{title}")
+    ax.set(xlabel="", ylabel="", title=f"time over softmax\n{literal(title)}")
     ax.title.set_fontsize(10)
     return figure
 
@@ -166,12 +170,12 @@ def arithmetic(cells: pd.DataFrame, peak: float, title: str) -> Figure:
     for (_, row), macs in zip(chosen.iterrows(), work, strict=True):
         style = _style(row["label"]) | {"linestyle": "none", "markersize": 9}
         over = row["seconds"] / (2 * macs / peak)
-        label = f"{row['label']}  {over:.2f} x"
+        label = f"{literal(row['label'])}  {over:.2f} x"
         ax.plot(macs, row["seconds"] * 1e3, label=label, **style)
     ends = np.array([work.min() * 0.8, work.max() * 1.25])
     ax.plot(ends, 2 * ends / peak * 1e3, color="0.35", lw=1, label=f"peak, {peak:.0f} GFLOP/s")
     ax.set(xscale="log", yscale="log", xlabel="multiply-accumulates (G)",
-           ylabel="time of one call (ms)", title=f"{resolution} px\n{title}")  # fmt: skip
+           ylabel="time of one call (ms)", title=f"{resolution} px\n{literal(title)}")  # fmt: skip
     _plain_ticks(ax)
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: _factor_in(labels[i]))
@@ -200,22 +204,30 @@ def roofline(cells: pd.DataFrame, peak: float, peaks: dict[str, float], title: s
     for label, rows in cells.assign(intensity=intensity).groupby("label", sort=False):
         style = _style(str(label)) | {"linestyle": ":", "linewidth": 0.8}
         rows = rows.sort_values("tokens")
-        ax.plot(rows["intensity"], rows["gflops"], label=label, **style)
+        ax.plot(rows["intensity"], rows["gflops"], label=literal(str(label)), **style)
     low = min(intensity.min() / 1.5, peak / peaks["copy"] / 2)
     xs = np.geomspace(low, intensity.max() * 1.5, 400)
     ax.plot(xs, np.minimum(peak, xs * peaks["copy"]), color="0.35", lw=1.2,
             label=f"roof: {peak:.0f} GFLOP/s, {peaks['copy']:.0f} GB/s")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte (estimated)", ylabel="GFLOP/s",
-           title=f"{title}\neach line runs through the resolutions")  # fmt: skip
+           title=f"{literal(title)}\neach line runs through the resolutions")  # fmt: skip
     _plain_ticks(ax)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     return figure
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure that no window and no notebook knows of."""
     with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
-        figure, ax = plt.subplots(figsize=(width, height), layout="constrained")
-    return figure, ax
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots()
+
+
+def literal(text: str) -> str:
+    """The text as matplotlib draws it as it is: no formulas, and shown in a legend."""
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _color(label: str) -> str:
@@ -261,7 +273,7 @@ def where(report: dict[str, Any]) -> str:
         rows = [
             [row["label"], amount(row["time"], "s"),
              f"{row['gflops'] * row['seconds'] / row['time']:,.0f}", f"{1 / row['share']:.2f}",
-             memory(row["peak_memory"]), f"{row['allocated'] / row['peak_memory']:.1f}"]
+             memory(row["peak_memory"]), f"{row['allocated'] / max(row['peak_memory'], 1):.1f}"]
             for row in chosen.sort_values(by="share", ascending=False).to_dict("records")
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
@@ -273,15 +285,13 @@ def where(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
     """Writes every picture; returns name, caption and the PNG's path."""
-    out.mkdir(parents=True, exist_ok=True)
     drawn = []
-    save: Callable[..., None]
     for name, caption, figure in figures(report):
-        save = figure.savefig
-        save(out / f"{name}.png", dpi=130, bbox_inches="tight")
-        save(out / f"{name}.svg", bbox_inches="tight")
-        plt.close(figure)
-        drawn.append((name, caption, out / f"{name}.png"))
+        plain = re.sub(r"[^\w.-]|^\.", "_", name)
+        for ending, settings in (("png", {"dpi": 130}), ("svg", {})):
+            with whole_file(out / f"{plain}.{ending}") as path:
+                figure.savefig(path, format=ending, bbox_inches="tight", **settings)
+        drawn.append((name, caption, out / f"{plain}.png"))
     return drawn
 
 
@@ -295,11 +305,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--into", type=Path, help="file whose <!-- where --> part is replaced")
     options = parser.parse_args(arguments)
     report = read_cells(options.report)
+    check_writable(options.out / "report.html")
+    if options.into:
+        parts_around(options.into, "where")
     drawn = draw(report, options.out)
     path = write_report(report, drawn, options.out, options.report.name)
     if options.into:
         put_into(options.into, "where", where(report))
-    print(f"{len(drawn)} pictures (PNG and SVG) and {path}")
+    print(printable(f"{len(drawn)} pictures (PNG and SVG) and {path}"))
     return DONE
 
 

@@ -16,5 +16,5 @@ with (
 ):
     import bench.worker  # noqa: F401
 
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):  # of whatever state Triton is in; who needs it finds out
         import attnzoo.ops.kernels  # noqa: F401 - Triton

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench import machine
 from bench.cells import Cell
-from bench.isolate import Unsupported
+from bench.isolate import Unsupported, scratch_of_parent
 from bench.worker import Settings, prepare
 from recipes.lab.console import UserError
 
@@ -40,6 +41,12 @@ def read_quality(folder: str | Path) -> pd.DataFrame:
         ) from error
     if not {"variant", "metric", "mean", "resolution"} <= set(found.columns):
         raise UserError(f"{path} is no summary.csv of recipes/compare.py")
+    found = found.dropna(subset=["variant", "metric"]).astype({"variant": str, "metric": str})
+    for column in ("mean", "resolution"):
+        found[column] = pd.to_numeric(found[column], errors="coerce")
+    found = found[np.isfinite(found["mean"]) & np.isfinite(found["resolution"])]
+    if found.empty:
+        raise UserError(f"{path} has no result that is a number")
     return found
 
 
@@ -80,7 +87,9 @@ def _short_training(cell: Cell) -> dict[str, Any]:
     from recipes.lab.training.checkpoint import Run
 
     options = [part for name, value in cell.options for part in ("--set", f"{name}={value}")]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    # In the run's folder: this process may be killed before it can remove anything.
+    scratch = tempfile.TemporaryDirectory(dir=scratch_of_parent())
+    with scratch as folder, contextlib.redirect_stdout(io.StringIO()):
         out = Path(folder) / "run"
         start = time.perf_counter()
         status = train.main([

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cells, subset
 from bench.settings import parse_bytes
 from bench.tables import amount, markdown, memory
-from recipes.lab.console import DONE, UserError, run_script, user_errors, whole
+from recipes.lab.console import DONE, UserError, printable, run_script, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +92,20 @@ def advise(found: list[Choice], limit: float | None, metric: str | None, lower: 
     points = {c.label: (c.seconds, c.peak, sign * (c.quality or 0.0)) for c in judged or fitting}
     front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in pareto(points)]
     softmax = next((c for c in found if c.label == "softmax"), None)
-    leanest = min(front, key=lambda c: c.peak)
-    best = None
-    if judged:
-        best = (min if lower else max)(judged, key=lambda c: c.quality or 0)
+    contests: list[tuple[str, list[Choice], Callable[[Choice], float], Callable]] = [
+        ("the fastest", front, lambda c: c.seconds, lambda c: amount(c.seconds, "s")),
+        ("takes the least memory", front, lambda c: c.peak, lambda c: memory(c.peak)),
+        (f"the best {metric}", judged, lambda c: sign * (c.quality or 0),
+         lambda c: f"{c.quality:.4g}"),
+    ]  # fmt: skip
     for choice in front:
-        praise = ["the fastest"] if choice is front[0] else []
-        praise += ["takes the least memory"] if choice is leanest else []
-        praise += [f"the best {metric}"] if choice is best else []
+        praise = [text for contest in contests if (text := _praise(choice, *contest))]
         text = f"- {choice.label}: {', '.join(praise) or 'a compromise'}; "
         text += f"{amount(choice.seconds, 's')}, {memory(choice.peak)}"
         if softmax and choice is not softmax:
             factor = softmax.seconds / choice.seconds
             than = f"{factor:.2f} x faster" if factor >= 1 else f"{1 / factor:.2f} x slower"
-            text += f", {than} than softmax"
+            text += ", as fast as softmax" if "1.00" in than[:4] else f", {than} than softmax"
         if choice.quality is not None:
             text += f", {metric} {choice.quality:.4g}"
         lines.append(text + ("" if choice.is_measured else " (estimated)") + ".")
@@ -116,23 +117,37 @@ def advise(found: list[Choice], limit: float | None, metric: str | None, lower: 
     return lines
 
 
+def _praise(
+    choice: Choice,
+    what: str,
+    among: list[Choice],
+    value: Callable[[Choice], float],
+    shown: Callable[[Choice], str],
+) -> str:
+    """``what`` if nobody is before this choice; a tie where the figures shown are the same."""
+    if not among:
+        return ""
+    least = min(among, key=value)
+    if shown(choice) != shown(least):
+        return ""
+    tied = [c.label for c in among if c is not choice and shown(c) == shown(least)]
+    return f"{what} (a tie with {', '.join(tied)})" if tied else what
+
+
 def main(arguments: list[str]) -> int:
     """Prints the advice."""
     options = _parser().parse_args(arguments)
-    report = read_cells(options.report)
-    cells = frame(report)
-    limit = None
-    if options.memory:
-        with user_errors():
-            limit = parse_bytes(options.memory)
+    limit = None if options.memory is None else parse_bytes(options.memory)
     if options.resolution % PIXELS_PER_TOKEN:
         raise UserError(
             f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
         )
+    quality, metric, lower, source = _quality(options.quality)
+    report = read_cells(options.report)
+    cells = frame(report)
     family = _family(cells, options)
     chosen = subset(cells, "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
-    quality, metric, lower, source = _quality(options.quality)
     time = "seconds" if options.launched else "time"
     found, unknown = choices(chosen, tokens, options.depth, quality, time)
     if not found:
@@ -143,9 +158,9 @@ def main(arguments: list[str]) -> int:
     print(
         f"{options.resolution} px ({tokens:,} tokens), {family['mode']}, the attention of "
         f"{options.depth} blocks of width {family['width']}, {family['dtype']}, batch "
-        f"{int(chosen['batch'].iloc[0])}, on {device_of(report)}:\n"
+        f"{int(chosen['batch'].iloc[0])}, on {printable(device_of(report))}:\n"
     )
-    print("\n".join(advise(found, limit, metric, lower)) + "\n")
+    print(printable("\n".join(advise(found, limit, metric, lower))) + "\n")
     on_device = time == "time" and "device_time" in chosen and chosen["device_time"].notna().any()
     rows = [
         [c.label, amount(c.seconds, "s"), *([amount(c.launched, "s")] if on_device else []),
@@ -155,7 +170,7 @@ def main(arguments: list[str]) -> int:
     ]  # fmt: skip
     heading = ["mechanism", *(["on the device", "launched"] if on_device else ["time"]), "memory"]
     print(markdown([*heading, metric or "quality", ""], rows) + "\n")
-    print("\n".join(_caveats(found, unknown, source, on_device, options)))
+    print(printable("\n".join(_caveats(found, unknown, source, on_device, options))))
     return DONE
 
 
@@ -186,7 +201,8 @@ def _family(cells: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
     raise UserError(
         f"{options.report} has no layers for --mode {options.mode}"
         f"{f' --width {options.width}' if options.width else ''}"
-        f"{f' --dtype {options.dtype}' if options.dtype else ''}; it has {', '.join(shown)}"
+        f"{f' --dtype {options.dtype}' if options.dtype else ''}; "
+        f"it has {', '.join(shown) or 'none'}"
     )
 
 

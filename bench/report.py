@@ -13,6 +13,8 @@ import pandas as pd
 from bench.goals import rows_of
 from bench.results import device_of, families, frame, subset
 from bench.tables import amount, memory
+from recipes.lab.console import printable
+from recipes.lab.files import write_text
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:.6em 0}
@@ -30,7 +32,7 @@ def write_report(
     goals = rows_of(report)
     if goals:
         rows = [
-            [g.goal, g.what, "" if g.value is None else f"{g.value:.3g}",
+            [g.goal, g.what, g.shown,
              "" if g.q1 is None else f"{g.q1:.3g} to {g.q3:.3g}",
              "" if g.owed is None else f"{'≥' if g.better == 'higher' else '≤'} {g.owed:g}",
              "" if g.aim is None else f"{g.aim:g}", g.verdict, g.note]
@@ -41,23 +43,22 @@ def write_report(
     for kind, title in (("layer", "One attention layer"), ("backbone", "The whole backbone")):
         for family in families(cells, kind):
             chosen = subset(cells, kind, **family)
-            parts.append(
-                f"<h2>{title}: {family['mode']}, d = {family['width']}, {family['dtype']}</h2>"
-                + _table(*_grid(chosen))
-            )
+            heading = f"{title}: {family['mode']}, d = {family['width']}, {family['dtype']}"
+            parts.append(f"<h2>{_text(heading)}</h2>{_table(*_grid(chosen))}")
     parts.append(_peers(cells))
     parts.append(_counts(cells))
     parts.append("<h2>Pictures</h2>")
     for name, caption, path in drawn:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(
-            f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{_text(caption)}</figcaption></figure>"
         )
     target = out / "report.html"
-    target.write_text(
+    write_text(
+        target,
         "<!doctype html><html lang=en><meta charset=utf-8><title>attnzoo benchmark</title>"
-        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n",
     )
     return target
 
@@ -132,7 +133,7 @@ def _peers(cells: pd.DataFrame) -> str:
                 f"{cell['label']} {cell['mode']} {cell['resolution']} px d{cell['width']} "
                 f"{cell['dtype']}", name, f"{ratio['median']:.2f}",
                 f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
-                "best peer" if name == cell["best_peer"] else "",
+                "best peer" if name == cell.get("best_peer") else "",
             ])  # fmt: skip
         for name, reason in cell["peers_missing"].items():
             rows.append([str(cell["label"]), name, "", reason, "does not run here"])
@@ -158,10 +159,13 @@ def _counts(cells: pd.DataFrame) -> str:
     return f"<h2>Arithmetic of one layer</h2>{_table(heading, rows)}"
 
 
+def _text(value: object) -> str:
+    return html.escape(printable(str(value)))
+
+
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in heading)
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in heading)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,25 @@ import pandas as pd
 
 from bench.timing import quartiles
 from recipes.lab.console import DONE, UserError, run_script
+from recipes.lab.files import check_writable, read_json, write_json
+
+_NUMBER, _TEXT = (int, float), (str,)
+_OF_ALL = {
+    "id": _TEXT, "kind": _TEXT, "mechanism": _TEXT, "label": _TEXT, "mode": _TEXT,
+    "dtype": _TEXT, "resolution": (int,), "tokens": (int,), "width": (int,),
+}  # fmt: skip
+_MEASURED = dict.fromkeys(
+    ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), _NUMBER
+)
+_COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), _NUMBER)
+_OF_KIND = {
+    "layer": _MEASURED,
+    "backbone": _MEASURED,
+    "peers": {**_MEASURED, "ratios": (dict,), "peers_missing": (dict,)},
+    "count": {**_COUNTED, "macs_paper": (*_NUMBER, type(None))},
+}
+_MISSED = {"name": _TEXT, "state": _TEXT, "reason": _TEXT}
+_SPREAD = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -20,23 +40,94 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is not one of the suite.
     """
-    try:
-        report = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path} does not exist; make it with pytest bench/ --benchmark-json {path}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON file of the suite: {error}") from error
-    if not isinstance(report, dict) or "benchmarks" not in report:
+        )
+    report = read_json(path, "JSON of the suite")
+    if not isinstance(report, dict) or not isinstance(report.get("benchmarks"), list):
         raise UserError(f"{path} is no JSON file of the suite: it has no benchmarks")
-    usual = report.pop("usual", None)
-    if usual is not None:  # it is compact
-        for entry in report["benchmarks"]:
-            info = entry["extra_info"] = {**usual, **entry["extra_info"]}
-            if "id" in info and "name" in entry:
-                entry["name"] += f"[{info['id']}]"
+    try:
+        usual = report.pop("usual", None)
+        if usual is not None:
+            _require(usual, "usual", {})
+        for i, entry in enumerate(report["benchmarks"]):
+            _check_entry(entry, f"benchmarks[{i}]", usual)
+        for part in ("machine_info", "common"):
+            _require(report.setdefault(part, {}), part, {})
+        info = report["machine_info"].setdefault("attnzoo", {})
+        _require(info, "machine_info.attnzoo", {})
+        for part, values in (("peaks", _NUMBER), ("versions", _TEXT)):
+            found = info.setdefault(part, {})
+            _require(found, part, dict.fromkeys(found, values) if type(found) is dict else {})
+        for i, cell in enumerate(report.setdefault("cells_not_measured", [])):
+            _require(cell, f"cells_not_measured[{i}]", _MISSED)
+        if not isinstance(report.setdefault("datetime", ""), str):
+            raise _Foreign("datetime is no text")
+    except (_Foreign, TypeError) as error:
+        raise UserError(f"{path} is no JSON file of the suite, or damaged: {error}") from error
     return report
+
+
+class _Foreign(Exception):
+    """Something that the suite does not write."""
+
+
+def _require(value: Any, place: str, fields: dict[str, tuple[type, ...]]) -> None:
+    """Raises _Foreign unless ``value`` is an object with these fields, numbers finite."""
+    if not isinstance(value, dict):
+        raise _Foreign(f"{place} is no object")
+    for name, kinds in fields.items():
+        found = value.get(name, _Foreign)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        if is_number and not math.isfinite(found):
+            raise _Foreign(f"{place} has {name} {found}")
+        if type(found) not in kinds:
+            what = "no" if found is _Foreign else f"a {type(found).__name__} as"
+            raise _Foreign(f"{place} has {what} {name}")
+
+
+def _check_entry(entry: Any, place: str, usual: dict[str, Any] | None) -> None:
+    """Checks what the tables and pictures read, and undoes ``compact``."""
+    _require(entry, place, {"extra_info": (dict,)})
+    info = entry["extra_info"] = {**(usual or {}), **entry["extra_info"]}
+    for name, kinds in (("device_name", _TEXT), ("commit", _TEXT), ("best_peer", _TEXT)):
+        if name in info:
+            _require(info, place, {name: kinds})
+    if "rows" in info:
+        _check_rows(info["rows"], place)
+    if "id" not in info or ("rows" in info and "stats" not in entry):
+        return  # of other tests, or the figures of a goal alone
+    _require(info, place, {**_OF_ALL, **_OF_KIND.get(info.get("kind"), {})})
+    _require(entry, place, {"name": _TEXT, "stats": (dict,)})
+    stats, data = entry["stats"], entry["stats"].get("data")
+    if data:
+        numbers = {str(i): value for i, value in enumerate(data)}
+        _require(numbers, f"{place}.data", dict.fromkeys(numbers, _NUMBER))
+    _require(stats, f"{place}.stats", {} if data else {"median": _NUMBER})
+    for name in ("gflops", "share_of_peak", "q1", "q3", "rounds"):
+        for found in (info, stats):
+            if name in found:
+                _require(found, place, {name: _NUMBER})
+    if "device_seconds" in info:
+        _require(info["device_seconds"], place, {"median": _NUMBER})
+    for part in ("ratios", "device_ratios"):
+        for name, ratio in dict(info.get(part, {})).items():
+            _require(ratio, f"{place}.{part}.{name}", _SPREAD)
+    if usual is not None:
+        entry["name"] += f"[{info['id']}]"
+
+
+def _check_rows(rows: Any, place: str) -> None:
+    from bench.goals import GOALS
+
+    optional = (*_NUMBER, type(None))
+    fields = {"goal": _TEXT, "what": _TEXT, "better": _TEXT, "note": _TEXT}
+    fields |= dict.fromkeys(("value", "owed", "aim", "q1", "q3"), optional)
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        _require(row, f"{place}.rows[{i}]", fields)
+        if row["goal"] not in GOALS or row["better"] not in ("higher", "lower"):
+            raise _Foreign(f"{place}.rows[{i}] is of no goal of the suite")
 
 
 def read_cells(path: Path) -> dict[str, Any]:
@@ -46,10 +137,13 @@ def read_cells(path: Path) -> dict[str, Any]:
         UserError: As there; or it holds the figures of goals alone.
     """
     report = read_report(path)
-    if report["benchmarks"] and not any("stats" in entry for entry in report["benchmarks"]):
+    entries = report["benchmarks"]
+    if entries and not any("stats" in entry for entry in entries):
         raise UserError(
             f"{path} holds figures of goals and no cells; python -m bench.goals {path} shows them"
         )
+    if entries and not any("id" in entry["extra_info"] for entry in entries):
+        raise UserError(f"{path} is a file of pytest-benchmark, but none of attnzoo's suite")
     return report
 
 
@@ -84,8 +178,8 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
     """
     rows = []
     for entry in report["benchmarks"]:
-        info, stats = entry["extra_info"], entry["stats"]
-        if "id" not in info:
+        info, stats = entry["extra_info"], entry.get("stats")
+        if "id" not in info or stats is None:
             continue
         low, middle, high = _quartiles(stats)
         row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high, "time": middle}
@@ -130,21 +224,33 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
         if found.get("kind") != "count":  # which is made on a CPU in every run
             common = {key: found[key] for key in shared if key in found} | common
         dropped = ("macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds", *shared)
-        info = {key: rounded(value) for key, value in found.items() if key not in dropped}
-        low, middle, high = _quartiles(entry["stats"])
-        stats = {"q1": low, "median": middle, "q3": high, "rounds": entry["stats"]["rounds"]}
-        benchmarks.append({"name": entry["name"], "extra_info": info, "stats": rounded(stats)})
+        # A goal's verdict is of the figure as it was measured.
+        info = {
+            key: value if key == "rows" else rounded(value)
+            for key, value in found.items()
+            if key not in dropped
+        }
+        kept: dict[str, Any] = {"extra_info": info}
+        if "name" in entry:
+            kept["name"] = entry["name"]
+        if "stats" in entry:  # bench.goals --save writes figures alone
+            low, middle, high = _quartiles(entry["stats"])
+            stats = {"q1": low, "median": middle, "q3": high}
+            stats |= {key: v for key, v in entry["stats"].items() if key == "rounds"}
+            kept["stats"] = rounded(stats)
+        benchmarks.append(kept)
     usual = _usual([entry["extra_info"] for entry in benchmarks])
     for entry in benchmarks:
         info = entry["extra_info"]
-        entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
+        if "name" in entry:
+            entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
         entry["extra_info"] = {k: v for k, v in info.items() if k not in usual or v != usual[k]}
-    kept = ("datetime", "cells_not_measured")
+    also = ("datetime", "cells_not_measured")
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
         "common": common,
         "usual": usual,
-        **{key: report[key] for key in kept if key in report},
+        **{key: report[key] for key in also if key in report},
         "benchmarks": benchmarks,
     }
 
@@ -202,9 +308,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("reports", type=Path, nargs="+", help="several runs are joined")
     parser.add_argument("--compact", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
+    check_writable(options.compact)
     small = compact(joined([read_cells(path) for path in options.reports]))
-    options.compact.parent.mkdir(parents=True, exist_ok=True)
-    options.compact.write_text(json.dumps(small, separators=(",", ":")))
+    write_json(options.compact, small, indent=None)
     print(f"{options.compact}: {options.compact.stat().st_size / 1024:.0f} KiB")
     return DONE
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
+import torch
+
+import attnzoo
 from attnzoo.contract import nearest
+from attnzoo.errors import UsageError
 from bench.cells import Cell, Request, table
 from bench.machine import commit
+from bench.quality import read_quality
 from bench.worker import Settings
-from recipes.lab.console import parse_options
+from recipes.lab.console import UserError, parse_options
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -27,7 +33,7 @@ class BenchSettings:
         cell_timeout: Seconds of one cell.
         time_budget: Seconds of the whole run; 0 is no limit.
         quality: Results of ``recipes/compare.py``.
-        register: Modules of the user's own mechanisms.
+        imports: Files or modules of the user's own mechanisms.
         commit: Of the working tree.
     """
 
@@ -37,7 +43,7 @@ class BenchSettings:
     cell_timeout: float
     time_budget: float
     quality: str | None
-    register: tuple[str, ...]
+    imports: tuple[str, ...]
     commit: str
 
     @property
@@ -57,15 +63,15 @@ class BenchSettings:
 
     def shared(self, peaks: dict[str, float], checked: dict[str, Any]) -> Settings:
         """What every cell's process is told."""
-        return Settings(self.threads, self.register, peaks, self.quality, checked)
+        return Settings(self.threads, self.imports, peaks, self.quality, checked)
 
 
 def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
-    """Parses the command line's texts.
+    """Parses and checks the command line's texts.
 
     Raises:
-        ValueError: A value is wrong; the message names it and what would do.
-        TypeError: A mechanism does not have an option.
+        UserError: A value is wrong; the message names it and what would do.
+        attnzoo.UsageError: A mechanism does not exist, has no such option, or cannot be built.
     """
     # A goal's letter says where it is set: G on a CPU, U on a GPU.
     letter = "U" if texts["device"] == "cuda" else "G"
@@ -73,7 +79,7 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
     goals = () if texts["goals"] == "none" else split(texts["goals"]) or own
     for goal in goals:
         if goal not in goal_names:
-            raise ValueError(
+            raise UserError(
                 f"unknown goal {goal!r}{nearest(goal, goal_names)} "
                 f"Choose of {', '.join(goal_names)}"
             )
@@ -87,19 +93,44 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
         goals=goals,
         quality=texts["quality"] is not None,
     )
-    (threads,) = whole_numbers("--threads", texts["threads"]) or (1,)
-    (timeout,) = whole_numbers("--cell-timeout", texts["cell_timeout"]) or (180,)
-    (budget,) = whole_numbers("--time-budget", texts.get("time_budget") or "") or (0,)
-    return BenchSettings(
+    if texts["quality"] is not None:
+        read_quality(texts["quality"])
+    settings = BenchSettings(
         request=request,
-        threads=threads,
+        threads=_one("--threads", texts["threads"], 1),
         memory_cap=parse_bytes(texts["memory_cap"]),
-        cell_timeout=timeout,
-        time_budget=budget,
+        cell_timeout=_one("--cell-timeout", texts["cell_timeout"], 180),
+        time_budget=_one("--time-budget", texts.get("time_budget") or "", 0),
         quality=texts["quality"],
-        register=texts["register"],
+        imports=texts["imports"],
         commit=commit(),
     )
+    _check_that_layers_exist(settings.cells())
+    return settings
+
+
+def _check_that_layers_exist(cells: list[Cell]) -> None:
+    # What a named implementation lacks here is an outcome of its cases, not a mistake.
+    layers = {
+        (cell.mechanism, cell.options, cell.width)
+        for cell in cells
+        if cell.kind not in ("goal", "quality") and "impl" not in dict(cell.options)
+    }
+    for mechanism, options, width in sorted(layers, key=str):
+        try:
+            with torch.device("meta"):
+                attnzoo.build_attention(mechanism, width, **dict(options))
+        except UsageError as error:
+            raise UserError(f"{mechanism} of width {width}: {error}") from error
+        except Exception:  # a bug in a mechanism is an outcome of its cases, too
+            continue
+
+
+def _one(option: str, text: str, default: int) -> int:
+    numbers = whole_numbers(option, text) or (default,)
+    if len(numbers) > 1:
+        raise UserError(f"{option} takes one number, got {text!r}")
+    return numbers[0]
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -108,11 +139,11 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Positive integers between commas; ValueError names the option."""
+    """Positive integers between commas; UserError names the option."""
     numbers = []
     for part in split(text):
-        if not part.isdigit() or int(part) < 1:
-            raise ValueError(f"{option} takes positive integers, got {part!r}")
+        if not part.isdecimal() or not 1 <= int(part[:20]) < 10**9:
+            raise UserError(f"{option} takes positive integers below 10^9, got {part[:40]!r}")
         numbers.append(int(part))
     return tuple(numbers)
 
@@ -124,8 +155,9 @@ def parse_mechanism(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
 
 
 def parse_bytes(text: str) -> int:
-    """ "8GiB" -> 8589934592; ValueError if it is no size."""
+    """ "8GiB" -> 8589934592; UserError if it is no size."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if not match or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no amount of memory; write it like 8GiB or 300MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS.get(match[2], math.nan) if match else math.nan
+    if not 1 <= size < 2**60:
+        raise UserError(f"{text!r} is no amount of memory; write it like 8GiB or 300MiB")
+    return int(size)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, printable
+from recipes.lab.files import check_writable, write_text
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown, HTML inside it and the terminal show as it is, in one table cell."""
+    line = " ".join(text.split())
+    return printable(re.sub(r"[\\|`]|<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", line))
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns padded to one width."""
-    cells = [list(heading), *(list(map(str, row)) for row in rows)]
+    """A Markdown table with columns padded to one width; what users name is escaped."""
+    cells = [[escaped(str(cell)) for cell in row] for row in (heading, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
@@ -24,14 +32,28 @@ def put_into(path: Path, name: str, text: str) -> None:
     """Replaces what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a file.
 
     Raises:
-        UserError: The file has no such part.
+        UserError: The file has no such part, or cannot be written.
+    """
+    before, after = parts_around(path, name)
+    write_text(path, f"{before}\n{text}\n{after}")
+
+
+def parts_around(path: Path, name: str) -> tuple[str, str]:
+    """What stands in a file before and after the part that ``put_into`` replaces, marks included.
+
+    Raises:
+        UserError: The file has no such part, or cannot be written.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    old = path.read_text() if path.exists() else ""
-    if old.count(start) != 1 or old.count(end) != 1:
+    try:
+        old = path.read_text("utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if old.count(start) != 1 or old.count(end) != 1 or old.index(end) < old.index(start):
         raise UserError(f"{path} needs one line {start} and one line {end} to write between")
+    check_writable(path)
     before, rest = old.split(start)
-    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    return before + start, end + rest.split(end)[1]
 
 
 def amount(value: float, unit: str = "") -> str:

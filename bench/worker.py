@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +16,12 @@ from attnzoo.counting import count_macs
 from backbones import build_backbone
 from bench import machine
 from bench.cells import SIZES, Cell
-from bench.checks import check_equal, check_key, check_layer
-from bench.isolate import Unsupported
+from bench.checks import WrongResult, check_equal, check_key, check_layer
+from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
 from bench.peers import contestants_of
 from bench.timing import interleave, quartiles, ratio, recorded, stopwatch_for
+from recipes.lab.imports import import_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +30,14 @@ class Settings:
 
     Attributes:
         threads: Of torch, on the CPU.
-        register: Modules or files that register a user's own mechanisms.
+        imports: Files or modules that register a user's own mechanisms.
         peaks: What ``machine.measure_peaks`` found.
         quality: Results of ``recipes/compare.py``, or None.
         checked: What earlier cells of the run found equal to their twins, by ``check_key``.
     """
 
     threads: int = 1
-    register: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
     quality: str | None = None
     checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -62,25 +59,8 @@ def prepare(settings: Settings) -> str:
     """Sets threads and allocator and imports the user's mechanisms; returns the allocator."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    for name in settings.register:
-        register(name)
+    import_all(settings.imports)
     return machine.keep_freed_memory()
-
-
-def register(name: str) -> None:
-    """Imports a module, by name or by path, for what it registers; once."""
-    if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
-    path = Path(name).resolve()
-    module = f"bench_registered_{path.stem}"
-    if module in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(module, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise FileNotFoundError(f"--register {name}: no such file")
-    sys.modules[module] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module])
 
 
 def peaks(settings: Settings, device: str, dtypes: tuple[str, ...]) -> dict[str, float]:
@@ -101,6 +81,8 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     """
     allocator = prepare(settings)
     dtype, device, options = getattr(torch, cell.dtype), cell.device, dict(cell.options)
+    if "impl" in options:
+        _require_impl(cell, dtype)
     check = settings.checked.get(check_key(cell)) or check_layer(
         cell.mechanism, layer_options(cell), cell.width, cell.dtype, device, cell.side
     )
@@ -155,6 +137,28 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     return record | (_device_times(calls, cell) if device == "cuda" else {})
 
 
+def _require_impl(cell: Cell, dtype: torch.dtype) -> None:
+    """Runs a named implementation once on few tokens, whatever it raises where it cannot run."""
+    side = min(cell.side, 4)
+    try:
+        layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
+        layer = layer.to(cell.device, dtype).train(cell.mode == "train")
+        x = torch.randn(1, side**2, cell.width, device=cell.device, dtype=dtype)
+        step_of(layer, (x, (side, side)), cell.mode)()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _unavailable(cell, f"{cell.device} with {dtype}", error) from error
+
+
+def _unavailable(cell: Cell, where: str, error: Exception) -> Unsupported:
+    text = " ".join(str(error).split())
+    if text.startswith("impl="):
+        return Unsupported(text)
+    impl = dict(cell.options)["impl"]
+    return Unsupported(f"{impl=} cannot run on {where}: {one_line(error)}")
+
+
 def _device_times(calls: dict[str, Callable[[], Any]], cell: Cell) -> dict[str, Any]:
     """The same contest without the host: every call replayed from a CUDA graph."""
     replays, missing = recorded(calls)
@@ -178,7 +182,13 @@ def count(cell: Cell, settings: Settings) -> dict[str, Any]:
     start = time.process_time()
     with torch.device("meta"):
         layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
-    return {**_costs(layer, cell), "rounds": [time.process_time() - start],
+    try:
+        costs = _costs(layer, cell)
+    except Exception as error:
+        if "impl" in dict(cell.options):
+            raise _unavailable(cell, "the meta device", error) from error
+        raise
+    return {**costs, "rounds": [time.process_time() - start],
             "timer": "process CPU time", **machine.describe("cpu", settings.threads)}  # fmt: skip
 
 
@@ -284,19 +294,23 @@ def _with_peers(
     ours, peers, missing = contestants_of(layer)
     small = min(cell.side, 8)
     errors = {}
-    with torch.no_grad():
-        x = torch.randn(1, small**2, cell.width, device=cell.device, dtype=dtype)
-        for name, peer in list(peers.items()):
-            try:
-                errors[name] = check_equal(name, peer(x, (small, small)), ours(x, (small, small)))
-            except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-                missing[name] = " ".join(str(error).split())[:200] or type(error).__name__
-                del peers[name]
-    if not peers:
-        raise Unsupported(f"no peer of {cell.mechanism} runs here: {missing}")
     inputs = _inputs(cell, layer, dtype)
     calls = {"attnzoo": step_of(ours, inputs, cell.mode)}
-    calls |= {name: step_of(peer, inputs, cell.mode) for name, peer in peers.items()}
+    x = torch.randn(1, small**2, cell.width, device=cell.device, dtype=dtype)
+    for name, peer in peers.items():
+        try:
+            with torch.no_grad():
+                errors[name] = check_equal(name, peer(x, (small, small)), ours(x, (small, small)))
+            call = step_of(peer, inputs, cell.mode)
+            call()
+        except WrongResult:
+            raise
+        except Exception as error:  # of other people's packages, anything
+            missing[name] = one_line(error)
+        else:
+            calls[name] = call
+    if len(calls) == 1:
+        raise Unsupported(f"no peer of {cell.mechanism} runs here: {missing}")
     return layer, calls, {"peer_errors": errors, "peers_missing": missing}
 
 

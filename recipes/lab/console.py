@@ -119,19 +119,6 @@ def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
     return tqdm(*arguments, **options)
 
 
-class user_errors:
-    """Turns the ValueError and TypeError of a set-up phase into ``UserError``."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ValueError | TypeError | OSError) and not isinstance(
-            error, UserError
-        ):
-            raise UserError(" ".join(str(error).split())) from error
-
-
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """Parses ``option=value`` pairs; values are Python literals, or else plain strings.
 

@@ -72,7 +72,7 @@ def broken(tmp_path_factory):
     """Mechanisms that end in each of the other ways."""
     path = tmp_path_factory.mktemp("broken") / "out.json"
     done = suite(
-        "--register", WRONG, "--mechanisms", "wrong,greedy,slow,unavailable,sana",
+        "--import", WRONG, "--mechanisms", "wrong,greedy,slow,unavailable,sana",
         "--resolutions", "256", "--widths", "96", "--cell-timeout", "4",
         "--memory-cap", "1GiB", "-k", "latency and layer and forward",
         "--benchmark-json", str(path),
@@ -274,7 +274,7 @@ def test_nothing_vanishes(broken):
 def test_what_the_time_budget_leaves_out_is_listed(tmp_path):
     path = tmp_path / "short.json"
     done = suite(
-        "--register", WRONG, "--mechanisms", "slow,sana", "--resolutions", "256", "--widths",
+        "--import", WRONG, "--mechanisms", "slow,sana", "--resolutions", "256", "--widths",
         "96", "--time-budget", "25", "-k", "latency and layer and forward or count",
         "--benchmark-json", str(path),
     )  # fmt: skip
@@ -290,7 +290,7 @@ def test_what_the_time_budget_leaves_out_is_listed(tmp_path):
 def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
     path = tmp_path / "part.json"
     arguments = (
-        "--register", WRONG, "--mechanisms", "sana,slow", "--resolutions", "256", "--widths",
+        "--import", WRONG, "--mechanisms", "sana,slow", "--resolutions", "256", "--widths",
         "96", "-k", "latency and layer and forward", "-vv", "--benchmark-json", str(path),
     )  # fmt: skip
     with suite_process(*arguments) as process:
@@ -308,7 +308,7 @@ def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
 
 def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
     path = tmp_path / "none.json"
-    suite("--register", WRONG, "--mechanisms", "unavailable", "--resolutions", "256", "--widths",
+    suite("--import", WRONG, "--mechanisms", "unavailable", "--resolutions", "256", "--widths",
           "96", "-k", "latency and layer", "--benchmark-json", str(path))  # fmt: skip
     report = json.loads(path.read_text())
     assert report["benchmarks"] == []
@@ -324,13 +324,19 @@ def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
         (("--dtypes", "float23"), "did you mean 'float32'"),
         (("--memory-cap", "much"), "write it like 8GiB"),
         (("--quick", "--full"), "exclude each other"),
-        (("--register", "no/such/file.py"), "no such file"),
+        (("--import", "no/such/file.py"), "there is no file 'no/such/file.py'"),
+        (("--threads", "1,2"), "takes one number"),
+        (("--threads", "²"), "positive integers"),
+        (("--cell-timeout", "9" * 30), "positive integers"),
+        (("--memory-cap", "9" * 400 + "GiB"), "write it like 8GiB"),
+        (("--memory-cap", "0"), "write it like 8GiB"),
+        (("--quality", "no/such/folder"), "no summary of a comparison"),
         (("--goals", "G99", "--full"), "unknown goal 'G99'"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message):
     from bench.settings import settings_from
-    from bench.worker import register
+    from recipes.lab.imports import import_all
 
     flags = dict(zip(arguments[::2], arguments[1::2], strict=False))
     if "--quick" in arguments:
@@ -341,12 +347,11 @@ def test_a_wrong_option_is_one_line(arguments, message):
     defaults = {
         "profile": "full", "device": "cpu", "mechanisms": "", "resolutions": "", "widths": "",
         "dtypes": "", "goals": "", "threads": "1", "memory_cap": "8GiB", "cell_timeout": "60",
-        "quality": None, "register": (),
+        "quality": None, "imports": (),
     }  # fmt: skip
     given = {name.strip("-").replace("-", "_"): text for name, text in flags.items()}
-    with pytest.raises((ValueError, TypeError, OSError), match=message):
-        if "register" in given:
-            register(given["register"])
+    with pytest.raises((UserError, attnzoo.errors.UsageError), match=re.escape(message)):
+        import_all([given["import"]] if "import" in given else [])
         settings_from(tuple(goals.GOALS), **(defaults | given))
 
 

@@ -258,7 +258,13 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
     run = Run(folder / "run")
     found = run.newest_checkpoint(warn=print) if run.config_file.exists() else None
     if found is None or found[0] < settings.steps:
-        status = train(settings, run, resume=found is not None, overwrite=run.config_file.exists())
+        status = train(
+            settings,
+            run,
+            resume=found is not None,
+            overwrite=run.config_file.exists(),
+            imports=stored["imports"],
+        )
         if status == INTERRUPTED:
             raise _Stopped(**STOPPED)
         if status == NON_FINITE:

@@ -1,0 +1,490 @@
+"""What a careless or hostile user gives the suite and its scripts: one line, and nothing lost."""
+
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from attnzoo.testing import build_scrambled, tokens
+from bench import compare, goals, isolate, machine, peers, plot, recommend, results, tables, worker
+from bench.cells import Cell
+from bench.isolate import Unsupported, run_isolated
+from bench.settings import settings_from
+from recipes.lab.console import UserError
+
+ROOT = Path(__file__).parents[2]
+PLAIN = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+PLAIN |= {"OMP_NUM_THREADS": "1"}
+FEW = ("--mechanisms", "sana", "--resolutions", "128", "--widths", "96", "-k", "count")
+SUITE = (sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider")
+GPU_RUN = ROOT / "docs" / "plots" / "gpu.json"
+IMPL_CASES = (("softmax", "flash"), ("dydila", "triton"), ("gated", "fla"), ("agent", "xformers"))
+
+
+def call(*command, folder=ROOT, **environment):
+    return subprocess.run(
+        command, cwd=folder, env=PLAIN | environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def small_report(label="sana", **changes):
+    """A run with two mechanisms at two sizes."""
+    entries = []
+    for name, factor in (("softmax", 2.0), (label, 1.0)):
+        for px in (256, 512):
+            seconds = factor * (px / 256) ** 2 * 1e-3
+            info = {
+                "id": f"layer-{name}-{px}", "kind": "layer", "mechanism": name, "label": name,
+                "mode": "forward", "dtype": "float32", "resolution": px, "tokens": px * px // 256,
+                "width": 96, "batch": 1, "peak_memory": px * 4000, "allocated": px * 8000,
+                "parameter_memory": 40000, "parameters": 10000, "gflops": 5.0,
+                "share_of_peak": 0.1, "device_name": "a CPU", "commit": "abc",
+                "ratios": {"softmax": {"median": 1.0, "q1": 1.0, "q3": 1.0, "rounds": 3}},
+            } | changes  # fmt: skip
+            stats = {"median": seconds, "q1": seconds, "q3": seconds, "rounds": 3}
+            entries.append({"name": f"t[{info['id']}]", "extra_info": info, "stats": stats})
+    return {
+        "machine_info": {"attnzoo": {"peaks": {"float32": 50.0, "copy": 10.0}}},
+        "datetime": "2026-01-01T00:00:00", "benchmarks": entries, "cells_not_measured": [],
+    }  # fmt: skip
+
+
+def written(path, report):
+    path.write_text(json.dumps(report), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("-n", "2"), "one case at a time"),
+        (("--dist", "load", "--tx", "2*popen"), "one case at a time"),
+        (("--benchmark-disable",), "stores nothing"),
+        (("--benchmark-skip",), "skips every case"),
+        (("--setup-plan",), "measure nothing"),
+        (("--benchmark-group-by", "sieze"), "'sieze' is unknown"),
+        (("-p", "no:benchmark"), "needs pytest-benchmark"),
+        (("--benchmark-json", "/proc/nowhere/out.json"), "cannot write '/proc/nowhere/out.json'"),
+        (("--benchmark-json", "docs"), "it is a folder"),
+        (("--import", "no_such_module_anywhere"), "no module 'no_such_module_anywhere'"),
+    ],
+)
+def test_what_would_store_nothing_is_refused_before_anything_is_measured(flags, message):
+    done = call(*SUITE, *FEW, *flags)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 4 and message in lines[-1], done.stdout + done.stderr
+    assert lines[-1].startswith("ERROR:") and "Traceback" not in done.stderr
+    assert "passed" not in done.stdout
+
+
+def test_listing_the_cases_leaves_an_older_result_as_it_is(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("older")
+    done = call(*SUITE, *FEW, "--collect-only", "--benchmark-json", str(path))
+    assert done.returncode == 0 and "count-sana" in done.stdout
+    assert path.read_text() == "older"
+
+
+def test_an_own_mechanism_by_import_and_a_run_in_a_new_folder_under_the_c_locale(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import attnzoo\nimport torch.nn as nn\n\n"
+        '@attnzoo.register_attention("own")\n'
+        "class Own(attnzoo.Attention):\n"
+        "    def __init__(self, context, config):\n"
+        "        super().__init__(context, config)\n"
+        "        self.value = nn.Linear(self.dim, self.dim)\n\n"
+        "    def forward(self, x, grid):\n"
+        "        return self.value(x).mean(1, keepdim=True).expand_as(x)\n"
+    )
+    path = tmp_path / "new" / "out.json"
+    done = call(
+        *SUITE, "--import", str(own), "--mechanisms", "own", "--resolutions", "128", "--widths",
+        "96", "-k", "latency and layer and forward or count", "--benchmark-json", str(path),
+        "--benchmark-only", LC_ALL="C", PYTHONUTF8="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text("utf-8"))
+    assert {entry["extra_info"]["mechanism"] for entry in report["benchmarks"]} == {"own"}
+    remembered = report["machine_info"]["attnzoo"]["imports"]
+    assert remembered["own"]["source"] == str(own) and len(remembered["own"]["sha256"]) == 64
+    drawn = call(
+        sys.executable, "bench/plot.py", str(path), "--out", str(tmp_path / "plots"),
+        LC_ALL="C", PYTHONUTF8="0", MPLBACKEND="module://matplotlib_inline.nowhere",
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    assert "own" in (tmp_path / "plots" / "report.html").read_text("utf-8")
+    advice = call(
+        sys.executable, "-m", "bench.recommend", str(path), "--resolution", "128",
+        LC_ALL="C", PYTHONUTF8="0",
+    )  # fmt: skip
+    assert advice.returncode == 0 and "own" in advice.stdout, advice.stderr
+
+
+def test_a_run_that_stops_early_says_why(tmp_path):
+    path = tmp_path / "out.json"
+    wrong = str(Path(__file__).with_name("wrong.py"))
+    done = call(
+        *SUITE, "--import", wrong, "--mechanisms", "wrong,sana", "--resolutions", "256",
+        "--widths", "96", "-k", "latency and layer", "-x", "--benchmark-json", str(path),
+    )  # fmt: skip
+    absent = json.loads(path.read_text())["cells_not_measured"]
+    states = [cell["state"] for cell in absent]
+    assert states.count("error") == 1 and "interrupted" in states, done.stdout
+    late = [cell["reason"] for cell in absent if cell["state"] == "interrupted"]
+    assert all("stopping after 1 failures" in reason for reason in late)
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nbefore = os.replace\n"
+        "def full(source, target):\n"
+        "    if str(target).endswith('full.json'):\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    return before(source, target)\n"
+        "os.replace = full\n"
+    )
+    path = tmp_path / "full.json"
+    path.write_text("older")
+    done = call(*SUITE, *FEW, "--benchmark-json", str(path), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert f"error: cannot write {str(path)!r}: No space left on device" in done.stdout
+    assert path.read_text() == "older" and os.listdir(tmp_path).count("full.json") == 1
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(("mechanism", "impl"), IMPL_CASES)
+@pytest.mark.parametrize("kind", ["layer", "count"])
+def test_an_implementation_that_cannot_run_here_is_unsupported(mechanism, impl, kind):
+    cell = Cell(kind=kind, mechanism=mechanism, options=(("impl", impl),), resolution=64, width=96)
+    function = worker.count if kind == "count" else worker.measure
+    outcome = run_isolated(function, cell, worker.Settings(), memory=2**33, timeout=100)
+    isolate.end_all()
+    if outcome.state == "measured":  # where the library is there, or nothing is run
+        return
+    assert outcome.state == "unsupported" and "\n" not in outcome.reason
+    assert f"impl={impl!r}" in outcome.reason
+
+
+def broken(name, error):
+    """A module that raises when anything is taken from it."""
+
+    def __getattr__(attribute):
+        raise error
+
+    module = types.ModuleType(name)
+    module.__getattr__ = __getattr__  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AttributeError("no such kernel"), OSError("libcuda.so"), RuntimeError("built for torch 1"),
+     TypeError("'NoneType'"), KeyError("CUDA_HOME"), SystemExit(3)],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_peers_survive_whatever_an_optional_package_raises(monkeypatch, error):
+    for name in ("flash_attn", "xformers", "xformers.ops", "fla", "fla.ops", "fla.ops.gla",
+                 "fla.ops.gla.naive"):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, broken(name, error))
+    both = {"softmax": ("flash-attn", "xformers"), "gated": ("fla chunk_gla",)}
+    for mechanism, lost in both.items():
+        _, found, missing = peers.contestants_of(build_scrambled(mechanism))
+        assert found, mechanism
+        for name in lost:
+            assert name in missing and "\n" not in missing[name]
+            assert type(error).__name__ in missing[name]
+
+
+def test_flash_attn_4_serves_as_the_peer_where_it_is_what_is_there(monkeypatch):
+    def flash_attn_func(query, key, value):
+        scale = query.shape[-1] ** -0.5
+        q, k, v = (z.transpose(1, 2) for z in (query, key, value))
+        return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2), None
+
+    package = types.ModuleType("flash_attn")
+    package.cute = types.SimpleNamespace(flash_attn_func=flash_attn_func)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package.cute)
+    ours, found, _ = peers.contestants_of(build_scrambled("softmax"))
+    x = tokens((4, 4))
+    difference = found["flash-attn"](x, (4, 4)) - ours(x, (4, 4))
+    assert difference.abs().max() < 1e-5
+
+
+def test_a_peer_that_fails_when_it_is_called_is_named_and_the_others_are_timed(monkeypatch):
+    def explode(*_, **__):
+        raise AssertionError("xformers has no operator here")
+
+    module = types.SimpleNamespace(memory_efficient_attention=explode)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    import torch
+
+    cell = Cell(kind="peers", mechanism="softmax", resolution=64, width=96)
+    _, calls, found = worker._with_peers(cell, torch.float32)
+    assert "no operator here" in found["peers_missing"]["xformers"]
+    assert "bare SDPA" in calls and "xformers" not in calls
+
+
+def test_a_missing_function_is_one_line():
+    with pytest.raises(Unsupported) as caught:
+        peers.optional("function", "no_such_package_anywhere", "json")
+    assert "no_such_package_anywhere" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_versions_survive_metadata_that_cannot_be_read(monkeypatch):
+    def raising(package):
+        raise KeyError("Version")
+
+    monkeypatch.setattr(importlib.metadata, "version", raising)
+    assert machine.versions()["torch"] == "unreadable (KeyError)"
+
+
+KILLED = """
+import os, sys
+from bench.isolate import run_isolated
+import tests.bench.test_borders as here
+sys.stdout.flush()
+run_isolated(here.sleep, memory=2**33, timeout=300)
+"""
+
+
+def sleep():
+    (Path(multiprocessing.util.get_temp_dir()) / "of-a-case").write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_a_killed_suite_leaves_no_process_and_the_next_one_sweeps_its_folder(tmp_path):
+    environment = PLAIN | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, env=environment) as process:
+        deadline = time.time() + 100
+        while not (found := list(tmp_path.glob("*/of-a-case"))) or not found[0].read_text():
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.2)
+        case = int(found[0].read_text())
+        process.kill()
+    left = list(tmp_path.iterdir())
+    assert [path.name.startswith("attnzoo-bench-") for path in left] == [True]
+    while Path(f"/proc/{case}").exists() and "Z" not in Path(f"/proc/{case}/stat").read_text():
+        assert time.time() < deadline, "the case's process outlives its suite"
+        time.sleep(0.2)
+    other = tmp_path / "attnzoo-bench-of-a-run-that-goes-on"
+    other.mkdir()
+    (tmp_path / "attnzoo-bench-link").symlink_to(tmp_path)
+    old = time.time() - 1000
+    for folder in (*left, other):
+        os.utime(folder, (old, old))
+    with isolate.locked(other / ".lock"):
+        os.utime(other, (old, old))
+        isolate._sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, "attnzoo-bench-link"}
+
+
+def test_a_finished_run_leaves_nothing(tmp_path):
+    code = "from bench.isolate import run_isolated\nimport os\n"
+    code += "print(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
+    environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = call(sys.executable, "-c", code, **environment)
+    assert done.stdout == "measured\n" and list(tmp_path.iterdir()) == [], done.stderr
+
+
+DAMAGED = {
+    "no JSON": "{",
+    "binary": b"\x00\xff\xfe",
+    "a list": "[]",
+    "deep": "[" * 100_000,
+    "another project's": {"benchmarks": [{"name": "t", "extra_info": {}, "stats": {}}]},
+    "entries that are none": {"benchmarks": [3]},
+    "no extra_info": {"benchmarks": [{"name": "t"}]},
+    "id alone": {"benchmarks": [{"name": "t", "extra_info": {"id": "x"}, "stats": {}}]},
+    "text for a number": small_report(resolution="large"),
+    "a foreign peak": small_report(peak_memory=None),
+    "no number": small_report(peak_memory=float("nan")),
+    "ratios of nothing": small_report(ratios={"softmax": 3}),
+    "a foreign machine": small_report() | {"machine_info": []},
+    "foreign peaks": small_report() | {"machine_info": {"attnzoo": {"peaks": {"float32": "x"}}}},
+    "foreign accounts": small_report() | {"cells_not_measured": [{"name": 3}]},
+    "a foreign date": small_report() | {"datetime": 3},
+    "foreign goals": {"benchmarks": [{"extra_info": {"rows": [{"goal": "G99"}]}}]},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_or_foreign_file_is_one_line(name, tmp_path):
+    path, content = tmp_path / "report.json", DAMAGED[name]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    for main, flags in (
+        (plot.main, ["--out", str(tmp_path / "plots")]),
+        (recommend.main, ["--resolution", "256"]),
+        (results.main, ["--compact", str(tmp_path / "small.json")]),
+        (compare.main, [str(path)]),
+        (goals.main, []),
+    ):
+        with pytest.raises(UserError) as caught:
+            main([str(path), *flags])
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "small.json").exists() and not (tmp_path / "plots/report.html").exists()
+
+
+def test_a_sound_file_passes_the_same_checks(tmp_path, capsys):
+    path = written(tmp_path / "report.json", small_report())
+    assert recommend.main([str(path), "--resolution", "256"]) == 0
+    assert compare.main([str(path), str(path)]) == 0
+    capsys.readouterr()
+
+
+def test_outputs_are_refused_before_work(tmp_path, monkeypatch):
+    path = written(tmp_path / "report.json", small_report())
+    monkeypatch.setattr(plot, "draw", None)
+    monkeypatch.setattr(goals, "_measure", None)
+    monkeypatch.setattr(results, "joined", None)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- /where -->\n<!-- where -->\n")
+    for main, arguments, message in (
+        (plot.main, [str(path), "--out", "/proc/nowhere"], "cannot write"),
+        (plot.main, [str(path), "--out", str(tmp_path), "--into", str(page)], "needs one line"),
+        (results.main, [str(path), "--compact", str(tmp_path)], "it is a folder"),
+        (goals.main, ["--only", "G13", "--save", "/proc/nowhere/x.json"], "cannot write"),
+        (goals.main, ["--only", "G13", "--into", str(page)], "needs one line"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)
+
+
+@pytest.mark.parametrize("flags", [["--memory", "much"], ["--memory", ""], ["--quality", "none"]])
+def test_recommend_reads_its_flags_first(flags, tmp_path):
+    with pytest.raises(UserError):
+        recommend.main([str(tmp_path / "missing.json"), "--resolution", "256", *flags])
+    with pytest.raises(UserError, match="does not exist"):
+        recommend.main([str(tmp_path / "missing.json"), "--resolution", "256"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "variant,metric,mean,resolution\n",
+        "variant,metric,mean,resolution\nsana,FID,much,32\n",
+        "variant,metric,mean,resolution\nsana,FID,nan,32\n",
+    ],
+)
+def test_a_summary_without_numbers_is_one_line(content, tmp_path):
+    (tmp_path / "summary.csv").write_text(content)
+    path = written(tmp_path / "report.json", small_report())
+    with pytest.raises(UserError, match="no result that is a number"):
+        recommend.main([str(path), "--resolution", "256", "--quality", str(tmp_path)])
+
+
+HOSTILE = "_x|`$\\bad$<img src=x onerror=alert(1)>\x1b[31m[a](b)\ny=é"
+
+
+def test_names_that_users_choose_do_no_harm(tmp_path, capsys):
+    report = small_report(HOSTILE, mode="forward")
+    report["cells_not_measured"] = [{"name": HOSTILE, "state": "error", "reason": HOSTILE}]
+    for entry in report["benchmarks"]:
+        entry["extra_info"]["device_name"] = HOSTILE
+    path = written(tmp_path / "report.json", report)
+    out = tmp_path / "plots"
+    assert plot.main([str(path), "--out", str(out)]) == 0
+    assert recommend.main([str(path), "--resolution", "256"]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    row = next(line for line in told.splitlines() if line.startswith("| _x"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6 and "\\<img" in row and "\\`" in row
+    page = (out / "report.html").read_text("utf-8")
+    assert "<img src=x" not in page and "&lt;img src=x" in page and "\x1b" not in page
+    picture = next(out.glob("time-*.svg"))
+    ElementTree.parse(picture)
+    assert picture.stat().st_size > 1000
+
+
+def test_a_foreign_dtype_cannot_choose_where_pictures_go(tmp_path, capsys):
+    path = written(tmp_path / "report.json", small_report(dtype="../../outside/x"))
+    assert plot.main([str(path), "--out", str(tmp_path / "a" / "plots")]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "a"}
+    assert not (tmp_path / "a" / "outside").exists() and capsys.readouterr().out
+
+
+def test_text_of_a_cell_is_escaped_once():
+    assert tables.escaped("a|b") == "a\\|b" and tables.escaped(">= 0.88, <= 1") == ">= 0.88, <= 1"
+    assert tables.escaped("</td>") == "\\</td>" and tables.escaped("a\nb\x07") == "a b\\x07"
+    assert tables.escaped("sana[impl=naive]") == "sana[impl=naive]"
+
+
+def test_a_pipe_that_closes_is_no_traceback(tmp_path):
+    path = written(tmp_path / "report.json", small_report())
+    command = f"{sys.executable} -m bench.recommend {path} --resolution 256 | true"
+    for text in (command, f"{sys.executable} -m bench.results --help | true"):
+        done = call("bash", "-c", text)
+        assert done.stderr == "", done.stderr
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.nowhere", "nonsense", ""])
+def test_the_callers_matplotlib_backend_does_not_matter(backend, tmp_path):
+    path = written(tmp_path / "report.json", small_report())
+    out = tmp_path / "plots"
+    done = call(sys.executable, "bench/plot.py", str(path), "--out", str(out), MPLBACKEND=backend)
+    assert done.returncode == 0, done.stderr
+    assert (out / "time-layer-forward-d96-float32.png").exists()
+
+
+def test_ties_are_called_ties():
+    choice = recommend.Choice
+    found = [choice("a", 1.0, 1.0, 5.0, True, 3.00001), choice("b", 1.0, 1.0, 5.0, True, 3.0)]
+    lines = recommend.advise(found, None, "FID", True)
+    # b is as fast and better by a hair, which is enough to beat a, though both show 3.
+    assert lines[0].startswith("- b:") and "Beaten in everything that was compared: a." in lines
+    found = [choice("a", 1.0, 1.0, 5.0, True), choice("b", 1.0000001, 1.0, 4.9999999, True)]
+    lines = recommend.advise(found, None, None, True)
+    assert "the fastest (a tie with b)" in lines[0] and "the fastest (a tie with a)" in lines[1]
+    assert "the least memory (a tie with a)" in lines[1]
+    found = [choice("softmax", 1.0, 1.0, 5.0, True), choice("b", 1.001, 1.0, 4.0, True)]
+    assert "as fast as softmax" in recommend.advise(found, None, None, True)[1]
+
+
+def test_a_verdict_is_of_the_figure_as_measured_and_what_is_shown_agrees(tmp_path):
+    row = goals.Row(goal="G4", what="t", value=2.3000000001, owed=2.3, aim=2.0, better="lower")
+    assert row.verdict == "NOT MET" and row.shown == "2.3000000001"
+    assert dataclasses.replace(row, value=2.41).shown == "2.41"
+    entry = {"extra_info": {"rows": [dataclasses.asdict(row)], "id": "G4"}}
+    path = written(tmp_path / "g.json", {"benchmarks": [entry]})
+    assert goals.main([str(path), "--save", str(tmp_path / "again.json")]) == 0
+    (again,) = goals.rows_of(results.read_report(tmp_path / "again.json"))
+    assert again.value == row.value and again.verdict == "NOT MET"
+
+
+def test_a_mechanism_without_memory_of_its_own_is_drawn(tmp_path, capsys):
+    path = written(tmp_path / "report.json", small_report(peak_memory=0))
+    assert plot.main([str(path), "--out", str(tmp_path / "plots")]) == 0
+    assert recommend.main([str(path), "--resolution", "1024"]) == 0
+    capsys.readouterr()
+
+
+def test_settings_are_checked_in_full(tmp_path):
+    texts = {
+        "profile": "quick", "device": "cpu", "mechanisms": "sana", "resolutions": "128",
+        "widths": "96", "dtypes": "", "goals": "none", "threads": "1", "memory_cap": "8GiB",
+        "cell_timeout": "60", "quality": None, "imports": (),
+    }  # fmt: skip
+    assert settings_from(tuple(goals.GOALS), **texts).threads == 1
+    for name, value in (("threads", "0"), ("widths", "-3"), ("cell_timeout", "1,2"),
+                        ("quality", str(tmp_path)), ("mechanisms", "sana:=3")):  # fmt: skip
+        with pytest.raises(UserError):
+            settings_from(tuple(goals.GOALS), **(texts | {name: value}))
+
+
+def test_the_gpu_run_in_the_repository_passes_the_checks():
+    assert len(results.read_cells(GPU_RUN)["benchmarks"]) > 50
