@@ -61,8 +61,11 @@ def scratch() -> Path:
 
     What a killed run could not remove is removed when the next one starts.
     """
-    _sweep(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    # The server's socket lies in it, and the path of a socket has 107 bytes at most.
+    place = tempfile.gettempdir()
+    place = place if len(os.fsencode(place)) <= 60 else "/tmp"
+    _sweep(Path(place))
+    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=place))
     holder = contextlib.ExitStack()
     holder.enter_context(locked(folder / _LOCK))
     atexit.register(holder.close)

@@ -146,5 +146,5 @@ def test_grid_that_the_ratio_does_not_divide() -> None:
 
 
 def test_layers_hold_indices() -> None:
-    with pytest.raises(TypeError, match="layers must hold the indices"):
+    with pytest.raises(TypeError, match="layers\\[0\\] must be int"):
         build_attention("compressed", 64, layers=("all",))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import attnzoo
 from attnzoo import build_attention
 from tests.attnzoo.formulas import GRIDS, assert_near, assert_same, build, tokens
 
@@ -40,7 +41,7 @@ VARIANTS = [(name, options) for name, variants in OPTIONS.items() for options in
 ERRORS: dict[str, list[tuple[dict, str]]] = {
     "focused": [
         ({"key_position": (4, 0)}, r"key_position must be a grid \(height, width\) or None"),
-        ({"key_position": (4, 4, 4)}, "key_position must be a grid"),
+        ({"key_position": (4, 4, 4)}, "key_position must hold 2 values"),
         ({"focusing_factor": 0.0}, "focusing_factor must be positive"),
         ({"eps": -1.0}, "eps must be at least 0"),
         ({"conv": "5x6"}, "did you mean '5x5'"),
@@ -116,7 +117,7 @@ def test_half_precision_is_finite_over_4096_tokens(name: str, dtype: torch.dtype
     ("name", "options", "message"), [(name, *row) for name, rows in ERRORS.items() for row in rows]
 )
 def test_errors_name_the_remedy(name: str, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(attnzoo.UsageError, match=message):
         build_attention(name, 64, **options)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import xml.etree.ElementTree as ElementTree
@@ -265,7 +266,24 @@ def sleep():
     time.sleep(300)
 
 
-def test_a_killed_suite_leaves_no_process_and_the_next_one_sweeps_its_folder(tmp_path):
+@pytest.fixture
+def short_path():
+    """A folder whose name leaves room for a socket's, as one of pytest's workers may not."""
+    with tempfile.TemporaryDirectory(prefix="az-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_long_temporary_folder_is_no_hindrance(short_path):
+    long = short_path / ("x" * 90)
+    long.mkdir()
+    code = "from bench.isolate import run_isolated\nimport os\n"
+    code += "print(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
+    done = call(sys.executable, "-c", code, TMPDIR=str(long), PYTHONPATH=str(ROOT))
+    assert done.stdout == "measured\n", done.stderr
+
+
+def test_a_killed_suite_leaves_no_process_and_the_next_one_sweeps_its_folder(short_path):
+    tmp_path = short_path
     environment = PLAIN | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, env=environment) as process:
         deadline = time.time() + 100
@@ -291,7 +309,8 @@ def test_a_killed_suite_leaves_no_process_and_the_next_one_sweeps_its_folder(tmp
     assert {path.name for path in tmp_path.iterdir()} == {other.name, "attnzoo-bench-link"}
 
 
-def test_a_finished_run_leaves_nothing(tmp_path):
+def test_a_finished_run_leaves_nothing(short_path):
+    tmp_path = short_path
     code = "from bench.isolate import run_isolated\nimport os\n"
     code += "print(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
     environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -36,8 +36,7 @@ class WeightAverage:
         """Takes the weights after ``step``, from 1, into the average."""
         decay = min(self.decay, step / (9 + step)) if self.ramp else self.decay
         pairs = [
-            (_local(self.shadow[name]), _local(tensor.detach()))
-            for name, tensor in self._tensors()
+            (local(self.shadow[name]), local(tensor.detach())) for name, tensor in self._tensors()
         ]
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         shadows, tensors = ([pair[side] for pair in averaged] for side in (0, 1))
@@ -62,6 +61,6 @@ class WeightAverage:
             tensor.copy_(values[name])
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This process' shard: averaging is elementwise, and mixes poorly with whole tensors."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

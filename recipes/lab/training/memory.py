@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import attnzoo
 from recipes.lab.console import UserError
+from recipes.lab.training.averaging import local
 from recipes.lab.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def step_bytes(trainer: Trainer) -> int:
 def _saved_bytes(trainer: Trainer, count: int) -> int:
     """What autograd keeps for the backward pass of ``count`` images, weights left out."""
     model, device = trainer.model, trainer.accelerator.device
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    weights = [local(t) for t in [*model.parameters(), *model.buffers()]]
+    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)  # else another tensor could get its address
@@ -74,8 +76,10 @@ def _saved_bytes(trainer: Trainer, count: int) -> int:
     model.eval()  # batch norm would note the statistics of these images
     try:
         with trainer.accelerator.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
-            # Not by calling the model, which may be compiled for other sizes.
-            model.forward(images, timestep=zeros, class_labels=zeros)
+            # Not by calling the model, which may be compiled for other sizes; unless shards have
+            # to be gathered, which only a call does.
+            run = model if trainer.is_sharded else model.forward
+            run(images, timestep=zeros, class_labels=zeros)
     finally:
         attnzoo.auxiliary_loss(model)  # clears them, and with them what they keep alive
         for module in modes:

@@ -131,8 +131,8 @@ def _are_equal(one: float, other: float) -> bool:
 
 def chance_of(row: pd.Series, metric: str) -> float | None:
     """The share of right classes that guessing gives, or None where a metric has no such."""
-    classes = row.get("classes", math.nan)
-    if metric_of(metric) != "class_accuracy" or not classes > 1:
+    classes = row.get("classes")
+    if metric_of(metric) != "class_accuracy" or classes is None or not classes > 1:
         return None
     return 1 / float(classes)
 
