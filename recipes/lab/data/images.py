@@ -266,7 +266,7 @@ def _made_here(names: Collection[str]) -> str:
         return "a run"
     if "plan.json" in names:
         return "latents of recipes/encode.py"
-    if "cells" in names and {"command.txt", "cells.csv", "report.html"} & set(names):
+    if {"runs", "cells"} & set(names) and {"command.txt", "report.html"} & set(names):
         return "a comparison"
     return ""
 
