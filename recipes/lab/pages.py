@@ -14,11 +14,11 @@ _STYLE = """:root{color-scheme:light dark;--line:#ddd;--head:#f4f4f4;--bad:#a500
 @media (prefers-color-scheme:dark){:root{--line:#444;--head:#2b2b30;--bad:#ff8a80;--soft:#aaa}}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;
 overflow-wrap:anywhere}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:.6em 0;
+table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto;margin:.6em 0;
 overflow-wrap:normal}
-td,th{padding:3px 8px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}
-th{background:var(--head);white-space:normal;vertical-align:bottom}
+td,th{padding:3px 6px;border-bottom:1px solid var(--line);text-align:right}
+td:first-child,th:first-child{text-align:left;white-space:nowrap}
+th{background:var(--head);vertical-align:bottom}
 img{max-width:100%;background:#fff}td img{max-width:none;vertical-align:middle}
 code{background:var(--head)}.bad{color:var(--bad)}
 figure{margin:1.5em 0}figcaption{color:var(--soft)}"""
@@ -54,7 +54,7 @@ def html_table(headings: Iterable[Any], rows: Iterable[Sequence[Any]]) -> str:
     head = "".join(f"<th>{html_text(name).replace('[', '<wbr>[')}</th>" for name in headings)
     body = "".join(
         f"<tr>{''.join(f'<td>{html_text(value)}</td>' for value in row)}</tr>" for row in rows
-    )
+    ).replace("± ", "±&nbsp;")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

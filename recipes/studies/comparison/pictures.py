@@ -142,7 +142,8 @@ def _panels(
         )  # fmt: skip
         legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.get_legend().remove()
-    figure.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False)
+    labels = [textwrap.fill(label, 28) for label in legend]
+    figure.legend(legend.values(), labels, loc="outside right upper", frameon=False)
     return figure
 
 
