@@ -52,7 +52,7 @@ def read_quality(folder: str | Path) -> pd.DataFrame:
 
 def best_metric(summary: pd.DataFrame) -> tuple[str, bool]:
     """The most telling metric of a summary, and whether smaller is better."""
-    from recipes.studies.comparison.report import HEADLINES
+    from recipes.studies.comparison.summary import HEADLINES
     from recipes.studies.comparison.verdicts import is_lower_better
 
     names = list(dict.fromkeys(summary["metric"]))

@@ -22,7 +22,7 @@ from recipes.lab.evaluation.evaluate import judge
 from recipes.lab.files import require_writable
 from recipes.lab.sampling import sample_run
 from recipes.lab.training.checkpoint import Run
-from recipes.studies.comparison.cells import is_loss
+from recipes.studies.comparison.execution import losses_of
 from recipes.train import Settings, train
 
 MECHANISMS = ("dydila", "softmax")
@@ -109,7 +109,7 @@ def smoothed(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], 
 
     A step that was skipped has no loss and is left out.
     """
-    found = [(entry["step"], entry["loss"]) for entry in log if is_loss(entry.get("loss"))]
+    found = losses_of(log)
     totals = [0.0, *itertools.accumulate(loss for _, loss in found)]
     window = max(1, min(SMOOTHED_STEPS, len(found)))
     ends = range(window, len(totals))

@@ -1,1 +1,1 @@
-"""Experiments: grids of runs, their verdicts and reports."""
+"""Experiments: comparisons of mechanisms, and those of the DyDiLA paper."""

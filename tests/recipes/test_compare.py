@@ -1,4 +1,4 @@
-"""Comparisons: the plan, cells that fail, the report, and what a few seeds can say."""
+"""Comparisons: the plan, runs that fail, the report, and what a few seeds can say."""
 
 import json
 import os
@@ -18,23 +18,19 @@ from PIL import Image
 
 from attnzoo.errors import UsageError
 from recipes import compare as compare_module
-from recipes import results
 from recipes.lab.console import UserError
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.training.checkpoint import Run
-from recipes.studies.comparison import cells as cells_module
-from recipes.studies.comparison.cells import OK, Cell, read_result
-from recipes.studies.comparison.grid import (
-    CLAIMS,
-    PRESETS,
-    paper_rows,
+from recipes.studies.comparison import execution
+from recipes.studies.comparison.plan import (
     parse_data,
     parse_variant,
     parse_variants,
-    plan_cells,
+    plan_runs,
     split_data,
 )
-from recipes.studies.comparison.report import chance_lines, summarise
+from recipes.studies.comparison.planned import OK, PlannedRun, read_result
+from recipes.studies.comparison.summary import chance_lines, summarize
 from recipes.studies.comparison.verdicts import (
     NO_DIFFERENCE,
     Verdict,
@@ -42,6 +38,8 @@ from recipes.studies.comparison.verdicts import (
     compare_variants,
     summary_sentence,
 )
+from recipes.studies.dydila import results
+from recipes.studies.dydila.paper import CLAIMS, PRESETS, paper_rows
 from recipes.train import Settings
 
 SEED = ["--seeds", "1"]
@@ -51,7 +49,7 @@ TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8",
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two tiny cells, one of which crashes in the middle of its training."""
+    """Two tiny runs, one of which crashes in the middle of its training."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "zoo_of_mine.py").write_text(
         textwrap.dedent(
@@ -85,11 +83,11 @@ def compared(tmp_path_factory):
     patch.undo()
 
 
-class TestCells:
+class TestRuns:
     def test_one_that_is_killed_stops_no_other(self, compared):
         out, status, _ = compared
         assert status == 1
-        frame = pd.read_csv(out / "cells.csv").set_index("variant")
+        frame = pd.read_csv(out / "runs.csv").set_index("variant")
         assert frame.state.to_dict() == {"softmax": OK, "crashing": "crashed"}
         assert "killed by signal 9" in frame.error["crashing"]
         assert np.isfinite(frame["FID[smallcnn]"]["softmax"])
@@ -98,7 +96,7 @@ class TestCells:
     def test_the_report_shows_the_failure_and_the_rest(self, compared):
         out, _, _ = compared
         page = (out / "report.html").read_text()
-        assert "1 of 2 cells are done" in page and "killed by signal 9" in page
+        assert "1 of 2 runs are done" in page and "killed by signal 9" in page
         assert "FID[smallcnn]" in page and "Learning curves" in page and "samples of soft" in page
         # One file that needs no other: every picture is inside, nothing is fetched.
         sources = re.findall(r'src="([^"]{0,30})', page)
@@ -116,21 +114,21 @@ class TestCells:
             started.append(Path(command[3]).name)
             return own(failing, **options)
 
-        monkeypatch.setattr(cells_module.subprocess, "Popen", popen)
+        monkeypatch.setattr(execution.subprocess, "Popen", popen)
         assert compare_module.main(arguments) == 1
         assert len(started) == 1 and started[0].startswith("digits-easy-native-crashing")
         assert "1 done, 1 to run" in capsys.readouterr().out
 
-    def test_no_cell_starts_when_time_is_up(self, compared, monkeypatch):
+    def test_no_run_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
-        monkeypatch.setattr(cells_module, "_Process", None)
+        monkeypatch.setattr(execution, "_Process", None)
         assert compare_module.main([*arguments, "--time-budget", "0"]) == 1
 
-    def test_a_cell_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
-        cell = tiny_cell()
-        folder = cell.prepare(tmp_path)
+    def test_a_run_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
+        one = tiny_run()
+        folder = one.prepare(tmp_path)
         seen = []
-        own = cells_module.train
+        own = execution.train
 
         def stopping(settings, run, **options):
             seen.append(options["resume"])
@@ -138,12 +136,12 @@ class TestCells:
                 return own(settings, run, should_stop=lambda step: step == 2, **options)
             return own(settings, run, **options)
 
-        monkeypatch.setattr(cells_module, "train", stopping)
+        monkeypatch.setattr(execution, "train", stopping)
         monkeypatch.setattr(
-            cells_module, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
+            execution, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
         )
-        assert cells_module.run_cell(folder)["state"] == "interrupted"
-        result = cells_module.run_cell(folder)
+        assert execution.run_one(folder)["state"] == "interrupted"
+        result = execution.run_one(folder)
         assert result["state"] == OK and seen == [False, True]
         assert [step for step, _ in result["curve"]] == [1, 2, 3]
         assert read_result(folder) == json.loads(json.dumps(result))
@@ -151,79 +149,79 @@ class TestCells:
     @pytest.mark.parametrize("keeps_checkpoint", [True, False])
     def test_a_folder_goes_on_elsewhere(self, tmp_path, monkeypatch, keeps_checkpoint):
         """As it travels between machines; what has lost its checkpoint starts anew."""
-        cell = tiny_cell()
-        folder = cell.prepare(tmp_path / "here")
+        one = tiny_run()
+        folder = one.prepare(tmp_path / "here")
         monkeypatch.setattr(
-            cells_module, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
+            execution, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
         )
-        own = cells_module.train
+        own = execution.train
         monkeypatch.setattr(
-            cells_module, "train",
+            execution, "train",
             lambda *a, **k: own(*a, should_stop=lambda step: step == 2, **k),
         )  # fmt: skip
-        assert cells_module.run_cell(folder)["state"] == "interrupted"
-        monkeypatch.setattr(cells_module, "train", own)
+        assert execution.run_one(folder)["state"] == "interrupted"
+        monkeypatch.setattr(execution, "train", own)
         shutil.move(tmp_path / "here", tmp_path / "there")
-        moved = cell.prepare(tmp_path / "there")
+        moved = one.prepare(tmp_path / "there")
         log = (moved / "run" / "log.jsonl").read_text().splitlines()[:2]
         if not keeps_checkpoint:
             shutil.rmtree(moved / "run" / "checkpoints")
-        result = cells_module.run_cell(moved)
+        result = execution.run_one(moved)
         assert result["state"] == OK
         assert [step for step, _ in result["curve"]] == [1, 2, 3]
         kept = (moved / "run" / "log.jsonl").read_text().splitlines()[:2] == log
         assert kept == keeps_checkpoint  # times differ where the steps were taken again
 
-    def test_a_signal_lets_the_running_cells_save_and_writes_the_report(self, tmp_path):
+    def test_a_signal_lets_the_running_runs_save_and_writes_the_report(self, tmp_path):
         out = tmp_path / "out"
         arguments = [*TINY, "--steps", "100000", "--out", str(out)]
         process = subprocess.Popen(
             [sys.executable, "-m", "recipes.compare", "--attn", "softmax,sana", *arguments],
             cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        while not list(out.glob("cells/*/run/log.jsonl")):
+        while not list(out.glob("runs/*/run/log.jsonl")):
             assert process.poll() is None
             time.sleep(0.2)
         process.terminate()
         assert process.wait(timeout=120) == 1
-        frame = pd.read_csv(out / "cells.csv").set_index("variant")
+        frame = pd.read_csv(out / "runs.csv").set_index("variant")
         assert frame.state.to_dict() == {"softmax": "interrupted", "sana": "not run"}
-        assert len(list(out.glob("cells/*/run/checkpoints/step-*"))) == 1
+        assert len(list(out.glob("runs/*/run/checkpoints/step-*"))) == 1
         assert "1 of" not in (out / "report.html").read_text()
 
-    def test_a_wrong_option_is_an_error_of_its_cell_alone(self, tmp_path):
-        folder = tiny_cell(attn_options={"nonsense": 1}).prepare(tmp_path)
-        result = cells_module.run_cell(folder)
+    def test_a_wrong_option_is_an_error_of_its_run_alone(self, tmp_path):
+        folder = tiny_run(attn_options={"nonsense": 1}).prepare(tmp_path)
+        result = execution.run_one(folder)
         assert result["state"] == "error" and "no option 'nonsense'" in result["error"]
 
     def test_mechanisms_of_one_seed_see_the_same_data_and_noise(self, tmp_path):
-        """Paired: only the model differs between two cells of a seed."""
+        """Paired: only the model differs between two runs of a seed."""
         from recipes.train import Trainer
 
-        plan = plan_cells(
+        plan = plan_runs(
             [parse_variant("softmax"), parse_variant("dydila")], [("digits", None)], seeds=2,
-            protocols=["controlled"], size="tiny", patch_size=4, steps=5, batch_size=4, cfgs=[1.0],
-            samples=10, sampling_steps=2,
-        )  # fmt: skip
-        batches = [Trainer(cell.settings)._batch() for cell in plan]
+            protocols=["controlled"],
+            like=PlannedRun(label="", settings=Settings(patch_size=4, steps=5, batch_size=4),
+            cfgs=(1.0,), samples=10, sampling_steps=2))  # fmt: skip
+        batches = [Trainer(one.settings)._batch() for one in plan]
         for one, other in zip(batches[0], batches[1], strict=True):
             assert torch.equal(one, other)
         assert not torch.equal(batches[0][3], batches[2][3])
 
 
-def tiny_cell(**settings):
+def tiny_run(**settings):
     settings = Settings(attn="sana", steps=3, batch_size=8, sample_every=3, **settings)
-    return Cell(label="sana", settings=settings, cfgs=(1.0,), samples=12, sampling_steps=2)
+    return PlannedRun(label="sana", settings=settings, cfgs=(1.0,), samples=12, sampling_steps=2)
 
 
 class TestSubmitit:
     @pytest.mark.slow
-    def test_cells_run_through_its_local_executor(self, tmp_path, monkeypatch):
+    def test_runs_go_through_its_local_executor(self, tmp_path, monkeypatch):
         pytest.importorskip("submitit")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         arguments = ["--attn", "sana,sana:nonsense=1", *TINY, "--engine", "submitit"]
         assert compare_module.main([*arguments, "--out", str(tmp_path)]) == 1
-        states = pd.read_csv(tmp_path / "cells.csv").set_index("variant").state
+        states = pd.read_csv(tmp_path / "runs.csv").set_index("variant").state
         assert states.to_dict() == {"sana": OK, "sana:nonsense=1": "error"}
 
 
@@ -234,7 +232,7 @@ class TestThePlan:
             compare_module.main(["--attn", "softmax", *TINY, "--dry-run", "--out", str(out)]) == 0
         )
         text = capsys.readouterr().out
-        assert "MMACs" in text and "1 cells" in text and "minutes" in text
+        assert "MMACs" in text and "1 runs" in text and "minutes" in text
         assert not out.exists()
 
     @pytest.mark.parametrize(
@@ -297,7 +295,7 @@ class TestThePlan:
         assert split_data('shapes,"a,b",c (1)') == ["shapes", "a,b", "c (1)"]
         assert parse_data("d5/") == parse_data("./d5") == parse_data("d5") == ("d5", "easy")
         assert parse_data("./digits")[0] == "./digits" and parse_data("digits")[0] == "digits"
-        assert tiny_cell(data="d5").name == tiny_cell(data=parse_data("d5/")[0]).name
+        assert tiny_run(data="d5").name == tiny_run(data=parse_data("d5/")[0]).name
         for name in ("d5@home/a", "d5@home/b"):
             (tmp_path / name).mkdir(parents=True)
             Image.new("RGB", (16, 16)).save(tmp_path / name / "x.png")
@@ -316,16 +314,16 @@ class TestThePlan:
 
     def test_runs_of_earlier_versions_are_found(self):
         """The names that they had, whatever settings are added meanwhile."""
-        assert tiny_cell().name == "digits-easy-native-sana-seed-0-72f596df"
+        assert tiny_run().name == "digits-easy-native-sana-seed-0-72f596df"
         settings = Settings(
             attn="dydila", attn_options={"conv": "none", "lambda_init": 0.1}, steps=3,
             data="pics/d5", resolution=32, protocol="matched",
         )  # fmt: skip
-        cell = Cell(
+        one = PlannedRun(
             label="+focused kernel", settings=settings, cfgs=(1.0, 4.0), samples=500,
             sampling_steps=20, imports=("zoo_of_mine",),
         )  # fmt: skip
-        assert cell.name == "d5-easy-32-matched-focused-kernel-seed-0-6ca1988e"
+        assert one.name == "d5-easy-32-matched-focused-kernel-seed-0-6ca1988e"
 
     def test_data_and_variants_are_read(self):
         assert parse_data("shapes/long-range") == ("shapes", "long-range")
@@ -335,12 +333,12 @@ class TestThePlan:
         assert variant.options == {"lambda_init": 0.1, "conv": "none", "qkv_bias": True}
 
     def test_small_images_come_first_within_a_seed_and_protocols_are_crossed(self):
-        plan = plan_cells(
+        plan = plan_runs(
             [parse_variant("softmax"), parse_variant("sana")],
             [("shapes", 32), ("digits", None), ("shapes/long-range", 16)], seeds=2,
-            protocols=["controlled", "matched"], size="tiny", patch_size=4, steps=5, batch_size=4,
-            cfgs=[1.0], samples=10, sampling_steps=2,
-        )  # fmt: skip
+            protocols=["controlled", "matched"],
+            like=PlannedRun(label="", settings=Settings(patch_size=4, steps=5, batch_size=4),
+            cfgs=(1.0,), samples=10, sampling_steps=2))  # fmt: skip
         order = [(c.settings.seed, c.settings.resolution, c.settings.protocol) for c in plan[::2]]
         assert order == [
             (seed, side, protocol)
@@ -348,13 +346,13 @@ class TestThePlan:
             for side in (None, 16, 32)
             for protocol in ("controlled", "matched")
         ]
-        assert len({cell.name for cell in plan}) == 24
-        assert sum("matched" in cell.name for cell in plan) == 12
+        assert len({one.name for one in plan}) == 24
+        assert sum("matched" in one.name for one in plan) == 12
 
-    def test_other_settings_are_another_cell(self):
-        assert tiny_cell().name == tiny_cell().name
-        assert tiny_cell(seed=1).name != tiny_cell().name
-        assert tiny_cell(learning_rate=1e-4).name != tiny_cell().name
+    def test_other_settings_are_another_run(self):
+        assert tiny_run().name == tiny_run().name
+        assert tiny_run(seed=1).name != tiny_run().name
+        assert tiny_run(learning_rate=1e-4).name != tiny_run().name
 
 
 def table(**values):
@@ -441,21 +439,21 @@ class TestWhatSeedsCanSay:
         frame = table(a=[1.0, 2.0, 3.0]).assign(
             data="d", level="", resolution=8, protocol="matched", cfg=1.0
         )
-        row = summarise(frame).set_index("metric").loc["FID[smallcnn]"]
+        row = summarize(frame).set_index("metric").loc["FID[smallcnn]"]
         assert (row["mean"], row["std"], row["seeds"]) == (2.0, 1.0, 3)
 
 
 def comparison(folder, frame, **values):
-    """The folder of a comparison with these cells, as compare.py leaves it."""
+    """The folder of a comparison with these runs, as compare.py leaves it."""
     values = {
         "data": "digits", "level": "", "resolution": 8, "cfg": 4.0, "state": OK, "samples": 300,
         "protocol": "controlled", "steps": 5, "batch_size": 4, "macs": 1e6, "device": "cpu",
         "torch": "2.13", "evaluator": "smallcnn 520aacd8", **values,
     }  # fmt: skip
     frame = frame.drop(columns="IS[x]").assign(**values)
-    frame["cell"] = frame.variant + frame.seed.astype(str) + frame.protocol + f"{values['steps']}"
+    frame["run"] = frame.variant + frame.seed.astype(str) + frame.protocol + f"{values['steps']}"
     folder.mkdir(exist_ok=True)
-    frame.to_csv(folder / "cells.csv", index=False)
+    frame.to_csv(folder / "runs.csv", index=False)
     (folder / "command.txt").write_text("python recipes/compare.py --attn x")
     return folder
 
@@ -488,17 +486,17 @@ class TestTheResultsPage:
             page = results.results_page([here, comparison(tmp_path / "b", reverse, **other)])
             assert "dydila before sana (Table 1): 1 for dydila, 1 for sana" in page
         there = comparison(tmp_path / "b", GOOD[GOOD.seed > 1], device="cuda", resolution=8)
-        (tmp_path / "a" / "cells.csv").write_text(
+        (tmp_path / "a" / "runs.csv").write_text(
             "".join(
                 line
-                for line in (here / "cells.csv").read_text().splitlines(keepends=True)
+                for line in (here / "runs.csv").read_text().splitlines(keepends=True)
                 if ",2," not in line or line.startswith("variant")
             )
         )
         page = results.results_page([here, there])
         assert "different devices: digits 8 px (cpu 6, cuda 3)" in page
 
-    def test_a_cell_that_two_comparisons_share_counts_once(self, tmp_path):
+    def test_a_run_that_two_comparisons_share_counts_once(self, tmp_path):
         waiting = comparison(tmp_path / "a", GOOD, state="not run", cfg=np.nan)
         page = results.results_page([waiting, comparison(tmp_path / "b", GOOD)])
         assert "9 of 9" in page and "have no number" not in page
@@ -548,8 +546,8 @@ class TestPalette:
 def test_reports_of_nothing_are_possible(tmp_path):
     from recipes.studies.comparison.report import write_report
 
-    cell = tiny_cell()
-    states = write_report(tmp_path, [cell], [parse_variant("sana")], title="nothing")
-    assert states == {cell.name: "not run"}
-    assert "0 of 1 cells are done" in (tmp_path / "report.html").read_text()
-    assert not Run(tmp_path / "cells" / cell.name / "run").config_file.exists()
+    one = tiny_run()
+    states = write_report(tmp_path, [one], paper_rows([]), title="nothing")
+    assert states == {one.name: "not run"}
+    assert "0 of 1 runs are done" in (tmp_path / "report.html").read_text()
+    assert not Run(tmp_path / "runs" / one.name / "run").config_file.exists()

@@ -11,7 +11,8 @@ from recipes.lab.console import UserError
 from recipes.lab.drawing.drawn import Drawn
 from recipes.lab.evaluation import features
 from recipes.lab.training.checkpoint import Run
-from recipes.studies.comparison.cells import run_cell
+from recipes.studies.comparison import execution, study
+from recipes.studies.comparison.execution import run_one
 from recipes.studies.comparison.tables import read_table
 from tests.recipes.reliability import make_vae
 
@@ -26,11 +27,9 @@ def quick():
     patch = pytest.MonkeyPatch()
     patch.setattr(features, "OTHER_STEPS", 60)
     patch.setattr(
-        compare_module,
+        execution,
         "run_locally",
-        lambda folders, jobs, may_start, report, minutes: [
-            report(f, run_cell(f)) for f in folders
-        ],
+        lambda folders, jobs, may_start, report, minutes: [report(f, run_one(f)) for f in folders],
     )
     yield
     patch.undo()
@@ -54,12 +53,12 @@ def place(tmp_path_factory, quick):
 
 
 def run_of(root):
-    return Run(next((root / "out" / "cells").iterdir()) / "run")
+    return Run(next((root / "out" / "runs").iterdir()) / "run")
 
 
 def test_a_comparison_of_latents_measures_images(place):
     root, status = place
-    frame = read_table(root / "out" / "cells.csv")
+    frame = read_table(root / "out" / "runs.csv")
     assert status == 0, frame.error.tolist()
     assert frame.resolution.tolist() == [16] and frame.classes.tolist() == [3]
     assert np.isfinite(frame["FID[smallcnn]"]).all() and frame.macs[0] > 0
@@ -89,7 +88,7 @@ def test_the_figures_of_a_run_of_latents(place, tmp_path):
 )
 def test_what_is_missing_is_said_before_anything_runs(place, tmp_path, monkeypatch, gone, words):
     root, _ = place
-    monkeypatch.setattr(compare_module, "_run", None)
+    monkeypatch.setattr(study, "_run_missing", None)
     (root / gone).rename(root / "away")
     arguments = ["--attn", "sana", "--data", str(root / "latents"), *SMALL, "--out", str(tmp_path)]
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import html.parser
 import json
@@ -19,35 +20,40 @@ from PIL import Image
 
 from recipes import compare as compare_module
 from recipes import demo as demo_module
-from recipes import results
+from recipes import results as results_module
 from recipes.lab import files
 from recipes.lab.console import UserError
 from recipes.lab.drawing.canvas import new_figure, plain, png
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.files import CannotWrite, locked
+from recipes.lab.pages import markdown_text
 from recipes.lab.training.checkpoint import Run
-from recipes.studies.comparison import cells as cells_module
-from recipes.studies.comparison.cells import OK, Cell, read_result, run_locally
-from recipes.studies.comparison.grid import parse_variant, plan_cells
+from recipes.studies.comparison import execution, study
+from recipes.studies.comparison.execution import run_locally
+from recipes.studies.comparison.plan import parse_variant, plan_runs
+from recipes.studies.comparison.planned import OK, PlannedRun, read_result
 from recipes.studies.comparison.report import write_report
-from recipes.studies.comparison.tables import as_markdown, read_table, write_table
+from recipes.studies.comparison.tables import read_table, write_table
+from recipes.studies.dydila.paper import paper_rows
+from recipes.studies.dydila.results import results_page
 from recipes.train import Settings
 
 ROOT = Path(__file__).parents[2]
+NO_PAPER = paper_rows([])
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 def case(label="sana", imports=(), **settings):
     settings = {"attn": "sana", "steps": 3, "batch_size": 8, "sample_every": 3} | settings
-    return Cell(
+    return PlannedRun(
         label=label, settings=Settings(**settings), cfgs=(1.0,), samples=12, sampling_steps=2,
         imports=imports,
     )  # fmt: skip
 
 
-def finished(out, cell, fid=1.5, accuracy=0.5, curve=((1, 1.0), (2, 0.5))):
+def finished(out, one, fid=1.5, accuracy=0.5, curve=((1, 1.0), (2, 0.5))):
     """Leaves what a run that is done leaves, without one."""
-    folder = cell.prepare(out)
+    folder = one.prepare(out)
     numbers = {"FID[smallcnn]": fid, "class_accuracy[smallcnn]": accuracy, "count": 12}
     result = {
         "state": OK,
@@ -63,7 +69,7 @@ def finished(out, cell, fid=1.5, accuracy=0.5, curve=((1, 1.0), (2, 0.5))):
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "run").mkdir()
-    config = {"data": {"class_names": [str(i) for i in range(10)]}}
+    config = {"settings": {"attn": "sana"}, "data": {"class_names": [str(i) for i in range(10)]}}
     (folder / "run" / "config.json").write_text(json.dumps(config))
     return result
 
@@ -89,8 +95,8 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("hostile")
     labels = [f'{HOSTILE}"{HOSTILE}', "=1+1", "@x", "$\\bad$", "_hidden", "a\x1b[31m|b\n# c"]
     plan = [case(label, data=HOSTILE, seed=seed) for label in labels for seed in (0, 1)]
-    for number, cell in enumerate(plan):
-        finished(out, cell, fid=1 + number / 7)
+    for number, one in enumerate(plan):
+        finished(out, one, fid=1 + number / 7)
     failed = case("-2+3", data=HOSTILE, steps=9)
     folder = failed.prepare(out)
     (folder / "result.json").write_text(
@@ -98,7 +104,7 @@ def report(tmp_path_factory):
     )
     plan.append(failed)
     title = f"compare.py --data '{HOSTILE}' ```\n# x"
-    write_report(out, plan, [parse_variant("sana")], title=title)
+    write_report(out, plan, NO_PAPER, title=title)
     return out, labels
 
 
@@ -111,7 +117,7 @@ class TestNamesAreText:
         assert not any(name.startswith("on") for _, name, _ in page.attributes)
         assert set(page.tags) <= {
             "html", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "code", "ul", "li",
-            "b", "table", "thead", "tbody", "tr", "th", "td", "img",
+            "b", "wbr", "table", "thead", "tbody", "tr", "th", "td", "img",
         }  # fmt: skip
         sources = [value for tag, name, value in page.attributes if name == "src"]
         assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -119,7 +125,7 @@ class TestNamesAreText:
 
     def test_a_spreadsheet_computes_nothing_and_numbers_stay_numbers(self, report):
         out, labels = report
-        with (out / "cells.csv").open(encoding="utf-8", newline="") as file:
+        with (out / "runs.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             for name, value in row.items():
@@ -129,14 +135,14 @@ class TestNamesAreText:
                 assert not value.startswith(tuple("=+-@\t\r\n")), (name, value)
                 assert "\x1b" not in value
         assert {row["variant"] for row in rows} > {"'=1+1", "'@x", "'-2+3"}
-        frame = read_table(out / "cells.csv")
+        frame = read_table(out / "runs.csv")
         shown = [label.replace("\x1b", "\\x1b").replace("\n", "\\n") for label in labels]
         assert set(frame.variant) == {*shown, "-2+3"}
         assert frame["FID[smallcnn]"].dropna().tolist() == [1 + n / 7 for n in range(12)]
 
     def test_the_page_of_results_is_inert(self, report):
         out, _ = report
-        page = results.results_page([out])
+        page = results_page([out])
         assert "\x1b" not in page and "&lt;img" in page
         outside = page[: page.index("````sh")] + page[page.rindex("````\n") :]
         assert "<img" not in outside
@@ -145,9 +151,9 @@ class TestNamesAreText:
         assert "\n# c" not in page and "\\|b" in page
 
     def test_markdown_escapes(self):
-        assert as_markdown("a|b<c>`d`") == "a\\|b&lt;c&gt;\\`d\\`"
-        assert as_markdown("[x](javascript:y)") == "[x]\\(javascript:y)"
-        assert as_markdown("FID[smallcnn] class_accuracy +focused kernel") == (
+        assert markdown_text("a|b<c>`d`") == "a\\|b&lt;c&gt;\\`d\\`"
+        assert markdown_text("[x](javascript:y)") == "[x]\\(javascript:y)"
+        assert markdown_text("FID[smallcnn] class_accuracy +focused kernel") == (
             "FID[smallcnn] class_accuracy +focused kernel"
         )
 
@@ -177,11 +183,60 @@ class TestNamesAreText:
 
     def test_the_terminal_gets_no_control_codes(self, tmp_path, capsys, monkeypatch):
         out = tmp_path / "a\x1b[31mb"
-        monkeypatch.setattr(compare_module, "_run", lambda *_: None)
+        monkeypatch.setattr(study, "_run_missing", lambda *_: None)
         arguments = ["--attn", "sana", "--data", "digits", "--seeds", "1", "--out", str(out)]
         assert compare_module.main([*arguments, "--report-only"]) == 1
         captured = capsys.readouterr()
         assert "\x1b" not in captured.out + captured.err and "\\x1b[31m" in captured.out
+
+
+class TestFoldersOfEarlierVersions:
+    ARGUMENTS = ("--attn", "sana", "--data", "digits", "--seeds", "1", "--samples", "12", "--cfg",
+                 "1", "--steps", "3", "--batch-size", "8", "--sampling-steps", "2")  # fmt: skip
+
+    def made_earlier(self, out):
+        """A comparison that is done, under the names that its files had."""
+        like = case(label="")
+        (one,) = plan_runs(
+            [parse_variant("sana")],
+            [("digits", None)],
+            seeds=1,
+            protocols=["controlled"],
+            like=like,
+        )  # fmt: skip
+        finished(out, one)
+        (out / "runs").rename(out / "cells")
+        (out / "cells" / one.name / "planned.json").rename(out / "cells" / one.name / "cell.json")
+        return one
+
+    def test_they_are_found_and_reported_again(self, tmp_path):
+        one = self.made_earlier(tmp_path)
+        assert compare_module.main([*self.ARGUMENTS, "--out", str(tmp_path)]) == 0
+        frame = read_table(tmp_path / "runs.csv")
+        assert frame.run.tolist() == [one.name] and frame["FID[smallcnn]"].tolist() == [1.5]
+        assert not (tmp_path / "runs").exists()
+
+    def test_their_tables_are_read(self, tmp_path):
+        one = self.made_earlier(tmp_path)
+        write_report(tmp_path, [one], NO_PAPER, title="x")
+        page = results_page([tmp_path])
+        text = (tmp_path / "runs.csv").read_text("utf-8").replace(",run,", ",cell,", 1)
+        (tmp_path / "runs.csv").unlink()
+        (tmp_path / "cells.csv").write_text(text, "utf-8")
+        assert results_page([tmp_path]) == page
+
+    def test_one_that_has_not_ended_goes_on(self, tmp_path):
+        one = self.made_earlier(tmp_path)
+        folder = tmp_path / "cells" / one.name
+        (folder / "cell.json").write_text(
+            (folder / "cell.json").read_text("utf-8").replace('"sana"', '"no-such"')
+        )
+        assert "no-such" in execution.run_one(folder)["error"]
+
+    def test_old_flags_are_understood(self, capsys):
+        arguments = [*self.ARGUMENTS, "--cell-minutes", "0", "--dry-run"]
+        with pytest.raises(UserError, match="--run-minutes must be above 0"):
+            compare_module.main(arguments)
 
 
 class TestDamagedFiles:
@@ -211,47 +266,47 @@ class TestDamagedFiles:
         (folder / "result.json").write_bytes(content)
         assert read_result(folder) is None
         assert str(folder / "result.json") in capsys.readouterr().err
-        states = write_report(tmp_path, [good, bad], [parse_variant("sana")], title="x")
+        states = write_report(tmp_path, [good, bad], NO_PAPER, title="x")
         assert states == {good.name: OK, bad.name: "not run"}
 
     @pytest.mark.parametrize(
         ("name", "content"),
         [
-            ("cells.csv", b""),
-            ("cells.csv", b"\xff\xff"),
-            ("cells.csv", b"a,b\n1\n"),
-            ("cells.csv", b"variant,seed\nx,y\n"),
-            ("cells.csv", b'a,"b\n'),
-            ("cells.csv", b"state,state\nok,ok\n"),
-            ("cells.csv", None),
+            ("runs.csv", b""),
+            ("runs.csv", b"\xff\xff"),
+            ("runs.csv", b"a,b\n1\n"),
+            ("runs.csv", b"variant,seed\nx,y\n"),
+            ("runs.csv", b'a,"b\n'),
+            ("runs.csv", b"state,state\nok,ok\n"),
+            ("runs.csv", None),
             ("command.txt", None),
         ],
     )
     def test_a_damaged_table_is_one_line(self, tmp_path, name, content):
         finished(tmp_path, case())
-        write_report(tmp_path, [case()], [parse_variant("sana")], title="x")
-        assert "digits" in results.results_page([tmp_path])
+        write_report(tmp_path, [case()], NO_PAPER, title="x")
+        assert "digits" in results_page([tmp_path])
         if content is None:
             (tmp_path / name).unlink()
         else:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name) as caught:
-            results.results_page([tmp_path])
+            results_page([tmp_path])
         assert "\n" not in str(caught.value)
 
     def test_a_column_without_its_number_is_one_line(self, tmp_path):
         finished(tmp_path, case())
-        write_report(tmp_path, [case()], [parse_variant("sana")], title="x")
-        frame = read_table(tmp_path / "cells.csv").assign(seed=np.nan)
-        write_table(tmp_path / "cells.csv", frame)
+        write_report(tmp_path, [case()], NO_PAPER, title="x")
+        frame = read_table(tmp_path / "runs.csv").assign(seed=np.nan)
+        write_table(tmp_path / "runs.csv", frame)
         with pytest.raises(UserError, match="'seed' lacks a number"):
-            results.results_page([tmp_path])
+            results_page([tmp_path])
 
     def test_a_damaged_case_is_an_error_of_its_own(self, tmp_path, capsys):
         folder = case().prepare(tmp_path)
-        (folder / "cell.json").write_text("{")
-        result = cells_module.run_cell(folder)
-        assert result["state"] == "error" and "cell.json" in result["error"]
+        (folder / "planned.json").write_text("{")
+        result = execution.run_one(folder)
+        assert result["state"] == "error" and "planned.json" in result["error"]
         assert "Traceback" not in capsys.readouterr().err
 
     def test_steps_without_a_loss_are_left_out(self, tmp_path):
@@ -259,7 +314,7 @@ class TestDamagedFiles:
         entries = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5}]
         for entry in entries:
             run.append_log(entry)
-        assert cells_module._curve(run) == [(1, 1.0), (3, 0.5)]
+        assert execution._curve(run) == [(1, 1.0), (3, 0.5)]
         steps, means, window = demo_module.smoothed(entries)
         assert (steps, means, window) == ([3], [0.75], 2)
         assert demo_module.smoothed(entries[1:2]) == ([], [], 1)
@@ -317,7 +372,7 @@ class TestProcesses:
         (place / "stuck.py").write_text(
             "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(999)\n"
         )
-        monkeypatch.setattr(cells_module, "GRACE_SECONDS", 0.5)
+        monkeypatch.setattr(execution, "GRACE_SECONDS", 0.5)
         folder = case(imports=("stuck",)).prepare(place / "out")
         seen, started = [], time.monotonic()
         run_locally([folder], 1, lambda: True, lambda _, r: seen.append(r), minutes=0.3)
@@ -338,7 +393,7 @@ class TestProcesses:
         process = subprocess.Popen(command, stdout=write, stderr=write)
         os.close(write)
         assert process.wait(timeout=180) in (1, 141)
-        states = read_table(out / "cells.csv").state.tolist()
+        states = read_table(out / "runs.csv").state.tolist()
         assert states == ["error", "error"] and (out / "report.html").stat().st_size > 1000
 
     def test_a_full_disk_stops_no_other(self, place, monkeypatch):
@@ -346,8 +401,8 @@ class TestProcesses:
             raise CannotWrite(Path("result.json"), OSError(errno.ENOSPC, "No space left"))
 
         folder = case(imports=("no_such_module",)).prepare(place / "out")
-        monkeypatch.setattr(cells_module, "write_json", full)
-        monkeypatch.setattr(cells_module, "_START", "raise SystemExit(2)")
+        monkeypatch.setattr(execution, "write_json", full)
+        monkeypatch.setattr(execution, "_START", "raise SystemExit(2)")
         seen = []
         run_locally([folder], 1, lambda: True, lambda _, result: seen.append(result))
         assert seen[0]["state"] == "crashed"
@@ -388,13 +443,13 @@ class TestTheEnvironment:
             "--attn", "sana,softmax", "--data", str(data), "--resolutions", "16", "--seeds", "1",
             "--steps", "2", "--samples", "12", "--cfg", "1", "--report-only", "--out", str(out),
         ]  # fmt: skip
-        plan = plan_cells(
+        plan = plan_runs(
             [parse_variant("sana"), parse_variant("softmax")], [(str(data), 16)], seeds=1,
-            protocols=["controlled"], size="tiny", patch_size=4, steps=2, batch_size=64,
-            cfgs=[1.0], samples=12, sampling_steps=20,
-        )  # fmt: skip
-        for cell in plan:
-            finished(out, cell)
+            protocols=["controlled"],
+            like=PlannedRun(label="", settings=Settings(patch_size=4, steps=2, batch_size=64),
+            cfgs=(1.0,), samples=12, sampling_steps=20))  # fmt: skip
+        for one in plan:
+            finished(out, one)
         (out / "report.html").write_text("old")
         done = subprocess.run(
             [sys.executable, str(ROOT / "recipes" / "compare.py"), *arguments],
@@ -403,9 +458,9 @@ class TestTheEnvironment:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         page = (out / "report.html").read_text(encoding="utf-8")
-        assert "pics-é-ж" in page and "2 of 2 cells are done" in page
+        assert "pics-é-ж" in page and "2 of 2 runs are done" in page
         assert str(data) in (out / "command.txt").read_text(encoding="utf-8")
-        assert "pics-é-ж" in read_table(out / "cells.csv").data[0]
+        assert "pics-é-ж" in read_table(out / "runs.csv").data[0]
         done = subprocess.run(
             [sys.executable, str(ROOT / "recipes" / "results.py"), str(out), "--out",
              str(tmp_path / "page-é.md")],
@@ -447,18 +502,18 @@ class TestWritersOfOneFolder:
 
     def test_an_out_that_cannot_be_written_is_refused_first(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
-        monkeypatch.setattr(compare_module, "_run", None)
+        monkeypatch.setattr(study, "_run_missing", None)
         for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/dev/full/x")):
             with pytest.raises(CannotWrite):
                 compare_module.main([*self.ARGUMENTS, str(out)])
         with pytest.raises(CannotWrite):
-            results.main([str(tmp_path), "--out", str(tmp_path / "file" / "page.md")])
+            results_module.main([str(tmp_path), "--out", str(tmp_path / "file" / "page.md")])
 
 
 class TestTheDemo:
     def test_a_longer_run_is_not_replaced(self, tmp_path, monkeypatch):
         run = Run(tmp_path / "softmax")
-        settings = json.loads(json.dumps(cells_module._DEFAULTS)) | {"attn": "softmax"}
+        settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
         run.create({"settings": settings | {"steps": 9000}}, overwrite=False)
         monkeypatch.setattr(demo_module, "train", None)
         with pytest.raises(UserError, match=r"not replaced unasked.*--overwrite"):
@@ -474,7 +529,7 @@ class TestTheDemo:
         )
         monkeypatch.setattr(demo_module, "_draw", lambda *_: None)
         run = Run(tmp_path / "softmax")
-        settings = json.loads(json.dumps(cells_module._DEFAULTS)) | {"attn": "softmax"}
+        settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
         run.create({"settings": settings | {"steps": 2}}, overwrite=False)
         demo_module.main(["--steps", "2", "--out", str(tmp_path)])
         demo_module.main(["--steps", "3", "--overwrite", "--out", str(tmp_path)])

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from recipes import figures as figures_module
-from recipes.figures import FIGURES, _confusable_classes, _stages
 from recipes.lab.console import UserError
 from recipes.lab.drawing.drawn import Drawn
 from recipes.lab.evaluation.features import Features
 from recipes.lab.training.checkpoint import Run
+from recipes.studies.dydila.figures import FIGURES, confusable_classes, map_with, stages
 from recipes.train import Settings, train
 
 
@@ -62,7 +62,7 @@ def test_the_stages_are_those_of_the_same_weights(drawn):
     _, noisy, labels = drawn.noisy_images(2)
     x, grid = drawn.inputs_of_layers(noisy, labels)[0]
     own = layer.config
-    maps = [figures_module._map_with(layer, config, x, grid) for _, config in _stages(layer)]
+    maps = [map_with(layer, config, x, grid) for _, config in stages(layer)]
     assert len(maps) == 3 and layer.config is own
     torch.testing.assert_close(maps[-1], layer.attention_map(x, grid))
     plain = torch.einsum("bhnd,bhmd->bhnm", *map(torch.relu, heads_of_q_and_k(layer, x)))
@@ -99,4 +99,4 @@ def test_confusable_classes_are_those_the_evaluator_mixes_up(drawn):
     _, _, test = drawn.real
     see = Sees8As3()
     see.labels = test.batch(torch.arange(len(test)))[1]
-    assert set(_confusable_classes(drawn, see, size=3)) == {3, 5, 8}
+    assert set(confusable_classes(drawn, see, size=3)) == {3, 5, 8}

@@ -266,7 +266,8 @@ def _made_here(names: Collection[str]) -> str:
         return "a run"
     if "plan.json" in names:
         return "latents of recipes/encode.py"
-    if "cells" in names and {"command.txt", "cells.csv", "report.html"} & set(names):
+    tables = {"command.txt", "report.html", "runs.csv", "cells.csv"}
+    if {"runs", "cells"} & set(names) and tables & set(names):
         return "a comparison"
     return ""
 

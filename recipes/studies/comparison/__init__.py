@@ -1,1 +1,1 @@
-"""What recipes/compare.py is made of: the grid, its cells, verdicts and the report."""
+"""What recipes/compare.py is made of: the plan, its runs, their verdicts and the report."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 
 from attnzoo.counting import count_macs
+from recipes.lab.console import one_line, progress_bar
 from recipes.lab.training.build import build_model
-from recipes.train import Settings
+from recipes.lab.training.settings import Settings
+from recipes.studies.comparison.plan import facts_of
+from recipes.studies.comparison.planned import PlannedRun
 
 REPEATS = 5
 
@@ -21,7 +25,7 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
 
     Args:
         settings: Of a run.
-        dataset: What it trains on, or what is known of it (``grid.DataFacts``).
+        dataset: What it trains on, or what is known of it (``plan.DataFacts``).
         repeats: Measurements of which the median is taken, after one that is not.
 
     Returns:
@@ -31,8 +35,8 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
     """
     model = build_model(settings, dataset)
     macs = count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # pyright: ignore[reportArgumentType]
     batch = settings.batch_size
     images = torch.randn(batch, dataset.channels, dataset.resolution, dataset.resolution)
     inputs = {
@@ -53,18 +57,61 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
         "macs": macs.total,
         "training_macs": macs.training_step,
         "parameters": macs.parameters,
-        "depth": model.config.depth,
+        "depth": len(model.blocks),
         "forward_seconds": _median_seconds(forward, device, repeats) / batch,
         "training_seconds": _median_seconds(training_step, device, repeats) / batch,
     }
 
 
-def _median_seconds(work: Callable[[], None], device: str, repeats: int) -> float:
+def _median_seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
     found = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         work()
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
     return statistics.median(found[1:])
+
+
+def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
+    """The plan as a table, with multiply-accumulates and seconds measured just now.
+
+    The seconds count training and sampling of one run, not the evaluator, which is trained once
+    per data set and resolution.
+    """
+    costs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows = []
+    for one in progress_bar(planned, desc="measuring", unit="run", leave=False):
+        settings = one.settings
+        key = (one.label, settings.data, settings.resolution)  # seed and level cost nothing
+        if key not in costs:
+            costs[key] = cost_of(settings, facts_of(settings), repeats=1)
+        cost = costs[key]
+        trained = settings.steps * settings.batch_size
+        forwards = one.samples * one.sampling_steps * sum(1 if c == 1 else 2 for c in one.cfgs)
+        seconds = cost["training_seconds"] * trained + cost["forward_seconds"] * forwards
+        rows.append(
+            {
+                "data": one_line(f"{settings.data}/{settings.level}"),
+                "px": facts_of(settings).image_resolution,
+                "variant": one_line(one.label),
+                "depth": cost["depth"],
+                "parameters": cost["parameters"],
+                "MMACs": cost["macs"] / 1e6,
+                "TMACs of the run": (cost["training_macs"] * trained + cost["macs"] * forwards)
+                / 1e12,
+                "minutes": seconds / 60,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    grouped = frame.groupby(["data", "px", "variant"], sort=False, dropna=False)
+    shown = grouped.first()
+    shown.insert(0, "seeds", grouped.size())
+    total = frame.minutes.sum()
+    return (
+        f"{shown.reset_index().to_string(index=False, float_format=lambda v: f'{v:.3g}')}\n"
+        f"{len(planned)} runs, {frame['TMACs of the run'].sum():.3g} TMACs, about "
+        f"{total:.0f} minutes one after the other as this machine is loaded now"
+        + (f", {total / jobs:.0f} with --jobs {jobs} if nothing is shared" if jobs > 1 else "")
+    )

@@ -1,9 +1,8 @@
-"""Tables of a comparison as CSV, HTML and Markdown: what users name is text in all of them."""
+"""Tables of a comparison as CSV: what users name is text in them, and reads back as it was."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import re
 from pathlib import Path
@@ -13,13 +12,14 @@ import pandas as pd
 
 from recipes.lab.console import UserError, one_line
 from recipes.lab.files import write_text
+from recipes.studies.comparison.planned import OLD_NAMES
 
 TEXTS = (
-    "data", "level", "protocol", "variant", "attn", "options", "cell", "state", "error", "device",
+    "data", "level", "protocol", "variant", "attn", "options", "run", "state", "error", "device",
     "torch", "evaluator", "metric",
 )  # fmt: skip
 WHOLE = ("resolution", "steps", "batch_size", "samples", "seed", "seeds", "classes", "count")
-# A spreadsheet takes a cell that begins so for a formula; an apostrophe before it makes it text.
+# A spreadsheet takes what begins so for a formula; an apostrophe before it makes it text.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 
@@ -49,7 +49,8 @@ def read_table(path: Path) -> pd.DataFrame:
     """Reads what ``write_table`` wrote, or an earlier version.
 
     Returns:
-        Texts as str ("" where there is none), all other columns as numbers.
+        Texts as str ("" where there is none), all other columns as numbers; columns have their
+        present names.
 
     Raises:
         UserError: It is missing or damaged; the message names it.
@@ -67,30 +68,22 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"table {str(path)!r} is damaged in row {bad[0]}")
     if len(set(titles)) != len(titles):
         raise UserError(f"table {str(path)!r} is damaged: it names a column twice")
-    frame = pd.DataFrame([row for row in rows[1:] if row], columns=titles, dtype=object)
-    for name in frame.columns:
+    named = ["run" if title == OLD_NAMES["run"] else title for title in titles]
+    columns: dict[str, Any] = {
+        name: [row[n] for row in rows[1:] if row] for n, name in enumerate(named)
+    }
+    for name, values in columns.items():
         if name in TEXTS:
-            frame[name] = frame[name].map(_without_quote)
+            columns[name] = pd.Series([_without_quote(value) for value in values], dtype=object)
             continue
         try:
-            frame[name] = [float(value) if value else float("nan") for value in frame[name]]
+            numbers = pd.Series([float(v or "nan") for v in values], dtype=float)
         except ValueError as error:
             raise UserError(f"table {str(path)!r} is damaged: column {name!r}: {error}") from error
-        if name in WHOLE and (frame[name] % 1 == 0).all():
-            frame[name] = frame[name].astype(int)
-    return frame
+        is_whole = name in WHOLE and bool((numbers % 1 == 0).all())
+        columns[name] = numbers.astype(int) if is_whole else numbers
+    return pd.DataFrame(columns)
 
 
 def _without_quote(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
-
-
-def as_html(text: Any) -> str:
-    """Text that HTML shows as it is, also inside an attribute."""
-    return html.escape(one_line(str(text)))
-
-
-def as_markdown(text: Any) -> str:
-    """Text that a page of Markdown shows as it is, also inside a table; keeps line breaks."""
-    lines = [html.escape(one_line(line), quote=False) for line in str(text).split("\n")]
-    return "<br>".join(re.sub(r"([|`\\*])|(?<=\])(\()", r"\\\g<0>", line) for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -74,11 +75,11 @@ def is_lower_better(metric: str) -> bool:
     return metric_of(metric) in LOWER_IS_BETTER
 
 
-def compare_variants(cells: pd.DataFrame, first: str, second: str, metric: str) -> Verdict:
+def compare_variants(runs: pd.DataFrame, first: str, second: str, metric: str) -> Verdict:
     """Compares two variants by their differences within each seed.
 
     Args:
-        cells: Rows of one data set, resolution and guidance scale: variant, seed, metrics.
+        runs: Rows of one data set, resolution and guidance scale: variant, seed, metrics.
         first: Label of the variant in question.
         second: Label of the one it is compared with.
         metric: Reported name.
@@ -86,7 +87,7 @@ def compare_variants(cells: pd.DataFrame, first: str, second: str, metric: str) 
     Returns:
         The verdict, whose gain is positive where the first is better.
     """
-    wide = cells.pivot_table(index="seed", columns="variant", values=metric)
+    wide = runs.pivot_table(index="seed", columns="variant", values=metric)
     if first not in wide or second not in wide:
         return Verdict(math.nan, math.inf, 0)
     gains = (wide[first] - wide[second]).dropna()
@@ -119,9 +120,9 @@ def winner_digits(summary: pd.DataFrame, digits: int) -> dict[str, int]:
     """By metric, the digits with which the best mean does not look like the second best."""
     found = {}
     for metric, means in summary.groupby("metric")["mean"]:
-        ordered = means.sort_values(ascending=is_lower_better(str(metric)))
-        distinct = [mean for mean in ordered if not _are_equal(mean, ordered.iloc[0])]
-        found[str(metric)] = digits_apart([ordered.iloc[0], *distinct[:1]], digits)
+        best, *rest = sorted(means.tolist(), reverse=not is_lower_better(str(metric)))
+        distinct = [mean for mean in rest if not _are_equal(mean, best)]
+        found[str(metric)] = digits_apart([best, *distinct[:1]], digits)
     return found
 
 
@@ -162,24 +163,25 @@ def at_chance(runs: pd.DataFrame) -> str | None:
     return "; ".join(found) or None
 
 
-def summary_sentence(cells: pd.DataFrame, metric: str) -> str:
+def summary_sentence(runs: pd.DataFrame, metric: str) -> str:
     """One sentence on which variant leads in a metric, and over which ones that is certain."""
-    means = cells.groupby("variant", sort=False)[metric].mean().dropna()
+    grouped = runs.dropna(subset=[metric]).groupby("variant", sort=False)
+    means = {str(name): statistics.fmean(rows[metric]) for name, rows in grouped}
     if len(means) < 2:
         return f"{metric}: fewer than two variants have a number."
-    means = means.sort_values(ascending=is_lower_better(metric), kind="stable")
-    first = [str(name) for name, mean in means.items() if _are_equal(mean, means.iloc[0])]
-    rest = [str(name) for name in means.index[len(first) :]]
-    best = means.iloc[0]
+    ordered = sorted(means, key=lambda name: means[name] * (1 if is_lower_better(metric) else -1))
+    best = means[ordered[0]]
+    first = [name for name in ordered if _are_equal(means[name], best)]
+    rest = [name for name in ordered if name not in first]
     if not rest:
         return f"{metric}: all variants tie ({best:.4g})."
-    second = means.iloc[len(first)]
+    second = means[rest[0]]
     digits = digits_apart([best, second])
     shown = f"{best:.{digits}g}" + (f", then {second:.{digits}g}" if digits > 4 else "")
     by_kind: dict[str, list[str]] = {}
     for other in rest:
         # Of those that share the best mean, the one that is least sure speaks.
-        kinds = {compare_variants(cells, one, other, metric).kind for one in first}
+        kinds = {compare_variants(runs, one, other, metric).kind for one in first}
         kind = next(kind for kind in ("unknown", "same", "worse", "better") if kind in kinds)
         by_kind.setdefault(kind, []).append(other)
     if len(first) > 1:

@@ -1,20 +1,13 @@
-"""One cell of a comparison: a resumable run in a folder, and processes that run many of them.
+"""Runs of a comparison, each in a process of its own that can be stopped and goes on.
 
-    python -m recipes.studies.comparison.cells FOLDER
-
-A cell's folder holds cell.json (what it is), run/ (the ordinary run), output.txt and, once it has
-ended, result.json. Whatever happens to one cell happens in its own process.
+python -m recipes.studies.comparison.execution FOLDER
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -38,27 +31,18 @@ from recipes.lab.console import (
 from recipes.lab.data.latents import canonical_settings, load_vae
 from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.shards import Plan
-from recipes.lab.files import CannotWrite, read_json, refuse_links, write_json
-from recipes.lab.imports import import_all, origins
+from recipes.lab.files import CannotWrite, read_json, write_json
+from recipes.lab.imports import import_all
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.costs import cost_of
-from recipes.train import Settings, train
+from recipes.studies.comparison.planned import EVALUATORS, OK, known_as, read_result
 
-OK = "ok"
 STOPPED = {"state": "interrupted", "error": "stopped by a signal; run the comparison again"}
-EVALUATORS = ".evaluators"  # folder beside cells/, shared by all of them
+NOT_FINITE = {"state": "not finite", "error": "training stopped: the loss is not finite"}
 GRACE_SECONDS = 60.0  # between asking a run to save and end, and ending it
-# A setting that is added later is part of a run's name only where it is not at its default, so
-# that the runs of an earlier version are found.
-_FIRST_SETTINGS = (
-    "accumulate", "adam_beta2", "attn", "attn_options", "batch_size", "checkpoint_every",
-    "class_count", "class_seed", "compile", "data", "decay", "diagnose_every", "ema_decay",
-    "ema_ramp", "gradient_checkpointing", "gradient_clip", "keep_every", "label_dropout",
-    "learning_rate", "level", "patch_size", "precision", "preset", "protocol", "resolution",
-    "sample_every", "seed", "sharded", "size", "skip_limit", "steps", "strict", "vae",
-)  # fmt: skip
-_DEFAULTS = dataclasses.asdict(Settings())
 _ROOT = Path(__file__).absolute().parents[3]
 # Sets where modules come from before any is imported that is not built in: this project's own
 # from where this file lies, whichever other checkout is installed.
@@ -72,156 +56,14 @@ class Own:
             return PathFinder.find_spec(name, [root])
 sys.meta_path.insert(0, Own)
 from recipes.lab.console import run_script
-from recipes.studies.comparison.cells import main
+from recipes.studies.comparison.execution import main
 run_script(main)"""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run of a comparison.
-
-    Attributes:
-        label: Name of the mechanism or of the variant of it.
-        settings: Of the run.
-        cfgs: Guidance scales to measure.
-        samples: Images per scale.
-        sampling_steps: Model evaluations per image.
-        imports: Files (absolute) or modules that register mechanisms of the user's own.
-        vae: Folder or hub id of what decodes latents; None takes what these remember.
-        real: Folder of real images to measure with; None takes the data's own.
-    """
-
-    label: str
-    settings: Settings
-    cfgs: tuple[float, ...]
-    samples: int
-    sampling_steps: int
-    imports: tuple[str, ...] = ()
-    vae: str | None = None
-    real: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the folder, which another setting would change."""
-        settings = self.settings
-        key = dataclasses.asdict(self)
-        del key["vae"]  # only the one that made the latents is taken
-        if self.real is None:
-            del key["real"]
-        key["settings"] = {
-            name: value
-            for name, value in key["settings"].items()
-            if name in _FIRST_SETTINGS or value != _DEFAULTS.get(name)
-        }
-        # The same folder has the same name in every locale.
-        data = os.fsencode(settings.data).decode("utf-8", "surrogateescape")
-        key["settings"]["data"] = data
-        # Where a file lies does not count, and what it holds counts for its own mechanisms.
-        files = [source for source in self.imports if is_file(source)]
-        key["imports"] = [source for source in self.imports if source not in files]
-        if files and (own := origins([settings.attn])):
-            key["code"] = own[settings.attn]["sha256"]
-        text = json.dumps(key, sort_keys=True, default=list)
-        place = [Path(data).name, settings.level, str(settings.resolution or "native")]
-        if settings.protocol != "controlled":
-            place.append(settings.protocol)
-        readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([*place, self.label])).strip("-")
-        digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:8]
-        return f"{readable[:150]}-seed-{settings.seed}-{digest}"
-
-    def folder(self, out: Path) -> Path:
-        """Where the cell lives under ``out``."""
-        return out / "cells" / self.name
-
-    def prepare(self, out: Path) -> Path:
-        """Makes the cell's folder under ``out``.
-
-        Raises:
-            UserError: Something in it is a link, which would lead writing out of it.
-            CannotWrite: The system refuses.
-        """
-        folder = self.folder(out)
-        for name in ("cell.json", "result.json", "output.txt", "run"):
-            refuse_links(out, folder / name)
-        write_json(folder / "cell.json", dataclasses.asdict(self))
-        return folder
+Report = Callable[[Path, "dict[str, Any] | None"], None]
 
 
-def is_file(source: str) -> bool:
-    """Whether a value of ``--import`` is a file, not a module."""
-    return source.endswith(".py") or os.sep in source
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a cell has come to, or None where it has not ended or the file is damaged."""
-    file = folder / "result.json"
-    if not file.is_file():
-        return None
-    try:
-        found = read_json(file, "result")
-        if not _is_result(found):
-            raise ValueError(f"result {str(file)!r} is damaged: it is not what a run leaves")
-    except ValueError as error:
-        print(f"{printable(str(error))}; the run counts as not done", file=sys.stderr)
-        return None
-    return found
-
-
-def _is_result(found: Any) -> bool:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    def is_text(value: Any) -> bool:
-        return value is None or isinstance(value, str)
-
-    def is_group(value: Any) -> bool:
-        return isinstance(value, Mapping)
-
-    if not (is_group(found) and isinstance(found.get("state"), str)):
-        return False
-    wall = found.get("wall_seconds")
-    if not (is_text(found.get("error")) and (wall is None or is_number(wall))):
-        return False
-    if found["state"] != OK:
-        return "metrics" not in found
-    cost, metrics, curve = found.get("cost"), found.get("metrics"), found.get("curve")
-    if not (is_group(cost) and is_group(metrics) and isinstance(curve, list)):
-        return False
-    results, floor = metrics.get("results"), metrics.get("real_floor")
-    evaluator, versions = metrics.get("evaluator"), metrics.get("versions", {})
-    return (
-        all(value is None or is_number(value) for value in cost.values())
-        and is_group(results)
-        and all(_is_float(cfg) and is_group(numbers) for cfg, numbers in results.items())
-        and is_group(floor)
-        and is_number(metrics.get("resolution", 0))
-        and is_text(metrics.get("device"))
-        and is_group(versions)
-        and is_text(versions.get("torch"))
-        and (
-            evaluator is None
-            or (
-                is_group(evaluator)
-                and isinstance(evaluator.get("name"), str)
-                and isinstance(evaluator.get("sha256"), str)
-            )
-        )
-        and all(
-            isinstance(point, list) and len(point) == 2 and all(map(is_number, point))
-            for point in curve
-        )
-    )
-
-
-def _is_float(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def run_cell(folder: Path, progress: bool = False) -> dict[str, Any]:
-    """Trains, measures and times one cell, going on from wherever it was stopped.
+def run_one(folder: Path, progress: bool = False) -> dict[str, Any]:
+    """Trains, measures and times one prepared run, going on from wherever it was stopped.
 
     Returns:
         What result.json holds: "state" is "ok", "error", "not finite", "out of memory" or
@@ -229,9 +71,7 @@ def run_cell(folder: Path, progress: bool = False) -> dict[str, Any]:
     """
     started = time.time()
     try:
-        result = {"state": OK, "error": None, **_run_cell(folder, progress)}
-    except _Stopped as stopped:
-        result = {"state": stopped.state, "error": str(stopped)}
+        result = _run_one(folder, progress)
     except Exception as error:
         if is_users_mistake(error):
             print(f"error: {printable(str(error))}")
@@ -240,19 +80,13 @@ def run_cell(folder: Path, progress: bool = False) -> dict[str, Any]:
         line = " ".join(str(error).split()) or type(error).__name__
         state = "out of memory" if "out of memory" in line.lower() else "error"
         result = {"state": state, "error": f"{type(error).__name__}: {line}"[:500]}
-    result["wall_seconds"] = round(time.time() - started, 1)
+    result = result | {"wall_seconds": round(time.time() - started, 1)}
     write_json(folder / "result.json", result)
     return result
 
 
-class _Stopped(Exception):
-    def __init__(self, state: str, error: str) -> None:
-        super().__init__(error)
-        self.state = state
-
-
-def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
-    stored = read_json(folder / "cell.json", "cell")
+def _run_one(folder: Path, progress: bool) -> dict[str, Any]:
+    stored = read_json(known_as(folder, "planned.json"), "planned run")
     import_all(stored["imports"])
     settings = Settings(**canonical_settings(stored["settings"]))
     run = Run(folder / "run")
@@ -265,12 +99,9 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
             overwrite=run.config_file.exists(),
             imports=stored["imports"],
         )
-        if status == INTERRUPTED:
-            raise _Stopped(**STOPPED)
-        if status == NON_FINITE:
-            raise _Stopped("not finite", "training stopped: the loss is not finite")
         if status != DONE:
-            raise _Stopped("error", f"training ended with status {status}")
+            other = {"state": "error", "error": f"training ended with status {status}"}
+            return {INTERRUPTED: STOPPED, NON_FINITE: NOT_FINITE}.get(status, other)
     vae = load_vae(settings.vae) if settings.vae else None
     cost = cost_of(settings, load_training_data(settings, vae))
     measured = evaluate(
@@ -283,26 +114,21 @@ def _run_cell(folder: Path, progress: bool) -> dict[str, Any]:
         imports=stored["imports"],
         progress=progress,
     )
-    return {"cost": cost, "metrics": measured, "curve": _curve(run)}
+    return {"state": OK, "error": None, "cost": cost, "metrics": measured, "curve": _curve(run)}
 
 
 def _curve(run: Run, points: int = 100) -> list[tuple[int, float]]:
     """(step, mean loss of the steps since the point before)."""
-    # A step that was skipped has no loss.
-    entries = [
-        (entry["step"], entry["loss"]) for entry in run.read_log() if is_loss(entry.get("loss"))
-    ]
+    entries = losses_of(run.read_log())
     size = max(1, len(entries) // points)
     chunks = [entries[start : start + size] for start in range(0, len(entries), size)]
     return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]
 
 
-def is_loss(value: Any) -> bool:
-    """Whether a log's "loss" is one: a skipped step has None."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-Report = Callable[[Path, "dict[str, Any] | None"], None]
+def losses_of(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) of the entries of a log; a step that was skipped has no loss."""
+    found = [(entry["step"], entry.get("loss")) for entry in log]
+    return [(n, x) for n, x in found if isinstance(x, int | float) and math.isfinite(x)]
 
 
 def run_locally(
@@ -312,16 +138,16 @@ def run_locally(
     report: Report,
     minutes: float = math.inf,
 ) -> None:
-    """Runs cells in processes of their own, ``jobs`` at a time.
+    """Runs what is prepared in processes of their own, ``jobs`` at a time.
 
     SIGTERM, SIGHUP and Ctrl-C let the running ones save and end, and start no other.
 
     Args:
-        folders: Of prepared cells.
-        jobs: Cells at the same time; with several GPUs they take turns on them.
-        may_start: Asked before each cell; False leaves the rest for another day.
-        report: Told each cell's result, None for one that was not started.
-        minutes: Limit of one cell, which is then asked to save and end.
+        folders: Of prepared runs.
+        jobs: Runs at the same time; with several GPUs they take turns on them.
+        may_start: Asked before each run; False leaves the rest for another day.
+        report: Gets each run's result, None for one that was not started.
+        minutes: Limit of one run, which is then asked to save and end.
     """
     waiting, running = list(folders), dict[int, _Process]()
     with _signals() as received:
@@ -344,8 +170,8 @@ def run_locally(
         finally:
             for process in running.values():
                 process.stop()
-            for process in running.values():
-                process.wait()
+            while not all(process.has_ended() for process in running.values()):
+                time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -364,7 +190,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 class _Process:
-    """The process of one cell."""
+    """The process of one run."""
 
     def __init__(self, folder: Path, slot: int, jobs: int, minutes: float) -> None:
         self.folder = folder
@@ -379,16 +205,13 @@ class _Process:
         environment["PYTHONSAFEPATH"] = "1"  # for what this process starts in turn
         if torch.cuda.device_count() > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        command = [sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT), *import_path()]
         try:
             (folder / "result.json").unlink(missing_ok=True)
             with (folder / "output.txt").open("ab") as output:
                 # A session of its own: Ctrl-C reaches it as one signal, from here.
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT),
-                        *import_path(),
-                    ],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                     env=environment, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
@@ -414,13 +237,8 @@ class _Process:
                 self.stop()
         return False
 
-    def wait(self) -> None:
-        """Until the process has ended."""
-        while not self.has_ended():
-            time.sleep(0.05)
-
     def result(self) -> dict[str, Any]:
-        """What the cell has come to, now that its process has ended."""
+        """What the run has come to, now that its process has ended."""
         status = self._process.returncode
         result = read_result(self.folder)
         has_stopped = result is None or result["state"] == STOPPED["state"]
@@ -437,13 +255,13 @@ class _Process:
             result = {"state": "crashed", "error": f"{how}; its last words are in output.txt"}
         else:
             return result
-        with contextlib.suppress(CannotWrite):  # a full disk; without it the cell is not done
+        with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
             write_json(self.folder / "result.json", result)
         return result
 
 
 def import_path() -> list[str]:
-    """Where a cell's process finds modules: where this one does, and in the working folder last.
+    """Where a run's process finds modules: where this one does, and in the working folder last.
 
     A file of the working folder must not stand in for a package, whatever PYTHONPATH says.
     """
@@ -464,7 +282,7 @@ def run_by_submitit(
     parameters: dict[str, Any],
 ) -> None:
     """The same through submitit, on this machine (cluster "local") or by SLURM."""
-    import submitit
+    import submitit  # pyright: ignore[reportMissingImports]
 
     # The jobs inherit both; Python 3.10 knows only the first.
     path = import_path()
@@ -484,7 +302,7 @@ def run_by_submitit(
                 report(folder, None)
                 continue
             (folder / "result.json").unlink(missing_ok=True)
-            running[folder] = executor.submit(_SubmittedCell(), folder.resolve())
+            running[folder] = executor.submit(_Submitted(), folder.resolve())
         for folder, job in list(running.items()):
             if job.done():
                 del running[folder]
@@ -498,20 +316,20 @@ def run_by_submitit(
         time.sleep(0.5)
 
 
-class _SubmittedCell:
+class _Submitted:
     def __call__(self, folder: Path) -> str:
-        return run_cell(folder)["state"]
+        return run_one(folder)["state"]
 
     def checkpoint(self, folder: Path) -> Any:
-        """What submitit queues again on preemption: the cell goes on from its checkpoint."""
-        import submitit
+        """What submitit queues again on preemption: the run goes on from its checkpoint."""
+        import submitit  # pyright: ignore[reportMissingImports]
 
         return submitit.helpers.DelayedSubmission(self, folder)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the cell in the given folder; returns the exit status."""
-    return DONE if run_cell(Path(arguments[0]))["state"] == OK else 1
+    """Runs what is planned in the given folder; returns the exit status."""
+    return DONE if run_one(Path(arguments[0]))["state"] == OK else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The DyDiLA paper: its ablation steps and tables, its claims tested here, its figures."""
