@@ -31,6 +31,7 @@ from attnzoo.ops.linear_core import fold, key_sum, linear_attention_macs, quotie
 from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.routed_linear import Route
 
+BY_HEAD = "b n (h d) -> b h n d"
 Normalizer = Literal["base", "diff", "mean", "none"]
 
 
@@ -68,6 +69,11 @@ class LinearAttention(Attention):
     A mechanism defines ``qkv``, ``proj``, ``query_kernel`` and ``key_kernel``; it may set
     ``conv`` and ``key_position``. One that makes its features otherwise overrides ``project``,
     ``queries`` and ``keys``.
+
+    Attributes:
+        normalizer: How maps are normalized: by the sum over the keys ("base"), by the difference
+            of two sums ("diff"), by the number of keys ("mean"), or not.
+        divides_by_mean: Whether ``eps`` belongs to the mean over the keys and not to their sum.
     """
 
     config: Any
@@ -76,6 +82,7 @@ class LinearAttention(Attention):
     conv: DepthwiseConv | ValueConv | None
     key_position: KeyPosition | None
     normalizer: Normalizer
+    divides_by_mean = False
     complexity = "O(n d d_head)"
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
@@ -92,10 +99,6 @@ class LinearAttention(Attention):
         """phi_k of tokens, (b, m, dim) -> (b, m, dim)."""
         raise NotImplementedError
 
-    def normalizer_eps(self, tokens: int) -> float:
-        """What is added to the sum over ``tokens`` keys."""
-        return self.config.eps
-
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Q, K and V of all tokens, (b, n or m, dim)."""
         return self.qkv(x).chunk(3, dim=-1)
@@ -110,7 +113,7 @@ class LinearAttention(Attention):
 
     def queries(self, query: Any, x: Tensor) -> Features:
         """What the core multiplies, of Q and of the tokens it was made from."""
-        features = [self._heads(self.query_kernel(query))]
+        features = [rearrange(self.query_kernel(query), BY_HEAD, h=self.num_heads)]
         return Features(features, features)
 
     def keys(
@@ -119,7 +122,7 @@ class LinearAttention(Attention):
         """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
         if self.key_position is not None:
             key = self.key_position(key, grid, span)
-        features = [self._heads(self.key_kernel(key))]
+        features = [rearrange(self.key_kernel(key), BY_HEAD, h=self.num_heads)]
         return Features(features, features)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -131,23 +134,23 @@ class LinearAttention(Attention):
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """The output of all tokens at once, and the decisions taken on the way."""
-        tokens = x.shape[1]
         query, key, value = self.project(x, grid)
+        by_head = rearrange(value, BY_HEAD, h=self.num_heads)
         keys = self.keys(key, x, grid)
         routes = keys.routes
         if self.config.impl == "reference":
             local = None if self.conv is None else self.conv(value, grid, impl="reference")
             queries = self.queries(query, x)
-            out = reference_read(queries, keys, self._heads(value), *self._normalization(tokens))
+            out = reference_read(queries, keys, by_head, self, x.shape[1])
         else:
             # What only the keys need is gone before the queries come.
-            state = fold_features(keys, self._heads(value), tokens)
+            state = fold_features(keys, by_head, x.shape[1])
             del key, keys
             # Before the queries too: the backward goes the other way, and then this comes when
             # little else is stored any more.
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x)
-            out = read_features(queries, state, *self._normalization(tokens))
+            out = read_features(queries, state, self, x.shape[1])
         out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
@@ -182,18 +185,12 @@ class LinearAttention(Attention):
 
     def fold(self, keys: Features, value: Tensor) -> State:
         """The state of a block's keys and values; those of several blocks add up."""
-        return fold_features(keys, self._heads(value), None)
+        return fold_features(keys, rearrange(value, BY_HEAD, h=self.num_heads), None)
 
     def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
-        out = read_features(queries, state, *self._normalization(x.shape[1]))
+        out = read_features(queries, state, self, x.shape[1])
         return rearrange(out, "b h n d -> b n (h d)").to(operand_dtype(x))
-
-    def _normalization(self, tokens: int) -> tuple[int, Normalizer, float]:
-        return tokens, self.normalizer, self.normalizer_eps(tokens)
-
-    def _heads(self, z: Tensor) -> Tensor:
-        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
@@ -201,7 +198,7 @@ class LinearAttention(Attention):
         query, key, _ = self.project(x, grid)
         keys = self.keys(key, x, grid)
         queries = self.queries(query, x)
-        return reference_weights(queries, keys, *self._normalization(x.shape[1]))
+        return reference_weights(queries, keys, self, x.shape[1])
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
@@ -224,68 +221,64 @@ class LinearAttention(Attention):
 
 def fold_features(keys: Features, value: Tensor, queries: int | None) -> State:
     """Everything the queries read of keys and values: K^T V of each term, then the sums."""
-    return [fold(term, value, queries) for term in keys.terms] + [key_sum(z) for z in keys.norms]
+    state: State = []
+    for term in keys.terms:
+        state.append(fold(term, value, queries))
+    for term in keys.norms:
+        state.append(key_sum(term))
+    return state
 
 
-def read_features(
-    queries: Features, state: State, tokens: int, normalizer: Normalizer, eps: float
-) -> Tensor:
+def read_features(queries: Features, state: State, layer: LinearAttention, tokens: int) -> Tensor:
     """The output, (b, h, n, d_head), of what ``fold_features`` made of ``tokens`` keys."""
-    products = [wide_read(q, s) for q, s in zip(queries.terms, state, strict=False)]
-    sums = [wide_read(q, s) for q, s in zip(queries.norms, state[len(products) :], strict=True)]
-    out = _combine(products, sums, queries.factor, tokens, normalizer, eps)
+    read: list[Tensor] = []
+    for query, factors in zip((*queries.terms, *queries.norms), state, strict=True):
+        read.append(wide_read(query, factors))
+    out = _combine(read, queries, layer, tokens)
     return out.to(queries.terms[0].dtype)
 
 
 @in_float32
 def reference_weights(
-    queries: Features, keys: Features, tokens: int, normalizer: Normalizer, eps: float
+    queries: Features, keys: Features, layer: LinearAttention, tokens: int
 ) -> Tensor:
     """The weight of every key in every query's output, (b, h, n, m), as it is written."""
-
-    def products(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(queries, keys, strict=True)
-        return [torch.einsum("bhnd,bhmd->bhnm", q, k) for q, k in pairs]
-
-    sums = [weights.sum(-1, keepdim=True) for weights in products(queries.norms, keys.norms)]
-    terms = products(queries.terms, keys.terms)
-    return _combine(terms, sums, queries.factor, tokens, normalizer, eps)
+    terms = [
+        torch.einsum("bhnd,bhmd->bhnm", query, key)
+        for query, key in zip(queries.terms, keys.terms, strict=True)
+    ]
+    sums = [
+        torch.einsum("bhnd,bhmd->bhnm", query, key).sum(-1, keepdim=True)
+        for query, key in zip(queries.norms, keys.norms, strict=True)
+    ]
+    return _combine([*terms, *sums], queries, layer, tokens)
 
 
 @in_float32
 def reference_read(
-    queries: Features,
-    keys: Features,
-    value: Tensor,
-    tokens: int,
-    normalizer: Normalizer,
-    eps: float,
+    queries: Features, keys: Features, value: Tensor, layer: LinearAttention, tokens: int
 ) -> Tensor:
     """What ``fold_features`` and ``read_features`` give, by the n x m weights."""
-    return reference_weights(queries, keys, tokens, normalizer, eps) @ value
+    return reference_weights(queries, keys, layer, tokens) @ value
 
 
-def _combine(
-    terms: list[Tensor],
-    sums: list[Tensor],
-    factor: Tensor | None,
-    tokens: int,
-    normalizer: Normalizer,
-    eps: float,
-) -> Tensor:
-    """Normalizes the one map, or both and subtracts the second times ``factor``.
+def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, tokens: int) -> Tensor:
+    """Normalizes the one map, or both and subtracts the second times the queries' factor.
 
-    DyDiLA, arXiv 2601.13683, Eqs. 8 and 10.
+    DyDiLA, arXiv 2601.13683, Eqs. 8 and 10; ``read`` are the maps' products, then the sums.
     """
-    factor = None if factor is None else factor.to(terms[0].dtype)
-    if normalizer == "diff":
-        total, norm = terms[0], sums[0]
+    maps = len(queries.terms)
+    factor = None if queries.factor is None else queries.factor.to(read[0].dtype)
+    eps = layer.config.eps * (tokens if layer.divides_by_mean else 1)
+    if layer.normalizer == "diff":
+        total, norm = read[0], read[maps]
         if factor is not None:
-            total, norm = total - factor * terms[1], norm - factor * sums[1]
+            total, norm = total - factor * read[1], norm - factor * read[maps + 1]
         # A differenced sum can come near 0 or below it, where the quotient explodes.
         return total / norm.clamp_min(max(eps, 1e-6))
-    if normalizer == "base":
-        terms = [quotient(x, norm + eps) for x, norm in zip(terms, sums, strict=True)]
-    elif normalizer == "mean":
-        terms = [term / tokens for term in terms]
-    return terms[0] if factor is None else terms[0] - factor * terms[1]
+    for i in range(maps):
+        if layer.normalizer == "base":
+            read[i] = quotient(read[i], read[maps + i] + eps)
+        elif layer.normalizer == "mean":
+            read[i] = read[i] / tokens
+    return read[0] if factor is None else read[0] - factor * read[1]

@@ -19,13 +19,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig, Normalizer
+from attnzoo.layers.linear_attention import (
+    BY_HEAD,
+    Features,
+    LinearAttention,
+    LinearConfig,
+    Normalizer,
+)
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.streaming import linear_parts
 from attnzoo.ops.dispatch import Impl, choose, require_triton
@@ -286,14 +293,16 @@ class DyDiLA(LinearAttention):
             # The token differential operator, Eq. 8.
             factor, routes[f"differential.{side}"] = self._factor(pair, side)
             factor = factor.to(pair[0].dtype)
-            difference = self._heads(torch.addcmul(pair[0], factor, pair[1], value=-1))
-            norm = self._heads(pair[0]) if config.normalizer == "base" else difference
+            difference = torch.addcmul(pair[0], factor, pair[1], value=-1)
+            difference = rearrange(difference, BY_HEAD, h=self.num_heads)
+            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads)
+            norm = norm if config.normalizer == "base" else difference
             return Features([difference], [norm] if needs_sums else [], None, routes)
         factor = None
         if config.differential == "map" and side == "query":
             factor, routes["differential.map"] = self._factor(pair, "map")
             factor = factor.unsqueeze(1)
-        terms = [self._heads(z) for z in pair]
+        terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
         return Features(terms, terms if needs_sums else [], factor, routes)
 
     def _kernel(self, z: Tensor, name: str) -> tuple[Tensor, dict[str, Route]]:

@@ -60,6 +60,7 @@ class FocusedAttention(LinearAttention):
 
     Config = Config
     paper = "FLatten, 2308.00442"
+    divides_by_mean = True  # q . mean_j k_j + eps is (q . sum_j k_j + n eps) / n
     plot_style = ("#56B4E9", "v")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
@@ -77,10 +78,6 @@ class FocusedAttention(LinearAttention):
     def default_num_heads(cls, dim: int) -> int:
         """Heads of 32, as Sana's; FLatten keeps the heads of the model it is put into."""
         return heads_of_width(dim, 32)
-
-    def normalizer_eps(self, tokens: int) -> float:
-        """FLatten divides by q . mean_j k_j + eps, which is (q . sum_j k_j + n eps) / n."""
-        return self.config.eps * tokens
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """Q, K and V, (b, n, dim) each."""

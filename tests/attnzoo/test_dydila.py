@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from attnzoo import build_attention
 from attnzoo.mechanisms.dydila import LADDER
-from attnzoo.testing import DIM, build_scrambled, check_half_precision, check_twin, tokens, twin_of
+from attnzoo.testing import DIM, build_scrambled, check_half_precision, check_reference, tokens, reference_of
 
 OPTIONS = [
     {"router_gradient": "none"},
@@ -44,12 +44,12 @@ def _id(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=_id)
 @pytest.mark.parametrize("name", ["dydila", "dydila-map"])
 def test_every_option_keeps_the_twin(name, options):
-    check_twin(name, **options)
+    check_reference(name, **options)
 
 
 @pytest.mark.parametrize("rung", LADDER)
 def test_every_rung_of_the_ladder_builds_and_keeps_the_twin(rung):
-    check_twin("dydila", **LADDER[rung])
+    check_reference("dydila", **LADDER[rung])
 
 
 def test_a_learned_key_position_moves_the_map_and_fixes_the_grid():
@@ -64,7 +64,7 @@ def test_a_learned_key_position_moves_the_map_and_fixes_the_grid():
 
 @pytest.mark.parametrize("map_router", ["token", "image"])
 def test_map_router(map_router):
-    check_twin("dydila-map", map_router=map_router)
+    check_reference("dydila-map", map_router=map_router)
 
 
 @pytest.mark.parametrize("normalizer", ["diff", "mean"])
@@ -153,7 +153,7 @@ def test_map_equals_what_the_twin_multiplies():
     x = tokens((4, 6))
     value = layer.shared(x)[..., 2 * DIM :]
     expected = layer.proj((layer.attention_map(x, (4, 6)) @ value[:, None])[:, 0])
-    torch.testing.assert_close(twin_of(layer)(x, (4, 6)), expected)
+    torch.testing.assert_close(reference_of(layer)(x, (4, 6)), expected)
 
 
 @pytest.mark.parametrize("conv", ["acnet", "acnet-plain", "3x3", "5x5"])

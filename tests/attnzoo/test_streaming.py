@@ -9,7 +9,7 @@ from torch import nn
 
 from attnzoo import build_attention, get_attention, list_attention
 from attnzoo.ops.streaming import linear_parts
-from attnzoo.testing import build_scrambled, check_twin, outputs_and_gradients, tokens
+from attnzoo.testing import build_scrambled, check_reference, outputs_and_gradients, tokens
 
 # One grid is for options that fix it.
 GRID = (7, 13)
@@ -142,4 +142,4 @@ def test_errors_name_the_remedy():
 
 @pytest.mark.parametrize("options", [{}, {"num_heads": 1}, {"qkv_bias": True}])
 def test_folding_the_projection_changes_no_number(options):
-    check_twin("sana", impl="folded", **options)
+    check_reference("sana", impl="folded", **options)
