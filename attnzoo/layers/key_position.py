@@ -16,12 +16,12 @@ class KeyPosition(nn.Module):
         dim: Channels.
 
     Raises:
-        InvalidValue: ``grid`` is not two positive integers.
+        InvalidValue: a side of ``grid`` is not positive.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
-        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
+        if min(grid) < 1:
             raise InvalidValue(f"key_position must be a grid (height, width) or None, got {grid}")
         self.grid = tuple(grid)
         self.offset = nn.Parameter(torch.zeros(grid[0] * grid[1], dim))

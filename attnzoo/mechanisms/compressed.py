@@ -21,7 +21,7 @@ from attnzoo.contract import (
     heads_of_width,
     removed_in,
 )
-from attnzoo.errors import InvalidType, InvalidValue
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
@@ -44,8 +44,6 @@ class Config(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "ratio")
-        if isinstance(self.layers, tuple) and not all(isinstance(i, int) for i in self.layers):
-            raise InvalidType(f"layers must hold the indices of blocks, got {self.layers!r}")
 
 
 @register_attention("compressed")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from attnzoo.ops import focused, native
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.native import library
+
+from attnzoo.ops import focused, native
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
 

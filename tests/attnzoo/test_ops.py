@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-from attnzoo.ops import focused
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.linear import kernel_product, linear_attention, naive_linear_attention
 from attnzoo.ops.native import library
@@ -18,6 +16,8 @@ from attnzoo.ops.routing import (
     routed_projection,
     routed_scalar,
 )
+
+from attnzoo.ops import focused
 
 # Every sign, and what a floor under the entries would show itself at.
 POWERS = [-3.0, -0.5, 0.0, 0.05, 0.2, 0.4, 1.0, 3.0, 6.3]

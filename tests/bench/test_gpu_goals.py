@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-
-from attnzoo.ops import fused
 from attnzoo.ops.focused import power_map
 from attnzoo.ops.gated import gated_linear_attention
 from attnzoo.ops.routing import naive_routed_projection
+
+from attnzoo.ops import fused
 from bench import checks, goal_measurements, goal_tools, gpu_goals
 from bench.goals import GOALS
 

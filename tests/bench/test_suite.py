@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attnzoo.ops.gated import naive_gated_linear_attention
 from einops import rearrange
 
 import attnzoo
-from attnzoo.ops.gated import naive_gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cells import Cell, Request, table
