@@ -24,7 +24,8 @@ from attnzoo import (
     registry,
 )
 from attnzoo.counting import PAPER_RULES, count_macs, fvcore_macs, measure_macs
-from attnzoo.ops import gated
+from attnzoo.ops import gated_scan as gated
+from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
 from backbones import DiT, build_backbone, list_presets
 from backbones.presets import PAPER_MODELS
 
@@ -128,7 +129,7 @@ def test_a_linear_scan_counts_as_its_recurrence():
     gate = -torch.rand(1, 2, 6, 3)
     expected = 2 * gated.gated_linear_attention_macs(6, 3, 5)
     with FlopCounterMode(display=False) as counter:
-        gated.naive_gated_linear_attention(query, key, value, gate)
+        recurrence(query, key, value, gate)
     assert counter.get_total_flops() // 2 == expected
     before = gated.gated_linear_attention(query, key, value, gate)
     for impl in ("auto", "safe", "naive"):

@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo.mechanisms.dig
 import attnzoo.mechanisms.gated  # noqa: F401
 from attnzoo import build_attention
-from attnzoo.ops import gated
-from attnzoo.ops.gated import (
+from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
-    naive_gated_linear_attention,
     scan,
     unscan,
 )
+from attnzoo.ops.gated_scan import torch as chunks
+from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
 
 GRID = (4, 6)
 DIRECTIONS = ("forward", "backward", "columns-forward", "columns-backward")
@@ -71,9 +71,7 @@ class TestKernel:
         elif strength == "mixed":  # a closed gate here and there between nearly open ones
             closed = torch.rand(tensors[3].shape, generator=torch.Generator().manual_seed(2)) < 0.1
             tensors[3] = torch.where(closed, -100.0, tensors[3])
-        expected = with_gradients(
-            naive_gated_linear_attention, [tensor.double() for tensor in tensors]
-        )
+        expected = with_gradients(recurrence, [tensor.double() for tensor in tensors])
         actual = with_gradients(gated_linear_attention, tensors, impl=impl)
         assert all(tensor.isfinite().all() for tensor in actual)
         for got, want in zip(actual[:4], expected[:4], strict=True):
@@ -86,9 +84,9 @@ class TestKernel:
     def test_both_forms_were_taken(self, monkeypatch):
         taken = []
         for form in ("_two_factors", "_doubling"):
-            function = getattr(gated, form)
+            function = getattr(chunks, form)
             monkeypatch.setattr(
-                gated, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
+                chunks, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
             )
         for strength, impl in ((1, "auto"), (100, "auto"), (1, "safe")):
             gated_linear_attention(*operands(91, strength), impl=impl)
@@ -98,8 +96,8 @@ class TestKernel:
         """The whole decay of a chunk in one token: the steepest gates the two factors meet."""
         tensors = operands(128)
         tensors[3] = torch.zeros_like(tensors[3])
-        tensors[3][:, :, 40::64] = gated._FACTOR_LIMIT + 0.1
-        expected = naive_gated_linear_attention(*(tensor.double() for tensor in tensors))
+        tensors[3][:, :, 40::64] = chunks._FACTOR_LIMIT + 0.1
+        expected = recurrence(*(tensor.double() for tensor in tensors))
         assert relative(gated_linear_attention(*tensors), expected) < 2e-6
 
     def test_shut_gates_are_no_nan(self):
@@ -117,7 +115,7 @@ class TestKernel:
 
     def test_macs_are_those_of_the_recurrence(self):
         with FlopCounterMode(display=False) as counter:
-            naive_gated_linear_attention(*operands(24))
+            recurrence(*operands(24))
         assert counter.get_total_flops() == 2 * 2 * gated_linear_attention_macs(24, 16, 24)
 
     @pytest.mark.parametrize("strength", ["mild", "strong"])

@@ -35,12 +35,11 @@ def spilled(kernel, path):
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Names a GPU; from then on kernels are compiled for it, checked, and not launched."""
+    from attnzoo.ops.kernels import difference_gradients, grouped
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-
-    from attnzoo.ops.kernels import difference_gradients, grouped
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     found = {}

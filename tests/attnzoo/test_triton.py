@@ -13,13 +13,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
-
-from attnzoo import build_attention, list_attention
-from attnzoo.counting import count_macs, measure_macs
-from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.mechanisms.dydila import LADDER
-from attnzoo.ops import fla, fused, gated, linear
 from attnzoo.ops.focused import naive_power_map, power_map
 from attnzoo.ops.routing import (
     naive_routed_projection,
@@ -28,6 +21,13 @@ from attnzoo.ops.routing import (
     routed_scalar,
     router_logits,
 )
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnzoo import build_attention, list_attention
+from attnzoo.counting import count_macs, measure_macs
+from attnzoo.layers.depthwise_conv import DepthwiseConv
+from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.ops import fla, fused, gated, linear
 from attnzoo.testing import DIM, build_scrambled, tokens, twin_of
 from backbones import build_backbone
 
