@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
-from attnzoo.ops import gated
+from attnzoo.ops import gated_scan as gated
 from attnzoo.testing import reference_of
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -213,7 +213,9 @@ def _recurrence(layer: Any) -> nn.Module:
     _refuse_cuda(layer)
 
     def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        with _scan_replaced(lambda *operands: gated.naive_gated_linear_attention(*operands[:4])):
+        with _scan_replaced(
+            lambda *operands: gated.gated_linear_attention(*operands[:4], impl="reference")
+        ):
             return layer(x, grid)
 
     return Peer(run, layer)

@@ -20,7 +20,7 @@ from attnzoo.ops.gated_scan import (
     scan,
     unscan,
 )
-from attnzoo.ops.gated_scan import torch as gated
+from attnzoo.ops.gated_scan import torch as chunks
 from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
 
 GRID = (4, 6)
@@ -84,9 +84,9 @@ class TestKernel:
     def test_both_forms_were_taken(self, monkeypatch):
         taken = []
         for form in ("_two_factors", "_doubling"):
-            function = getattr(gated, form)
+            function = getattr(chunks, form)
             monkeypatch.setattr(
-                gated, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
+                chunks, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
             )
         for strength, impl in ((1, "auto"), (100, "auto"), (1, "torch")):
             gated_linear_attention(*operands(91, strength), impl=impl)
@@ -96,7 +96,7 @@ class TestKernel:
         """The whole decay of a chunk in one token: the steepest gates the two factors meet."""
         tensors = operands(128)
         tensors[3] = torch.zeros_like(tensors[3])
-        tensors[3][:, :, 40::64] = gated._FACTOR_LIMIT + 0.1
+        tensors[3][:, :, 40::64] = chunks._FACTOR_LIMIT + 0.1
         expected = recurrence(*(tensor.double() for tensor in tensors))
         assert relative(gated_linear_attention(*tensors), expected) < 2e-6
 

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention, list_attention
 from attnzoo.counting import count_macs, measure_macs
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.mechanisms.dydila import ABLATION_STEPS
 from attnzoo.ops import fla, fused, gated, linear
-from attnzoo.testing import DIM, build_scrambled, tokens, twin_of
+from attnzoo.testing import DIM, build_scrambled, tokens, reference_of
 from backbones import build_backbone
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -126,7 +126,7 @@ def test_half_sums_of_linear_attention(shape, monkeypatch):
 def test_diagnostics_are_numbers():
     layer = build_scrambled("dydila", gamma_form="softplus")
     said = layer.diagnostics(tokens((4, 4)), (4, 4))
-    sana = build_attention("dydila", DIM, **LADDER["sana"])
+    sana = build_attention("dydila", DIM, **ABLATION_STEPS["sana"])
     assert sana.diagnostics(tokens((4, 4)), (4, 4)) == {}
     assert said["gamma"] == F.softplus(layer.gamma).tolist()
     assert said["lambda"] == layer.lambda_.tolist()
@@ -430,7 +430,7 @@ if CAN_RUN:
         assert layer.implementation(x) == ("triton" if name == "dydila" else "torch")
         cotangent = random(*x.shape, seed=3, grad=False)
         results = []
-        for either in (layer, twin_of(layer)):
+        for either in (layer, reference_of(layer)):
             operands = [x, *either.parameters()]
             out = either(x, grid)
             grads = torch.autograd.grad(out, operands, cotangent, allow_unused=True)
@@ -451,7 +451,7 @@ if CAN_RUN:
         grid = (6, 6)
         x = tokens(grid).to(DEVICE)
         with torch.no_grad():
-            exact = twin_of(layer).double()(x.double(), grid)
+            exact = reference_of(layer).double()(x.double(), grid)
         if way == "cast":
             layer, x = layer.bfloat16(), x.bfloat16()
         layer.train()

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.ops.custom_op import MACS
-from attnzoo.ops.dispatch import Impl, operator
+from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.routed_linear.torch import (
     Route,
     RouterGradient,
     balance_loss,
+    decide,
     route,
     router_logits,
     usage_of,
@@ -21,7 +21,9 @@ __all__ = [
     "Route",
     "RouterGradient",
     "balance_loss",
+    "decide",
     "gated",
+    "grouped_linear",
     "route",
     "routed_linear",
     "routed_scalar",
@@ -67,6 +69,23 @@ def routed_linear(x: Tensor, weight: Tensor, index: Tensor, *, impl: Impl = "aut
         (..., d_out), in the dtype a matmul would give.
     """
     ...
+
+
+def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """Two routed projections of the same tokens as one grouped product, by Triton.
+
+    Args:
+        x: (t, d).
+        first: Projectors, (experts, d, e).
+        second: Likewise.
+        index: Choices of the first, then those of the second plus ``experts``, (2 t,) int32.
+
+    Returns:
+        (2, t, e).
+    """
+    from attnzoo.ops.routed_linear import triton
+
+    return triton.grouped_linear(x, first, second, index)
 
 
 def _linear_macs(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

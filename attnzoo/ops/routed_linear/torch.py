@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op, is_plain
 from attnzoo.ops.precision import autocast_operands, in_float32
 
 RouterGradient = Literal["ste", "none", "softgate", "gumbel"]
@@ -37,9 +37,13 @@ def _softmax(logits: Tensor) -> Tensor:
     return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
 
 
-@in_float32
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
+    return F.linear(x, weight) if is_plain(x, weight) else _guarded_logits(x, weight)
+
+
+@in_float32
+def _guarded_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
@@ -63,6 +67,30 @@ def route(logits: Tensor, gradient: RouterGradient, training: bool = False) -> R
     )
     # On CPU several times faster than argmax, and as sure of the first among equals.
     return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
+
+
+def decide(
+    weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient, training: bool = False
+) -> Route:
+    """``route`` by a linear router's logits, of tokens in parts that lie side by side.
+
+    Args:
+        weight: (experts, d).
+        parts: Together (..., d).
+        gradient: See ``route``.
+        training: See ``route``.
+
+    Returns:
+        The decisions.
+    """
+    logits_of = F.linear if is_plain(weight, *parts) else router_logits
+    first, *others = parts
+    logits = logits_of(first, weight if not others else weight[:, : first.shape[-1]])
+    start = first.shape[-1]
+    for part in others:
+        stop = start + part.shape[-1]
+        logits, start = logits + logits_of(part, weight[:, start:stop]), stop
+    return route(logits, gradient, training)
 
 
 class _StraightThroughGate(torch.autograd.Function):
@@ -143,12 +171,14 @@ def _plan(index: Tensor, experts: int) -> Tensor:
     return torch.cat([order, inverse, torch.bincount(index, minlength=experts)])
 
 
-def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
-    start = 0
+def _segments(counts: Tensor) -> list[tuple[int, slice]]:
+    """The experts that tokens chose, and where each one's tokens are."""
+    start, found = 0, []
     for expert, count in enumerate(counts.tolist()):
         if count:
-            yield expert, slice(start, start + count)
+            found.append((expert, slice(start, start + count)))
         start += count
+    return found
 
 
 # A custom operator, because the segments' lengths depend on data: the compiler then sees one
@@ -178,7 +208,7 @@ def _routed_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
     n = x.shape[0]
-    segments = list(_segments(plan[2 * n :]))
+    segments = _segments(plan[2 * n :])
     grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])
     grad_weight = torch.zeros_like(weight)
     for expert, segment in segments:
@@ -200,16 +230,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
     return *_routed_linear_backward(grad, *ctx.saved_tensors), None
 
 
-_routed_linear.register_autograd(_backward, setup_context=_setup_context)
+_routed_linear.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """See ``attnzoo.ops.routed_linear``."""
-    x, weight = autocast_operands(x, weight)
+    if not is_plain(x, weight):
+        x, weight = autocast_operands(x, weight)
     tokens = x.reshape(-1, x.shape[-1])
     out, _ = _routed_linear(tokens, weight, index.reshape(-1))
     return out.unflatten(0, x.shape[:-1])
