@@ -37,6 +37,8 @@ class Router(nn.Module):
 
     def forward(self, *parts: Tensor) -> Route:
         """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
+        if len(parts) == 1:
+            return route(router_logits(parts[0], self.weight), self.gradient, self.training)
         weights = self.weight.split([part.shape[-1] for part in parts], dim=-1)
         logits = [router_logits(x, w) for x, w in zip(parts, weights, strict=True)]
         return route(sum(logits[1:], logits[0]), self.gradient, self.training)

@@ -159,8 +159,8 @@ class DyDiLA(LinearAttention):
         # Nothing but the difference reads Q' and K'.
         is_unread = (config.projection, config.differential) == ("redundancy", "none")
         self.projection = "none" if is_unread else config.projection
-        makes_shared_qk = config.projection != "replace"
-        self.shared = xavier_linear(dim, (3 if makes_shared_qk else 1) * dim, config.qkv_bias)
+        parts = 1 if config.projection == "replace" else 3
+        self.shared = xavier_linear(dim, parts * dim, config.qkv_bias)
         self.proj = xavier_linear(dim, dim, bias=True)
 
         if self.projection != "none":
@@ -184,7 +184,10 @@ class DyDiLA(LinearAttention):
                 {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
             )
         if config.differential != "none":
-            start = self._lambda_start()
+            start = config.lambda_init
+            if start == "increasing":
+                # Differential Transformer's schedule, which the paper's Table 6 mimics.
+                start = 0.8 - 0.6 * math.exp(-0.3 * context.layer_index)
             self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
             self.differential_routers = nn.ModuleDict(
                 {
@@ -194,12 +197,6 @@ class DyDiLA(LinearAttention):
             )
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
-
-    def _lambda_start(self) -> float:
-        if self.config.lambda_init == "increasing":
-            # Differential Transformer's schedule, which the paper's Table 6 mimics.
-            return 0.8 - 0.6 * math.exp(-0.3 * self.context.layer_index)
-        return self.config.lambda_init
 
     def _unserved(self) -> str | None:
         """The first option that the fused kernels do not serve, or None."""
@@ -251,21 +248,20 @@ class DyDiLA(LinearAttention):
         return self.proj(out if self.conv is None else self.conv(value, grid, out))
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor | None]:
-        """Q and K, unless the routed projections replace them, and V."""
+        """See ``LinearAttention``; routed projections may replace Q and K."""
         *pair, value = linear_parts(self.shared, x, self.dim)
         return [*(pair or (None, None)), value]
 
     def project_query(self, x: Tensor) -> Tensor | None:
-        """Q of some tokens, unless the routed projection replaces it."""
-        if self.projection == "replace":
-            return None
-        return linear_parts(self.shared, x, self.dim, slice(1))[0]
+        """See ``project``."""
+        is_routed = self.projection == "replace"
+        return None if is_routed else linear_parts(self.shared, x, self.dim, slice(1))[0]
 
     def project_key_value(self, x: Tensor) -> Sequence[Tensor | None]:
-        """K of some tokens, unless the routed projection replaces it, and V."""
-        if self.projection == "replace":
-            return None, self.shared(x)
-        return linear_parts(self.shared, x, self.dim, slice(1, None))
+        """See ``project``."""
+        is_routed = self.projection == "replace"
+        values = linear_parts(self.shared, x, self.dim, slice(0 if is_routed else 1, None))
+        return [None, *values] if is_routed else values
 
     def queries(self, query: Tensor | None, x: Tensor) -> Features:
         """Queries, from the tokens to what the core multiplies."""
@@ -279,71 +275,58 @@ class DyDiLA(LinearAttention):
 
     def _features(self, shared: Tensor | None, x: Tensor, side: Side) -> Features:
         config, routes = self.config, {}
+        # The fused kernels report no decisions; the parts they stand for do.
+        impl: Impl = "auto" if config.impl == "triton" else config.impl
         pair = [] if shared is None else [shared]
         if self.projection != "none":
             routed, routes[f"projector.{side}"] = self.projector_routers[side].project(
-                x, self.projectors[side], self._impl
+                x, self.projectors[side], impl
             )
             pair.append(routed)
-        for i, name in enumerate([side, f"{side}_prime"][: len(pair)]):
-            pair[i], chosen = self._kernel(pair[i], name)
-            routes |= chosen
+        for i, z in enumerate(pair):
+            pair[i] = self._kernel(z, side if i == 0 else f"{side}_prime", impl, routes)
         needs_sums = config.normalizer in ("base", "diff")
         if config.differential == "token":
             # The token differential operator, Eq. 8.
-            factor, routes[f"differential.{side}"] = self._factor(pair, side)
-            factor = factor.to(pair[0].dtype)
-            difference = torch.addcmul(pair[0], factor, pair[1], value=-1)
-            difference = rearrange(difference, BY_HEAD, h=self.num_heads)
-            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads)
-            norm = norm if config.normalizer == "base" else difference
+            factor, routes[f"differential.{side}"] = self.differential_routers[side].pick(
+                *pair, scalars=self.lambda_[0], impl=impl
+            )
+            pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
+            base, difference = (rearrange(z, BY_HEAD, h=self.num_heads) for z in pair)
+            norm = base if config.normalizer == "base" else difference
             return Features([difference], [norm] if needs_sums else [], None, routes)
         factor = None
         if config.differential == "map" and side == "query":
-            factor, routes["differential.map"] = self._factor(pair, "map")
+            read = pair
+            if config.map_router == "image":
+                read = [z.mean(1, keepdim=True) for z in pair]
+            factor, routes["differential.map"] = self.differential_routers["map"].pick(
+                *read, scalars=self.lambda_[0], impl=impl
+            )
             factor = factor.unsqueeze(1)
         terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
         return Features(terms, terms if needs_sums else [], factor, routes)
 
-    def _kernel(self, z: Tensor, name: str) -> tuple[Tensor, dict[str, Route]]:
-        """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and its choice."""
-        z, routes = in_wide_range(z), {}
+    def _kernel(self, z: Tensor, name: str, impl: Impl, routes: dict[str, Route]) -> Tensor:
+        """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
+        z = in_wide_range(z)
         if self.config.kernel == "relu":
-            return F.relu(z), routes
+            return F.relu(z)
         if self.config.kernel == "fixed":
             gamma = torch.full((1,), self.config.gamma_init, device=z.device)
         else:
             gamma, routes[f"kernel.{name}"] = self.kernel_routers[name].pick(
-                z, scalars=self.gammas()[0], impl=self._impl
+                z, scalars=self.gammas()[0], impl=impl
             )
-        return power_map(z, gamma, impl=self._impl), routes
-
-    def _factor(self, pair: list[Tensor], router: str) -> tuple[Tensor, Route]:
-        """The lambda that each token chose (Eq. 7), (b, n, 1) or (b, 1, 1), and the choice."""
-        if router == "map" and self.config.map_router == "image":
-            pair = [z.mean(1, keepdim=True) for z in pair]
-        return self.differential_routers[router].pick(
-            *pair, scalars=self.lambda_[0], impl=self._impl
-        )
-
-    @property
-    def _impl(self) -> Impl:
-        # What the fused kernels do as a whole has no decisions to report; its parts do.
-        return "auto" if self.config.impl == "triton" else self.config.impl
+        return power_map(z, gamma, impl=impl)
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""
         return self.gamma.clamp_min(1.0) if self.config.gamma_form == "clamp" else self.gamma
 
-    def _decide(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Route]:
-        self.check_tokens(x, grid)
-        query, key, _ = self.project(x, grid)
-        keys = self.keys(key, x, grid)
-        return {**keys.routes, **self.queries(query, x).routes}
-
     def routes(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Every token's decisions, by router: "projector.query" and so on, each (batch, n)."""
-        return {name: routed.index for name, routed in self._decide(x, grid).items()}
+        return {name: routed.index for name, routed in self.decisions(x, grid).items()}
 
     def diagnostics(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
         """What a training log wants to know: learned factors, and how the routers choose.
@@ -359,7 +342,7 @@ class DyDiLA(LinearAttention):
         """
         # Logits are stored only where a gradient may want them.
         with torch.enable_grad():
-            routes = self._decide(x, grid)
+            routes = self.decisions(x, grid)
         found: dict[str, Any] = {}
         if self.config.kernel == "routed":
             found["gamma"] = self.gammas()
@@ -373,23 +356,20 @@ class DyDiLA(LinearAttention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, config, head_dim = grid[0] * grid[1], self.config, self.dim // self.num_heads
-        projections = 4 if self.projection in ("replace", "none") else 6
-        routed_tokens = 2 if self.projection != "none" else 0
-        kernels = {"routed": 2 if config.differential == "none" else 4}.get(config.kernel, 0)
-        routing = routed_tokens * config.n_projectors + kernels * config.n_kernel_factors
-        routing *= n
-        if config.differential == "token":
-            routing += 4 * config.n_differential_factors * n
-        elif config.differential == "map":
-            rows = 1 if config.map_router == "image" else n
-            routing += 2 * config.n_differential_factors * rows
-        cores = 2 if config.differential == "map" else 1
+        projections = self.shared.weight.numel() + self.dim**2
+        if self.projection != "none":  # one of its projectors meets a token
+            projections += 2 * self.dim**2
+        routers = (router for router in self.modules() if isinstance(router, Router))
+        routing = n * sum(router.weight.numel() for router in routers)
+        if (config.differential, config.map_router) == ("map", "image"):
+            routing -= (n - 1) * self.differential_routers["map"].weight.numel()
         is_normalized = config.normalizer in ("base", "diff")
         core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
+        maps = 2 if config.differential == "map" else 1
         return super().macs_parts(grid) | {
-            "projections": projections * self.dim**2 * n,
-            "routing": routing * self.dim,
-            "core": cores * self.num_heads * core,
+            "projections": projections * n,
+            "routing": routing,
+            "core": maps * self.num_heads * core,
         }
 
 
