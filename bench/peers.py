@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
 from attnzoo.ops import gated_scan as gated
-from attnzoo.testing import twin_of
+from attnzoo.testing import reference_of
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
 
@@ -56,7 +56,7 @@ def contestants_of(layer: Attention) -> tuple[nn.Module, dict[str, nn.Module], d
 
 
 def _naive(layer: Any) -> nn.Module:
-    twin = twin_of(layer)
+    twin = reference_of(layer)
     assert twin is not None
     return twin
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention, list_attention
 from attnzoo.counting import count_macs, measure_macs
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.mechanisms.dydila import ABLATION_STEPS
 from attnzoo.ops import dispatch
 from attnzoo.ops.depthwise_conv import depthwise_conv
 from attnzoo.ops.gated_scan import fla, gated_linear_attention
@@ -28,7 +28,7 @@ from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import route, routed_linear, router_logits
 from attnzoo.ops.token_difference import reference as composed
-from attnzoo.testing import DIM, build_scrambled, tokens, twin_of
+from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -100,7 +100,7 @@ def random(*shape, seed=0, dtype=torch.float32, grad=True):
 def test_diagnostics_are_numbers():
     layer = build_scrambled("dydila", gamma_form="softplus")
     said = layer.diagnostics(tokens((4, 4)), (4, 4))
-    sana = build_attention("dydila", DIM, **LADDER["sana"])
+    sana = build_attention("dydila", DIM, **ABLATION_STEPS["sana"])
     assert sana.diagnostics(tokens((4, 4)), (4, 4)) == {}
     assert said["gamma"] == F.softplus(layer.gamma).tolist()
     assert said["lambda"] == layer.lambda_.tolist()
@@ -383,7 +383,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize(("name", "heads"), [("dydila", 1), ("dydila", 3), ("dydila-map", 1)])
     @pytest.mark.parametrize("gradient", ["ste", "none"])
-    def test_whole_layer_equals_the_naive_twin(name, heads, gradient):
+    def test_whole_layer_equals_the_reference(name, heads, gradient):
         conv = "3x3" if gradient == "ste" else "acnet"
         layer = build_scrambled(name, num_heads=heads, router_gradient=gradient, conv=conv).to(
             DEVICE
@@ -393,7 +393,7 @@ if CAN_RUN:
         assert layer.implementation(x) == ("triton" if name == "dydila" else "torch")
         cotangent = random(*x.shape, seed=3, grad=False)
         results = []
-        for either in (layer, twin_of(layer)):
+        for either in (layer, reference_of(layer)):
             operands = [x, *either.parameters()]
             out = either(x, grid)
             grads = torch.autograd.grad(out, operands, cotangent, allow_unused=True)
@@ -413,7 +413,7 @@ if CAN_RUN:
         grid = (6, 6)
         x = tokens(grid).to(DEVICE)
         with torch.no_grad():
-            exact = twin_of(layer).double()(x.double(), grid)
+            exact = reference_of(layer).double()(x.double(), grid)
         if way == "cast":
             layer, x = layer.bfloat16(), x.bfloat16()
         layer.train()

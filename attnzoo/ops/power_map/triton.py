@@ -176,6 +176,7 @@ def _(grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor) -> tuple[Tensor, Te
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
