@@ -28,8 +28,6 @@ Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
 TABLE: dict[str, tuple[str, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
-    "gated": ("torch", "reference"),
-    "routed_scalar": ("torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "linear_attention": ("torch", "reference"),
@@ -39,8 +37,6 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.
 MACS: dict[str, Callable[..., int]] = {}
-# What ``impl`` was called before; goes once configurations translate these themselves.
-_RENAMED = {"naive": "reference", "sdpa": "torch", "safe": "torch"}
 _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
@@ -98,7 +94,7 @@ def choose(
         InvalidValue: There is no such implementation.
         Unavailable: It cannot run here; the message says why, for each that cannot.
     """
-    impl, offered = _RENAMED.get(impl, impl), TABLE[name]
+    offered = TABLE[name]
     if impl == "auto":
         for candidate in offered:
             if candidate == "torch" or not _why_not(candidate, x, dtype, unserved, False):

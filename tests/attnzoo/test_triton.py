@@ -26,7 +26,7 @@ from attnzoo.ops.gated_scan import fla, gated_linear_attention
 from attnzoo.ops.linear_core import half_matmul, linear_attention
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.routed_linear import route, routed_linear, router_logits
+from attnzoo.ops.routed_linear import decide, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
@@ -185,7 +185,7 @@ if CAN_RUN:
         # Whoever uses the tokens owes the gates their gradient.
         owed = (out.detach().float() * cotangent.float()).sum(-1)
         found = torch.autograd.grad([out, gates], operands, [cotangent, owed])
-        routed = [route(router_logits(x, router), "ste") for router in routers]
+        routed = [decide(router, [x], "ste") for router in routers]
         expected = torch.stack(
             [
                 routed_linear(x, w, r.index, impl="reference") * chosen_over_itself(r).to(dtype)
