@@ -11,11 +11,10 @@ from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.routed_linear import (
     Route,
     RouterGradient,
+    decide,
     gated,
-    route,
     routed_linear,
     routed_scalar,
-    router_logits,
     usage_of,
 )
 
@@ -37,11 +36,7 @@ class Router(nn.Module):
 
     def forward(self, *parts: Tensor) -> Route:
         """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
-        if len(parts) == 1:
-            return route(router_logits(parts[0], self.weight), self.gradient, self.training)
-        weights = self.weight.split([part.shape[-1] for part in parts], dim=-1)
-        logits = [router_logits(x, w) for x, w in zip(parts, weights, strict=True)]
-        return route(sum(logits[1:], logits[0]), self.gradient, self.training)
+        return decide(self.weight, parts, self.gradient)
 
     def project(self, x: Tensor, projectors: Tensor, impl: Impl) -> tuple[Tensor, Route]:
         """Each token by the projector it chooses (Eqs. 1-2), and the decisions.
@@ -54,7 +49,7 @@ class Router(nn.Module):
         Returns:
             (..., d_out), and one decision per token.
         """
-        routed = self(x)
+        routed = decide(self.weight, [x], self.gradient)
         projected = routed_linear(x, projectors, routed.index, impl=impl)
         return gated(projected, routed, self.gradient, impl=impl), routed
 
@@ -69,7 +64,7 @@ class Router(nn.Module):
         Returns:
             (..., 1), and one decision per token.
         """
-        routed = self(*parts)
+        routed = decide(self.weight, parts, self.gradient)
         return routed_scalar(routed, scalars, self.gradient, impl=impl), routed
 
     def describe(self, routed: Route) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,15 +36,13 @@ from attnzoo.layers.linear_attention import (
 )
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.streaming import linear_parts
+from attnzoo.layers.token_difference import fused_forward, unserved_option
 from attnzoo.ops.dispatch import Impl, choose, require_triton
 from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.precision import autocast_operands, in_wide_range, operand_dtype
+from attnzoo.ops.precision import in_wide_range, operand_dtype
 from attnzoo.ops.routed_linear import Route, balance_loss
-from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 from attnzoo.registry import register_attention
-
-Side = Literal["query", "key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +75,8 @@ class Config(LinearConfig):
     removed = removed_in(
         "0.2.0", key_position=None, lambda_clamp=False, norm_scope="token", relu_offset=0.0,
         share_gamma=True, share_lambda=True, softplus_scale=False,
-        values={
-            "conv": ("acnet-plain",),
-            "gamma_form": ("softplus",),
-            "router_gradient": ("gumbel", "softgate"),
-        },
+        values={"conv": ("acnet-plain",), "gamma_form": ("softplus",),
+                "router_gradient": ("gumbel", "softgate")},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -118,12 +114,6 @@ _PLAIN: dict[str, Any] = {
     "projection": "none", "kernel": "relu", "differential": "none", "conv": "none",
 }  # fmt: skip
 
-# What the fused kernels serve.
-_SERVED: dict[str, Any] = {
-    "projection": "redundancy", "kernel": "routed", "differential": "token",
-    "normalizer": "base", "balance_coefficient": 0,
-}  # fmt: skip
-
 # The ablation steps of the paper's Table 4, in its order: options of "dydila".
 ABLATION_STEPS: dict[str, dict[str, Any]] = {
     "sana": _PLAIN,
@@ -153,7 +143,7 @@ class DyDiLA(LinearAttention):
         dim, gradient = self.dim, config.router_gradient
         if config.impl == "triton":
             require_triton()
-            if reason := self._unserved():
+            if reason := unserved_option(self):
                 raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
         self.normalizer = config.normalizer
         # Nothing but the difference reads Q' and K'.
@@ -189,63 +179,30 @@ class DyDiLA(LinearAttention):
                 # Differential Transformer's schedule, which the paper's Table 6 mimics.
                 start = 0.8 - 0.6 * math.exp(-0.3 * context.layer_index)
             self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
+            sides = ["query", "key"] if config.differential == "token" else ["map"]
             self.differential_routers = nn.ModuleDict(
-                {
-                    z: Router(2 * dim, config.n_differential_factors, gradient)
-                    for z in (("query", "key") if config.differential == "token" else ("map",))
-                }
+                {z: Router(2 * dim, config.n_differential_factors, gradient) for z in sides}
             )
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
-
-    def _unserved(self) -> str | None:
-        """The first option that the fused kernels do not serve, or None."""
-        config = self.config
-        for name, value in _SERVED.items():
-            if getattr(config, name) != value:
-                return f"{name}={getattr(config, name)!r}"
-        most = max(config.n_projectors, config.n_kernel_factors, config.n_differential_factors)
-        return unserved(self.dim, self.num_heads, most)
 
     def implementation(self, x: Tensor) -> str:
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("token_difference", "auto", x, operand_dtype(x), self._unserved)
+        limits = partial(unserved_option, self)
+        return choose("token_difference", "auto", x, operand_dtype(x), limits)
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; the fused kernels report no decisions."""
         if self.implementation(x) == "triton":
-            return self._fused(x, grid), {}
+            return fused_forward(self, x, grid), {}
         out, routes = super().attend(x, grid)
         if self.training and self.config.balance_coefficient:
             losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
             if losses:
                 self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
         return out, routes
-
-    def _fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        config, sides = self.config, ("query", "key")
-        x, weight = autocast_operands(x, self.shared.weight)
-        bias = None if self.shared.bias is None else self.shared.bias.to(x.dtype)
-        query, key, value = F.linear(x, weight, bias).split(self.dim, dim=-1)
-
-        def cast(*weights: Tensor) -> list[Tensor]:
-            return [z.to(x.dtype) for z in weights]
-
-        weights = Weights(
-            projector_routers=cast(*(self.projector_routers[z].weight for z in sides)),
-            projectors=cast(*(self.projectors[z] for z in sides)),
-            kernel_routers=cast(*(router.weight for router in self.kernel_routers.values())),
-            gammas=self.gammas().expand(4, -1),
-            difference_routers=cast(*(self.differential_routers[z].weight for z in sides)),
-            lambdas=self.lambda_.expand(2, -1),
-        )
-        out = dynamic_differential_attention(
-            x, query, key, value, weights, config.eps, config.router_gradient == "ste",
-            self.num_heads, impl="triton",
-        )  # fmt: skip
-        return self.proj(out if self.conv is None else self.conv(value, grid, out))
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor | None]:
         """See ``LinearAttention``; routed projections may replace Q and K."""
@@ -254,14 +211,15 @@ class DyDiLA(LinearAttention):
 
     def project_query(self, x: Tensor) -> Tensor | None:
         """See ``project``."""
-        is_routed = self.projection == "replace"
-        return None if is_routed else linear_parts(self.shared, x, self.dim, slice(1))[0]
+        if self.projection == "replace":
+            return None
+        return linear_parts(self.shared, x, self.dim, slice(1))[0]
 
     def project_key_value(self, x: Tensor) -> Sequence[Tensor | None]:
         """See ``project``."""
-        is_routed = self.projection == "replace"
-        values = linear_parts(self.shared, x, self.dim, slice(0 if is_routed else 1, None))
-        return [None, *values] if is_routed else values
+        if self.projection == "replace":
+            return None, self.shared(x)
+        return linear_parts(self.shared, x, self.dim, slice(1, None))
 
     def queries(self, query: Tensor | None, x: Tensor) -> Features:
         """Queries, from the tokens to what the core multiplies."""
@@ -273,7 +231,7 @@ class DyDiLA(LinearAttention):
         """Keys, from the tokens to what the core multiplies."""
         return self._features(key, x, "key")
 
-    def _features(self, shared: Tensor | None, x: Tensor, side: Side) -> Features:
+    def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
         config, routes = self.config, {}
         # The fused kernels report no decisions; the parts they stand for do.
         impl: Impl = "auto" if config.impl == "triton" else config.impl
@@ -292,8 +250,9 @@ class DyDiLA(LinearAttention):
                 *pair, scalars=self.lambda_[0], impl=impl
             )
             pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
-            base, difference = (rearrange(z, BY_HEAD, h=self.num_heads) for z in pair)
-            norm = base if config.normalizer == "base" else difference
+            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads)
+            difference = rearrange(pair[1], BY_HEAD, h=self.num_heads)
+            norm = norm if config.normalizer == "base" else difference
             return Features([difference], [norm] if needs_sums else [], None, routes)
         factor = None
         if config.differential == "map" and side == "query":
@@ -363,9 +322,9 @@ class DyDiLA(LinearAttention):
         routing = n * sum(router.weight.numel() for router in routers)
         if (config.differential, config.map_router) == ("map", "image"):
             routing -= (n - 1) * self.differential_routers["map"].weight.numel()
+        maps = 2 if config.differential == "map" else 1
         is_normalized = config.normalizer in ("base", "diff")
         core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
-        maps = 2 if config.differential == "map" else 1
         return super().macs_parts(grid) | {
             "projections": projections * n,
             "routing": routing,

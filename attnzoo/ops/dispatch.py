@@ -28,8 +28,6 @@ Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
 TABLE: dict[str, tuple[str, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
-    "gated": ("torch", "reference"),
-    "routed_scalar": ("torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "linear_attention": ("torch", "reference"),
@@ -193,7 +191,9 @@ class CustomOp:
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
     def __call__(self, *operands: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        c = torch._C
+        is_watched = c._len_torch_dispatch_stack() or c._get_tracing_state()
+        if torch.compiler.is_compiling() or is_watched:
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
 

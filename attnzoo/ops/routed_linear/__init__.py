@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.ops.dispatch import MACS, Impl, operator
+from attnzoo.ops.routed_linear.reference import Route, RouterGradient
 from attnzoo.ops.routed_linear.torch import (
-    Route,
-    RouterGradient,
     balance_loss,
     decide,
-    route,
+    gated,
+    routed_scalar,
     router_logits,
     usage_of,
 )
@@ -24,34 +24,11 @@ __all__ = [
     "decide",
     "gated",
     "grouped_linear",
-    "route",
     "routed_linear",
     "routed_scalar",
     "router_logits",
     "usage_of",
 ]
-
-
-@operator
-def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "auto") -> Tensor:
-    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
-
-    "ste" and "gumbel" gate by p / stop_gradient(p): exactly 1 in the forward, the gradient of p
-    in the backward. "softgate" gates by p itself, "none" by nothing.
-    """
-    ...
-
-
-@operator
-def routed_scalar(
-    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
-) -> Tensor:
-    """The scalar that each token chose: (experts,) -> (..., 1).
-
-    With "ste" and "gumbel" the router receives the gradient of sum_j p_j scalars_j, so that it
-    learns once the scalars differ. "softgate" mixes all scalars by p.
-    """
-    ...
 
 
 @operator

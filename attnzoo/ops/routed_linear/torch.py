@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +11,8 @@ from torch import Tensor
 
 from attnzoo.ops.dispatch import custom_op, is_plain
 from attnzoo.ops.precision import autocast_operands, in_float32
-
-RouterGradient = Literal["ste", "none", "softgate", "gumbel"]
-
-
-class Route(NamedTuple):
-    """One decision per token.
-
-    Attributes:
-        index: The chosen expert, (...,), int64; ties go to the first.
-        logits: The router's logits, (..., experts), or None where nothing needs them.
-    """
-
-    index: Tensor
-    logits: Tensor | None
-
-    @property
-    def probability(self) -> Tensor | None:
-        """Softmax of the logits, (..., experts)."""
-        return None if self.logits is None else _softmax(self.logits)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    # On CPU a softmax over a few contiguous entries costs ten times one over strided columns.
-    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+from attnzoo.ops.routed_linear import reference
+from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,50 +25,27 @@ def _guarded_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def route(logits: Tensor, gradient: RouterGradient, training: bool = False) -> Route:
-    """Chooses the expert of the largest logit (DyDiLA, arXiv 2601.13683, Eqs. 1, 6, 7).
-
-    Args:
-        logits: (..., experts).
-        gradient: How the router learns, see ``gated`` and ``routed_scalar``. "gumbel" adds
-            Gumbel noise to the logits in training.
-        training: Whether noise may be added.
-
-    Returns:
-        The decisions.
-    """
-    if gradient == "gumbel" and training:
-        exponential = torch.empty_like(logits).exponential_()
-        logits = logits - exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
-    needs_logits = gradient == "softgate" or (
-        gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
-    )
-    # On CPU several times faster than argmax, and as sure of the first among equals.
-    return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
-
-
-def decide(
-    weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient, training: bool = False
-) -> Route:
-    """``route`` by a linear router's logits, of tokens in parts that lie side by side.
+def decide(weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient) -> Route:
+    """The expert of the largest logit of a linear router (DyDiLA, arXiv 2601.13683, Eqs. 1, 6, 7).
 
     Args:
         weight: (experts, d).
-        parts: Together (..., d).
-        gradient: See ``route``.
-        training: See ``route``.
+        parts: Tokens in parts that lie side by side, together (..., d).
+        gradient: How the router learns, see ``gated`` and ``routed_scalar``.
 
     Returns:
-        The decisions.
+        One decision per token.
     """
     logits_of = F.linear if is_plain(weight, *parts) else router_logits
     first, *others = parts
-    logits = logits_of(first, weight if not others else weight[:, : first.shape[-1]])
     start = first.shape[-1]
+    logits = logits_of(first, weight[:, :start] if others else weight)
     for part in others:
         stop = start + part.shape[-1]
         logits, start = logits + logits_of(part, weight[:, start:stop]), stop
-    return route(logits, gradient, training)
+    needs_logits = gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
+    # On CPU several times faster than argmax, and as sure of the first among equals.
+    return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
 
 
 class _StraightThroughGate(torch.autograd.Function):
@@ -106,17 +61,21 @@ class _StraightThroughGate(torch.autograd.Function):
         x, logits, index = ctx.saved_tensors
         # d p / d logits over p is the chosen expert's unit vector less p.
         along = (grad * x).sum(-1, keepdim=True, dtype=logits.dtype)
-        grad_logits = (_softmax(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
+        grad_logits = (softmax_of(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
         return grad, grad_logits, None
 
 
-def gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
-    """See ``attnzoo.ops.routed_linear``."""
+def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: str = "auto") -> Tensor:
+    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
+
+    "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
+    backward. "none" gates by nothing.
+    """
+    if impl == "reference":
+        return reference.gated(x, routed, gradient)
     if gradient == "none" or routed.logits is None:
         return x
-    if gradient != "softgate":
-        return _StraightThroughGate.apply(x, routed.logits, routed.index)
-    return x * _softmax(routed.logits).gather(-1, routed.index.unsqueeze(-1)).to(x.dtype)
+    return _StraightThroughGate.apply(x, routed.logits, routed.index)
 
 
 class _StraightThroughScalar(torch.autograd.Function):
@@ -130,18 +89,23 @@ class _StraightThroughScalar(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         logits, scalars, index = ctx.saved_tensors
-        probability = _softmax(logits)
+        probability = softmax_of(logits)
         mean = (probability * scalars).sum(-1, keepdim=True)
         grad_logits = probability * (scalars - mean) * grad
         grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
         return grad_logits, grad_scalars, None
 
 
-def routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
-    """See ``attnzoo.ops.routed_linear``."""
-    if gradient == "softgate":
-        assert routed.logits is not None
-        return (_softmax(routed.logits) * scalars).sum(-1, keepdim=True)
+def routed_scalar(
+    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: str = "auto"
+) -> Tensor:
+    """The scalar that each token chose: (experts,) -> (..., 1).
+
+    With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
+    scalars differ.
+    """
+    if impl == "reference":
+        return reference.routed_scalar(routed, scalars, gradient)
     if gradient == "none" or routed.logits is None:
         chosen = scalars.index_select(0, routed.index.reshape(-1))
         return chosen.view(*routed.index.shape, 1)
