@@ -26,7 +26,7 @@ Impl = Literal["auto", "reference", "torch", "native", "triton", "fla", "flash",
 Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
-TABLE: dict[str, tuple[str, ...]] = {
+TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
@@ -80,7 +80,7 @@ def choose(
     x: Any,
     dtype: torch.dtype | None = None,
     unserved: Callable[[], str | None] | None = None,
-) -> str:
+) -> Impl:
     """The implementation of an operator for a tensor.
 
     Args:
@@ -106,7 +106,7 @@ def choose(
         raise Unavailable(
             f"impl={impl!r} {reason}; leave impl='auto', or choose: {', '.join(others)}"
         )
-    return impl
+    return cast(Impl, impl)
 
 
 def _why_not(
