@@ -48,7 +48,7 @@ def check_layer(
     """
     side = min(side, SIBLING_SIDE)
     layer = testing.build_scrambled(mechanism, width, **options)
-    if testing.twin_of(layer) is None:
+    if testing.reference_of(layer) is None:
         return {"sibling": f"{side}x{side}", "twin": "none"}
     x = testing.tokens((side, side), batch=2, dim=width)
     if dtype == "float32" and device == "cpu":
@@ -72,7 +72,7 @@ def _half_deviations(
 ) -> dict[str, float]:
     kind = getattr(torch, dtype)
     fast = layer.to(device, kind)
-    twin = testing.twin_of(fast)
+    twin = testing.reference_of(fast)
     assert twin is not None
     x = x.to(device, kind)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
     """
     grid = (SIBLING_SIDE, SIBLING_SIDE)
     layer = testing.build_scrambled(mechanism, width, **options).to(device)
-    twin = testing.twin_of(layer)
+    twin = testing.reference_of(layer)
     assert twin is not None
     x = testing.tokens(grid, batch=2, dim=width).to(device)
     exact = testing.outputs_and_gradients(copy.deepcopy(twin).double(), x.double(), grid)
@@ -115,7 +115,7 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
 
 
 def _inference_error(layer: Attention, x: Tensor, grid: tuple[int, int]) -> float:
-    twin = testing.twin_of(layer)
+    twin = testing.reference_of(layer)
     assert twin is not None
     with torch.no_grad():
         return relative_error(layer(x, grid), twin.double()(x.double(), grid))

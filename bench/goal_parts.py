@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 import attnzoo
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.gated import gated_linear_attention, naive_gated_linear_attention
-from attnzoo.ops.routing import naive_routed_projection, routed_projection
+from attnzoo.ops.gated_scan import gated_linear_attention
+from attnzoo.ops.gated_scan import reference as recurrences
+from attnzoo.ops.power_map import power_map
+from attnzoo.ops.routed_linear import routed_linear
 from bench.checks import WrongResult, relative_error
 from bench.goal_tools import Calls, Found, Function, N, layer_call, linear_call, projectors
 from bench.timing import ratio
@@ -29,7 +30,7 @@ def routed_against_linear(found: Found) -> None:
             calls: Calls = {"linear": linear_call(found, dim, N, mode, dtype)}
             for kind in ("uniform", "skewed"):
                 index = _index(kind, projectors(dim)).to(found.device)
-                calls[kind] = _routed_call(found, dim, mode, dtype, index, routed_projection)
+                calls[kind] = _routed_call(found, dim, mode, dtype, index, routed_linear)
             times = found.time(calls)
             short = "bf16" if dtype == torch.bfloat16 else "fp32"
             what = f"routed over nn.Linear, speed, {mode}, d={dim}, {short}"
@@ -50,14 +51,16 @@ def _routed_call(
 ) -> Callable[[], Any]:
     weight = torch.randn(projectors(dim), dim, dim, device=found.device, dtype=dtype) * dim**-0.5
     x = torch.randn(N, dim, device=found.device, dtype=dtype).requires_grad_(mode == "train")
-    if project is routed_projection:
+    if project is routed_linear:
         with torch.no_grad():
             small = slice(0, 256)
-            exact = naive_routed_projection(x[small].double(), weight.double(), index[small])
-            error = relative_error(routed_projection(x[small], weight, index[small]), exact)
+            exact = routed_linear(
+                x[small].double(), weight.double(), index[small], impl="reference"
+            )
+            error = relative_error(routed_linear(x[small], weight, index[small]), exact)
         if not error < 5 * torch.finfo(dtype).eps:
-            raise WrongResult(f"routed_projection is off by {error:.1e}")
-        found.checks[f"routed_projection d{dim} {dtype}"] = error
+            raise WrongResult(f"routed_linear is off by {error:.1e}")
+        found.checks[f"routed_linear d{dim} {dtype}"] = error
     module = Function(lambda x, weight: project(x, weight, index), weight=weight)
     return step_of(module, (x,), mode)
 
@@ -67,7 +70,7 @@ def routed_against_all(found: Found) -> None:
         index = _index("uniform", projectors(dim)).to(found.device)
         calls = {
             name: _routed_call(found, dim, "forward", torch.float32, index, project)
-            for name, project in (("all", _all_projectors), ("routed", routed_projection))
+            for name, project in (("all", _all_projectors), ("routed", routed_linear))
         }
         times = found.time(calls)
         what = f"times faster than all {projectors(dim)} projectors, forward, d={dim}"
@@ -85,7 +88,9 @@ def power_map_against_linear(found: Found) -> None:
     dim = 384
     x = F.relu(torch.randn(1, N, dim, device=found.device))
     gamma = torch.full((1, N, 1), 3.0, device=found.device)
-    error = relative_error(power_map(x, gamma), naive_power_map(x.double(), gamma.double()))
+    error = relative_error(
+        power_map(x, gamma), power_map(x.double(), gamma.double(), impl="reference")
+    )
     if not error < 2e-6:
         raise WrongResult(f"power_map is off by {error:.1e}")
     found.checks["power_map"] = error
@@ -121,7 +126,7 @@ def _is_finite(scale: float, x: torch.Tensor) -> bool:
 
 
 def gated_against_recurrence(found: Found) -> None:
-    recurrence: Any = naive_gated_linear_attention
+    recurrence: Any = recurrences.gated_linear_attention
     scan: Any = gated_linear_attention
     operands = [torch.randn(1, 6, 4096, 32, device=found.device) for _ in range(3)]
     mild = F.logsigmoid(torch.randn(1, 6, 4096, 32, device=found.device)) / 16
@@ -129,14 +134,14 @@ def gated_against_recurrence(found: Found) -> None:
     steep = -100 * torch.rand(1, 6, 256, 32, device=found.device) ** 8
     short = [z[:, :, :256] for z in operands]
     exact = recurrence(*(z.double() for z in (*short, steep)))
-    for impl in ("safe", "auto"):
+    for impl in ("torch", "auto"):
         error = relative_error(scan(*short, steep, impl), exact)
         found.add(f"relative error, log-gates down to -100, {impl}", error, "lower", 2e-6, 2e-6)
     calls: Calls = {"recurrence": step_of(recurrence, (*operands, mild), "forward")}
-    for impl in ("safe", "auto"):
+    for impl in ("torch", "auto"):
         calls[impl] = step_of(lambda *z, impl=impl: scan(*z, impl), (*operands, mild), "forward")
     times = found.time(calls, rounds=7)
-    for impl, owed, aim in (("safe", 5.0, 9.0), ("auto", 8.0, 9.0)):
+    for impl, owed, aim in (("torch", 5.0, 9.0), ("auto", 8.0, 9.0)):
         found.add(f"times faster than the recurrence, {impl}, B1 H6 T4096 K32, forward",
                   ratio(times["recurrence"], times[impl]), "higher", owed, aim)  # fmt: skip
     inputs = [z[:, :, :1024].repeat(2, 1, 1, 1).requires_grad_() for z in (*operands, mild)]

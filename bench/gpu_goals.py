@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
-from attnzoo.ops import fused
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.gated import gated_linear_attention, naive_gated_linear_attention
-from attnzoo.ops.routing import naive_routed_projection, routed_projection
+from attnzoo.ops import dispatch
+from attnzoo.ops.gated_scan import gated_linear_attention
+from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
+from attnzoo.ops.power_map import power_map
+from attnzoo.ops.routed_linear import grouped_linear, routed_linear
 from bench.cells import PIXELS_PER_TOKEN, Cell
 from bench.checks import HALF_PRECISION_BUDGET, WrongResult, check_equal, relative_error
 from bench.fits import crossover
@@ -40,7 +41,7 @@ def _nowhere(*_: Any) -> bool:
 
 def _by_torch(build: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
     """A step computed by PyTorch's operators alone, as where Triton is not installed."""
-    switch = functools.partial(mock.patch.object, fused, "runs_on", _nowhere)
+    switch = functools.partial(mock.patch.object, dispatch, "_triton_works", _nowhere)
     with switch():  # a training step runs once when it is made
         step = build()
     return _within(switch, step)
@@ -233,8 +234,8 @@ def routed_against_linear(found: Found) -> None:
 
     x, weight, index = tensors()
     few = slice(0, 512)
-    exact = naive_routed_projection(x[few].double(), weight.double(), index[few])
-    _require("routed_projection", routed_projection(x[few], weight, index[few]), exact, found)
+    exact = routed_linear(x[few].double(), weight.double(), index[few], impl="reference")
+    _require("routed_linear", routed_linear(x[few], weight, index[few]), exact, found)
 
     def linear() -> Callable[[], Any]:
         layer = torch.nn.Linear(DIM, DIM, bias=False, device=found.device, dtype=DTYPE)
@@ -242,7 +243,7 @@ def routed_against_linear(found: Found) -> None:
 
     race = found.race({
         "linear": _rotated(linear),
-        "routed": _rotated(lambda: step_of(routed_projection, tensors(), "forward")),
+        "routed": _rotated(lambda: step_of(routed_linear, tensors(), "forward")),
     })  # fmt: skip
     found.compare(f"routed over nn.Linear, speed, n={tokens}, n_P={experts}, forward, with its "
                   f"sort", race, "linear", "routed", "higher", 0.75, 0.90)  # fmt: skip
@@ -252,11 +253,11 @@ def routed_against_linear(found: Found) -> None:
         return x, first, second, torch.cat([one, other + experts]).int()
 
     x, first, second, index = pair()
-    both = fused.grouped_projection(x[few], first, second, index.view(2, -1)[:, few].flatten())
+    both = grouped_linear(x[few], first, second, index.view(2, -1)[:, few].flatten())
     for weight, mine, choice in zip((first, second), both, index.view(2, -1), strict=True):
         choice = choice[few].long() % experts
-        exact = naive_routed_projection(x[few].double(), weight.double(), choice)
-        _require("grouped_projection", mine, exact, found)
+        exact = routed_linear(x[few].double(), weight.double(), choice, impl="reference")
+        _require("grouped_linear", mine, exact, found)
 
     def two() -> Callable[[], Any]:
         layers = [torch.nn.Linear(DIM, DIM, bias=False, dtype=DTYPE) for _ in range(2)]
@@ -265,7 +266,7 @@ def routed_against_linear(found: Found) -> None:
 
     race = found.race({
         "linears": _rotated(two),
-        "pair": _rotated(lambda: step_of(fused.grouped_projection, pair(), "forward")),
+        "pair": _rotated(lambda: step_of(grouped_linear, pair(), "forward")),
     })  # fmt: skip
     found.compare(f"DyDiLA's two routed projections over two of nn.Linear, speed, n={tokens}, "
                   f"n_P={experts}, forward, with their sort", race, "linears", "pair", "higher",
@@ -280,8 +281,8 @@ def power_map_against_copy(found: Found) -> None:
         return z, torch.full((1, tokens, 1), 3.0, device=found.device)
 
     z, gamma = tensors()
-    exact = naive_power_map(F.relu(z[:, :512]).double(), gamma[:, :512].double())
-    _require("relu_power_map", fused.relu_power_map(z[:, :512], gamma[:, :512]), exact, found)
+    exact = power_map(z[:, :512].double(), gamma[:, :512].double(), impl="reference")
+    _require("power_map", power_map(z[:, :512], gamma[:, :512]), exact, found)
 
     def copying() -> Callable[[], Any]:
         source = tensors()[0]
@@ -289,12 +290,12 @@ def power_map_against_copy(found: Found) -> None:
         return lambda: target.copy_(source)
 
     def eager(z: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        return power_map(F.relu(z), gamma)
+        return power_map(z, gamma, impl="torch")
 
     race = found.race({
         "copy": _rotated(copying),
-        "fused": _rotated(lambda: step_of(fused.relu_power_map, tensors(), "forward")),
-        "eager": _rotated(lambda: _by_torch(lambda: step_of(eager, tensors(), "forward"))),
+        "fused": _rotated(lambda: step_of(power_map, tensors(), "forward")),
+        "eager": _rotated(lambda: step_of(eager, tensors(), "forward")),
     })  # fmt: skip
     found.compare(f"fused power map, share of a copy's bandwidth, n={tokens}, forward", race,
                   "copy", "fused", "higher", 0.60, 0.85)  # fmt: skip
@@ -322,9 +323,9 @@ def gated_against_fla(found: Found) -> None:
         value = torch.randn(*shape, 64, device=found.device)
         return [*(z.to(DTYPE) for z in (query, key, value)), F.logsigmoid(gate) / 16]
 
-    contestants = {"fla": theirs, "impl='fla'": ours("fla"), "PyTorch": ours("safe")}
+    contestants = {"fla": theirs, "impl='fla'": ours("fla"), "PyTorch": ours("torch")}
     operands = tensors(256)
-    twin: Any = naive_gated_linear_attention
+    twin: Any = recurrence
     exact = twin(*(z.double().transpose(1, 2) for z in operands)).transpose(1, 2)
     for name, function in contestants.items():
         _require(name, function(*operands), exact, found)

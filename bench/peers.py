@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
-from attnzoo.ops import gated
-from attnzoo.testing import twin_of
+from attnzoo.ops import gated_scan as gated
+from attnzoo.testing import reference_of
 from bench.isolate import Unsupported, one_line
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -58,7 +58,7 @@ def contestants_of(layer: Attention) -> tuple[nn.Module, dict[str, nn.Module], d
 
 
 def _naive(layer: Any) -> nn.Module:
-    twin = twin_of(layer)
+    twin = reference_of(layer)
     assert twin is not None
     return twin
 
@@ -231,7 +231,9 @@ def _recurrence(layer: Any) -> nn.Module:
     _refuse_cuda(layer)
 
     def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        with _scan_replaced(lambda *operands: gated.naive_gated_linear_attention(*operands[:4])):
+        with _scan_replaced(
+            lambda *operands: gated.gated_linear_attention(*operands[:4], impl="reference")
+        ):
             return layer(x, grid)
 
     return Peer(run, layer)

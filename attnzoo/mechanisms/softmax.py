@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
 
@@ -33,6 +34,7 @@ class SoftmaxAttention(Attention):
     config: Config
     paper = "DiT, 2212.09748"
     complexity = "O(n² d)"
+    plot_style = ("#000000", "o")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -62,7 +64,7 @@ class SoftmaxAttention(Attention):
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
         query, key, _ = self._query_key_value(x, grid)
-        return naive_softmax_map(query, key)
+        return softmax_map(query, key)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

@@ -7,10 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from attnzoo.ops import fused
-from attnzoo.ops.focused import power_map
-from attnzoo.ops.gated import gated_linear_attention
-from attnzoo.ops.routing import naive_routed_projection
+from attnzoo.ops.gated_scan import gated_linear_attention
+from attnzoo.ops.routed_linear import routed_linear
 from bench import checks, goal_measurements, goal_tools, gpu_goals
 from bench.goals import GOALS
 
@@ -23,16 +21,13 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu_goals, "RESOLUTIONS", (64, 128))
     monkeypatch.setattr(gpu_goals, "_SOFTMAX", {"SDPA": torch.nn.attention.SDPBackend.MATH})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
-    monkeypatch.setattr(
-        fused, "relu_power_map", lambda z, gamma: power_map(torch.relu(z), gamma), raising=True
-    )
 
     def grouped(x, first, second, index):
         choices = index.view(2, -1).long()
         pair = ((first, choices[0]), (second, choices[1] - len(first)))
-        return torch.stack([naive_routed_projection(x, *mine) for mine in pair])
+        return torch.stack([routed_linear(x, *mine, impl="reference") for mine in pair])
 
-    monkeypatch.setattr(fused, "grouped_projection", grouped, raising=True)
+    monkeypatch.setattr(gpu_goals, "grouped_linear", grouped)
 
     def chunk_gla(*operands, scale):
         swapped = (z.transpose(1, 2) for z in operands)

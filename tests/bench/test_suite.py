@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 
 import attnzoo
-from attnzoo.ops.gated import naive_gated_linear_attention
+from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cells import Cell, Request, table
@@ -415,7 +415,7 @@ def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
         operands = (
             rearrange(z, "b n h d -> b h n d") for z in (q * q.shape[-1] ** -0.5, k, v, gk)
         )
-        return rearrange(naive_gated_linear_attention(*operands), "b h n d -> b n h d"), None
+        return rearrange(gated_linear_attention(*operands), "b h n d -> b n h d"), None
 
     module = types.SimpleNamespace(naive_recurrent_gla=naive_recurrent_gla)
     kernels = types.SimpleNamespace(chunk_gla=None, fused_recurrent_gla=None)  # need a GPU

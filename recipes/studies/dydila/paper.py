@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from attnzoo import get_attention
-from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.mechanisms.dydila import ABLATION_STEPS
 from backbones.presets import PAPER_MODELS
 from recipes.lab.console import UserError
 from recipes.studies.comparison.plan import Variant, parse_variants
@@ -22,7 +22,7 @@ ABLATION_STEPS = [
     Variant("sana", "sana", {}, (4, "Sana-S")),
     *(
         Variant(label, "dydila", options, (4, label))
-        for label, options in LADDER.items()
+        for label, options in ABLATION_STEPS.items()
         if label not in ("sana", "+reparameterization")
     ),
     Variant("dydila", "dydila", {}, (4, "+reparameterization")),

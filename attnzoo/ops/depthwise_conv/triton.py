@@ -1,0 +1,265 @@
+"""The 3x3 depthwise convolution on tokens, forward and backward."""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.depthwise_conv.torch import widened
+from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.triton_common import _ceil, _rows, launched
+
+
+@triton.jit
+def _shifted(image, h, w, column, height, width, c, row_stride, is_column):
+    """Rows ``h`` of the image at columns w - 1, w, w + 1; 0 outside."""
+    here = h + tl.zeros_like(w)  # the interpreter loses the type of a scalar mask
+    is_h = (here >= 0) & (here < height)
+    line = image + h.to(tl.int64) * width * row_stride + column[None, :]
+    left = tl.load(
+        line + (w - 1)[:, None] * row_stride,
+        mask=((w > 0) & (w <= width) & is_h)[:, None] & is_column,
+        other=0.0,
+    )
+    middle = tl.load(
+        line + w[:, None] * row_stride, mask=((w < width) & is_h)[:, None] & is_column, other=0.0
+    )
+    right = tl.load(
+        line + (w + 1)[:, None] * row_stride,
+        mask=((w + 1 < width) & is_h)[:, None] & is_column,
+        other=0.0,
+    )
+    return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
+
+
+@triton.jit
+def _stencil_kernel(
+    x, weight, bias, added, out, height, width, c, x_row, strips, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS
+    w = tl.program_id(1) * W + tl.arange(0, W)
+    column = tl.program_id(2) * C + tl.arange(0, C)
+    is_column = (column < c)[None, :]
+    tap = weight + column * 9
+    is_tap = column < c
+    # The transposed stencil is the stencil turned by half a turn.
+    o: tl.constexpr = 8 if FLIP else 0
+    s: tl.constexpr = -1 if FLIP else 1
+    k00 = tl.load(tap + o, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k01 = tl.load(tap + o + s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k02 = tl.load(tap + o + 2 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k10 = tl.load(tap + o + 3 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k11 = tl.load(tap + 4, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k12 = tl.load(tap + o + 5 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k20 = tl.load(tap + o + 6 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k21 = tl.load(tap + o + 7 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    k22 = tl.load(tap + o + 8 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    image = x + sample * height * width * x_row
+    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
+    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
+    for turn in range(ROWS):
+        h = first + turn
+        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
+        total = a0 * k00 + a1 * k01 + a2 * k02 + b0 * k10 + b1 * k11 + b2 * k12
+        total += c0 * k20 + c1 * k21 + c2 * k22
+        if BIAS:
+            total += tl.load(bias + column, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+        place = ((sample * height + h) * width + w)[:, None] * c + column[None, :]
+        here = h + tl.zeros_like(w)
+        mask = ((w < width) & (here < height))[:, None] & is_column
+        if ADD:
+            total += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+        a0, a1, a2 = b0, b1, b2
+        b0, b1, b2 = c0, c1, c2
+
+
+@triton.jit
+def _stencil_weight_kernel(
+    x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS
+    w = tl.program_id(1) * W + tl.arange(0, W)
+    column = tl.program_id(2) * C + tl.arange(0, C)
+    is_column = (column < c)[None, :]
+    image = x + sample * height * width * x_row
+    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
+    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
+    t00 = tl.zeros((W, C), tl.float32)
+    t01 = tl.zeros((W, C), tl.float32)
+    t02 = tl.zeros((W, C), tl.float32)
+    t10 = tl.zeros((W, C), tl.float32)
+    t11 = tl.zeros((W, C), tl.float32)
+    t12 = tl.zeros((W, C), tl.float32)
+    t20 = tl.zeros((W, C), tl.float32)
+    t21 = tl.zeros((W, C), tl.float32)
+    t22 = tl.zeros((W, C), tl.float32)
+    tb = tl.zeros((W, C), tl.float32)
+    for turn in range(ROWS):
+        h = first + turn
+        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
+        place = ((sample * height + h) * width + w)[:, None] * g_row + column[None, :]
+        here = h + tl.zeros_like(w)
+        mask = ((w < width) & (here < height))[:, None] & is_column
+        g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        t00 += g * a0
+        t01 += g * a1
+        t02 += g * a2
+        t10 += g * b0
+        t11 += g * b1
+        t12 += g * b2
+        t20 += g * c0
+        t21 += g * c1
+        t22 += g * c2
+        tb += g
+        a0, a1, a2 = b0, b1, b2
+        b0, b1, b2 = c0, c1, c2
+    line = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 10 * c
+    line += column
+    is_c = column < c
+    tl.store(line, tl.sum(t00, 0), mask=is_c)
+    tl.store(line + c, tl.sum(t01, 0), mask=is_c)
+    tl.store(line + 2 * c, tl.sum(t02, 0), mask=is_c)
+    tl.store(line + 3 * c, tl.sum(t10, 0), mask=is_c)
+    tl.store(line + 4 * c, tl.sum(t11, 0), mask=is_c)
+    tl.store(line + 5 * c, tl.sum(t12, 0), mask=is_c)
+    tl.store(line + 6 * c, tl.sum(t20, 0), mask=is_c)
+    tl.store(line + 7 * c, tl.sum(t21, 0), mask=is_c)
+    tl.store(line + 8 * c, tl.sum(t22, 0), mask=is_c)
+    tl.store(line + 9 * c, tl.sum(tb, 0), mask=is_c)
+
+
+# Rows a program walks down, pixels and channels of its tile, warps.
+STENCIL_BLOCK = (8, 32, 64, 4)
+STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
+
+
+def stencil(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    added: Tensor | None = None,
+    is_transposed: bool = False,
+) -> Tensor:
+    """3x3 depthwise convolution of tokens, with zero padding.
+
+    Args:
+        x: (b, h * w, c).
+        weight: (c, 1, 3, 3).
+        bias: (c,) or None.
+        grid: (h, w).
+        added: (b, h * w, c), added to the result, or None.
+        is_transposed: Applies the adjoint, for the gradient of x.
+
+    Returns:
+        (b, h * w, c).
+    """
+    x, spacing = _rows(x)
+    b, n, c = x.shape
+    out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
+    rows, w, channels, warps = STENCIL_BLOCK
+    strips = _ceil(grid[0], rows)
+    if out.numel():
+        _stencil_kernel[(b * strips, _ceil(grid[1], w), _ceil(c, channels))](
+            x, weight.contiguous(), weight if bias is None else bias,
+            out if added is None else added.contiguous(), out, *grid, c, spacing, strips, rows, w,
+            channels, bias is not None, added is not None, is_transposed, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+def stencil_weight_gradient(
+    x: Tensor, grad: Tensor, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight, (c, 1, 3, 3), and bias, (c,), in float32."""
+    (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
+    b, _, c = x.shape
+    rows, w, channels, warps = STENCIL_WEIGHT_BLOCK
+    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
+    partial = torch.empty(b * strips * blocks, 10, c, dtype=torch.float32, device=x.device)
+    if partial.numel():
+        _stencil_weight_kernel[(b * strips, blocks, _ceil(c, channels))](
+            x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
+            num_warps=warps,
+        )  # fmt: skip
+    total = partial.sum(0)
+    return total[:9].t().contiguous().view(c, 1, 3, 3), total[9].clone()
+
+
+@launched("stencil")
+def _stencil(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, height: int, width: int
+) -> Tensor:
+    return stencil(x, weight, bias, (height, width), added)
+
+
+@_stencil.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, height: int, width: int
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@launched("stencil_backward")
+def _stencil_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = height, width
+    grad_x = stencil(grad, weight, None, grid, is_transposed=True)
+    return grad_x, *stencil_weight_gradient(x, grad, grid)
+
+
+@_stencil_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = weight.new_empty
+    return (
+        x.new_empty(x.shape),
+        wide(weight.shape, dtype=torch.float32),
+        wide(weight.shape[0], dtype=torch.float32),
+    )
+
+
+def _stencil_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, added, *grid = inputs
+    ctx.grid, ctx.has_bias, ctx.has_added = grid, bias is not None, added is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _stencil_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _stencil_backward(grad, x, weight, *ctx.grid)
+    return (
+        grad_x,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype) if ctx.has_bias else None,
+        grad if ctx.has_added else None,
+        None,
+        None,
+    )
+
+
+_stencil.register_autograd(_stencil_gradients, setup_context=_stencil_setup)
+
+
+def depthwise_conv(
+    x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None,
+    added: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.depthwise_conv``."""
+    return _stencil(x.to(operand_dtype(x)), widened(weight, 3), bias, added, *grid)

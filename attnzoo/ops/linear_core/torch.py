@@ -1,0 +1,211 @@
+"""Linear attention by PyTorch's operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.dispatch import custom_op, has_half_sums, has_wide_product, is_plain
+from attnzoo.ops.precision import in_float32
+
+
+def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
+    """Whether (Q K^T) V takes fewer multiply-accumulates than Q (K^T V)."""
+    return queries * keys * (key_dim + value_dim) < (queries + keys) * key_dim * value_dim
+
+
+def wide_bmm(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    """(b, n, k), (b, k, m) -> (b, n, m), summed in float32; in float32 if ``is_wide``."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.bmm(a, b)
+    if not has_wide_product(a):
+        out = torch.bmm(a.float(), b.float())
+        return out if is_wide else out.to(a.dtype)
+    # A long sum is split among blocks, and those would add up in half precision.
+    if is_wide or a.shape[2] > max(a.shape[1], b.shape[2]):
+        out = torch.bmm(a, b, out_dtype=torch.float32)
+        return out if is_wide else out.to(a.dtype)
+    return torch.bmm(a, b)
+
+
+@custom_op("half_matmul")
+def _half_matmul(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    return wide_bmm(a, b, is_wide)
+
+
+@_half_matmul.register_fake
+def _(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    dtype = torch.promote_types(a.dtype, torch.float32) if is_wide else a.dtype
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a, b = ctx.saved_tensors
+    grad = grad.to(a.dtype)
+    return (
+        _half_matmul(grad, b.mT, False) if ctx.needs_input_grad[0] else None,
+        _half_matmul(a.mT, grad, False) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+_half_matmul.register_autograd(_gradients, setup_context=_setup)
+
+
+def half_matmul(a: Tensor, b: Tensor, is_wide: bool = True) -> Tensor:
+    """Product of half-precision matrices, summed in float32, with gradients.
+
+    Args:
+        a: (..., n, k).
+        b: (..., k, m).
+        is_wide: Whether the result stays in float32 or is rounded, once, to the dtype of a.
+
+    Returns:
+        (..., n, m).
+    """
+    lead = a.shape[:-2]
+    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    out = _half_matmul(a, b, is_wide)
+    return out.view(*lead, *out.shape[-2:])
+
+
+def _half_read(query: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    """Q times each factor in turn, in float32 at last: (..., n, d) and (..., d, e), ..."""
+    for factor in factors[:-1]:
+        query = half_matmul(query, factor.to(query.dtype), is_wide=False)
+    factor = factors[-1]
+    high = factor.to(query.dtype)
+    if factor.shape[-1] > 1 or factor.dtype == query.dtype:
+        return half_matmul(query, high)
+    # Two half-precision columns carry a sum to twice the digits; one product serves both.
+    columns = torch.cat([high, (factor - high.float()).to(query.dtype)], dim=-1)
+    return half_matmul(query, columns).sum(-1, keepdim=True)
+
+
+def half_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Q K^T V, (..., n, d) each, in whichever order is less; the state is rounded once."""
+    if query.shape[-2] < query.shape[-1]:
+        return half_matmul(half_matmul(query, key.mT, is_wide=False), value, is_wide=False)
+    state = half_matmul(key.mT, value).to(query.dtype)
+    return half_matmul(query, state, is_wide=False)
+
+
+def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
+    """What ``read`` needs to know of keys and values: the factors of K^T V, multiplied or not.
+
+    Args:
+        key: (..., m, d), after the kernel function.
+        value: (..., m, e).
+        queries: How many will read; for few of them (K^T, V) is cheaper than K^T V. None
+            always multiplies, so that the results of several blocks of keys can be added.
+
+    Returns:
+        Matrices whose product is (..., d, e), in float32 or better.
+    """
+    keys, key_dim = key.shape[-2:]
+    if queries and is_quadratic_cheaper(queries, keys, key_dim, value.shape[-1]):
+        return key.mT, value
+    if is_plain(key, value):
+        return (key.mT @ value,)
+    if has_half_sums(key, value):
+        return (half_matmul(key.mT, value),)
+    return _fold(key, value)
+
+
+@in_float32
+def _fold(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return (key.mT @ value,)
+
+
+def key_sum(key: Tensor) -> tuple[Tensor, ...]:
+    """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    return (key.sum(-2, dtype=wide).unsqueeze(-1),)
+
+
+def wide_read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    """``read`` whose result stays in float32 or better."""
+    if is_plain(query, *state):
+        for factor in state:
+            query = query @ factor
+        return query
+    if has_half_sums(query):
+        return _half_read(query, state)
+    return _wide_read(query, state)[0]
+
+
+@in_float32
+def _wide_read(query: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor]:
+    for factor in state:
+        query = query @ factor
+    return (query,)
+
+
+def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    """Q K^T V without a normalizer, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
+    return wide_read(query, state).to(query.dtype)
+
+
+class _Quotient(torch.autograd.Function):
+    """x / norm, which keeps the result; autograd would keep x and make three tensors more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor) -> Tensor:
+        out = x / norm
+        ctx.save_for_backward(out, norm)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        out, norm = ctx.saved_tensors
+        grad = grad / norm
+        return grad, -(grad * out).sum(-1, keepdim=True)
+
+
+def quotient(x: Tensor, norm: Tensor) -> Tensor:
+    """x / norm; without a gradient x itself is overwritten: (..., n, e), (..., n, 1)."""
+    return _Quotient.apply(x, norm) if torch.is_grad_enabled() else x.div_(norm)
+
+
+def normalized_read(
+    query: Tensor, state: tuple[Tensor, ...], sums: tuple[Tensor, ...], eps: float
+) -> Tensor:
+    """Q (K^T V) / (Q sum_j K_j^T + eps), of what ``fold`` and ``key_sum`` returned."""
+    return quotient(wide_read(query, state), wide_read(query, sums) + eps).to(query.dtype)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
+    """See ``attnzoo.ops.linear_core``."""
+    return normalized_read(query, fold(key, value, query.shape[-2]), key_sum(key), eps)
+
+
+@in_float32
+def projected_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """``linear_attention`` of all heads and the output projection, folded into the heads' states.
+
+    The small products of every head with its state and the projection become one large product.
+
+    Args:
+        query: (b, h, n, d), after a non-negative kernel function.
+        key: (b, h, m, d), likewise.
+        value: (b, h, m, e).
+        weight: Of the projection, (out, h * e).
+        bias: (out,).
+        eps: See ``linear_attention``.
+
+    Returns:
+        (b, n, out).
+    """
+    heads = weight.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0)  # (h, e, out)
+    state = (key.transpose(-2, -1) @ value @ heads).flatten(1, 2)  # (b, h * d, out)
+    query = query / (read(query, key_sum(key)) + eps)
+    out = query.transpose(1, 2).flatten(2) @ state
+    return out if bias is None else out + bias

@@ -1,0 +1,199 @@
+"""The power map as one Triton kernel, forward and backward."""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.triton_common import (
+    _LARGEST,
+    _LN2,
+    _NORMAL,
+    _ceil,
+    _is_fast,
+    _rows,
+    launched,
+)
+
+
+@triton.jit
+def _log2(x, FAST: tl.constexpr):
+    if FAST:  # the unit's own instruction; the library's function spends ten on the last digit
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
+
+
+@triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    if FAST:  # without the steps for results below 1e-38
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def _unit_power(x, gamma, pivot, FAST: tl.constexpr):
+    """(x over the pivot, its logarithm, power); x is ReLU(z), and powers of 0 are 0."""
+    # One division a row; what its rounding adds to all entries alike, their norm takes away.
+    unit = x * (1.0 / pivot)[:, None]
+    # Not tl.maximum and tl.minimum, which would hide a NaN.
+    bounded = tl.where(unit < _NORMAL, _NORMAL, tl.where(unit > _LARGEST, _LARGEST, unit))
+    log_unit = _log2(bounded, FAST)
+    power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
+    return unit, log_unit, power
+
+
+@triton.jit
+def _pivot(gamma, low, peak):
+    """The entry of the largest power, by which a row is divided so that no power overflows.
+
+    ``low`` is the smallest entry above 0, ``peak`` the largest, at least the smallest normal.
+    """
+    return tl.where(gamma < 0.0, low, peak)
+
+
+@triton.jit
+def _power(x, gamma, FAST: tl.constexpr):
+    """(unnormalised power, pivot, norm of the power, factor that restores the norm)."""
+    peak = tl.maximum(tl.max(x, 1), _NORMAL)
+    pivot = _pivot(gamma, tl.min(tl.where(x > _NORMAL, x, _LARGEST), 1), peak)
+    _, _, power = _unit_power(x, gamma, pivot, FAST)
+    norm = tl.maximum(tl.sqrt(tl.sum(power * power, 1)), _NORMAL)
+    ratio = x * (1.0 / peak)[:, None]
+    return power, pivot, norm, peak * tl.sqrt(tl.sum(ratio * ratio, 1)) / norm
+
+
+@triton.jit
+def _power_backward(grad, x, gamma, pivot, norm, scale, FAST: tl.constexpr):
+    """Gradients of x^gamma / |x^gamma| * |x| with respect to x, tile, and gamma, row."""
+    unit, log_unit, power = _unit_power(x, gamma, pivot, FAST)
+    along = tl.sum(grad * power, 1) / norm
+    shared = (grad - power * (along / norm)[:, None]) * power * scale[:, None]
+    grad_gamma = tl.sum(shared * log_unit, 1) * _LN2
+    slope = tl.where(unit >= _NORMAL, shared * gamma[:, None] / (unit * pivot[:, None]), 0.0)
+    x_norm = tl.maximum(scale * norm, _NORMAL)
+    return slope + x * (along / x_norm)[:, None], grad_gamma
+
+
+@triton.jit
+def _power_map_kernel(
+    z, gamma, out, stats, rows, d, z_row, R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    is_row = row < rows
+    is_column = (column < d)[None, :]
+    mask = is_row[:, None] & is_column
+    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(x <= 0, 0.0, x)
+    power, pivot, norm, scale = _power(x, tl.load(gamma + row, mask=is_row, other=1.0), FAST)
+    result = (power * scale[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * d + column[None, :], result, mask=mask)
+    tl.store(stats + row, pivot, mask=is_row)
+    tl.store(stats + rows + row, norm, mask=is_row)
+    tl.store(stats + 2 * rows + row, scale, mask=is_row)
+
+
+@triton.jit
+def _power_map_backward_kernel(
+    grad, z, gamma, stats, grad_z, grad_gamma, rows, d, g_row, z_row,
+    R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    is_row = row < rows
+    is_column = (column < d)[None, :]
+    mask = is_row[:, None] & is_column
+    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(x <= 0, 0.0, x)
+    g = tl.load(grad + row[:, None] * g_row + column[None, :], mask=mask, other=0.0)
+    pivot = tl.load(stats + row, mask=is_row, other=1.0)
+    norm = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    scale = tl.load(stats + 2 * rows + row, mask=is_row, other=0.0)
+    power = tl.load(gamma + row, mask=is_row, other=1.0)
+    slope, gamma_slope = _power_backward(g.to(tl.float32), x, power, pivot, norm, scale, FAST)
+    slope = tl.where(x == 0, 0.0, slope).to(grad_z.dtype.element_ty)
+    tl.store(grad_z + row[:, None] * d + column[None, :], slope, mask=mask)
+    tl.store(grad_gamma + row, gamma_slope, mask=is_row)
+
+
+def _row_block(d: int) -> tuple[int, int]:
+    """Rows and warps of a program that holds whole rows."""
+    width = triton.next_power_of_2(d)
+    return max(1, 2048 // width), 2
+
+
+@launched("power_map_triton")
+def power_map_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Power map of ReLU(z): (t, d), (t,) float32 -> (t, d) and (3, t) statistics of the rows."""
+    z, spacing = _rows(z)
+    rows, d = z.shape
+    out = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    block, warps = _row_block(d)
+    if rows:
+        _power_map_kernel[(_ceil(rows, block),)](
+            z, gamma, out, stats, rows, d, spacing, block, triton.next_power_of_2(d),
+            _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return out, stats
+
+
+@launched("power_map_triton_backward")
+def power_map_backward(
+    grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``power_map_forward`` with respect to z, (t, d), and gamma, (t,)."""
+    z, spacing = _rows(z)
+    grad, grad_spacing = _rows(grad)
+    rows, d = z.shape
+    grad_z = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    grad_gamma = torch.empty(rows, dtype=torch.float32, device=z.device)
+    block, warps = _row_block(d)
+    if rows:
+        _power_map_backward_kernel[(_ceil(rows, block),)](
+            grad, z, gamma, stats, grad_z, grad_gamma, rows, d, grad_spacing, spacing, block,
+            triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return grad_z, grad_gamma
+
+
+@power_map_forward.register_fake
+def _(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(3, z.shape[0], dtype=torch.float32)
+
+
+@power_map_backward.register_fake
+def _(grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), torch.empty_like(gamma)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    return power_map_backward(grad, *ctx.saved_tensors)
+
+
+power_map_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def power_map(z: Tensor, gamma: Tensor) -> Tensor:
+    """See ``attnzoo.ops.power_map``; computed in float32."""
+    powers = gamma.float().expand(*z.shape[:-1], 1).reshape(-1)
+    # Expanding may leave all rows one address, which a kernel would not see.
+    powers = powers.contiguous()
+    return power_map_forward(z.reshape(-1, z.shape[-1]), powers)[0].view(z.shape)

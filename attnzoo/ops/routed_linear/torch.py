@@ -1,0 +1,210 @@
+"""Routing by PyTorch's operators: decisions, gates that carry a gradient, sorted products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.ops.dispatch import Impl, custom_op, is_plain
+from attnzoo.ops.precision import autocast_operands, in_float32
+from attnzoo.ops.routed_linear import reference
+from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
+    return F.linear(x, weight) if is_plain(x, weight) else _guarded_logits(x, weight)
+
+
+@in_float32
+def _guarded_logits(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def decide(weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient) -> Route:
+    """The expert of the largest logit of a linear router (DyDiLA, arXiv 2601.13683, Eqs. 1, 6, 7).
+
+    Args:
+        weight: (experts, d).
+        parts: Tokens in parts that lie side by side, together (..., d).
+        gradient: How the router learns, see ``gated`` and ``routed_scalar``.
+
+    Returns:
+        One decision per token.
+    """
+    logits_of = F.linear if is_plain(weight, *parts) else router_logits
+    first, *others = parts
+    start = first.shape[-1]
+    logits = logits_of(first, weight[:, :start] if others else weight)
+    for part in others:
+        stop = start + part.shape[-1]
+        logits, start = logits + logits_of(part, weight[:, start:stop]), stop
+    needs_logits = gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
+    # On CPU several times faster than argmax, and as sure of the first among equals.
+    return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
+
+
+class _StraightThroughGate(torch.autograd.Function):
+    """x * p / stop_gradient(p), p the chosen probability: x itself, but for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, logits, index)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, logits, index = ctx.saved_tensors
+        # d p / d logits over p is the chosen expert's unit vector less p.
+        along = (grad * x).sum(-1, keepdim=True, dtype=logits.dtype)
+        grad_logits = (softmax_of(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
+        return grad, grad_logits, None
+
+
+def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "auto") -> Tensor:
+    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
+
+    "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
+    backward. "none" gates by nothing.
+    """
+    if impl == "reference":
+        return reference.gated(x, routed, gradient)
+    if gradient == "none" or routed.logits is None:
+        return x
+    return _StraightThroughGate.apply(x, routed.logits, routed.index)
+
+
+class _StraightThroughScalar(torch.autograd.Function):
+    """The chosen scalar, whose router receives the gradient of sum_j p_j scalars_j."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scalars: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, scalars, index)
+        return scalars.index_select(0, index.reshape(-1)).view(*index.shape, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        logits, scalars, index = ctx.saved_tensors
+        probability = softmax_of(logits)
+        mean = (probability * scalars).sum(-1, keepdim=True)
+        grad_logits = probability * (scalars - mean) * grad
+        grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
+        return grad_logits, grad_scalars, None
+
+
+def routed_scalar(
+    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
+) -> Tensor:
+    """The scalar that each token chose: (experts,) -> (..., 1).
+
+    With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
+    scalars differ.
+    """
+    if impl == "reference":
+        return reference.routed_scalar(routed, scalars, gradient)
+    if gradient == "none" or routed.logits is None:
+        chosen = scalars.index_select(0, routed.index.reshape(-1))
+        return chosen.view(*routed.index.shape, 1)
+    return _StraightThroughScalar.apply(routed.logits, scalars, routed.index)
+
+
+def usage_of(index: Tensor, experts: int) -> Tensor:
+    """The share of tokens that each expert received, (experts,), without waiting for a device."""
+    mine = index.flatten().unsqueeze(-1) == torch.arange(experts, device=index.device)
+    return mine.float().mean(0)
+
+
+def balance_loss(routed: Route) -> Tensor:
+    """Switch-style load balancing: experts * sum_e usage_e * mean probability_e; 1 if uniform."""
+    probability = routed.probability
+    assert probability is not None
+    experts = probability.shape[-1]
+    usage = usage_of(routed.index, experts).to(probability)
+    return experts * (usage * probability.flatten(0, -2).mean(0)).sum()
+
+
+def _plan(index: Tensor, experts: int) -> Tensor:
+    """The order that puts each expert's tokens side by side, its inverse, and their counts."""
+    order = index.argsort(stable=True)
+    places = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, places)
+    return torch.cat([order, inverse, torch.bincount(index, minlength=experts)])
+
+
+def _segments(counts: Tensor) -> list[tuple[int, slice]]:
+    """The experts that tokens chose, and where each one's tokens are."""
+    start, found = 0, []
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            found.append((expert, slice(start, start + count)))
+        start += count
+    return found
+
+
+# A custom operator, because the segments' lengths depend on data: the compiler then sees one
+# node of known shape, and a change of routing neither breaks the graph nor recompiles it. The
+# plan is a second output, so that the backward need not sort again.
+@custom_op("routed_linear")
+def _routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    plan = _plan(index, weight.shape[0])
+    n = x.shape[0]
+    tokens = x.index_select(0, plan[:n])
+    out = x.new_empty(n, weight.shape[2])
+    for expert, segment in _segments(plan[2 * n :]):
+        torch.mm(tokens[segment], weight[expert], out=out[segment])
+    del tokens
+    # Gathering by the inverse order is several times cheaper than scattering by the order.
+    return out.index_select(0, plan[n : 2 * n]), plan
+
+
+@_routed_linear.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    plan = index.new_empty(2 * x.shape[0] + weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[2]), plan
+
+
+@custom_op("routed_linear_backward")
+def _routed_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
+) -> tuple[Tensor, Tensor]:
+    n = x.shape[0]
+    segments = _segments(plan[2 * n :])
+    grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])
+    grad_weight = torch.zeros_like(weight)
+    for expert, segment in segments:
+        torch.mm(tokens[segment].t(), grad[segment], out=grad_weight[expert])
+    grad_x = tokens  # its memory: the tokens are no longer needed
+    for expert, segment in segments:
+        torch.mm(grad[segment], weight[expert].t(), out=grad_x[segment])
+    del grad
+    return grad_x.index_select(0, plan[n : 2 * n]), grad_weight
+
+
+@_routed_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+    return *_routed_linear_backward(grad, *ctx.saved_tensors), None
+
+
+_routed_linear.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """See ``attnzoo.ops.routed_linear``."""
+    if not is_plain(x, weight):
+        x, weight = autocast_operands(x, weight)
+    tokens = x.reshape(-1, x.shape[-1])
+    out, _ = _routed_linear(tokens, weight, index.reshape(-1))
+    return out.unflatten(0, x.shape[:-1])

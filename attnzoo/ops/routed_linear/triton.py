@@ -1,0 +1,533 @@
+"""Routing by Triton kernels: decisions, counting sort, products of rows by chosen matrices."""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.linear_core.torch import wide_bmm
+from attnzoo.ops.precision import autocast_operands
+from attnzoo.ops.triton_common import (
+    _add_dot,
+    _ceil,
+    _precision,
+    _rows,
+    _shared_memory,
+    _width,
+    launched,
+)
+
+
+@triton.jit
+def _count_kernel(
+    index, counts, total, experts: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    block = tl.program_id(0)
+    slots = tl.arange(0, experts)
+    found = tl.zeros((experts,), tl.int32)
+    for chunk in range(CHUNKS):
+        token = (block * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+        expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+        found += tl.sum((expert[:, None] == slots[None, :]).to(tl.int32), 0)
+    tl.store(counts + block * experts + slots, found)
+
+
+@triton.jit
+def _place_kernel(
+    index,
+    counts,
+    order,
+    ends,
+    total,
+    blocks,
+    kept,
+    experts: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TABLE: tl.constexpr,
+    TABLES: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slots = tl.arange(0, experts)
+    sums = tl.zeros((experts,), tl.int32)
+    before = tl.zeros((experts,), tl.int32)
+    for part in range(TABLES):
+        other = part * TABLE + tl.arange(0, TABLE)
+        entry = counts + other[:, None] * experts + slots[None, :]
+        table = tl.load(entry, mask=other[:, None] < blocks, other=0)
+        sums += tl.sum(table, 0)
+        before += tl.sum(tl.where(other[:, None] < block, table, 0), 0)
+    end = tl.cumsum(sums, 0)
+    first = end - sums + before
+    for chunk in range(CHUNKS):
+        token = (block * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
+        expert = tl.load(index + token, mask=token < total, other=experts).to(tl.int32)
+        hits = (expert[:, None] == slots[None, :]).to(tl.int32)
+        place = tl.sum(hits * (first[None, :] + tl.cumsum(hits, 0) - 1), 1)
+        tl.store(order + place, token, mask=token < total)
+        first += tl.sum(hits, 0)
+    if block == 0:
+        tl.store(ends + slots, end, mask=slots < kept)
+
+
+# Pairs of token and expert that a program of the sort holds at a time.
+SORTED_ENTRIES = 8192
+
+
+def sort_by_expert(
+    index: Tensor, experts: int, order: Tensor | None = None, ends: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A stable counting sort on the device.
+
+    Args:
+        index: (t,), each in [0, experts).
+        experts: How many there are.
+        order: Where to put the first result, of any integer type.
+        ends: Where to put the second result, of any integer type.
+
+    Returns:
+        Tokens in the order of their experts, (t,), and where each expert's segment ends,
+        (experts,); int32 unless the caller brought them.
+    """
+    total, slots = index.numel(), max(2, triton.next_power_of_2(experts))
+    if order is None:
+        order = torch.empty(total, dtype=torch.int32, device=index.device)
+    if ends is None:
+        ends = torch.empty(experts, dtype=torch.int32, device=index.device)
+    # At most 1024 blocks, each of which reads the counts of all.
+    block = max(512, triton.next_power_of_2(_ceil(total, 1024)))
+    blocks = max(1, _ceil(total, block))
+    counts = torch.empty(blocks, slots, dtype=torch.int32, device=index.device)
+    # In parts that fit into registers and shared memory.
+    chunk = min(block, max(16, SORTED_ENTRIES // slots))
+    _count_kernel[(blocks,)](index, counts, total, slots, chunk, block // chunk)
+    width = max(2, triton.next_power_of_2(blocks))
+    table = min(width, 2 * SORTED_ENTRIES // slots)
+    _place_kernel[(blocks,)](
+        index, counts, order, ends, total, blocks, experts, slots, chunk, block // chunk, table,
+        width // table,
+    )  # fmt: skip
+    return order, ends
+
+
+@triton.jit
+def _grouped_kernel(
+    a,
+    b,
+    b_other,
+    c,
+    order,
+    ends,
+    a_rows,
+    N,
+    K,
+    a_row,
+    b_expert,
+    b_k,
+    b_n,
+    b_experts,
+    experts: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs that share rows of `a` are neighbours; the weights of all experts fit in L2.
+    tiles_n = tl.cdiv(N, N_BLOCK)
+    tile = tl.program_id(0) // tiles_n
+    column = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+    slots = tl.arange(0, SLOTS)
+    is_slot = slots < experts
+    end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
+    start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
+    tiles = (end - start + M_BLOCK - 1) // M_BLOCK
+    last = tl.cumsum(tiles, 0)
+    expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
+    if expert < experts:
+        mine = slots == expert
+        first = tl.sum(tl.where(mine, start + (tile - last + tiles) * M_BLOCK, 0), 0)
+        stop = tl.sum(tl.where(mine, end, 0), 0)
+        row = first + tl.arange(0, M_BLOCK)
+        is_row = row < stop
+        token = tl.load(order + row, mask=is_row, other=0).to(tl.int32)
+        k = tl.arange(0, K_BLOCK)
+        a_tile = a + (token % a_rows).to(tl.int64)[:, None] * a_row + k[None, :]
+        if expert < b_experts:
+            b_mine = b + expert.to(tl.int64) * b_expert
+        else:
+            b_mine = b_other + (expert - b_experts).to(tl.int64) * b_expert
+        b_tile = b_mine + k[:, None] * b_k + column[None, :] * b_n
+        total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
+        for done in range(0, K, K_BLOCK):
+            if IS_EVEN:
+                # Rows past the segment repeat token 0 and are never stored.
+                x = tl.load(a_tile)
+                w = tl.load(b_tile)
+            else:
+                is_k = k < K - done
+                x = tl.load(a_tile, mask=is_row[:, None] & is_k[None, :], other=0.0)
+                w = tl.load(b_tile, mask=is_k[:, None] & (column[None, :] < N), other=0.0)
+            total = _add_dot(total, x, w, PRECISION)
+            a_tile += K_BLOCK
+            b_tile += K_BLOCK * b_k
+        out = c + token.to(tl.int64)[:, None] * N + column[None, :]
+        tl.store(out, total.to(c.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < N))
+
+
+@triton.jit
+def _grouped_weight_kernel(
+    a,
+    g,
+    out,
+    order,
+    ends,
+    a_rows,
+    M,
+    N,
+    a_row,
+    g_row,
+    M_BLOCK: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, N_BLOCK)
+    m = (tl.program_id(0) // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
+    n = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+    expert = tl.program_id(1)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int32)
+    stop = tl.load(ends + expert).to(tl.int32)
+    total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
+    for first in range(start, stop, K_BLOCK):
+        row = first + tl.arange(0, K_BLOCK)
+        is_row = row < stop
+        token = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
+        x = tl.load(
+            a + (token % a_rows)[:, None] * a_row + m[None, :],
+            mask=is_row[:, None] & (m[None, :] < M),
+            other=0.0,
+        )
+        y = tl.load(
+            g + token[:, None] * g_row + n[None, :],
+            mask=is_row[:, None] & (n[None, :] < N),
+            other=0.0,
+        )
+        total = _add_dot(total, tl.trans(x), y, PRECISION)
+    tile = out + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+    tl.store(tile, total.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+# (rows, columns, depth of a tile, warps, stages) by bytes of an element.
+GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
+WEIGHT_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+
+
+def _fitting(
+    table: dict[int, tuple[int, ...]], itemsize: int, device: torch.device
+) -> tuple[int, ...]:
+    """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
+    return _within(table[itemsize], itemsize, _shared_memory(device))
+
+
+@functools.cache
+def _within(tile: tuple[int, ...], itemsize: int, room: int | None) -> tuple[int, ...]:
+    m, n, k, warps, stages = tile
+    while room and (m + n) * k * itemsize * stages > room and n > 16:
+        stages, n = (stages - 1, n) if stages > 2 else (stages, n // 2)
+    return m, n, k, warps, stages
+
+
+def grouped_product(
+    a: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    other: Tensor | None = None,
+    tiles: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Row i of the result is a[i mod rows of a] times the matrix of the expert that i chose.
+
+    Gathering by ``order`` is part of the operand's load and scattering part of the store.
+
+    Args:
+        a: (rows, k).
+        weight: (experts, k, n), any strides.
+        order: (t,), a multiple of rows; from ``sort_by_expert``.
+        ends: From ``sort_by_expert``.
+        other: More experts, (experts, k, n), strides as of ``weight``; saves joining the two.
+        tiles: Overrides ``GROUPED_TILES``.
+
+    Returns:
+        (t, n).
+    """
+    a, spacing = _rows(a)
+    experts, depth, width = weight.shape
+    total = experts * (1 if other is None else 2)
+    out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
+    grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
+    _grouped_kernel[grid](
+        a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
+        spacing, *weight.stride(), experts, total, max(2, triton.next_power_of_2(total)), m, n, k,
+        width % n == 0 and depth % k == 0, _precision(a.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_weight_gradient(
+    a: Tensor, grad: Tensor, order: Tensor, ends: Tensor, experts: int,
+    tiles: tuple[int, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum of a_i^T grad_i over each expert's tokens: (rows, k), (t, n) -> (experts, k, n)."""
+    a, spacing = _rows(a)
+    grad, grad_spacing = _rows(grad)
+    out = torch.empty(experts, a.shape[1], grad.shape[1], dtype=a.dtype, device=a.device)
+    m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
+    grid = (_ceil(a.shape[1], m) * _ceil(grad.shape[1], n), experts)
+    _grouped_weight_kernel[grid](
+        a, grad, out, order, ends, max(1, a.shape[0]), a.shape[1], grad.shape[1], spacing,
+        grad_spacing, m, n, k, _precision(a.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _decide(logits, table, choices, dtype: tl.constexpr, C: tl.constexpr):
+    """(scalar each row chose, probabilities, the choice): the first of equal logits wins."""
+    choice = tl.arange(0, C)
+    # Rounded as the library's router rounds them, so that both break ties alike.
+    logits = logits.to(dtype).to(tl.float32)
+    logits = tl.where(choice[None, :] < choices, logits, -float("inf"))
+    index = tl.argmax(logits, 1)
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    values = tl.load(table + choice, mask=choice < choices, other=0.0)
+    chosen = tl.sum(tl.where(choice[None, :] == index[:, None], values[None, :], 0.0), 1)
+    return chosen, weights / tl.sum(weights, 1)[:, None], index
+
+
+@triton.jit
+def _top1_kernel(
+    x, r1, r2, index, probability, rows, d, x_row, experts, R: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    is_row = row < rows
+    choice = tl.arange(0, E)
+    is_choice = choice < experts
+    logits1 = tl.zeros((R, E), tl.float32)
+    logits2 = tl.zeros((R, E), tl.float32)
+    for first in range(0, d, K):
+        k = first + tl.arange(0, K)
+        tile = x + row[:, None] * x_row + k[None, :]
+        token = tl.load(tile, mask=is_row[:, None] & (k < d)[None, :], other=0.0)
+        place = choice[None, :] * d + k[:, None]
+        mask = is_choice[None, :] & (k < d)[:, None]
+        w = tl.load(r1 + place, mask=mask, other=0.0)
+        logits1 = _add_dot(logits1, token.to(w.dtype), w, P)
+        w = tl.load(r2 + place, mask=mask, other=0.0)
+        logits2 = _add_dot(logits2, token.to(w.dtype), w, P)
+    dtype: tl.constexpr = x.dtype.element_ty
+    line = probability + row[:, None] * (2 * C) + choice[None, :]
+    # The padding keeps probabilities of 0.
+    mask = is_row[:, None] & (choice < C)[None, :]
+    _, p, best = _decide(logits1, r1, experts, dtype, E)
+    tl.store(index + row, tl.minimum(best, experts - 1), mask=is_row)
+    tl.store(line, p, mask=mask)
+    _, p, best = _decide(logits2, r2, experts, dtype, E)
+    tl.store(index + rows + row, tl.minimum(best, experts - 1) + experts, mask=is_row)
+    tl.store(line + C, p, mask=mask)
+
+
+def top1(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions of two routers of as many experts.
+
+    Args:
+        x: (t, d).
+        first: (experts, d).
+        second: (experts, d).
+
+    Returns:
+        Choices of the first router, then those of the second plus ``experts``, (2 t,) int32; and
+        probabilities (t, 2, padded experts), 0 in the padding.
+    """
+    x, spacing = _rows(x)
+    rows, d = x.shape
+    experts = first.shape[0]
+    padded = _ceil(experts, 8) * 8
+    index = torch.empty(2 * rows, dtype=torch.int32, device=x.device)
+    probability = torch.empty(rows, 2, padded, dtype=torch.float32, device=x.device)
+    if rows:
+        _top1_kernel[(_ceil(rows, 64),)](
+            x, first.contiguous(), second.contiguous(), index, probability, rows, d, spacing,
+            experts, 64, 64, _width(experts), padded, _precision(first.dtype), num_warps=4,
+        )  # fmt: skip
+    return index, probability
+
+
+@launched("routed_gates")
+def _routed_gates(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index, probability = top1(x, first, second)
+    return x.new_ones(2, x.shape[0], dtype=torch.float32), index, probability
+
+
+@_routed_gates.register_fake
+def _(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    padded = -(-first.shape[0] // 8) * 8
+    return (
+        x.new_empty(2, x.shape[0], dtype=torch.float32),
+        x.new_empty(2 * x.shape[0], dtype=torch.int32),
+        x.new_empty(x.shape[0], 2, padded, dtype=torch.float32),
+    )
+
+
+def _gates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+@launched("routed_gates_backward")
+def _routed_gates_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient that each token's chosen probability, over itself, hands its router."""
+    rows, _, padded = probability.shape
+    experts = first.shape[0]
+    offset = torch.arange(2, device=x.device)[:, None] * experts
+    chosen = (index.view(2, rows) - offset).t().unsqueeze(-1)
+    mine = chosen == torch.arange(padded, device=x.device)
+    grad_logits = (grad.t().unsqueeze(-1) * (mine.float() - probability)).to(x.dtype)
+    grad_logits = grad_logits.flatten(1)
+    pad = (0, 0, 0, padded - experts)
+    routers = torch.cat([F.pad(first, pad), F.pad(second, pad)]).to(x.dtype)
+    grad_routers = wide_bmm(grad_logits.t()[None], x[None], is_wide=True)[0]
+    grad_first, grad_second = grad_routers.unflatten(0, (2, padded))[:, :experts]
+    return (
+        grad_logits @ routers,
+        # Copies: an operator's results may not share memory.
+        grad_first.to(first.dtype, copy=True),
+        grad_second.to(second.dtype, copy=True),
+    )
+
+
+@_routed_gates_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), first.new_empty(first.shape), second.new_empty(second.shape)
+
+
+def _gates_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return (None,) * 3 if grad is None else _routed_gates_backward(grad, *ctx.saved_tensors)
+
+
+_routed_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
+
+
+@launched("grouped_linear")
+def _grouped_linear(
+    x: Tensor, first: Tensor, second: Tensor | None, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, ends = sort_by_expert(index, first.shape[0] * (1 if second is None else 2))
+    # Both have the strides of the first.
+    first, second = first.contiguous(), None if second is None else second.contiguous()
+    return grouped_product(x, first, order, ends, second), order, ends
+
+
+@_grouped_linear.register_fake
+def _(
+    x: Tensor, first: Tensor, second: Tensor | None, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(index.shape[0], first.shape[2]),
+        torch.empty_like(index, dtype=torch.int32),
+        index.new_empty(first.shape[0] * (1 if second is None else 2), dtype=torch.int32),
+    )
+
+
+@launched("grouped_linear_backward")
+def _grouped_linear_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    first, second = first.contiguous(), None if second is None else second.contiguous()
+    other = None if second is None else second.mT
+    grad_x = grouped_product(grad, first.mT, order, ends, other)
+    grad_weight = grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
+    if second is not None:
+        one, two = grad_x.view(2, *x.shape).unbind(0)
+        grad_x = one + two
+    return grad_x, grad_weight
+
+
+@_grouped_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(ends.shape[0], *first.shape[1:])
+
+
+def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grouped_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, first, second, order, ends = ctx.saved_tensors
+    grad_x, grad_weight = _grouped_linear_backward(
+        grad.contiguous(), x, first, second, order, ends
+    )
+    experts = first.shape[0]
+    return grad_x, grad_weight[:experts], None if second is None else grad_weight[experts:], None
+
+
+_grouped_linear.register_autograd(_grouped_backward, setup_context=_grouped_setup)
+
+
+def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """See ``attnzoo.ops.routed_linear``."""
+    x, weight = autocast_operands(x, weight)
+    tokens = x.reshape(-1, x.shape[-1])
+    out, _, _ = _grouped_linear(tokens, weight, None, index.reshape(-1))
+    return out.unflatten(0, x.shape[:-1])
+
+
+def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """See ``attnzoo.ops.routed_linear``."""
+    return _grouped_linear(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
+
+
+def routed_pair(
+    x: Tensor,
+    routers: Sequence[Tensor],
+    projectors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two routed projections of the same tokens: decisions, sorting and both products.
+
+    Args:
+        x: (b, n, d).
+        routers: Two of (experts, d).
+        projectors: Two of (experts, d, e).
+
+    Returns:
+        Projected tokens (2, b, n, e); choices (2, b, n), those of the second plus ``experts``;
+        and gates (2, b, n) of value 1, by which the tokens count as multiplied: whoever uses the
+        tokens must return the gates' gradients, and the routers learn from those.
+    """
+    tokens = x.flatten(0, 1)
+    gates, index, _ = _routed_gates(tokens, *routers)
+    out = grouped_linear(tokens, *projectors, index)
+    shape = (2, *x.shape[:2])
+    return out.unflatten(1, x.shape[:2]), index.view(shape), gates.view(shape)

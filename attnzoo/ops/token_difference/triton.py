@@ -1,0 +1,354 @@
+"""Token-wise DyDiLA by kernels: routed power map and token difference in one pass.
+
+The backward has a file of its own.
+"""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.linear_core.torch import half_attention
+from attnzoo.ops.power_map.triton import _pivot, _unit_power
+from attnzoo.ops.routed_linear.triton import _decide, routed_pair
+from attnzoo.ops.token_difference import SCHEMA, Operands, Weights
+from attnzoo.ops.token_difference.triton_backward import (
+    _columns,
+    _of_head,
+    _weights,
+    difference_backward,
+)
+from attnzoo.ops.triton_common import (
+    _LARGEST,
+    _NORMAL,
+    _add_dot,
+    _ceil,
+    _is_fast,
+    _precision,
+    _rows,
+    _width,
+    launched,
+)
+
+
+@triton.jit
+def _difference_kernel(
+    z1,
+    z2,
+    r1,
+    r2,
+    gammas,
+    rd,
+    lambdas,
+    key_sum,
+    out,
+    sums,
+    stats,
+    choices,
+    probability,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    n_gamma,
+    n_lambda,
+    eps,
+    blocks,
+    head_dim,
+    NORMALIZE: tl.constexpr,
+    SAVE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    # Tokens are walked three times, from memory once: for the exponents, for the norms and the
+    # factor, and for the result. With several heads no tile of columns spans two of them.
+    sample = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    inside = block * R + tl.arange(0, R)
+    is_row = inside < n
+    row = sample.to(tl.int64) * n + inside
+    dtype: tl.constexpr = out.dtype.element_ty
+    line1 = z1 + row[:, None] * z1_row
+    line2 = z2 + row[:, None] * z2_row
+
+    peak_tile1 = tl.zeros((R, C), tl.float32)
+    low_tile1 = tl.full((R, C), _LARGEST, tl.float32)
+    peak_tile2 = tl.zeros((R, C), tl.float32)
+    low_tile2 = tl.full((R, C), _LARGEST, tl.float32)
+    logits1 = tl.zeros((R, G), tl.float32)
+    logits2 = tl.zeros((R, G), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        mask = is_row[:, None] & (column < d)[None, :]
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
+        w = _weights(r1, d, d, n_gamma, column, G)
+        logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
+        x = x.to(tl.float32)
+        peak_tile1 = tl.maximum(peak_tile1, x)
+        low_tile1 = tl.minimum(low_tile1, tl.where(x > _NORMAL, x, _LARGEST))
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
+        w = _weights(r2, d, d, n_gamma, column, G)
+        logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
+        x = x.to(tl.float32)
+        peak_tile2 = tl.maximum(peak_tile2, x)
+        low_tile2 = tl.minimum(low_tile2, tl.where(x > _NORMAL, x, _LARGEST))
+    gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
+    gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
+    peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
+    pivot1 = _pivot(gamma1, tl.min(low_tile1, 1), peak1)
+    peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
+    pivot2 = _pivot(gamma2, tl.min(low_tile2, 1), peak2)
+
+    squares1 = tl.zeros((R, C), tl.float32)
+    squares2 = tl.zeros((R, C), tl.float32)
+    units1 = tl.zeros((R, C), tl.float32)
+    units2 = tl.zeros((R, C), tl.float32)
+    along = tl.zeros((R, C), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    heads = tl.arange(0, H)
+    logits1 = tl.zeros((R, L), tl.float32)
+    logits2 = tl.zeros((R, L), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
+        ratio = x * (1.0 / peak1)[:, None]
+        squares1 += power * power
+        units1 += ratio * ratio
+        w = _weights(rd, 2 * d, d, n_lambda, column, L)
+        logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            if H == 1:
+                along += power * total[None, :]
+            else:
+                sums_here = tl.sum(power * total[None, :], 1)[:, None]
+                normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
+        ratio = x * (1.0 / peak2)[:, None]
+        squares2 += power * power
+        units2 += ratio * ratio
+        w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+        logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
+    norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
+    norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
+    scale1 = peak1 * tl.sqrt(tl.sum(units1, 1)) / norm1
+    scale2 = peak2 * tl.sqrt(tl.sum(units2, 1)) / norm2
+    logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
+    factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
+    if NORMALIZE:
+        if H == 1:
+            normals = tl.sum(along, 1)[:, None]
+        normals = normals * scale1[:, None] + eps
+
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
+        result = (power * scale1[:, None]).to(dtype).to(tl.float32)
+        if not NORMALIZE:
+            place = tl.program_id(0).to(tl.int64) * d + column
+            tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(x <= 0, 0.0, x)
+        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
+        redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
+        result -= factor[:, None] * redundant
+        if NORMALIZE:
+            result *= (1.0 / _of_head(normals, first // head_dim, H))[:, None]
+        tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
+    if SAVE:
+        tl.store(stats + row, gamma1, mask=is_row)
+        tl.store(stats + rows + row, pivot1, mask=is_row)
+        tl.store(stats + 2 * rows + row, norm1, mask=is_row)
+        tl.store(stats + 3 * rows + row, scale1, mask=is_row)
+        tl.store(stats + 4 * rows + row, gamma2, mask=is_row)
+        tl.store(stats + 5 * rows + row, pivot2, mask=is_row)
+        tl.store(stats + 6 * rows + row, norm2, mask=is_row)
+        tl.store(stats + 7 * rows + row, scale2, mask=is_row)
+        tl.store(stats + 8 * rows + row, factor, mask=is_row)
+        if NORMALIZE:
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            tl.store(stats + (9 + heads[None, :]) * rows + row[:, None], normals, mask=is_head)
+        tl.store(choices + row, c1, mask=is_row)
+        tl.store(choices + rows + row, c2, mask=is_row)
+        tl.store(choices + 2 * rows + row, cd, mask=is_row)
+        width = 2 * n_gamma + n_lambda
+        g = tl.arange(0, G)
+        is_g = is_row[:, None] & (g[None, :] < n_gamma)
+        line = probability + row[:, None] * width
+        tl.store(line + g[None, :], p1, mask=is_g)
+        tl.store(line + n_gamma + g[None, :], p2, mask=is_g)
+        lam = tl.arange(0, L)
+        is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+        tl.store(line + 2 * n_gamma + lam[None, :], pd, mask=is_l)
+
+
+# Rows and columns of a tile, warps and stages.
+DIFFERENCE_BLOCK = (16, 64, 2, 3)
+
+
+@launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
+def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """phi(Z) - lambda phi(Z') of ``Operands``, with phi the routed power map.
+
+    Returns:
+        The difference (b, n, d), the sum of the powered z1 over n (b, d) or nothing, statistics of
+        the rows (9 + heads, t), choices (3, t), probabilities (t, 2 gammas + lambdas) for the
+        backward.
+    """
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, _, save = Operands(*operands)
+    b, n, d = z1.shape
+    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
+    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
+    size, chunk, warps, stages = DIFFERENCE_BLOCK
+    chunk = _columns(chunk, d // heads, heads)
+    blocks = _ceil(n, size)
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=z1.device)
+
+    out = new(b, n, d, dtype=z1.dtype)
+    sums = new(b, blocks if key_sum is None else 0, d)
+    kept = rows if save else 0
+    stats, choices = new(9 + heads, kept), new(3, kept, dtype=torch.int32)
+    probability = new(kept, 2 * n_gamma + n_lambda)
+    if rows:
+        _difference_kernel[(b * blocks,)](
+            z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
+            out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
+            n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
+            triton.next_power_of_2(heads), _width(n_gamma), _width(n_lambda),
+            _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, sums.sum(1), stats, choices, probability
+
+
+@difference_forward.register_fake
+def _(*operands: Any) -> tuple[Tensor, ...]:
+    p = Operands(*operands)
+    b, n, d = p.z1.shape
+    rows = b * n if p.save else 0
+    wide = p.gammas.new_empty
+    return (
+        p.z1.new_empty(b, n, d),
+        wide(b, d),
+        wide(9 + p.heads, rows),
+        wide(3, rows, dtype=torch.int32),
+        wide(rows, 2 * p.gammas.shape[1] + p.lambdas.shape[0]),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    p, (out, _, *saved) = Operands(*inputs), output
+    ctx.set_materialize_grads(False)
+    ctx.options = p[9:]
+    ctx.save_for_backward(out, *saved, *p[:7], p.key_sum)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, grad_sum: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    *saved, key_sum = ctx.saved_tensors
+    p = Operands(*saved[4:], None, key_sum, *ctx.options)
+    if key_sum is None and grad_sum is None:
+        grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
+    z1, z2, gate, *routers, gammas, lambdas, grad_key_sum = difference_backward(
+        grad, grad_sum, *saved[:4], *p
+    )
+    # Without a straight-through gradient routers get none, not 0.
+    learned = [
+        found.to(router.dtype) if p.learn else None
+        for found, router in zip(routers, (p.r1, p.r2, p.rd), strict=True)
+    ]
+    return (
+        z1, z2, *learned, gammas, lambdas, gate if p.learn else None,
+        None if key_sum is None else grad_key_sum, *[None] * 4,
+    )  # fmt: skip
+
+
+difference_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def focused_difference(
+    tokens: Tensor,
+    redundant: Tensor,
+    kernel_routers: Sequence[Tensor],
+    gammas: Tensor,
+    difference_router: Tensor,
+    lambdas: Tensor,
+    gate: Tensor,
+    key_sum: Tensor | None = None,
+    eps: float = 0.0,
+    learn: bool = True,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """phi(Z) - lambda phi(Z') with phi the routed power map, reading Z and Z' once.
+
+    The backward computes everything from Z and Z' again; it keeps a few numbers per token. See
+    ``Operands``.
+
+    Returns:
+        (b, n, d) in the dtype of Z, and, where ``key_sum`` is None, the sum of phi(Z) over the
+        tokens, (b, d) in float32.
+    """
+    # Only a call that may be differentiated keeps what its backward needs.
+    operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
+    return difference_forward(
+        tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
+        lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
+        learn, save,
+    )[:2]  # fmt: skip
+
+
+def dynamic_differential_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    eps: float,
+    learn: bool,
+    heads: int,
+) -> Tensor:
+    """See ``attnzoo.ops.token_difference``.
+
+    Queries leave their kernel divided by their normalisers, so that plain products are left.
+    """
+    projector_routers, projectors, kernel_routers, gammas, difference_routers, lambdas = weights
+    primes, _, gates = routed_pair(x, projector_routers, projectors)
+    query_prime, key_prime = primes.unbind(0)
+    key, key_sum = focused_difference(
+        key, key_prime, kernel_routers[1::2], gammas[1::2], difference_routers[1], lambdas[1],
+        gates[1], learn=learn,
+    )  # fmt: skip
+    query, _ = focused_difference(
+        query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
+        gates[0], key_sum, eps, learn, heads,
+    )  # fmt: skip
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    return half_attention(query, key, value).transpose(1, 2).flatten(2)

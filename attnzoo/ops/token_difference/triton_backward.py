@@ -1,0 +1,487 @@
+"""Gradients of the routed power map and token difference, from what the forward kept."""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.power_map.triton import _unit_power
+from attnzoo.ops.token_difference import SCHEMA, Operands
+from attnzoo.ops.triton_common import (
+    _LN2,
+    _NORMAL,
+    _add_dot,
+    _ceil,
+    _dot,
+    _is_fast,
+    _precision,
+    _rows,
+    _shared_memory,
+    _width,
+    launched,
+)
+
+
+@triton.jit
+def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
+    """Columns ``column`` of a router's matrix (choices, d), as (C, columns)."""
+    choice = tl.arange(0, C)
+    mask = (choice[:, None] < choices) & (column < d)[None, :]
+    return tl.load(weight + choice[:, None] * w_row + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _of_head(tile, head, H: tl.constexpr):
+    """Column ``head`` of a tile (rows, H)."""
+    return tl.sum(tl.where(tl.arange(0, H)[None, :] == head, tile, 0.0), 1)
+
+
+@triton.jit
+def _scalar_backward(
+    grad, table, choice_of_row, line, is_row, choices, LEARN: tl.constexpr, C: tl.constexpr
+):
+    """Straight-through gradients of a routed scalar: of the logits (R, C), of the table (C,)."""
+    choice = tl.arange(0, C)
+    is_choice = choice < choices
+    mine = choice[None, :] == choice_of_row[:, None]
+    grad_table = tl.sum(tl.where(mine & is_row[:, None], grad[:, None], 0.0), 0)
+    if LEARN:
+        values = tl.load(table + choice, mask=is_choice, other=0.0)
+        p = tl.load(line + choice[None, :], mask=is_row[:, None] & is_choice[None, :], other=0.0)
+        mean = tl.sum(p * values[None, :], 1)
+        grad_logits = grad[:, None] * p * (values[None, :] - mean[:, None])
+    else:
+        grad_logits = tl.zeros(mine.shape, tl.float32)
+    return grad_logits, grad_table
+
+
+@triton.jit
+def _power_slope(grad, z, gamma, pivot, norm, scale, mean, x_norm, FAST: tl.constexpr):
+    """Gradient of z, given <grad, power> / norm of the whole row as ``mean``."""
+    x = tl.where(z <= 0, 0.0, z)
+    unit, _, power = _unit_power(x, gamma, pivot, FAST)
+    shared = (grad - power * (mean / norm)[:, None]) * power * scale[:, None]
+    slope = tl.where(unit >= _NORMAL, shared * gamma[:, None] / (unit * pivot[:, None]), 0.0)
+    return tl.where(z <= 0, 0.0, slope + x * (mean / x_norm)[:, None])
+
+
+@triton.jit
+def _inverse_norm(stats, rows, row, is_row, head):
+    """By what the forward multiplied this head of the rows, (rows, 1)."""
+    return (1.0 / tl.load(stats + (9 + head) * rows + row, mask=is_row, other=1.0))[:, None]
+
+
+@triton.jit
+def _difference_backward_kernel(
+    grad,
+    grad_sum,
+    out,
+    z1,
+    z2,
+    r1,
+    r2,
+    gammas,
+    rd,
+    lambdas,
+    key_sum,
+    stats,
+    choices,
+    probability,
+    grad_z1,
+    grad_z2,
+    grad_gate,
+    grad_logits,
+    grad_norm,
+    grad_tables,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    grad_row,
+    n_gamma,
+    n_lambda,
+    blocks,
+    head_dim,
+    NORMALIZE: tl.constexpr,
+    LEARN: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    sample = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    inside = block * R + tl.arange(0, R)
+    is_row = inside < n
+    row = sample.to(tl.int64) * n + inside
+    dtype: tl.constexpr = grad_z1.dtype.element_ty
+    line1 = z1 + row[:, None] * z1_row
+    line2 = z2 + row[:, None] * z2_row
+    grad_line = grad + row[:, None] * grad_row
+    width = 2 * n_gamma + n_lambda
+    line = probability + row[:, None] * width
+    gate_line = grad_logits + row[:, None] * width
+    g = tl.arange(0, G)
+    lam = tl.arange(0, L)
+    is_g = is_row[:, None] & (g[None, :] < n_gamma)
+    is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+    gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
+    pivot1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
+    scale1 = tl.load(stats + 3 * rows + row, mask=is_row, other=0.0)
+    gamma2 = tl.load(stats + 4 * rows + row, mask=is_row, other=1.0)
+    pivot2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
+    norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
+    scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
+    factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
+    c1 = tl.load(choices + row, mask=is_row, other=0)
+    c2 = tl.load(choices + rows + row, mask=is_row, other=0)
+    cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
+    heads = tl.arange(0, H)
+
+    # Gradients of the factor and of the normalisers.
+    factor_tile = tl.zeros((R, C), tl.float32)
+    norm_tile = tl.zeros((R, C), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            place = row[:, None] * d + column[None, :]
+            slope = gd * tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+            if H == 1:
+                norm_tile += slope
+            else:
+                mine = heads[None, :] == first // head_dim
+                normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
+        factor_tile += gd * (power * scale2[:, None]).to(dtype).to(tl.float32)
+    if NORMALIZE:
+        if H == 1:
+            normals = -tl.sum(norm_tile, 1)[:, None]
+        is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+        tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+    gl, lambda_table = _scalar_backward(
+        -tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
+    )
+    gl = gl.to(dtype)
+    if LEARN:
+        tl.store(gate_line + 2 * n_gamma + lam[None, :], gl, mask=is_l)
+
+    # The sums over a row that the power map's backward needs.
+    along1 = tl.zeros((R, C), tl.float32)
+    along2 = tl.zeros((R, C), tl.float32)
+    slope1 = tl.zeros((R, C), tl.float32)
+    slope2 = tl.zeros((R, C), tl.float32)
+    self1 = tl.zeros((R, C), tl.float32)
+    self2 = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+        gx = -factor[:, None] * gd
+        if LEARN:
+            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
+        along2 += gx * power
+        slope2 += gx * power * log_unit
+        self2 += power * power * log_unit
+        gx = gd
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+        else:
+            gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+        if LEARN:
+            w = _weights(rd, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma1, pivot1, FAST)
+        along1 += gx * power
+        slope1 += gx * power * log_unit
+        self1 += power * power * log_unit
+    mean1 = tl.sum(along1, 1) / norm1
+    mean2 = tl.sum(along2, 1) / norm2
+    grad_gamma1 = (tl.sum(slope1, 1) - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
+    grad_gamma2 = (tl.sum(slope2, 1) - mean2 / norm2 * tl.sum(self2, 1)) * scale2 * _LN2
+    g1, gamma_table1 = _scalar_backward(grad_gamma1, gammas, c1, line, is_row, n_gamma, LEARN, G)
+    g2, gamma_table2 = _scalar_backward(
+        grad_gamma2, gammas + n_gamma, c2, line + n_gamma, is_row, n_gamma, LEARN, G
+    )
+    g1 = g1.to(dtype)
+    g2 = g2.to(dtype)
+    if LEARN:
+        tl.store(gate_line + g[None, :], g1, mask=is_g)
+        tl.store(gate_line + n_gamma + g[None, :], g2, mask=is_g)
+    x_norm1 = tl.maximum(scale1 * norm1, _NORMAL)
+    x_norm2 = tl.maximum(scale2 * norm2, _NORMAL)
+
+    gate_tile = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        is_column = (column < d)[None, :]
+        mask = is_row[:, None] & is_column
+        place = row[:, None] * d + column[None, :]
+        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+        z = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gx = -factor[:, None] * gd
+        if LEARN:
+            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        gx = _power_slope(gx, z, gamma2, pivot2, norm2, scale2, mean2, x_norm2, FAST)
+        if LEARN:
+            w = _weights(r2, d, d, n_gamma, column, G)
+            gx += _dot(g2.to(w.dtype), w, P)
+        tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
+        gate_tile += gx * z
+        z = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gx = gd
+        if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+        else:
+            gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+        if LEARN:
+            w = _weights(rd, 2 * d, d, n_lambda, column, L)
+            gx += _dot(gl.to(w.dtype), w, P)
+        gx = _power_slope(gx, z, gamma1, pivot1, norm1, scale1, mean1, x_norm1, FAST)
+        if LEARN:
+            w = _weights(r1, d, d, n_gamma, column, G)
+            gx += _dot(g1.to(w.dtype), w, P)
+        tl.store(grad_z1 + place, gx.to(dtype), mask=mask)
+    # Of the factor of 1 that multiplies z2, through which its own router learns.
+    tl.store(grad_gate + row, tl.sum(gate_tile, 1), mask=is_row)
+    tables = grad_tables + tl.program_id(0).to(tl.int64) * width
+    tl.store(tables + g, gamma_table1, mask=g < n_gamma)
+    tl.store(tables + n_gamma + g, gamma_table2, mask=g < n_gamma)
+    tl.store(tables + 2 * n_gamma + lam, lambda_table, mask=lam < n_lambda)
+
+
+@triton.jit
+def _restored(z, row, rows, stats, first, is_row, dtype: tl.constexpr, FAST: tl.constexpr):
+    """What the forward made of tile ``z``, from the rows' saved statistics."""
+    x = z.to(tl.float32)
+    gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
+    pivot = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
+    scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
+    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, pivot, FAST)
+    return (power * scale[:, None]).to(dtype)
+
+
+@triton.jit
+def _router_gradient_kernel(
+    z1,
+    z2,
+    stats,
+    grad_logits,
+    grad_norm,
+    grad_r1,
+    grad_r2,
+    grad_rd,
+    grad_key_sum,
+    n,
+    rows,
+    d,
+    z1_row,
+    z2_row,
+    n_gamma,
+    n_lambda,
+    splits,
+    chunk,
+    head_dim,
+    NORMALIZE: tl.constexpr,
+    LEARN: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    is_column = (column < d)[None, :]
+    part = tl.program_id(1).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    stop = tl.minimum(start + chunk, n)
+    dtype: tl.constexpr = z1.dtype.element_ty
+    width = 2 * n_gamma + n_lambda
+    g = tl.arange(0, G)
+    lam = tl.arange(0, L)
+    total1 = tl.zeros((G, C), tl.float32)
+    total2 = tl.zeros((G, C), tl.float32)
+    base_total = tl.zeros((L, C), tl.float32)
+    redundant_total = tl.zeros((L, C), tl.float32)
+    key_total = tl.zeros((C,), tl.float32)
+    for first in range(start, stop, R):
+        inside = first + tl.arange(0, R)
+        is_row = inside < stop
+        row = sample * n + inside
+        mask = is_row[:, None] & is_column
+        z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
+        base = _restored(z, row, rows, stats, 0, is_row, dtype, FAST)
+        if NORMALIZE:
+            head = tl.program_id(0) * C // head_dim
+            normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
+            key_total += tl.sum(normal[:, None] * base.to(tl.float32), 0)
+        if LEARN:
+            line = grad_logits + row[:, None] * width
+            is_g = is_row[:, None] & (g[None, :] < n_gamma)
+            is_l = is_row[:, None] & (lam[None, :] < n_lambda)
+            g1 = tl.load(line + g[None, :], mask=is_g, other=0.0)
+            g2 = tl.load(line + n_gamma + g[None, :], mask=is_g, other=0.0)
+            gl = tl.load(line + 2 * n_gamma + lam[None, :], mask=is_l, other=0.0)
+            total1 = _add_dot(total1, tl.trans(g1), z, P)
+            base_total = _add_dot(base_total, tl.trans(gl), base, P)
+            z = tl.load(z2 + row[:, None] * z2_row + column[None, :], mask=mask, other=0.0)
+            total2 = _add_dot(total2, tl.trans(g2), z, P)
+            redundant = _restored(z, row, rows, stats, 4, is_row, dtype, FAST)
+            redundant_total = _add_dot(redundant_total, tl.trans(gl), redundant, P)
+    if NORMALIZE:
+        tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
+    if LEARN:
+        is_g = (g[:, None] < n_gamma) & is_column
+        is_l = (lam[:, None] < n_lambda) & is_column
+        place = (part * n_gamma + g[:, None]) * d + column[None, :]
+        tl.store(grad_r1 + place, total1, mask=is_g)
+        tl.store(grad_r2 + place, total2, mask=is_g)
+        place = (part * n_lambda + lam[:, None]) * 2 * d + column[None, :]
+        tl.store(grad_rd + place, base_total, mask=is_l)
+        tl.store(grad_rd + place + d, redundant_total, mask=is_l)
+
+
+# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2).
+DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
+# Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
+# would spill their registers.
+ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
+
+
+def _columns(most: int, head_dim: int, heads: int) -> int:
+    """Columns of a tile: at most ``most``, and within one head where there are several."""
+    return most if heads == 1 else min(most, head_dim & -head_dim)
+
+
+def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
+    """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
+    while room and choices * (4 * columns * itemsize + 384) + 2**13 > room and columns > 16:
+        columns //= 2
+    return columns
+
+
+def _fitting_stages(operands: int, room: int | None) -> int:
+    """How many loads of ``operands`` bytes, at most three, fit beside what a product takes."""
+    stages = 3
+    while room and (stages - 1) * operands + max(operands, 36 * 2**10) > room and stages > 1:
+        stages -= 1
+    return stages
+
+
+@launched(
+    "focused_difference_backward",
+    "(Tensor grad, Tensor? grad_sum, Tensor out, Tensor stats, Tensor choices, "
+    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+)
+def difference_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    out: Tensor,
+    stats: Tensor,
+    choices: Tensor,
+    probability: Tensor,
+    *operands: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of ``difference_forward``.
+
+    Returns:
+        Of z1, z2 (b, n, d); of the gate (b, n); of the three routers; of gammas; of lambdas; of
+        key_sum (b, d) or nothing. Routers get 0 where ``learn`` is off.
+    """
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, _, heads, learn, _ = Operands(*operands)
+    b, n, d = z1.shape
+    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
+    grad, grad_spacing = _rows(grad)
+    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
+    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+    room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
+    choices_width = max(_width(n_gamma), _width(n_lambda))
+    chunk = _fitting_columns(_columns(chunk, d // heads, heads), choices_width, itemsize, room)
+    blocks = _ceil(n, size)
+    width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=z1.device)
+
+    grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
+    grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
+    grad_logits = new(rows if learn else 0, width, dtype=z1.dtype)
+    tables = new(b * blocks, width)
+    splits = max(1, min(_ceil(n, 256), _ceil(64, max(b, 1))))
+    part = _ceil(_ceil(n, splits), 64) * 64
+    splits = max(1, _ceil(n, part))
+    parts = b * splits
+    grad_r1, grad_r2 = (new(parts if learn else 0, n_gamma, d) for _ in range(2))
+    grad_rd = new(parts if learn else 0, n_lambda, 2 * d)
+    grad_key_sum = new(b, splits if is_normalized else 0, d)
+    stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
+    if rows:
+        shared = _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast()
+        _difference_backward_kernel[(b * blocks,)](
+            grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
+            key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
+            grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
+            grad_spacing, n_gamma, n_lambda, blocks, d // heads, is_normalized, learn, size, chunk,
+            triton.next_power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if learn or is_normalized:
+            size, chunk = ROUTER_GRADIENT_TILES[itemsize]
+            chunk = _columns(chunk, d // heads, heads)
+            loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
+            _router_gradient_kernel[(_ceil(d, chunk), parts)](
+                z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
+                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
+                is_normalized, learn, size, chunk, *shared, num_warps=4,
+                num_stages=_fitting_stages(loaded, room),
+            )  # fmt: skip
+    table = tables.sum(0)
+    return (
+        grad_z1, grad_z2, grad_gate, grad_r1.sum(0), grad_r2.sum(0), grad_rd.sum(0),
+        table[: 2 * n_gamma].reshape(2, n_gamma).clone(), table[2 * n_gamma :].clone(),
+        grad_key_sum.sum(1),
+    )  # fmt: skip
+
+
+@difference_backward.register_fake
+def _(grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probability: Any,
+      *operands: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    p = Operands(*operands)
+    b, n, d = p.z1.shape
+    wide = p.gammas.new_empty
+    return (
+        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n), wide(p.r1.shape),
+        wide(p.r2.shape), wide(p.rd.shape), wide(p.gammas.shape), wide(p.lambdas.shape),
+        wide(b, d),
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Launching, sizes, precisions and products that several kernels share.
+
+Importing this, or any ``triton.py``, needs Triton; nothing imports them unasked. Every kernel
+computes in float32 and runs under Triton's interpreter on a CPU. No launch waits for the device:
+sizes that depend on the data (how many tokens chose an expert) stay there.
+"""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.dispatch import custom_op
+
+_NORMAL = tl.constexpr(1.1754943508222875e-38)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+def launched(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """``custom_op`` on the device of its first tensor: Triton launches on the current one."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *args)
+
+        return custom_op(name, schema=schema)(on_its_device)
+
+    return register
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _width(n: int) -> int:
+    """The next power of two a dot product accepts."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 operands stay float32-accurate unless the user has allowed TF32."""
+    if triton.knobs.runtime.interpret:
+        return "ieee"
+    is_allowed = torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if dtype != torch.float32 or is_allowed else "tf32x3"
+
+
+def _is_fast() -> bool:
+    return not triton.knobs.runtime.interpret and torch.version.hip is None
+
+
+def _rows(z: Tensor) -> tuple[Tensor, int]:
+    """(b, n, d) or (t, d) with equally spaced rows of unit stride, and their spacing."""
+    spacing = z.stride(-2)
+    is_regular = z.stride(-1) == 1 and (z.dim() == 2 or z.stride(0) == z.shape[1] * spacing)
+    z = z if is_regular or z.numel() == 0 else z.contiguous()
+    return z, z.stride(-2)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes that one program may take; None if nothing limits them."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", None)
+
+
+@triton.jit
+def _dot(a, b, P: tl.constexpr):
+    if P == "ieee":
+        # The interpreter would multiply the bits of bfloat16 operands as integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=P)
+
+
+@triton.jit
+def _add_dot(total, a, b, P: tl.constexpr):
+    if P == "ieee":
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=P)
