@@ -38,7 +38,7 @@ from recipes.lab.console import (
     whole,
 )
 from recipes.lab.data.latents import is_latent_folder
-from recipes.lab.evaluation.reference import prepare_real
+from recipes.lab.evaluation.measure import prepare_real
 from recipes.lab.evaluation.scores import FEWEST
 from recipes.lab.files import locked, refuse_links, require_writable
 from recipes.lab.imports import add_import_flag, import_all

@@ -20,13 +20,13 @@ import torch
 
 from recipes.lab.console import DONE, numbers, printable, run_script, whole
 from recipes.lab.diffusion import SAMPLERS
-from recipes.lab.evaluation.evaluate import default_cache, evaluate, judge, table, verdict
+from recipes.lab.evaluation.evaluate import default_cache, evaluate, table, verdict
 from recipes.lab.evaluation.scores import FEWEST
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.imports import add_import_flag, import_all
 from recipes.lab.training.checkpoint import Run
 
-__all__ = ["default_cache", "evaluate", "judge", "main", "table"]
+__all__ = ["default_cache", "evaluate", "main", "table"]
 
 
 def main(arguments: list[str]) -> int:

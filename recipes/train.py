@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--resolution", type=whole(1), help="side of the images in pixels")
     flag("--patch-size", type=whole(1), help="side of a patch in pixels, or in latent pixels")
     flag("--preset", choices=list(PRESETS), help="training recipe")
-    flag("--steps", type=whole(1), help="optimiser steps")
+    flag("--steps", type=whole(1), help="optimizer steps")
     flag("--batch-size", type=whole(1), help="images per step, of all processes together")
     flag("--accumulate", type=whole(1), help="micro-steps that share a step's images")
     flag("--seed", type=whole(0), help="of everything that is random")

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from recipes import compare as compare_module
-from recipes import encode as encode_module
 from recipes import figures as figures_module
 from recipes.lab.console import UserError
+from recipes.lab.data import encoding
 from recipes.lab.drawing.drawn import Drawn
 from recipes.lab.evaluation import features
 from recipes.lab.training.checkpoint import Run
@@ -47,7 +47,7 @@ def place(tmp_path_factory, quick):
             pixels = np.clip(generator.normal(color, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
     vae = make_vae(root / "vae")
-    assert encode_module.encode(root / "images", root / "latents", vae=vae, resolution=16) == 0
+    assert encoding.encode(root / "images", root / "latents", vae=vae, resolution=16) == 0
     arguments = ["--attn", "dydila", "--data", str(root / "latents") + "/", *SMALL]
     status = compare_module.main([*arguments, "--out", str(root / "out")])
     return root, status

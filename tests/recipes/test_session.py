@@ -18,9 +18,9 @@ from PIL import Image
 
 import attnzoo
 from attnzoo import registry
-from recipes import encode
 from recipes import train as train_module
 from recipes.lab.console import DONE, INTERRUPTED, UserError
+from recipes.lab.data.encoding import encode
 from recipes.lab.training import memory, progress, session
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings, resumed_settings
@@ -247,7 +247,7 @@ class TestData:
 
     def test_previews_of_cached_latents_are_decoded(self, pictures, tmp_path, capsys):
         vae = make_vae(tmp_path / "vae")
-        encode.encode(pictures, tmp_path / "latents", vae=vae, resolution=16, dtype="fp32")
+        encode(pictures, tmp_path / "latents", vae=vae, resolution=16, dtype="fp32")
         run = Run(tmp_path / "run")
         settings = Settings(**SMALL, steps=2, data=str(tmp_path / "latents"))
         assert train(settings, run) == DONE

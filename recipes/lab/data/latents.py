@@ -25,8 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, canonical_data
-from recipes.lab.data.errors import DataError
 from recipes.lab.files import read_json, sha256
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -270,7 +270,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 class LatentDataset(ImageDataset):
-    """Labelled latents of about unit scale; ``resolution`` and ``channels`` are the latents'.
+    """Labeled latents of about unit scale; ``resolution`` and ``channels`` are the latents'.
 
     Attributes:
         facts: see ``vae_facts``.

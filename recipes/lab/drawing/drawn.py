@@ -149,5 +149,5 @@ def first_with(runs: Sequence[Drawn], needs: str, description: str) -> Drawn:
 
 
 def wrapped(text: str, width: int = 26) -> str:
-    """A title that does not run into its neighbour."""
+    """A title that does not run into its neighbor."""
     return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))

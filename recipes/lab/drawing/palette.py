@@ -1,7 +1,7 @@
 """The project's one color and one marker per mechanism, in every picture.
 
 The colors are Okabe and Ito's and Paul Tol's "muted", told apart with every kind of color
-blindness; the markers say the same once more, for print in grey.
+blindness; the markers say the same once more, for print in gray.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _MARKERS = "osD^vP*X<>phd"
 
 
 def color_of(name: str) -> str:
-    """The colour of a mechanism, of a model of the paper, or of any other name, as "#RRGGBB".
+    """The color of a mechanism, of a model of the paper, or of any other name, as "#RRGGBB".
 
     Args:
-        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or a name that a user registered, whose colour
+        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or a name that a user registered, whose color
             depends on the name alone.
     """
     name = _mechanism(name)

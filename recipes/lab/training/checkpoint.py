@@ -40,7 +40,7 @@ TRACKER_FOLDERS = ("attnzoo", "wandb", "trackio")
 # What a run holds besides its configuration: of training, of evaluation, of trackers.
 _MADE = (
     *("checkpoints", "samples", "log.jsonl", "log.held.jsonl", "status.json"),
-    *("evaluation", "metrics.json", "judge.json", *TRACKER_FOLDERS),
+    *("evaluation", "metrics.json", "classifier.json", "judge.json", *TRACKER_FOLDERS),
 )
 
 

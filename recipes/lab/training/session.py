@@ -21,10 +21,10 @@ from attnzoo.counting import count_macs
 from attnzoo.ops import native
 from recipes.lab.console import DONE, UserError
 from recipes.lab.data.latents import LatentDataset, differing_facts
+from recipes.lab.distributed import on_main
 from recipes.lab.files import refuse_links
 from recipes.lab.imports import import_remembered, origins
 from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
-from recipes.lab.training.distributed import on_main
 from recipes.lab.training.loop import Loop
 from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
 from recipes.lab.training.progress import Progress

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from recipes.lab.evaluation.scores import LOWER_IS_BETTER, metric_of
+from recipes.lab.evaluation.scores import is_lower_better, metric_of
 
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference beyond the spread"
@@ -67,11 +67,6 @@ class Verdict:
                 break
             more += 1
         return f"{gain:+.15g} ± {margin:.15g}"
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether smaller numbers of a reported metric are better."""
-    return metric_of(metric) in LOWER_IS_BETTER
 
 
 def compare_variants(cells: pd.DataFrame, first: str, second: str, metric: str) -> Verdict:
