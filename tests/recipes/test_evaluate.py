@@ -26,6 +26,7 @@ from recipes.lab.evaluation import evaluate as evaluation
 from recipes.lab.evaluation import features as features_module
 from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
+from recipes.lab.evaluation.archives import save_npz
 from recipes.lab.evaluation.cache import cached
 from recipes.lab.evaluation.features import (
     CustomExtractor,
@@ -39,7 +40,7 @@ from recipes.lab.evaluation.real import RealImages, fresh_images
 from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
 from recipes.lab.evaluation.scores import METRICS, score
 from recipes.lab.evaluation.shape_classifier import classify_shapes, shape_scores
-from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, save_npz, shard_folder
+from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, shard_folder
 from recipes.lab.training.checkpoint import Run
 
 PLAN = Plan(samples=40, steps=2, shard_size=16)

@@ -13,7 +13,7 @@ from recipes.lab.data.datasets import entry_of
 from recipes.lab.evaluation.features import CustomExtractor, Features, smallcnn_of
 from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
 from recipes.lab.evaluation.shards import Plan
-from recipes.lab.sampling import RunSampler, run_config
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 from recipes.train import Settings, train
 from tests.recipes.reliability import make_vae
@@ -77,7 +77,7 @@ def test_where_no_real_images_are_it_says_so_before_it_samples(place, see, monke
     try:
         with pytest.raises(UserError, match=r"is gone.*pass --real FOLDER"):
             evaluate(run, plan=PLAN, extractor=see)
-        source, _ = real_images(run, run_config(run), hidden)
+        source, _ = real_images(run, run.config(), hidden)
         assert len(source.open()[0]) == 48
         # Statistics are enough for who needs no training.
         monkeypatch.undo()
@@ -124,7 +124,7 @@ def test_a_run_on_some_classes_is_measured_with_those(tmp_path, monkeypatch):
     )  # fmt: skip
     run = Run(tmp_path / "run")
     assert train(settings, run) == 0
-    source, _ = real_images(run, run_config(run))
+    source, _ = real_images(run, run.config())
     part, _ = source.open()
     assert list(part.class_names) == json.loads(run.config_file.read_text())["data"]["class_names"]
     pixels, labels = fresh_images(part, 40)

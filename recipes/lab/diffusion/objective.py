@@ -66,6 +66,11 @@ class Diffusion:
                 f"got {self.num_train_timesteps}"
             )
 
+    @property
+    def default_sampler(self) -> str:
+        """The sampler that suits what is predicted."""
+        return "euler-flow" if self.prediction == "flow" else "dpm++"
+
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Draw one training time per sample.
 

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
-from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling
 from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
 from recipes.lab.evaluation.features import (
@@ -39,7 +38,7 @@ from recipes.lab.evaluation.scores import (
 from recipes.lab.evaluation.shards import Images, Plan, generate, read_shards
 from recipes.lab.files import refuse_links, require_writable, write_json
 from recipes.lab.provenance import code_digest, provenance
-from recipes.lab.sampling import RunSampler, default_sampler, read_checkpoint, run_config
+from recipes.lab.sampling import RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
 
 
@@ -88,13 +87,13 @@ def evaluate(
         CannotWrite: The system refuses to write.
     """
     plan = plan or Plan()
-    config = run_config(run)
+    config = run.config()
     names = _names_of_scales(cfgs) if images is None else {}
     accelerator = make_accelerator()
     cached_in = cache or default_cache(run)
     draw = None
     if images is None:
-        _check_plan(plan, config, names.values())
+        _check_plan(plan)
         checkpoint = on_main(accelerator, lambda: read_checkpoint(run, plan.weights))
         draw = RunSampler(
             run,
@@ -105,6 +104,8 @@ def evaluate(
             checkpoint=checkpoint,
         )
         del checkpoint
+        for cfg in names.values():
+            draw.check(cfg=cfg, **plan.sampling())
     elif vae is not None or npz is not None:
         raise UserError("--images measures a file as it is: drop --vae and --npz")
     on_main(accelerator, lambda: _check_places(run, cached_in, npz, names))
@@ -210,7 +211,7 @@ def evaluate(
         "device": str(accelerator.device.type),
         **provenance(),
     }
-    write_json(run.folder / "metrics.json", result)
+    write_json(run.metrics_file, result)
     return result
 
 
@@ -222,33 +223,20 @@ def _names_of_scales(cfgs: Sequence[float]) -> dict[str, float]:
     return {f"{cfg:g}" if float(f"{cfg:g}") == cfg else repr(float(cfg)): cfg for cfg in cfgs}
 
 
-def _check_plan(plan: Plan, config: Mapping[str, Any], cfgs: Sequence[float] | Any) -> None:
+def _check_plan(plan: Plan) -> None:
     if plan.samples < FEWEST:
         raise UserError(f"{plan.samples} images are too few to measure; take at least {FEWEST}")
     if plan.shard_size < 1:
         raise UserError(f"a shard must hold at least 1 image, got {plan.shard_size}")
     if not 0 <= plan.seed < 2**63:
         raise UserError(f"the seed must lie in 0 to 2**63 - 1, got {plan.seed}")
-    data = config["data"]
-    diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
-    for cfg in cfgs:
-        check_sampling(
-            diffusion,
-            num_classes=len(data["class_names"]),
-            channels=data["channels"],
-            cfg=cfg,
-            cfg_channels=plan.cfg_channels,
-            sampler=plan.sampler or default_sampler(diffusion.prediction),
-            steps=plan.steps,
-            batch_size=plan.batch_size,
-        )
 
 
 def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
     require_writable(cache / "evaluator.safetensors")
-    require_writable(run.folder / "metrics.json")
+    require_writable(run.metrics_file)
     if names:
-        require_writable(refuse_links(run.folder, run.folder / "evaluation" / "trial"))
+        require_writable(refuse_links(run.folder, run.evaluation / "trial"))
     for name in names if npz is not None else ():
         require_writable(npz / f"cfg-{name}.npz")
 
@@ -420,7 +408,7 @@ def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) 
     return {
         "samples": plan.samples,
         "steps": plan.steps,
-        "sampler": plan.sampler or draw.default_sampler,
+        "sampler": plan.sampler or draw.diffusion.default_sampler,
         "guided_channels": plan.cfg_channels or "all",
         "seed": plan.seed,
         "labels": f"{plan.labels}, shuffled",
@@ -449,7 +437,7 @@ def verdict(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
         "samples": found["count"],
         "accuracy_on_real": (result["evaluator"] or {}).get("accuracy_on_real"),
     }
-    write_json(run.folder / "classifier.json", accepted)
+    write_json(run.classifier_file, accepted)
     return accepted
 
 

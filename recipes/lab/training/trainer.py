@@ -369,7 +369,7 @@ class Trainer:
                 seed=self.settings.seed,
                 num_classes=self.dataset.num_classes,
                 shape=(self.dataset.channels, self.dataset.resolution, self.dataset.resolution),
-                sampler="euler-flow" if self.diffusion.prediction == "flow" else "dpm++",
+                sampler=self.diffusion.default_sampler,
                 device=self.accelerator.device,
             )
             if self.is_sharded:
