@@ -22,8 +22,9 @@ from recipes.lab.evaluation.evaluate import classify
 from recipes.lab.files import require_writable
 from recipes.lab.sampling import sample_run
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.cells import is_loss
-from recipes.train import Settings, train
 
 MECHANISMS = ("dydila", "softmax")
 SMOOTHED_STEPS = 25

@@ -235,6 +235,11 @@ class ArrayDataset(ImageDataset):
         return images.clamp_(-1, 1), self._labels[indices]
 
 
+def known_levels() -> list[str]:
+    """The levels of difficulty that any data set has."""
+    return list(dict.fromkeys(level for entry in _KINDS.values() for level in entry.levels))
+
+
 def load_dataset(
     data: str,
     *,
@@ -270,8 +275,7 @@ def load_dataset(
             or damaged files, or a folder without images for every class.
     """
     check_choice(split, SPLITS, "split")
-    every_level = dict.fromkeys(level for entry in _KINDS.values() for level in entry.levels)
-    check_choice(level, every_level, "level")
+    check_choice(level, known_levels(), "level")
     check_seed(seed)
     kind = kind_of(data)
     entry = entry_of(kind)

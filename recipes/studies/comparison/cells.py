@@ -42,8 +42,9 @@ from recipes.lab.files import CannotWrite, read_json, refuse_links, write_json
 from recipes.lab.imports import import_all, origins
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.costs import cost_of
-from recipes.train import Settings, train
 
 OK = "ok"
 STOPPED = {"state": "interrupted", "error": "stopped by a signal; run the comparison again"}

@@ -11,7 +11,7 @@ import torch
 
 from attnzoo.counting import count_macs
 from recipes.lab.training.build import build_model
-from recipes.train import Settings
+from recipes.lab.training.settings import Settings
 
 REPEATS = 5
 

@@ -32,8 +32,8 @@ from recipes.lab.data.shapes import LEVELS
 from recipes.lab.evaluation.real import RealImages, real_images
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.cells import Cell
-from recipes.train import Settings
 
 PAPER_RESULTS = Path(__file__).absolute().parents[3] / "docs" / "paper_results.csv"
 
