@@ -255,8 +255,6 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # Python 3.11
-            return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()
         while piece := file.read(1 << 20):
             digest.update(piece)

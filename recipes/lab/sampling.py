@@ -149,7 +149,7 @@ def build(
             f"file or module that registers it with --import FILE|MODULE"
         )
     with torch.random.fork_rng(devices=[]):  # initial weights, which are then replaced
-        model = DiT.from_config(checkpoint.config)
+        model: Any = DiT.from_config(checkpoint.config)
     data = config["data"]
     has = model.config.in_channels, model.config.num_classes
     wants = data["channels"], len(data["class_names"])
@@ -234,7 +234,8 @@ class RunSampler:
             raise UserError(
                 f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
             )
-        self.model = build(run, config, checkpoint, imports).to(self.device)
+        model: Any = build(run, config, checkpoint, imports)
+        self.model: DiT = model.to(self.device)
         self.checkpoint = checkpoint._replace(tensors={})
         self.vae = open_run_vae(run, config, vae, self.device)
         channels, side = self.data["channels"], self.data["resolution"]

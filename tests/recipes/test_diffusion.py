@@ -17,7 +17,7 @@ from recipes.lab.diffusion import (
     sample,
     to_uint8,
 )
-from recipes.lab.diffusion.sampling import _Guidance
+from recipes.lab.diffusion.guidance import _Guidance
 from recipes.lab.diffusion.variance import _decoder_nll, _gaussian_kl
 
 EPSILON = Diffusion("epsilon")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from recipes.lab.data.checks import DataError
@@ -28,7 +30,7 @@ class Digits(ArrayDataset):
                 "data 'digits' needs scikit-learn: pip install scikit-learn, or use data 'shapes'"
             ) from error
 
-        digits = load_digits()
+        digits: Any = load_digits()
         labels = digits.target.astype(np.int64)
         chosen = []
         for label in range(10):

@@ -48,11 +48,12 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     options: dict[str, Any] = {"local_files_only": is_local}
     try:
         _check_index(Path(source))
-        config = AutoencoderKL.load_config(source, **options)
+        config: Any = AutoencoderKL.load_config(source, **options)
         _check_config(place, config)
-        vae, loaded = AutoencoderKL.from_pretrained(
+        found: Any = AutoencoderKL.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
         )
+        vae, loaded = found
     except DataError:
         raise
     except Exception as error:

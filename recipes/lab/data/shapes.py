@@ -289,8 +289,8 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
         size = scale[chosen]
         right = (ticks[None, None, :] - center[chosen, 0, None, None]) / size
         up = (-ticks[None, :, None] - center[chosen, 1, None, None]) / size
-        x = right * cosine[chosen] + up * sine[chosen]
-        y = up * cosine[chosen] - right * sine[chosen]
+        x: Any = right * cosine[chosen] + up * sine[chosen]
+        y: Any = up * cosine[chosen] - right * sine[chosen]
         pixels = _DISTANCES[name](x, y) * (size * np.float32(resolution / 2))
         covered[chosen] = np.clip(np.float32(0.5) - pixels, 0, 1)
     return covered.reshape(num_images, num_objects, resolution, resolution).max(axis=1)
@@ -311,7 +311,7 @@ def render(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
     """
     covered = coverage(parameters, resolution)[:, None]
     background = parameters.background.astype(np.float32)[:, :, None, None]
-    foreground = parameters.foreground.astype(np.float32)[:, :, None, None]
+    foreground: Any = parameters.foreground.astype(np.float32)[:, :, None, None]
     return background + covered * (foreground - background)
 
 

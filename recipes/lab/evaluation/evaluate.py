@@ -237,8 +237,9 @@ def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, f
     require_writable(run.metrics_file)
     if names:
         require_writable(refuse_links(run.folder, run.evaluation / "trial"))
-    for name in names if npz is not None else ():
-        require_writable(npz / f"cfg-{name}.npz")
+    if npz is not None:
+        for name in names:
+            require_writable(npz / f"cfg-{name}.npz")
 
 
 def _given_images(file: Path, num_classes: int) -> Images:

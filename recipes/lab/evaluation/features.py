@@ -105,6 +105,10 @@ class SmallCNN(nn.Module):
 
     name = "smallcnn"
     knows_classes = True
+    pool_mean: Tensor
+    pool_std: Tensor
+    spatial_mean: Tensor
+    spatial_std: Tensor
 
     def __init__(self, channels: int, classes: int, resolution: int) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ class Moments:
         The order fixes the rounding: whichever process computed a block, the result is the same
         to the last digit.
         """
-        return reduce(cls.merge, map(cls.of, blocks))
+        return reduce(Moments.merge, map(Moments.of, blocks))
 
     @property
     def covariance(self) -> Tensor:
@@ -121,7 +121,7 @@ class Moments:
 def _eigenvalues(matrix: Tensor) -> Tensor:
     try:
         return torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise NotMeasured("the covariance has no eigenvalues that can be computed") from error
 
 

@@ -108,7 +108,7 @@ def _parameter_coverage(generated: Verdict, real: Verdict, level: str) -> float:
         return center.T
 
     distances = [
-        ks_2samp(a, b, method="asymp").statistic
+        float(ks_2samp(a, b, method="asymp")[0])  # pyright: ignore
         for a, b in zip(laws(generated), laws(real), strict=True)
     ]
     if level != "hard":  # there the colors are free

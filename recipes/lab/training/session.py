@@ -17,6 +17,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 import attnzoo
+from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from attnzoo.ops import native
 from recipes.lab.console import DONE, UserError
@@ -252,7 +253,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
     dataset = trainer.dataset
-    names = {type(block.attention).name for block in trainer.model.blocks}
+    names = {layer.name for layer in trainer.model.modules() if isinstance(layer, Attention)}
     return {
         "settings": dataclasses.asdict(trainer.settings),
         "data": {

@@ -32,10 +32,10 @@ from recipes.lab.distributed import (
 )
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import CannotWrite, refuse_links, whole_file
-from recipes.lab.training.averaging import WeightAverage
 from recipes.lab.training.batches import Batch, Batches
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
+from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
 from recipes.lab.training.settings import Settings
 
@@ -299,7 +299,7 @@ class Trainer:
                     evict,
                 )
             except CannotWrite as error:
-                return "not written", error.strerror
+                return "not written", error.strerror or str(error)
             return None
 
         problem = on_main(self.accelerator, write)
@@ -386,11 +386,12 @@ class Trainer:
 
     def _find_vae(self) -> str | None:
         """Loads the VAE of cached latents, once; what it says is why that is impossible."""
-        is_latent = isinstance(self.dataset, LatentDataset)
-        if not is_latent or self.vae is not None or self._undecodable is not None:
+        dataset = self.dataset
+        is_known = self.vae is not None or self._undecodable is not None
+        if not isinstance(dataset, LatentDataset) or is_known:
             return None
         try:
-            self.vae = open_vae(self.dataset.facts, None, self.accelerator.device)
+            self.vae = open_vae(dataset.facts, None, self.accelerator.device)
         except DataError as error:
             self._undecodable = str(error)
             return f"sample grids show the first latent channel, not images: {error}"
