@@ -168,3 +168,15 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
 
     return parse
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import FILE|MODULE``, whose values become ``imports``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE|MODULE",
+        help="file or module that registers mechanisms of your own; repeat",
+    )

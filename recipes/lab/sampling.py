@@ -22,8 +22,8 @@ from backbones import DiT
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling, sample
-from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.files import refuse_links, require_writable, whole_file
+from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
 from recipes.lab.training.checkpoint import Run
 
@@ -414,6 +414,5 @@ def sample_grid(
             f"of step {draw.checkpoint.step} has diverged: train it again "
             f"with a lower rate"
         )
-    with whole_file(out) as temporary:
-        image_grid(images, columns=len(classes)).save(temporary)
+    save_grid(images, out, columns=len(classes))
     return len(images), out

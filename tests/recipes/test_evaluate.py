@@ -17,7 +17,6 @@ import scipy.ndimage
 import torch
 
 from recipes import evaluate as evaluate_module
-from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import entry_of
 from recipes.lab.data.shapes import render, shape_parameters
@@ -28,6 +27,7 @@ from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
 from recipes.lab.evaluation.archives import save_npz
 from recipes.lab.evaluation.cache import cached
+from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import (
     CustomExtractor,
     Features,

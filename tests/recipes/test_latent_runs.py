@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import entry_of
+from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import CustomExtractor, Features, smallcnn_of
 from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
 from recipes.lab.evaluation.shards import Plan

@@ -17,8 +17,8 @@ from recipes import sample as sample_module
 from recipes.lab import sampling
 from recipes.lab.console import NON_FINITE, UserError
 from recipes.lab.evaluation.evaluate import classify
+from recipes.lab.sampling import RunSampler, sample_run
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import RunSampler, sample_run
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):

@@ -18,8 +18,8 @@ import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, UserError, parse_options
-from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
 from recipes.lab.training.trainer import Trainer
 from recipes.train import Settings, train

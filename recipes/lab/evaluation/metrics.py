@@ -121,7 +121,7 @@ class Moments:
 def _eigenvalues(matrix: Tensor) -> Tensor:
     try:
         return torch.linalg.eigvalsh(matrix)
-    except RuntimeError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NotMeasured("the covariance has no eigenvalues that can be computed") from error
 
 

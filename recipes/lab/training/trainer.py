@@ -31,7 +31,7 @@ from recipes.lab.distributed import (
     share_batch_statistics,
 )
 from recipes.lab.drawing.pictures import save_grid
-from recipes.lab.files import CannotWrite, refuse_links, whole_file
+from recipes.lab.files import CannotWrite, refuse_links
 from recipes.lab.training.batches import Batch, Batches
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
@@ -380,8 +380,7 @@ class Trainer:
             if self.vae is not None:
                 images = decode(self.vae, images)
             refuse_links(path.parent.parent, path.parent)
-            with whole_file(path) as temporary:
-                save_grid(images.cpu(), temporary, columns=classes)
+            save_grid(images.cpu(), path, columns=classes)
         return said
 
     def _find_vae(self) -> str | None:
