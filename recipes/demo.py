@@ -35,9 +35,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python recipes/demo.py", description="Train, sample and draw two mechanisms."
     )
-    parser.add_argument("--steps", type=whole(1), default=1500, help="optimizer steps of each")
-    parser.add_argument("--out", default="runs/demo", help="folder of both runs and the picture")
-    parser.add_argument("--overwrite", action="store_true", help="replace other runs in --out")
+    flag = parser.add_argument
+    flag("--steps", type=whole(1), default=1500, help="optimizer steps of each")
+    flag("--out", default="runs/demo", help="folder of both runs and the picture")
+    flag("--overwrite", action="store_true", help="replace other runs in --out")
     given = parser.parse_args(arguments)
     out = Path(given.out)
     wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in MECHANISMS}
@@ -106,10 +107,7 @@ def _draw(out: Path, picture: Path) -> None:
 
 
 def smoothed(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], int]:
-    """Steps, the mean loss of the steps before each, and how many these are.
-
-    A step that was skipped has no loss and is left out.
-    """
+    """Steps that were not skipped, the mean loss up to each, and of how many steps it is."""
     found = [(entry["step"], entry["loss"]) for entry in log if is_loss(entry.get("loss"))]
     totals = [0.0, *itertools.accumulate(loss for _, loss in found)]
     window = max(1, min(SMOOTHED_STEPS, len(found)))

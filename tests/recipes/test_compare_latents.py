@@ -8,8 +8,8 @@ from recipes import compare as compare_module
 from recipes import figures as figures_module
 from recipes.lab.console import UserError
 from recipes.lab.data import encoding
+from recipes.lab.data.datasets import entry_of
 from recipes.lab.drawing.drawn import Drawn
-from recipes.lab.evaluation import features
 from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison.cells import run_cell
 from recipes.studies.comparison.tables import read_table
@@ -24,7 +24,7 @@ SMALL = ["--seeds", "1", "--steps", "3", "--batch-size", "4", "--samples", "12",
 def quick():
     """An evaluator of few steps, which only this process knows of."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(features, "OTHER_STEPS", 60)
+    patch.setattr(entry_of("folder"), "classifier_steps", 60)
     patch.setattr(
         compare_module,
         "run_locally",
