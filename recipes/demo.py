@@ -1,7 +1,4 @@
-"""Trains DyDiLA and softmax attention on handwritten digits and draws both side by side.
-
-make demo
-"""
+"""Trains DyDiLA and softmax attention on digits, draws both side by side: make demo."""
 
 from __future__ import annotations
 
