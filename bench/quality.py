@@ -83,22 +83,26 @@ def measure_quality(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def _short_training(cell: Cell) -> dict[str, Any]:
-    from recipes import train
     from recipes.lab.training.checkpoint import Run
+    from recipes.lab.training.session import train
+    from recipes.lab.training.settings import Settings
 
-    options = [part for name, value in cell.options for part in ("--set", f"{name}={value}")]
     # In the run's folder: this process may be killed before it can remove anything.
     scratch = tempfile.TemporaryDirectory(dir=scratch_of_parent())
     with scratch as folder, contextlib.redirect_stdout(io.StringIO()):
         out = Path(folder) / "run"
         start = time.perf_counter()
-        status = train.main([
-            "--attn", cell.mechanism, "--data", "shapes", "--resolution", str(cell.resolution),
-            "--steps", str(STEPS), "--out", str(out), *options,
-        ])  # fmt: skip
+        settings = Settings(
+            attn=cell.mechanism,
+            attn_options=dict(cell.options),
+            data="shapes",
+            resolution=cell.resolution,
+            steps=STEPS,
+        )
+        status = train(settings, Run(out))
         seconds = time.perf_counter() - start
         if status != 0:
-            raise RuntimeError(f"recipes/train.py ended with status {status}")
+            raise RuntimeError(f"training ended with status {status}")
         losses = [loss for _, loss in losses_of(Run.open(out))]
     last = losses[-max(1, len(losses) // 3) :]
     row = {"data": "shapes", "resolution": cell.resolution, "variant": cell.label,

@@ -1,7 +1,4 @@
-"""Trains DyDiLA and softmax attention on handwritten digits and draws both side by side.
-
-make demo
-"""
+"""Trains DyDiLA and softmax attention on digits, draws both side by side: make demo."""
 
 from __future__ import annotations
 
@@ -18,12 +15,13 @@ from recipes.lab.console import DONE, UserError, printable, run_script, whole
 from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.evaluation.evaluate import judge
+from recipes.lab.evaluation.evaluate import classify
 from recipes.lab.files import require_writable
 from recipes.lab.sampling import sample_run
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.execution import losses_of
-from recipes.train import Settings, train
 
 MECHANISMS = ("dydila", "softmax")
 SMOOTHED_STEPS = 25
@@ -34,9 +32,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python recipes/demo.py", description="Train, sample and draw two mechanisms."
     )
-    parser.add_argument("--steps", type=whole(1), default=1500, help="optimizer steps of each")
-    parser.add_argument("--out", default="runs/demo", help="folder of both runs and the picture")
-    parser.add_argument("--overwrite", action="store_true", help="replace other runs in --out")
+    flag = parser.add_argument
+    flag("--steps", type=whole(1), default=1500, help="optimizer steps of each")
+    flag("--out", default="runs/demo", help="folder of both runs and the picture")
+    flag("--overwrite", action="store_true", help="replace other runs in --out")
     given = parser.parse_args(arguments)
     out = Path(given.out)
     wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in MECHANISMS}
@@ -86,7 +85,7 @@ def _draw(out: Path, picture: Path) -> None:
     )
     for attn in MECHANISMS:
         run, axis = Run(out / attn), axes[attn]
-        verdict = judge(run)
+        verdict = classify(run)
         images = sample_run(run, labels=torch.arange(10).repeat(3), cfg=2.0)
         axis.imshow(image_grid(images, columns=10))
         axis.set_axis_off()

@@ -3,7 +3,7 @@
     python recipes/evaluate.py runs/digits-sana --cfg 1.0,4.0 --samples 1000
 
 The numbers go into the run's metrics.json with all that is needed to trust and repeat them. The
-images are kept in shards: an interrupted evaluation goes on with the missing ones. On several
+images are cached in shards: an interrupted evaluation goes on with the missing ones. On several
 processes, ``torchrun --standalone --nproc_per_node 2 recipes/evaluate.py ...`` gives the same
 numbers to the last digit.
 """
@@ -16,22 +16,19 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from recipes.lab.console import DONE, numbers, printable, run_script, whole
-from recipes.lab.diffusion import SAMPLERS
-from recipes.lab.evaluation.evaluate import default_cache, evaluate, judge, table, verdict
-from recipes.lab.evaluation.scores import FEWEST
-from recipes.lab.evaluation.shards import Plan
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.training.checkpoint import Run
-
-__all__ = ["default_cache", "evaluate", "judge", "main", "table"]
+from recipes.lab.console import DONE, add_import_flag, numbers, printable, run_script, whole
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     given = vars(_parser().parse_args(arguments))
+    import torch  # --help does not wait for it
+
+    from recipes.lab.evaluation.evaluate import evaluate, table, verdict
+    from recipes.lab.evaluation.shards import Plan
+    from recipes.lab.imports import import_all
+    from recipes.lab.training.checkpoint import Run
+
     run = Run.open(given.pop("run"))
     import_all(given["imports"])
     fields = [field.name for field in dataclasses.fields(Plan) if field.name in given]
@@ -43,7 +40,7 @@ def main(arguments: list[str]) -> int:
         for line in result["warnings"]:
             print(printable(f"warning: {line}"), file=sys.stderr)
         verdict(run, result)
-        print(printable(f"all of it: {run.folder / 'metrics.json'}"))
+        print(printable(f"all of it: {run.metrics_file}"))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         time.sleep(0.2)  # gloo's threads may abort the process if it exits at once
@@ -58,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("run", metavar="RUN", help="folder of the run")
     flag("--cfg", dest="cfgs", type=numbers(float), default=[1.0],
          help="guidance scales, such as 1.0,4.0")  # fmt: skip
-    flag("--samples", type=whole(FEWEST), default=1000, help="images per guidance scale")
+    flag("--samples", type=whole(10), default=1000, help="images per guidance scale")
     flag("--steps", type=whole(1), default=20, help="model evaluations per image")
-    flag("--sampler", choices=SAMPLERS, help="default: dpm++, or euler-flow")
+    flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
     flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
     flag("--seed", type=whole(0), default=0, help="of noise and labels")
     flag("--weights", choices=["ema", "model"], default="ema")

@@ -12,18 +12,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipes.lab.console import DONE, NON_FINITE, numbers, printable, run_script, whole
-from recipes.lab.diffusion import SAMPLERS
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.sampling import NotFinite, RunSampler, load_run, sample_grid, sample_run
-from recipes.lab.training.checkpoint import Run
-
-__all__ = ["RunSampler", "load_run", "main", "sample_grid", "sample_run"]
+from recipes.lab.console import (
+    DONE,
+    NON_FINITE,
+    add_import_flag,
+    numbers,
+    printable,
+    run_script,
+    whole,
+)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     given = vars(_parser().parse_args(arguments))
+    # --help does not wait for torch.
+    from recipes.lab.imports import import_all
+    from recipes.lab.sampling import NotFinite, sample_grid
+    from recipes.lab.training.checkpoint import Run
+
     run = Run.open(given.pop("run"))
     import_all(given["imports"])
     try:
@@ -48,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--steps", type=whole(1), default=20, help="model evaluations")
     flag("--seed", type=whole(0), default=0, help="of the start noise")
     flag("--batch-size", type=whole(1), default=64, help="images per model call")
-    flag("--sampler", choices=SAMPLERS, help="default: dpm++, or euler-flow")
+    flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
     flag("--weights", choices=["ema", "model"], default="ema")
     flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
     flag("--out", type=Path, help="picture to write (default: in the run's samples)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     script quietly. Everything else is a bug and shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no locale may stop a script
     try:
         status = main(sys.argv[1:])
@@ -71,8 +72,10 @@ def _tell(line: str) -> None:
         abandon(sys.stderr)
 
 
-def abandon(stream: TextIO) -> None:
+def abandon(stream: TextIO | None) -> None:
     """Sends what is still to be written nowhere: the interpreter would fail again at its end."""
+    if stream is None:
+        return
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's stream has no number
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -165,3 +168,15 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
 
     return parse
+
+
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import FILE|MODULE``, whose values become ``imports``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE|MODULE",
+        help="file or module that registers mechanisms of your own; repeat",
+    )

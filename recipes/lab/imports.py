@@ -7,7 +7,6 @@ lie in the run's own folder: a folder that came from elsewhere must not choose w
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,20 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import attnzoo
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, add_import_flag
 from recipes.lab.files import sha256
 
-
-def add_import_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--import FILE|MODULE``, whose values become ``imports``."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE|MODULE",
-        help="file or module that registers mechanisms of your own; repeat",
-    )
+__all__ = ["add_import_flag", "import_all", "import_remembered", "origins"]
 
 
 def import_all(sources: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ DECIDING = (
     "evaluation/real",
     "evaluation/reference",
     "evaluation/scores",
-    "evaluation/shape_judge",
+    "evaluation/shape_classifier",
     "evaluation/shards",
 )
 

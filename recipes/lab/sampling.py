@@ -20,9 +20,10 @@ from torch import Tensor
 import attnzoo
 from backbones import DiT
 from recipes.lab.console import UserError, printable
+from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling, sample
-from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.files import read_json, refuse_links, require_writable, whole_file
+from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
 from recipes.lab.training.checkpoint import Run
 
@@ -48,48 +49,6 @@ class Checkpoint(NamedTuple):
     digest: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-
-
-def run_config(run: Run) -> dict[str, Any]:
-    """A run's configuration, with the parts that sampling and measuring rely on made sure of.
-
-    Raises:
-        UserError: config.json is damaged; the message names the file and the field.
-    """
-    config = read_json(run.config_file, "configuration")
-
-    def require(is_right: bool, what: str) -> None:
-        if not is_right:
-            raise UserError(f"configuration {str(run.config_file)!r} is damaged: {what}")
-
-    require(isinstance(config, dict), "it is no object")
-    for name in ("settings", "data"):
-        require(isinstance(config.get(name), dict), f"{name!r} is no object")
-    settings, data = config["settings"], config["data"]
-    presets = ", ".join(DIFFUSION_PRESETS)
-    require(settings.get("preset") in list(DIFFUSION_PRESETS), f"'preset' is none of {presets}")
-    for name in ("attn", "data"):
-        require(isinstance(settings.get(name), str), f"{name!r} is no text")
-    require(isinstance(settings.setdefault("level", "easy"), str), "'level' is no text")
-    for name in ("resolution", "channels"):
-        value = data.get(name)
-        require(type(value) is int and 0 < value < 2**20, f"{name!r} is {value!r}")
-    names = data.get("class_names")
-    require(
-        isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
-        "'class_names' is no list of names",
-    )
-    for name in ("latent", "source", "identity"):
-        require(isinstance(data.get(name), dict | None), f"{name!r} is no object")
-    if data.get("latent") is not None:
-        factor = data["latent"].get("factor")
-        require(type(factor) is int and factor > 0, f"the VAE's 'factor' is {factor!r}")
-    imports = config.setdefault("imports", {})
-    require(
-        isinstance(imports, dict) and all(isinstance(part, dict) for part in imports.values()),
-        "'imports' is no object of objects",
-    )
-    return config
 
 
 def read_checkpoint(run: Run, weights: str = "ema") -> Checkpoint:
@@ -174,7 +133,7 @@ def build(
 
     Args:
         run: Where it comes from.
-        config: See ``run_config``.
+        config: See ``Run.config``.
         checkpoint: See ``read_checkpoint``.
         imports: What the caller has imported already.
 
@@ -190,7 +149,7 @@ def build(
             f"file or module that registers it with --import FILE|MODULE"
         )
     with torch.random.fork_rng(devices=[]):  # initial weights, which are then replaced
-        model = DiT.from_config(checkpoint.config)
+        model: Any = DiT.from_config(checkpoint.config)
     data = config["data"]
     has = model.config.in_channels, model.config.num_classes
     wants = data["channels"], len(data["class_names"])
@@ -228,7 +187,7 @@ def load_run(
         UserError: There is no whole checkpoint, its files are not what they should be, or its
             mechanism is missing.
     """
-    config = run_config(run)
+    config = run.config()
     return build(run, config, read_checkpoint(run, weights), imports), config
 
 
@@ -264,10 +223,10 @@ class RunSampler:
         imports: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        config = run_config(run)
+        config = run.config()
         self.data = config["data"]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
+        self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
         impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
         is_interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -275,7 +234,8 @@ class RunSampler:
             raise UserError(
                 f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
             )
-        self.model = build(run, config, checkpoint, imports).to(self.device)
+        model: Any = build(run, config, checkpoint, imports)
+        self.model: DiT = model.to(self.device)
         self.checkpoint = checkpoint._replace(tensors={})
         self.vae = open_run_vae(run, config, vae, self.device)
         channels, side = self.data["channels"], self.data["resolution"]
@@ -284,27 +244,15 @@ class RunSampler:
             side *= self.data["latent"]["factor"]
         self.image_shape = (channels, side, side)
 
-    def check(
-        self,
-        labels: Tensor | None = None,
-        *,
-        cfg: float = 1.0,
-        cfg_channels: int | None = None,
-        steps: int = 20,
-        batch_size: int = 64,
-        sampler: str | None = None,
-    ) -> None:
+    def check(self, labels: Tensor | None = None, **options: Any) -> None:
         """Raises UserError where a call with these arguments would, before any work is done."""
+        options["sampler"] = options.get("sampler") or self.diffusion.default_sampler
         check_sampling(
             self.diffusion,
             num_classes=len(self.data["class_names"]),
             channels=self.data["channels"],
             labels=labels,
-            cfg=cfg,
-            cfg_channels=cfg_channels,
-            sampler=sampler or self.default_sampler,
-            steps=steps,
-            batch_size=batch_size,
+            **options,
         )
 
     def __call__(
@@ -312,26 +260,18 @@ class RunSampler:
         labels: Tensor,
         indices: Tensor | None = None,
         *,
-        cfg: float = 1.0,
-        cfg_channels: int | None = None,
-        steps: int = 20,
         seed: int = 0,
-        batch_size: int = 64,
         sampler: str | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> Tensor:
-        """Draws one image per label; see ``recipes.lab.diffusion.sample``.
+        """Draws one image per label.
 
         Args:
             labels: (n,) int64.
             indices: (n,) int64, which image of the seed each is; None counts from 0.
-            cfg: Guidance scale.
-            cfg_channels: Leading channels of what the model sees to guide; None guides all.
-            steps: Model evaluations.
             seed: Of the start noise.
-            batch_size: Images per model call.
             sampler: None takes the one that suits the run.
-            progress: Whether to show a bar.
+            options: Further ones of ``recipes.lab.diffusion.sample``: ``cfg``, ``steps`` and more.
 
         Returns:
             (n, c, h, w) on the CPU, nominally in [-1, 1]: pixels, decoded where the run is of
@@ -349,31 +289,15 @@ class RunSampler:
             seed=seed,
             num_classes=len(data["class_names"]),
             shape=(data["channels"], data["resolution"], data["resolution"]),
-            cfg=cfg,
-            cfg_channels=cfg_channels,
-            sampler=sampler or self.default_sampler,
-            steps=steps,
-            batch_size=batch_size,
+            sampler=sampler or self.diffusion.default_sampler,
             device=self.device,
-            progress=progress,
+            **options,
         )
         if self.vae is None:
             return drawn.cpu()
-        from recipes.lab.data.latents import decode
-
         parts = [decode(self.vae, part).cpu() for part in drawn.split(_DECODED_AT_ONCE)]
         # No images: split gives one empty part, which no VAE takes.
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
-
-    @property
-    def default_sampler(self) -> str:
-        """The sampler that suits what the run predicts."""
-        return default_sampler(self.diffusion.prediction)
-
-
-def default_sampler(prediction: str) -> str:
-    """The sampler that suits a prediction."""
-    return "euler-flow" if prediction == "flow" else "dpm++"
 
 
 def open_run_vae(
@@ -386,7 +310,7 @@ def open_run_vae(
 
     Args:
         run: A trained run.
-        config: See ``run_config``.
+        config: See ``Run.config``.
         vae: Folder or hub id; None takes the one the run remembers.
         device: Where to put it.
 
@@ -398,8 +322,6 @@ def open_run_vae(
         if vae is not None:
             raise UserError(f"{run.folder} was trained on pixels: drop --vae")
         return None
-    from recipes.lab.data.latents import open_vae
-
     # Runs of before the place was noted still have it among their settings.
     remembered = facts.get("place") or config["settings"].get("vae") or ""
     return open_vae({**facts, "place": remembered}, vae, device)
@@ -465,7 +387,7 @@ def sample_grid(
         UserError: An argument is out of range, the picture cannot be written, or the run cannot
             be sampled.
     """
-    count = len(run_config(run)["data"]["class_names"])
+    count = len(run.config()["data"]["class_names"])
     if classes is None:
         classes = list(range(min(10, count)))
     if not classes:
@@ -492,6 +414,5 @@ def sample_grid(
             f"of step {draw.checkpoint.step} has diverged: train it again "
             f"with a lower rate"
         )
-    with whole_file(out) as temporary:
-        image_grid(images, columns=len(classes)).save(temporary)
+    save_grid(images, out, columns=len(classes))
     return len(images), out

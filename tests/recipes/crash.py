@@ -38,7 +38,7 @@ POINTS = Settings(**SMALL, steps=6, checkpoint_every=2)
 
 
 def digest(run: Run) -> str:
-    """Of weights, average, optimiser and log of a finished run."""
+    """Of weights, average, optimizer and log of a finished run."""
     found = run.newest_checkpoint(warn=lambda line: None)
     assert found is not None
     total = hashlib.sha256(str(found[0]).encode())

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attnzoo
-from recipes import encode
+from recipes.lab.data.encoding import encode
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
@@ -191,7 +191,7 @@ def latents(out, steps=20):
     common = {"attn": "sana", "batch_size": 4, "steps": steps}
     runs = {"fly": {"data": str(out / "images"), "vae": vae, "resolution": 16}}
     for dtype in ("fp32", "fp16"):
-        encode.encode(out / "images", out / dtype, vae=vae, resolution=16, dtype=dtype)
+        encode(out / "images", out / dtype, vae=vae, resolution=16, dtype=dtype)
         runs[dtype] = {"data": str(out / dtype)}
     losses = {}
     for name, options in runs.items():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbones import DiT
 from recipes.lab.console import INTERRUPTED, UserError
-from recipes.lab.data import datasets as data_module
+from recipes.lab.data import folder
 from recipes.lab.training.batches import Batches
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
@@ -34,17 +34,17 @@ def ahead(monkeypatch):
     """Uses the thread on a CPU too."""
     original = Batches.__init__
 
-    def initialise(self, *arguments):
+    def initialize(self, *arguments):
         original(self, *arguments)
         self.ahead = True
 
-    monkeypatch.setattr(Batches, "__init__", initialise)
+    monkeypatch.setattr(Batches, "__init__", initialize)
 
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """A folder of images that are read when they are asked for."""
-    monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(folder, "CACHE_BYTES", 0)
     generator = np.random.default_rng(0)
     for number in range(16):
         draw(tmp_path / "images" / f"class-{number % 2}" / f"{number}.png", generator)
@@ -176,7 +176,7 @@ def test_a_step_asks_for_values_once(options, monkeypatch):
     trainer = Trainer(Settings(**SMALL | {"data": "digits"} | options))
     batch = trainer._batch()
     monkeypatch.setattr(trainer, "_batch", lambda: batch)
-    # Looks that only a CPU takes: at labels, and at the optimiser's count of steps.
+    # Looks that only a CPU takes: at labels, and at the optimizer's count of steps.
     monkeypatch.setattr(DiT, "_check_condition", lambda self, *arguments: None)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     waits = Waits()

@@ -340,7 +340,7 @@ def test_a_malicious_checkpoint_is_not_executed(copy, tmp_path, file, form):
         victim.unlink()
         del manifest["files"][file]
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(UserError, match="no safetensors file"):
+        with pytest.raises(UserError, match="lists no model"):
             sample_module.main([str(copy.folder), "--steps", "2", "--weights", weights])
         shutil.copy(victim.with_suffix(".bin"), victim)
     assert not trace.exists()
@@ -445,7 +445,7 @@ def edited(run, file, change):
         ("exp_avg", None), ("step", None), ("exp_more", torch.tensor(1.0)),
     ],
 )  # fmt: skip
-def test_a_state_of_the_optimiser_that_cannot_be_is_one_line(copy, kind, value):
+def test_a_state_of_the_optimizer_that_cannot_be_is_one_line(copy, kind, value):
     def change(tensors):
         name = next(key for key in tensors if key.endswith("/exp_avg")).rpartition("/")[0]
         tensors.pop(f"{name}/{kind}", None)
@@ -506,7 +506,7 @@ class TestDivergence:
         assert train(Settings(**SMALL, steps=14, skip_limit=99), run) == NON_FINITE
         assert "not finite in the last 12 steps" in describe(run)
 
-    @pytest.mark.parametrize("part", ["weights", "average", "optimiser"])
+    @pytest.mark.parametrize("part", ["weights", "average", "optimizer"])
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path, part, monkeypatch):
         run = Run(tmp_path / "run")
         trainers = []
@@ -518,7 +518,7 @@ class TestDivergence:
                 victim = {
                     "weights": weight.data,
                     "average": next(iter(trainer.average.shadow.values())),
-                    "optimiser": trainer.optimizer.state[weight]["exp_avg"],
+                    "optimizer": trainer.optimizer.state[weight]["exp_avg"],
                 }[part]
                 victim[0] = torch.inf
             return False
@@ -548,7 +548,13 @@ def test_overwrite_takes_only_a_run(tmp_path):
 
 def test_overwrite_leaves_nothing_of_the_old_run(copy):
     (copy.folder / "evaluation").mkdir()
-    for name in ("metrics.json", "judge.json", "evaluation/shard.npz", "notes.txt"):
+    for name in (
+        "metrics.json",
+        "judge.json",
+        "classifier.json",
+        "evaluation/shard.npz",
+        "notes.txt",
+    ):
         (copy.folder / name).write_text("old")
     assert train(Settings(**SMALL | {"checkpoint_every": 9}, steps=1), copy, overwrite=True) == 0
     left = {path.name for path in copy.folder.iterdir()}

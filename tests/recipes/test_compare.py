@@ -196,7 +196,7 @@ class TestRuns:
 
     def test_mechanisms_of_one_seed_see_the_same_data_and_noise(self, tmp_path):
         """Paired: only the model differs between two runs of a seed."""
-        from recipes.train import Trainer
+        from recipes.lab.training.trainer import Trainer
 
         plan = plan_runs(
             [parse_variant("softmax"), parse_variant("dydila")], [("digits", None)], seeds=2,

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from recipes import compare as compare_module
-from recipes import encode as encode_module
 from recipes import figures as figures_module
 from recipes.lab.console import UserError
+from recipes.lab.data import encoding
+from recipes.lab.data.datasets import entry_of
 from recipes.lab.drawing.drawn import Drawn
-from recipes.lab.evaluation import features
 from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison import execution, study
 from recipes.studies.comparison.execution import run_one
@@ -25,7 +25,7 @@ SMALL = ["--seeds", "1", "--steps", "3", "--batch-size", "4", "--samples", "12",
 def quick():
     """An evaluator of few steps, which only this process knows of."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(features, "OTHER_STEPS", 60)
+    patch.setattr(entry_of("folder"), "classifier_steps", 60)
     patch.setattr(
         execution,
         "run_locally",
@@ -46,7 +46,7 @@ def place(tmp_path_factory, quick):
             pixels = np.clip(generator.normal(color, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
     vae = make_vae(root / "vae")
-    assert encode_module.encode(root / "images", root / "latents", vae=vae, resolution=16) == 0
+    assert encoding.encode(root / "images", root / "latents", vae=vae, resolution=16) == 0
     arguments = ["--attn", "dydila", "--data", str(root / "latents") + "/", *SMALL]
     status = compare_module.main([*arguments, "--out", str(root / "out")])
     return root, status

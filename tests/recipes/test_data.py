@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image, features
 
-from recipes.lab.data import datasets as data_module
+from recipes.lab.data import fashion_mnist, folder
 from recipes.lab.data.datasets import DATASETS, DataError, canonical_data, load_dataset
 from recipes.lab.data.images import BadImage, read_image, to_rgb
 from recipes.lab.data.order import batch_indices
 from recipes.lab.data.shapes import (
     CLASS_NAMES,
-    DARK_GREY,
+    DARK_GRAY,
     LEVELS,
     PALETTE,
     ShapeParameters,
@@ -92,7 +92,7 @@ class TestShapes:
         count = len(CLASS_NAMES)
         parameters = ShapeParameters(
             labels=np.arange(count),
-            centre=np.zeros((count, 1, 2)),
+            center=np.zeros((count, 1, 2)),
             scale=np.full((count, 1), 0.6),
             rotation=np.zeros((count, 1)),
             foreground=np.ones((count, 3)),
@@ -120,23 +120,23 @@ class TestShapes:
     )
     def test_area_is_that_of_the_figure(self, name, area):
         label = np.array([CLASS_NAMES.index(name)])
-        one, colour = np.ones((1, 1)), np.ones((1, 3))
+        one, color = np.ones((1, 1)), np.ones((1, 3))
         # A turn and a shift change no area.
         parameters = ShapeParameters(
-            label, np.array([[[0.1, -0.05]]]), 0.8 * one, 0.3 * one, colour, -colour
+            label, np.array([[[0.1, -0.05]]]), 0.8 * one, 0.3 * one, color, -color
         )
         measured = coverage(parameters, 128).sum() * (2 / 128) ** 2
         assert measured == pytest.approx(0.64 * area, rel=0.01)
 
     def test_axes(self):
-        one, colour = np.ones((1, 1)), np.ones((1, 3))
+        one, color = np.ones((1, 1)), np.ones((1, 3))
         triangle = ShapeParameters(
             np.array([CLASS_NAMES.index("triangle")]),
             np.array([[[0.5, 0.5]]]),
             0.4 * one,
             0 * one,
-            colour,
-            -colour,
+            color,
+            -color,
         )
         mask = coverage(triangle, 32)[0]
         assert mask[:16, 16:].sum() == mask.sum() > 0
@@ -144,8 +144,8 @@ class TestShapes:
         assert widths[4] < widths[9]
 
     def test_train_and_test_are_disjoint(self):
-        train = shape_parameters(0, "train", np.arange(20_000), "easy").centre[:, 0]
-        test = shape_parameters(0, "test", np.arange(1000), "easy").centre[:, 0]
+        train = shape_parameters(0, "train", np.arange(20_000), "easy").center[:, 0]
+        test = shape_parameters(0, "test", np.arange(1000), "easy").center[:, 0]
         assert not {tuple(row) for row in train} & {tuple(row) for row in test}
         assert load_dataset("shapes", split="train").infinite
         assert len(load_dataset("shapes", split="test")) == 1000
@@ -168,35 +168,35 @@ class TestShapes:
             "hard": (0, 0.25, (0.40, 0.65)),
             "long-range": (0.55, 0.04, (0.34, 0.40)),
         }[level]
-        offset = np.abs(parameters.centre) - corner if corner else parameters.centre
+        offset = np.abs(parameters.center) - corner if corner else parameters.center
         assert -jitter < offset.min() < -0.98 * jitter
         assert 0.98 * jitter < offset.max() < jitter
         assert low < parameters.scale.min() and parameters.scale.max() < high
         assert parameters.scale.mean() == pytest.approx((low + high) / 2, abs=0.003)
-        reach = np.abs(parameters.centre).max(axis=2) + parameters.scale
+        reach = np.abs(parameters.center).max(axis=2) + parameters.scale
         assert reach.max() <= 1
         if level == "hard":
             assert parameters.rotation.max() > 6.2
             assert parameters.foreground.min() >= 0.1 and parameters.background.max() <= -0.3
         else:
             assert not parameters.rotation.any()
-            assert (parameters.background == DARK_GREY).all()
-            colour = (parameters.foreground[:, None] == PALETTE).all(axis=2).argmax(axis=1)
-            # Colour must tell nothing of the class.
-            table = np.histogram2d(parameters.labels, colour, bins=(10, 4))[0] / number
+            assert (parameters.background == DARK_GRAY).all()
+            color = (parameters.foreground[:, None] == PALETTE).all(axis=2).argmax(axis=1)
+            # Color must tell nothing of the class.
+            table = np.histogram2d(parameters.labels, color, bins=(10, 4))[0] / number
             assert np.abs(table - 0.025).max() < 0.006
 
     def test_long_range_objects_agree_across_the_diagonal(self):
         number = 400
         parameters = shape_parameters(0, "train", np.arange(number), "long-range")
-        first, second = parameters.centre[:, 0], parameters.centre[:, 1]
+        first, second = parameters.center[:, 0], parameters.center[:, 1]
         assert (np.sign(first) == -np.sign(second)).all() and (first[:, 1] > 0).all()
         assert 0.4 < (first[:, 0] > 0).mean() < 0.6
         images = render(parameters, 32)
         images = np.where((first[:, 0] > 0)[:, None, None, None], images[..., ::-1], images)
         quarters = [images[:, :, :16, :16], images[:, :, 16:, 16:]]
         empty = [images[:, :, :16, 16:], images[:, :, 16:, :16]]
-        assert all(np.allclose(part, DARK_GREY[0]) for part in empty)
+        assert all(np.allclose(part, DARK_GRAY[0]) for part in empty)
         brightest = [part.reshape(number, 3, -1).max(axis=2) for part in quarters]
         np.testing.assert_allclose(brightest[0], brightest[1], atol=1e-6)
         np.testing.assert_allclose(brightest[0], parameters.foreground, atol=1e-6)
@@ -204,7 +204,7 @@ class TestShapes:
         contrast = parameters.foreground - parameters.background
         areas = np.stack(
             [
-                ((part - DARK_GREY[0]) / contrast[:, :, None, None]).mean(axis=1).sum(axis=(1, 2))
+                ((part - DARK_GRAY[0]) / contrast[:, :, None, None]).mean(axis=1).sum(axis=(1, 2))
                 for part in quarters
             ],
             axis=1,
@@ -337,7 +337,7 @@ class TestFashionMnist:
         assert "from 4 to 28" in fails(f"fashion-mnist:{folder}", resolution=32)
 
     def test_missing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(data_module, "FASHION_MNIST_FOLDER", tmp_path / "nowhere")
+        monkeypatch.setattr(fashion_mnist, "PACKAGE_FOLDER", tmp_path / "nowhere")
         message = fails("fashion-mnist")
         assert "apt-get install dataset-fashion-mnist" in message and "nowhere" in message
         assert "fashion-mnist:FOLDER" in message
@@ -371,8 +371,8 @@ class TestFashionMnist:
         assert "train-labels" in fails(f"fashion-mnist:{folder}")
 
 
-def solid(mode: str, colour, size=(40, 30)) -> Image.Image:
-    return Image.new(mode, size, colour)
+def solid(mode: str, color, size=(40, 30)) -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -389,9 +389,9 @@ def png_header(width: int, height: int) -> bytes:
 def root(tmp_path) -> Path:
     """Two classes of one red and one blue image."""
     folder = tmp_path / "images"
-    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+    for name, color in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
         (folder / name).mkdir(parents=True)
-        solid("RGB", colour).save(folder / name / "a.png")
+        solid("RGB", color).save(folder / name / "a.png")
     return folder
 
 
@@ -421,7 +421,7 @@ class TestFolder:
         noise = generator.integers(0, 256, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(root / "cat" / "noise.png")
         cached = load_dataset(str(root), resolution=16)
-        monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
+        monkeypatch.setattr(folder, "CACHE_BYTES", 0)
         lazy = load_dataset(str(root), resolution=16)
         assert torch.equal(cached.batch(torch.arange(3))[0], lazy.batch(torch.arange(3))[0])
         (root / "cat" / "noise.png").write_bytes(b"")
@@ -431,7 +431,7 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("file", "image", "expected"),
         [
-            ("grey.png", solid("L", 100), (100, 100, 100)),
+            ("gray.png", solid("L", 100), (100, 100, 100)),
             ("one_bit.png", solid("1", 1), (255, 255, 255)),
             ("cmyk.jpg", solid("CMYK", (255, 0, 0, 0)), (0, 255, 255)),
             ("clear.png", solid("RGBA", (0, 0, 0, 0)), (255, 255, 255)),
@@ -448,10 +448,10 @@ class TestFolder:
         (root / "zebra").mkdir()
         image.save(root / "zebra" / file)
         wanted = torch.tensor(expected).float()[:, None, None]
-        # A lossy file is a few grey levels off.
+        # A lossy file is a few gray levels off.
         assert (only_image(root) - wanted).abs().max() < 5
 
-    def test_transparent_palette_colour_is_white(self, root):
+    def test_transparent_palette_color_is_white(self, root):
         (root / "zebra").mkdir()
         image = Image.new("P", (20, 20), 1)
         image.putpalette([0, 0, 0, 9, 9, 9])
@@ -550,7 +550,7 @@ class TestFolder:
 
     def test_of_an_animation_the_first_frame_is_taken(self, root):
         (root / "zebra").mkdir()
-        frames = [solid("RGB", colour) for colour in ((10, 200, 30), (200, 10, 30))]
+        frames = [solid("RGB", color) for color in ((10, 200, 30), (200, 10, 30))]
         frames[0].save(root / "zebra" / "a.gif", save_all=True, append_images=frames[1:])
         wanted = torch.tensor([10.0, 200.0, 30.0])[:, None, None]
         assert (only_image(root) - wanted).abs().max() < 5

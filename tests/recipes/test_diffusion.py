@@ -17,7 +17,7 @@ from recipes.lab.diffusion import (
     sample,
     to_uint8,
 )
-from recipes.lab.diffusion.sampling import _Guidance
+from recipes.lab.diffusion.guidance import _Guidance
 from recipes.lab.diffusion.variance import _decoder_nll, _gaussian_kl
 
 EPSILON = Diffusion("epsilon")
@@ -403,7 +403,7 @@ class TestSamplers:
         noise = torch.stack(
             [torch.randn(SHAPE, generator=generator_for(3, index)) for index in range(8)]
         )
-        # Along the flow of a Gaussian, the standardised value stays what it was at the start.
+        # Along the flow of a Gaussian, the standardized value stays what it was at the start.
         alpha_bar = 0.0 if prediction == "flow" else ALPHA_BARS[-1]
         start_std = math.sqrt(alpha_bar * std**2 + 1 - alpha_bar)
         expected = mean + std * (noise - math.sqrt(alpha_bar) * mean) / start_std

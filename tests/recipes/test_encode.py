@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from recipes import encode as encode_module
+from recipes import encode as encode_script
 from recipes import train as train_module
 from recipes.lab.console import DATA_BUDGET, UserError
+from recipes.lab.data import encoding
 from recipes.lab.data.datasets import DataError, load_dataset
 from recipes.lab.data.latents import CachedDataset, load_vae
 from recipes.lab.files import locked, sha256
@@ -60,7 +61,7 @@ def cache(images, vae, tmp_path_factory):
 
 def encode(images, folder, vae, **options):
     options = {"resolution": 16, "shard_size": 5, "batch_size": 2} | options
-    assert encode_module.encode(images, folder, vae=vae, **options) == 0
+    assert encoding.encode(images, folder, vae=vae, **options) == 0
     return CachedDataset(folder)
 
 
@@ -159,10 +160,10 @@ def test_unreadable_images_are_counted_against_a_budget(images, vae, tmp_path, c
     (tmp_path / "images" / "train" / "ant" / "0.png").write_bytes(b"<html>")
     arguments = [str(tmp_path / "images"), str(tmp_path / "out"), "--vae", vae]
     arguments += ["--resolution", "16"]
-    assert encode_module.main(arguments) == DATA_BUDGET
+    assert encode_script.main(arguments) == DATA_BUDGET
     said = capsys.readouterr().out
     assert "ant/0.png" in said and "--skip-bad 1" in said
-    assert encode_module.main([*arguments, "--skip-bad", "1"]) == 0
+    assert encode_script.main([*arguments, "--skip-bad", "1"]) == 0
     assert len(CachedDataset(tmp_path / "out")) == 11
 
 
@@ -427,15 +428,15 @@ def test_interrupted_it_goes_on(images, vae, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    write, calls = encode_module._Shard.write, []
+    write, calls = encoding._Shard.write, []
 
     def second_fails(self, *arguments):
         calls.append(self.path)
         if len(calls) == 2:
-            monkeypatch.setattr(encode_module, "save_file", interrupt)
+            monkeypatch.setattr(encoding, "save_file", interrupt)
         write(self, *arguments)
 
-    monkeypatch.setattr(encode_module._Shard, "write", second_fails)
+    monkeypatch.setattr(encoding._Shard, "write", second_fails)
     with pytest.raises(KeyboardInterrupt):
         encode(images, out, vae)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -454,7 +455,7 @@ def test_a_full_disk_is_one_line_and_goes_on(images, vae, tmp_path, monkeypatch)
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(encode_module, "save_file", full)
+    monkeypatch.setattr(encoding, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         encode(images, tmp_path / "out", vae)
     assert not list((tmp_path / "out").glob(".tmp-*"))
@@ -465,7 +466,7 @@ def test_a_full_disk_is_one_line_and_goes_on(images, vae, tmp_path, monkeypatch)
 def test_places_that_cannot_be_written_are_refused_before_the_vae_is_loaded(
     images, vae, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(encode_module, "load_vae", lambda *arguments: pytest.fail("too late"))
+    monkeypatch.setattr(encoding, "load_vae", lambda *arguments: pytest.fail("too late"))
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         encode(images, tmp_path / "file", vae)

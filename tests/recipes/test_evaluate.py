@@ -17,27 +17,30 @@ import scipy.ndimage
 import torch
 
 from recipes import evaluate as evaluate_module
-from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
+from recipes.lab.data.datasets import entry_of
 from recipes.lab.data.shapes import render, shape_parameters
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation import evaluate as evaluation
 from recipes.lab.evaluation import features as features_module
 from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
-from recipes.lab.evaluation.cache import kept
+from recipes.lab.evaluation.archives import save_npz
+from recipes.lab.evaluation.cache import cached
+from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import (
     CustomExtractor,
     Features,
     SmallCNN,
-    real_sets,
-    smallcnn,
+    smallcnn_of,
 )
 from recipes.lab.evaluation.inception import load_inception, tf1_resize
-from recipes.lab.evaluation.reference import Reference, Seen, judge_real, prepare
-from recipes.lab.evaluation.scores import score
-from recipes.lab.evaluation.shape_judge import judge_shapes, shape_scores
-from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, save_npz, shard_folder
+from recipes.lab.evaluation.measure import prepare_real
+from recipes.lab.evaluation.real import RealImages, fresh_images
+from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
+from recipes.lab.evaluation.scores import METRICS, score
+from recipes.lab.evaluation.shape_classifier import classify_shapes, shape_scores
+from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, shard_folder
 from recipes.lab.training.checkpoint import Run
 
 PLAN = Plan(samples=40, steps=2, shard_size=16)
@@ -51,7 +54,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(cache):
     """The evaluator of digits."""
-    return smallcnn("digits", resolution=8, level="easy", cache=cache)
+    return smallcnn_of(*real_sets_of_digits(), "digits", cache=cache)
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ class TestWhatIsWritten:
     ):
         monkeypatch.setattr(evaluation, "smallcnn_of", lambda *_, **__: digits)
         file = tmp_path / "real.npz"
-        pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 300)
+        pixels, labels = fresh_images(real_sets_of_digits()[0], 300)
         save_npz(file, pixels, arr_1=labels)  # ADM's sampler puts the labels there
         arguments = [str(run.folder), "--images", str(file), "--reference", str(file)]
         assert evaluate_module.main(arguments) == 0
@@ -110,7 +113,7 @@ class TestWhatIsWritten:
 
 
 def real_sets_of_digits():
-    return real_sets("digits", resolution=8, level="easy")
+    return RealImages(data="digits", resolution=8).open()
 
 
 class TestShards:
@@ -208,8 +211,8 @@ class TestBadInput:
         assert "KID[smallcnn]" not in found
 
     def test_a_weak_evaluator_writes_no_number(self, run, digits, monkeypatch):
-        monkeypatch.setitem(features_module.ACCURACY_FLOORS, "digits", 1.01)
-        with pytest.raises(UserError, match=r"recognises only 9.*below 101% it judges nothing"):
+        monkeypatch.setattr(entry_of("digits"), "accuracy_floor", 1.01)
+        with pytest.raises(UserError, match=r"recognizes only 9.*below 101% it measures nothing"):
             evaluate(run, plan=PLAN, extractor=digits)
         assert not (run.folder / "metrics.json").exists()
 
@@ -249,7 +252,7 @@ class TestBadModels:
     def test_by_features(self, digits, how, worse):
         train, test = real_sets_of_digits()
         reference = Seen(digits(to_uint8(test.batch(torch.arange(359))[0])))
-        pixels, labels = features_module.fresh_images(train, 359)
+        pixels, labels = fresh_images(train, 359)
         good = score(digits(pixels), labels, reference, digits)[0]
         pixels, labels = spoiled(pixels, labels, how)
         bad = score(digits(pixels), labels, reference, digits)[0]
@@ -271,16 +274,16 @@ class TestBadModels:
             ("collapsed", ["parameter_coverage", "class_accuracy"]),
         ],
     )
-    def test_by_the_exact_judge(self, how, worse, level):
+    def test_by_the_exact_classifier(self, how, worse, level):
         count = 60
         truth = shape_parameters(1, "test", np.arange(count), level)
         pixels = to_uint8(torch.from_numpy(render(truth, 16)))
-        real = judge_shapes(pixels.numpy(), level)
+        real = classify_shapes(pixels.numpy(), level)
         good = shape_scores(real, truth.labels, real, level)
         assert good["class_accuracy"] == 1 and good["parameter_coverage"] == 1
         assert good["iou_of_ceiling"] == 1 and good["iou"] > 0.93
         pixels, labels = spoiled(pixels, torch.from_numpy(truth.labels), how)
-        found = shape_scores(judge_shapes(pixels.numpy(), level), labels.numpy(), real, level)
+        found = shape_scores(classify_shapes(pixels.numpy(), level), labels.numpy(), real, level)
         for name in worse:
             assert found[name] < 0.85 * good[name], (name, found[name], good[name])
 
@@ -289,15 +292,15 @@ class TestBadModels:
         other = shape_parameters(2, "test", np.arange(60), "long-range")
         upper = np.arange(32) < 16
         pixels, others = (to_uint8(torch.from_numpy(render(p, 32))) for p in (truth, other))
-        same_side = np.sign(truth.centre[:, 0, 0]) == np.sign(other.centre[:, 0, 0])
+        same_side = np.sign(truth.center[:, 0, 0]) == np.sign(other.center[:, 0, 0])
         mixed = torch.where(torch.from_numpy(upper)[None, :, None, None], pixels, others)
-        verdict = judge_shapes(mixed[torch.from_numpy(same_side)].numpy(), "long-range")
+        verdict = classify_shapes(mixed[torch.from_numpy(same_side)].numpy(), "long-range")
         wanted = (truth.labels == other.labels)[same_side]
         assert ((verdict.classes[:, 0] == verdict.classes[:, 1]) == wanted).all()
-        colours = (truth.foreground == other.foreground).all(1)[same_side]
-        assert ((verdict.palette[:, 0] == verdict.palette[:, 1]) == colours).all()
+        colors = (truth.foreground == other.foreground).all(1)[same_side]
+        assert ((verdict.palette[:, 0] == verdict.palette[:, 1]) == colors).all()
         scores = shape_scores(verdict, truth.labels[same_side], verdict, "long-range")
-        assert scores["agreement"] == (wanted & colours).mean() < scores["agreement_colour"]
+        assert scores["agreement"] == (wanted & colors).mean() < scores["agreement_colour"]
         assert scores["agreement_class"] == wanted.mean() < scores["class_accuracy"]
 
 
@@ -307,7 +310,7 @@ class TestWhatIsKept:
     def test_it_changes_no_number_and_is_not_made_again(self, digits, tmp_path, monkeypatch):
         train, test = real_sets_of_digits()
         reference = Reference.of_dataset(test, "test")
-        pixels, labels = features_module.fresh_images(train, 50)
+        pixels, labels = fresh_images(train, 50)
         seen = digits(pixels)
         plain = score(seen, labels, Seen(digits(reference.pixels)), digits)[0]
         first = score(seen, labels, Seen.of(reference, digits, tmp_path), digits)[0]
@@ -328,66 +331,67 @@ class TestWhatIsKept:
         monkeypatch.setattr(
             metrics, "kernel_within", lambda *a, **_: made.append(a) or torch.zeros(101)
         )
-        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
-        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
+        pool, spatial = METRICS["KID"].prepare, METRICS["sKID"].prepare
+        pool(Seen.of(reference, digits, tmp_path), 40)
+        pool(Seen.of(reference, digits, tmp_path), 40)
         assert len(made) == 1
-        Seen.of(reference, digits, tmp_path).kernels("pool", 41)
-        Seen.of(reference, digits, tmp_path).kernels("spatial", 40)
-        Seen.of(other, digits, tmp_path).kernels("pool", 40)
+        pool(Seen.of(reference, digits, tmp_path), 41)
+        spatial(Seen.of(reference, digits, tmp_path), 40)
+        pool(Seen.of(other, digits, tmp_path), 40)
         mine = CustomExtractor("mine", digits, digest="1")
-        Seen.of(reference, mine, tmp_path).kernels("pool", 40)
+        pool(Seen.of(reference, mine, tmp_path), 40)
         monkeypatch.setattr(reference_module, "code_digest", lambda *_: "changed")
-        Seen.of(reference, digits, tmp_path).kernels("pool", 40)
+        pool(Seen.of(reference, digits, tmp_path), 40)
         assert len(made) == 6
         # Nobody knows whether a callable without a digest is the one of yesterday.
         unknown = CustomExtractor("mine", digits)
         for _ in range(2):
-            Seen.of(reference, unknown, tmp_path).kernels("pool", 40)
+            pool(Seen.of(reference, unknown, tmp_path), 40)
         assert len(made) == 8
 
     def test_prepared_here_it_serves_there(self, digits, cache, tmp_path, monkeypatch):
         """An evaluation makes nothing that ``prepare`` has made, wherever the folder lies."""
         shutil.copytree(cache, tmp_path / "here")
-        prepare("digits", resolution=8, level="easy", samples=40, cache=tmp_path / "here")
+        prepare_real(RealImages(data="digits", resolution=8), 40, tmp_path / "here")
         shutil.move(tmp_path / "here", tmp_path / "there")
         before = sorted(tmp_path.glob("there/*"))
         monkeypatch.setattr(features_module, "_fit", None)
         monkeypatch.setattr(metrics, "kernel_within", None)
-        prepare("digits", resolution=8, level="easy", samples=40, cache=tmp_path / "there")
+        prepare_real(RealImages(data="digits", resolution=8), 40, tmp_path / "there")
         assert sorted(tmp_path.glob("there/*")) == before
 
-    def test_the_judges_verdict_on_real_shapes(self, tmp_path, monkeypatch):
+    def test_the_classifiers_verdict_on_real_shapes(self, tmp_path, monkeypatch):
         pixels = to_uint8(torch.from_numpy(render(shape_parameters(1, "test", range(20)), 16)))
-        first = judge_real(pixels, "easy", tmp_path)
-        plain = judge_shapes(pixels.numpy(), "easy")
-        monkeypatch.setattr(reference_module, "judge_shapes", None)
-        again = judge_real(pixels, "easy", tmp_path)
+        first = classified_shapes(pixels, "easy", tmp_path)
+        plain = classify_shapes(pixels.numpy(), "easy")
+        monkeypatch.setattr(reference_module, "classify_shapes", None)
+        again = classified_shapes(pixels, "easy", tmp_path)
         for name, values in vars(plain).items():
             assert np.array_equal(values, vars(first)[name])
             assert np.array_equal(values, vars(again)[name])
         with pytest.raises(TypeError):
-            judge_real(255 - pixels, "easy", tmp_path)
+            classified_shapes(255 - pixels, "easy", tmp_path)
 
     @pytest.mark.parametrize("how", ["cut", "flipped"])
     def test_a_damaged_file_is_made_anew(self, tmp_path, how, capsys):
         file = tmp_path / "a.safetensors"
-        kept(file, lambda: {"x": torch.arange(100.0)})
+        cached(file, lambda: {"x": torch.arange(100.0)})
         content = bytearray(file.read_bytes())
         if how == "cut":
             content = content[:-8]
         else:
             content[-3] ^= 1
         file.write_bytes(content)
-        found = kept(file, lambda: {"x": torch.arange(100.0)})
+        found = cached(file, lambda: {"x": torch.arange(100.0)})
         assert torch.equal(found["x"], torch.arange(100.0))
         assert f"{file} " in capsys.readouterr().err
-        assert torch.equal(kept(file, dict)["x"], torch.arange(100.0))
+        assert torch.equal(cached(file, dict)["x"], torch.arange(100.0))
 
     def test_processes_that_want_the_same_wait_for_the_first(self, tmp_path):
         code = textwrap.dedent(
             """
             import sys, time, pathlib, torch
-            from recipes.lab.evaluation.cache import kept
+            from recipes.lab.evaluation.cache import cached
 
             folder = pathlib.Path(sys.argv[1])
 
@@ -400,7 +404,7 @@ class TestWhatIsKept:
             (folder / f"ready-{sys.argv[2]}").touch()
             while len(list(folder.glob("ready-*"))) < 2:
                 time.sleep(0.01)
-            assert kept(folder / "a.safetensors", make)["x"].sum() == 3
+            assert cached(folder / "a.safetensors", make)["x"].sum() == 3
             """
         )
         command = [sys.executable, "-c", code, str(tmp_path)]
@@ -413,10 +417,10 @@ class TestWhatIsKept:
 class TestEvaluators:
     def test_it_comes_from_the_cache_the_second_time(self, digits, cache, monkeypatch):
         monkeypatch.setattr(features_module, "_fit", None)
-        again = smallcnn("digits", resolution=8, level="easy", cache=cache)
+        again = smallcnn_of(*real_sets_of_digits(), "digits", cache=cache)
         assert again.digest == digits.digest and again.accuracy == digits.accuracy > 0.97
 
-    def test_features_are_standardised_by_real_images(self, digits):
+    def test_features_are_standardized_by_real_images(self, digits):
         train, _ = real_sets_of_digits()
         pool = digits(to_uint8(train.batch(torch.arange(len(train)))[0])).pool
         torch.testing.assert_close(pool.mean(0), torch.zeros(64).double(), atol=0.1, rtol=0)
@@ -577,7 +581,7 @@ def test_one_checkpoint_is_measured_whatever_becomes_of_the_run(run, digits, mon
 
 def test_few_real_images_leave_out_what_they_cannot_give(run, digits, tmp_path):
     file = tmp_path / "five.npz"
-    pixels, _ = features_module.fresh_images(real_sets_of_digits()[0], 5)
+    pixels, _ = fresh_images(real_sets_of_digits()[0], 5)
     save_npz(file, pixels)
     result = evaluate(run, plan=PLAN, extractor=digits, reference=file)
     missing = result["not_measured"]["1"]
@@ -591,7 +595,7 @@ def test_few_real_images_leave_out_what_they_cannot_give(run, digits, tmp_path):
 
 def test_few_images_are_not_called_diverged(run, digits, tmp_path):
     file = tmp_path / "six.npz"
-    pixels, labels = features_module.fresh_images(real_sets_of_digits()[0], 6)
+    pixels, labels = fresh_images(real_sets_of_digits()[0], 6)
     save_npz(file, pixels, labels=labels)
     with pytest.raises(UserError, match="6 images, which are too few to measure"):
         evaluate(run, plan=PLAN, extractor=digits, images=file)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.evaluate import evaluate
 from recipes.lab.console import UserError
-from recipes.lab.evaluation import features
-from recipes.lab.evaluation.features import CustomExtractor, Features
-from recipes.lab.evaluation.real import real_images
+from recipes.lab.data.datasets import entry_of
+from recipes.lab.evaluation.evaluate import evaluate
+from recipes.lab.evaluation.features import CustomExtractor, Features, smallcnn_of
+from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
 from recipes.lab.evaluation.shards import Plan
-from recipes.lab.sampling import RunSampler, run_config
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 from recipes.train import Settings, train
 from tests.recipes.reliability import make_vae
@@ -77,7 +77,7 @@ def test_where_no_real_images_are_it_says_so_before_it_samples(place, see, monke
     try:
         with pytest.raises(UserError, match=r"is gone.*pass --real FOLDER"):
             evaluate(run, plan=PLAN, extractor=see)
-        source, _ = real_images(run, run_config(run), hidden)
+        source, _ = real_images(run, run.config(), hidden)
         assert len(source.open()[0]) == 48
         # Statistics are enough for who needs no training.
         monkeypatch.undo()
@@ -115,8 +115,8 @@ def test_another_vae_is_refused_and_one_without_need(place, trained, tmp_path):
 
 
 def test_a_run_on_some_classes_is_measured_with_those(tmp_path, monkeypatch):
-    """Its own real images, by the class numbers that the run has, are recognised."""
-    monkeypatch.setitem(features.TRAINING_STEPS, "folder", 60)
+    """Its own real images, by the class numbers that the run has, are recognized."""
+    monkeypatch.setattr(entry_of("folder"), "classifier_steps", 60)
     images = draw_classes(tmp_path / "images", images=30)
     settings = Settings(
         attn="sana", data=str(images), resolution=16, class_count=2, class_seed=1, steps=1,
@@ -124,10 +124,10 @@ def test_a_run_on_some_classes_is_measured_with_those(tmp_path, monkeypatch):
     )  # fmt: skip
     run = Run(tmp_path / "run")
     assert train(settings, run) == 0
-    source, _ = real_images(run, run_config(run))
+    source, _ = real_images(run, run.config())
     part, _ = source.open()
     assert list(part.class_names) == json.loads(run.config_file.read_text())["data"]["class_names"]
-    pixels, labels = features.fresh_images(part, 40)
+    pixels, labels = fresh_images(part, 40)
     file = tmp_path / "real.npz"
     np.savez(file, arr_0=pixels.numpy(), labels=labels.numpy())
     found = evaluate(run, images=file)["results"]["images"]
@@ -135,19 +135,19 @@ def test_a_run_on_some_classes_is_measured_with_those(tmp_path, monkeypatch):
 
 
 def test_an_evaluator_is_cached_by_all_that_it_was_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(features.TRAINING_STEPS, "folder", 2)
+    monkeypatch.setattr(entry_of("folder"), "classifier_steps", 2)
     images = draw_classes(tmp_path / "images", count=2, images=60)
-    options = {"resolution": 16, "level": "easy", "cache": tmp_path / "cache"}
+    real = RealImages(data=str(images), resolution=16)
 
     def files():
-        features.smallcnn(str(images), **options)
+        smallcnn_of(*real.open(), "folder", cache=tmp_path / "cache")
         return {file.name for file in (tmp_path / "cache").glob("smallcnn-*")}
 
     first = files()
     assert files() == first
     # Neither of the first 64 images nor of another size.
     other = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
-    held = features.real_sets(str(images), resolution=16, level="easy")[0]._indices[64:].tolist()
+    held = real.open()[0]._indices[64:].tolist()
     names = sorted(p for p in images.rglob("*.png"))
     other.save(names[held[-1]])
     assert len(files()) == 2

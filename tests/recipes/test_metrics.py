@@ -160,7 +160,7 @@ class TestInceptionScore:
         assert 85 < metrics.inception_score(logits[order], chunk=500)[0] < 97
 
 
-class TestNeighbours:
+class TestNeighbors:
     def test_identical_and_disjoint_sets(self):
         x = normal(200, 8, 0)
         assert metrics.precision_recall(x, x) == (1, 1)

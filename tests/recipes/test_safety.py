@@ -131,7 +131,7 @@ def test_damaged_weights_under_an_agreeing_manifest_are_refused(run, damage):
         if damage in FORMS:
             victim.write_bytes(FORMS[damage](whole))
         elif part == "optimizer" and damage in ("another type", "one less"):
-            continue  # the optimiser casts, and a parameter without a gradient has no entry
+            continue  # the optimizer casts, and a parameter without a gradient has no entry
         else:
             tensors = load_file(victim)
             name = next(n for n, tensor in sorted(tensors.items()) if tensor.ndim == 2)
@@ -144,7 +144,7 @@ def test_damaged_weights_under_an_agreeing_manifest_are_refused(run, damage):
             train(Settings(**SMALL, steps=4), run, resume=True)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
         if damage in FORMS and part == "ema":
-            with pytest.raises(UserError, match="is no safetensors file"):
+            with pytest.raises(UserError, match=r"no safetensors file|lists no model"):
                 sample_module.main([str(run.folder), "--steps", "2"])
         victim.write_bytes(whole)
         (folder / "manifest.json").write_text(honest)

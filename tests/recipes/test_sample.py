@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import attnzoo
-from recipes import evaluate as evaluate_module
 from recipes import sample as sample_module
 from recipes.lab import sampling
 from recipes.lab.console import NON_FINITE, UserError
+from recipes.lab.evaluation.evaluate import classify
+from recipes.lab.sampling import RunSampler, sample_run
 from recipes.lab.training.checkpoint import Run
-from recipes.sample import RunSampler, sample_run
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):
@@ -80,9 +80,9 @@ def test_a_run_without_a_checkpoint_is_named(trained, tmp_path):
         sample_run(run, labels=torch.tensor([0]))
 
 
-def test_the_judge_knows_real_digits_and_counts_what_it_accepts(trained):
-    result = evaluate_module.judge(trained, samples=20)
-    assert result == json.loads((trained.folder / "judge.json").read_text())
+def test_the_classifier_knows_real_digits_and_counts_what_it_accepts(trained):
+    result = classify(trained, samples=20)
+    assert result == json.loads((trained.folder / "classifier.json").read_text())
     assert result["accuracy_on_real"] > 0.95
     assert result["samples"] == 20 and result["accepted"] < 15  # thirty steps draw no digits
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from recipes.lab.evaluation import shards
+from recipes.lab.evaluation.archives import load_npz
 from recipes.lab.evaluation.shards import Plan, generate, read_shards, sample_labels, shard_folder
 from tests.recipes.test_checkpoint import Canary
 
@@ -120,5 +121,5 @@ def test_a_shard_with_objects_is_made_again_and_not_executed(run, tmp_path):
     assert torch.equal(read_shards(generate(run, plan), plan).pixels, expected.pixels)
     np.savez(tmp_path / "reference.npz", arr_0=evil)
     with pytest.raises(shards.UserError, match=r"reference\.npz cannot be read"):
-        shards.load_npz(tmp_path / "reference.npz")
+        load_npz(tmp_path / "reference.npz")
     assert not trace.exists()

@@ -18,10 +18,11 @@ import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, UserError, parse_options
-from recipes.lab.training.averaging import WeightAverage
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
-from recipes.train import Settings, Trainer, train
+from recipes.lab.training.trainer import Trainer
+from recipes.train import Settings, train
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 SCRIPT = Path(train_module.__file__)
@@ -277,10 +278,11 @@ def test_a_run_that_is_there_is_continued(tmp_path, capsys):
     assert run.config()["changes"] == [{"step": 6, "changes": ["steps: 6 -> 8"]}]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path):
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(trained, tmp_path):
     run = Run(tmp_path / "run")
     settings = Settings(attn="sana", steps=2, **SMALL)
-    run.create({"settings": dataclasses.asdict(settings)}, overwrite=False)
+    config = {"settings": dataclasses.asdict(settings), "data": trained.config()["data"]}
+    run.create(config, overwrite=False)
     run.append_log({"step": 1, "loss": 1.0})
     assert train(settings, run, resume=True) == 0
     assert [entry["step"] for entry in run.read_log()] == [1, 2]

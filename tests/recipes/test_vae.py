@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from recipes.lab.console import UserError
-from recipes.lab.data import datasets as datasets_module
+from recipes.lab.data import folder as folder_module
 from recipes.lab.data import images as images_module
 from recipes.lab.data.datasets import load_dataset
 from recipes.lab.data.latents import (
@@ -185,7 +185,7 @@ def test_built_in_sets_have_identities(data):
 
 def test_large_folders_are_identified_by_the_ends_of_their_files(images, tmp_path, monkeypatch):
     whole = load_dataset(str(images), resolution=16).identity()
-    for module in (datasets_module, images_module):
+    for module in (folder_module, images_module):
         monkeypatch.setattr(module, "WHOLE_BYTES", 0)
     ends = load_dataset(str(images), resolution=16).identity()
     assert ends["hashed"] == "ends" and ends["sha256"] != whole["sha256"]

@@ -1,1 +1,5 @@
-"""Labelled images: data sets, pictures in folders, a procedural set, latents."""
+"""The data sets, one file each: what is imported here can be named by ``--data``."""
+
+from recipes.lab.data import digits, fashion_mnist, folder, shapes
+
+__all__ = ["digits", "fashion_mnist", "folder", "shapes"]

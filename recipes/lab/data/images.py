@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipes.lab.data.errors import DataError
+from recipes.lab.data.checks import DataError, check_seed
+from recipes.lab.data.datasets import MAX_PIXELS
 from recipes.lab.data.order import permutation
-from recipes.lab.data.shapes import check_seed
 
 # A file is opened by its own reader only: PIL has dozens, some run programs. Names of the common
 # formats are often mixed up, so each of those readers takes them all.
@@ -41,7 +41,6 @@ _COMPANIONS = frozenset(
     {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml"}
     | {".html", ".htm", ".db", ".ini", ".log"}
 )
-MAX_PIXELS = 50_000_000
 # PIL warns at more pixels than that. Once and for all, because catch_warnings is not for threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Enlarging the short side of a very long image to the resolution would need unbounded memory.
@@ -360,7 +359,7 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
             upright = ImageOps.exif_transpose(image)
             if image.format == "PPM" and image.mode == "I":  # 16 bits, scaled to 65535
                 upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
-            rgb = _centre_crop(to_rgb(upright), resolution)
+            rgb = _center_crop(to_rgb(upright), resolution)
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -381,11 +380,11 @@ def _check_size(width: int, height: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image in eight bits per colour, on white where it is transparent."""
+    """Any image in eight bits per color, on white where it is transparent."""
     if image.mode.startswith("I;16"):
         # PIL would clip at 255; 65535 / 257 is exactly 255.
-        grey = np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        gray = np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage(f"mode {image.mode} has no defined white; save it with 8 or 16 bits")
     if image.has_transparency_data:
@@ -395,7 +394,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+def _center_crop(image: Image.Image, resolution: int) -> Image.Image:
     # Box-halving first, as in ADM (Dhariwal & Nichol 2021), keeps the results comparable.
     while min(image.size) >= 2 * resolution:
         image = image.reduce(2)

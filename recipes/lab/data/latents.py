@@ -25,8 +25,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, canonical_data
-from recipes.lab.data.errors import DataError
 from recipes.lab.files import read_json, sha256
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -48,11 +48,12 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     options: dict[str, Any] = {"local_files_only": is_local}
     try:
         _check_index(Path(source))
-        config = AutoencoderKL.load_config(source, **options)
+        config: Any = AutoencoderKL.load_config(source, **options)
         _check_config(place, config)
-        vae, loaded = AutoencoderKL.from_pretrained(
+        found: Any = AutoencoderKL.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
         )
+        vae, loaded = found
     except DataError:
         raise
     except Exception as error:
@@ -270,7 +271,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 class LatentDataset(ImageDataset):
-    """Labelled latents of about unit scale; ``resolution`` and ``channels`` are the latents'.
+    """Labeled latents of about unit scale; ``resolution`` and ``channels`` are the latents'.
 
     Attributes:
         facts: see ``vae_facts``.

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import numbers
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipes.lab.data.errors import DataError
-from recipes.lab.data.shapes import check_seed
-
-if TYPE_CHECKING:
-    from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.checks import DataError, check_seed, is_integer
+from recipes.lab.data.datasets import ImageDataset
 
 
 def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) -> Tensor:
@@ -62,8 +57,3 @@ def permutation(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
     # numpy promises a stable raw stream, but not a stable Generator.permutation.
     philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     return np.argsort(philox.random_raw(length), kind="stable").astype(np.int64)
-
-
-def is_integer(value: object) -> bool:
-    """Whether a value is an integer of any library; booleans are not."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -5,15 +5,15 @@ counter-based generator Philox4x32-10 in integer arithmetic, so that they are th
 machine and numpy version, and none of them depends on the resolution.
 
 Coordinates: the image covers [-1, 1] x [-1, 1], x to the right and y upwards. Every shape fits
-into a circle of radius ``scale`` about its centre. Colours are RGB in [-1, 1].
+into a circle of radius ``scale`` about its center. Colors are RGB in [-1, 1].
 
 Levels (``U(a, b)`` is the uniform law; all draws are independent):
 
 ============  ========================  ==============  =================  ====================
-level         centre, x and y each      scale           rotation           colours
+level         center, x and y each      scale           rotation           colors
 ============  ========================  ==============  =================  ====================
 easy          U(-0.075, 0.075)          U(0.55, 0.65)   0                  one of PALETTE on
-                                                                           DARK_GREY
+                                                                           DARK_GRAY
 medium        U(-0.25, 0.25)            U(0.40, 0.65)   0                  as easy
 hard          U(-0.25, 0.25)            U(0.40, 0.65)   U(0, 2 pi)         each foreground
                                                                            channel U(0.1, 1), each
@@ -25,41 +25,26 @@ long-range    corner (+-0.55, +-0.55)   U(0.34, 0.40)   0                  as ea
 
 ``long-range`` holds two objects. The first is the upper one, in the left or the right corner
 with equal odds; the second is in the corner diagonally opposite. Both have the same class, which
-is the label, and the same colour; their jitter and their scale are drawn apart from each other.
+is the label, and the same color; their jitter and their scale are drawn apart from each other.
 A generated image is therefore wrong, whatever its label, when its two objects disagree in class
-or colour. At 16 pixels an object is about six pixels wide; 32 pixels show the class clearly.
+or color. At 16 pixels an object is about six pixels wide; 32 pixels show the class clearly.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import math
-import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from recipes.lab.data.errors import DataError
-
-__all__ = [
-    "CLASS_NAMES",
-    "DARK_GREY",
-    "LEVELS",
-    "MINIMUM_RESOLUTION",
-    "PALETTE",
-    "SPLITS",
-    "DataError",
-    "ShapeParameters",
-    "check_choice",
-    "check_seed",
-    "coverage",
-    "render",
-    "shape_parameters",
-]
-
+from recipes.lab.data.checks import DataError, check_choice, check_seed, is_integer
+from recipes.lab.data.datasets import SPLITS, ImageDataset, Request, register_dataset
 
 CLASS_NAMES = (
     "disc",
@@ -73,29 +58,29 @@ CLASS_NAMES = (
     "bar",
     "dumbbell",
 )
-SPLITS = ("train", "test")
 MINIMUM_RESOLUTION = 8
+TEST_IMAGES = 1000
 
 PALETTE = np.array(
     [[0.9, -0.2, -0.4], [-0.3, 0.8, -0.1], [-0.2, 0.3, 1.0], [1.0, 0.8, -0.3]], dtype=np.float64
 )
-DARK_GREY = np.array([-0.8, -0.8, -0.8], dtype=np.float64)
+DARK_GRAY = np.array([-0.8, -0.8, -0.8], dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class _Level:
-    centre_jitter: float
+    center_jitter: float
     scale: tuple[float, float]
     corner: float = 0.0
     rotated: bool = False
-    free_colours: bool = False
+    free_colors: bool = False
 
 
 _LEVELS = {
-    "easy": _Level(centre_jitter=0.075, scale=(0.55, 0.65)),
-    "medium": _Level(centre_jitter=0.25, scale=(0.40, 0.65)),
-    "hard": _Level(centre_jitter=0.25, scale=(0.40, 0.65), rotated=True, free_colours=True),
-    "long-range": _Level(centre_jitter=0.04, scale=(0.34, 0.40), corner=0.55),
+    "easy": _Level(center_jitter=0.075, scale=(0.55, 0.65)),
+    "medium": _Level(center_jitter=0.25, scale=(0.40, 0.65)),
+    "hard": _Level(center_jitter=0.25, scale=(0.40, 0.65), rotated=True, free_colors=True),
+    "long-range": _Level(center_jitter=0.04, scale=(0.34, 0.40), corner=0.55),
 }
 LEVELS = tuple(_LEVELS)
 
@@ -106,7 +91,7 @@ class ShapeParameters:
 
     Attributes:
         labels: (n,) int64, position in ``CLASS_NAMES``; all objects of a picture share it.
-        centre: (n, k, 2) float64, x and y of each object, image units.
+        center: (n, k, 2) float64, x and y of each object, image units.
         scale: (n, k) float64, radius of the circle that encloses the object, image units.
         rotation: (n, k) float64, anticlockwise, radians.
         foreground: (n, 3) float64, RGB in [-1, 1].
@@ -114,38 +99,11 @@ class ShapeParameters:
     """
 
     labels: NDArray[np.int64]
-    centre: NDArray[np.float64]
+    center: NDArray[np.float64]
     scale: NDArray[np.float64]
     rotation: NDArray[np.float64]
     foreground: NDArray[np.float64]
     background: NDArray[np.float64]
-
-
-def check_choice(value: str, valid: Iterable[str], what: str) -> str:
-    """Return ``value`` where it is one of ``valid``.
-
-    Raises:
-        DataError: naming the value, the nearest valid one and all valid ones.
-    """
-    names = tuple(valid)
-    if value in names:
-        return value
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise DataError(f"unknown {what} {value!r}: {hint}valid are {', '.join(names)}")
-
-
-def check_seed(seed: int) -> int:
-    """Return ``seed`` as an int.
-
-    Raises:
-        DataError: if it is not an integer in [0, 2**64).
-    """
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise DataError(f"seed {seed!r} is not an integer: give one from 0 to 2**64 - 1")
-    if not 0 <= seed < 2**64:
-        raise DataError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
-    return int(seed)
 
 
 _WORD = np.uint64(0xFFFFFFFF)
@@ -155,7 +113,7 @@ _HALF = np.uint64(32)
 def _philox(
     counter: tuple[NDArray[np.uint64], ...], key: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], ...]:
-    """Philox4x32-10 (Salmon et al. 2011), vectorised; every word is 32 bits held in uint64."""
+    """Philox4x32-10 (Salmon et al. 2011), vectorized; every word is 32 bits held in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -215,27 +173,27 @@ def shape_parameters(seed: int, split: str, indices: Any, level: str = "easy") -
     uniform = (words.astype(np.float64) + 0.5) / 2.0**32
 
     labels = (words[0] * np.uint64(len(CLASS_NAMES)) >> _HALF).astype(np.int64)
-    if law.free_colours:
+    if law.free_colors:
         foreground = 0.1 + 0.9 * uniform[1:4].T
         background = -1.0 + 0.7 * uniform[4:7].T
     else:
         foreground = PALETTE[words[1] * np.uint64(len(PALETTE)) >> _HALF]
-        background = np.tile(DARK_GREY, (len(labels), 1))
+        background = np.tile(DARK_GRAY, (len(labels), 1))
 
     num_objects = 2 if law.corner else 1
     # Words 8 to 10 belong to the first object, 12 to 14 to the second.
     objects = uniform[8 : 8 + 4 * num_objects].reshape(num_objects, 4, -1).transpose(2, 0, 1)
-    centre = law.centre_jitter * (2.0 * objects[:, :, :2] - 1.0)
+    center = law.center_jitter * (2.0 * objects[:, :, :2] - 1.0)
     if law.corner:
         side = np.where(uniform[11] < 0.5, -law.corner, law.corner)
-        centre[:, 0] += np.stack([side, np.full_like(side, law.corner)], axis=-1)
-        centre[:, 1] -= np.stack([side, np.full_like(side, law.corner)], axis=-1)
+        center[:, 0] += np.stack([side, np.full_like(side, law.corner)], axis=-1)
+        center[:, 1] -= np.stack([side, np.full_like(side, law.corner)], axis=-1)
     smallest, largest = law.scale
     scale = smallest + (largest - smallest) * objects[:, :, 2]
     rotation = np.zeros_like(scale)
     if law.rotated:
         rotation[:] = 2.0 * math.pi * uniform[7][:, None]
-    return ShapeParameters(labels, centre, scale, rotation, foreground, background)
+    return ShapeParameters(labels, center, scale, rotation, foreground, background)
 
 
 Field = NDArray[np.float32]
@@ -298,7 +256,7 @@ _DISTANCES: dict[str, Callable[[Field, Field], Field]] = {
 def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
     """Share of each pixel that is covered by an object.
 
-    It is ``clamp(0.5 - distance * resolution / 2, 0, 1)`` for the signed distance at the centre
+    It is ``clamp(0.5 - distance * resolution / 2, 0, 1)`` for the signed distance at the center
     of the pixel, and the largest of the objects' values.
 
     Args:
@@ -311,11 +269,7 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
     Raises:
         DataError: for a resolution that is too small or not an integer.
     """
-    if (
-        isinstance(resolution, bool)
-        or not isinstance(resolution, numbers.Integral)
-        or resolution < MINIMUM_RESOLUTION
-    ):
+    if not is_integer(resolution) or resolution < MINIMUM_RESOLUTION:
         raise DataError(
             f"resolution {resolution!r} does not suit shapes: "
             f"give an integer of at least {MINIMUM_RESOLUTION}"
@@ -323,7 +277,7 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
     num_images, num_objects = parameters.scale.shape
     ticks = ((2 * np.arange(resolution) + 1) / resolution - 1).astype(np.float32)
     labels = np.repeat(parameters.labels, num_objects)
-    centre = parameters.centre.reshape(-1, 2).astype(np.float32)
+    center = parameters.center.reshape(-1, 2).astype(np.float32)
     scale = parameters.scale.reshape(-1, 1, 1).astype(np.float32)
     cosine = np.cos(parameters.rotation).reshape(-1, 1, 1).astype(np.float32)
     sine = np.sin(parameters.rotation).reshape(-1, 1, 1).astype(np.float32)
@@ -333,10 +287,10 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
         if not len(chosen):
             continue
         size = scale[chosen]
-        right = (ticks[None, None, :] - centre[chosen, 0, None, None]) / size
-        up = (-ticks[None, :, None] - centre[chosen, 1, None, None]) / size
-        x = right * cosine[chosen] + up * sine[chosen]
-        y = up * cosine[chosen] - right * sine[chosen]
+        right = (ticks[None, None, :] - center[chosen, 0, None, None]) / size
+        up = (-ticks[None, :, None] - center[chosen, 1, None, None]) / size
+        x: Any = right * cosine[chosen] + up * sine[chosen]
+        y: Any = up * cosine[chosen] - right * sine[chosen]
         pixels = _DISTANCES[name](x, y) * (size * np.float32(resolution / 2))
         covered[chosen] = np.clip(np.float32(0.5) - pixels, 0, 1)
     return covered.reshape(num_images, num_objects, resolution, resolution).max(axis=1)
@@ -357,5 +311,36 @@ def render(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
     """
     covered = coverage(parameters, resolution)[:, None]
     background = parameters.background.astype(np.float32)[:, :, None, None]
-    foreground = parameters.foreground.astype(np.float32)[:, :, None, None]
+    foreground: Any = parameters.foreground.astype(np.float32)[:, :, None, None]
     return background + covered * (foreground - background)
+
+
+@register_dataset("shapes")
+class Shapes(ImageDataset):
+    """Pictures of ten shapes, drawn when asked for: endless to train on, 1000 to test with."""
+
+    name = "shapes"
+    resolutions = (MINIMUM_RESOLUTION, None)
+    default_resolution = 16
+    channels = 3
+    class_names = CLASS_NAMES
+    levels = LEVELS
+    accuracy_floor = 0.95
+
+    def __init__(self, request: Request) -> None:
+        self.resolution = request.resolution_of(self, "shapes")
+        self.split, self.seed, self.level = request.split, request.seed, request.level
+        self.infinite = request.split == "train"
+
+    def __len__(self) -> int:
+        return super().__len__() if self.infinite else TEST_IMAGES
+
+    def identity(self) -> dict[str, Any]:
+        law = f"shapes 1 {self.level} {self.split} {self.resolution}"
+        return self._identity("shapes", hashlib.sha256(law.encode()).hexdigest())
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_range(indices)
+        parameters = shape_parameters(self.seed, self.split, indices, self.level)
+        images = torch.from_numpy(render(parameters, self.resolution))
+        return images, torch.from_numpy(parameters.labels)

@@ -66,6 +66,11 @@ class Diffusion:
                 f"got {self.num_train_timesteps}"
             )
 
+    @property
+    def default_sampler(self) -> str:
+        """The sampler that suits what is predicted."""
+        return "euler-flow" if self.prediction == "flow" else "dpm++"
+
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Draw one training time per sample.
 
@@ -126,10 +131,10 @@ class Diffusion:
             shown_time = timesteps.float() * self.num_train_timesteps
         else:
             process = forward_process(self.num_train_timesteps)
-            noisy = process.add_noise(images, noise, timesteps)
+            noisy = process.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
             target = noise
             if self.prediction == "v_prediction":
-                target = process.get_velocity(images, noise, timesteps)
+                target = process.get_velocity(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
             shown_time = timesteps
 
         output = model(
@@ -166,7 +171,9 @@ class Diffusion:
         """
         self.check_sampler(sampler, steps)
         if sampler == "euler-flow":
-            from diffusers import FlowMatchEulerDiscreteScheduler
+            from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+                FlowMatchEulerDiscreteScheduler,
+            )
 
             scheduler = FlowMatchEulerDiscreteScheduler(
                 num_train_timesteps=self.num_train_timesteps
@@ -181,12 +188,14 @@ class Diffusion:
             "timestep_spacing": "linspace",
         }
         if sampler == "ddpm":
-            from diffusers import DDPMScheduler
+            from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
             variance_type = "learned_range" if self.learn_sigma else "fixed_small"
             scheduler = DDPMScheduler(**options, variance_type=variance_type, clip_sample=False)
         else:
-            from diffusers import DPMSolverMultistepScheduler
+            from diffusers.schedulers.scheduling_dpmsolver_multistep import (
+                DPMSolverMultistepScheduler,
+            )
 
             scheduler = DPMSolverMultistepScheduler(
                 **options,

@@ -11,7 +11,7 @@ import torch
 def generator_for(*key: int) -> torch.Generator:
     """Return a CPU generator whose stream depends on the key alone.
 
-    The key is hashed by BLAKE2b, so neighbouring keys give unrelated streams on every platform and
+    The key is hashed by BLAKE2b, so neighboring keys give unrelated streams on every platform and
     Python version. PyTorch's CPU generator keeps 32 bits of a seed: two of 50,000 keys coincide
     with a chance of about one in four, which matters to no statistic but rules out uniqueness.
 

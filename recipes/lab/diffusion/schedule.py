@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
 def beta_options(num_train_timesteps: int) -> dict[str, Any]:
@@ -22,6 +22,6 @@ def beta_options(num_train_timesteps: int) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def forward_process(num_train_timesteps: int) -> DDPMScheduler:
     # Lazy, because diffusers takes longer to import than torch does.
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(**beta_options(num_train_timesteps))

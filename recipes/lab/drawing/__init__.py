@@ -1,1 +1,1 @@
-"""Colours, grids and the pictures that recipes/figures.py draws from."""
+"""Colors, grids and the pictures that recipes/figures.py draws from."""

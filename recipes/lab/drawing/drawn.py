@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from attnzoo.contract import Attention
-from backbones import DiT
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import EncodedDataset
@@ -20,7 +19,7 @@ from recipes.lab.diffusion import generator_for
 from recipes.lab.drawing.canvas import plain
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.evaluation.real import RealImages, real_images
-from recipes.lab.sampling import RunSampler, run_config
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 
 _NOISE_TIME = 300  # of 1000: objects are visible, the model still has work to do
@@ -44,11 +43,11 @@ class Drawn:
         imports: Sequence[str] = (),
     ) -> None:
         self.run, self.cfg, self.per_class = run, cfg, per_class
-        self.config = run_config(run)
+        self.config = run.config()
         self.draw = RunSampler(run, device="cpu", vae=vae, imports=imports)
         self.draw.check(cfg=cfg)
-        self.model: DiT = self.draw.model.eval()
-        self.attn = self.model.config.attn
+        self.model = self.draw.model.eval()
+        self.attn = self.model.config["attn"]
         self.class_names = self.config["data"]["class_names"]
         self.options = self.config["settings"].get("attn_options") or {}
         self._real = real
@@ -80,7 +79,7 @@ class Drawn:
     @property
     def layers(self) -> list[Attention]:
         """The attention of every block."""
-        return [block.attention for block in self.model.blocks]
+        return [block.attention for block in self.model.blocks]  # pyright: ignore
 
     def noisy_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Real images, the same in noise as the model sees them, and their labels.
@@ -149,5 +148,5 @@ def first_with(runs: Sequence[Drawn], needs: str, description: str) -> Drawn:
 
 
 def wrapped(text: str, width: int = 26) -> str:
-    """A title that does not run into its neighbour."""
+    """A title that does not run into its neighbor."""
     return "\n".join("\n".join(textwrap.wrap(line, width)) for line in text.split("\n"))

@@ -1,1 +1,1 @@
-"""How good generated images are: features, metrics, and a judge of the procedural set."""
+"""How good generated images are: features, metrics, and a classifier of the procedural set."""

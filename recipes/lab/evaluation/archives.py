@@ -71,7 +71,7 @@ def _array(archive: zipfile.ZipFile, member: str) -> NDArray[Any]:
         content = bytearray(size)
         view, filled = memoryview(content), 0
         while filled < size:
-            count = stream.readinto(view[filled:])
+            count = stream.readinto(view[filled:])  # pyright: ignore[reportAttributeAccessIssue]
             if not count:
                 raise EOFError(f"{member} ends early")
             filled += count
@@ -89,7 +89,7 @@ def save_npz(file: Path, pixels: Tensor, **arrays: Any) -> None:
     Raises:
         CannotWrite: The system refuses.
     """
-    others = {name: np.asarray(value) for name, value in arrays.items()}
+    others: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
     with opened_whole(file) as handle:
         np.savez_compressed(handle, arr_0=pixels.numpy(), **others)
 

@@ -1,4 +1,4 @@
-"""Tensors that are costly to make and depend on nothing but their key: made once, kept as a file.
+"""Tensors that are costly to make and depend on their key alone: made once, cached in a file.
 
 A key names data by digest, never machine, path or version of torch, so that a folder of such files
 can be carried to another machine.
@@ -28,11 +28,11 @@ def key_digest(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def kept(file: Path, make: Callable[[], Tensors]) -> Tensors:
+def cached(file: Path, make: Callable[[], Tensors]) -> Tensors:
     """The tensors of a file; the first process that asks makes them, the others wait for it.
 
     Args:
-        file: Where they are kept; a damaged file is made anew.
+        file: Where they are cached; a damaged file is made anew.
         make: What gives them.
 
     Raises:

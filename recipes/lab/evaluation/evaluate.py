@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
-from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling
+from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
 from recipes.lab.evaluation.features import (
     Extractor,
@@ -27,14 +27,19 @@ from recipes.lab.evaluation.features import (
 )
 from recipes.lab.evaluation.measure import Measure
 from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
-from recipes.lab.evaluation.reference import KID_SUBSET_SIZE, KID_SUBSETS, NEIGHBOURS, Reference
-from recipes.lab.evaluation.scores import FEWEST, label_of
+from recipes.lab.evaluation.reference import Reference
+from recipes.lab.evaluation.scores import (
+    FEWEST,
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    NEIGHBORS,
+    label_of,
+)
 from recipes.lab.evaluation.shards import Images, Plan, generate, read_shards
 from recipes.lab.files import refuse_links, require_writable, write_json
 from recipes.lab.provenance import code_digest, provenance
-from recipes.lab.sampling import RunSampler, default_sampler, read_checkpoint, run_config
+from recipes.lab.sampling import RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.distributed import make_accelerator, on_main
 
 
 def evaluate(
@@ -78,17 +83,17 @@ def evaluate(
 
     Raises:
         UserError: An argument does not fit, or the evaluator is too weak on real images and
-            there is no exact judge either.
+            there is no exact classifier either.
         CannotWrite: The system refuses to write.
     """
     plan = plan or Plan()
-    config = run_config(run)
+    config = run.config()
     names = _names_of_scales(cfgs) if images is None else {}
     accelerator = make_accelerator()
-    kept_in = cache or default_cache(run)
+    cached_in = cache or default_cache(run)
     draw = None
     if images is None:
-        _check_plan(plan, config, names.values())
+        _check_plan(plan)
         checkpoint = on_main(accelerator, lambda: read_checkpoint(run, plan.weights))
         draw = RunSampler(
             run,
@@ -99,9 +104,11 @@ def evaluate(
             checkpoint=checkpoint,
         )
         del checkpoint
+        for cfg in names.values():
+            draw.check(cfg=cfg, **plan.sampling())
     elif vae is not None or npz is not None:
         raise UserError("--images measures a file as it is: drop --vae and --npz")
-    on_main(accelerator, lambda: _check_places(run, kept_in, npz, names))
+    on_main(accelerator, lambda: _check_places(run, cached_in, npz, names))
 
     given = None if images is None else _given_images(images, len(config["data"]["class_names"]))
     source, reason = real_images(run, config, real)
@@ -123,13 +130,13 @@ def evaluate(
             has = (test.channels, test.resolution, test.resolution)
             shape = shape or has
             _check_size(has, shape, repr(source.data))
-        see = _extractor(extractor, weights_file, source, train, test, kept_in, progress)
+        see = _extractor(extractor, weights_file, source, train, test, cached_in, progress)
     if given is not None:
         _check_size(_shape_of(given.pixels), shape, str(images))
     if compared is not None and compared.pixels is not None:
         _check_size(_shape_of(compared.pixels), shape, str(reference))
 
-    # The exact judge knows the shapes, whoever else looks.
+    # The exact classifier knows the shapes, whoever else looks.
     level = source.level if source is not None and source.kind == "shapes" else None
     warnings: list[str] = []
     if isinstance(see, SmallCNN) and source is not None:
@@ -138,15 +145,17 @@ def evaluate(
         except UserError as error:
             if level is None:
                 raise
-            warnings.append(f"{error}; only the exact judge's numbers are given")
+            warnings.append(f"{error}; only the exact classifier's numbers are given")
             see = None
     ours = None if test is None else Reference.of_dataset(test, "test")
     compared = compared or ours
     assert compared is not None and shape is not None
     if see is not None and compared.pool is not None:
         _check_width(see, compared, shape)
-    judged = None if level is None or ours is None else (ours.pixels, level)
-    measure = Measure(see, compared, config["data"]["class_names"], kept_in, judged)
+    shapes = None
+    if level is not None and ours is not None and ours.pixels is not None:
+        shapes = ours.pixels, level
+    measure = Measure(see, compared, config["data"]["class_names"], cached_in, shapes)
 
     # All processes take part in generating and in looking; the first one puts it together.
     results: dict[str, dict[str, Any]] = {}
@@ -202,7 +211,7 @@ def evaluate(
         "device": str(accelerator.device.type),
         **provenance(),
     }
-    write_json(run.folder / "metrics.json", result)
+    write_json(run.metrics_file, result)
     return result
 
 
@@ -214,35 +223,23 @@ def _names_of_scales(cfgs: Sequence[float]) -> dict[str, float]:
     return {f"{cfg:g}" if float(f"{cfg:g}") == cfg else repr(float(cfg)): cfg for cfg in cfgs}
 
 
-def _check_plan(plan: Plan, config: Mapping[str, Any], cfgs: Sequence[float] | Any) -> None:
+def _check_plan(plan: Plan) -> None:
     if plan.samples < FEWEST:
         raise UserError(f"{plan.samples} images are too few to measure; take at least {FEWEST}")
     if plan.shard_size < 1:
         raise UserError(f"a shard must hold at least 1 image, got {plan.shard_size}")
     if not 0 <= plan.seed < 2**63:
         raise UserError(f"the seed must lie in 0 to 2**63 - 1, got {plan.seed}")
-    data = config["data"]
-    diffusion = DIFFUSION_PRESETS[config["settings"]["preset"]]
-    for cfg in cfgs:
-        check_sampling(
-            diffusion,
-            num_classes=len(data["class_names"]),
-            channels=data["channels"],
-            cfg=cfg,
-            cfg_channels=plan.cfg_channels,
-            sampler=plan.sampler or default_sampler(diffusion.prediction),
-            steps=plan.steps,
-            batch_size=plan.batch_size,
-        )
 
 
 def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
     require_writable(cache / "evaluator.safetensors")
-    require_writable(run.folder / "metrics.json")
+    require_writable(run.metrics_file)
     if names:
-        require_writable(refuse_links(run.folder, run.folder / "evaluation" / "trial"))
-    for name in names if npz is not None else ():
-        require_writable(npz / f"cfg-{name}.npz")
+        require_writable(refuse_links(run.folder, run.evaluation / "trial"))
+    if npz is not None:
+        for name in names:
+            require_writable(npz / f"cfg-{name}.npz")
 
 
 def _given_images(file: Path, num_classes: int) -> Images:
@@ -383,15 +380,15 @@ def _describe_extractor(
         "name": extractor.name,
         "sha256": extractor.digest,
         "kid": f"{KID_SUBSETS} subsets of up to {KID_SUBSET_SIZE}, cubic kernel, seed 0",
-        "neighbours": f"precision and recall k={NEIGHBOURS['precision']}, "
-        f"density and coverage k={NEIGHBOURS['coverage']}",
+        "neighbors": f"precision and recall k={NEIGHBORS['precision']}, "
+        f"density and coverage k={NEIGHBORS['coverage']}",
         "code_sha256": code_digest(),
     }
     if isinstance(extractor, SmallCNN) and source is not None:
         found |= {
             "accuracy_on_real": extractor.accuracy,
             "accuracy_floor": accuracy_floor(source.kind),
-            "features": "standardised by real training images",
+            "features": "standardized by real training images",
         }
     return found
 
@@ -412,7 +409,7 @@ def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) 
     return {
         "samples": plan.samples,
         "steps": plan.steps,
-        "sampler": plan.sampler or draw.default_sampler,
+        "sampler": plan.sampler or draw.diffusion.default_sampler,
         "guided_channels": plan.cfg_channels or "all",
         "seed": plan.seed,
         "labels": f"{plan.labels}, shuffled",
@@ -423,17 +420,17 @@ def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) 
     }
 
 
-def judge(run: Run, *, samples: int = 100) -> dict[str, Any]:
+def classify(run: Run, *, samples: int = 100) -> dict[str, Any]:
     """How many of a run's images, without guidance, a classifier takes for their class.
 
     Returns:
-        "accepted" of "samples", and "accuracy_on_real" of the classifier; also in judge.json.
+        "accepted" of "samples", and "accuracy_on_real" of the classifier; also in classifier.json.
     """
     return verdict(run, evaluate(run, plan=Plan(samples=samples)))
 
 
 def verdict(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The classifier's part of an evaluation's first scale, which is written to judge.json."""
+    """What the classifier found at an evaluation's first scale; also in classifier.json."""
     found = next(iter(result["results"].values()))
     accuracy = found.get("class_accuracy[smallcnn]")
     accepted = {
@@ -441,7 +438,7 @@ def verdict(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
         "samples": found["count"],
         "accuracy_on_real": (result["evaluator"] or {}).get("accuracy_on_real"),
     }
-    write_json(run.folder / "judge.json", accepted)
+    write_json(run.classifier_file, accepted)
     return accepted
 
 

@@ -11,31 +11,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from recipes.lab.console import UserError, printable
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.data.order import batch_indices
 from recipes.lab.diffusion import to_uint8
-from recipes.lab.evaluation.cache import kept, key_digest
-from recipes.lab.evaluation.real import RealImages, fresh_images
-
-__all__ = ["Extractor", "Features", "SmallCNN", "fresh_images", "real_sets", "smallcnn"]
+from recipes.lab.evaluation.cache import cached, key_digest
 
 ARCHITECTURE = "smallcnn-1"  # part of the cache's key: change it with anything below
 POOL_DIM = 64
 SPATIAL_CHANNELS = 7  # as many as sFID takes of Inception
 SPATIAL_SIDE = 3
-TRAINING_STEPS = {"digits": 200}
-OTHER_STEPS = 1000
 BATCH_SIZE = 128
 STATISTICS_IMAGES = 2048
-# Least accuracy on real images that it has not seen; below it no number is written.
-ACCURACY_FLOORS = {"digits": 0.95, "shapes": 0.95, "fashion-mnist": 0.85}
-OTHER_FLOOR = 0.8
 
 
 class Features(NamedTuple):
@@ -65,7 +57,7 @@ class Extractor(Protocol):
     """What the evaluation asks of an extractor.
 
     Attributes:
-        name: What the numbers are labelled with.
+        name: What the numbers are labeled with.
         digest: SHA-256 of whatever decides its output.
         knows_classes: Whether its classes are those of the data.
     """
@@ -83,7 +75,7 @@ class CustomExtractor:
     """Any callable as an extractor.
 
     Args:
-        name: What the numbers are labelled with.
+        name: What the numbers are labeled with.
         function: (n, h, w, c) uint8 -> ``Features``.
         digest: Tells one version of the function from another.
         knows_classes: Whether its logits are of the data's classes.
@@ -113,6 +105,10 @@ class SmallCNN(nn.Module):
 
     name = "smallcnn"
     knows_classes = True
+    pool_mean: Tensor
+    pool_std: Tensor
+    spatial_mean: Tensor
+    spatial_std: Tensor
 
     def __init__(self, channels: int, classes: int, resolution: int) -> None:
         super().__init__()
@@ -148,7 +144,7 @@ class SmallCNN(nn.Module):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:  # type: ignore[override]
-        """(n, h, w, c) uint8 -> features standardised by the real images' statistics."""
+        """(n, h, w, c) uint8 -> features standardized by the real images' statistics."""
         device, parts = self.head.weight.device, []
         for batch in images.split(256):
             # TensorFloat-32 would let features depend on the device that looks.
@@ -164,34 +160,6 @@ def _scaled(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def smallcnn(
-    data: str,
-    *,
-    resolution: int | None,
-    level: str,
-    cache: Path,
-    steps: int | None = None,
-    progress: bool = False,
-    **choice: Any,
-) -> SmallCNN:
-    """The extractor of a data set: loaded from the cache, or trained and put there.
-
-    Args:
-        data: As for ``load_dataset``.
-        resolution: In pixels.
-        level: Of shapes.
-        cache: Folder of trained extractors.
-        steps: Optimiser steps of its training; None takes what suits the data.
-        progress: Whether to say what takes the time.
-        choice: Further fields of ``RealImages``: which classes, say.
-
-    Returns:
-        In eval mode. Its accuracy may lie below ``accuracy_floor``: ask before using it.
-    """
-    real = RealImages(data=data, resolution=resolution, level=level, **choice)
-    return smallcnn_of(*real.open(), real.kind, cache=cache, steps=steps, progress=progress)
-
-
 def smallcnn_of(
     train: ImageDataset,
     test: ImageDataset,
@@ -201,20 +169,23 @@ def smallcnn_of(
     steps: int | None = None,
     progress: bool = False,
 ) -> SmallCNN:
-    """The same for images that are open already.
+    """The extractor of a data set: loaded from the cache, or trained and put there.
 
     Args:
         train: What it is trained on.
         test: What its accuracy is measured on.
         kind: See ``RealImages``.
         cache: Folder of trained extractors.
-        steps: Optimiser steps of its training; None takes what suits the data.
+        steps: Optimizer steps of its training; None takes what suits the data.
         progress: Whether to say what takes the time.
+
+    Returns:
+        In eval mode. Its accuracy may lie below ``accuracy_floor``: ask before using it.
 
     Raises:
         CannotWrite: It has to be trained, and cannot be put into the cache.
     """
-    steps = steps or TRAINING_STEPS.get(kind, OTHER_STEPS)
+    steps = steps or entry_of(kind).classifier_steps
     key = {
         "architecture": ARCHITECTURE,
         "images": train.identity()["sha256"],
@@ -239,7 +210,7 @@ def smallcnn_of(
     # A folder's name may be anything, and is no part of what it holds.
     file = cache / f"{ARCHITECTURE}-{kind}-{train.resolution}-{key_digest(**key)}.safetensors"
     model = SmallCNN(train.channels, train.num_classes, train.resolution)
-    model.load_state_dict(kept(file, make))
+    model.load_state_dict(cached(file, make))
     model = model.to(device).eval()
     model.digest = hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -249,7 +220,7 @@ def smallcnn_of(
 
     shown = min(len(test), 2000)
     tried = key_digest(evaluator=model.digest, images=image_digest(test, shown))
-    model.accuracy = kept(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
+    model.accuracy = cached(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
     return model
 
 
@@ -279,32 +250,18 @@ def _fit(model: SmallCNN, train: ImageDataset, steps: int) -> None:
 
 
 def accuracy_floor(kind: str) -> float:
-    """Least accuracy on real images with which the small network may judge generated ones."""
-    return ACCURACY_FLOORS.get(kind, OTHER_FLOOR)
+    """Least accuracy on real images with which the small network may classify generated ones."""
+    return entry_of(kind).accuracy_floor
 
 
 def require_accuracy(extractor: SmallCNN, kind: str) -> None:
-    """Raises UserError where the network is too weak on real images to judge generated ones."""
+    """Raises UserError where the network is too weak on real images to classify generated ones."""
     floor = accuracy_floor(kind)
     if extractor.accuracy < floor:
         raise UserError(
-            f"the evaluator recognises only {extractor.accuracy:.1%} of real {kind} images, and "
-            f"below {floor:.0%} it judges nothing; choose a higher resolution or another evaluator"
+            f"the evaluator recognizes only {extractor.accuracy:.1%} of real {kind} images, and "
+            f"below {floor:.0%} it measures nothing; choose a higher resolution or another one"
         )
-
-
-def real_sets(
-    data: str, *, resolution: int | None, level: str, **choice: Any
-) -> tuple[ImageDataset, ImageDataset]:
-    """Real images to train an evaluator on, and others to compare with; see ``RealImages``.
-
-    Args:
-        data: As for ``load_dataset``.
-        resolution: In pixels.
-        level: Of shapes.
-        choice: Further fields of ``RealImages``.
-    """
-    return RealImages(data=data, resolution=resolution, level=level, **choice).open()
 
 
 def image_digest(dataset: ImageDataset, count: int) -> str:

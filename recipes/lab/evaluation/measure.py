@@ -1,7 +1,8 @@
-"""All numbers of a set of images: by an extractor, by the exact judge of shapes, or by both."""
+"""All numbers of a set of images: by an extractor, the classifier of shapes, or both."""
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from recipes.lab.console import UserError
-from recipes.lab.evaluation.features import Extractor, Features
-from recipes.lab.evaluation.reference import Reference, Seen, judge_real
-from recipes.lab.evaluation.scores import FEWEST, score, warnings_of
-from recipes.lab.evaluation.shape_judge import Verdict, judge_shapes, shape_scores
+from recipes.lab.evaluation.features import Extractor, Features, smallcnn_of
+from recipes.lab.evaluation.metrics import NotMeasured
+from recipes.lab.evaluation.real import RealImages, fresh_images
+from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
+from recipes.lab.evaluation.scores import FEWEST, METRICS, score, warnings_of
+from recipes.lab.evaluation.shape_classifier import Verdict, classify_shapes, shape_scores
 from recipes.lab.evaluation.shards import Images
 
 
@@ -24,7 +27,7 @@ class Measure:
         reference: What their features are compared with.
         class_names: Of the data.
         cache: Folder for what the real images are to one another.
-        judged: Real shapes and their level, where the exact judge is to look too.
+        shapes: Real shapes and their level, where the exact classifier is to look too.
     """
 
     def __init__(
@@ -33,10 +36,10 @@ class Measure:
         reference: Reference,
         class_names: list[str],
         cache: Path,
-        judged: tuple[Tensor, str] | None = None,
+        shapes: tuple[Tensor, str] | None = None,
     ) -> None:
         self.extractor, self.reference, self.class_names = extractor, reference, class_names
-        self.cache, self.judged = cache, judged
+        self.cache, self.shapes = cache, shapes
         self.moments = None
         if reference.pool is not None and reference.spatial is not None:
             self.moments = (reference.pool, reference.spatial)
@@ -51,7 +54,7 @@ class Measure:
 
     @cached_property
     def _real_shapes(self) -> Verdict | None:
-        return None if self.judged is None else judge_real(*self.judged, self.cache)
+        return None if self.shapes is None else classified_shapes(*self.shapes, self.cache)
 
     def __call__(
         self, images: Images, features: Features | None, are_real: bool = False
@@ -96,13 +99,37 @@ class Measure:
             numbers, reasons = score(kept, labels, self._seen, self.extractor, self.moments)
             found |= numbers
             warnings += warnings_of(kept, self.count, labels, self.class_names)
-        if self.judged is not None and self._real_shapes is not None:
-            level = self.judged[1]
+        if self.shapes is not None and self._real_shapes is not None:
+            level = self.shapes[1]
             verdict = (
-                judge_real(pixels, level, self.cache)
+                classified_shapes(pixels, level, self.cache)
                 if are_real
-                else judge_shapes(pixels.numpy(), level)
+                else classify_shapes(pixels.numpy(), level)
             )
             scores = shape_scores(verdict, labels.numpy(), self._real_shapes, level)
+            # The label of earlier versions, which saved tables hold.
             found |= {f"{name}[judge]": value for name, value in scores.items()}
         return found, warnings, reasons
+
+
+def prepare_real(real: RealImages, samples: int, cache: Path) -> None:
+    """Makes all that evaluations of this data share: classifier and terms of the real images.
+
+    Args:
+        real: Which images.
+        samples: Images per evaluation.
+        cache: Folder of trained classifiers.
+    """
+    train, test = real.open()
+    extractor = smallcnn_of(train, test, real.kind, cache=cache, progress=True)
+    reference = Reference.of_dataset(test, "test")
+    fresh, _ = fresh_images(train, samples)
+    seen = Seen.of(reference, extractor, cache)
+    for metric in METRICS.values():
+        for count in {samples, len(fresh)}:
+            with contextlib.suppress(NotMeasured):  # the evaluation says so
+                if metric.prepare is not None:
+                    metric.prepare(seen, count)
+    if real.kind == "shapes" and reference.pixels is not None:
+        for pixels in (reference.pixels, fresh):
+            classified_shapes(pixels, real.level, cache)

@@ -50,8 +50,8 @@ class Moments:
         """Moments of (n, d) features."""
         x = _checked(features)
         mean = x.mean(0)
-        centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+        centerd = x - mean
+        return cls(len(x), mean, centerd.T @ centerd)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together (Chan et al. 1979); no digits are lost to large means."""
@@ -72,7 +72,7 @@ class Moments:
         The order fixes the rounding: whichever process computed a block, the result is the same
         to the last digit.
         """
-        return reduce(cls.merge, map(cls.of, blocks))
+        return reduce(Moments.merge, map(Moments.of, blocks))
 
     @property
     def covariance(self) -> Tensor:
@@ -121,7 +121,7 @@ class Moments:
 def _eigenvalues(matrix: Tensor) -> Tensor:
     try:
         return torch.linalg.eigvalsh(matrix)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NotMeasured("the covariance has no eigenvalues that can be computed") from error
 
 
@@ -309,12 +309,12 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Share of samples in the reference's manifold, and of the reference in the samples'.
 
-    A manifold is the union of balls that reach to the k-th nearest neighbour of its own set.
+    A manifold is the union of balls that reach to the k-th nearest neighbor of its own set.
 
     Args:
         features: (n, d).
         reference: (m, d).
-        k: Of the neighbours.
+        k: Of the neighbors.
         reference_radii: ``radii(reference, k)``, if it is known.
 
     Returns:
@@ -341,7 +341,7 @@ def density_coverage(
     Args:
         features: (n, d).
         reference: (m, d).
-        k: Of the neighbours.
+        k: Of the neighbors.
         reference_radii: ``radii(reference, k)``, if it is known.
 
     Returns:
@@ -372,12 +372,10 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def radii(features: Tensor, k: int) -> Tensor:
-    """Distance (n,) of each of (n, d) features to its k-th nearest neighbour among the others."""
+    """Distance (n,) of each of (n, d) features to its k-th nearest neighbor among the others."""
     x = _checked(features)
     if len(x) <= k:
-        raise NotMeasured(
-            f"the {k}-th nearest neighbour needs more than {k} samples, got {len(x)}"
-        )
+        raise NotMeasured(f"the {k}-th nearest neighbor needs more than {k} samples, got {len(x)}")
     return torch.cat(
         [distance.kthvalue(k + 1, dim=1).values for _, distance in _distances(x, x)]
     )  # the nearest of all is the point itself

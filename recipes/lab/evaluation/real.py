@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from recipes.lab.console import UserError
-from recipes.lab.data.datasets import DATASETS, ImageDataset, load_dataset
-from recipes.lab.data.errors import DataError
+from recipes.lab.data.checks import DataError
+from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of, load_dataset
 from recipes.lab.data.images import find_images, training_folder
 from recipes.lab.data.latents import CachedDataset, encoded_identity, is_latent_folder
 from recipes.lab.diffusion import to_uint8
@@ -59,9 +59,8 @@ class RealImages:
 
     @property
     def kind(self) -> str:
-        """ "digits", "shapes", "fashion-mnist" or "folder"."""
-        name = "fashion-mnist" if self.data.startswith("fashion-mnist:") else self.data
-        return name if name in DATASETS else "folder"
+        """Of the data set; see ``kind_of``."""
+        return kind_of(self.data)
 
     def open(self) -> tuple[ImageDataset, ImageDataset]:
         """Real images to train an evaluator on, and others to compare with.
@@ -92,7 +91,7 @@ class RealImages:
                 f"the images of {self.data!r} have changed since the run was trained on them: "
                 f"restore them, or pass --real FOLDER to measure with what is there now"
             )
-        if self.kind != "folder":
+        if "test" in entry_of(self.kind).splits:
             return train, load_dataset(self.data, **options, split="test")
         if len(train) < 2:
             raise UserError(
@@ -135,7 +134,7 @@ def real_images(
 
     Args:
         run: A trained run.
-        config: See ``recipes.lab.sampling.run_config``.
+        config: See ``recipes.lab.training.checkpoint.Run.config``.
         real: Folder to take instead of what the run remembers.
 
     Returns:

@@ -1,13 +1,13 @@
 """What generated images are compared with, and what of it is worth keeping between evaluations.
 
 The terms of KID, precision and coverage that see the real images alone take most of an
-evaluation's time at thousands of them, and so does the exact judge at high resolution. They depend
-on the images, the evaluator and the number of samples, so they are kept beside the evaluators.
+evaluation's time at thousands of them, and so does the exact classifier at high resolution. They
+depend on the images, the evaluator and the number of samples, so they are cached beside the
+evaluators.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -22,18 +22,14 @@ from torch import Tensor
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.diffusion import to_uint8
-from recipes.lab.evaluation import metrics
 from recipes.lab.evaluation.archives import load_npz, read_npz
-from recipes.lab.evaluation.cache import kept, key_digest
-from recipes.lab.evaluation.features import Extractor, Features, smallcnn_of
+from recipes.lab.evaluation.cache import cached, key_digest
+from recipes.lab.evaluation.features import Extractor, Features
 from recipes.lab.evaluation.metrics import Moments, NotMeasured
-from recipes.lab.evaluation.real import RealImages, fresh_images
-from recipes.lab.evaluation.shape_judge import Verdict, judge_shapes
+from recipes.lab.evaluation.shape_classifier import Verdict, classify_shapes
 from recipes.lab.files import sha256
 from recipes.lab.provenance import code_digest
 
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-NEIGHBOURS = {"precision": 3, "coverage": 5}
 _STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # as ADM's reference batches call them
 UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
 
@@ -128,86 +124,35 @@ class Seen:
             )
         return cls(extractor(reference.pixels), cache, digest)
 
-    def radii(self, metric: str) -> Tensor:
-        """Distance (m,) of each image to the neighbour that a metric asks for."""
-        k = NEIGHBOURS[metric]
-        return self._kept(f"neighbours-{k}", lambda: metrics.radii(self.features.pool, k))
+    def cached(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives of these images alone, from the cache if it is there.
 
-    def kernels(self, kind: str, count: int) -> Tensor:
-        """The reference's own term of KID ("pool") or sKID ("spatial") with ``count`` images."""
-        return self._kept(
-            f"kernels-{kind}-{count}",
-            lambda: metrics.kernel_within(
-                getattr(self.features, kind),
-                count,
-                subsets=KID_SUBSETS,
-                subset_size=KID_SUBSET_SIZE,
-            ),
-        )
-
-    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        Args:
+            name: Tells it, and what it was made with, from anything else.
+            make: What gives it.
+        """
         if self._cache is None:
             return make()
-        settings = f"{KID_SUBSETS} {KID_SUBSET_SIZE} {NEIGHBOURS}"
-        key = key_digest(
-            seen=self._digest, code=code_digest("evaluation/metrics"), settings=settings
-        )
+        key = key_digest(seen=self._digest, code=code_digest("evaluation/metrics"), name=name)
         file = self._cache / f"{name}-{key}.safetensors"
-        return kept(file, lambda: {"value": make()})["value"]
+        return cached(file, lambda: {"value": make()})["value"]
 
 
-def judge_real(pixels: Tensor, level: str, cache: Path) -> Verdict:
-    """The exact judge's verdict on real images, which is kept."""
+def classified_shapes(pixels: Tensor, level: str, cache: Path) -> Verdict:
+    """The exact classifier's verdict on real images, cached."""
     key = key_digest(
         images=_pixel_digest(pixels),
         level=level,
-        code=code_digest("evaluation/shape_judge", "data/shapes"),
+        code=code_digest("evaluation/shape_classifier", "data/shapes"),
     )
-    found = kept(
-        cache / f"judged-{key}.safetensors",
+    found = cached(
+        cache / f"classified-{key}.safetensors",
         lambda: {
             name: torch.from_numpy(z)
-            for name, z in vars(judge_shapes(pixels.numpy(), level)).items()
+            for name, z in vars(classify_shapes(pixels.numpy(), level)).items()
         },
     )
     return Verdict(**{name: z.numpy() for name, z in found.items()})
-
-
-def prepare(
-    data: str, *, resolution: int | None, level: str, samples: int, cache: Path, **choice: Any
-) -> None:
-    """Makes all that evaluations of this data share: evaluator and terms of the real images.
-
-    Args:
-        data: As for ``load_dataset``.
-        resolution: In pixels.
-        level: Of shapes.
-        samples: Images per evaluation.
-        cache: Folder of trained evaluators.
-        choice: Further fields of ``RealImages``: which classes, say.
-    """
-    prepare_real(
-        RealImages(data=data, resolution=resolution, level=level, **choice), samples, cache
-    )
-
-
-def prepare_real(real: RealImages, samples: int, cache: Path) -> None:
-    """The same for images that ``recipes.lab.evaluation.real`` has named."""
-    train, test = real.open()
-    extractor = smallcnn_of(train, test, real.kind, cache=cache, progress=True)
-    reference = Reference.of_dataset(test, "test")
-    fresh, _ = fresh_images(train, samples)
-    seen = Seen.of(reference, extractor, cache)
-    for metric in NEIGHBOURS:
-        with contextlib.suppress(NotMeasured):  # the evaluation says so
-            seen.radii(metric)
-    for kind in ("pool", "spatial"):
-        for count in {samples, len(fresh)}:
-            with contextlib.suppress(NotMeasured):
-                seen.kernels(kind, count)
-    if real.kind == "shapes" and reference.pixels is not None:
-        for pixels in (reference.pixels, fresh):
-            judge_real(pixels, real.level, cache)
 
 
 def _pixel_digest(pixels: Tensor) -> str:

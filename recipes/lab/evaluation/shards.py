@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +19,10 @@ from torch import Tensor
 
 from recipes.lab.console import UserError, progress_bar
 from recipes.lab.diffusion import to_uint8
-from recipes.lab.evaluation.archives import load_npz, read_npz, save_npz
+from recipes.lab.evaluation.archives import read_npz, save_npz
 from recipes.lab.files import refuse_links
 from recipes.lab.sampling import Checkpoint, RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
-
-__all__ = [
-    "Images",
-    "Plan",
-    "checkpoint_digest",
-    "generate",
-    "load_npz",
-    "read_shards",
-    "sample_labels",
-    "save_npz",
-    "shard_folder",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +52,11 @@ class Plan:
     labels: str = "balanced"
     shard_size: int = 250
     batch_size: int = 64
+
+    def sampling(self) -> dict[str, Any]:
+        """The part that ``recipes.lab.diffusion.sample`` takes for every scale and seed."""
+        names = ("cfg_channels", "steps", "sampler", "batch_size")
+        return {name: getattr(self, name) for name in names}
 
     def shards(self) -> list[range]:
         """The indices of each shard's images; no images are one empty shard."""
@@ -106,23 +99,11 @@ def shard_folder(run: Run, plan: Plan, checkpoint: Checkpoint | None = None) -> 
         UserError: The run has no whole checkpoint, or the way there leads through a link.
     """
     if checkpoint is None:
-        step, digest = checkpoint_digest(run, plan.weights)
-    else:
-        step, digest = checkpoint.step, checkpoint.digest
-    key = {**dataclasses.asdict(plan), "checkpoint": digest}
+        checkpoint = read_checkpoint(run, plan.weights)
+    key = {**dataclasses.asdict(plan), "checkpoint": checkpoint.digest}
     tail = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
-    folder = run.folder / "evaluation" / f"step-{step:08d}-cfg-{plan.cfg:g}-{tail}"
+    folder = run.evaluation / f"step-{checkpoint.step:08d}-cfg-{plan.cfg:g}-{tail}"
     return refuse_links(run.folder, folder)
-
-
-def checkpoint_digest(run: Run, weights: str) -> tuple[int, str]:
-    """(step, SHA-256 of the weights) of a run's newest whole checkpoint.
-
-    Raises:
-        UserError: There is none.
-    """
-    found = read_checkpoint(run, weights)
-    return found.step, found.digest
 
 
 def generate(
@@ -166,16 +147,7 @@ def generate(
     labels = sample_labels(plan, len(draw.data["class_names"]))
     for number, shard in progress_bar(missing, desc=f"cfg {plan.cfg:g}", shown=progress):
         indices = torch.arange(shard.start, shard.stop)
-        images = draw(
-            labels[indices],
-            indices,
-            cfg=plan.cfg,
-            cfg_channels=plan.cfg_channels,
-            steps=plan.steps,
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            sampler=plan.sampler,
-        )
+        images = draw(labels[indices], indices, cfg=plan.cfg, seed=plan.seed, **plan.sampling())
         finite = images.isfinite().flatten(1).all(1)
         pixels = to_uint8(torch.where(finite[:, None, None, None], images, -1.0))
         save_npz(_shard_file(folder, number), pixels, labels=labels[indices], finite=finite)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from backbones import DiT, build_backbone
+from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, load_dataset
-from recipes.lab.data.errors import DataError
 from recipes.lab.data.latents import (
     DEFAULT_RESOLUTION,
     CachedDataset,

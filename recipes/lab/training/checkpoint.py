@@ -6,6 +6,9 @@ log.held.jsonl                       lines that log.jsonl had no room for when t
 status.json                          where it stands, see recipes/lab/training/status.py
 .lock                                held while a process trains
 samples/step-00000100.png            sample grids on the way
+evaluation/step-00000100-cfg-1-.../  generated images, see recipes/lab/evaluation/shards.py
+metrics.json                         what these score, see recipes/lab/evaluation/evaluate.py
+classifier.json                      how many of them a classifier accepts
 checkpoints/step-00000100/           appears by one rename
     model/  ema/                     diffusers folders with safetensors
     optimizer.safetensors
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from recipes.lab import files
 from recipes.lab.console import UserError
+from recipes.lab.diffusion import DIFFUSION_PRESETS
 from recipes.lab.files import CannotWrite, read_json, refuse_links, sha256
 
 KEPT_CHECKPOINTS = 2
@@ -40,7 +44,7 @@ TRACKER_FOLDERS = ("attnzoo", "wandb", "trackio")
 # What a run holds besides its configuration: of training, of evaluation, of trackers.
 _MADE = (
     *("checkpoints", "samples", "log.jsonl", "log.held.jsonl", "status.json"),
-    *("evaluation", "metrics.json", "judge.json", *TRACKER_FOLDERS),
+    *("evaluation", "metrics.json", "classifier.json", "judge.json", *TRACKER_FOLDERS),
 )
 
 
@@ -60,6 +64,9 @@ class Run:
         self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
+        self.evaluation = self.folder / "evaluation"
+        self.metrics_file = self.folder / "metrics.json"
+        self.classifier_file = self.folder / "classifier.json"
         self._unwritten: list[bytes] = []
 
     @classmethod
@@ -173,7 +180,7 @@ class Run:
             raise self._cannot_write(error) from error
 
     def config(self) -> dict[str, Any]:
-        """The configuration the run was started with.
+        """The configuration the run was started with; what versions before lacked is filled in.
 
         Raises:
             UserError: It is missing, damaged, or of something else than a run; it is named.
@@ -181,25 +188,12 @@ class Run:
         config = self._raw_config()
         if not _is_configuration(config):
             raise UserError(
-                f"{str(self.config_file)!r} is not the configuration of a run: it has no settings "
-                f"with an attn"
+                f"{str(self.config_file)!r} is damaged, or not the configuration of a run: it has "
+                f"no settings with an attn"
             )
-        data = config.get("data", {})
-        fits = (
-            isinstance(data, dict)
-            and all(_is_whole(data.get(name, 1), 1) for name in ("resolution", "channels"))
-            and isinstance(names := data.get("class_names", ["a"]), list)
-            and names
-            and all(isinstance(name, str) for name in names)
-            and isinstance(data.get("latent"), dict | None)
-            and all(isinstance(config.get(n, {}), dict) for n in ("imports", "environment"))
-            and isinstance(config.get("changes", []), list)
-        )
-        if not fits:
-            raise UserError(
-                f"the configuration {str(self.config_file)!r} is damaged: its data, imports, "
-                f"environment or changes are not what training writes"
-            )
+        damage = _damage(config)
+        if damage is not None:
+            raise UserError(f"the configuration {str(self.config_file)!r} is damaged: {damage}")
         return config
 
     def append_log(self, entry: dict[str, Any]) -> None:
@@ -429,6 +423,35 @@ def _is_configuration(config: Any) -> bool:
     """Whether a config.json is a run's and not, say, that of a model of Hugging Face."""
     settings = config.get("settings") if isinstance(config, dict) else None
     return isinstance(settings, dict) and isinstance(settings.get("attn"), str)
+
+
+def _damage(config: dict[str, Any]) -> str | None:
+    """What a run's configuration has that training does not write, or None."""
+    data, settings = config.get("data"), config["settings"]
+    if not isinstance(data, dict):
+        return "'data' is no object"
+    if settings.get("preset", "tiny") not in DIFFUSION_PRESETS:
+        return f"'preset' is none of {', '.join(DIFFUSION_PRESETS)}"
+    for name, default in (("data", "digits"), ("level", "easy")):
+        if not isinstance(settings.get(name, default), str):
+            return f"{name!r} is no text"
+    for name in ("resolution", "channels"):
+        if not _is_whole(data.get(name), 1) or data[name] >= 2**20:
+            return f"{name!r} is {data.get(name)!r}"
+    names = data.get("class_names")
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        return "'class_names' is no list of names"
+    for name in ("latent", "source", "identity"):
+        if not isinstance(data.get(name), dict | None):
+            return f"{name!r} is no object"
+    if data.get("latent") is not None and not _is_whole(data["latent"].get("factor"), 1):
+        return f"the VAE's 'factor' is {data['latent'].get('factor')!r}"
+    imports = config.setdefault("imports", {})
+    if not (isinstance(imports, dict) and all(isinstance(z, dict) for z in imports.values())):
+        return "'imports' is no object of objects"
+    if not isinstance(config.get("environment", {}), dict):
+        return "'environment' is no object"
+    return None if isinstance(config.get("changes", []), list) else "'changes' is no list"
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import attnzoo
 from recipes.lab.console import UserError
-from recipes.lab.training.averaging import local
+from recipes.lab.training.ema import local
 from recipes.lab.training.settings import Settings
 
 if TYPE_CHECKING:

@@ -17,14 +17,16 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 import attnzoo
+from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from attnzoo.ops import native
 from recipes.lab.console import DONE, UserError
-from recipes.lab.data.latents import LatentDataset, differing_facts
+from recipes.lab.data.datasets import kind_of
+from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
+from recipes.lab.distributed import on_main
 from recipes.lab.files import refuse_links
 from recipes.lab.imports import import_remembered, origins
 from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
-from recipes.lab.training.distributed import on_main
 from recipes.lab.training.loop import Loop
 from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
 from recipes.lab.training.progress import Progress
@@ -251,7 +253,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def _describe(trainer: Trainer) -> dict[str, Any]:
     dataset = trainer.dataset
-    names = {type(block.attention).name for block in trainer.model.blocks}
+    names = {layer.name for layer in trainer.model.modules() if isinstance(layer, Attention)}
     return {
         "settings": dataclasses.asdict(trainer.settings),
         "data": {
@@ -338,6 +340,26 @@ def _already_done(run: Run, step: int) -> str:
         f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0\n"
         f"train it longer with --steps N --allow-change steps, or anew with --overwrite"
     )
+
+
+def default_folder(given: Mapping[str, Any]) -> Path:
+    """Where a run of these settings goes if the caller does not say."""
+    data = Path(given.get("data", Settings.data)).name
+    return Path("runs") / f"{data}-{given.get('attn', Settings.attn).replace('/', '-')}"
+
+
+def refuse_pixels(settings: Settings) -> None:
+    """Raises UserError where the recipe for latents would train on pixels unasked."""
+    data = Path(settings.data).expanduser()
+    is_images = (
+        kind_of(settings.data) == "folder" and data.is_dir() and not is_latent_folder(str(data))
+    )
+    if settings.preset == "dit" and is_images and settings.vae is None:
+        raise UserError(
+            f"--preset dit is the recipe for latents, and {settings.data!r} holds images: give "
+            f"their encoder with --vae FOLDER_OR_ID, encode them once with recipes/encode.py, or "
+            f"train on pixels all the same with --pixels"
+        )
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:

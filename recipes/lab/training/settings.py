@@ -2,78 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnzoo.contract import nearest
 from backbones.presets import PROTOCOLS, SIZES
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, whole
+from recipes.lab.data.datasets import DATASETS, known_levels
 from recipes.lab.data.latents import canonical_settings
-from recipes.lab.data.shapes import LEVELS
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides what a run computes; saved as the run's config.json.
+class Rule(NamedTuple):
+    """What a setting may be.
 
-    The number of processes is not among them: they share one global batch, whose images, times,
-    noise and label drops do not depend on it.
-
-    Raises:
-        UserError: A value is of the wrong type, out of range, or no choice of its setting.
+    Attributes:
+        text: The rule in words.
+        fits: Whether a value obeys it.
+        flag: How argparse reads it.
     """
 
-    attn: str = "dydila"
-    attn_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    size: str = "tiny"
-    protocol: str = "controlled"
-    data: str = "digits"
-    level: str = "easy"
-    class_count: int | None = None  # of a folder; None takes all
-    class_seed: int = 0
-    vae: str | None = None  # folder or hub id; None trains on pixels, or on cached latents
-    resolution: int | None = None  # None takes the data's own
-    patch_size: int | None = None  # None takes 2 for latents and up to 16 px, 4 above
-    preset: str = "tiny"
-    steps: int = 1500
-    batch_size: int = 64  # global: of all processes and micro-steps together
-    accumulate: int = 1  # micro-steps per step
-    seed: int = 0
-    strict: bool = False
-    precision: str = "fp32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    sharded: bool = False  # FSDP2
-    learning_rate: float = 3e-3
-    adam_beta2: float = 0.95
-    decay: str = "linear"  # of the learning rate, to 0 at the last step; or "constant"
-    gradient_clip: float | None = 1.0  # None logs the norm without clipping
-    skip_limit: int = 10  # non-finite steps in a row before the run stops
-    ema_decay: float = 0.999
-    ema_ramp: bool = True  # averages over fewer steps at the start
-    label_dropout: float = 0.1
-    checkpoint_every: int = 500
-    keep_every: int | None = None  # checkpoints at its multiples are never deleted
-    sample_every: int = 500
-    diagnose_every: int = 100  # steps between looks into the mechanisms
-
-    def __post_init__(self) -> None:
-        for name, (rule, fits) in _RULES.items():
-            value = getattr(self, name)
-            if not fits(value):
-                flag = "--set" if name == "attn_options" else f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} must be {rule}, got {value!r}")
-        if self.steps * self.batch_size >= 2**63:
-            raise UserError(
-                f"--steps {self.steps} of --batch-size {self.batch_size} are more images than can "
-                f"be counted"
-            )
-
-
-Rule = tuple[str, Callable[[Any], bool]]
+    text: str
+    fits: Callable[[Any], bool]
+    flag: Mapping[str, Any] = {}
 
 
 def _is_integer(value: Any) -> bool:
@@ -84,37 +38,25 @@ def _is_number(value: Any) -> bool:
     return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
 
 
-def _whole(least: int = 1, below: int = 2**63, *, optional: bool = False) -> Rule:
-    rule = f"an integer from {least} up" + (", or None" if optional else "")
-    return (
-        rule,
-        lambda value: (
-            (optional and value is None) or (_is_integer(value) and least <= value < below)
-        ),
+def _whole(least: int = 1, below: int = 2**63) -> Rule:
+    return Rule(
+        f"an integer from {least} up",
+        lambda value: _is_integer(value) and least <= value < below,
+        {"type": whole(least)},
     )
 
 
-def _real(rule: str, fits: Callable[[float], bool], *, optional: bool = False) -> Rule:
-    return rule + (
-        ", or None" if optional else ""
-    ), lambda value: (optional and value is None) or (_is_number(value) and fits(value))
+def _real(text: str, fits: Callable[[float], bool]) -> Rule:
+    return Rule(text, lambda value: _is_number(value) and fits(value), {"type": float})
 
 
 def _choice(choices: Collection[str]) -> Rule:
-    return (
-        f"one of {', '.join(choices)}",
-        lambda value: isinstance(value, str) and value in choices,
-    )
+    text = f"one of {', '.join(choices)}"
+    return Rule(text, lambda value: isinstance(value, str) and value in choices)
 
 
-def _text(*, optional: bool = False) -> Rule:
-    return (
-        "a name" + (", or None" if optional else ""),
-        lambda value: (
-            (optional and value is None)
-            or (isinstance(value, str) and value != "" and "\0" not in value)
-        ),
-    )
+def _optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.text}, or None", lambda v: v is None or rule.fits(v), rule.flag)
 
 
 def _is_options(value: Any) -> bool:
@@ -126,8 +68,13 @@ def _is_options(value: Any) -> bool:
         return False
 
 
-_SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool))
+_TEXT = Rule("a name", lambda v: isinstance(v, str) and v != "" and "\0" not in v)
+_SWITCH = Rule("True or False", lambda v: isinstance(v, bool), {"action": "store_true"})
 _DECAY = _real("at least 0 and less than 1", lambda value: 0 <= value < 1)
+_POSITIVE = _real("a finite number above 0", lambda value: value > 0)
+_LEVEL = Rule("a level of a data set, such as easy", lambda v: v in known_levels())
+_OPTIONS = Rule("options by name that JSON can hold", _is_options)
+
 
 # What a preset changes: "tiny" is for a CPU. "flow" is the same with rectified flow and times
 # drawn uniformly, as SiT draws them; SiT shows the model t in [0, 1], here it sees 1000 t, and
@@ -154,41 +101,114 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-_RULES: dict[str, Rule] = {
-    "attn": _text(),
-    "attn_options": ("options by name that JSON can hold", _is_options),
-    "size": _choice(SIZES),
-    "protocol": _choice(PROTOCOLS),
-    "data": _text(),
-    "level": _choice(LEVELS),
-    "class_count": _whole(optional=True),
-    "class_seed": _whole(0, 2**64),
-    "vae": _text(optional=True),
-    "resolution": _whole(optional=True),
-    "patch_size": _whole(optional=True),
-    "preset": _choice(PRESETS),
-    "steps": _whole(),
-    "batch_size": _whole(),
-    "accumulate": _whole(),
-    "seed": _whole(0, 2**64),
-    "strict": _SWITCH,
-    "precision": _choice(("fp32", "bf16")),
-    "gradient_checkpointing": _SWITCH,
-    "compile": _SWITCH,
-    "sharded": _SWITCH,
-    "learning_rate": _real("a finite number above 0", lambda value: value > 0),
-    "adam_beta2": _DECAY,
-    "decay": _choice(("linear", "constant")),
-    "gradient_clip": _real("a finite number above 0", lambda value: value > 0, optional=True),
-    "skip_limit": _whole(),
-    "ema_decay": _DECAY,
-    "ema_ramp": _SWITCH,
-    "label_dropout": _real("from 0 to 1", lambda value: 0 <= value <= 1),
-    "checkpoint_every": _whole(),
-    "keep_every": _whole(optional=True),
-    "sample_every": _whole(),
-    "diagnose_every": _whole(),
-}
+
+def _setting(default: Any, rule: Rule, help: str | None = None) -> Any:
+    """A field with its rule; with a ``help`` it is a flag of train.py."""
+    return dataclasses.field(default=default, metadata={"rule": rule, "help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a run computes; saved as the run's config.json.
+
+    The number of processes is not among them: they share one global batch, whose images, times,
+    noise and label drops do not depend on it.
+
+    Raises:
+        UserError: A value is of the wrong type, out of range, or no choice of its setting.
+    """
+
+    attn: str = _setting("dydila", _TEXT, "one of the mechanisms above, or a model of the paper")
+    attn_options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"rule": _OPTIONS, "help": None}
+    )
+    size: str = _setting("tiny", _choice(SIZES), "tiny, S, B or L")
+    protocol: str = _setting(
+        "controlled",
+        _choice(PROTOCOLS),
+        "controlled (same depth and feed-forward for all) or paper",
+    )
+    data: str = _setting(
+        "digits",
+        _TEXT,
+        f"{', '.join(DATASETS)}, a folder with one sub-folder per class, or latents from "
+        "recipes/encode.py",
+    )
+    level: str = _setting("easy", _LEVEL, "of shapes: easy, medium, hard or long-range")
+    class_count: int | None = _setting(
+        None, _optional(_whole()), "draw that many classes of a folder"
+    )
+    class_seed: int = _setting(0, _whole(0, 2**64), "of that draw")
+    # None trains on pixels, or on cached latents.
+    vae: str | None = _setting(
+        None,
+        _optional(_TEXT),
+        "folder or hub id of an AutoencoderKL: train on latents, encoded each time",
+    )
+    # None takes the data's own.
+    resolution: int | None = _setting(None, _optional(_whole()), "side of the images in pixels")
+    # None takes 2 for latents and up to 16 px, 4 above.
+    patch_size: int | None = _setting(
+        None, _optional(_whole()), "side of a patch in pixels, or in latent pixels"
+    )
+    preset: str = _setting("tiny", _choice(PRESETS), f"training recipe: {', '.join(PRESETS)}")
+    steps: int = _setting(1500, _whole(), "optimizer steps")
+    # Of all processes and micro-steps together.
+    batch_size: int = _setting(64, _whole(), "images per step, of all processes together")
+    accumulate: int = _setting(1, _whole(), "micro-steps that share a step's images")
+    seed: int = _setting(0, _whole(0, 2**64), "of everything that is random")
+    strict: bool = _setting(False, _SWITCH, "stop at the first unreadable image")
+    precision: str = _setting(
+        "fp32",
+        _choice(("fp32", "bf16")),
+        "of the matrix products, fp32 or bf16; the paper trains DiG in fp32",
+    )
+    gradient_checkpointing: bool = _setting(False, _SWITCH, "less memory, more time")
+    compile: bool = _setting(False, _SWITCH, "compile the model")
+    sharded: bool = _setting(
+        False, _SWITCH, "FSDP2 instead of DDP; equal to DDP on two H100s over NCCL"
+    )
+    learning_rate: float = _setting(3e-3, _POSITIVE, "at the start")
+    adam_beta2: float = _setting(0.95, _DECAY)
+    # Of the learning rate: "linear" to 0 at the last step.
+    decay: str = _setting("linear", _choice(("linear", "constant")))
+    gradient_clip: float | None = _setting(1.0, _optional(_POSITIVE))  # None logs the norm only
+    skip_limit: int = _setting(10, _whole(), "non-finite steps in a row before the run stops")
+    ema_decay: float = _setting(0.999, _DECAY)
+    ema_ramp: bool = _setting(True, _SWITCH)  # averages over fewer steps at the start
+    # Share of the labels that batches.py replaces by the null class, for guidance.
+    label_dropout: float = _setting(0.1, _real("from 0 to 1", lambda value: 0 <= value <= 1))
+    checkpoint_every: int = _setting(500, _whole(), "steps between checkpoints")
+    keep_every: int | None = _setting(
+        None, _optional(_whole()), "never delete checkpoints at multiples of this"
+    )
+    sample_every: int = _setting(500, _whole(), "steps between sample grids")
+    diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            rule, value = field.metadata["rule"], getattr(self, field.name)
+            if not rule.fits(value):
+                raise UserError(f"{_flag_of(field.name)} must be {rule.text}, got {value!r}")
+        if self.steps * self.batch_size >= 2**63:
+            raise UserError(
+                f"--steps {self.steps} of --batch-size {self.batch_size} are more images than can "
+                f"be counted"
+            )
+
+
+def _flag_of(name: str) -> str:
+    return "--set" if name == "attn_options" else f"--{name.replace('_', '-')}"
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting that has a help text."""
+    for field in dataclasses.fields(Settings):
+        if field.metadata["help"] is not None:
+            flag = field.metadata["rule"].flag
+            parser.add_argument(_flag_of(field.name), help=field.metadata["help"], **flag)
+
+
 _NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 

@@ -18,17 +18,11 @@ from torch.distributed.tensor import DTensor
 import attnzoo
 from backbones import DiT
 from recipes.lab.console import UserError
+from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset
-from recipes.lab.data.errors import DataError
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
-from recipes.lab.drawing.pictures import save_grid
-from recipes.lab.files import CannotWrite, refuse_links, whole_file
-from recipes.lab.training.averaging import WeightAverage
-from recipes.lab.training.batches import Batch, Batches
-from recipes.lab.training.build import build_model, load_training_data
-from recipes.lab.training.checkpoint import Run, read_manifest
-from recipes.lab.training.distributed import (
+from recipes.lab.distributed import (
     gathered,
     make_accelerator,
     on_main,
@@ -36,6 +30,12 @@ from recipes.lab.training.distributed import (
     shard,
     share_batch_statistics,
 )
+from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.files import CannotWrite, refuse_links
+from recipes.lab.training.batches import Batch, Batches
+from recipes.lab.training.build import build_model, load_training_data
+from recipes.lab.training.checkpoint import Run, read_manifest
+from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
 from recipes.lab.training.settings import Settings
 
@@ -147,7 +147,7 @@ class Trainer:
             yield self.model
 
     def train_step(self, wants_stop: bool = False) -> tuple[dict[str, Any], bool]:
-        """Takes one optimiser step, or skips it where loss or gradient are not finite.
+        """Takes one optimizer step, or skips it where loss or gradient are not finite.
 
         Args:
             wants_stop: Whether this process has been told to stop.
@@ -181,7 +181,7 @@ class Trainer:
                 inputs.update(arguments)
                 return self.wrapped(**arguments)
 
-            with self._synchronising(index == settings.accumulate - 1):
+            with self._synchronizing(index == settings.accumulate - 1):
                 with self.accelerator.autocast():
                     losses = self.diffusion.training_losses(
                         model,  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ class Trainer:
         return 1.0 if is_flow else float(self.diffusion.num_train_timesteps)
 
     @contextlib.contextmanager
-    def _synchronising(self, is_last: bool) -> Iterator[None]:
+    def _synchronizing(self, is_last: bool) -> Iterator[None]:
         """Gradients are averaged over processes after the last micro-step only."""
         if self.is_sharded:
             self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
@@ -299,7 +299,7 @@ class Trainer:
                     evict,
                 )
             except CannotWrite as error:
-                return "not written", error.strerror
+                return "not written", error.strerror or str(error)
             return None
 
         problem = on_main(self.accelerator, write)
@@ -323,18 +323,18 @@ class Trainer:
             name, _, kind = key.rpartition("/")
             if name not in parameters or not _is_moment(kind, tensor, parameters[name], step):
                 raise UserError(
-                    f"{folder} is of another model, or damaged: its optimiser has {key!r} of "
+                    f"{folder} is of another model, or damaged: its optimizer has {key!r} of "
                     f"shape {list(tensor.shape)}, {tensor.dtype}"
                 )
             kinds.setdefault(name, set()).add(kind)
-            # The count of steps stays where the optimiser made it, on the CPU.
+            # The count of steps stays where the optimizer made it, on the CPU.
             like = parameters[name] if kind in _MOMENTS else torch.empty(())
             # A copy: what the file still backs would go with it.
             self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like).clone()
         for name, found in kinds.items():
             if found != {"step", *_MOMENTS}:
                 raise UserError(
-                    f"{folder} is of another model, or damaged: its optimiser has only "
+                    f"{folder} is of another model, or damaged: its optimizer has only "
                     f"{', '.join(sorted(found))} of {name!r}"
                 )
         manifest = read_manifest(folder)
@@ -369,7 +369,7 @@ class Trainer:
                 seed=self.settings.seed,
                 num_classes=self.dataset.num_classes,
                 shape=(self.dataset.channels, self.dataset.resolution, self.dataset.resolution),
-                sampler="euler-flow" if self.diffusion.prediction == "flow" else "dpm++",
+                sampler=self.diffusion.default_sampler,
                 device=self.accelerator.device,
             )
             if self.is_sharded:
@@ -380,17 +380,17 @@ class Trainer:
             if self.vae is not None:
                 images = decode(self.vae, images)
             refuse_links(path.parent.parent, path.parent)
-            with whole_file(path) as temporary:
-                save_grid(images.cpu(), temporary, columns=classes)
+            save_grid(images.cpu(), path, columns=classes)
         return said
 
     def _find_vae(self) -> str | None:
         """Loads the VAE of cached latents, once; what it says is why that is impossible."""
-        is_latent = isinstance(self.dataset, LatentDataset)
-        if not is_latent or self.vae is not None or self._undecodable is not None:
+        dataset = self.dataset
+        is_known = self.vae is not None or self._undecodable is not None
+        if not isinstance(dataset, LatentDataset) or is_known:
             return None
         try:
-            self.vae = open_vae(self.dataset.facts, None, self.accelerator.device)
+            self.vae = open_vae(dataset.facts, None, self.accelerator.device)
         except DataError as error:
             self._undecodable = str(error)
             return f"sample grids show the first latent channel, not images: {error}"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from recipes.lab.evaluation.scores import LOWER_IS_BETTER, metric_of
+from recipes.lab.evaluation.scores import is_lower_better, metric_of
 
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference beyond the spread"
@@ -68,11 +68,6 @@ class Verdict:
                 break
             more += 1
         return f"{gain:+.15g} ± {margin:.15g}"
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether smaller numbers of a reported metric are better."""
-    return metric_of(metric) in LOWER_IS_BETTER
 
 
 def compare_variants(runs: pd.DataFrame, first: str, second: str, metric: str) -> Verdict:

@@ -37,7 +37,7 @@ def sample(
     """Generate one image per label.
 
     All noise of image i comes from ``generator_for(seed, indices[i])``, so an image depends
-    neither on the batch size nor on its neighbours, up to rounding in the model. With guidance,
+    neither on the batch size nor on its neighbors, up to rounding in the model. With guidance,
     ``uncond + cfg * (cond - uncond)`` replaces the prediction; a learned variance is always the
     conditional one.
 
@@ -157,7 +157,7 @@ def check_sampling(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Quantise images as DiT's evaluation does, clamp(127.5 x + 128, 0, 255) rounded down.
+    """Quantize images as DiT's evaluation does, clamp(127.5 x + 128, 0, 255) rounded down.
 
     Args:
         images: (n, c, h, w), nominally in [-1, 1].

@@ -1,9 +1,9 @@
-"""The exact judge of generated shapes: no training, any resolution.
+"""The exact classifier of generated shapes: no training, any resolution.
 
-An image is split into two colours; area and centroid of the lighter one give scale and centre
+An image is split into two colors; area and centroid of the lighter one give scale and center
 under each class; all classes (and rotations, where the level has them) are rendered exactly and
 the best overlap decides. What the data guarantee can thus be asked of every image: the class that
-was wanted, the overlap with a legal picture, one colour per object, parameters spread as in the
+was wanted, the overlap with a legal picture, one color per object, parameters spread as in the
 data, and in "long-range" two distant objects that agree.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from recipes.lab.data.shapes import CLASS_NAMES, DARK_GREY, PALETTE, ShapeParameters, coverage
+from recipes.lab.data.shapes import CLASS_NAMES, DARK_GRAY, PALETTE, ShapeParameters, coverage
 
 ROTATIONS = 48  # of the level "hard"
 _TEMPLATE_SIDE = 256
@@ -25,14 +25,14 @@ _CHUNK_PIXELS = 2**18  # at once; more do not fit a processor's cache
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the judge reads from n images of k objects each.
+    """What the classifier reads from n images of k objects each.
 
     Attributes:
         classes: (n, k) int64, best class of each object.
         iou: (n,) overlap of the whole image with its nearest legal picture, 0 to 1.
-        purity: (n,) share of the colour variance that two colours explain, 0 to 1.
-        palette: (n, k) int64, nearest colour of the palette of each object.
-        centre: (n, k, 2) in [-1, 1].
+        purity: (n,) share of the color variance that two colors explain, 0 to 1.
+        palette: (n, k) int64, nearest color of the palette of each object.
+        center: (n, k, 2) in [-1, 1].
         scale: (n, k).
     """
 
@@ -40,11 +40,11 @@ class Verdict:
     iou: NDArray[np.float64]
     purity: NDArray[np.float64]
     palette: NDArray[np.int64]
-    centre: NDArray[np.float64]
+    center: NDArray[np.float64]
     scale: NDArray[np.float64]
 
 
-def judge_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
+def classify_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
     """Reads images as pictures of ``recipes.lab.data.shapes``.
 
     Args:
@@ -56,7 +56,7 @@ def judge_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
     """
     size = max(1, _CHUNK_PIXELS // images.shape[1] ** 2)
     parts = [
-        _judge_chunk(images[start : start + size].astype(np.float64) / 127.5 - 1, level)
+        _classify_chunk(images[start : start + size].astype(np.float64) / 127.5 - 1, level)
         for start in range(0, len(images), size)
     ]
     return Verdict(
@@ -70,18 +70,18 @@ def judge_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
 def shape_scores(
     generated: Verdict, labels: NDArray[np.int64], real: Verdict, level: str
 ) -> dict[str, float]:
-    """The judge's numbers of a set of images; higher is better for all.
+    """The numbers of a set of images; higher is better for all.
 
     Args:
         generated: Verdict on generated images.
         labels: (n,) the classes that were asked for.
         real: Verdict on real images of the same resolution: its mean overlap is the ceiling.
-        level: As for ``judge_shapes``.
+        level: As for ``classify_shapes``.
 
     Returns:
         "class_accuracy" (share of objects of the class that was asked for), "iou" and
         "iou_of_ceiling", "purity", "parameter_coverage" (1 minus the mean distance of the laws of
-        centre, scale and colour from the real ones), and for "long-range" the shares of images
+        center, scale and color from the real ones), and for "long-range" the shares of images
         whose two objects agree: "agreement_class", "agreement_colour", "agreement" (both).
     """
     scores = {
@@ -93,25 +93,25 @@ def shape_scores(
     }
     if level == "long-range":
         same_class = generated.classes[:, 0] == generated.classes[:, 1]
-        same_colour = generated.palette[:, 0] == generated.palette[:, 1]
+        same_color = generated.palette[:, 0] == generated.palette[:, 1]
         scores |= {
             "agreement_class": float(same_class.mean()),
-            "agreement_colour": float(same_colour.mean()),
-            "agreement": float((same_class & same_colour).mean()),
+            "agreement_colour": float(same_color.mean()),
+            "agreement": float((same_class & same_color).mean()),
         }
     return scores
 
 
 def _parameter_coverage(generated: Verdict, real: Verdict, level: str) -> float:
     def laws(verdict: Verdict) -> NDArray[np.float64]:
-        centre = np.concatenate([verdict.centre.reshape(len(verdict.iou), -1), verdict.scale], 1)
-        return centre.T
+        center = np.concatenate([verdict.center.reshape(len(verdict.iou), -1), verdict.scale], 1)
+        return center.T
 
     distances = [
-        ks_2samp(a, b, method="asymp").statistic
+        float(ks_2samp(a, b, method="asymp")[0])  # pyright: ignore
         for a, b in zip(laws(generated), laws(real), strict=True)
     ]
-    if level != "hard":  # there the colours are free
+    if level != "hard":  # there the colors are free
         shares = [
             np.bincount(v.palette.ravel(), minlength=len(PALETTE)) for v in (generated, real)
         ]
@@ -120,15 +120,15 @@ def _parameter_coverage(generated: Verdict, real: Verdict, level: str) -> float:
     return float(1 - np.mean(distances))
 
 
-def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
+def _classify_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
     side = pixels.shape[1]
-    background, covered, purity = _two_colours(pixels)
+    background, covered, purity = _two_colors(pixels)
     masks = _object_masks(covered, level)  # (n, k, h, w)
     rotations = 2 * np.pi * np.arange(ROTATIONS) / ROTATIONS if level == "hard" else np.zeros(1)
     count, objects = masks.shape[:2]
     classes = np.zeros((count, objects), np.int64)
     palette = np.zeros((count, objects), np.int64)
-    centre, scale = np.zeros((count, objects, 2)), np.zeros((count, objects))
+    center, scale = np.zeros((count, objects, 2)), np.zeros((count, objects))
     union = np.zeros((count, side, side))
     best = np.zeros(count)
     for index in range(objects):
@@ -142,27 +142,27 @@ def _judge_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
                 better = overlap > best
                 best[better] = overlap[better]
                 classes[better, index] = label
-                centre[better, index] = found.centre[better]
+                center[better, index] = found.center[better]
                 scale[better, index] = found.scale[better]
-        palette[:, index] = _palette_colour(pixels, part, background)
+        palette[:, index] = _palette_color(pixels, part, background)
         if objects == 1:  # it fills its mask, and its best overlap is that of the image
-            return Verdict(classes, best, purity, palette, centre, scale)
+            return Verdict(classes, best, purity, palette, center, scale)
         shown = ShapeParameters(
             classes[:, index],
-            centre[:, index : index + 1],
+            center[:, index : index + 1],
             scale[:, index : index + 1],
             np.zeros((count, 1)),
             np.zeros((count, 3)),
             np.zeros((count, 3)),
         )
         union = np.maximum(union, coverage(shown, side))
-    return Verdict(classes, _iou(covered, union), purity, palette, centre, scale)
+    return Verdict(classes, _iou(covered, union), purity, palette, center, scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rendered:
     pixels: NDArray[np.float32]
-    centre: NDArray[np.float64]
+    center: NDArray[np.float64]
     scale: NDArray[np.float64]
 
 
@@ -187,16 +187,16 @@ def _rendered(
     area, centroid = _template(label)
     scale = np.clip(np.sqrt(mass * (2 / side) ** 2 / area), 0.05, 1.5)
     turn = np.array([[np.cos(rotation), -np.sin(rotation)], [np.sin(rotation), np.cos(rotation)]])
-    centre = middle - scale[:, None] * (turn @ centroid)
+    center = middle - scale[:, None] * (turn @ centroid)
     shown = ShapeParameters(
         np.full(count, label),
-        centre[:, None],
+        center[:, None],
         scale[:, None],
         np.full((count, 1), rotation),
         np.zeros((count, 3)),
         np.zeros((count, 3)),
     )
-    return _Rendered(coverage(shown, side), centre, scale)
+    return _Rendered(coverage(shown, side), center, scale)
 
 
 @lru_cache(maxsize=len(CLASS_NAMES))
@@ -217,16 +217,16 @@ def _template(label: int) -> tuple[float, NDArray[np.float64]]:
     return float(mass * (2 / _TEMPLATE_SIDE) ** 2 / 0.81), centroid / 0.9
 
 
-def _two_colours(
+def _two_colors(
     pixels: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Background colour (n, 3), coverage (n, h, w) and purity (n,) of a two-colour reading."""
+    """Background color (n, 3), coverage (n, h, w) and purity (n,) of a two-color reading."""
     light = pixels.mean(-1)
     low, high = light.min((1, 2), keepdims=True), light.max((1, 2), keepdims=True)
     is_object = light > (low + high) / 2
-    background = _mean_colour(pixels, ~is_object)
-    # Pixels at the edge are mixtures: the object's own colour shows in its lightest third.
-    foreground = _mean_colour(pixels, light > low + 0.75 * (high - low))
+    background = _mean_color(pixels, ~is_object)
+    # Pixels at the edge are mixtures: the object's own color shows in its lightest third.
+    foreground = _mean_color(pixels, light > low + 0.75 * (high - low))
     axis = foreground - background
     length = np.maximum((axis**2).sum(-1), 1e-9)
     along = np.einsum("nhwc,nc->nhw", pixels - background[:, None, None], axis)
@@ -237,19 +237,19 @@ def _two_colours(
     return background, covered, np.clip(1 - unexplained / np.maximum(total, 1e-9), 0, 1)
 
 
-def _mean_colour(pixels: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _mean_color(pixels: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
     weight = mask[..., None].astype(np.float64)
     return (pixels * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1)
 
 
-def _palette_colour(
+def _palette_color(
     pixels: NDArray[np.float64], part: NDArray[np.float64], background: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     weight = np.where(part > 0.75 * part.max((1, 2), keepdims=True), part, 0)[..., None]
-    colour = (pixels * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-9)
-    # By direction from the background, so that a pale object keeps its colour.
-    direction = colour - background
-    directions = PALETTE - DARK_GREY
+    color = (pixels * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-9)
+    # By direction from the background, so that a pale object keeps its color.
+    direction = color - background
+    directions = PALETTE - DARK_GRAY
     cosine = direction @ directions.T
     cosine /= np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-9)
     return (cosine / np.linalg.norm(directions, axis=1)).argmax(1)

@@ -103,7 +103,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
 
 
 def share_batch_statistics(model: nn.Module) -> None:
-    """Makes every batch norm of ``model`` normalise over the batches of all processes."""
+    """Makes every batch norm of ``model`` normalize over the batches of all processes."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
@@ -121,10 +121,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(input.device.type, enabled=False):
             x = input.float()
             mean = _mean_of_all(x.mean(dim=(0, 2, 3)))
-            centred = x - mean[:, None, None]
-            variance = _mean_of_all(centred.square().mean(dim=(0, 2, 3)))
+            centerd = x - mean[:, None, None]
+            variance = _mean_of_all(centerd.square().mean(dim=(0, 2, 3)))
             self._update(mean, variance, x.numel() // len(mean) * dist.get_world_size())
-            out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+            out = centerd * torch.rsqrt(variance + self.eps)[:, None, None]
             if self.affine:
                 out = out * self.weight[:, None, None] + self.bias[:, None, None]
         return out.to(input.dtype)
@@ -156,7 +156,7 @@ def _mean_of_all(x: Tensor) -> Tensor:
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """Spreads weights, gradients and optimiser state over the processes (FSDP2), block by block.
+    """Spreads weights, gradients and optimizer state over the processes (FSDP2), block by block.
 
     Torch's own call, because Accelerate ignores its FSDP2 plugin on a CPU without a word.
     """
