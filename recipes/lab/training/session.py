@@ -19,7 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
-from attnzoo.ops import native
+from attnzoo.ops.power_map import build
 from recipes.lab.console import DONE, UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
@@ -289,7 +289,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     device = trainer.accelerator.device
     is_gpu = device.type == "cuda"
     # Asked only by a mechanism that has a power map, when it has run once.
-    was_asked = bool(native.library.cache_info().currsize)
+    was_asked = bool(build.library.cache_info().currsize)
     variables = {
         name: value for name, value in sorted(os.environ.items()) if name.startswith("ATTNZOO_")
     }
@@ -300,7 +300,7 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "threads": None if is_gpu else torch.get_num_threads(),
         "float32 products": torch.get_float32_matmul_precision(),
-        "compiled power map": native.library() is not None if was_asked and not is_gpu else None,
+        "compiled power map": build.library() is not None if was_asked and not is_gpu else None,
         "variables": variables,
     }
 

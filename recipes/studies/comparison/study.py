@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from recipes.lab.console import UserError, one_line, printable
-from recipes.lab.evaluation.reference import prepare_real
+from recipes.lab.evaluation.measure import prepare_real
 from recipes.lab.files import locked, refuse_links, require_writable
 from recipes.studies.comparison import execution
 from recipes.studies.comparison.plan import distinct_data, real_of
