@@ -210,7 +210,8 @@ class LinearAttention(Attention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, head_dim = grid[0] * grid[1], self.dim // self.num_heads
-        core = linear_attention_macs(n, n, head_dim, head_dim)
+        is_normalized = self.normalizer in ("base", "diff")
+        core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
         return {
             "projections": 4 * self.dim**2 * n,
             "core": self.num_heads * core,

@@ -38,7 +38,6 @@ from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.streaming import linear_parts
 from attnzoo.layers.token_difference import fused_forward, unserved_option
 from attnzoo.ops.dispatch import Impl, choose, require_triton
-from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.precision import in_wide_range, operand_dtype
 from attnzoo.ops.routed_linear import Route, balance_loss
@@ -52,9 +51,8 @@ class Config(LinearConfig):
     n_projectors: int = 3  # n_P: 3, 5, 7 for S, B, L
     n_kernel_factors: int = 9  # n_F: 9, 15, 21 for S, B, L
     n_differential_factors: int = 9  # n_D: 9, 15, 21 for S, B, L
-    # Where routed projections go: "redundancy" adds Q', K' (the method), where there is a
-    # difference that reads them; "replace" makes Q, K routed themselves (Table 4, row 4); "none"
-    # has none.
+    # "redundancy" adds Q', K' (the method), where there is a difference that reads them; "replace"
+    # makes Q, K routed themselves (Table 4, row 4).
     projection: Literal["redundancy", "replace", "none"] = "redundancy"
     kernel: Literal["routed", "fixed", "relu"] = "routed"  # "fixed": one constant power, Eq. 5
     differential: Literal["token", "map", "none"] = "token"
@@ -152,7 +150,6 @@ class DyDiLA(LinearAttention):
         parts = 1 if config.projection == "replace" else 3
         self.shared = xavier_linear(dim, parts * dim, config.qkv_bias)
         self.proj = xavier_linear(dim, dim, bias=True)
-
         if self.projection != "none":
             self.projectors = nn.ParameterDict()
             self.projector_routers = nn.ModuleDict()
@@ -162,7 +159,6 @@ class DyDiLA(LinearAttention):
                     nn.init.xavier_uniform_(projector)
                 self.projectors[z] = nn.Parameter(weight)
                 self.projector_routers[z] = Router(dim, config.n_projectors, gradient)
-
         # What the kernel is applied to; a prime marks the redundancy.
         sides = ["query", "key"]
         if config.differential != "none":
@@ -242,7 +238,9 @@ class DyDiLA(LinearAttention):
             )
             pair.append(routed)
         for i, z in enumerate(pair):
-            pair[i] = self._kernel(z, side if i == 0 else f"{side}_prime", impl, routes)
+            name = side if i == 0 else f"{side}_prime"
+            pair[i], chosen = self._kernel(z, name, impl)
+            routes |= {f"kernel.{name}": chosen} if chosen else {}
         needs_sums = config.normalizer in ("base", "diff")
         if config.differential == "token":
             # The token differential operator, Eq. 8.
@@ -250,15 +248,14 @@ class DyDiLA(LinearAttention):
                 *pair, scalars=self.lambda_[0], impl=impl
             )
             pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
-            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads)
             difference = rearrange(pair[1], BY_HEAD, h=self.num_heads)
-            norm = norm if config.normalizer == "base" else difference
+            is_base = config.normalizer == "base"
+            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads) if is_base else difference
             return Features([difference], [norm] if needs_sums else [], None, routes)
         factor = None
         if config.differential == "map" and side == "query":
-            read = pair
-            if config.map_router == "image":
-                read = [z.mean(1, keepdim=True) for z in pair]
+            is_global = config.map_router == "image"
+            read = [z.mean(1, keepdim=True) for z in pair] if is_global else pair
             factor, routes["differential.map"] = self.differential_routers["map"].pick(
                 *read, scalars=self.lambda_[0], impl=impl
             )
@@ -266,18 +263,16 @@ class DyDiLA(LinearAttention):
         terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
         return Features(terms, terms if needs_sums else [], factor, routes)
 
-    def _kernel(self, z: Tensor, name: str, impl: Impl, routes: dict[str, Route]) -> Tensor:
-        """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
-        z = in_wide_range(z)
-        if self.config.kernel == "relu":
-            return F.relu(z)
-        if self.config.kernel == "fixed":
+    def _kernel(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
+        """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and the choices."""
+        z, kernel = in_wide_range(z), self.config.kernel
+        if kernel == "relu":
+            return F.relu(z), None
+        if kernel == "fixed":
             gamma = torch.full((1,), self.config.gamma_init, device=z.device)
-        else:
-            gamma, routes[f"kernel.{name}"] = self.kernel_routers[name].pick(
-                z, scalars=self.gammas()[0], impl=impl
-            )
-        return power_map(z, gamma, impl=impl)
+            return power_map(z, gamma, impl=impl), None
+        gamma, routed = self.kernel_routers[name].pick(z, scalars=self.gammas()[0], impl=impl)
+        return power_map(z, gamma, impl=impl), routed
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""
@@ -314,22 +309,17 @@ class DyDiLA(LinearAttention):
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
-        n, config, head_dim = grid[0] * grid[1], self.config, self.dim // self.num_heads
+        n, parts = grid[0] * grid[1], super().macs_parts(grid)
+        is_map = self.config.differential == "map"
         projections = self.shared.weight.numel() + self.dim**2
         if self.projection != "none":  # one of its projectors meets a token
             projections += 2 * self.dim**2
         routers = (router for router in self.modules() if isinstance(router, Router))
         routing = n * sum(router.weight.numel() for router in routers)
-        if (config.differential, config.map_router) == ("map", "image"):
+        if is_map and self.config.map_router == "image":
             routing -= (n - 1) * self.differential_routers["map"].weight.numel()
-        maps = 2 if config.differential == "map" else 1
-        is_normalized = config.normalizer in ("base", "diff")
-        core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
-        return super().macs_parts(grid) | {
-            "projections": projections * n,
-            "routing": routing,
-            "core": maps * self.num_heads * core,
-        }
+        core = parts["core"] * (2 if is_map else 1)
+        return parts | {"projections": projections * n, "routing": routing, "core": core}
 
 
 @register_attention("dydila-map")

@@ -298,3 +298,37 @@ def test_softmax_backends_that_are_missing_are_not_replaced():
         assert isinstance(caught.value, RuntimeError)
     with pytest.raises(InvalidValue, match=r"impl='fla'.*attnzoo\[fla\]"):
         build_attention("gated", 32, impl="fla")(tokens((4, 4), dim=32), (4, 4))
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_options_of_earlier_versions_load_at_their_defaults_only(name):
+    config = get_attention(name).Config
+    for option, gone in config.removed.items():
+        if gone.values:
+            for value in gone.values:
+                with pytest.raises(InvalidValue, match=f"{option}=.* {gone.version}"):
+                    build_attention(name, 48, **{option: value})
+            continue
+        assert option not in config.__dataclass_fields__
+        assert build_attention(name, 48, **{option: gone.default}).config == config()
+        with pytest.raises(InvalidValue, match=f"{option}=.* removed in version {gone.version}"):
+            build_attention(name, 48, **{option: "other"})
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "word"),
+    [
+        ("softmax", "naive", "reference"),
+        ("moh", "sdpa", "torch"),
+        ("gated", "safe", "torch"),
+        ("sana", "folded", "torch"),
+    ],
+)
+def test_former_words_of_impl_load(name, former, word):
+    assert build_attention(name, 48, impl=former).config.impl == word
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_an_unknown_impl_lists_the_valid_words(name):
+    with pytest.raises(InvalidValue, match=r"Choose one of \['auto', 'reference', 'torch'"):
+        build_attention(name, 48, impl="fast")
