@@ -12,7 +12,8 @@ import torch
 import attnzoo
 from attnzoo.console import printing
 from attnzoo.contract import Attention
-from attnzoo.ops import fla, softmax
+from attnzoo.ops import softmax
+from attnzoo.ops.gated_scan import fla
 from attnzoo.ops.optional import load
 from attnzoo.registry import offered
 

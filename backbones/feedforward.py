@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import nearest
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 
 
 class MLP(nn.Module):

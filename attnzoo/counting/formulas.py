@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 
 def formulas() -> dict[Any, Callable[..., int]]:
@@ -26,7 +26,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
         aten.convolution: convolution,
         aten._convolution: convolution,
         aten.convolution_backward: convolution_backward,
-        **OWN,
     }
     for name, formula in (
         ("_scaled_dot_product_flash_attention_for_cpu", fused_attention),
@@ -45,67 +44,6 @@ def convolution(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) 
 def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
     wants_x, wants_weight = args[-1][:2]
     return grad.numel() * weight[0].numel() * (bool(wants_x) + bool(wants_weight))
-
-
-def routed_projection(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return x.numel() * weight.shape[2]  # each token meets one projector
-
-
-def routed_pair(x: Tensor, first: Tensor, second: Tensor, index: Tensor, **_: Any) -> int:
-    return index.numel() * first[0].numel()
-
-
-def gates(x: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
-    return x.shape[0] * (first.numel() + second.numel())
-
-
-def focused_difference(z: Tensor, *args: Any, **_: Any) -> int:
-    _, *routers = args[:4]
-    normalizer = 0 if args[7] is None else z.numel()
-    return z.shape[0] * z.shape[1] * sum(router.numel() for router in routers) + normalizer
-
-
-def focused_difference_backward(
-    grad: Tensor, grad_sum: Tensor, out: Tensor, z: Tensor, *args: Any, **_: Any
-) -> int:
-    # What is computed again is not counted, as nowhere.
-    _, *routers, _, _, key_sum = args[:7]
-    choices = sum(router.numel() for router in routers) if args[-1] else 0
-    return 2 * (z.shape[0] * z.shape[1] * choices + (0 if key_sum is None else z.numel()))
-
-
-def half_matmul(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return a.numel() * b.shape[-1]
-
-
-def stencil(x: Tensor, *_: Any, **__: Any) -> int:
-    return x.numel() * 9
-
-
-_own = torch.ops.attnzoo
-OWN: dict[Any, Callable[..., int]] = {
-    _own.routed_projection: routed_projection,
-    _own.routed_projection_backward: lambda grad, *rest, **_: 2 * routed_projection(*rest),
-    _own.grouped_projection: routed_pair,
-    _own.grouped_projection_backward: (
-        lambda grad, x, first, *_, **__: 2 * grad.numel() * first.shape[1]
-    ),
-    _own.routed_gates: gates,
-    _own.routed_gates_backward: lambda grad, *args, **_: 2 * gates(*args[:3]),
-    _own.focused_difference: focused_difference,
-    _own.focused_difference_backward: focused_difference_backward,
-    _own.half_matmul: half_matmul,
-    _own.stencil: stencil,
-    _own.stencil_backward: lambda grad, *_, **__: 2 * stencil(grad),
-}
-
-
-def _flops(formula: Callable[..., int]) -> Callable[..., int]:
-    return lambda *args, **kwargs: 2 * formula(*args, **kwargs)
-
-
-for _operator, _formula in OWN.items():  # for whoever uses torch's counter alone
-    register_flop_formula(_operator, get_raw=True)(_flops(_formula))
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -132,9 +70,9 @@ def products(operator: Any, args: tuple[Any, ...], macs: int) -> list[tuple[int,
 
     The other tensors of an operator are added or choose.
     """
-    aten, own = torch.ops.aten, torch.ops.attnzoo
-    if operator is own.focused_difference:
-        z, _, router, key_sum = args[0], args[1], args[2], args[8]
+    aten = torch.ops.aten
+    if str(operator) == "attnzoo.focused_difference":
+        z, router, key_sum = args[0], args[2], args[8]
         if key_sum is None:
             return [(macs, [z, router])]
         return [(macs - z.numel(), [z, router]), (z.numel(), [z, key_sum])]
@@ -146,15 +84,13 @@ def products(operator: Any, args: tuple[Any, ...], macs: int) -> list[tuple[int,
 
 def routed_weights(operator: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Parameters of which one matrix only acts on a token."""
-    own = torch.ops.attnzoo
-    places = {own.routed_projection: slice(1, 2), own.grouped_projection: slice(1, 3)}
-    return args[places[operator]] if operator in places else ()
+    places = {"attnzoo.routed_linear": slice(1, 2), "attnzoo.grouped_linear": slice(1, 3)}
+    return tuple(z for z in args[places.get(str(operator), slice(0))] if z is not None)
 
 
 def attention_part(operator: Any, parameters: Iterable[str]) -> str:
     """The part of a mechanism that an operator belongs to, by the parameters it multiplies."""
-    aten, own = torch.ops.aten, torch.ops.attnzoo
-    if operator in (aten.convolution, aten._convolution, own.stencil):
+    if str(operator) in ("aten.convolution", "aten._convolution", "attnzoo.stencil"):
         return "conv"
     names = list(parameters)
     if not names:

@@ -22,7 +22,7 @@ from attnzoo.counting.subject import (
     shadow_of,
 )
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.gated import counted_as_recurrence
+from attnzoo.ops.gated_scan import counted_as_recurrence
 
 
 def measure_macs(

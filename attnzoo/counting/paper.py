@@ -17,7 +17,7 @@ from attnzoo.contract import Attention
 from attnzoo.counting.result import Grid, Parts
 from attnzoo.counting.subject import block_of, layers_of
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.linear import linear_attention_macs
+from attnzoo.ops.linear_core import linear_attention_macs
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnzoo.counting.formulas import fused_attention, grouped_product, routed_projection
+from attnzoo.counting.formulas import fused_attention, grouped_product
 from attnzoo.counting.result import Grid
 from attnzoo.counting.subject import Runnable, grid_of, shadow_of
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.gated import counted_as_recurrence
+from attnzoo.ops.custom_op import MACS
+from attnzoo.ops.gated_scan import counted_as_recurrence
 
 
 def fvcore_macs(
@@ -65,7 +66,7 @@ def _handles() -> dict[str, Any]:
     handles: dict[str, Any] = {
         "aten::scaled_dot_product_attention": handle(fused_attention, 3),
         "aten::_scaled_dot_product_flash_attention_for_cpu": handle(fused_attention, 3),
-        "attnzoo::routed_projection": handle(routed_projection),
+        "attnzoo::routed_linear": handle(MACS["routed_linear"]),
         "aten::_grouped_mm": handle(grouped_product),
         "aten::baddbmm": handle(lambda _, left, right: left.numel() * right.shape[-1], 3),
         "aten::einsum": _einsum,

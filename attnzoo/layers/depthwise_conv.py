@@ -8,47 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.ops import fused
-from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.depthwise_conv import depthwise_conv, to_image, to_tokens, widened
+from attnzoo.ops.dispatch import choose
 
 ConvKind = Literal["acnet", "acnet-plain", "3x3", "5x5", "none"]
-
-
-def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (b, h * w, c) as a channels-last image (b, c, h, w), without a copy."""
-    # On CPU a depthwise convolution of this view is an order of magnitude faster than of a
-    # contiguous (b, c, h, w) copy.
-    return x.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
-def to_tokens(image: Tensor) -> Tensor:
-    """Inverse of ``to_image``: (b, c, h, w) -> (b, h * w, c)."""
-    return image.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _widened(kernel: Tensor, size: int) -> Tensor:
-    """The same depthwise kernel with zeros around it: (c, 1, h, w) -> (c, 1, size, size)."""
-    side, edge = ((size - length) // 2 for length in kernel.shape[2:])
-    return F.pad(kernel, (edge, edge, side, side)) if side or edge else kernel
-
-
-def _apply(
-    x: Tensor,
-    grid: tuple[int, int],
-    kernel: Tensor,
-    bias: Tensor | None,
-    added: Tensor | None = None,
-) -> Tensor:
-    """Depthwise convolution of tokens (b, h * w, c), as a channels-last image (b, c, h, w)."""
-    size, dtype = kernel.shape[2:], operand_dtype(x)
-    if max(size) == 3 and fused.runs_on(x, dtype):
-        # cuDNN takes several times as long.
-        out = fused.depthwise3x3(x.to(dtype), _widened(kernel, 3), bias, grid, added)
-        return to_image(out, grid)
-    # On CPU a contiguous channels-last view is an order of magnitude faster.
-    image = to_image(x.contiguous(), grid)
-    out = F.conv2d(image, kernel, bias, padding=(size[0] // 2, size[1] // 2), groups=len(kernel))
-    return out if added is None else to_image(added, grid) + out.to(added.dtype)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -65,7 +28,7 @@ def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Modu
     Three branches would keep three tensors of the image's size, and a depthwise convolution is
     cheap.
     """
-    out = _apply(x, grid, branch.weight, branch.bias)
+    out = to_image(depthwise_conv(x, grid, branch.weight, branch.bias), grid)
     is_kept = isinstance(norm, nn.BatchNorm2d) and torch.is_grad_enabled()
     if not is_kept or torch.compiler.is_compiling():
         return _normed(norm, out)
@@ -79,7 +42,8 @@ def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Modu
             return kept
         bias = None if branch.bias is None else branch.bias.to(dtype)
         with torch.no_grad():
-            return _apply(x.to(dtype), grid, branch.weight.to(dtype), bias)
+            out = depthwise_conv(x.to(dtype), grid, branch.weight.to(dtype), bias)
+            return to_image(out, grid)
 
     with torch.autograd.graph.saved_tensors_hooks(drop, restore):
         return _normed(norm, out)
@@ -127,8 +91,8 @@ class DepthwiseConv(nn.Module):
         """
         if len(self.branches) == 1:
             [branch] = self.branches
-            return to_tokens(_apply(x, grid, branch.weight, branch.bias, added))
-        if not fused.runs_on(x, operand_dtype(x)):
+            return depthwise_conv(x, grid, branch.weight, branch.bias, added)
+        if choose("depthwise_conv", "auto", x) != "triton":
             x = x.contiguous()  # once for all branches
         parts = zip(self.branches, self.norms, strict=True)
         first, *others = (_convolve(x, grid, branch, norm) for branch, norm in parts)
@@ -158,7 +122,7 @@ class DepthwiseConv(nn.Module):
                 scale = norm.weight / (variance + norm.eps).sqrt()
                 kernel = kernel * scale[:, None, None, None]
                 offset = norm.bias - mean * scale
-            weight = weight + _widened(kernel, max(self.branches[0].kernel_size))
+            weight = weight + widened(kernel, max(self.branches[0].kernel_size))
             bias = bias + (0.0 if offset is None else offset)
         size = weight.shape[-1]
         fused = nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.ops.linear import fold, key_sum, quotient, wide_read
+from attnzoo.ops.linear_core import fold, key_sum, quotient, wide_read
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.streaming import State
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.layers.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 
 
 class DepthwiseDownsample(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.gated import (
+from attnzoo.ops.gated_scan import (
     Direction,
-    GatedImpl,
     gated_linear_attention,
     gated_linear_attention_macs,
     gated_linear_block,
@@ -34,7 +34,7 @@ class GatedLinearConfig(StreamConfig):
     gate_rank: int = 16  # rank of the forget gate's projection
     gate_normalizer: float = 16.0  # divides the log gate: a larger one remembers longer
     norm_eps: float = 1e-5  # RMSNorm of each head's output
-    impl: GatedImpl = "auto"
+    impl: Literal["auto", "safe", "naive", "fla"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ class GatedLinear(nn.Module):
         value: Tensor,
         grid: tuple[int, int],
         directions: Sequence[Direction],
-        impl: GatedImpl | None = None,
+        impl: str | None = None,
     ) -> Tensor:
         """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
         gate_logit, query, key = self._gate_query_key(x)
@@ -157,7 +157,7 @@ def _mean_of_scans(
     gate_normalizer: float,
     grid: tuple[int, int],
     directions: Sequence[Direction],
-    impl: GatedImpl,
+    impl: str,
     dtype: torch.dtype,
 ) -> Tensor:
     operands = [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from attnzoo.ops.focused import naive_power_map, power_map
+from attnzoo.ops.power_map import power_map
 from attnzoo.ops.precision import in_wide_range
 
 GammaForm = Literal["raw", "clamp", "softplus"]
@@ -53,8 +53,8 @@ def measure_kernel(
         z = F.relu(z) + offset
     if scale is not None:
         z = z / scale
-    apply = naive_power_map if is_naive else power_map
+    impl = "reference" if is_naive else "auto"
     if num_heads == 1:
-        return apply(z, gamma)
+        return power_map(z, gamma, impl=impl)
     per_head = rearrange(z, "b n (h d) -> b n h d", h=num_heads)
-    return rearrange(apply(per_head, gamma.unsqueeze(-1)), "b n h d -> b n (h d)")
+    return rearrange(power_map(per_head, gamma.unsqueeze(-1), impl=impl), "b n h d -> b n (h d)")

@@ -7,15 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.ops.routing import (
+from attnzoo.ops.routed_linear import (
     Route,
     RouterGradient,
     gated,
-    naive_gated,
-    naive_routed_projection,
-    naive_routed_scalar,
     route,
-    routed_projection,
+    routed_linear,
     routed_scalar,
     router_logits,
     usage_of,
@@ -28,7 +25,7 @@ class Router(nn.Module):
     Args:
         dim: Width of what it reads.
         choices: How many there are.
-        gradient: How it learns, see ``attnzoo.ops.routing``.
+        gradient: How it learns, see ``attnzoo.ops.routed_linear``.
     """
 
     def __init__(self, dim: int, choices: int, gradient: RouterGradient) -> None:
@@ -55,10 +52,9 @@ class Router(nn.Module):
             (..., d_out), and one decision per token.
         """
         routed = self(x)
-        project, gate = (
-            (naive_routed_projection, naive_gated) if is_naive else (routed_projection, gated)
-        )
-        return gate(project(x, projectors, routed.index), routed, self.gradient), routed
+        impl = "reference" if is_naive else "auto"
+        out = routed_linear(x, projectors, routed.index, impl=impl)
+        return gated(out, routed, self.gradient, impl=impl), routed
 
     def pick(self, *parts: Tensor, scalars: Tensor, is_naive: bool) -> tuple[Tensor, Route]:
         """The scalar that each token chooses (Eqs. 6-7), and the decisions.
@@ -72,8 +68,8 @@ class Router(nn.Module):
             (..., 1), and one decision per token.
         """
         routed = self(*parts)
-        choose = naive_routed_scalar if is_naive else routed_scalar
-        return choose(routed, scalars, self.gradient), routed
+        impl = "reference" if is_naive else "auto"
+        return routed_scalar(routed, scalars, self.gradient, impl=impl), routed
 
     def describe(self, routed: Route) -> dict[str, Tensor]:
         """The share of tokens that each choice received, and the softmax's mean entropy in nats.

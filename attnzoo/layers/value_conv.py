@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv, to_image, to_tokens
+from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 
 
 class ValueConv(nn.Module):

@@ -23,16 +23,13 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.depthwise_conv import DepthwiseConv, to_image, to_tokens
+from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import (
-    SoftmaxImpl,
-    is_steep,
-    naive_softmax_attention,
-    naive_softmax_map,
-    softmax_attention,
-)
+from attnzoo.ops.softmax import SoftmaxImpl, is_steep, softmax_attention
+from attnzoo.ops.softmax.reference import softmax_attention as naive_softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
 from attnzoo.ops.streaming import (
     State,
     StreamConfig,

@@ -18,7 +18,8 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
 from attnzoo.registry import register_attention
 
 

@@ -23,7 +23,8 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import naive_softmax_map, softmax_attention
+from attnzoo.ops.softmax import softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
 from attnzoo.registry import register_attention
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.gated_linear import GatedLinear, GatedLinearConfig
-from attnzoo.ops.gated import Direction
+from attnzoo.ops.gated_scan import Direction
 from attnzoo.registry import register_attention
 
 # What DiG's steps do: a flip after every block, and a transpose after each odd one on top.

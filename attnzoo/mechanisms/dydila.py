@@ -36,11 +36,12 @@ from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.measure_kernel import GammaForm, gamma_start, measure_kernel, shaped_gamma
 from attnzoo.layers.router import Router, as_numbers
-from attnzoo.ops import fused
-from attnzoo.ops.linear import linear_attention_macs
+from attnzoo.ops.dispatch import choose, require_triton
+from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.ops.precision import autocast_operands, in_wide_range, operand_dtype
-from attnzoo.ops.routing import Route, RouterGradient, balance_loss
+from attnzoo.ops.routed_linear import Route, RouterGradient, balance_loss
 from attnzoo.ops.streaming import State, StreamConfig, linear_parts, stream
+from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 from attnzoo.registry import register_attention
 
 
@@ -141,7 +142,7 @@ class DyDiLA(Attention):
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
         if config.impl == "triton":
-            fused.require_triton()
+            require_triton()
             if reason := self._unserved():
                 raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
         dim, gradient = self.dim, config.router_gradient
@@ -211,18 +212,15 @@ class DyDiLA(Attention):
         for name, values in served.items():
             if (value := getattr(self.config, name)) not in values:
                 return f"{name}={value!r}"
-        for name in ("n_projectors", "n_kernel_factors", "n_differential_factors"):
-            if (value := getattr(self.config, name)) > fused.MOST_CHOICES:
-                return f"{name}={value}, more than {fused.MOST_CHOICES}"
-        is_served = self.num_heads == 1 or self.dim // self.num_heads % 16 == 0
-        return None if is_served else f"heads of width {self.dim // self.num_heads}"
+        config = self.config
+        most = max(config.n_projectors, config.n_kernel_factors, config.n_differential_factors)
+        return unserved(self.dim, self.num_heads, most)
 
-    def implementation(self, x: Tensor) -> Literal["naive", "torch", "triton"]:
+    def implementation(self, x: Tensor) -> str:
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        is_fused = fused.runs_on(x, operand_dtype(x)) and self._unserved() is None
-        return "triton" if is_fused else "torch"
+        return choose("token_difference", "auto", x, operand_dtype(x), self._unserved)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
@@ -264,15 +262,17 @@ class DyDiLA(Attention):
         def cast(*weights: Tensor) -> list[Tensor]:
             return [z.to(x.dtype) for z in weights]
 
-        out = fused.dynamic_differential_attention(
-            x, query, key, value,
+        weights = Weights(
             cast(*(self.projector_routers[z].weight for z in sides)),
             cast(*(self.projectors[z] for z in sides)),
             cast(*(router.weight for router in self.kernel_routers.values())),
             shaped_gamma(self.gamma, config.gamma_form).expand(4, -1),
             cast(*(self.differential_routers[z].weight for z in sides)),
-            self._lambdas().expand(2, -1), config.eps, config.router_gradient == "ste",
-            self.num_heads,
+            self._lambdas().expand(2, -1),
+        )  # fmt: skip
+        out = dynamic_differential_attention(
+            x, query, key, value, weights, config.eps, config.router_gradient == "ste",
+            self.num_heads, impl="triton",
         )  # fmt: skip
         return self.proj(out if self.conv is None else self.conv(value, grid, out))
 

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.depthwise_conv import to_image, to_tokens
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.linear import (
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.linear_core import (
     fold,
     key_sum,
     linear_attention,
     linear_attention_macs,
-    naive_linear_attention,
-    naive_linear_map,
     normalized_read,
 )
+from attnzoo.ops.linear_core.reference import linear_attention as naive_linear_attention
+from attnzoo.ops.linear_core.reference import linear_map as naive_linear_map
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.streaming import State, StreamConfig, first_pass, second_pass, spans_of
 from attnzoo.registry import register_attention

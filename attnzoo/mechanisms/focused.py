@@ -22,13 +22,10 @@ from attnzoo.layers.depthwise_conv import ConvKind
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.value_conv import ValueConv
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.linear import (
-    linear_attention,
-    linear_attention_macs,
-    naive_linear_attention,
-    naive_linear_map,
-)
+from attnzoo.ops.linear_core import linear_attention, linear_attention_macs
+from attnzoo.ops.linear_core.reference import linear_attention as naive_linear_attention
+from attnzoo.ops.linear_core.reference import linear_map as naive_linear_map
+from attnzoo.ops.power_map import power_map
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.ops.streaming import StreamConfig, linear_parts, stream_linear_attention
 from attnzoo.registry import register_attention
@@ -132,11 +129,10 @@ class FocusedAttention(Attention):
         if self.scale is not None:
             activated = activated / F.softplus(self.scale)
         power = torch.full((1,), self.config.focusing_factor, device=z.device)
-        apply = naive_power_map if self.config.impl == "naive" else power_map
         if self.config.norm_scope == "token":
-            return apply(activated, power)
+            return power_map(activated, power, impl=self.config.impl)
         per_head = rearrange(activated, "b n (h d) -> b n h d", h=self.num_heads)
-        return rearrange(apply(per_head, power), "b n h d -> b n (h d)")
+        return rearrange(power_map(per_head, power, impl=self.config.impl), "b n h d -> b n (h d)")
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)

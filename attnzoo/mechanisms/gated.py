@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.gated_linear import GatedLinear, GatedLinearConfig
-from attnzoo.ops.gated import Direction
+from attnzoo.ops.gated_scan import Direction
 from attnzoo.registry import register_attention
 
 _DIRECTIONS: dict[str, tuple[Direction, ...]] = {

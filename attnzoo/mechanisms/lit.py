@@ -18,12 +18,9 @@ from attnzoo.contract import Attention, AttentionContext
 from attnzoo.layers.depthwise_conv import ConvKind
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.value_conv import ValueConv
-from attnzoo.ops.linear import (
-    linear_attention,
-    linear_attention_macs,
-    naive_linear_attention,
-    naive_linear_map,
-)
+from attnzoo.ops.linear_core import linear_attention, linear_attention_macs
+from attnzoo.ops.linear_core.reference import linear_attention as naive_linear_attention
+from attnzoo.ops.linear_core.reference import linear_map as naive_linear_map
 from attnzoo.ops.streaming import StreamConfig, stream_linear_attention
 from attnzoo.registry import register_attention
 

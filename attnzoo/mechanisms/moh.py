@@ -21,8 +21,9 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.routing import router_logits
-from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
+from attnzoo.ops.routed_linear import router_logits
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
 from attnzoo.registry import register_attention
 
 # (shared, routed) heads of the 12 layers of MoH-DiT-S/2 (6 heads) and MoH-DiT-B/2 (12 heads); the

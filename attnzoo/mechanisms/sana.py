@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.linear import (
+from attnzoo.ops.linear_core import (
     linear_attention,
     linear_attention_macs,
-    naive_linear_attention,
-    naive_linear_map,
     projected_linear_attention,
 )
+from attnzoo.ops.linear_core.reference import linear_attention as naive_linear_attention
+from attnzoo.ops.linear_core.reference import linear_map as naive_linear_map
 from attnzoo.ops.streaming import StreamConfig, stream_linear_attention
 from attnzoo.registry import register_attention
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, naive_softmax_map, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
 from attnzoo.registry import register_attention
 
 

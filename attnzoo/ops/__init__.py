@@ -1,1 +1,1 @@
-"""Parameter-free mathematics: each fast function stands above its naive twin."""
+"""Parameter-free mathematics: one folder per operator; ``dispatch`` picks its implementation."""

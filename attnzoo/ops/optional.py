@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
+
+from attnzoo.errors import Unavailable
 
 # What a package may raise while it is imported or called; a keyboard's interrupt is not its own.
 ANYTHING = (Exception, SystemExit)
@@ -32,3 +35,14 @@ def reason(error: BaseException) -> str:
     if line and isinstance(error, ImportError | NotImplementedError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def failure(call: Callable[[], Any]) -> str | None:
+    """None if a call succeeds, or else why it does not."""
+    try:
+        call()
+    except Unavailable as error:
+        return str(error)
+    except ANYTHING as error:
+        return reason(error)
+    return None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import AttentionConfig
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.gated import Direction, scan, unscan
-from attnzoo.ops.linear import fold, key_sum, normalized_read
+from attnzoo.ops.gated_scan import Direction, scan, unscan
+from attnzoo.ops.linear_core import fold, key_sum, normalized_read
 from attnzoo.ops.precision import in_float32
 
 State = list[tuple[Tensor, ...]]

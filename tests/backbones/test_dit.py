@@ -11,7 +11,7 @@ from diffusers.models.transformers.sana_transformer import GLUMBConv
 
 import attnzoo
 from attnzoo import InvalidType, InvalidValue, UsageError, list_attention
-from attnzoo.layers.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from backbones import DiT, build_backbone
 from backbones.dit import _sincos_positions
 from backbones.feedforward import build_feedforward

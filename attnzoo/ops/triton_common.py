@@ -1,17 +1,40 @@
-"""Sizes, precisions and products that several kernels share."""
+"""Launching, sizes, precisions and products that several kernels share.
+
+Importing this, or any ``triton.py``, needs Triton; nothing imports them unasked. Every kernel
+computes in float32 and runs under Triton's interpreter on a CPU. No launch waits for the device:
+sizes that depend on the data (how many tokens chose an expert) stay there.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.custom_op import custom_op
+
 _NORMAL = tl.constexpr(1.1754943508222875e-38)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+def launched(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """``custom_op`` on the device of its first tensor: Triton launches on the current one."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *args)
+
+        return custom_op(name, schema=schema)(on_its_device)
+
+    return register
 
 
 def _ceil(a: int, b: int) -> int:

@@ -1,9 +1,7 @@
-"""The power map as one pass in C, for CPUs: built by the system's compiler when first asked for.
+"""The C code of ``native.py``, built by the system's compiler when first asked for.
 
-Written with torch's operators the map is a dozen passes over memory, and on a CPU memory is what
-they cost. Where there is no compiler, or with ATTNZOO_NATIVE=0 in the environment, ``library``
-returns None and ``attnzoo.ops.focused`` does without. The build takes a second and needs nothing
-but a C compiler (CC, else cc). It is cached in a folder that only the user can write to (attnzoo
+The build takes a second and needs nothing but a C compiler (CC, else cc); where there is none,
+``library`` returns None. It is cached in a folder that only the user can write to (attnzoo
 in XDG_CACHE_HOME, else in ~/.cache) with its hash; where there is no such folder, every process
 builds its own. Only what has the right hash is loaded.
 """
@@ -23,7 +21,7 @@ import uuid
 import warnings
 from pathlib import Path
 
-# What attnzoo.ops.focused._forward and _backward compute, with their reasons there. T is how
+# What torch.py's _forward and _backward compute, with their reasons there. T is how
 # tensors are stored; numbers are float. NaN must come out where it goes in, so no -ffast-math.
 _KERNEL = r"""
 #define EACH for (long i = 0; i < d; i++)
@@ -270,9 +268,7 @@ def _find() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are not wanted or, with a warning, not built."""
-    if os.environ.get("ATTNZOO_NATIVE") == "0":
-        return None
+    """The compiled kernels, or None where, with a warning, they could not be built."""
     try:
         return _find()
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -1,15 +1,29 @@
-"""Routed power map and token difference in one pass; the backward has a file of its own."""
+"""Token-wise DyDiLA by kernels: routed power map and token difference in one pass.
+
+The backward has a file of its own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.grouped import _decide
-from attnzoo.ops.kernels.power_map import _pivot, _unit_power
-from attnzoo.ops.kernels.shared import (
+from attnzoo.ops.linear_core.torch import half_attention
+from attnzoo.ops.power_map.triton import _pivot, _unit_power
+from attnzoo.ops.routed_linear.triton import _decide, routed_pair
+from attnzoo.ops.token_difference import SCHEMA, Operands, Weights
+from attnzoo.ops.token_difference.triton_backward import (
+    _columns,
+    _of_head,
+    _weights,
+    difference_backward,
+)
+from attnzoo.ops.triton_common import (
     _LARGEST,
     _NORMAL,
     _add_dot,
@@ -18,21 +32,8 @@ from attnzoo.ops.kernels.shared import (
     _precision,
     _rows,
     _width,
+    launched,
 )
-
-
-@triton.jit
-def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
-    """Columns ``column`` of a router's matrix (choices, d), as (C, columns)."""
-    choice = tl.arange(0, C)
-    mask = (choice[:, None] < choices) & (column < d)[None, :]
-    return tl.load(weight + choice[:, None] * w_row + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _of_head(tile, head, H: tl.constexpr):
-    """Column ``head`` of a tile (rows, H)."""
-    return tl.sum(tl.where(tl.arange(0, H)[None, :] == head, tile, 0.0), 1)
 
 
 @triton.jit
@@ -206,32 +207,19 @@ def _difference_kernel(
 DIFFERENCE_BLOCK = (16, 64, 2, 3)
 
 
-def _columns(most: int, head_dim: int, heads: int) -> int:
-    """Columns of a tile: at most ``most``, and within one head where there are several."""
-    return most if heads == 1 else min(most, head_dim & -head_dim)
-
-
-def difference_forward(
-    z1: Tensor,
-    z2: Tensor,
-    routers: tuple[Tensor, Tensor, Tensor],
-    gammas: Tensor,
-    lambdas: Tensor,
-    key_sum: Tensor | None,
-    eps: float,
-    heads: int,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``attnzoo.ops.fused.focused_difference``.
+@launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
+def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """phi(Z) - lambda phi(Z') of ``Operands``, with phi the routed power map.
 
     Returns:
         The difference (b, n, d), the sum of the powered z1 over n (b, d) or nothing, statistics of
         the rows (9 + heads, t), choices (3, t), probabilities (t, 2 gammas + lambdas) for the
         backward.
     """
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, _, save = Operands(*operands)
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
-    r1, r2, rd = (router.contiguous() for router in routers)
+    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
     size, chunk, warps, stages = DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
@@ -254,3 +242,110 @@ def difference_forward(
             _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, sums.sum(1), stats, choices, probability
+
+
+@difference_forward.register_fake
+def _(*operands: Any) -> tuple[Tensor, ...]:
+    p = Operands(*operands)
+    b, n, d = p.z1.shape
+    rows = b * n if p.save else 0
+    wide = p.gammas.new_empty
+    return (
+        p.z1.new_empty(b, n, d),
+        wide(b, d),
+        wide(9 + p.heads, rows),
+        wide(3, rows, dtype=torch.int32),
+        wide(rows, 2 * p.gammas.shape[1] + p.lambdas.shape[0]),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    p, (out, _, *saved) = Operands(*inputs), output
+    ctx.set_materialize_grads(False)
+    ctx.options = p[9:]
+    ctx.save_for_backward(out, *saved, *p[:7], p.key_sum)
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, grad_sum: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    *saved, key_sum = ctx.saved_tensors
+    p = Operands(*saved[4:], None, key_sum, *ctx.options)
+    if key_sum is None and grad_sum is None:
+        grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
+    z1, z2, gate, *routers, gammas, lambdas, grad_key_sum = difference_backward(
+        grad, grad_sum, *saved[:4], *p
+    )
+    # Without a straight-through gradient routers get none, not 0.
+    learned = [
+        found.to(router.dtype) if p.learn else None
+        for found, router in zip(routers, (p.r1, p.r2, p.rd), strict=True)
+    ]
+    return (
+        z1, z2, *learned, gammas, lambdas, gate if p.learn else None,
+        None if key_sum is None else grad_key_sum, *[None] * 4,
+    )  # fmt: skip
+
+
+difference_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def focused_difference(
+    tokens: Tensor,
+    redundant: Tensor,
+    kernel_routers: Sequence[Tensor],
+    gammas: Tensor,
+    difference_router: Tensor,
+    lambdas: Tensor,
+    gate: Tensor,
+    key_sum: Tensor | None = None,
+    eps: float = 0.0,
+    learn: bool = True,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """phi(Z) - lambda phi(Z') with phi the routed power map, reading Z and Z' once.
+
+    The backward computes everything from Z and Z' again; it keeps a few numbers per token. See
+    ``Operands``.
+
+    Returns:
+        (b, n, d) in the dtype of Z, and, where ``key_sum`` is None, the sum of phi(Z) over the
+        tokens, (b, d) in float32.
+    """
+    # Only a call that may be differentiated keeps what its backward needs.
+    operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
+    return difference_forward(
+        tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
+        lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
+        learn, save,
+    )[:2]  # fmt: skip
+
+
+def dynamic_differential_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    eps: float,
+    learn: bool,
+    heads: int,
+) -> Tensor:
+    """See ``attnzoo.ops.token_difference``.
+
+    Queries leave their kernel divided by their normalisers, so that plain products are left.
+    """
+    projector_routers, projectors, kernel_routers, gammas, difference_routers, lambdas = weights
+    primes, _, gates = routed_pair(x, projector_routers, projectors)
+    query_prime, key_prime = primes.unbind(0)
+    key, key_sum = focused_difference(
+        key, key_prime, kernel_routers[1::2], gammas[1::2], difference_routers[1], lambdas[1],
+        gates[1], learn=learn,
+    )  # fmt: skip
+    query, _ = focused_difference(
+        query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
+        gates[0], key_sum, eps, learn, heads,
+    )  # fmt: skip
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    return half_attention(query, key, value).transpose(1, 2).flatten(2)

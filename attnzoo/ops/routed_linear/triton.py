@@ -1,21 +1,27 @@
-"""Counting sort by expert, and products in which each row takes its own matrix."""
+"""Routing by Triton kernels: decisions, counting sort, products of rows by chosen matrices."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.shared import (
+from attnzoo.ops.linear_core.torch import wide_bmm
+from attnzoo.ops.precision import autocast_operands
+from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _precision,
     _rows,
     _shared_memory,
     _width,
+    launched,
 )
 
 
@@ -367,3 +373,168 @@ def top1(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
             experts, 64, 64, _width(experts), padded, _precision(first.dtype), num_warps=4,
         )  # fmt: skip
     return index, probability
+
+
+@launched("routed_gates")
+def _routed_gates(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index, probability = top1(x, first, second)
+    return x.new_ones(2, x.shape[0], dtype=torch.float32), index, probability
+
+
+@_routed_gates.register_fake
+def _(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    padded = -(-first.shape[0] // 8) * 8
+    return (
+        x.new_empty(2, x.shape[0], dtype=torch.float32),
+        x.new_empty(2 * x.shape[0], dtype=torch.int32),
+        x.new_empty(x.shape[0], 2, padded, dtype=torch.float32),
+    )
+
+
+def _gates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+@launched("routed_gates_backward")
+def _routed_gates_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient that each token's chosen probability, over itself, hands its router."""
+    rows, _, padded = probability.shape
+    experts = first.shape[0]
+    offset = torch.arange(2, device=x.device)[:, None] * experts
+    chosen = (index.view(2, rows) - offset).t().unsqueeze(-1)
+    mine = chosen == torch.arange(padded, device=x.device)
+    grad_logits = (grad.t().unsqueeze(-1) * (mine.float() - probability)).to(x.dtype)
+    grad_logits = grad_logits.flatten(1)
+    pad = (0, 0, 0, padded - experts)
+    routers = torch.cat([F.pad(first, pad), F.pad(second, pad)]).to(x.dtype)
+    grad_routers = wide_bmm(grad_logits.t()[None], x[None], is_wide=True)[0]
+    grad_first, grad_second = grad_routers.unflatten(0, (2, padded))[:, :experts]
+    return (
+        grad_logits @ routers,
+        # Copies: an operator's results may not share memory.
+        grad_first.to(first.dtype, copy=True),
+        grad_second.to(second.dtype, copy=True),
+    )
+
+
+@_routed_gates_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), first.new_empty(first.shape), second.new_empty(second.shape)
+
+
+def _gates_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return (None,) * 3 if grad is None else _routed_gates_backward(grad, *ctx.saved_tensors)
+
+
+_routed_gates.register_autograd(_gates_backward, setup_context=_gates_setup)
+
+
+@launched("grouped_linear")
+def _grouped_linear(
+    x: Tensor, first: Tensor, second: Tensor | None, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, ends = sort_by_expert(index, first.shape[0] * (1 if second is None else 2))
+    # Both have the strides of the first.
+    first, second = first.contiguous(), None if second is None else second.contiguous()
+    return grouped_product(x, first, order, ends, second), order, ends
+
+
+@_grouped_linear.register_fake
+def _(
+    x: Tensor, first: Tensor, second: Tensor | None, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(index.shape[0], first.shape[2]),
+        torch.empty_like(index, dtype=torch.int32),
+        index.new_empty(first.shape[0] * (1 if second is None else 2), dtype=torch.int32),
+    )
+
+
+@launched("grouped_linear_backward")
+def _grouped_linear_backward(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    first, second = first.contiguous(), None if second is None else second.contiguous()
+    other = None if second is None else second.mT
+    grad_x = grouped_product(grad, first.mT, order, ends, other)
+    grad_weight = grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
+    if second is not None:
+        one, two = grad_x.view(2, *x.shape).unbind(0)
+        grad_x = one + two
+    return grad_x, grad_weight
+
+
+@_grouped_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(ends.shape[0], *first.shape[1:])
+
+
+def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grouped_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, first, second, order, ends = ctx.saved_tensors
+    grad_x, grad_weight = _grouped_linear_backward(
+        grad.contiguous(), x, first, second, order, ends
+    )
+    experts = first.shape[0]
+    return grad_x, grad_weight[:experts], None if second is None else grad_weight[experts:], None
+
+
+_grouped_linear.register_autograd(_grouped_backward, setup_context=_grouped_setup)
+
+
+def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """See ``attnzoo.ops.routed_linear``."""
+    x, weight = autocast_operands(x, weight)
+    tokens = x.reshape(-1, x.shape[-1])
+    out, _, _ = _grouped_linear(tokens, weight, None, index.reshape(-1))
+    return out.unflatten(0, x.shape[:-1])
+
+
+def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """Two routed projections of the same tokens as one grouped product, with its sort.
+
+    Args:
+        x: (t, d).
+        first: Projectors, (experts, d, e).
+        second: Likewise.
+        index: Choices of the first, then those of the second plus ``experts``, (2 t,) int32.
+
+    Returns:
+        (2, t, e).
+    """
+    return _grouped_linear(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
+
+
+def routed_pair(
+    x: Tensor,
+    routers: Sequence[Tensor],
+    projectors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two routed projections of the same tokens: decisions, sorting and both products.
+
+    Args:
+        x: (b, n, d).
+        routers: Two of (experts, d).
+        projectors: Two of (experts, d, e).
+
+    Returns:
+        Projected tokens (2, b, n, e); choices (2, b, n), those of the second plus ``experts``;
+        and gates (2, b, n) of value 1, by which the tokens count as multiplied: whoever uses the
+        tokens must return the gates' gradients, and the routers learn from those.
+    """
+    tokens = x.flatten(0, 1)
+    gates, index, _ = _routed_gates(tokens, *routers)
+    out = grouped_linear(tokens, *projectors, index)
+    shape = (2, *x.shape[:2])
+    return out.unflatten(1, x.shape[:2]), index.view(shape), gates.view(shape)

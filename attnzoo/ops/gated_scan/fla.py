@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import Unavailable
-from attnzoo.ops.optional import ANYTHING, load, reason
+from attnzoo.ops.optional import ANYTHING, failure, load, reason
 
 
 def require_fla() -> Any:
@@ -24,20 +24,16 @@ def require_fla() -> Any:
 
 def why_unavailable(device: str | torch.device) -> str | None:
     """Calls the kernel once on a few tokens; returns None if it works, or else the reason."""
-    try:
+
+    def call() -> Tensor:
         probe = torch.zeros(1, 1, 16, 32, device=device, dtype=torch.bfloat16)
-        fla_gated_linear_attention(probe, probe, probe, probe)
-    except Unavailable as error:
-        return str(error)
-    except ANYTHING as error:
-        return reason(error)
-    return None
+        return gated_linear_attention(probe, probe, probe, probe)
+
+    return failure(call)
 
 
-def fla_gated_linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor
-) -> Tensor:
-    """``ops.gated.gated_linear_attention`` on a GPU; other directions are scans by the caller.
+def gated_linear_attention(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor) -> Tensor:
+    """See ``attnzoo.ops.gated_scan``; on a GPU.
 
     Args:
         query: (b, h, n, dk), scaled by the caller. Products take the dtype of queries, keys and

@@ -1,4 +1,4 @@
-"""Top-1 routing: decisions, gates that carry a gradient, and projections of routed tokens."""
+"""Routing by PyTorch's operators: decisions, gates that carry a gradient, sorted products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops import fused
+from attnzoo.ops.custom_op import custom_op
 from attnzoo.ops.precision import autocast_operands, in_float32
 
 RouterGradient = Literal["ste", "none", "softgate", "gumbel"]
@@ -83,24 +83,12 @@ class _StraightThroughGate(torch.autograd.Function):
 
 
 def gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
-    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
-
-    "ste" and "gumbel" gate by p / stop_gradient(p): exactly 1 in the forward, the gradient of p
-    in the backward. "softgate" gates by p itself, "none" by nothing.
-    """
+    """See ``attnzoo.ops.routed_linear``."""
     if gradient == "none" or routed.logits is None:
         return x
     if gradient != "softgate":
         return _StraightThroughGate.apply(x, routed.logits, routed.index)
     return x * _softmax(routed.logits).gather(-1, routed.index.unsqueeze(-1)).to(x.dtype)
-
-
-def naive_gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
-    """Twin of ``gated``: the factor as it is written."""
-    if gradient == "none" or routed.logits is None:
-        return x
-    chosen = routed.logits.softmax(-1).gather(-1, routed.index.unsqueeze(-1))
-    return x * (chosen if gradient == "softgate" else chosen / chosen.detach()).to(x.dtype)
 
 
 class _StraightThroughScalar(torch.autograd.Function):
@@ -122,11 +110,7 @@ class _StraightThroughScalar(torch.autograd.Function):
 
 
 def routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
-    """The scalar that each token chose: (experts,) -> (..., 1).
-
-    With "ste" and "gumbel" the router receives the gradient of sum_j p_j scalars_j, so that it
-    learns once the scalars differ. "softgate" mixes all scalars by p.
-    """
+    """See ``attnzoo.ops.routed_linear``."""
     if gradient == "softgate":
         assert routed.logits is not None
         return (_softmax(routed.logits) * scalars).sum(-1, keepdim=True)
@@ -134,19 +118,6 @@ def routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> T
         chosen = scalars.index_select(0, routed.index.reshape(-1))
         return chosen.view(*routed.index.shape, 1)
     return _StraightThroughScalar.apply(routed.logits, scalars, routed.index)
-
-
-def naive_routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
-    """Twin of ``routed_scalar``: adds sum_j (p_j - stop_gradient(p_j)) scalars_j, which is 0."""
-    if gradient == "softgate":
-        assert routed.logits is not None
-        return (routed.logits.softmax(-1) * scalars).sum(-1, keepdim=True)
-    chosen = scalars[routed.index].unsqueeze(-1)
-    if gradient == "none" or routed.logits is None:
-        return chosen
-    probability = routed.logits.softmax(-1)
-    surrogate = probability - probability.detach()
-    return chosen + (surrogate * scalars.detach()).sum(-1, keepdim=True)
 
 
 def usage_of(index: Tensor, experts: int) -> Tensor:
@@ -183,10 +154,8 @@ def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
 # A custom operator, because the segments' lengths depend on data: the compiler then sees one
 # node of known shape, and a change of routing neither breaks the graph nor recompiles it. The
 # plan is a second output, so that the backward need not sort again.
-@torch.library.custom_op("attnzoo::routed_projection", mutates_args=())
-def _routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    if fused.runs_on(x):
-        return fused.device_routed_projection(x, weight, index)
+@custom_op("routed_linear")
+def _routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     plan = _plan(index, weight.shape[0])
     n = x.shape[0]
     tokens = x.index_select(0, plan[:n])
@@ -198,18 +167,16 @@ def _routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor
     return out.index_select(0, plan[n : 2 * n]), plan
 
 
-@_routed_projection.register_fake
+@_routed_linear.register_fake
 def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     plan = index.new_empty(2 * x.shape[0] + weight.shape[0])
     return x.new_empty(x.shape[0], weight.shape[2]), plan
 
 
-@torch.library.custom_op("attnzoo::routed_projection_backward", mutates_args=())
-def _routed_projection_backward(
+@custom_op("routed_linear_backward")
+def _routed_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if fused.runs_on(x):
-        return fused.device_routed_projection_backward(grad, x, weight, plan)
     n = x.shape[0]
     segments = list(_segments(plan[2 * n :]))
     grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])
@@ -223,7 +190,7 @@ def _routed_projection_backward(
     return grad_x.index_select(0, plan[n : 2 * n]), grad_weight
 
 
-@_routed_projection_backward.register_fake
+@_routed_linear_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
@@ -234,34 +201,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
-    return *_routed_projection_backward(grad, *ctx.saved_tensors), None
+    return *_routed_linear_backward(grad, *ctx.saved_tensors), None
 
 
-_routed_projection.register_autograd(_backward, setup_context=_setup_context)
+_routed_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """Projects each token by its own projector: out_i = x_i W_{index_i} (DyDiLA, Eq. 2).
-
-    Each token meets one projector only: tokens are sorted into one segment per projector.
-
-    Args:
-        x: (..., d_in).
-        weight: (projectors, d_in, d_out).
-        index: (...,), int64.
-
-    Returns:
-        (..., d_out), in the dtype a matmul would give.
-    """
+def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """See ``attnzoo.ops.routed_linear``."""
     x, weight = autocast_operands(x, weight)
     tokens = x.reshape(-1, x.shape[-1])
-    out, _ = _routed_projection(tokens, weight, index.reshape(-1))
+    out, _ = _routed_linear(tokens, weight, index.reshape(-1))
     return out.unflatten(0, x.shape[:-1])
-
-
-def naive_routed_projection(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """Twin of ``routed_projection``: every token meets every projector, then one is kept."""
-    x, weight = autocast_operands(x, weight)
-    everything = torch.einsum("...i,eio->...eo", x, weight)
-    chosen = index[..., None, None].expand(*index.shape, 1, weight.shape[2])
-    return everything.gather(-2, chosen).squeeze(-2)

@@ -1,14 +1,18 @@
-"""Kernelised attention, multiplied in whichever order costs less."""
+"""Linear attention by PyTorch's operators."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops import fused
+from attnzoo.ops.custom_op import custom_op
 from attnzoo.ops.precision import in_float32
+
+# torch before 2.8 cannot sum half-precision operands into a float32 result.
+_HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
@@ -16,12 +20,93 @@ def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) 
     return queries * keys * (key_dim + value_dim) < (queries + keys) * key_dim * value_dim
 
 
-def linear_attention_macs(
-    queries: int, keys: int, key_dim: int, value_dim: int, normalized: bool = True
-) -> int:
-    """Multiply-accumulates of one head of ``linear_attention``."""
-    product = min(queries * keys * (key_dim + value_dim), (queries + keys) * key_dim * value_dim)
-    return product + (queries * key_dim if normalized else 0)
+def has_half_sums(*operands: Tensor) -> bool:
+    """Whether to multiply in bfloat16 with float32 sums; float16 would overflow on rounding.
+
+    Not while compiling: a compiler joins the float32 copies with what comes before them.
+    """
+    is_eager = _HAS_WIDE_PRODUCT and not torch.compiler.is_compiling()
+    return is_eager and all(z.is_cuda and z.dtype == torch.bfloat16 for z in operands)
+
+
+def wide_bmm(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    """(b, n, k), (b, k, m) -> (b, n, m), summed in float32; in float32 if ``is_wide``."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.bmm(a, b)
+    if not (a.is_cuda and _HAS_WIDE_PRODUCT):
+        out = torch.bmm(a.float(), b.float())
+        return out if is_wide else out.to(a.dtype)
+    # A long sum is split among blocks, and those would add up in half precision.
+    if is_wide or a.shape[2] > max(a.shape[1], b.shape[2]):
+        out = torch.bmm(a, b, out_dtype=torch.float32)
+        return out if is_wide else out.to(a.dtype)
+    return torch.bmm(a, b)
+
+
+@custom_op("half_matmul")
+def _half_matmul(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    return wide_bmm(a, b, is_wide)
+
+
+@_half_matmul.register_fake
+def _(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
+    dtype = torch.promote_types(a.dtype, torch.float32) if is_wide else a.dtype
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=dtype)
+
+
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a, b = ctx.saved_tensors
+    grad = grad.to(a.dtype)
+    return (
+        _half_matmul(grad, b.mT, False) if ctx.needs_input_grad[0] else None,
+        _half_matmul(a.mT, grad, False) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+_half_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
+
+
+def half_matmul(a: Tensor, b: Tensor, is_wide: bool = True) -> Tensor:
+    """Product of half-precision matrices, summed in float32, with gradients.
+
+    Args:
+        a: (..., n, k).
+        b: (..., k, m).
+        is_wide: Whether the result stays in float32 or is rounded, once, to the dtype of a.
+
+    Returns:
+        (..., n, m).
+    """
+    lead = a.shape[:-2]
+    flat = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    out = _half_matmul(*flat, is_wide)
+    return out.view(*lead, *out.shape[-2:])
+
+
+def half_read(query: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Q times each factor in turn, in float32 at last: (..., n, d) and (..., d, e), ..."""
+    for factor in factors[:-1]:
+        query = half_matmul(query, factor.to(query.dtype), is_wide=False)
+    factor = factors[-1]
+    high = factor.to(query.dtype)
+    if factor.shape[-1] > 1 or factor.dtype == query.dtype:
+        return half_matmul(query, high)
+    # Two half-precision columns carry a sum to twice the digits; one product serves both.
+    columns = torch.cat([high, (factor - high.float()).to(query.dtype)], dim=-1)
+    return half_matmul(query, columns).sum(-1, keepdim=True)
+
+
+def half_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Q K^T V, (..., n, d) each, in whichever order is less; the state is rounded once."""
+    if query.shape[-2] < query.shape[-1]:
+        return half_matmul(half_matmul(query, key.mT, is_wide=False), value, is_wide=False)
+    state = half_matmul(key.mT, value).to(query.dtype)
+    return half_matmul(query, state, is_wide=False)
 
 
 def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
@@ -39,8 +124,8 @@ def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
     keys, key_dim = key.shape[-2:]
     if queries and is_quadratic_cheaper(queries, keys, key_dim, value.shape[-1]):
         return key.transpose(-2, -1), value
-    if fused.has_half_sums(key, value):
-        return (fused.half_matmul(key.transpose(-2, -1), value),)
+    if has_half_sums(key, value):
+        return (half_matmul(key.transpose(-2, -1), value),)
     return _fold(key, value)
 
 
@@ -51,8 +136,8 @@ def _fold(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 
 def wide_read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
     """``read`` whose result stays in float32 or better."""
-    if fused.has_half_sums(query):
-        return fused.half_read(query, state)
+    if has_half_sums(query):
+        return half_read(query, state)
     return _wide_read(query, state)[0]
 
 
@@ -68,14 +153,9 @@ def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
     return wide_read(query, state).to(query.dtype)
 
 
-def kernel_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Q K^T V without a normaliser: (..., n, d), (..., m, d), (..., m, e) -> (..., n, e)."""
-    return read(query, fold(key, value, query.shape[-2]))
-
-
 def key_sum(key: Tensor) -> tuple[Tensor, ...]:
     """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
-    if fused.has_half_sums(key):
+    if has_half_sums(key):
         return (key.sum(-2, dtype=torch.float32).unsqueeze(-1),)
     return _key_sum(key)
 
@@ -114,17 +194,7 @@ def normalized_read(
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """Normalised kernel attention: Q (K^T V) / (Q sum_j K_j^T + eps).
-
-    Args:
-        query: (..., n, d), after a non-negative kernel function.
-        key: (..., m, d), likewise.
-        value: (..., m, e).
-        eps: Added to the normaliser; a query similar to no key gives 0.
-
-    Returns:
-        (..., n, e).
-    """
+    """See ``attnzoo.ops.linear_core``."""
     return normalized_read(query, fold(key, value, query.shape[-2]), key_sum(key), eps)
 
 
@@ -152,18 +222,3 @@ def projected_linear_attention(
     query = query / (read(query, key_sum(key)) + eps)
     out = query.transpose(1, 2).flatten(2) @ state
     return out if bias is None else out + bias
-
-
-@in_float32
-def naive_linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15
-) -> Tensor:
-    """Twin of ``linear_attention`` that materialises the attention map."""
-    return naive_linear_map(query, key, eps) @ value
-
-
-@in_float32
-def naive_linear_map(query: Tensor, key: Tensor, eps: float = 1e-15) -> Tensor:
-    """The map of ``linear_attention``: (..., n, d), (..., m, d) -> (..., n, m)."""
-    similarity = torch.einsum("...nd,...md->...nm", query, key)
-    return similarity / (similarity.sum(-1, keepdim=True) + eps)

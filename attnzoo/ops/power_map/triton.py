@@ -1,13 +1,23 @@
-"""The norm-preserving power, forward and backward."""
+"""The power map as one Triton kernel, forward and backward."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.shared import _LARGEST, _LN2, _NORMAL, _ceil, _is_fast, _rows
+from attnzoo.ops.triton_common import (
+    _LARGEST,
+    _LN2,
+    _NORMAL,
+    _ceil,
+    _is_fast,
+    _rows,
+    launched,
+)
 
 
 @triton.jit
@@ -120,6 +130,7 @@ def _row_block(d: int) -> tuple[int, int]:
     return max(1, 2048 // width), 2
 
 
+@launched("power_map_triton")
 def power_map_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """Power map of ReLU(z): (t, d), (t,) float32 -> (t, d) and (3, t) statistics of the rows."""
     z, spacing = _rows(z)
@@ -135,6 +146,7 @@ def power_map_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return out, stats
 
 
+@launched("power_map_triton_backward")
 def power_map_backward(
     grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -151,3 +163,32 @@ def power_map_backward(
             triton.next_power_of_2(d), _is_fast(), num_warps=warps,
         )  # fmt: skip
     return grad_z, grad_gamma
+
+
+@power_map_forward.register_fake
+def _(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(3, z.shape[0], dtype=torch.float32)
+
+
+@power_map_backward.register_fake
+def _(grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), torch.empty_like(gamma)
+
+
+def _power_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _power_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+    return power_map_backward(grad, *ctx.saved_tensors)
+
+
+power_map_forward.register_autograd(_power_backward, setup_context=_power_setup)
+
+
+def power_map(z: Tensor, gamma: Tensor) -> Tensor:
+    """See ``attnzoo.ops.power_map``; computed in float32."""
+    powers = gamma.float().expand(*z.shape[:-1], 1).reshape(-1)
+    # Expanding may leave all rows one address, which a kernel would not see.
+    powers = powers.contiguous()
+    return power_map_forward(z.reshape(-1, z.shape[-1]), powers)[0].view(z.shape)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.shared import _ceil, _rows
+from attnzoo.ops.depthwise_conv.torch import widened
+from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.triton_common import _ceil, _rows, launched
 
 
 @triton.jit
@@ -190,3 +194,68 @@ def stencil_weight_gradient(
         )  # fmt: skip
     total = partial.sum(0)
     return total[:9].t().contiguous().view(c, 1, 3, 3), total[9].clone()
+
+
+@launched("stencil")
+def _stencil(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, height: int, width: int
+) -> Tensor:
+    return stencil(x, weight, bias, (height, width), added)
+
+
+@_stencil.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, height: int, width: int
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@launched("stencil_backward")
+def _stencil_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grid = height, width
+    grad_x = stencil(grad, weight, None, grid, is_transposed=True)
+    return grad_x, *stencil_weight_gradient(x, grad, grid)
+
+
+@_stencil_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = weight.new_empty
+    return (
+        x.new_empty(x.shape),
+        wide(weight.shape, dtype=torch.float32),
+        wide(weight.shape[0], dtype=torch.float32),
+    )
+
+
+def _stencil_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, added, *grid = inputs
+    ctx.grid, ctx.has_bias, ctx.has_added = grid, bias is not None, added is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _stencil_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _stencil_backward(grad, x, weight, *ctx.grid)
+    return (
+        grad_x,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype) if ctx.has_bias else None,
+        grad if ctx.has_added else None,
+        None,
+        None,
+    )
+
+
+_stencil.register_autograd(_stencil_gradients, setup_context=_stencil_setup)
+
+
+def depthwise_conv(
+    x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None,
+    added: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.depthwise_conv``."""
+    return _stencil(x.to(operand_dtype(x)), widened(weight, 3), bias, added, *grid)

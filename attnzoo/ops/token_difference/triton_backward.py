@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.kernels.difference import _columns, _of_head, _weights
-from attnzoo.ops.kernels.power_map import _unit_power
-from attnzoo.ops.kernels.shared import (
+from attnzoo.ops.power_map.triton import _unit_power
+from attnzoo.ops.token_difference import SCHEMA, Operands
+from attnzoo.ops.triton_common import (
     _LN2,
     _NORMAL,
     _add_dot,
@@ -20,7 +22,22 @@ from attnzoo.ops.kernels.shared import (
     _rows,
     _shared_memory,
     _width,
+    launched,
 )
+
+
+@triton.jit
+def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
+    """Columns ``column`` of a router's matrix (choices, d), as (C, columns)."""
+    choice = tl.arange(0, C)
+    mask = (choice[:, None] < choices) & (column < d)[None, :]
+    return tl.load(weight + choice[:, None] * w_row + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _of_head(tile, head, H: tl.constexpr):
+    """Column ``head`` of a tile (rows, H)."""
+    return tl.sum(tl.where(tl.arange(0, H)[None, :] == head, tile, 0.0), 1)
 
 
 @triton.jit
@@ -359,6 +376,11 @@ DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
 ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
 
 
+def _columns(most: int, head_dim: int, heads: int) -> int:
+    """Columns of a tile: at most ``most``, and within one head where there are several."""
+    return most if heads == 1 else min(most, head_dim & -head_dim)
+
+
 def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
     """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
     while room and choices * (4 * columns * itemsize + 384) + 2**13 > room and columns > 16:
@@ -374,19 +396,19 @@ def _fitting_stages(operands: int, room: int | None) -> int:
     return stages
 
 
+@launched(
+    "focused_difference_backward",
+    "(Tensor grad, Tensor? grad_sum, Tensor out, Tensor stats, Tensor choices, "
+    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+)
 def difference_backward(
     grad: Tensor,
     grad_sum: Tensor | None,
     out: Tensor,
-    z1: Tensor,
-    z2: Tensor,
-    routers: tuple[Tensor, Tensor, Tensor],
-    gammas: Tensor,
-    lambdas: Tensor,
-    key_sum: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor],
-    heads: int,
-    learn: bool,
+    stats: Tensor,
+    choices: Tensor,
+    probability: Tensor,
+    *operands: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``difference_forward``.
 
@@ -394,11 +416,11 @@ def difference_backward(
         Of z1, z2 (b, n, d); of the gate (b, n); of the three routers; of gammas; of lambdas; of
         key_sum (b, d) or nothing. Routers get 0 where ``learn`` is off.
     """
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, _, heads, learn, _ = Operands(*operands)
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     grad, grad_spacing = _rows(grad)
-    r1, r2, rd = (router.contiguous() for router in routers)
-    stats, choices, probability = saved
+    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
@@ -446,4 +468,17 @@ def difference_backward(
         grad_z1, grad_z2, grad_gate, grad_r1.sum(0), grad_r2.sum(0), grad_rd.sum(0),
         table[: 2 * n_gamma].reshape(2, n_gamma).clone(), table[2 * n_gamma :].clone(),
         grad_key_sum.sum(1),
+    )  # fmt: skip
+
+
+@difference_backward.register_fake
+def _(grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probability: Any,
+      *operands: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    p = Operands(*operands)
+    b, n, d = p.z1.shape
+    wide = p.gammas.new_empty
+    return (
+        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n), wide(p.r1.shape),
+        wide(p.r2.shape), wide(p.rd.shape), wide(p.gammas.shape), wide(p.lambdas.shape),
+        wide(b, d),
     )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Depthwise convolution of tokens on their grid, with zero padding that keeps the grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo.ops.custom_op import MACS
+from attnzoo.ops.depthwise_conv.torch import to_image, to_tokens, widened
+from attnzoo.ops.dispatch import Impl, operator
+
+__all__ = ["depthwise_conv", "depthwise_conv_macs", "to_image", "to_tokens", "widened"]
+
+
+def unserved(x: Tensor, grid: Any, weight: Tensor, *_: Any) -> str | None:
+    """What the Triton kernel does not serve."""
+    high, wide = weight.shape[2:]
+    return f"kernels of {high} x {wide}" if max(high, wide) != 3 else None
+
+
+@operator
+def depthwise_conv(
+    x: Tensor,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Convolves each channel of tokens with a small kernel of its own.
+
+    Args:
+        x: (b, h * w, c).
+        grid: (h, w).
+        weight: (c, 1, rows, columns), both odd; the Triton kernel takes up to 3 x 3.
+        bias: (c,) or None.
+        added: (b, h * w, c), to which the result is added, or None.
+        impl: See ``attnzoo.ops.dispatch``.
+
+    Returns:
+        (b, h * w, c).
+    """
+    ...
+
+
+def depthwise_conv_macs(weight: Tensor, grid: tuple[int, int]) -> int:
+    """Multiply-accumulates of one sample."""
+    return weight.numel() * grid[0] * grid[1]
+
+
+def _stencil_macs(x: Tensor, *_: Any, **__: Any) -> int:
+    return x.numel() * 9
+
+
+MACS |= {
+    "stencil": _stencil_macs,
+    "stencil_backward": lambda grad, *_, **__: 2 * _stencil_macs(grad),
+}

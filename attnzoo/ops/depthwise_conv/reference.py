@@ -1,0 +1,21 @@
+"""The depthwise convolution by PyTorch's convolution of a plain image."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_conv(
+    x: Tensor,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None = None,
+) -> Tensor:
+    """See ``attnzoo.ops.depthwise_conv``."""
+    image = x.unflatten(1, grid).movedim(3, 1).contiguous()  # (b, c, h, w)
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    out = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
+    out = out.flatten(2).transpose(1, 2)
+    return out if added is None else added + out.to(added.dtype)

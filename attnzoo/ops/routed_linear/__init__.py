@@ -1,0 +1,93 @@
+"""Top-1 routing: decisions, gates that carry a gradient, and projections of routed tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attnzoo.ops.custom_op import MACS
+from attnzoo.ops.dispatch import Impl, operator
+from attnzoo.ops.routed_linear.torch import (
+    Route,
+    RouterGradient,
+    balance_loss,
+    route,
+    router_logits,
+    usage_of,
+)
+
+__all__ = [
+    "Route",
+    "RouterGradient",
+    "balance_loss",
+    "gated",
+    "route",
+    "routed_linear",
+    "routed_scalar",
+    "router_logits",
+    "usage_of",
+]
+
+
+@operator
+def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "auto") -> Tensor:
+    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
+
+    "ste" and "gumbel" gate by p / stop_gradient(p): exactly 1 in the forward, the gradient of p
+    in the backward. "softgate" gates by p itself, "none" by nothing.
+    """
+    ...
+
+
+@operator
+def routed_scalar(
+    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
+) -> Tensor:
+    """The scalar that each token chose: (experts,) -> (..., 1).
+
+    With "ste" and "gumbel" the router receives the gradient of sum_j p_j scalars_j, so that it
+    learns once the scalars differ. "softgate" mixes all scalars by p.
+    """
+    ...
+
+
+@operator
+def routed_linear(x: Tensor, weight: Tensor, index: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Projects each token by its own projector: out_i = x_i W_{index_i} (DyDiLA, Eq. 2).
+
+    Each token meets one projector only: tokens are sorted into one segment per projector.
+
+    Args:
+        x: (..., d_in).
+        weight: (projectors, d_in, d_out).
+        index: (...,), int64.
+
+    Returns:
+        (..., d_out), in the dtype a matmul would give.
+    """
+    ...
+
+
+def _linear_macs(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return x.numel() * weight.shape[2]  # each token meets one projector
+
+
+def _grouped_macs(x: Tensor, first: Tensor, second: Tensor | None, index: Tensor, **_: Any) -> int:
+    return index.numel() * first[0].numel()
+
+
+def _gates_macs(x: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
+    return x.shape[0] * (first.numel() + second.numel())
+
+
+MACS |= {
+    "routed_linear": _linear_macs,
+    "routed_linear_backward": lambda grad, *rest, **_: 2 * _linear_macs(*rest),
+    "grouped_linear": _grouped_macs,
+    "grouped_linear_backward": (
+        lambda grad, x, first, *_, **__: 2 * grad.numel() * first.shape[1]
+    ),
+    "routed_gates": _gates_macs,
+    "routed_gates_backward": lambda grad, *args, **_: 2 * _gates_macs(*args[:3]),
+}

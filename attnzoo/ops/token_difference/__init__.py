@@ -1,0 +1,158 @@
+"""Token-wise DyDiLA (arXiv 2601.13683): routed projections and powers, differences, linear core.
+
+Every token's Q', K' are projected by matrices it chooses, Q, K, Q', K' sharpened by powers it
+chooses, and Q - lambda Q', K - lambda K' multiplied with V, over phi(Q) . sum phi(K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attnzoo.ops.custom_op import MACS
+from attnzoo.ops.dispatch import Impl, choose
+
+# Of one router; with more, its matrix leaves no shared memory for the tokens.
+MOST_CHOICES = 64
+
+
+class Weights(NamedTuple):
+    """Parameters of token-wise DyDiLA, d wide.
+
+    Attributes:
+        projector_routers: Of Q' and K', (projectors, d) each.
+        projectors: Of Q' and K', (projectors, d, d) each.
+        kernel_routers: Of Q, K, Q', K', (factors, d) each.
+        gammas: Exponents of Q, K, Q', K', (4, factors).
+        difference_routers: Of queries and of keys, (factors', 2 d) each.
+        lambdas: Of queries and of keys, (2, factors').
+    """
+
+    projector_routers: Sequence[Tensor]
+    projectors: Sequence[Tensor]
+    kernel_routers: Sequence[Tensor]
+    gammas: Tensor
+    difference_routers: Sequence[Tensor]
+    lambdas: Tensor
+
+
+def dynamic_differential_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    eps: float,
+    learn: bool = True,
+    heads: int = 1,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Token-wise DyDiLA, normalised by phi(Q) . sum phi(K), without convolution.
+
+    Args:
+        x: (b, n, d).
+        query: Q, (b, n, d); may be a slice of a wider tensor, as may K and V.
+        key: K, likewise.
+        value: V, likewise.
+        weights: The parameters.
+        eps: Added to the normalisers.
+        learn: Whether routers get the straight-through gradient of "ste".
+        heads: Parts of equal width; for the kernels a multiple of 16 where there are several.
+        impl: "torch" and "reference" compose it from the other operators.
+
+    Returns:
+        (b, n, d).
+    """
+    choices = (*weights.projector_routers, *weights.kernel_routers, *weights.difference_routers)
+
+    def limits() -> str | None:
+        return unserved(x.shape[-1], heads, max(router.shape[0] for router in choices))
+
+    chosen = choose("token_difference", impl, x, x.dtype, limits)
+    if chosen == "triton":
+        from attnzoo.ops.token_difference import triton
+
+        return triton.dynamic_differential_attention(
+            x, query, key, value, weights, eps, learn, heads
+        )
+    from attnzoo.ops.token_difference import reference
+
+    return reference.dynamic_differential_attention(
+        x, query, key, value, weights, eps, learn, heads, chosen
+    )
+
+
+def unserved(width: int, heads: int, choices: int) -> str | None:
+    """The first limit of the kernels that these sizes exceed, or None."""
+    if choices > MOST_CHOICES:
+        return f"{choices} choices of a router, more than {MOST_CHOICES}"
+    is_served = heads == 1 or width // heads % 16 == 0
+    return None if is_served else f"heads of width {width // heads}"
+
+
+class Operands(NamedTuple):
+    """What the operator ``focused_difference`` takes, in its order.
+
+    Attributes:
+        z1: Z, (b, n, d).
+        z2: Z', (b, n, d).
+        r1: Kernel router of Z, (factors, d).
+        r2: Of Z'.
+        rd: Difference router of (phi(Z), phi(Z')), (factors', 2 d).
+        gammas: Exponents of Z and Z', (2, factors) in float32.
+        lambdas: (factors',) in float32.
+        gate: (b, n) of value 1, by which Z' counts as multiplied; the router of its projection
+            learns from the gate's gradient.
+        key_sum: (b, d) in float32, or None. Given, each head's part of the result is divided by
+            its part of phi(Z) . key_sum, plus eps.
+        eps: See there.
+        heads: How many divide the result.
+        learn: Whether routers get the straight-through gradient of "ste".
+        save: Whether what the backward needs is returned too.
+    """
+
+    z1: Tensor
+    z2: Tensor
+    r1: Tensor
+    r2: Tensor
+    rd: Tensor
+    gammas: Tensor
+    lambdas: Tensor
+    gate: Tensor | None
+    key_sum: Tensor | None
+    eps: float
+    heads: int
+    learn: bool
+    save: bool
+
+
+# The same as torch's schemas write it.
+SCHEMA = (
+    "Tensor z1, Tensor z2, Tensor r1, Tensor r2, Tensor rd, Tensor gammas, Tensor lambdas, "
+    "Tensor? gate, Tensor? key_sum, float eps, int heads, bool learn, bool save"
+)
+
+
+def _forward_macs(*args: Any, **_: Any) -> int:
+    p = Operands(*args)
+    routers = p.r1.numel() + p.r2.numel() + p.rd.numel()
+    return p.z1.shape[0] * p.z1.shape[1] * routers + (0 if p.key_sum is None else p.z1.numel())
+
+
+def _backward_macs(
+    grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probability: Any, *args: Any,
+    **_: Any,
+) -> int:  # fmt: skip
+    # What is computed again is not counted, as nowhere.
+    p = Operands(*args)
+    normalizer = 0 if p.key_sum is None else p.z1.numel()
+    return 2 * (_forward_macs(*args) if p.learn else normalizer)
+
+
+MACS |= {
+    "focused_difference": _forward_macs,
+    "focused_difference_backward": _backward_macs,
+}

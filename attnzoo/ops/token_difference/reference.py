@@ -1,0 +1,70 @@
+"""Token-wise DyDiLA composed from routing, power map and linear core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.power_map import power_map
+from attnzoo.ops.routed_linear import (
+    RouterGradient,
+    gated,
+    route,
+    routed_linear,
+    routed_scalar,
+    router_logits,
+)
+from attnzoo.ops.token_difference import Weights
+
+
+def focused_difference(
+    tokens: Tensor,
+    redundant: Tensor,
+    kernel_routers: Sequence[Tensor],
+    gammas: Tensor,
+    difference_router: Tensor,
+    lambdas: Tensor,
+    gradient: RouterGradient,
+    impl: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """phi(Z) - lambda phi(Z'), and phi(Z); phi is the power map whose power a token chooses."""
+    powered = []
+    for z, router, powers in zip((tokens, redundant), kernel_routers, gammas, strict=True):
+        chosen = route(router_logits(z, router), gradient)
+        gamma = routed_scalar(chosen, powers, gradient, impl=impl)
+        powered.append(power_map(z, gamma, impl=impl))
+    chosen = route(router_logits(torch.cat(powered, -1), difference_router), gradient)
+    factor = routed_scalar(chosen, lambdas, gradient, impl=impl)
+    return powered[0] - factor * powered[1], powered[0]
+
+
+def dynamic_differential_attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Weights,
+    eps: float,
+    learn: bool,
+    heads: int,
+    impl: str = "reference",
+) -> Tensor:
+    """See ``attnzoo.ops.token_difference``."""
+    gradient: RouterGradient = "ste" if learn else "none"
+    sides = []
+    for i, shared in enumerate((query, key)):
+        chosen = route(router_logits(x, weights.projector_routers[i]), gradient)
+        prime = routed_linear(x, weights.projectors[i], chosen.index, impl=impl)
+        prime = gated(prime, chosen, gradient, impl=impl)
+        sides.append(focused_difference(
+            shared, prime, weights.kernel_routers[i::2], weights.gammas[i::2],
+            weights.difference_routers[i], weights.lambdas[i], gradient, impl,
+        ))  # fmt: skip
+    (query, base), (key, key_base) = (
+        [z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in side] for side in sides
+    )
+    value = value.unflatten(-1, (heads, -1)).transpose(1, 2)
+    norm = base @ key_base.sum(-2).unsqueeze(-1) + eps
+    return (query @ key.mT @ value / norm).transpose(1, 2).flatten(2)
