@@ -17,4 +17,4 @@ with (
     import bench.worker  # noqa: F401
 
     with contextlib.suppress(Exception):  # of whatever state Triton is in; who needs it finds out
-        import attnzoo.ops.kernels  # noqa: F401 - Triton
+        import attnzoo.ops.token_difference.triton  # noqa: F401 - Triton

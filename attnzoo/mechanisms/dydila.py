@@ -78,7 +78,7 @@ class Config(StreamConfig):
     conv: ConvKind = "acnet"  # A11
     qkv_bias: bool = False  # A12
     # "triton": fused kernels (docs/gpu.md); "auto" takes them on a GPU for options they serve.
-    impl: Literal["auto", "naive", "triton"] = "auto"
+    impl: Literal["auto", "naive", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -118,28 +118,6 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     write_text(path, text + "\n")
 
 
-def check_writable(path: Path) -> Path:
-    """Returns ``path`` if a file can be written there; missing folders are made.
-
-    For an output that takes long to make: who calls this first has not worked in vain.
-
-    Raises:
-        CannotWrite: It is a folder, or the system refuses.
-    """
-    if path.is_dir():
-        raise CannotWrite(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
-    trial = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"1")
-        trial.unlink()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
-        raise CannotWrite(path, error) from error
-    return path
-
-
 def _plain(value: Any) -> Any:
     # A scalar of numpy or torch, without importing either.
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
