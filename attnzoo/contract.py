@@ -9,7 +9,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,32 @@ class AttentionContext:
             )
 
 
+class Removed(NamedTuple):
+    """An option, or some values of one, that saved configurations may still name.
+
+    Attributes:
+        version: The first that lacks it.
+        default: What the option was by default, which is all that is left.
+        values: Where the option itself is still there, the values that are gone.
+    """
+
+    version: str
+    default: Any = None
+    values: tuple[Any, ...] = ()
+
+
+def removed_in(
+    version: str, *, values: Mapping[str, tuple[Any, ...]] | None = None, **defaults: Any
+) -> dict[str, Removed]:
+    """What ``AttentionConfig.removed`` holds: options with their former defaults, and values."""
+    gone = {name: Removed(version, default) for name, default in defaults.items()}
+    return gone | {name: Removed(version, values=z) for name, z in (values or {}).items()}
+
+
+# What ``impl`` was called before version 0.2.0.
+_FORMER_IMPL = {"naive": "reference", "sdpa": "torch", "safe": "torch", "folded": "torch"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Options of a mechanism: subclass it as a frozen dataclass, one field per option.
@@ -68,10 +94,15 @@ class AttentionConfig:
     Values are checked against the fields' annotations, so that ``Literal`` fields list their
     valid values and suggest the nearest. A list becomes a tuple, which a config file cannot hold.
 
+    Attributes:
+        removed: Options that an earlier version had, by name.
+
     Raises:
         InvalidType: A value does not have the type of its field.
         InvalidValue: A value is not among those its ``Literal`` lists.
     """
+
+    removed: ClassVar[Mapping[str, Removed]] = {}
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -90,17 +121,35 @@ class AttentionConfig:
 
     @classmethod
     def from_options(cls, mechanism: str, options: Mapping[str, Any]) -> AttentionConfig:
-        """Builds the config; an option the mechanism does not have is an InvalidType."""
+        """Builds the config, also from what an earlier version saved.
+
+        Raises:
+            InvalidType: The mechanism has no such option.
+            InvalidValue: A value is out of range, or a version removed it.
+        """
         if not isinstance(options, Mapping):
             raise InvalidType(f"options of {mechanism!r} must be a dict, got {options!r}")
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
+        current: dict[str, Any] = {}
+        for name, value in options.items():
+            if (gone := cls.removed.get(name)) is not None:
+                is_gone = value in gone.values if name in known else value != gone.default
+                if is_gone:
+                    remedy = "" if name in known else f"; only {name}={gone.default!r} is left"
+                    raise InvalidValue(
+                        f"{name}={value!r} of {mechanism!r} was removed in version "
+                        f"{gone.version}{remedy}"
+                    )
+                if name not in known:
+                    continue
             if name not in known:
                 raise InvalidType(
                     f"{mechanism!r} has no option {name!r}{nearest(name, known)} "
                     f"It takes: {', '.join(known) or 'none'}"
                 )
-        return cls(**options)
+            is_word = name == "impl" and isinstance(value, str)
+            current[name] = _FORMER_IMPL.get(value, value) if is_word else value
+        return cls(**current)
 
 
 def as_tuples(value: Any) -> Any:
@@ -174,6 +223,8 @@ class Attention(nn.Module, ABC):
         name: What it is registered as.
         paper: Title and arXiv number, for the table of ``python -m attnzoo``.
         complexity: Growth of its core with the number of tokens n, likewise.
+        plot_style: Color ("#RRGGBB") and matplotlib marker in every picture; a mechanism without
+            gets one that depends on its name.
         auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
             A mechanism sets it in ``forward``, always or in training only: what is no training
             forward (eval mode, no gradients, the recomputation of a checkpointed backward)
@@ -184,6 +235,7 @@ class Attention(nn.Module, ABC):
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
+    plot_style: ClassVar[tuple[str, str] | None] = None
     _auxiliary_loss: Tensor | None = None
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:

@@ -36,19 +36,18 @@ def build_scrambled(name: str, dim: int = DIM, seed: int = 0, **options: Any) ->
             parameter.add_(0.1 * torch.randn_like(parameter) * (parameter.std(correction=0) + 0.1))
         for module in layer.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
-                module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+                module.get_buffer("running_mean").normal_(std=0.1)
+                module.get_buffer("running_var").uniform_(0.5, 2.0)
     return layer
 
 
-def twin_of(layer: Attention) -> Attention | None:
-    """The same weights computed by ``impl="naive"``, or None if there is only one way."""
-    fields = {field.name for field in dataclasses.fields(layer.config)}
-    if "impl" not in fields:
+def reference_of(layer: Attention) -> Attention | None:
+    """The same weights computed by ``impl="reference"``, or None if there is only one way."""
+    if not hasattr(layer.config, "impl"):
         return None
-    twin = copy.deepcopy(layer)
-    twin.config = dataclasses.replace(layer.config, impl="naive")
-    return twin
+    reference = copy.deepcopy(layer)
+    reference.config = dataclasses.replace(layer.config, **{"impl": "reference"})
+    return reference
 
 
 def tokens(grid: tuple[int, int], batch: int = 2, dim: int = DIM, seed: int = 1) -> Tensor:
@@ -70,24 +69,24 @@ def outputs_and_gradients(layer: Attention, x: Tensor, grid: tuple[int, int]) ->
 
 
 def deviations(layer: Attention, x: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """How far the layer is from its twin, over the largest value of its kind (float64 twin).
+    """How far the layer is from its reference in float64, over the largest value of its kind.
 
     Returns:
         "output", "gradients" (largest), and "allowed output", "allowed gradients": four times what
         the float32 twin itself deviates from float64, and at least 64 float32 roundings.
     """
-    twin = twin_of(layer)
-    assert twin is not None
-    exact = outputs_and_gradients(copy.deepcopy(twin).double(), x.double(), grid)
-    own = outputs_and_gradients(twin, x, grid)
+    reference = reference_of(layer)
+    assert reference is not None
+    exact = outputs_and_gradients(copy.deepcopy(reference).double(), x.double(), grid)
+    own = outputs_and_gradients(reference, x, grid)
     fast = outputs_and_gradients(layer, x, grid)
     assert fast.keys() == exact.keys(), fast.keys() ^ exact.keys()
     result: dict[str, float] = {}
     for kind, keys in (("output", ["output"]), ("gradients", [k for k in exact if k != "output"])):
         scale = max(exact[key].abs().max().item() for key in keys) or 1.0
         result[kind] = max((fast[k] - exact[k]).abs().max().item() for k in keys) / scale
-        reference = max((own[k] - exact[k]).abs().max().item() for k in keys) / scale
-        result[f"allowed {kind}"] = max(4 * reference, 64 * torch.finfo(torch.float32).eps)
+        slack = max((own[k] - exact[k]).abs().max().item() for k in keys) / scale
+        result[f"allowed {kind}"] = max(4 * slack, 64 * torch.finfo(torch.float32).eps)
     return result
 
 
@@ -101,10 +100,10 @@ def check_shapes(name: str, **options: Any) -> None:
             assert layer(x, grid).dtype == x.dtype
 
 
-def check_twin(name: str, **options: Any) -> None:
-    """The fast path equals the naive twin: outputs, gradients of the input and of parameters."""
+def check_reference(name: str, **options: Any) -> None:
+    """The fast path equals the reference: outputs, gradients of the input and of parameters."""
     layer = build_scrambled(name, **options)
-    if twin_of(layer) is None:
+    if reference_of(layer) is None:
         return
     for grid in GRIDS:
         for batch in (1, 3):
@@ -209,7 +208,7 @@ def _raises(
 
 CHECKS: tuple[Callable[..., None], ...] = (
     check_shapes,
-    check_twin,
+    check_reference,
     check_batch_invariance,
     check_finite,
     check_half_precision,

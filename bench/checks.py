@@ -48,7 +48,7 @@ def check_layer(
     side = min(side, SIBLING_SIDE)
     grid = (side, side)
     layer = testing.build_scrambled(mechanism, width, **options)
-    if testing.twin_of(layer) is None:
+    if testing.reference_of(layer) is None:
         return {"sibling": f"{side}x{side}", "reference": "none"}
     x = testing.tokens(grid, batch=2, dim=width)
     if dtype == "float32" and device == "cpu":
@@ -105,7 +105,7 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
 
 def reference_of(layer: Attention) -> Attention:
     """The same weights computed by the reference, of a mechanism that has one."""
-    found = testing.twin_of(layer)
+    found = testing.reference_of(layer)
     assert found is not None
     return found
 

@@ -13,7 +13,7 @@ from attnzoo.counting.formulas import fused_attention, grouped_product
 from attnzoo.counting.result import Grid
 from attnzoo.counting.subject import Runnable, grid_of, shadow_of
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.custom_op import MACS
+from attnzoo.ops.dispatch import MACS
 from attnzoo.ops.gated_scan import counted_as_recurrence
 
 

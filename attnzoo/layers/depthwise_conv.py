@@ -6,47 +6,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.ops.depthwise_conv import depthwise_conv, to_image, to_tokens, widened
-from attnzoo.ops.dispatch import choose
+from attnzoo.ops.dispatch import Impl
 
-ConvKind = Literal["acnet", "acnet-plain", "3x3", "5x5", "none"]
-
-
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x); one value of a channel has no variance and takes the running statistics."""
-    if isinstance(norm, nn.BatchNorm2d) and norm.training and x.numel() == x.shape[1]:
-        mean, variance = norm.running_mean, norm.running_var
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
-    return norm(x)
-
-
-def _convolve(x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(branch(x)). What a batch norm in training keeps is convolved again in the backward.
-
-    Three branches would keep three tensors of the image's size, and a depthwise convolution is
-    cheap.
-    """
-    out = to_image(depthwise_conv(x, grid, branch.weight, branch.bias), grid)
-    is_kept = isinstance(norm, nn.BatchNorm2d) and torch.is_grad_enabled()
-    if not is_kept or torch.compiler.is_compiling():
-        return _normed(norm, out)
-    dtype, storage = out.dtype, out.untyped_storage()._cdata
-
-    def drop(kept: Tensor) -> Tensor | None:
-        return None if kept.untyped_storage()._cdata == storage else kept
-
-    def restore(kept: Tensor | None) -> Tensor:
-        if kept is not None:
-            return kept
-        bias = None if branch.bias is None else branch.bias.to(dtype)
-        with torch.no_grad():
-            out = depthwise_conv(x.to(dtype), grid, branch.weight.to(dtype), bias)
-            return to_image(out, grid)
-
-    with torch.autograd.graph.saved_tensors_hooks(drop, restore):
-        return _normed(norm, out)
+ConvKind = Literal["acnet", "3x3", "5x5", "none"]
 
 
 class DepthwiseConv(nn.Module):
@@ -55,8 +21,7 @@ class DepthwiseConv(nn.Module):
     Args:
         dim: Channels.
         kind: "acnet" sums a 3x3, a 3x1 and a 1x3 branch, each with its own batch norm, and folds
-            them into one 3x3 kernel by ``fuse``; "acnet-plain" is the same without batch norm;
-            "3x3" and "5x5" are one kernel with bias.
+            them into one 3x3 kernel by ``fuse``; "3x3" and "5x5" are one kernel with bias.
     """
 
     branches: Any
@@ -78,24 +43,31 @@ class DepthwiseConv(nn.Module):
             nn.BatchNorm2d(dim) if kind == "acnet" else nn.Identity() for _ in sizes
         )
 
-    def forward(self, x: Tensor, grid: tuple[int, int], added: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        added: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> Tensor:
         """Convolves tokens on their grid.
 
         Args:
             x: (b, h * w, dim).
             grid: (h, w).
             added: (b, h * w, dim), to which the result is added, or None.
+            impl: See ``attnzoo.ops.depthwise_conv``.
 
         Returns:
             (b, h * w, dim).
         """
         if len(self.branches) == 1:
             [branch] = self.branches
-            return depthwise_conv(x, grid, branch.weight, branch.bias, added)
-        if choose("depthwise_conv", "auto", x) != "triton":
-            x = x.contiguous()  # once for all branches
-        parts = zip(self.branches, self.norms, strict=True)
-        first, *others = (_convolve(x, grid, branch, norm) for branch, norm in parts)
+            return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)
+        first, *others = (
+            _normed_branch(x, grid, branch, norm, impl)
+            for branch, norm in zip(self.branches, self.norms, strict=True)
+        )
         out = to_tokens(sum(others, first))
         return out if added is None else added + out.to(added.dtype)
 
@@ -110,8 +82,13 @@ class DepthwiseConv(nn.Module):
         return taps * self.dim * grid[0] * grid[1]
 
     @torch.no_grad()
-    def fuse(self) -> None:
-        """Folds all branches into one kernel with bias; the eval-mode output stays the same."""
+    def fuse(self) -> ConvKind:
+        """Folds all branches into one kernel with bias; the eval-mode output stays the same.
+
+        Returns:
+            The kind that describes the result.
+        """
+        size = max(self.branches[0].kernel_size)
         weight: Any = 0.0
         bias: Any = 0.0
         for norm, branch in zip(self.norms, self.branches, strict=True):
@@ -122,12 +99,87 @@ class DepthwiseConv(nn.Module):
                 scale = norm.weight / (variance + norm.eps).sqrt()
                 kernel = kernel * scale[:, None, None, None]
                 offset = norm.bias - mean * scale
-            weight = weight + widened(kernel, max(self.branches[0].kernel_size))
-            bias = bias + (0.0 if offset is None else offset)
-        size = weight.shape[-1]
+            weight = weight + widened(kernel, size)
+            bias = bias + offset
         fused = nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)
         fused = fused.to(weight)
-        fused.weight.copy_(weight)
-        assert fused.bias is not None
-        fused.bias.copy_(torch.as_tensor(bias).expand(self.dim))
+        fused.load_state_dict({"weight": weight, "bias": bias})
         self.branches, self.norms = nn.ModuleList([fused]), nn.ModuleList([nn.Identity()])
+        return "5x5" if size == 5 else "3x3"
+
+
+class ValueConv(nn.Module):
+    """The convolution of values of FLatten: all heads share the kernels of one head's channels.
+
+    Args:
+        dim: Channels of a token.
+        num_heads: Number of heads.
+        kind: See ``DepthwiseConv``; not "none".
+    """
+
+    def __init__(self, dim: int, num_heads: int, kind: ConvKind) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.conv = DepthwiseConv(dim // num_heads, kind)
+
+    def forward(self, value: Tensor, grid: tuple[int, int], impl: Impl = "auto") -> Tensor:
+        """(b, h * w, dim) -> (b, h * w, dim)."""
+        if len(self.conv.branches) > 1:
+            # The batch norms' statistics are those of all heads.
+            parts = rearrange(value, "b n (h c) -> (b h) n c", h=self.num_heads)
+            out = self.conv(parts, grid, impl=impl)
+            return rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
+        # Repeating the kernels is several times cheaper than moving heads to the batch and back.
+        [branch] = self.conv.branches
+        weight, bias = branch.weight, branch.bias
+        weight, bias = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
+        return depthwise_conv(value, grid, weight, bias, impl=impl)
+
+    @property
+    def reach(self) -> int:
+        """Rows up and down that an output depends on."""
+        return self.conv.reach
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample, of the branches as they stand."""
+        return self.num_heads * self.conv.macs(grid)
+
+    def fuse(self) -> ConvKind:
+        """See ``DepthwiseConv.fuse``."""
+        return self.conv.fuse()
+
+
+def _normed_branch(
+    x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.BatchNorm2d, impl: Impl
+) -> Tensor:
+    """norm(branch(x)), an image; what the norm stores in training is convolved again later.
+
+    Three branches would store three tensors of the image's size, and a depthwise convolution is
+    cheap.
+    """
+    out = to_image(depthwise_conv(x, grid, branch.weight, branch.bias, impl=impl), grid)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _normed(norm, out)
+    dtype, storage = out.dtype, out.untyped_storage()._cdata
+
+    def drop(saved: Tensor) -> Tensor | None:
+        return None if saved.untyped_storage()._cdata == storage else saved
+
+    def restore(saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
+        bias = None if branch.bias is None else branch.bias.to(dtype)
+        with torch.no_grad():
+            again = depthwise_conv(x.to(dtype), grid, branch.weight.to(dtype), bias, impl=impl)
+            return to_image(again, grid)
+
+    with torch.autograd.graph.saved_tensors_hooks(drop, restore):
+        return _normed(norm, out)
+
+
+def _normed(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(x); one value of a channel has no variance and takes the running statistics."""
+    if norm.training and x.numel() == x.shape[1]:
+        mean, variance = norm.running_mean, norm.running_var
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+    return norm(x)

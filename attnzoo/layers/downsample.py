@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,16 +23,11 @@ class DepthwiseDownsample(nn.Module):
         stride: Distance between windows.
         padding: Zeros around the image: 0 with ``kernel_size == stride``, else
             ``kernel_size // 2`` of an odd ``kernel_size``.
-        bias: Whether the convolution has a bias.
     """
 
-    def __init__(
-        self, dim: int, kernel_size: int, stride: int, padding: int = 0, bias: bool = True
-    ) -> None:
+    def __init__(self, dim: int, kernel_size: int, stride: int, padding: int = 0) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            dim, dim, kernel_size, stride=stride, padding=padding, groups=dim, bias=bias
-        )
+        self.conv = nn.Conv2d(dim, dim, kernel_size, stride=stride, padding=padding, groups=dim)
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
     def coarse_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -49,9 +46,8 @@ class DepthwiseDownsample(nn.Module):
             scale = out.new_ones(out.shape[side])
             scale[-1] = stride / (stride - gap)
             out = out * (scale[:, None] if side == 2 else scale)
-        if self.conv.bias is not None:
-            out = out + self.conv.bias[:, None, None].to(out.dtype)
-        return to_tokens(out)
+        assert self.conv.bias is not None
+        return to_tokens(out + self.conv.bias[:, None, None].to(out.dtype))
 
     def spread(self, weights: Tensor, grid: tuple[int, int]) -> Tensor:
         """Shares what falls on a window evenly among its tokens: (..., m) -> (..., h * w)."""
@@ -66,3 +62,24 @@ class DepthwiseDownsample(nn.Module):
         """Multiply-accumulates per sample."""
         height, width = self.coarse_grid(grid)
         return self.conv.weight.numel() * height * width
+
+
+def rows_of(
+    conv: nn.Conv2d,
+    x: Tensor,
+    grid: tuple[int, int],
+    first: int,
+    stop: int,
+    before: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Rows ``first`` to ``stop`` of ``conv(before(x))``, of tokens on their grid: (b, m, c)."""
+    (height, width), stride, reach = grid, conv.stride[0], conv.kernel_size[0] // 2
+    top, bottom = first * stride - reach, (stop - 1) * stride + reach + 1
+    near = x[:, max(0, top) * width : bottom * width]
+    image = to_image(near if before is None else before(near), (near.shape[1] // width, width))
+    if top < 0 or bottom > height:  # zeros around the image, not around a block inside it
+        image = F.pad(image, (0, 0, max(0, -top), max(0, bottom - height)))
+    out = F.conv2d(
+        image, conv.weight, conv.bias, conv.stride, padding=(0, reach), groups=conv.groups
+    )
+    return to_tokens(out)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.streaming import StreamConfig, stream_scans
+from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.gated_scan import (
     Direction,
     gated_linear_attention,
@@ -22,7 +24,8 @@ from attnzoo.ops.gated_scan import (
     unscan,
 )
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.streaming import StreamConfig, stream_scans
+
+GATE_RANK = 16  # of the forget gate's projection; GLA and DiG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +34,14 @@ class GatedLinearConfig(StreamConfig):
 
     expand_k: float = 0.5  # width of queries and keys over dim
     expand_v: float = 1.0  # width of values and output gate over dim
-    gate_rank: int = 16  # rank of the forget gate's projection
     gate_normalizer: float = 16.0  # divides the log gate: a larger one remembers longer
-    norm_eps: float = 1e-5  # RMSNorm of each head's output
-    impl: Literal["auto", "safe", "naive", "fla"] = "auto"
+    impl: Literal["auto", "reference", "torch", "fla"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "gate_rank")
         for name in ("expand_k", "expand_v", "gate_normalizer"):
             if getattr(self, name) <= 0:
                 raise InvalidValue(f"{name} must be positive, got {getattr(self, name)}")
-        self.at_least(0, "norm_eps")
 
 
 class GatedLinear(nn.Module):
@@ -54,25 +53,29 @@ class GatedLinear(nn.Module):
         dim: Width of the tokens.
         num_heads: Number of heads.
         config: The options.
+        norm_eps: Of the RMSNorm of each head's output.
 
     Raises:
         InvalidValue: The heads do not divide the expanded widths.
     """
 
-    def __init__(self, dim: int, num_heads: int, config: GatedLinearConfig) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, config: GatedLinearConfig, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.config = config
+        self.norm_eps = norm_eps
         key_dim = _expand(dim, "expand_k", config.expand_k, num_heads)
         value_dim = _expand(dim, "expand_v", config.expand_v, num_heads)
         self.query = _linear(dim, key_dim)
         self.key = _linear(dim, key_dim)
         self.value = _linear(dim, value_dim)
         self.forget_gate = nn.Sequential(
-            _linear(dim, config.gate_rank), _linear(config.gate_rank, key_dim, bias=True)
+            _linear(dim, GATE_RANK), _linear(GATE_RANK, key_dim, bias=True)
         )
         self.output_gate = _linear(dim, value_dim)
-        self.norm = nn.RMSNorm(value_dim // num_heads, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(value_dim // num_heads, eps=norm_eps)
         self.proj = _linear(value_dim, dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]) -> Tensor:
@@ -93,7 +96,7 @@ class GatedLinear(nn.Module):
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Tokens and their mean of the scans, (b, n, h, dv) -> (b, n, dim)."""
         gate = self._heads(self.output_gate(x))
-        out = _gated_norm(gate, mixed, self.norm.weight, self.config.norm_eps)
+        out = _gated_norm(gate, mixed, self.norm.weight, self.norm_eps)
         return self.proj(rearrange(out, "b n h d -> b n (h d)"))
 
     def attention_map(
@@ -103,7 +106,7 @@ class GatedLinear(nn.Module):
         # The scan is linear in the values: those of the identity give its matrix.
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         values = identity[None, :, None].expand(x.shape[0], -1, self.num_heads, -1)
-        weights = self._scans(x, values, grid, directions, impl="naive")
+        weights = self._scans(x, values, grid, directions, impl="reference")
         return rearrange(weights, "b n h m -> b h n m").to(x.dtype)
 
     def _scans(
@@ -112,7 +115,7 @@ class GatedLinear(nn.Module):
         value: Tensor,
         grid: tuple[int, int],
         directions: Sequence[Direction],
-        impl: str | None = None,
+        impl: Impl | None = None,
     ) -> Tensor:
         """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
         gate_logit, query, key = self._gate_query_key(x)
@@ -157,7 +160,7 @@ def _mean_of_scans(
     gate_normalizer: float,
     grid: tuple[int, int],
     directions: Sequence[Direction],
-    impl: str,
+    impl: Impl,
     dtype: torch.dtype,
 ) -> Tensor:
     operands = [

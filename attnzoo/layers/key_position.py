@@ -16,21 +16,25 @@ class KeyPosition(nn.Module):
         dim: Channels.
 
     Raises:
-        InvalidValue: ``grid`` is not two positive integers.
+        InvalidValue: a side of ``grid`` is not positive.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int) -> None:
         super().__init__()
-        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
+        if min(grid) < 1:
             raise InvalidValue(f"key_position must be a grid (height, width) or None, got {grid}")
         self.grid = tuple(grid)
         self.offset = nn.Parameter(torch.zeros(grid[0] * grid[1], dim))
 
-    def forward(self, key: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, h * w, dim) -> (b, h * w, dim); another grid than its own is an InvalidValue."""
+    def forward(self, key: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tensor:
+        """Adds the position to keys in one part of the grid, (b, m, dim).
+
+        Raises:
+            InvalidValue: ``grid`` is another than its own.
+        """
         if tuple(grid) != self.grid:
             raise InvalidValue(
                 f"key_position was built for grid={self.grid[0]}x{self.grid[1]} and cannot take "
                 f"grid={grid[0]}x{grid[1]}; set key_position=None for layers of any grid"
             )
-        return key + self.offset
+        return key + self.offset[span]

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.routed_linear import (
     Route,
     RouterGradient,
+    decide,
     gated,
-    route,
     routed_linear,
     routed_scalar,
-    router_logits,
     usage_of,
 )
 
@@ -36,55 +36,51 @@ class Router(nn.Module):
 
     def forward(self, *parts: Tensor) -> Route:
         """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
-        weights = self.weight.split([part.shape[-1] for part in parts], dim=-1)
-        logits = [router_logits(x, w) for x, w in zip(parts, weights, strict=True)]
-        return route(sum(logits[1:], logits[0]), self.gradient, self.training)
+        return decide(self.weight, parts, self.gradient)
 
-    def project(self, x: Tensor, projectors: Tensor, is_naive: bool) -> tuple[Tensor, Route]:
+    def project(self, x: Tensor, projectors: Tensor, impl: Impl) -> tuple[Tensor, Route]:
         """Each token by the projector it chooses (Eqs. 1-2), and the decisions.
 
         Args:
             x: (..., dim).
             projectors: (choices, dim, d_out).
-            is_naive: Whether every token meets every projector.
+            impl: See ``attnzoo.ops.dispatch``.
 
         Returns:
             (..., d_out), and one decision per token.
         """
-        routed = self(x)
-        impl = "reference" if is_naive else "auto"
-        out = routed_linear(x, projectors, routed.index, impl=impl)
-        return gated(out, routed, self.gradient, impl=impl), routed
+        routed = decide(self.weight, [x], self.gradient)
+        projected = routed_linear(x, projectors, routed.index, impl=impl)
+        return gated(projected, routed, self.gradient, impl=impl), routed
 
-    def pick(self, *parts: Tensor, scalars: Tensor, is_naive: bool) -> tuple[Tensor, Route]:
+    def pick(self, *parts: Tensor, scalars: Tensor, impl: Impl) -> tuple[Tensor, Route]:
         """The scalar that each token chooses (Eqs. 6-7), and the decisions.
 
         Args:
             parts: See ``forward``.
             scalars: (choices,).
-            is_naive: Whether the straight-through gradient is written out.
+            impl: See ``attnzoo.ops.dispatch``.
 
         Returns:
             (..., 1), and one decision per token.
         """
-        routed = self(*parts)
-        impl = "reference" if is_naive else "auto"
+        routed = decide(self.weight, parts, self.gradient)
         return routed_scalar(routed, scalars, self.gradient, impl=impl), routed
 
     def describe(self, routed: Route) -> dict[str, Tensor]:
         """The share of tokens that each choice received, and the softmax's mean entropy in nats.
 
-        The entropy is left out where the decisions kept no logits.
+        The entropy is left out where the decisions come without logits.
         """
-        said = {"usage": usage_of(routed.index, self.weight.shape[0])}
+        found = {"usage": usage_of(routed.index, self.weight.shape[0])}
         if routed.probability is not None:
-            said["entropy"] = torch.special.entr(routed.probability.float()).sum(-1).mean()
-        return said
+            found["entropy"] = torch.special.entr(routed.probability.float()).sum(-1).mean()
+        return found
 
 
-def as_numbers(said: dict[str, Any]) -> dict[str, Any]:
+def as_numbers(found: dict[str, Any]) -> dict[str, Any]:
     """Tensors, in dictionaries, as numbers and lists, fetched from the device all at once."""
-    groups = [z.values() if isinstance(z, dict) else [z] for z in said.values()]
+    groups = [z.values() if isinstance(z, dict) else [z] for z in found.values()]
     answers = [z for group in groups for z in group]
     if not answers:
         return {}
@@ -96,4 +92,4 @@ def as_numbers(said: dict[str, Any]) -> dict[str, Any]:
             return {name: number(part) for name, part in z.items()}
         return next(parts).view(z.shape).tolist()
 
-    return number(said)
+    return number(found)

@@ -21,16 +21,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import SoftmaxImpl, is_steep, softmax_attention
-from attnzoo.ops.softmax.reference import softmax_attention as naive_softmax_attention
-from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
-from attnzoo.ops.streaming import (
+from attnzoo.layers.streaming import (
     State,
     StreamConfig,
     convolve,
@@ -41,6 +36,10 @@ from attnzoo.ops.streaming import (
     softmax_merge,
     spans_of,
 )
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.precision import in_float32
+from attnzoo.ops.softmax import SoftmaxImpl, is_steep, reference, softmax_attention
 from attnzoo.registry import register_attention
 
 
@@ -61,8 +60,9 @@ class Config(StreamConfig):
     bias: Literal["none", "learned"] = "none"
     bias_grid: tuple[int, ...] | None = None  # (height, width) that "learned" is made for
     conv: bool = True  # the 3x3 depthwise convolution of V
-    qkv_bias: bool = True  # the mediators' SiT
     impl: SoftmaxImpl = "auto"
+
+    removed = removed_in("0.2.0", qkv_bias=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,9 @@ class Config(StreamConfig):
                 f"{side}x{side}: set bias_grid=(height, width), got {grid}"
             )
         if self.impl in ("flash", "xformers"):
-            raise InvalidValue(f"impl={self.impl!r} takes no bias; set impl='sdpa' or bias='none'")
+            raise InvalidValue(
+                f"impl={self.impl!r} takes no bias; set impl='torch' or bias='none'"
+            )
 
 
 @register_attention("agent")
@@ -94,11 +96,12 @@ class AgentAttention(Attention):
     config: Config
     paper = "Agent attention, 2312.08874"
     complexity = "O(n agents d)"
+    plot_style = ("#332288", "X")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
         self.n_agents = config.n_agents
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)  # the mediators' SiT
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
         self.conv = DepthwiseConv(self.dim, "3x3") if config.conv else None
         if config.bias_grid is not None:
@@ -134,15 +137,15 @@ class AgentAttention(Attention):
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block)
         query, agent, key, value, value_tokens = self._operands(x, grid)
-        if self.config.impl == "naive":
-            out = _naive_attention(query, agent, key, value, *self._biases(grid))
+        if self.config.impl == "reference":
+            out = _reference(query, agent, key, value, *self._biases(grid))
         else:
             gather, hand_out = self._biases(grid)
             gathered = self._attend(agent, key, value, gather)
             out = self._attend(query, agent, gathered, hand_out)
         out = rearrange(out, "b h n d -> b n (h d)")
         if self.conv is not None:
-            out = out + self.conv(value_tokens, grid).to(out.dtype)
+            out = out + self.conv(value_tokens, grid, impl=self._conv_impl).to(out.dtype)
         return self.proj(out)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
@@ -154,8 +157,8 @@ class AgentAttention(Attention):
         pooled = to_tokens(F.adaptive_avg_pool2d(to_image(x, grid), self._pooled_grid(grid)))
         agent = self._heads(linear_parts(self.qkv, pooled, self.dim, slice(1))[0])
 
-        def encode(tokens: Tensor, span: slice) -> tuple[Tensor | None, State]:
-            key, value = linear_parts(self.qkv, tokens, self.dim, slice(1, None))
+        def encode(span: slice) -> tuple[Tensor | None, State]:
+            key, value = linear_parts(self.qkv, x[:, span], self.dim, slice(1, None))
             bias = None if gather is None else gather[..., span]
             state = softmax_fold(agent, self._heads(key), self._heads(value), bias)
             return (None if self.conv is None else value), state
@@ -165,20 +168,27 @@ class AgentAttention(Attention):
             bias = None if hand_out is None else hand_out[:, span]
             out = self._attend(self._heads(query), agent, gathered, bias)
             out = rearrange(out, "b h n d -> b n (h d)")
-            if self.conv is not None and kept is not None:
-                out = out + convolve(kept, span, grid[1], self.conv, halo).to(out.dtype)
+            if self.conv is not None and cached is not None:
+                local = convolve(cached, span, grid[1], self.conv, halo, self._conv_impl)
+                out = out + local.to(out.dtype)
             return self.proj(out)
 
-        kept, [(_, total, weighted)] = first_pass(x, spans, encode, softmax_merge)
+        cached, [(_, total, weighted)] = first_pass(x, spans, encode, softmax_merge)
         gathered = (weighted / total).to(agent.dtype)
-        return second_pass(kept, spans, decode)
+        return second_pass(cached, spans, decode)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
             return softmax_attention(query, key, value, impl=self.config.impl)
         if is_steep(query, key):
-            return naive_softmax_attention(query, key, value, bias)
+            return reference.softmax_attention(query, key, value, bias)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+
+    @property
+    def _conv_impl(self) -> Impl:
+        # Libraries of attention have no convolution.
+        impl = self.config.impl
+        return impl if impl in ("reference", "torch") else "auto"
 
     def _pooled_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         side = math.isqrt(self.n_agents)
@@ -214,7 +224,7 @@ class AgentAttention(Attention):
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``: the product of both stages' maps."""
         query, agent, key, _, _ = self._operands(x, grid)
-        return _naive_map(query, agent, key, *self._biases(grid))
+        return _map(query, agent, key, *self._biases(grid))
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``; with the number of agents of the next call."""
@@ -227,7 +237,7 @@ class AgentAttention(Attention):
 
 
 @in_float32
-def _naive_attention(
+def _reference(
     query: Tensor,
     agent: Tensor,
     key: Tensor,
@@ -235,15 +245,16 @@ def _naive_attention(
     gather: Tensor | None,
     hand_out: Tensor | None,
 ) -> Tensor:
-    """Twin of the two stages that materialises the n x n map."""
-    return _naive_map(query, agent, key, gather, hand_out) @ value
+    """Reference of the two stages that materialises the n x n map."""
+    return _map(query, agent, key, gather, hand_out) @ value
 
 
 @in_float32
-def _naive_map(
+def _map(
     query: Tensor, agent: Tensor, key: Tensor, gather: Tensor | None, hand_out: Tensor | None
 ) -> Tensor:
-    return naive_softmax_map(query, agent, hand_out) @ naive_softmax_map(agent, key, gather)
+    weights = reference.softmax_map(agent, key, gather)
+    return reference.softmax_map(query, agent, hand_out) @ weights
 
 
 @contextmanager

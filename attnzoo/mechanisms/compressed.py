@@ -14,12 +14,18 @@ from typing import Literal
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.errors import InvalidType, InvalidValue
+from attnzoo.contract import (
+    Attention,
+    AttentionConfig,
+    AttentionContext,
+    heads_of_width,
+    removed_in,
+)
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
-from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
+from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
 
@@ -31,18 +37,13 @@ class Config(AttentionConfig):
     # Blocks that compress, by half or by index; PixArt-Sigma: 14 to 27 of 28. The middle block
     # of an odd depth is in both halves.
     layers: Literal["second-half", "first-half", "all"] | tuple[int, ...] = "second-half"
-    # Grids that the ratio does not divide: "pad" lets the last windows average the tokens they
-    # have; "raise" is PixArt-Sigma, whose grids are all even.
-    remainder: Literal["pad", "raise"] = "pad"
-    qkv_bias: bool = True  # PixArt-Sigma
-    qk_norm: bool = False  # RMSNorm per head, before the compression; off in PixArt-Sigma
     impl: SoftmaxImpl = "auto"
+
+    removed = removed_in("0.2.0", qk_norm=False, qkv_bias=True, remainder="pad")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "ratio")
-        if isinstance(self.layers, tuple) and not all(isinstance(i, int) for i in self.layers):
-            raise InvalidType(f"layers must hold the indices of blocks, got {self.layers!r}")
 
 
 @register_attention("compressed")
@@ -53,13 +54,11 @@ class CompressedAttention(Attention):
     config: Config
     paper = "PixArt-Sigma, 2403.04692"
     complexity = "O(n² d / ratio²)"
+    plot_style = ("#009E73", "*")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
-        head_dim = self.dim // self.num_heads
-        self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)
         self.compress: DepthwiseDownsample | None = None
         if self._is_compressing():
             self.compress = DepthwiseDownsample(self.dim, config.ratio, config.ratio)
@@ -91,11 +90,7 @@ class CompressedAttention(Attention):
         return is_chosen and self.config.ratio > 1
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See ``Attention.forward``.
-
-        Raises:
-            InvalidValue: ``remainder="raise"`` and the ratio does not divide the grid.
-        """
+        """See ``Attention.forward``."""
         out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -103,28 +98,14 @@ class CompressedAttention(Attention):
         self.check_tokens(x, grid)
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         dtype = value.dtype
-        if self.config.qk_norm:
-            query = self.query_norm(self._heads(query, "b n h d")).flatten(2)
-            key = self.key_norm(self._heads(key, "b n h d")).flatten(2)
         if self.compress is not None:
-            self._check_grid(grid)
             key = self.compress_norm(self.compress(key, grid))
             value = self.compress_norm(self.compress(value, grid))
         # Autocast norms in float32, which the fused backends do not mix with half precision.
-        split = [self._heads(z.to(dtype), "b h n d") for z in (query, key, value)]
-        return split[0], split[1], split[2]
+        return self._heads(query), self._heads(key.to(dtype)), self._heads(value.to(dtype))
 
-    def _heads(self, z: Tensor, order: str) -> Tensor:
-        return rearrange(z, f"b n (h d) -> {order}", h=self.num_heads)
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        ratio = self.config.ratio
-        if self.config.remainder == "raise" and any(side % ratio for side in grid):
-            divisors = [r for r in range(1, min(grid) + 1) if not any(side % r for side in grid)]
-            raise InvalidValue(
-                f"ratio={ratio} does not divide grid={grid[0]}x{grid[1]}; choose a ratio of "
-                f"{divisors}, or set remainder='pad'"
-            )
+    def _heads(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.
@@ -133,7 +114,7 @@ class CompressedAttention(Attention):
         the mean pooling it starts from does.
         """
         query, key, _ = self._query_key_value(x, grid)
-        weights = naive_softmax_map(query, key)
+        weights = softmax_map(query, key)
         return weights if self.compress is None else self.compress.spread(weights, grid)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:

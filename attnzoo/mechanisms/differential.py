@@ -5,7 +5,7 @@ H = (softmax(Q_1 K_1^T / sqrt(d_q)) - lambda softmax(Q_2 K_2^T / sqrt(d_q))) V w
 d_q = d_head / 2 and lambda = exp(lq_1 . lk_1) - exp(lq_2 . lk_2) + lambda_init;
 O = (1 - lambda_init) RMSNorm(H) W^O, the norm over each head.
 
-Cost per sample: 4 d^2 n + 3 n^2 d, as outputs are subtracted; 2 n^2 d if maps are ("naive").
+Cost per sample: 4 d^2 n + 3 n^2 d, as outputs are subtracted; 2 n^2 d if maps are ("reference").
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import (
+    Attention,
+    AttentionConfig,
+    AttentionContext,
+    heads_of_width,
+    removed_in,
+)
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import softmax_attention
-from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
+from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
 
@@ -34,14 +40,13 @@ class Config(AttentionConfig):
 
     # "increasing": 0.8 - 0.6 exp(-0.3 layer_index), from 0.2 to 0.8, the paper's.
     lambda_init: float | Literal["increasing"] = "increasing"
-    eps: float = 1e-5  # of the heads' RMSNorm; the paper's code
-    qkv_bias: bool = False  # the paper's code; its output projection has none either
     # Values are twice as wide as keys, which flash-attn does not take.
-    impl: Literal["auto", "naive", "sdpa", "xformers"] = "auto"
+    impl: Literal["auto", "reference", "torch", "xformers"] = "auto"
+
+    removed = removed_in("0.2.0", eps=1e-5, qkv_bias=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "eps")
         if not isinstance(self.lambda_init, str) and not 0 <= self.lambda_init < 1:
             raise InvalidValue(
                 f"lambda_init={self.lambda_init} must lie in [0, 1), because 1 - lambda_init "
@@ -61,6 +66,7 @@ class DifferentialAttention(Attention):
     config: Config
     paper = "Differential Transformer, 2410.05258"
     complexity = "O(n² d)"
+    plot_style = ("#DDCC77", "<")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -72,9 +78,9 @@ class DifferentialAttention(Attention):
                 f"num_heads={self.num_heads} makes heads of width {width} out of dim={self.dim}; "
                 f"the two maps halve a head, so that its width must be even: {remedy}"
             )
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=False)  # the paper's code
         self.proj = xavier_linear(self.dim, self.dim, bias=False)
-        self.norm = nn.RMSNorm(width, eps=config.eps)
+        self.norm = nn.RMSNorm(width, eps=1e-5)  # the paper's code
         # By map, then query and key.
         self.lambda_vectors = nn.Parameter(torch.empty(2, 2, width // 2).normal_(std=0.1))
         self.lambda_init = (
@@ -91,15 +97,15 @@ class DifferentialAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         query, key, value = self._query_key_value(x, grid)
-        if self.config.impl == "naive":
-            out = _naive_attention(value, query, key, self.lambda_vectors, self.lambda_init)
+        if self.config.impl == "reference":
+            out = _reference(value, query, key, self.lambda_vectors, self.lambda_init)
         else:
             first, second = (
                 softmax_attention(q, k, value, impl=self.config.impl)
                 for q, k in zip(query, key, strict=True)
             )
             out = _subtract(first, second, self.lambda_vectors, self.lambda_init)
-        out = _scaled_norm(out, self.norm.weight, self.config.eps, 1 - self.lambda_init)
+        out = _scaled_norm(out, self.norm.weight, 1e-5, 1 - self.lambda_init)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,12 +125,12 @@ class DifferentialAttention(Attention):
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``: the difference of both maps, before the norm."""
         query, key, _ = self._query_key_value(x, grid)
-        return _naive_map(query, key, self.lambda_vectors, self.lambda_init)
+        return _map(query, key, self.lambda_vectors, self.lambda_init)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
-        """See ``Attention.macs_parts``; "naive" multiplies V once, the others twice."""
+        """See ``Attention.macs_parts``; "reference" multiplies V once, the others twice."""
         n = grid[0] * grid[1]
-        products = 2 if self.config.impl == "naive" else 3
+        products = 2 if self.config.impl == "reference" else 3
         return {"projections": 4 * self.dim**2 * n, "core": products * n * n * self.dim}
 
 
@@ -140,16 +146,16 @@ def _subtract(first: Tensor, second: Tensor, lambda_vectors: Tensor, lambda_init
 
 
 @in_float32
-def _naive_attention(
+def _reference(
     value: Tensor, query: Tensor, key: Tensor, lambda_vectors: Tensor, lambda_init: float
 ) -> Tensor:
-    """Twin of two attentions and ``_subtract``: subtracts the materialised maps, then takes V."""
-    return _naive_map(query, key, lambda_vectors, lambda_init) @ value
+    """Reference of the above: subtracts the materialised maps, then takes V."""
+    return _map(query, key, lambda_vectors, lambda_init) @ value
 
 
 @in_float32
-def _naive_map(query: Tensor, key: Tensor, lambda_vectors: Tensor, lambda_init: float) -> Tensor:
-    first, second = naive_softmax_map(query, key)
+def _map(query: Tensor, key: Tensor, lambda_vectors: Tensor, lambda_init: float) -> Tensor:
+    first, second = softmax_map(query, key)
     return first - _factor(lambda_vectors, lambda_init) * second
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.gated_linear import GatedLinear, GatedLinearConfig
 from attnzoo.ops.gated_scan import Direction
@@ -37,7 +37,8 @@ class Config(GatedLinearConfig):
 
     schedule: Literal["four", "two", "forward"] = "four"  # DiG; "two": its code without transposes
     enhancement: bool = True  # DiG: the depthwise convolution that ends each block
-    norm_eps: float = 1e-6  # DiG
+
+    removed = removed_in("0.2.0", gate_rank=16, norm_eps=1e-6)
 
 
 @register_attention("dig")
@@ -48,12 +49,13 @@ class DiGAttention(Attention):
     config: Config
     paper = "DiG, 2405.18428"
     complexity = "O(n d d_head)"
+    plot_style = ("#882255", ">")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
         schedule = _SCHEDULES[config.schedule]
-        self.direction = schedule[context.layer_index % len(schedule)]
-        self.layer = GatedLinear(self.dim, self.num_heads, config)
+        self.direction: Direction = schedule[context.layer_index % len(schedule)]
+        self.layer = GatedLinear(self.dim, self.num_heads, config, norm_eps=1e-6)  # DiG
         self.enhancement = None
         if config.enhancement:
             self.enhancement = DepthwiseConv(self.dim, "3x3")

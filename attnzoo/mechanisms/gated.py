@@ -2,7 +2,7 @@
 
 Per head and direction S_t = diag(a_t) S_{t-1} + k_t^T v_t and o_t = q_t S_t / sqrt(d_k), with
 a_t = sigmoid(x_t W_1 W_2 + b)^(1/16) per key channel; then out = (RMSNorm(mean of o) * SiLU(g)) W.
-No normaliser, no feature map. Cost per sample: (4 d^2 + 24 d) n + directions * n d^2 / heads.
+No normalizer, no feature map. Cost per sample: (4 d^2 + 24 d) n + directions * n d^2 / heads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.gated_linear import GatedLinear, GatedLinearConfig
 from attnzoo.ops.gated_scan import Direction
 from attnzoo.registry import register_attention
@@ -36,6 +36,8 @@ class Config(GatedLinearConfig):
         "forward", "backward", "both", "columns-forward", "columns-backward", "four"
     ] = "both"
 
+    removed = removed_in("0.2.0", gate_rank=16, norm_eps=1e-5)
+
 
 @register_attention("gated")
 class GatedAttention(Attention):
@@ -45,6 +47,7 @@ class GatedAttention(Attention):
     config: Config
     paper = "GLA, 2312.06635"
     complexity = "O(n d d_head)"
+    plot_style = ("#E69F00", "P")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

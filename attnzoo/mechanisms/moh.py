@@ -17,13 +17,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import (
+    Attention,
+    AttentionConfig,
+    AttentionContext,
+    heads_of_width,
+    removed_in,
+)
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routed_linear import router_logits
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
-from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
+from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
 # (shared, routed) heads of the 12 layers of MoH-DiT-S/2 (6 heads) and MoH-DiT-B/2 (12 heads); the
@@ -63,8 +69,9 @@ class Config(AttentionConfig):
     shared_heads: int | None = None  # heads that every token uses
     routed_heads: int | None = None  # heads that a token chooses among the others, its top k
     balance_coefficient: float = 0.01  # MoH-DiT
-    qkv_bias: bool = True  # MoH-DiT
     impl: SoftmaxImpl = "auto"
+
+    removed = removed_in("0.2.0", qkv_bias=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +98,7 @@ class MixtureOfHeadAttention(Attention):
     config: Config
     paper = "MoH, 2410.11842"
     complexity = "O(n² d)"
+    plot_style = ("#117733", "d")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -103,7 +111,7 @@ class MixtureOfHeadAttention(Attention):
                 f"routed_heads >= 1, or shared_heads={heads} and routed_heads=0"
             )
         self._routing_layers = sum(self._split(index)[1] > 0 for index in range(context.depth))
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=config.qkv_bias)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
         # Rows of the one router: W_1, W_r, W_0.
         self._rows = [shared, heads - shared, 2 if shared and routed else 0]
@@ -129,8 +137,8 @@ class MixtureOfHeadAttention(Attention):
         """See ``Attention.forward``."""
         query, key, value = self._query_key_value(x, grid)
         gates, balance = _gates(x, self.router, self._rows, self.routed_heads)
-        if self.config.impl == "naive":
-            out = _naive_attention(query, key, value, gates)
+        if self.config.impl == "reference":
+            out = _reference(query, key, value, gates)
         else:
             out = softmax_attention(query, key, value, impl=self.config.impl)
             out = out * gates.to(out.dtype)
@@ -155,7 +163,7 @@ class MixtureOfHeadAttention(Attention):
         """See ``Attention.attention_map``; a row sums to the gate of its head."""
         query, key, _ = self._query_key_value(x, grid)
         gates, _ = _gates(x, self.router, self._rows, self.routed_heads)
-        return naive_softmax_map(query, key) * gates.to(query.dtype)
+        return softmax_map(query, key) * gates.to(query.dtype)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
@@ -168,9 +176,9 @@ class MixtureOfHeadAttention(Attention):
 
 
 @in_float32
-def _naive_attention(query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
-    """Twin of the gated softmax attention that materialises the map."""
-    return (naive_softmax_map(query, key) * gates) @ value
+def _reference(query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
+    """Reference of the gated softmax attention that materialises the map."""
+    return (softmax_map(query, key) * gates) @ value
 
 
 @in_float32

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
-from attnzoo.ops.softmax.reference import softmax_map as naive_softmax_map
+from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
 
@@ -34,6 +34,7 @@ class SoftmaxAttention(Attention):
     config: Config
     paper = "DiT, 2212.09748"
     complexity = "O(n² d)"
+    plot_style = ("#000000", "o")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -63,7 +64,7 @@ class SoftmaxAttention(Attention):
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
         query, key, _ = self._query_key_value(x, grid)
-        return naive_softmax_map(query, key)
+        return softmax_map(query, key)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

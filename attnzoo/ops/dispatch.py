@@ -1,7 +1,8 @@
 """The one place that decides what runs: nothing else asks for devices, types or Triton.
 
 Variables of the environment: ATTNZOO_TRITON=0 and ATTNZOO_NATIVE=0 keep "auto" from the kernels
-in Triton and in C.
+in Triton and in C. ATTNZOO_TRITON=1 chooses on every device as on a GPU, which only Triton's
+interpreter (TRITON_INTERPRET=1) can then run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops.precision import operand_dtype
@@ -26,8 +28,6 @@ Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
 TABLE: dict[str, tuple[str, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
-    "gated": ("torch", "reference"),
-    "routed_scalar": ("torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "linear_attention": ("torch", "reference"),
@@ -35,8 +35,12 @@ TABLE: dict[str, tuple[str, ...]] = {
     "gated_linear_attention": ("torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
-# What ``impl`` was called before; goes once configurations translate these themselves.
-_RENAMED = {"naive": "reference", "sdpa": "torch", "safe": "torch"}
+# Multiply-accumulates of custom operators, of their arguments; the packages state their own.
+MACS: dict[str, Callable[..., int]] = {}
+_IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# torch before 2.8 cannot sum half-precision operands into a float32 result.
+_HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 _LAZY = ("triton", "fla", "flash", "xformers")  # need packages that may be missing
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
 
@@ -49,13 +53,22 @@ def operator(declaration: Declaration) -> Declaration:
     """
     name, package = declaration.__name__, declaration.__module__
     loaded = {impl: _load(package, impl, name) for impl in TABLE[name] if impl not in _LAZY}
+    limits = declaration.__globals__.get("unserved")
+    on_cpu: dict[torch.dtype, Callable[..., Any]] = {}  # what "auto" is there
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
-        limits = declaration.__globals__.get("unserved")
+        if impl == "auto" and TABLE[name][0] == "torch":
+            return loaded["torch"](*operands, **options)
+        x = operands[0]
+        is_cached = impl == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_cached and x.dtype in on_cpu:
+            return on_cpu[x.dtype](*operands, **options)
         unserved = None if limits is None else functools.partial(limits, *operands)
-        chosen = choose(name, impl, operands[0], None, unserved)
+        chosen = choose(name, impl, x, None, unserved)
         implementation = loaded.get(chosen) or _load(package, chosen, name)
+        if is_cached and not _IS_FORCED:  # no limit of the kernels counts where they never run
+            on_cpu[x.dtype] = implementation
         return implementation(*operands, **options)
 
     return cast(Declaration, run)
@@ -81,7 +94,7 @@ def choose(
         InvalidValue: There is no such implementation.
         Unavailable: It cannot run here; the message says why, for each that cannot.
     """
-    impl, offered = _RENAMED.get(impl, impl), TABLE[name]
+    offered = TABLE[name]
     if impl == "auto":
         for candidate in offered:
             if candidate == "torch" or not _why_not(candidate, x, dtype, unserved, False):
@@ -108,6 +121,8 @@ def _why_not(
     Libraries say themselves, when they are called, what they lack.
     """
     if impl == "native":
+        if _IS_FORCED and not is_asked:
+            return "is for CPUs"
         if x.device.type != "cpu":
             return f"runs on a CPU, not on {x.device.type!r}"
         if x.dtype not in _KERNEL_DTYPES:
@@ -115,7 +130,7 @@ def _why_not(
         return None if _native_works() else "has no C compiler, or ATTNZOO_NATIVE=0 is set"
     if impl != "triton":
         return None
-    if not x.is_cuda and not (is_asked and is_interpreted()):
+    if not (x.is_cuda or _IS_FORCED or (is_asked and _IS_INTERPRETED)):
         if is_asked and not _is_installed():
             return _MISSING
         return f"runs on a GPU, not on {x.device.type!r}"
@@ -124,7 +139,7 @@ def _why_not(
     dtype = dtype or operand_dtype(x)
     if dtype not in _KERNEL_DTYPES and not (is_asked and dtype == torch.float16):
         return f"takes float32 or bfloat16, not {dtype}"
-    if is_asked:
+    if is_asked or _IS_FORCED:
         return None if _is_installed() else _MISSING
     return None if _triton_works() else "cannot run here"
 
@@ -132,14 +147,93 @@ def _why_not(
 _MISSING = "needs Triton, which is not installed (pip install 'attnzoo[triton]')"
 
 
+class CustomOp:
+    """A function with a gradient of its own that compilers and counters see as one operator.
+
+    Otherwise the function itself is called: torch's operators cost ten times a small product.
+
+    Args:
+        name: Of the operator ``attnzoo::NAME``.
+        function: What it computes.
+        schema: Its arguments and results, unless the annotations say.
+        device_types: Where it can run; by default anywhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        schema: str | None = None,
+        device_types: str | None = None,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.differentiable = function
+        self.operator = torch.library.custom_op(
+            f"attnzoo::{name}", function, mutates_args=(), device_types=device_types, schema=schema
+        )
+        self.register_fake = self.operator.register_fake
+        register_flop_formula(getattr(torch.ops.attnzoo, name), get_raw=True)(self._flops)
+
+    def _flops(self, *args: Any, **kwargs: Any) -> int:
+        return 2 * MACS[self.name](*args, **kwargs) if self.name in MACS else 0
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """As of torch's custom operators."""
+        self.operator.register_autograd(backward, setup_context=setup_context)
+        methods = {
+            "forward": self.function, "setup_context": setup_context, "backward": backward,
+        }  # fmt: skip
+        methods = {name: staticmethod(method) for name, method in methods.items()}
+        function = type(f"attnzoo::{self.name}", (torch.autograd.Function,), methods)
+        self.differentiable = function.apply  # type: ignore[attr-defined]
+
+    def __call__(self, *operands: Any) -> Any:
+        c = torch._C
+        is_watched = c._len_torch_dispatch_stack() or c._get_tracing_state()
+        if torch.compiler.is_compiling() or is_watched:
+            return self.operator(*operands)
+        return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
+
+
+def custom_op(
+    name: str, *, schema: str | None = None, device_types: str | None = None
+) -> Callable[[Callable[..., Any]], CustomOp]:
+    """Decorates the function of a ``CustomOp``."""
+    return lambda function: CustomOp(name, function, schema, device_types)
+
+
+def is_plain(*operands: Tensor) -> bool:
+    """Whether products of these need no guard: no autocast, and nothing in half precision."""
+    for z in operands:
+        if z.dtype is not torch.float32 and z.dtype is not torch.float64:
+            return False
+    device_type = operands[0].device.type
+    # Without autocast; asking torch for its breaks a graph in torch 2.11.
+    return device_type == "meta" or not torch.is_autocast_enabled(device_type)
+
+
+def has_wide_product(x: Tensor) -> bool:
+    """Whether torch sums products of half-precision matrices into a float32 result here."""
+    return x.is_cuda and _HAS_WIDE_PRODUCT
+
+
+def has_half_sums(*operands: Tensor) -> bool:
+    """Whether to multiply in bfloat16 with float32 sums; float16 would overflow on rounding.
+
+    Not while compiling: a compiler joins the float32 copies with what comes before them.
+    """
+    for z in operands:
+        if z.dtype is not torch.bfloat16:
+            return False
+    return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
 def can_look(x: Tensor) -> bool:
     """Whether looking at numbers costs no waiting for a device and breaks no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's kernels run in Python, on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return x.device.type == "cpu" and not _IS_FORCED and not torch.compiler.is_compiling()
 
 
 def _is_installed() -> bool:
@@ -198,5 +292,5 @@ def _load(package: str, impl: str, name: str) -> Callable[..., Any]:
 
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
-for _constant in (_triton_works, _native_works, _load, is_interpreted, _is_installed):
+for _constant in (_triton_works, _native_works, _load, _is_installed):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

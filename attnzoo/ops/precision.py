@@ -27,6 +27,15 @@ def in_float32(function: Function) -> Function:
     back in its dtype. Whatever holds tensors is promoted too, float64 stays float64.
     """
 
+    def is_wide(operands: Any) -> bool:
+        for z in operands:
+            if isinstance(z, Tensor):
+                if z.dtype is torch.float16 or z.dtype is torch.bfloat16:
+                    return False
+            elif isinstance(z, list | tuple) and not is_wide(z):
+                return False
+        return True
+
     @functools.wraps(function)
     def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
         like = first
@@ -37,12 +46,15 @@ def in_float32(function: Function) -> Function:
         device_type = like.device.type
         if device_type == "meta":  # has no autocast; asking torch breaks a graph in torch 2.11
             return function(first, *args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            result = function(
-                _promote(first),
-                *map(_promote, args),
-                **{name: _promote(value) for name, value in kwargs.items()},
-            )
+        if not torch.is_autocast_enabled(device_type) and is_wide((first, args, *kwargs.values())):
+            result = function(first, *args, **kwargs)  # nothing to guard
+        else:
+            with torch.autocast(device_type, enabled=False):
+                result = function(
+                    _promote(first),
+                    *map(_promote, args),
+                    **{name: _promote(value) for name, value in kwargs.items()},
+                )
         return result.to(like.dtype) if isinstance(result, Tensor) else result
 
     return cast(Function, wrapper)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op
 
 _NORMAL = tl.constexpr(1.1754943508222875e-38)
 _LARGEST = tl.constexpr(3.4028234663852886e38)

@@ -60,14 +60,13 @@ def test_formula(grid: tuple[int, int], ratio: int) -> None:
     assert_same(x, (layer, layer(x, grid)), (layer, reference(layer, x, grid, 4, ratio)))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{"ratio": 1}, {"layers": "second-half", "layer_index": 3, "depth": 8}, {"layers": ()}],
 )
-def test_without_compression_it_is_softmax_attention(options: dict, qk_norm: bool) -> None:
-    layer = build(num_heads=4, qk_norm=qk_norm, **options)
-    softmax = build_attention("softmax", 64, num_heads=4, qk_norm=qk_norm).double()
+def test_without_compression_it_is_softmax_attention(options: dict) -> None:
+    layer = build(num_heads=4, **options)
+    softmax = build_attention("softmax", 64, num_heads=4).double()
     softmax.load_state_dict(layer.state_dict())
     x, grid = tokens((7, 13), 2), (7, 13)
     outs = layer(x, grid), softmax(x, grid)
@@ -134,17 +133,6 @@ def test_attention_map_shares_a_window_among_its_tokens() -> None:
     assert_near([weights, weights.sum(-1)], [expected, torch.ones(1, 2, 15).double()])
 
 
-def test_grid_that_the_ratio_does_not_divide() -> None:
-    layer = build(remainder="raise", ratio=4)
-    assert layer(tokens((8, 12)), (8, 12)).isfinite().all()
-    message = (
-        r"ratio=4 does not divide grid=6x12; choose a ratio of \[1, 2, 3, 6\], or set "
-        r"remainder='pad'"
-    )
-    with pytest.raises(ValueError, match=message):
-        layer(tokens((6, 12)), (6, 12))
-
-
 def test_layers_hold_indices() -> None:
-    with pytest.raises(TypeError, match="layers must hold the indices"):
+    with pytest.raises(TypeError, match=r"layers\[0\] must be int"):
         build_attention("compressed", 64, layers=("all",))

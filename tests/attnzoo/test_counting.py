@@ -24,7 +24,8 @@ from attnzoo import (
     registry,
 )
 from attnzoo.counting import PAPER_RULES, count_macs, fvcore_macs, measure_macs
-from attnzoo.ops import gated
+from attnzoo.ops import gated_scan as gated
+from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
 from backbones import DiT, build_backbone, list_presets
 from backbones.presets import PAPER_MODELS
 
@@ -33,13 +34,13 @@ SMALL_GRIDS = GRIDS[:2]
 # Options that change what a mechanism multiplies.
 VARIANTS = [
     *((name, {}) for name in list_attention()),
-    ("softmax", {"impl": "naive"}),
-    ("sana", {"impl": "naive", "qk_norm": True}),
-    ("dydila", {"impl": "naive"}),
+    ("softmax", {"impl": "reference"}),
+    ("sana", {"impl": "reference", "qk_norm": True}),
+    ("dydila", {"impl": "reference"}),
     ("dydila", {"conv": "5x5", "normalizer": "none"}),
     ("dydila", {"projection": "replace", "differential": "none", "kernel": "fixed"}),
-    ("dydila", {"normalizer": "diff", "norm_scope": "head", "conv": "3x3"}),
-    ("dydila-map", {"map_router": "image", "conv": "acnet-plain"}),
+    ("dydila", {"normalizer": "diff", "conv": "3x3"}),
+    ("dydila-map", {"map_router": "image", "conv": "none"}),
 ]
 
 
@@ -128,10 +129,10 @@ def test_a_linear_scan_counts_as_its_recurrence():
     gate = -torch.rand(1, 2, 6, 3)
     expected = 2 * gated.gated_linear_attention_macs(6, 3, 5)
     with FlopCounterMode(display=False) as counter:
-        gated.naive_gated_linear_attention(query, key, value, gate)
+        recurrence(query, key, value, gate)
     assert counter.get_total_flops() // 2 == expected
     before = gated.gated_linear_attention(query, key, value, gate)
-    for impl in ("auto", "safe", "naive"):
+    for impl in ("auto", "torch", "reference"):
         with gated.counted_as_recurrence(), FlopCounterMode(display=False) as counter:
             gated.gated_linear_attention(query, key, value, gate, impl)
         assert counter.get_total_flops() // 2 == expected

@@ -1,4 +1,4 @@
-"""Differential attention: twin, both official orders of computing, lambda, norm and cost."""
+"""Differential attention: reference, both official orders of computing, lambda, norm and cost."""
 
 import math
 
@@ -17,7 +17,7 @@ from attnzoo.testing import (
     tokens,
 )
 
-OPTIONS = [{}, {"num_heads": 4}, {"num_heads": 3, "lambda_init": 0.5, "qkv_bias": True}]
+OPTIONS = [{}, {"num_heads": 4}, {"num_heads": 3, "lambda_init": 0.5}]
 
 
 # 4 heads of 4096 tokens take long: torch has no fused CPU attention for values wider than keys.
@@ -30,7 +30,7 @@ def test_contract(check):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_naive_twin(options, batch):
+def test_reference(options, batch):
     layer = build_scrambled("differential", **options)
     for grid in GRIDS:
         found = deviations(layer, tokens(grid, batch), grid)
@@ -170,8 +170,7 @@ def test_macs(grid, impl):
         (49, {}, ["width 49", "dim=49", "even dim"]),
         (48, {"lambda_init": 1.0}, ["lambda_init=1.0", "[0, 1)", "'increasing'"]),
         (48, {"lambda_init": "rising"}, ["'rising'", "'increasing'"]),
-        (48, {"eps": -1.0}, ["eps must be at least 0"]),
-        (48, {"impl": "flash"}, ["impl='flash'", "sdpa"]),
+        (48, {"impl": "flash"}, ["impl='flash'", "torch"]),
     ],
 )
 def test_errors_name_value_and_remedy(dim, options, fragments):

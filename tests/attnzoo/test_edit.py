@@ -85,15 +85,16 @@ def test_idle_convolutions_leave_relu_linear_attention() -> None:
 def test_a_quarter_of_the_keys_is_left() -> None:
     layer = build()
     for grid, keys in (((8, 8), 16), ((7, 13), 28), ((1, 1), 1)):
-        query, key, value = layer._query_key_value(tokens(grid), grid)
-        assert query.shape[2] == grid[0] * grid[1]
-        assert key.shape[2] == value.shape[2] == keys
+        query, key, value = layer.project(tokens(grid), grid)
+        assert query.shape[1] == grid[0] * grid[1]
+        assert key.shape[1] == value.shape[1] == keys
 
 
 def test_attention_map_shares_a_window_among_its_tokens() -> None:
     layer, grid = build(num_heads=2), (3, 4)
     x = tokens(grid)
-    query, key, _ = layer._query_key_value(x, grid)
+    query, key, _ = layer.project(x, grid)
+    query, key = (z.relu().unflatten(-1, (2, -1)).transpose(1, 2) for z in (query, key))
     coarse = torch.einsum("bhnd,bhmd->bhnm", query, key)
     coarse = coarse / (coarse.sum(-1, keepdim=True) + 1e-8)
     expected = torch.zeros(1, 2, 12, 12, dtype=torch.float64)

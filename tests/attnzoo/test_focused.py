@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -53,28 +54,28 @@ def test_formula(grid: tuple[int, int]) -> None:
 
 
 def test_power_one_is_relu_linear_attention() -> None:
-    layer = build(
-        focusing_factor=1, softplus_scale=False, relu_offset=0.0, conv="none", num_heads=4
-    )
+    layer = build(focusing_factor=1, conv="none", num_heads=4)
+    state = layer.state_dict()
+    state.pop("scale").fill_(math.log(math.e - 1))  # softplus of it is 1
+    # The mean over keys with eps is their sum with n eps.
     sana = build_attention("sana", 64, num_heads=4, qkv_bias=True, eps=91e-6).double()
-    sana.load_state_dict(layer.state_dict())
+    sana.load_state_dict(state)
     x = tokens((7, 13))
-    assert_near([layer(x, (7, 13))], [sana(x, (7, 13))])
+    assert_near([layer(x, (7, 13))], [sana(x, (7, 13))], 1e-4)  # ReLU's offset, 1e-6, is left
 
 
 def test_focus_keeps_the_norm_of_the_token() -> None:
     x = tokens((7, 13))
-    layer = build(conv="none", softplus_scale=False)
-    query = layer._query_key_value(x, (7, 13))[0].transpose(1, 2).flatten(2)
-    plain = layer.qkv(x).chunk(3, -1)[0].relu() + 1e-6
-    assert_near([query.norm(dim=-1)], [plain.norm(dim=-1)])
+    layer = build(conv="none")
+    query = layer.qkv(x).chunk(3, -1)[0]
+    plain = (query.relu() + 1e-6) / torch.nn.functional.softplus(layer.scale)
+    assert_near([layer.query_kernel(query).norm(dim=-1)], [plain.norm(dim=-1)])
 
 
 def test_conv_kernels_are_shared_by_all_heads() -> None:
-    shared, own = build(num_heads=4), build(num_heads=4, conv_scope="token")
-    assert shared.conv.conv.branches[0].weight.shape == (16, 1, 5, 5)
-    assert own.conv.conv.branches[0].weight.shape == (64, 1, 5, 5)
-    assert shared.macs((8, 8)) == own.macs((8, 8))
+    layer = build(num_heads=4)
+    assert layer.conv.conv.branches[0].weight.shape == (16, 1, 5, 5)
+    assert layer.macs_parts((8, 8))["conv"] == 25 * 64 * 64
 
 
 def test_key_position_starts_as_nothing_and_learns() -> None:

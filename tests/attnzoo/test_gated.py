@@ -1,4 +1,4 @@
-"""Gated linear attention: kernel against its twin and fla, scan orders, DiG's extras."""
+"""Gated linear attention: kernel against its reference and fla, scan orders, DiG's extras."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnzoo.mechanisms.dig
 import attnzoo.mechanisms.gated  # noqa: F401
 from attnzoo import build_attention
-from attnzoo.ops import gated
-from attnzoo.ops.gated import (
+from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
-    naive_gated_linear_attention,
     scan,
     unscan,
 )
+from attnzoo.ops.gated_scan import torch as chunks
+from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
 
 GRID = (4, 6)
 DIRECTIONS = ("forward", "backward", "columns-forward", "columns-backward")
@@ -61,19 +61,17 @@ def layer(name: str, dim: int = 32, **options):
 
 
 class TestKernel:
-    @pytest.mark.parametrize("impl", ["auto", "safe"])
+    @pytest.mark.parametrize("impl", ["auto", "torch"])
     @pytest.mark.parametrize("strength", [1, 10, 100, "mixed", "-100"])
     @pytest.mark.parametrize("n", [1, 7, 64, 91, 384])
-    def test_equals_twin(self, n, strength, impl):
+    def test_equals_the_reference(self, n, strength, impl):
         tensors = operands(n, strength if isinstance(strength, int) else 1)
         if strength == "-100":
             tensors[3] = torch.full_like(tensors[3], -100)
         elif strength == "mixed":  # a closed gate here and there between nearly open ones
             closed = torch.rand(tensors[3].shape, generator=torch.Generator().manual_seed(2)) < 0.1
             tensors[3] = torch.where(closed, -100.0, tensors[3])
-        expected = with_gradients(
-            naive_gated_linear_attention, [tensor.double() for tensor in tensors]
-        )
+        expected = with_gradients(recurrence, [tensor.double() for tensor in tensors])
         actual = with_gradients(gated_linear_attention, tensors, impl=impl)
         assert all(tensor.isfinite().all() for tensor in actual)
         for got, want in zip(actual[:4], expected[:4], strict=True):
@@ -86,11 +84,11 @@ class TestKernel:
     def test_both_forms_were_taken(self, monkeypatch):
         taken = []
         for form in ("_two_factors", "_doubling"):
-            function = getattr(gated, form)
+            function = getattr(chunks, form)
             monkeypatch.setattr(
-                gated, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
+                chunks, form, lambda *a, f=function, name=form: taken.append(name) or f(*a)
             )
-        for strength, impl in ((1, "auto"), (100, "auto"), (1, "safe")):
+        for strength, impl in ((1, "auto"), (100, "auto"), (1, "torch")):
             gated_linear_attention(*operands(91, strength), impl=impl)
         assert taken == ["_two_factors", "_doubling", "_doubling"]
 
@@ -98,8 +96,8 @@ class TestKernel:
         """The whole decay of a chunk in one token: the steepest gates the two factors meet."""
         tensors = operands(128)
         tensors[3] = torch.zeros_like(tensors[3])
-        tensors[3][:, :, 40::64] = gated._FACTOR_LIMIT + 0.1
-        expected = naive_gated_linear_attention(*(tensor.double() for tensor in tensors))
+        tensors[3][:, :, 40::64] = chunks._FACTOR_LIMIT + 0.1
+        expected = recurrence(*(tensor.double() for tensor in tensors))
         assert relative(gated_linear_attention(*tensors), expected) < 2e-6
 
     def test_shut_gates_are_no_nan(self):
@@ -117,11 +115,11 @@ class TestKernel:
 
     def test_macs_are_those_of_the_recurrence(self):
         with FlopCounterMode(display=False) as counter:
-            naive_gated_linear_attention(*operands(24))
+            recurrence(*operands(24))
         assert counter.get_total_flops() == 2 * 2 * gated_linear_attention_macs(24, 16, 24)
 
     @pytest.mark.parametrize("strength", ["mild", "strong"])
-    @pytest.mark.parametrize("impl", ["auto", "safe", "naive"])
+    @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
     def test_equals_flash_linear_attention(self, impl, strength):
         golden = load_file(Path(__file__).parents[1] / "golden" / "gla.safetensors")
 
@@ -145,10 +143,10 @@ class TestKernel:
         """Also when n changes, which makes the compiler try symbolic shapes."""
         torch._dynamo.reset()
         compiled = torch.compile(gated_linear_attention, fullgraph=True, backend="aot_eager")
-        for impl, n in (("safe", 21), ("safe", 70), ("auto", 70)):
+        for impl, n in (("torch", 21), ("torch", 70), ("auto", 70)):
             tensors = operands(n, 100, key_dim=4, value_dim=4)
             actual = with_gradients(compiled, tensors, impl=impl)
-            expected = with_gradients(gated_linear_attention, tensors, impl="safe")
+            expected = with_gradients(gated_linear_attention, tensors, impl="torch")
             for got, want in zip(actual, expected, strict=True):
                 torch.testing.assert_close(got, want)
 
@@ -195,7 +193,7 @@ def by_hand(module, x: Tensor, grid: tuple[int, int], orders: list[Tensor]) -> t
         weights.append(weight * (place[:, None] >= place[None]))
     weight = torch.stack(weights).mean(0)
     out = weight @ value
-    out = out / (out.square().mean(-1, keepdim=True) + module.config.norm_eps).sqrt()
+    out = out / (out.square().mean(-1, keepdim=True) + part.norm_eps).sqrt()
     out = out * part.norm.weight * gate * gate.sigmoid()
     return weight, part.proj(out.transpose(1, 2).flatten(2))
 
@@ -216,7 +214,7 @@ def orders_of(direction: str, grid: tuple[int, int]) -> list[Tensor]:
 
 
 class TestGated:
-    @pytest.mark.parametrize("impl", ["auto", "safe", "naive"])
+    @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
     @pytest.mark.parametrize("direction", [*DIRECTIONS, "both", "four"])
     def test_equals_formulas(self, direction, impl):
         module = layer("gated", direction=direction, impl=impl).double()
@@ -238,7 +236,7 @@ class TestGated:
 
     def test_compiles_whole(self):
         torch._dynamo.reset()
-        module = layer("gated", direction="four", impl="safe")
+        module = layer("gated", direction="four", impl="torch")
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         for grid in (GRID, (7, 10)):
             x = torch.randn(2, grid[0] * grid[1], 32)
@@ -252,7 +250,7 @@ class TestGated:
 
     def test_macs(self):
         for direction, count in (("forward", 1), ("both", 2), ("four", 4)):
-            module = layer("gated", direction=direction, impl="naive", expand_v=2.0)
+            module = layer("gated", direction=direction, impl="reference", expand_v=2.0)
             with FlopCounterMode(display=False) as counter:
                 module(torch.randn(1, 24, 32), GRID)
             parts = module.macs_parts(GRID)
@@ -319,11 +317,12 @@ class TestDiG:
     def test_network_equals_reorienting_network(self, depth):
         """A residual stack that flips and transposes, put back in order at its end."""
         modules = [layer("dig", layer_index=i, depth=depth) for i in range(depth)]
-        rows = [layer("gated", direction="forward", norm_eps=1e-6) for _ in range(depth)]
+        rows = [layer("gated", direction="forward") for _ in range(depth)]
         x = torch.randn(2, 24, 32)
         ours, theirs, places, grid = x, x, torch.arange(24), GRID
         for index, (module, row) in enumerate(zip(modules, rows, strict=True)):
             row.layer.load_state_dict(module.layer.state_dict())
+            row.layer.norm_eps = module.layer.norm_eps
             ours = ours + module(ours, GRID)
             theirs = (theirs + row(theirs, grid)).flip(1)
             places = places.flip(0)
@@ -375,7 +374,7 @@ class TestDiG:
         torch.testing.assert_close(module.attention_map(x, GRID), weights)
 
     def test_macs(self):
-        module = layer("dig", impl="naive")
+        module = layer("dig", impl="reference")
         with FlopCounterMode(display=False) as counter:
             x = torch.randn(1, 24, 32)
             module.after_block(x + module(x, GRID), GRID)

@@ -91,13 +91,11 @@ def test_one_token_takes_the_running_statistics_and_leaves_them():
 
 @pytest.mark.parametrize("gamma", [0.05, 0.2])
 @pytest.mark.parametrize("name", ["dydila", "dydila-map"])
-@pytest.mark.parametrize("native", [True, False])
-def test_dydila_of_small_powers_is_its_reference(name, gamma, native, monkeypatch):
-    if not native:
-        monkeypatch.setattr("attnzoo.ops.focused.library", lambda: None)
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_dydila_of_small_powers_is_its_reference(name, gamma, impl):
     # Not scrambled: the gammas are to stay where they start, but for their ties.
     torch.manual_seed(0)
-    layer = build_attention(name, DIM, gamma_init=gamma, gamma_jitter=gamma / 5).eval()
+    layer = build_attention(name, DIM, gamma_init=gamma, gamma_jitter=gamma / 5, impl=impl).eval()
     found = deviations(layer, tokens((7, 5)), (7, 5))
     for kind in ("output", "gradients"):
         assert found[kind] <= found[f"allowed {kind}"], found
@@ -107,25 +105,18 @@ OPTIONS = {
     "projection": ["redundancy", "replace", "none"],
     "kernel": ["routed", "fixed", "relu"],
     "differential": ["token", "map", "none"],
-    "router_gradient": ["ste", "none", "softgate", "gumbel"],
+    "router_gradient": ["ste", "none"],
     "normalizer": ["base", "diff", "mean", "none"],
-    "norm_scope": ["token", "head"],
-    "relu_offset": [1e-6],
     "gamma_init": [0.05],
     "gamma_jitter": [0.01],
-    "gamma_form": ["clamp", "softplus"],
-    "share_gamma": [False],
-    "share_lambda": [False],
+    "gamma_form": ["clamp"],
     "lambda_init": ["increasing"],
-    "lambda_clamp": [True],
     "map_router": ["image"],
-    "softplus_scale": [True],
-    "key_position": [(2, 3)],
-    "conv": ["acnet-plain", "3x3", "5x5", "none"],
+    "conv": ["3x3", "5x5", "none"],
     "qkv_bias": [True],
     "balance_coefficient": [0.1],
     "stream": [3],
-    "impl": ["naive"],
+    "impl": ["reference"],
 }
 
 

@@ -40,7 +40,8 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from attnzoo.ops.kernels import difference_gradients, grouped
+    from attnzoo.ops.routed_linear import triton as grouped
+    from attnzoo.ops.token_difference import triton_backward
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     found = {}
@@ -67,7 +68,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (grouped, difference_gradients):
+        for module in (grouped, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
@@ -75,23 +76,23 @@ def compiled(monkeypatch, tmp_path):
 
 
 def launch_difference(dtype, choices, heads, width=384):
-    from attnzoo.ops import kernels
+    from attnzoo.ops.token_difference import Operands
+    from attnzoo.ops.token_difference.triton import difference_forward
+    from attnzoo.ops.token_difference.triton_backward import difference_backward
 
     z = torch.ones(1, 256, width, dtype=dtype)
     routers = [torch.ones(choices, columns, dtype=dtype) for columns in (width, width, 2 * width)]
     gammas, lambdas, norm = torch.ones(2, choices), torch.ones(choices), torch.ones(1, width)
     for key_sum in (None, norm):
-        out, sums, *saved = kernels.difference_forward(
-            z, z, routers, gammas, lambdas, key_sum, 1e-6, heads, True
+        operands = Operands(
+            z, z, *routers, gammas, lambdas, None, key_sum, 1e-6, heads, True, True
         )
-        kernels.difference_backward(
-            out, sums if key_sum is None else None, out, z, z, routers, gammas, lambdas, key_sum,
-            tuple(saved), heads, True,
-        )  # fmt: skip
+        out, sums, *saved = difference_forward(*operands)
+        difference_backward(out, sums if key_sum is None else None, out, *saved, *operands)
 
 
 def launch_routing(dtype, experts, width=384):
-    from attnzoo.ops import kernels
+    from attnzoo.ops.routed_linear import triton as kernels
 
     x, weight = torch.ones(512, width, dtype=dtype), torch.ones(experts, width, 64, dtype=dtype)
     router = torch.ones(experts, width, dtype=dtype)
@@ -103,11 +104,12 @@ def launch_routing(dtype, experts, width=384):
 
 
 def launch_the_rest(dtype, width=384):
-    from attnzoo.ops import kernels
+    from attnzoo.ops.depthwise_conv import triton as kernels
+    from attnzoo.ops.power_map.triton import power_map_backward, power_map_forward
 
     z, gamma = torch.ones(256, width, dtype=dtype), torch.ones(256)
-    _, stats = kernels.power_map_forward(z, gamma)
-    kernels.power_map_backward(z, z, gamma, stats)
+    _, stats = power_map_forward(z, gamma)
+    power_map_backward(z, z, gamma, stats)
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
@@ -138,7 +140,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [89, 90])
 def test_the_largest_routers_fit(compiled, capability):
-    from attnzoo.ops.fused import MOST_CHOICES
+    from attnzoo.ops.token_difference import MOST_CHOICES
 
     compiled(capability)
     launch_routing(torch.float32, experts=MOST_CHOICES)
@@ -149,7 +151,7 @@ def test_the_largest_routers_fit(compiled, capability):
 @pytest.mark.parametrize("experts", [14, 64, 128, 256, 300])
 @pytest.mark.parametrize("tokens", [512, 2**22])
 def test_the_sort_fits_whatever_is_sorted(compiled, tokens, experts):
-    from attnzoo.ops import kernels
+    from attnzoo.ops.routed_linear import triton as kernels
 
     compiled(89)
     kernels.sort_by_expert(torch.zeros(tokens, dtype=torch.int32), experts)

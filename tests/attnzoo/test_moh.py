@@ -1,4 +1,4 @@
-"""Mixture-of-head attention: twin, formula, gates, schedules, balancing loss and cost."""
+"""Mixture-of-head attention: reference, formula, gates, schedules, balancing loss and cost."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_contract(check):
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_naive_twin(split, batch):
+def test_reference(split, batch):
     layer = build(*split)
     for grid in GRIDS:
         found = deviations(layer, tokens(grid, batch), grid)
@@ -208,7 +208,7 @@ class TestSchedules:
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13)])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_macs(grid, split):
-    layer = build(*split, impl="naive")
+    layer = build(*split, impl="reference")
     with FlopCounterMode(display=False) as counter:
         layer(tokens(grid, 1), grid)
     assert counter.get_total_flops() == 2 * layer.macs(grid)

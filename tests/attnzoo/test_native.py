@@ -9,25 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.ops import focused, native
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.native import library
+from attnzoo.ops import dispatch
+from attnzoo.ops.power_map import build, native, power_map
+from attnzoo.ops.power_map.build import library
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
+pytestmark = pytest.mark.skipif(
+    not dispatch._native_works(), reason="no C compiler, or ATTNZOO_NATIVE=0"
+)
 
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_FLAGS", ["-shared", "-fPIC"])  # quick to build
+    monkeypatch.setattr(build, "_FLAGS", ["-shared", "-fPIC"])  # quick to build
     return tmp_path / "attnzoo"
 
 
 def works(built) -> bool:
     z, gamma = torch.randn(3, 40), torch.full((3, 1), 2.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(focused, "library", lambda: built)
-        return built is not None and torch.allclose(power_map(z, gamma), naive_power_map(z, gamma))
+        patch.setattr(native, "library", lambda: built)
+        exact = power_map(z, gamma, impl="reference")
+        return built is not None and torch.allclose(power_map(z, gamma, impl="native"), exact)
 
 
 def only_file(folder: Path) -> Path:
@@ -80,7 +83,7 @@ def test_a_library_that_shrinks_while_it_is_loaded_does_not_crash(cache):
 def test_the_library_of_another_build_is_not_taken_for_this_one(cache, monkeypatch):
     library.__wrapped__()
     first = only_file(cache)
-    monkeypatch.setattr(native, "_FLAGS", ["-shared", "-fPIC", "-O1"])
+    monkeypatch.setattr(build, "_FLAGS", ["-shared", "-fPIC", "-O1"])
     library.__wrapped__()
     [second] = set(cache.iterdir()) - {first}
     second.write_bytes(first.read_bytes())
@@ -94,7 +97,7 @@ def test_a_folder_that_others_write_to_is_neither_read_nor_written(mode, cache, 
     cache.chmod(mode)
     before = {path: path.stat().st_mtime_ns for path in [cache, *cache.iterdir()]}
     opened = []
-    monkeypatch.setattr(native, "_read", lambda *_: opened.append(1))
+    monkeypatch.setattr(build, "_read", lambda *_: opened.append(1))
     assert works(library.__wrapped__()) and not opened
     assert before == {path: path.stat().st_mtime_ns for path in [cache, *cache.iterdir()]}
 
@@ -103,7 +106,7 @@ def test_a_folder_of_another_user_is_not_used(cache, monkeypatch):
     library.__wrapped__()
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    monkeypatch.setattr(native, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(build, "_read", lambda *_: pytest.fail("read"))
     assert works(library.__wrapped__())
 
 
@@ -150,16 +153,16 @@ def in_a_process(code: str, **environment: str | None) -> subprocess.Popen:
 
 
 USE = (
-    "import torch; from attnzoo.ops.focused import power_map; "
-    "from attnzoo.ops.native import library; "
-    "power_map(torch.ones(2, 3), torch.ones(1)); print(library() is not None)"
+    "import torch; from attnzoo.ops.dispatch import choose; "
+    "from attnzoo.ops.power_map import power_map; "
+    "x = torch.ones(2, 3); power_map(x, torch.ones(1)); print(choose('power_map', 'auto', x))"
 )
 
 
 def test_two_builders_at_once(cache):
     processes = [in_a_process(USE) for _ in range(2)]
     for process in processes:
-        assert process.communicate(timeout=120) == ("True\n", "")
+        assert process.communicate(timeout=120) == ("native\n", "")
     assert only_file(cache).suffix == ".so"
 
 
@@ -169,7 +172,7 @@ def test_without_a_home_or_with_one_that_cannot_be_written(tmp_path):
         process = in_a_process(
             f"import os; os.chdir({str(tmp_path)!r}); {USE}", HOME=home, XDG_CACHE_HOME=None
         )
-        assert process.communicate(timeout=120) == ("True\n", ""), home
+        assert process.communicate(timeout=120) == ("native\n", ""), home
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -192,12 +195,12 @@ def test_a_failing_build_is_one_line(tmp_path):
     code = f"import tempfile; tempfile.tempdir = '/dev/null'; {USE}"  # nowhere to build
     process = in_a_process(code, XDG_CACHE_HOME=str(tmp_path))
     out, errors = process.communicate(timeout=120)
-    assert out == "False\n" and errors.count("\n") == 1 and "/dev/null" in errors
+    assert out == "torch\n" and errors.count("\n") == 1 and "/dev/null" in errors
 
 
-def test_unwanted_kernels_are_no_warning(recwarn, monkeypatch):
-    monkeypatch.setenv("ATTNZOO_NATIVE", "0")
-    assert library.__wrapped__() is None and not recwarn.list
+def test_unwanted_kernels_are_no_warning():
+    process = in_a_process(USE, ATTNZOO_NATIVE="0")
+    assert process.communicate(timeout=120) == ("torch\n", "")
 
 
 def test_a_cache_that_cannot_be_written_to_costs_the_cache_alone(cache, monkeypatch):

@@ -1,49 +1,44 @@
-"""Fast functions against their twins, at the places where they are likely to differ."""
+"""Fast functions against their references, at the places where they are likely to differ."""
 
 import pytest
 import torch
 
-from attnzoo.ops import focused
-from attnzoo.ops.focused import naive_power_map, power_map
-from attnzoo.ops.linear import kernel_product, linear_attention, naive_linear_attention
-from attnzoo.ops.native import library
-from attnzoo.ops.routing import (
+from attnzoo.errors import InvalidValue, Unavailable
+from attnzoo.ops import dispatch
+from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.linear_core import linear_attention
+from attnzoo.ops.power_map import power_map
+from attnzoo.ops.routed_linear import (
     Route,
     balance_loss,
+    decide,
     gated,
-    naive_gated,
-    naive_routed_projection,
-    naive_routed_scalar,
-    route,
-    routed_projection,
+    routed_linear,
     routed_scalar,
 )
 
+HAS_NATIVE = dispatch._native_works()
 # Every sign, and what a floor under the entries would show itself at.
 POWERS = [-3.0, -0.5, 0.0, 0.05, 0.2, 0.4, 1.0, 3.0, 6.3]
 
 
-@pytest.fixture(params=["c", "torch"])
-def computed_by(request, monkeypatch):
-    """Runs the power map in C and by torch's operators."""
-    if request.param == "torch":
-        monkeypatch.setattr(focused, "library", lambda: None)
-    elif library() is None:
-        pytest.skip("no C compiler, or ATTNZOO_NATIVE=0")
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no C compiler, or ATTNZOO_NATIVE=0")
+IMPLEMENTATIONS = [pytest.param("native", marks=needs_native), "torch"]
 
 
 @pytest.mark.parametrize("gamma", POWERS)
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e15])
-def test_power_map_is_the_formula_at_any_scale(gamma, scale, computed_by):
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_power_map_is_the_formula_at_any_scale(gamma, scale, impl):
     torch.manual_seed(0)
     x = (torch.randn(5, 32) * scale).requires_grad_()
     gammas = torch.full((5, 1), gamma, requires_grad=True)
     cotangent = torch.randn(5, 32)
-    found = torch.autograd.grad(power_map(x, gammas), (x, gammas), cotangent)
-    exact = torch.autograd.grad(
-        naive_power_map(x.double(), gammas), (x, gammas), cotangent.double()
-    )
-    difference = (power_map(x, gammas) - naive_power_map(x, gammas)).abs().max()
+    out = power_map(x, gammas, impl=impl)
+    found = torch.autograd.grad(out, (x, gammas), cotangent)
+    expected = power_map(x.double(), gammas, impl="reference")
+    exact = torch.autograd.grad(expected, (x, gammas), cotangent.double())
+    difference = (out - power_map(x, gammas, impl="reference")).abs().max()
     assert difference <= 2e-6 * x.max()
     relative = (found[0] - exact[0]).abs().max() / exact[0].abs().max()
     # Below 0 the smallest entries, of the steepest slopes, lead, and their sum cancels.
@@ -55,11 +50,13 @@ def test_power_map_is_the_formula_at_any_scale(gamma, scale, computed_by):
 
 @pytest.mark.parametrize("gamma", POWERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("apply", [power_map, naive_power_map])
-def test_a_dead_entry_is_exactly_0_at_every_power(apply, gamma, dtype, computed_by):
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+def test_a_dead_entry_is_exactly_0_at_every_power(impl, gamma, dtype):
+    if impl == "native" and dtype in (torch.float64, torch.float16):
+        impl = "auto"
     z = torch.tensor([[1, 0.5, 0, -1], [0, -2, -0.0, -1e-30]], dtype=dtype, requires_grad=True)
     gammas = torch.full((2, 1), gamma, requires_grad=True)
-    out = apply(z, gammas)
+    out = power_map(z, gammas, impl=impl)
     grads = torch.autograd.grad(out, (z, gammas), torch.ones_like(out))
     by_hand = torch.tensor([1, 0.5**gamma, 0, 0])
     by_hand *= 1.25**0.5 / (1 + 0.25**gamma) ** 0.5
@@ -69,14 +66,15 @@ def test_a_dead_entry_is_exactly_0_at_every_power(apply, gamma, dtype, computed_
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_an_entry_far_below_the_largest_still_counts(computed_by):
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_an_entry_far_below_the_largest_still_counts(impl):
     z = torch.tensor([[1.0, 1e-35, 1e-31, 0.0]], requires_grad=True)
     gamma = torch.tensor([0.05], requires_grad=True)
-    out = power_map(z, gamma)
-    torch.testing.assert_close(out, naive_power_map(z, gamma))
+    out = power_map(z, gamma, impl=impl)
+    torch.testing.assert_close(out, power_map(z, gamma, impl="reference"))
     assert out[0, 1] > 0.017
     grads = torch.autograd.grad(out.sum(), (z, gamma))
-    exact = torch.autograd.grad(naive_power_map(z, gamma).sum(), (z, gamma))
+    exact = torch.autograd.grad(power_map(z, gamma, impl="reference").sum(), (z, gamma))
     torch.testing.assert_close(grads, exact, rtol=1e-4, atol=0)
 
 
@@ -89,23 +87,22 @@ def test_power_map_keeps_norms_and_dead_rows():
     assert power_map(torch.full((1, 4), float("nan")), torch.tensor([2.0])).isnan().all()
 
 
-def _both_ways(z, gamma, cotangent, monkeypatch):
+def _both_ways(z, gamma, cotangent):
     """Output and gradients of the C kernel, without it, and without it in float64."""
     results = []
-    for built, dtype in ((library(), z.dtype), (None, z.dtype), (None, torch.float64)):
-        monkeypatch.setattr(focused, "library", lambda built=built: built)
+    for impl, dtype in (("native", z.dtype), ("torch", z.dtype), ("torch", torch.float64)):
         # Not a copy: rows of longer rows stay such.
         z, gamma = (x.detach().to(dtype).requires_grad_() for x in (z, gamma))
-        out = power_map(z, gamma)
+        out = power_map(z, gamma, impl=impl)
         grads = torch.autograd.grad(out, (z, gamma), cotangent.to(dtype))
         results.append([x.double() for x in (out.detach(), *grads)])
     return results
 
 
-@pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
+@needs_native
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_c_kernel_is_as_exact_as_torch(dtype, threads, monkeypatch):
+def test_the_c_kernel_is_as_exact_as_torch(dtype, threads):
     torch.manual_seed(0)
     rows = 700  # more than one thread's worth, and no multiple of anything
     z = torch.randn(rows, 3, 197) * torch.logspace(-18, 15, rows)[:, None, None]
@@ -115,7 +112,7 @@ def test_the_c_kernel_is_as_exact_as_torch(dtype, threads, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = _both_ways(z, gamma, torch.randn(rows, 197).to(dtype), monkeypatch)
+        found = _both_ways(z, gamma, torch.randn(rows, 197).to(dtype))
     finally:
         torch.set_num_threads(before)
     for native, plain, exact in zip(*found, strict=True):
@@ -126,23 +123,26 @@ def test_the_c_kernel_is_as_exact_as_torch(dtype, threads, monkeypatch):
         assert own.max() <= 4 * allowed.max() + 4 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.skipif(library() is None, reason="no C compiler, or ATTNZOO_NATIVE=0")
-def test_nan_comes_out_of_the_c_kernel_in_its_row_alone(monkeypatch):
+@needs_native
+def test_nan_comes_out_of_the_c_kernel_in_its_row_alone():
     z = torch.randn(4, 40)
     z[2, 7] = float("nan")
-    results = _both_ways(z, torch.full((4, 1), 3.0), torch.ones(4, 40), monkeypatch)
+    results = _both_ways(z, torch.full((4, 1), 3.0), torch.ones(4, 40))
     for out, grad_z, _ in results:
         assert out.isnan().all(-1).tolist() == [False, False, True, False]
         assert grad_z.isnan().any(-1).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["power_map", "power_map_backward"])
-def test_power_map_is_a_sound_custom_operator(name):
+@pytest.mark.parametrize("suffix", ["", "_backward"])
+@pytest.mark.parametrize(
+    "name", ["power_map", pytest.param("power_map_native", marks=needs_native)]
+)
+def test_power_map_is_a_sound_custom_operator(name, suffix):
     z, gamma = torch.randn(6, 16), torch.full((6, 1), 2.0)
-    arguments = (z, gamma)
-    if name == "power_map_backward":
-        arguments = (torch.randn(6, 16), *arguments, *torch.ops.attnzoo.power_map(z, gamma))
-    torch.library.opcheck(getattr(torch.ops.attnzoo, name).default, arguments)
+    arguments, forward = (z, gamma), getattr(torch.ops.attnzoo, name)
+    if suffix:
+        arguments = (torch.randn(6, 16), *arguments, *forward(z, gamma))
+    torch.library.opcheck(getattr(torch.ops.attnzoo, name + suffix).default, arguments)
 
 
 def test_power_map_gradients_by_finite_differences():
@@ -153,68 +153,71 @@ def test_power_map_gradients_by_finite_differences():
 
 
 @pytest.mark.parametrize("tokens", [4, 64])  # below and above the width: both orders
-def test_linear_attention_is_its_twin_in_either_order(tokens):
+def test_linear_attention_is_its_reference_in_either_order(tokens):
     torch.manual_seed(0)
     q, k, v = (torch.rand(2, 3, tokens, 16, dtype=torch.float64) for _ in range(3))
-    torch.testing.assert_close(linear_attention(q, k, v), naive_linear_attention(q, k, v))
-    torch.testing.assert_close(kernel_product(q, k, v), q @ k.mT @ v)
+    expected = linear_attention(q, k, v, impl="reference")
+    torch.testing.assert_close(linear_attention(q, k, v), expected)
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 9], [14, 0, 0], [1, 12, 1]])
-def test_routed_projection_is_its_twin_with_empty_and_full_projectors(counts):
+def test_routed_linear_is_its_reference_with_empty_and_full_projectors(counts):
     torch.manual_seed(0)
     index = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))[torch.randperm(14)]
     x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
     index = index.view(2, 7)
     cotangent = torch.randn(2, 7, 5, dtype=torch.float64)
-    fast, naive = routed_projection(x, weight, index), naive_routed_projection(x, weight, index)
-    torch.testing.assert_close(fast, naive)
+    fast = routed_linear(x, weight, index)
+    expected = routed_linear(x, weight, index, impl="reference")
+    torch.testing.assert_close(fast, expected)
     torch.testing.assert_close(
         torch.autograd.grad(fast, (x, weight), cotangent),
-        torch.autograd.grad(naive, (x, weight), cotangent),
+        torch.autograd.grad(expected, (x, weight), cotangent),
     )
 
 
-def test_routed_projection_is_a_sound_custom_operator():
+def test_routed_linear_is_a_sound_custom_operator():
     index = torch.tensor([0, 2, 2, 1])
     arguments = (
         torch.randn(4, 6, requires_grad=True),
         torch.randn(3, 6, 5, requires_grad=True),
         index,
     )
-    torch.library.opcheck(torch.ops.attnzoo.routed_projection.default, arguments)
+    torch.library.opcheck(torch.ops.attnzoo.routed_linear.default, arguments)
 
 
-def test_routed_projection_does_each_token_once():
+def test_routed_linear_does_each_token_once():
     """The useful work is one projection per token, whatever the number of projectors."""
     from torch.profiler import profile
 
     x, weight = torch.randn(64, 8), torch.randn(5, 8, 8)
     with profile(record_shapes=True) as profiled:
-        routed_projection(x, weight, torch.arange(64) % 5)
+        routed_linear(x, weight, torch.arange(64) % 5)
     rows = [e.input_shapes[0][0] for e in profiled.events() if e.name == "aten::mm"]
     assert sum(rows) == 64
 
 
-@pytest.mark.parametrize("gradient", ["ste", "gumbel", "none", "softgate"])
+@pytest.mark.parametrize("gradient", ["ste", "none"])
 def test_router_gradients(gradient):
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     scalars = torch.arange(4, dtype=torch.float64).requires_grad_()
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     cotangents = torch.randn(2, 3, 1).double(), torch.randn(2, 3, 5).double()
-    routed = route(logits, gradient)
+    routed = decide(torch.eye(4, dtype=torch.float64), [logits], gradient)
     assert torch.equal(routed.index, logits.argmax(-1))
     fast = routed_scalar(routed, scalars, gradient), gated(x, routed, gradient)
-    naive = naive_routed_scalar(routed, scalars, gradient), naive_gated(x, routed, gradient)
-    if gradient != "softgate":
-        assert torch.equal(fast[0], routed.index.unsqueeze(-1).double()), "exactly the argmax"
-        assert torch.equal(fast[1], x)
-    torch.testing.assert_close(fast, naive)
+    plain = (
+        routed_scalar(routed, scalars, gradient, impl="reference"),
+        gated(x, routed, gradient, impl="reference"),
+    )
+    assert torch.equal(fast[0], routed.index.unsqueeze(-1).double()), "exactly the argmax"
+    assert torch.equal(fast[1], x)
+    torch.testing.assert_close(fast, plain)
     inputs = (logits, scalars, x)
     found, expected = (
-        torch.autograd.grad(outs, inputs, cotangents, allow_unused=True) for outs in (fast, naive)
+        torch.autograd.grad(outs, inputs, cotangents, allow_unused=True) for outs in (fast, plain)
     )
     assert (found[0] is None) == (gradient == "none")
     assert gradient == "none" or found[0].abs().max() > 0
@@ -222,15 +225,7 @@ def test_router_gradients(gradient):
 
 
 def test_ties_go_to_the_first():
-    assert route(torch.zeros(5, 9), "ste").index.eq(0).all()
-
-
-def test_gumbel_noise_only_in_training():
-    logits = torch.zeros(1000, 3) + torch.tensor([0.1, 0.0, 0.0])
-    torch.manual_seed(0)
-    assert route(logits, "gumbel", training=False).index.eq(0).all()
-    share = route(logits, "gumbel", training=True).index.eq(0).float().mean()
-    assert 0.25 < share < 0.47  # softmax gives 0.356
+    assert decide(torch.ones(9, 2), [torch.ones(5, 2)], "ste").index.eq(0).all()
 
 
 def test_balance_loss_is_one_when_uniform_and_most_when_collapsed():
@@ -238,3 +233,64 @@ def test_balance_loss_is_one_when_uniform_and_most_when_collapsed():
     torch.testing.assert_close(balance_loss(uniform), torch.tensor(1.0))
     collapsed = Route(torch.zeros(9, dtype=torch.long), 100 * torch.eye(3)[0].expand(9, 3))
     torch.testing.assert_close(balance_loss(collapsed), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decision_of_parts_is_that_of_the_whole(dtype):
+    parts = [torch.randn(2, 5, d).to(dtype) for d in (3, 4)]
+    weight = torch.randn(6, 7).to(dtype)
+    expected = (torch.cat(parts, -1).double() @ weight.double().t()).argmax(-1)
+    assert torch.equal(decide(weight, parts, "ste").index, expected)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 1), (1, 3), (5, 5)])
+def test_depthwise_convolution_is_its_reference(size):
+    x, weight = torch.randn(2, 30, 6), torch.randn(6, 1, *size)
+    bias, added = torch.randn(6), torch.randn(2, 30, 6)
+    operands = x, (5, 6), weight, bias, added
+    expected = depthwise_conv(*operands, impl="reference")
+    torch.testing.assert_close(depthwise_conv(*operands, impl="torch"), expected)
+    torch.testing.assert_close(depthwise_conv(*operands), expected)
+
+
+class TestDispatch:
+    def test_what_auto_picks_on_a_cpu(self):
+        x = torch.ones(1)
+        assert dispatch.choose("power_map", "auto", x) == ("native" if HAS_NATIVE else "torch")
+        assert dispatch.choose("power_map", "auto", x.double()) == "torch"
+        assert dispatch.choose("power_map", "auto", x.to("meta")) == "torch"
+        for name in set(dispatch.TABLE) - {"power_map"}:
+            assert dispatch.choose(name, "auto", x) == "torch"
+
+    def test_an_explicit_choice_is_taken_or_refused_with_every_reason(self):
+        x = torch.ones(1)
+        for impl in ("torch", "reference"):
+            assert dispatch.choose("power_map", impl, x) == impl
+        with pytest.raises(Unavailable, match=r"'native' takes .*not torch\.float64"):
+            dispatch.choose("power_map", "native", x.double())
+        with pytest.raises(Unavailable, match=r"impl='triton' .*'torch' fits, 'reference' fits"):
+            dispatch.choose("power_map", "triton", x.double().to("meta"))
+
+    def test_what_nobody_offers_names_what_is_offered(self):
+        with pytest.raises(
+            InvalidValue, match=r"impl='fla' of power_map is not one of .*'native'"
+        ):
+            power_map(torch.ones(1, 2), torch.ones(1), impl="fla")
+
+    def test_limits_are_asked_for_only_where_the_kernels_may_run(self):
+        dispatch.choose("depthwise_conv", "auto", torch.ones(1), None, pytest.fail)
+
+    def test_kernels_are_for_a_gpu_of_a_type_that_they_know(self):
+        class Pretender(torch.Tensor):
+            is_cuda = True
+
+        x = torch.zeros(1).as_subclass(Pretender)
+        for dtype, expected in ((torch.float32, "triton"), (torch.bfloat16, "triton"),
+                                (torch.float16, "torch"), (torch.float64, "torch")):  # fmt: skip
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dispatch, "_try_triton", lambda: True)
+                assert dispatch.choose("routed_linear", "auto", x, dtype) == expected
+                limited = dispatch.choose("routed_linear", "auto", x, dtype, lambda: "this")
+                assert limited == "torch"
+                patch.setattr(dispatch, "_try_triton", lambda: False)
+                assert dispatch.choose("routed_linear", "auto", x, dtype) == "torch"

@@ -137,7 +137,7 @@ def test_a_fla_kernel_that_fails_is_one_line(monkeypatch):
     import torch
 
     from attnzoo import InvalidValue
-    from attnzoo.ops import fla
+    from attnzoo.ops.gated_scan import fla
 
     def broken(*_, **__):
         raise AttributeError("module 'triton.language' has no attribute 'core'")
@@ -148,7 +148,7 @@ def test_a_fla_kernel_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(fla, "load", lambda *_: broken)
     z = torch.zeros(1, 1, 4, 4).as_subclass(OnGpu)
     with pytest.raises(InvalidValue, match=r"impl='fla' cannot run: AttributeError: module"):
-        fla.fla_gated_linear_attention(z, z, z, z)
+        fla.gated_linear_attention(z, z, z, z)
 
 
 @pytest.mark.parametrize("module", ["attnzoo", "backbones"])

@@ -21,7 +21,7 @@ EQUIVARIANT = {
 # By default the neighbourhood on the grid, or the order of a scan, matters.
 ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map")
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
-COMPILABLE = {"gated": {"impl": "safe"}, "dig": {"impl": "safe"}}
+COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 
 
 def _permuted_difference(layer, grid=(6, 8)):

@@ -41,7 +41,7 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: build_attention("dydila", 8, conv="acnett"), ValueError, ["'acnet'", "'3x3'"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
-        (lambda: build_attention("dydila", 8, share_gamma=1), TypeError, ["bool", "1"]),
+        (lambda: build_attention("dydila", 8, qkv_bias=1), TypeError, ["bool", "1"]),
         (lambda: build_attention("dydila", 8, eps=-1.0), ValueError, ["eps", "-1"]),
         (lambda: build_attention("softmax", 8, num_heads=3), ValueError, ["3", "[1, 2, 4, 8]"]),
         (lambda: build_attention("softmax", 8, layer_index=2, depth=2), ValueError, ["depth=2"]),
@@ -293,7 +293,7 @@ def test_a_name_that_two_packages_offer_is_refused(package):
 def test_softmax_backends_that_are_missing_are_not_replaced():
     for impl in ("flash", "xformers"):
         layer = build_attention("softmax", 32, impl=impl)
-        with pytest.raises(InvalidValue, match=f"impl='{impl}'.*sdpa") as caught:
+        with pytest.raises(InvalidValue, match=f"impl='{impl}'.*torch") as caught:
             layer(tokens((4, 4), dim=32), (4, 4))
         assert isinstance(caught.value, RuntimeError)
     with pytest.raises(InvalidValue, match=r"impl='fla'.*attnzoo\[fla\]"):

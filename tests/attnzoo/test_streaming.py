@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from attnzoo import build_attention, get_attention, list_attention
-from attnzoo.ops.streaming import linear_parts
-from attnzoo.testing import build_scrambled, check_twin, outputs_and_gradients, tokens
+from attnzoo.layers.streaming import linear_parts
+from attnzoo.testing import build_scrambled, outputs_and_gradients, tokens
 
 # One grid is for options that fix it.
 GRID = (7, 13)
@@ -17,16 +17,16 @@ STREAMED = [
     ("sana", {}),
     ("sana", {"qk_norm": True, "qkv_bias": True}),
     ("focused", {}),
-    ("focused", {"conv": "acnet", "conv_scope": "token", "norm_scope": "head"}),
+    ("focused", {"conv": "acnet", "num_heads": 4}),
     ("focused", {"conv": "none", "key_position": GRID}),
     ("lit", {}),
-    ("lit", {"conv": "acnet", "num_heads": 1, "qkv_bias": False}),
+    ("lit", {"conv": "acnet", "num_heads": 1}),
     ("lit", {"conv": "none"}),
     ("edit", {}),
-    ("edit", {"stride": 1, "bottleneck": 1, "groups": 1}),
-    ("edit", {"stride": 3, "bottleneck": 4, "conv_bias": False, "qkv_bias": False}),
+    ("edit", {"stride": 1, "bottleneck": 1}),
+    ("edit", {"stride": 3, "bottleneck": 4}),
     ("agent", {}),
-    ("agent", {"n_agents": 9, "num_heads": 4, "conv": False, "qkv_bias": False}),
+    ("agent", {"n_agents": 9, "num_heads": 4, "conv": False}),
     ("agent", {"n_agents": 16, "bias": "learned", "bias_grid": GRID}),
     *(
         ("gated", {"direction": direction})
@@ -34,13 +34,13 @@ STREAMED = [
             "forward", "backward", "columns-forward", "columns-backward", "both", "four",
         )
     ),
-    ("gated", {"expand_v": 2.0, "impl": "safe"}),
+    ("gated", {"expand_v": 2.0, "impl": "torch"}),
     ("gated", {"expand_v": 0.5, "gate_normalizer": 0.1}),
     ("dig", {}),
     ("dig", {"schedule": "two"}),
     ("dydila", {}),
     ("dydila", {"num_heads": 3, "normalizer": "diff", "qkv_bias": True}),
-    ("dydila", {"conv": "5x5", "key_position": GRID}),
+    ("dydila", {"conv": "5x5"}),
     ("dydila", {"projection": "replace", "differential": "none"}),
     ("dydila", {"projection": "none", "differential": "none", "conv": "none"}),
     ("dydila-map", {}),
@@ -133,13 +133,8 @@ def test_an_adapter_around_a_linear_layer_is_used():
 def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match="stream must be at least 1, got 0"):
         build_attention("sana", 48, stream=0)
-    for name, impl in (("sana", "folded"), ("agent", "sdpa"), ("gated", "fla")):
+    for name, impl in (("agent", "flash"), ("gated", "fla")):
         with pytest.raises(ValueError, match=f"impl='{impl}' .*; set stream=None or impl='auto'"):
             build_attention(name, 48, stream=64, impl=impl)
     with pytest.raises(ValueError, match=r"set stream=None or map_router='token'"):
         build_attention("dydila-map", 48, stream=64, map_router="image")
-
-
-@pytest.mark.parametrize("options", [{}, {"num_heads": 1}, {"qkv_bias": True}])
-def test_folding_the_projection_changes_no_number(options):
-    check_twin("sana", impl="folded", **options)

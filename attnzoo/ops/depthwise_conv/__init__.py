@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.ops.custom_op import MACS
 from attnzoo.ops.depthwise_conv.torch import to_image, to_tokens, widened
-from attnzoo.ops.dispatch import Impl, operator
+from attnzoo.ops.dispatch import MACS, Impl, operator
 
 __all__ = ["depthwise_conv", "depthwise_conv_macs", "to_image", "to_tokens", "widened"]
 

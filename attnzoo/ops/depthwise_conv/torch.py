@@ -33,7 +33,7 @@ def depthwise_conv(
 ) -> Tensor:
     """See ``attnzoo.ops.depthwise_conv``."""
     high, wide = weight.shape[2:]
-    image = to_image(x.contiguous(), grid)
+    image = x.contiguous().unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last
     out = F.conv2d(image, weight, bias, padding=(high // 2, wide // 2), groups=len(weight))
     out = out.permute(0, 2, 3, 1).flatten(1, 2)
     return out if added is None else added + out.to(added.dtype)

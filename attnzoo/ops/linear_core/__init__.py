@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.ops.custom_op import MACS
-from attnzoo.ops.dispatch import Impl, operator
+from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.linear_core.torch import (
     fold,
     half_matmul,

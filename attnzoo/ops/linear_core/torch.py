@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op, has_half_sums, has_wide_product, is_plain
 from attnzoo.ops.precision import in_float32
-
-# torch before 2.8 cannot sum half-precision operands into a float32 result.
-_HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
@@ -20,20 +16,11 @@ def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) 
     return queries * keys * (key_dim + value_dim) < (queries + keys) * key_dim * value_dim
 
 
-def has_half_sums(*operands: Tensor) -> bool:
-    """Whether to multiply in bfloat16 with float32 sums; float16 would overflow on rounding.
-
-    Not while compiling: a compiler joins the float32 copies with what comes before them.
-    """
-    is_eager = _HAS_WIDE_PRODUCT and not torch.compiler.is_compiling()
-    return is_eager and all(z.is_cuda and z.dtype == torch.bfloat16 for z in operands)
-
-
 def wide_bmm(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
     """(b, n, k), (b, k, m) -> (b, n, m), summed in float32; in float32 if ``is_wide``."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.bmm(a, b)
-    if not (a.is_cuda and _HAS_WIDE_PRODUCT):
+    if not has_wide_product(a):
         out = torch.bmm(a.float(), b.float())
         return out if is_wide else out.to(a.dtype)
     # A long sum is split among blocks, and those would add up in half precision.
@@ -54,11 +41,11 @@ def _(a: Tensor, b: Tensor, is_wide: bool) -> Tensor:
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=dtype)
 
 
-def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
-def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     a, b = ctx.saved_tensors
     grad = grad.to(a.dtype)
     return (
@@ -68,7 +55,7 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
     )
 
 
-_half_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
+_half_matmul.register_autograd(_gradients, setup_context=_setup)
 
 
 def half_matmul(a: Tensor, b: Tensor, is_wide: bool = True) -> Tensor:
@@ -83,12 +70,12 @@ def half_matmul(a: Tensor, b: Tensor, is_wide: bool = True) -> Tensor:
         (..., n, m).
     """
     lead = a.shape[:-2]
-    flat = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    out = _half_matmul(*flat, is_wide)
+    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+    out = _half_matmul(a, b, is_wide)
     return out.view(*lead, *out.shape[-2:])
 
 
-def half_read(query: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def _half_read(query: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     """Q times each factor in turn, in float32 at last: (..., n, d) and (..., d, e), ..."""
     for factor in factors[:-1]:
         query = half_matmul(query, factor.to(query.dtype), is_wide=False)
@@ -123,21 +110,33 @@ def fold(key: Tensor, value: Tensor, queries: int | None) -> tuple[Tensor, ...]:
     """
     keys, key_dim = key.shape[-2:]
     if queries and is_quadratic_cheaper(queries, keys, key_dim, value.shape[-1]):
-        return key.transpose(-2, -1), value
+        return key.mT, value
+    if is_plain(key, value):
+        return (key.mT @ value,)
     if has_half_sums(key, value):
-        return (half_matmul(key.transpose(-2, -1), value),)
+        return (half_matmul(key.mT, value),)
     return _fold(key, value)
 
 
 @in_float32
 def _fold(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return (key.transpose(-2, -1) @ value,)
+    return (key.mT @ value,)
+
+
+def key_sum(key: Tensor) -> tuple[Tensor, ...]:
+    """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    return (key.sum(-2, dtype=wide).unsqueeze(-1),)
 
 
 def wide_read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
     """``read`` whose result stays in float32 or better."""
+    if is_plain(query, *state):
+        for factor in state:
+            query = query @ factor
+        return query
     if has_half_sums(query):
-        return half_read(query, state)
+        return _half_read(query, state)
     return _wide_read(query, state)[0]
 
 
@@ -149,20 +148,8 @@ def _wide_read(query: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor]:
 
 
 def read(query: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-    """Q K^T V without a normaliser, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
+    """Q K^T V without a normalizer, of what ``fold`` returned: (..., n, d) -> (..., n, e)."""
     return wide_read(query, state).to(query.dtype)
-
-
-def key_sum(key: Tensor) -> tuple[Tensor, ...]:
-    """The sum of all keys, as one factor for ``read``: (..., m, d) -> ((..., d, 1),)."""
-    if has_half_sums(key):
-        return (key.sum(-2, dtype=torch.float32).unsqueeze(-1),)
-    return _key_sum(key)
-
-
-@in_float32
-def _key_sum(key: Tensor) -> tuple[Tensor, ...]:
-    return (key.sum(-2).unsqueeze(-1),)
 
 
 class _Quotient(torch.autograd.Function):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op
 from attnzoo.ops.power_map.build import library
 
 # Elements that are worth a thread of their own.
@@ -23,6 +23,7 @@ _BLOCK = 1 << 16
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+@custom_op("power_map_native", device_types="cpu")
 def _forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The map of rows (rows, d), each row's largest entry and each row's norm after ReLU."""
     z = z if z.stride(-1) == 1 else z.contiguous()
@@ -32,6 +33,7 @@ def _forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out, peak, norm
 
 
+@custom_op("power_map_native_backward", device_types="cpu")
 def _backward(
     grad: Tensor, z: Tensor, gamma: Tensor, out: Tensor, peak: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -43,16 +45,12 @@ def _backward(
     return grad_z, grad_gamma
 
 
-_forward_op = custom_op("power_map_native", device_types="cpu")(_forward)
-_backward_op = custom_op("power_map_native_backward", device_types="cpu")(_backward)
-
-
-@_forward_op.register_fake
+@_forward.register_fake
 def _(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z.new_empty(z.shape), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
-@_backward_op.register_fake
+@_backward.register_fake
 def _(grad: Tensor, z: Tensor, gamma: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), torch.empty_like(gamma)
 
@@ -61,23 +59,22 @@ def _run(kernel: str, strided: list[Tensor], packed: list[Tensor]) -> None:
     """Calls the C kernel on each thread's rows; ctypes lets go of the interpreter's lock."""
     (rows, width), dtype = strided[0].shape, _DTYPES[strided[0].dtype]
     function = getattr(library(), f"power_map_{kernel}_{dtype}")
-    # Address of the first row, bytes from one row to the next, and what C is told of the latter.
-    tensors = [(x.data_ptr(), x.stride(0) * x.itemsize) for x in [*strided, *packed]]
-    strides = [x.stride(0) for x in strided]
-
-    def call(start: int, stop: int) -> None:
-        arguments: list[Any] = []
-        for i, (first, spacing) in enumerate(tensors):
-            arguments.append(ctypes.c_void_p(first + start * spacing))
-            if i < len(strides):
-                arguments.append(ctypes.c_long(strides[i]))
-        function(*arguments, ctypes.c_long(stop - start), ctypes.c_long(width))
-
     threads = max(1, min(torch.get_num_threads(), rows, rows * width // _BLOCK))
+    calls, start = [], 0
+    for thread in range(1, threads + 1):
+        stop, arguments = rows * thread // threads, []
+        for x in strided:
+            first = x.data_ptr() + start * x.stride(0) * x.itemsize
+            arguments += [ctypes.c_void_p(first), ctypes.c_long(x.stride(0))]
+        for x in packed:
+            first = x.data_ptr() + start * x.stride(0) * x.itemsize
+            arguments.append(ctypes.c_void_p(first))
+        calls.append([*arguments, ctypes.c_long(stop - start), ctypes.c_long(width)])
+        start = stop
     if threads == 1:
-        return call(0, rows)
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    list(_pool(os.getpid(), threads).map(call, bounds[:-1], bounds[1:]))
+        function(*calls[0])
+    else:
+        list(_pool(os.getpid(), threads).map(lambda call: function(*call), calls))
 
 
 @functools.cache
@@ -85,23 +82,19 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)  # threads do not survive a fork: one pool per process
 
 
-class _PowerMap(torch.autograd.Function):
-    """Keeps its input, its output and three numbers per row."""
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, gamma: Tensor) -> Tensor:
-        run = _forward_op if torch.compiler.is_compiling() else _forward
-        out, peak, norm = run(z, gamma)
-        ctx.save_for_backward(z, gamma, out, peak, norm)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        run = _backward_op if torch.compiler.is_compiling() else _backward
-        return run(grad, *ctx.saved_tensors)
+def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
-    gamma = gamma.float().expand(*z.shape[:-1], 1).reshape(-1, 1)
-    return _PowerMap.apply(z.reshape(-1, z.shape[-1]), gamma.contiguous()).view(z.shape)
+    gamma = gamma.float().expand(*z.shape[:-1], 1).reshape(-1, 1).contiguous()
+    return _forward(z.reshape(-1, z.shape[-1]), gamma)[0].view(z.shape)

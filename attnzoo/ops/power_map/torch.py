@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op
 
 _LN_2 = 0.6931471805599453
 # Elements that a CPU's second-level cache holds a few times over.
@@ -81,8 +81,8 @@ def _backward(
     return grad_z, grad_gamma
 
 
-# Custom operators on a CPU, so that a compiler sees one node: it would unroll the loop over
-# blocks. On other devices it may fuse the passes.
+# On a CPU a compiler sees one node: it would unroll the loop over blocks. On other devices it may
+# fuse the passes.
 _cpu_forward = custom_op("power_map", device_types="cpu")(_forward)
 _cpu_backward = custom_op("power_map_backward", device_types="cpu")(_backward)
 
@@ -97,22 +97,19 @@ def _(grad: Tensor, z: Tensor, gamma: Tensor, *_: Tensor) -> tuple[Tensor, Tenso
     return z.new_empty(z.shape), torch.empty_like(gamma)
 
 
-def _is_one_node(z: Tensor) -> bool:
-    return z.device.type == "cpu" and torch.compiler.is_compiling()
-
-
 class _PowerMap(torch.autograd.Function):
     """Keeps its input, its output and three numbers per row; autograd would keep ten tensors."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, gamma: Tensor) -> Tensor:
-        out, peak, norm = (_cpu_forward if _is_one_node(z) else _forward)(z, gamma)
+        out, peak, norm = (_cpu_forward if z.device.type == "cpu" else _forward)(z, gamma)
         ctx.save_for_backward(z, gamma, out, peak, norm)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return (_cpu_backward if _is_one_node(grad) else _backward)(grad, *ctx.saved_tensors)
+        backward = _cpu_backward if grad.device.type == "cpu" else _backward
+        return backward(grad, *ctx.saved_tensors)
 
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:

@@ -175,15 +175,16 @@ def _(grad: Tensor, z: Tensor, gamma: Tensor, stats: Tensor) -> tuple[Tensor, Te
     return z.new_empty(z.shape), torch.empty_like(gamma)
 
 
-def _power_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _power_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
     return power_map_backward(grad, *ctx.saved_tensors)
 
 
-power_map_forward.register_autograd(_power_backward, setup_context=_power_setup)
+power_map_forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.ops.custom_op import MACS
-from attnzoo.ops.dispatch import Impl, operator
+from attnzoo.ops.dispatch import MACS, Impl, operator
+from attnzoo.ops.routed_linear.reference import Route, RouterGradient
 from attnzoo.ops.routed_linear.torch import (
-    Route,
-    RouterGradient,
     balance_loss,
-    route,
+    decide,
+    gated,
+    routed_scalar,
     router_logits,
     usage_of,
 )
@@ -21,35 +21,14 @@ __all__ = [
     "Route",
     "RouterGradient",
     "balance_loss",
+    "decide",
     "gated",
-    "route",
+    "grouped_linear",
     "routed_linear",
     "routed_scalar",
     "router_logits",
     "usage_of",
 ]
-
-
-@operator
-def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "auto") -> Tensor:
-    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
-
-    "ste" and "gumbel" gate by p / stop_gradient(p): exactly 1 in the forward, the gradient of p
-    in the backward. "softgate" gates by p itself, "none" by nothing.
-    """
-    ...
-
-
-@operator
-def routed_scalar(
-    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
-) -> Tensor:
-    """The scalar that each token chose: (experts,) -> (..., 1).
-
-    With "ste" and "gumbel" the router receives the gradient of sum_j p_j scalars_j, so that it
-    learns once the scalars differ. "softgate" mixes all scalars by p.
-    """
-    ...
 
 
 @operator
@@ -67,6 +46,23 @@ def routed_linear(x: Tensor, weight: Tensor, index: Tensor, *, impl: Impl = "aut
         (..., d_out), in the dtype a matmul would give.
     """
     ...
+
+
+def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """Two routed projections of the same tokens as one grouped product, by Triton.
+
+    Args:
+        x: (t, d).
+        first: Projectors, (experts, d, e).
+        second: Likewise.
+        index: Choices of the first, then those of the second plus ``experts``, (2 t,) int32.
+
+    Returns:
+        (2, t, e).
+    """
+    from attnzoo.ops.routed_linear import triton
+
+    return triton.grouped_linear(x, first, second, index)
 
 
 def _linear_macs(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

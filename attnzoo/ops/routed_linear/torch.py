@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.custom_op import custom_op
+from attnzoo.ops.dispatch import custom_op, is_plain
 from attnzoo.ops.precision import autocast_operands, in_float32
-
-RouterGradient = Literal["ste", "none", "softgate", "gumbel"]
-
-
-class Route(NamedTuple):
-    """One decision per token.
-
-    Attributes:
-        index: The chosen expert, (...,), int64; ties go to the first.
-        logits: The router's logits, (..., experts), or None where nothing needs them.
-    """
-
-    index: Tensor
-    logits: Tensor | None
-
-    @property
-    def probability(self) -> Tensor | None:
-        """Softmax of the logits, (..., experts)."""
-        return None if self.logits is None else _softmax(self.logits)
+from attnzoo.ops.routed_linear import reference
+from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    # On CPU a softmax over a few contiguous entries costs ten times one over strided columns.
-    return logits.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
+    return F.linear(x, weight) if is_plain(x, weight) else _guarded_logits(x, weight)
 
 
 @in_float32
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
+def _guarded_logits(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def route(logits: Tensor, gradient: RouterGradient, training: bool = False) -> Route:
-    """Chooses the expert of the largest logit (DyDiLA, arXiv 2601.13683, Eqs. 1, 6, 7).
+def decide(weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient) -> Route:
+    """The expert of the largest logit of a linear router (DyDiLA, arXiv 2601.13683, Eqs. 1, 6, 7).
 
     Args:
-        logits: (..., experts).
-        gradient: How the router learns, see ``gated`` and ``routed_scalar``. "gumbel" adds
-            Gumbel noise to the logits in training.
-        training: Whether noise may be added.
+        weight: (experts, d).
+        parts: Tokens in parts that lie side by side, together (..., d).
+        gradient: How the router learns, see ``gated`` and ``routed_scalar``.
 
     Returns:
-        The decisions.
+        One decision per token.
     """
-    if gradient == "gumbel" and training:
-        exponential = torch.empty_like(logits).exponential_()
-        logits = logits - exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()
-    needs_logits = gradient == "softgate" or (
-        gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
-    )
+    logits_of = F.linear if is_plain(weight, *parts) else router_logits
+    first, *others = parts
+    start = first.shape[-1]
+    logits = logits_of(first, weight[:, :start] if others else weight)
+    for part in others:
+        stop = start + part.shape[-1]
+        logits, start = logits + logits_of(part, weight[:, start:stop]), stop
+    needs_logits = gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
     # On CPU several times faster than argmax, and as sure of the first among equals.
     return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
 
@@ -78,17 +61,21 @@ class _StraightThroughGate(torch.autograd.Function):
         x, logits, index = ctx.saved_tensors
         # d p / d logits over p is the chosen expert's unit vector less p.
         along = (grad * x).sum(-1, keepdim=True, dtype=logits.dtype)
-        grad_logits = (_softmax(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
+        grad_logits = (softmax_of(logits) * -along).scatter_add(-1, index.unsqueeze(-1), along)
         return grad, grad_logits, None
 
 
-def gated(x: Tensor, routed: Route, gradient: RouterGradient) -> Tensor:
-    """See ``attnzoo.ops.routed_linear``."""
+def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: str = "auto") -> Tensor:
+    """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
+
+    "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
+    backward. "none" gates by nothing.
+    """
+    if impl == "reference":
+        return reference.gated(x, routed, gradient)
     if gradient == "none" or routed.logits is None:
         return x
-    if gradient != "softgate":
-        return _StraightThroughGate.apply(x, routed.logits, routed.index)
-    return x * _softmax(routed.logits).gather(-1, routed.index.unsqueeze(-1)).to(x.dtype)
+    return _StraightThroughGate.apply(x, routed.logits, routed.index)
 
 
 class _StraightThroughScalar(torch.autograd.Function):
@@ -102,18 +89,23 @@ class _StraightThroughScalar(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         logits, scalars, index = ctx.saved_tensors
-        probability = _softmax(logits)
+        probability = softmax_of(logits)
         mean = (probability * scalars).sum(-1, keepdim=True)
         grad_logits = probability * (scalars - mean) * grad
         grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
         return grad_logits, grad_scalars, None
 
 
-def routed_scalar(routed: Route, scalars: Tensor, gradient: RouterGradient) -> Tensor:
-    """See ``attnzoo.ops.routed_linear``."""
-    if gradient == "softgate":
-        assert routed.logits is not None
-        return (_softmax(routed.logits) * scalars).sum(-1, keepdim=True)
+def routed_scalar(
+    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: str = "auto"
+) -> Tensor:
+    """The scalar that each token chose: (experts,) -> (..., 1).
+
+    With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
+    scalars differ.
+    """
+    if impl == "reference":
+        return reference.routed_scalar(routed, scalars, gradient)
     if gradient == "none" or routed.logits is None:
         chosen = scalars.index_select(0, routed.index.reshape(-1))
         return chosen.view(*routed.index.shape, 1)
@@ -143,12 +135,14 @@ def _plan(index: Tensor, experts: int) -> Tensor:
     return torch.cat([order, inverse, torch.bincount(index, minlength=experts)])
 
 
-def _segments(counts: Tensor) -> Iterator[tuple[int, slice]]:
-    start = 0
+def _segments(counts: Tensor) -> list[tuple[int, slice]]:
+    """The experts that tokens chose, and where each one's tokens are."""
+    start, found = 0, []
     for expert, count in enumerate(counts.tolist()):
         if count:
-            yield expert, slice(start, start + count)
+            found.append((expert, slice(start, start + count)))
         start += count
+    return found
 
 
 # A custom operator, because the segments' lengths depend on data: the compiler then sees one
@@ -178,7 +172,7 @@ def _routed_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, plan: Tensor
 ) -> tuple[Tensor, Tensor]:
     n = x.shape[0]
-    segments = list(_segments(plan[2 * n :]))
+    segments = _segments(plan[2 * n :])
     grad, tokens = grad.index_select(0, plan[:n]), x.index_select(0, plan[:n])
     grad_weight = torch.zeros_like(weight)
     for expert, segment in segments:
@@ -200,16 +194,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
     return *_routed_linear_backward(grad, *ctx.saved_tensors), None
 
 
-_routed_linear.register_autograd(_backward, setup_context=_setup_context)
+_routed_linear.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """See ``attnzoo.ops.routed_linear``."""
-    x, weight = autocast_operands(x, weight)
+    if not is_plain(x, weight):
+        x, weight = autocast_operands(x, weight)
     tokens = x.reshape(-1, x.shape[-1])
     out, _ = _routed_linear(tokens, weight, index.reshape(-1))
     return out.unflatten(0, x.shape[:-1])

@@ -502,17 +502,7 @@ def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 
 def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
-    """Two routed projections of the same tokens as one grouped product, with its sort.
-
-    Args:
-        x: (t, d).
-        first: Projectors, (experts, d, e).
-        second: Likewise.
-        index: Choices of the first, then those of the second plus ``experts``, (2 t,) int32.
-
-    Returns:
-        (2, t, e).
-    """
+    """See ``attnzoo.ops.routed_linear``."""
     return _grouped_linear(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
 
 

@@ -14,8 +14,7 @@ from attnzoo.ops.softmax.libraries import library_attention
 from attnzoo.ops.softmax.torch import is_steep
 from attnzoo.ops.softmax.torch import softmax_attention as _fused
 
-# "naive" and "sdpa" go with dispatch._RENAMED.
-SoftmaxImpl = Literal["auto", "reference", "torch", "flash", "xformers", "naive", "sdpa"]
+SoftmaxImpl = Literal["auto", "reference", "torch", "flash", "xformers"]
 
 __all__ = ["SoftmaxImpl", "is_steep", "softmax_attention", "softmax_macs", "why_unavailable"]
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from attnzoo.ops.custom_op import MACS
-from attnzoo.ops.dispatch import Impl, choose
+from attnzoo.ops.dispatch import MACS, Impl, choose
 
 # Of one router; with more, its matrix leaves no shared memory for the tokens.
 MOST_CHOICES = 64

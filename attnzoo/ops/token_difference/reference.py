@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import (
     RouterGradient,
+    decide,
     gated,
-    route,
     routed_linear,
     routed_scalar,
-    router_logits,
 )
 from attnzoo.ops.token_difference import Weights
 
@@ -32,10 +30,10 @@ def focused_difference(
     """phi(Z) - lambda phi(Z'), and phi(Z); phi is the power map whose power a token chooses."""
     powered = []
     for z, router, powers in zip((tokens, redundant), kernel_routers, gammas, strict=True):
-        chosen = route(router_logits(z, router), gradient)
+        chosen = decide(router, [z], gradient)
         gamma = routed_scalar(chosen, powers, gradient, impl=impl)
         powered.append(power_map(z, gamma, impl=impl))
-    chosen = route(router_logits(torch.cat(powered, -1), difference_router), gradient)
+    chosen = decide(difference_router, powered, gradient)
     factor = routed_scalar(chosen, lambdas, gradient, impl=impl)
     return powered[0] - factor * powered[1], powered[0]
 
@@ -55,7 +53,7 @@ def dynamic_differential_attention(
     gradient: RouterGradient = "ste" if learn else "none"
     sides = []
     for i, shared in enumerate((query, key)):
-        chosen = route(router_logits(x, weights.projector_routers[i]), gradient)
+        chosen = decide(weights.projector_routers[i], [x], gradient)
         prime = routed_linear(x, weights.projectors[i], chosen.index, impl=impl)
         prime = gated(prime, chosen, gradient, impl=impl)
         sides.append(focused_difference(

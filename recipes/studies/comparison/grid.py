@@ -17,7 +17,7 @@ import torch
 
 from attnzoo.contract import nearest
 from attnzoo.errors import UsageError
-from attnzoo.mechanisms.dydila import LADDER
+from attnzoo.mechanisms.dydila import ABLATION_STEPS
 from backbones.presets import PROTOCOLS
 from recipes.lab.console import UserError, parse_options
 from recipes.lab.data.datasets import DATASETS
@@ -123,7 +123,7 @@ _RUNGS = [
     Variant("sana", "sana", {}, (4, "Sana-S")),
     *(
         Variant(label, "dydila", options, (4, label))
-        for label, options in LADDER.items()
+        for label, options in ABLATION_STEPS.items()
         if label not in ("sana", "+reparameterization")
     ),
     Variant("dydila", "dydila", {}, (4, "+reparameterization")),

@@ -1,9 +1,9 @@
 """Inference in two passes over blocks of tokens, in almost no memory.
 
 The first pass sums what queries read of the keys, the second reads it with the queries. Besides
-the tokens that come in, one tensor as large as they are is kept: first it holds what a block needs
-of its neighbours (values, which a convolution wants to see; scans of another direction), then the
-outputs.
+the tokens that come in, one tensor as large as they are is cached: first it holds what a block
+needs of its neighbors (values, which a convolution wants to see; scans of another direction), then
+the outputs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionConfig
 from attnzoo.errors import InvalidValue
 from attnzoo.ops.gated_scan import Direction, scan, unscan
-from attnzoo.ops.linear_core import fold, key_sum, normalized_read
 from attnzoo.ops.precision import in_float32
 
 State = list[tuple[Tensor, ...]]
@@ -37,7 +35,7 @@ class StreamConfig(AttentionConfig):
         if self.stream is None:
             return
         self.at_least(1, "stream")
-        if (impl := getattr(self, "impl", "auto")) not in ("auto", "safe", "naive"):
+        if (impl := getattr(self, "impl", "auto")) not in ("auto", "torch", "reference"):
             raise InvalidValue(
                 f"impl={impl!r} takes all tokens at once; set stream=None or impl='auto'"
             )
@@ -45,9 +43,10 @@ class StreamConfig(AttentionConfig):
     def block(self, training: bool) -> int | None:
         """Tokens per block of a forward now, or None where all come at once.
 
-        A batch norm in training, a gradient and the naive twin want all of them.
+        A batch norm in training, a gradient and the reference want all of them.
         """
-        is_whole = training or torch.is_grad_enabled() or getattr(self, "impl", None) == "naive"
+        is_reference = getattr(self, "impl", None) == "reference"
+        is_whole = training or torch.is_grad_enabled() or is_reference
         return None if is_whole else self.stream
 
 
@@ -83,7 +82,7 @@ def spans_of(grid: tuple[int, int], block: int, rows: int = 1) -> list[slice]:
 def first_pass(
     x: Tensor,
     spans: list[slice],
-    encode: Callable[[Tensor, slice], tuple[Tensor | None, State]],
+    encode: Callable[[slice], tuple[Tensor | None, State]],
     merge: Callable[[State, State], State] = _sum,
 ) -> tuple[Tensor | None, State]:
     """Encodes every block.
@@ -91,46 +90,42 @@ def first_pass(
     Args:
         x: (b, n, d).
         spans: The blocks' places.
-        encode: Tokens of a block and their place -> what to keep of them, (b, m, up to d), or
-            None; and the state of their keys.
+        encode: A place -> what to cache of its tokens, (b, m, up to d), or None; and the state
+            of their keys.
         merge: Joins two states.
 
     Returns:
-        What was kept, in the first channels of (b, n, d), or None; and the state of all keys.
+        What was cached, in the first channels of (b, n, d), or None; and the state of all keys.
     """
-    kept: Tensor | None = None
+    cached: Tensor | None = None
     total: State = []
     for span in spans:
-        value, state = encode(x[:, span], span)
+        value, state = encode(span)
         total = merge(total, state) if span.start else state
         if value is not None:
-            kept = value.new_empty(x.shape) if kept is None else kept
-            kept[:, span, : value.shape[-1]] = value
+            cached = value.new_empty(x.shape) if cached is None else cached
+            cached[:, span, : value.shape[-1]] = value
         del value, state
-    return kept, total
+    return cached, total
 
 
 def second_pass(
-    kept: Tensor | None, spans: list[slice], decode: Callable[[slice], Tensor]
+    cached: Tensor | None, spans: list[slice], decode: Callable[[slice], Tensor]
 ) -> Tensor:
-    """What ``decode`` makes of each block, (b, m, d), together; it overwrites what was kept."""
+    """What ``decode`` makes of each block, (b, m, d), together; overwrites what was cached."""
     out = done = decode(spans[0])
-    if kept is None:
-        kept = out.new_empty(out.shape[0], spans[-1].stop, out.shape[2])
+    if cached is None:
+        cached = out.new_empty(out.shape[0], spans[-1].stop, out.shape[2])
     for last, span in pairwise(spans):
         out = decode(span)
-        # One block late, because this one's convolution looks at what is kept above it.
-        kept[:, last], done = done, out
-    kept[:, spans[-1]] = done
-    return kept
+        # One block late, because this one's convolution looks at what is cached above it.
+        cached[:, last], done = done, out
+    cached[:, spans[-1]] = done
+    return cached
 
 
 def convolve(
-    x: Tensor,
-    span: slice,
-    width: int,
-    conv: Callable[[Tensor, tuple[int, int]], Tensor],
-    halo: int,
+    x: Tensor, span: slice, width: int, conv: Callable[..., Tensor], halo: int, impl: str
 ) -> Tensor:
     """A block of the convolution of ``x``, which is on a grid of ``width``.
 
@@ -138,84 +133,8 @@ def convolve(
     """
     first = max(0, span.start - halo * width)
     near = x[:, first : span.stop + halo * width]
-    out = conv(near, (near.shape[1] // width, width))
+    out = conv(near, (near.shape[1] // width, width), impl=impl)
     return out.narrow(1, span.start - first, span.stop - span.start)
-
-
-def stream(
-    x: Tensor,
-    grid: tuple[int, int],
-    block: int,
-    encode: Callable[[Tensor, slice], tuple[Tensor, State]],
-    decode: Callable[[Tensor, State], Tensor],
-    proj: nn.Module,
-    conv: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
-    halo: int = 0,
-) -> Tensor:
-    """Runs linear attention with a convolution of its values block by block.
-
-    Args:
-        x: (b, h * w, d).
-        grid: (height, width).
-        block: Tokens per block; whole rows of the grid are taken, at least one.
-        encode: Tokens of a block and their place -> their values (b, m, d), and the state of
-            their keys, which is summed over blocks.
-        decode: Tokens of a block and the sum of all states -> (b, m, d).
-        proj: The output projection.
-        conv: A convolution of the values, (b, m, d) on its grid -> (b, m, d), which is added.
-        halo: Rows that the convolution looks up and down.
-
-    Returns:
-        (b, h * w, d).
-    """
-    spans = spans_of(grid, block, max(1, halo))
-
-    def keep(tokens: Tensor, span: slice) -> tuple[Tensor | None, State]:
-        value, state = encode(tokens, span)
-        return (None if conv is None else value), state
-
-    def finish(span: slice) -> Tensor:
-        out = decode(x[:, span], state)
-        if conv is not None and kept is not None:
-            out = out + convolve(kept, span, grid[1], conv, halo).to(out.dtype)
-        return proj(out)
-
-    kept, state = first_pass(x, spans, keep)
-    return second_pass(kept, spans, finish)
-
-
-def stream_linear_attention(
-    x: Tensor,
-    grid: tuple[int, int],
-    block: int,
-    qkv: nn.Module,
-    proj: nn.Module,
-    num_heads: int,
-    query_kernel: Callable[[Tensor], Tensor],
-    key_kernel: Callable[[Tensor, slice], Tensor],
-    eps: float,
-    conv: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
-    halo: int = 0,
-) -> Tensor:
-    """``stream`` of one linear layer, one kernel and ``linear_attention``.
-
-    The kernels take tokens and, for keys, their place: (b, m, d) -> (b, m, d).
-    """
-
-    def heads(z: Tensor) -> Tensor:
-        return rearrange(z, "b n (h d) -> b h n d", h=num_heads)
-
-    def encode(tokens: Tensor, span: slice) -> tuple[Tensor, State]:
-        key, value = linear_parts(qkv, tokens, x.shape[-1], slice(1, None))
-        key = heads(key_kernel(key, span))
-        return value, [fold(key, heads(value), None), key_sum(key)]
-
-    def decode(tokens: Tensor, state: State) -> Tensor:
-        [query] = linear_parts(qkv, tokens, x.shape[-1], slice(1))
-        out = normalized_read(heads(query_kernel(query)), *state, eps=eps)
-        return rearrange(out, "b h n d -> b n (h d)").to(query.dtype)
-
-    return stream(x, grid, block, encode, decode, proj, conv, halo)
 
 
 @in_float32
@@ -270,7 +189,7 @@ def stream_scans(
     Returns:
         (b, h * w, d).
     """
-    image, kept, dtype = x.unflatten(1, grid), x.new_empty(0), x.dtype
+    image, cached, dtype = x.unflatten(1, grid), x.new_empty(0), x.dtype
     for passed, direction in enumerate(directions, 1):
         axis = 2 if direction.startswith("columns") else 1
         lines, length = grid[axis - 1], grid[2 - axis]
@@ -283,11 +202,11 @@ def stream_scans(
             out, state = advance(scan(tokens, shape, direction), state)
             out, heads = unscan(out, shape, direction).flatten(2), out.shape[2:]
             if passed > 1:
-                out = out + kept.narrow(axis, start, size)[..., : out.shape[-1]].flatten(1, 2)
+                out = out + cached.narrow(axis, start, size)[..., : out.shape[-1]].flatten(1, 2)
             if passed == len(directions):
                 out = finish(tokens, (out / passed).unflatten(2, heads))
                 dtype = out.dtype
-            if not kept.numel():  # a scan's outputs may be wider than tokens
-                kept = out.new_empty(*image.shape[:-1], max(out.shape[-1], x.shape[-1]))
-            kept.narrow(axis, start, size)[..., : out.shape[-1]] = out.unflatten(1, shape)
-    return kept[..., : x.shape[-1]].to(dtype).flatten(1, 2)
+            if not cached.numel():  # a scan's outputs may be wider than tokens
+                cached = out.new_empty(*image.shape[:-1], max(out.shape[-1], x.shape[-1]))
+            cached.narrow(axis, start, size)[..., : out.shape[-1]] = out.unflatten(1, shape)
+    return cached[..., : x.shape[-1]].to(dtype).flatten(1, 2)

@@ -1,0 +1,80 @@
+"""EDiT's ConvFusion (arXiv 2503.16726): tokens see their surroundings through convolutions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.layers.downsample import rows_of
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.precision import in_float32
+
+
+class ConvFusion(nn.Module):
+    """X + C_2(LeakyReLU(GN(C_1(X)))): a bottleneck of convolutions around each token.
+
+    C_1 is 3x3, C_2 1x1. Groups of the norm are as many as divide the bottleneck's channels, at
+    most 32, with two channels or more each: one channel of one token has no variance.
+
+    Args:
+        dim: Channels.
+        bottleneck: ``dim`` over the channels between the convolutions.
+    """
+
+    def __init__(self, dim: int, bottleneck: int) -> None:
+        super().__init__()
+        width = max(1, dim // bottleneck)
+        most = max(1, min(32, width // 2))
+        groups = max(g for g in range(1, most + 1) if width % g == 0)
+        self.squeeze = nn.Conv2d(dim, width, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, width)
+        self.expand = nn.Conv2d(width, dim, 1)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, h * w, dim) -> (b, h * w, dim)."""
+        hidden = F.leaky_relu(self.norm(self.squeeze(to_image(x, grid))))
+        return x + to_tokens(self.expand(hidden))
+
+    def squeezed(
+        self, x: Tensor, grid: tuple[int, int], first: int, stop: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """C_1 of some rows of the grid, (b, m, width), and their part of all tokens' moments."""
+        squeezed = rows_of(self.squeeze, x, grid, first, stop)
+        return squeezed, tuple(z / x.shape[1] for z in _moments(squeezed, self.norm.num_groups))
+
+    def expanded(self, x: Tensor, squeezed: Tensor, moments: tuple[Tensor, ...]) -> Tensor:
+        """The rest, of any tokens and their C_1(X), with the sum of all rows' moments."""
+        norm = self.norm
+        hidden = _normed(squeezed, moments, norm.weight, norm.bias, norm.eps)
+        hidden = F.leaky_relu(hidden, inplace=True)
+        return x + to_tokens(self.expand(to_image(hidden, (1, x.shape[1]))))
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample."""
+        return (self.squeeze.weight.numel() + self.expand.weight.numel()) * grid[0] * grid[1]
+
+
+@in_float32
+def _moments(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Sums over tokens of each group's mean and mean square, both (b, groups), in float64."""
+    mean = x.mean(1, keepdim=True)
+    # Squares of what is left of the mean, so that the variance is no difference of large numbers.
+    rest = (x - mean).square_().mean(1, keepdim=True)
+    mean, rest = mean.double(), rest.double()
+    return tuple(
+        z.unflatten(-1, (groups, -1)).mean((1, 3)) * x.shape[1] for z in (mean, rest + mean**2)
+    )
+
+
+@in_float32
+def _normed(
+    x: Tensor, moments: tuple[Tensor, ...], weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """GroupNorm of tokens, (b, n, c), by the mean and mean square of all, (b, groups) each."""
+    mean, square = moments
+    deviation = (square - mean.square()).clamp_min(0).add(eps).sqrt()
+    channels = weight.shape[0] // mean.shape[1]
+    mean, deviation = (z.repeat_interleave(channels, -1) for z in (mean, deviation))
+    scale, shift = weight / deviation, bias - weight * mean / deviation
+    return torch.addcmul(shift.unsqueeze(1).to(x.dtype), x, scale.unsqueeze(1).to(x.dtype))

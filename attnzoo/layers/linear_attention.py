@@ -1,0 +1,284 @@
+"""The base of every kernelised mechanism: a mechanism gives its kernels, the rest follows.
+
+O = phi_q(Q) (phi_k(K)^T V) / (phi_q(Q) sum_j phi_k(K_j)^T + eps) + branch(V) per head. From the
+kernels follow the forward, the forward over blocks of tokens, the n x n reference, the attention
+map and the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv
+from attnzoo.layers.key_position import KeyPosition
+from attnzoo.layers.streaming import (
+    State,
+    StreamConfig,
+    convolve,
+    first_pass,
+    linear_parts,
+    second_pass,
+    spans_of,
+)
+from attnzoo.ops.linear_core import fold, key_sum, linear_attention_macs, quotient, wide_read
+from attnzoo.ops.precision import in_float32, operand_dtype
+from attnzoo.ops.routed_linear import Route
+
+BY_HEAD = "b n (h d) -> b h n d"
+Normalizer = Literal["base", "diff", "mean", "none"]
+
+
+class Features(NamedTuple):
+    """Queries or keys as the core multiplies them, (b, h, n, d_head).
+
+    Attributes:
+        terms: One of every attention map; several maps are subtracted.
+        norms: What normalizes each, if anything does.
+        factor: The second map's, of queries of two maps, (b, 1, n or 1, 1).
+        routes: Decisions that were taken on the way, by router.
+    """
+
+    terms: Sequence[Tensor]
+    norms: Sequence[Tensor]
+    factor: Tensor | None = None
+    routes: Mapping[str, Route] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(StreamConfig):
+    """Options of every kernelised mechanism."""
+
+    eps: float = 1e-8  # added to the normalizer; Sana's
+    impl: Literal["auto", "reference", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "eps")
+
+
+class LinearAttention(Attention):
+    """Kernelised attention with a convolution of the values added, if there is one.
+
+    A mechanism defines ``qkv``, ``proj``, ``query_kernel`` and ``key_kernel``; it may set
+    ``conv`` and ``key_position``. One that makes its features otherwise overrides ``project``,
+    ``queries`` and ``keys``.
+
+    Attributes:
+        normalizer: How maps are normalized: by the sum over the keys ("base"), by the difference
+            of two sums ("diff"), by the number of keys ("mean"), or not.
+        divides_by_mean: Whether ``eps`` belongs to the mean over the keys and not to their sum.
+    """
+
+    config: Any
+    qkv: nn.Module
+    proj: nn.Module
+    conv: DepthwiseConv | ValueConv | None
+    key_position: KeyPosition | None
+    normalizer: Normalizer
+    divides_by_mean = False
+    complexity = "O(n d d_head)"
+
+    def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
+        super().__init__(context, config)
+        self.conv = None
+        self.key_position = None
+        self.normalizer = "base"
+
+    def query_kernel(self, query: Tensor) -> Tensor:
+        """phi_q of tokens, (b, n, dim) -> (b, n, dim)."""
+        raise NotImplementedError
+
+    def key_kernel(self, key: Tensor) -> Tensor:
+        """phi_k of tokens, (b, m, dim) -> (b, m, dim)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        """Q, K and V of all tokens, (b, n or m, dim)."""
+        return self.qkv(x).chunk(3, dim=-1)
+
+    def project_query(self, x: Tensor) -> Any:
+        """Q of some tokens."""
+        return linear_parts(self.qkv, x, self.dim, slice(1))[0]
+
+    def project_key_value(self, x: Tensor) -> Sequence[Any]:
+        """K and V of some tokens."""
+        return linear_parts(self.qkv, x, self.dim, slice(1, None))
+
+    def queries(self, query: Any, x: Tensor) -> Features:
+        """What the core multiplies, of Q and of the tokens it was made from."""
+        features = [rearrange(self.query_kernel(query), BY_HEAD, h=self.num_heads)]
+        return Features(features, features)
+
+    def keys(
+        self, key: Any, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Features:
+        """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
+        if self.key_position is not None:
+            key = self.key_position(key, grid, span)
+        features = [rearrange(self.key_kernel(key), BY_HEAD, h=self.num_heads)]
+        return Features(features, features)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        if self.config.stream and (block := self.config.block(self.training)):
+            return self._stream(x, grid, block)
+        return self.attend(x, grid)[0]
+
+    def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
+        """The output of all tokens at once, and the decisions taken on the way."""
+        query, key, value = self.project(x, grid)
+        by_head = rearrange(value, BY_HEAD, h=self.num_heads)
+        keys = self.keys(key, x, grid)
+        routes = keys.routes
+        if self.config.impl == "reference":
+            local = None if self.conv is None else self.conv(value, grid, impl="reference")
+            queries = self.queries(query, x)
+            out = reference_read(queries, keys, by_head, self, x.shape[1])
+        else:
+            # What only the keys need is gone before the queries come.
+            state = fold_features(keys, by_head, x.shape[1])
+            del key, keys
+            # Before the queries too: the backward goes the other way, and then this comes when
+            # little else is stored any more.
+            local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
+            queries = self.queries(query, x)
+            out = read_features(queries, state, self, x.shape[1])
+        out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
+        if local is not None:
+            out = out + local.to(out.dtype)
+        return self.proj(out), {**routes, **queries.routes}
+
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        spans = spans_of(grid, block, self.rows_together)
+        cached, state = first_pass(x, spans, lambda span: self.encode(x, grid, span))
+        return second_pass(cached, spans, lambda span: self.decode(x, grid, span, cached, state))
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of the grid of which a block must hold a multiple."""
+        return 1 if self.conv is None else max(1, self.conv.reach)
+
+    def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
+        """What a block caches for its own and its neighbors' outputs, and its keys' state."""
+        key, value = self.project_key_value(x[:, span])
+        state = self.fold(self.keys(key, x[:, span], grid, span), value)
+        return (None if self.conv is None else value), state
+
+    def decode(
+        self, x: Tensor, grid: tuple[int, int], span: slice, cached: Tensor | None, state: State
+    ) -> Tensor:
+        """The output of a block, of what ``encode`` cached of all and the sum of all states."""
+        queries = self.queries(self.project_query(x[:, span]), x[:, span])
+        out = self.read(queries, state, x)
+        if self.conv is not None and cached is not None:
+            conv, impl = self.conv, self.config.impl
+            out = out + convolve(cached, span, grid[1], conv, conv.reach, impl).to(out.dtype)
+        return self.proj(out)
+
+    def fold(self, keys: Features, value: Tensor) -> State:
+        """The state of a block's keys and values; those of several blocks add up."""
+        return fold_features(keys, rearrange(value, BY_HEAD, h=self.num_heads), None)
+
+    def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
+        """The output of a block before the projection, of the state of all tokens ``x``."""
+        out = read_features(queries, state, self, x.shape[1])
+        return rearrange(out, "b h n d -> b n (h d)").to(operand_dtype(x))
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.attention_map``."""
+        self.check_tokens(x, grid)
+        query, key, _ = self.project(x, grid)
+        keys = self.keys(key, x, grid)
+        queries = self.queries(query, x)
+        return reference_weights(queries, keys, self, x.shape[1])
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n, head_dim = grid[0] * grid[1], self.dim // self.num_heads
+        core = linear_attention_macs(n, n, head_dim, head_dim)
+        return {
+            "projections": 4 * self.dim**2 * n,
+            "core": self.num_heads * core,
+            "conv": 0 if self.conv is None else self.conv.macs(grid),
+        }
+
+    def fuse(self) -> dict[str, Any]:
+        """See ``Attention.fuse``: the convolution's branches become one kernel."""
+        if self.conv is None:
+            return {}
+        changed = {"conv": self.conv.fuse()}
+        self.config = replace(self.config, **changed)
+        return changed
+
+
+def fold_features(keys: Features, value: Tensor, queries: int | None) -> State:
+    """Everything the queries read of keys and values: K^T V of each term, then the sums."""
+    state: State = []
+    for term in keys.terms:
+        state.append(fold(term, value, queries))
+    for term in keys.norms:
+        state.append(key_sum(term))
+    return state
+
+
+def read_features(queries: Features, state: State, layer: LinearAttention, tokens: int) -> Tensor:
+    """The output, (b, h, n, d_head), of what ``fold_features`` made of ``tokens`` keys."""
+    read: list[Tensor] = []
+    for query, factors in zip((*queries.terms, *queries.norms), state, strict=True):
+        read.append(wide_read(query, factors))
+    out = _combine(read, queries, layer, tokens)
+    return out.to(queries.terms[0].dtype)
+
+
+@in_float32
+def reference_weights(
+    queries: Features, keys: Features, layer: LinearAttention, tokens: int
+) -> Tensor:
+    """The weight of every key in every query's output, (b, h, n, m), as it is written."""
+    terms = [
+        torch.einsum("bhnd,bhmd->bhnm", query, key)
+        for query, key in zip(queries.terms, keys.terms, strict=True)
+    ]
+    sums = [
+        torch.einsum("bhnd,bhmd->bhnm", query, key).sum(-1, keepdim=True)
+        for query, key in zip(queries.norms, keys.norms, strict=True)
+    ]
+    return _combine([*terms, *sums], queries, layer, tokens)
+
+
+@in_float32
+def reference_read(
+    queries: Features, keys: Features, value: Tensor, layer: LinearAttention, tokens: int
+) -> Tensor:
+    """What ``fold_features`` and ``read_features`` give, by the n x m weights."""
+    return reference_weights(queries, keys, layer, tokens) @ value
+
+
+def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, tokens: int) -> Tensor:
+    """Normalizes the one map, or both and subtracts the second times the queries' factor.
+
+    DyDiLA, arXiv 2601.13683, Eqs. 8 and 10; ``read`` are the maps' products, then the sums.
+    """
+    maps = len(queries.terms)
+    factor = None if queries.factor is None else queries.factor.to(read[0].dtype)
+    eps = layer.config.eps * (tokens if layer.divides_by_mean else 1)
+    if layer.normalizer == "diff":
+        total, norm = read[0], read[maps]
+        if factor is not None:
+            total, norm = total - factor * read[1], norm - factor * read[maps + 1]
+        # A differenced sum can come near 0 or below it, where the quotient explodes.
+        return total / norm.clamp_min(max(eps, 1e-6))
+    for i in range(maps):
+        if layer.normalizer == "base":
+            read[i] = quotient(read[i], read[maps + i] + eps)
+        elif layer.normalizer == "mean":
+            read[i] = read[i] / tokens
+    return read[0] if factor is None else read[0] - factor * read[1]
