@@ -441,30 +441,20 @@ def dydila_against_softmax(recorder: Recorder) -> None:
 
 
 def sana_against_diffusers(recorder: Recorder) -> None:
-    folded = {"impl": "folded"}
+    name = "diffusers Sana processor"
     for dim in (384, 768):
         recorder.check("sana", dim)
         for dtype, n in ((torch.float32, 1024), (torch.float32, N), (torch.bfloat16, N)):
-            over = _over_diffusers(recorder, dim, n, dtype, {})
+            layer = attnzoo.build_attention("sana", dim).to(recorder.device, dtype).eval()
+            ours, peers, missing = contestants_of(layer)
+            if name not in peers:
+                raise ImportError(missing[name])
+            inputs = (recorder.tensor(1, n, dim, dtype=dtype), (math.isqrt(n),) * 2)
+            calls = {"ours": step_of(ours, inputs, "forward"),
+                     "theirs": step_of(peers[name], inputs, "forward")}  # fmt: skip
+            times = recorder.time(calls, rounds=11)
+            over = ratio(times["ours"], times["theirs"])
             recorder.add(SHORT[dtype], over, n=n, dim=dim)
-        recorder.check("sana", dim, **folded)
-        over = _over_diffusers(recorder, dim, N, torch.float32, folded)
-        recorder.add("folded", over, f"{folded}", n=N, dim=dim)
-
-
-def _over_diffusers(
-    recorder: Recorder, dim: int, n: int, dtype: torch.dtype, options: dict[str, Any]
-) -> dict[str, float]:
-    layer = attnzoo.build_attention("sana", dim, **options).to(recorder.device, dtype).eval()
-    ours, peers, missing = contestants_of(layer)
-    name = "diffusers Sana processor"
-    if name not in peers:
-        raise ImportError(missing[name])
-    inputs = (recorder.tensor(1, n, dim, dtype=dtype), (math.isqrt(n),) * 2)
-    calls = {"ours": step_of(ours, inputs, "forward"),
-             "theirs": step_of(peers[name], inputs, "forward")}  # fmt: skip
-    times = recorder.time(calls, rounds=11)
-    return ratio(times["ours"], times["theirs"])
 
 
 def recompilations(recorder: Recorder) -> None:

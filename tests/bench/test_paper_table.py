@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from bench.paper_table import PRINTED, main, counted
+from bench.paper_table import PRINTED, counted, main
 
 TABLES_1_AND_2 = PRINTED[:24]
 
