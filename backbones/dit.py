@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import typing
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     Timesteps,
     get_2d_sincos_pos_embed_from_grid,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from einops import rearrange
 from safetensors import SafetensorError
@@ -25,13 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo import InvalidType, InvalidValue, build_attention
 from attnzoo.contract import Attention, as_tuples, check_option, nearest
-from backbones.feedforward import build_feedforward
+from backbones.feedforward import FeedForward, build_feedforward
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, dim: int, attention: Attention, feedforward: nn.Module) -> None:
+    def __init__(self, dim: int, attention: Attention, feedforward: FeedForward) -> None:
         super().__init__()
         self.modulation = AdaLayerNormZero(dim)
         self.attention = attention
@@ -45,6 +45,13 @@ class Block(nn.Module):
         modulated = torch.addcmul(shift_ff[:, None], self.norm(x), 1 + scale_ff[:, None])
         x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid))
         return self.attention.after_block(x, grid)
+
+
+class Blocks(nn.ModuleList):
+    """A ``ModuleList`` whose modules are known to be blocks."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return cast(Iterator[Block], super().__iter__())
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -83,6 +90,8 @@ class DiT(ModelMixin, ConfigMixin):
         "final_norm": "modulation",
         "final_projection": "final",
     }
+    config: Any  # diffusers gives a dict whose entries are attributes too
+    blocks: Blocks
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it as a class attribute
 
@@ -129,7 +138,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 dim,
                 build_attention(attn, dim, num_heads, index, depth, **(attn_options or {})),
@@ -146,16 +155,18 @@ class DiT(ModelMixin, ConfigMixin):
     def _initialize(self) -> None:
         """DiT's initialisation; attention and feed-forward have initialised themselves."""
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        biased: list[nn.Linear | nn.Conv2d] = [self.patch_embedding]
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         for layer in (self.timestep_embedding.linear_1, self.timestep_embedding.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            biased.append(layer)
         # Every block starts as the identity, and the first output is 0.
         zeroed = [self.final_norm.linear, self.final_projection]
         zeroed += [block.modulation.linear for block in self.blocks]
         for layer in zeroed:
             nn.init.zeros_(layer.weight)
+        for layer in (*biased, *zeroed):
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def enable_gradient_checkpointing(
@@ -204,6 +215,7 @@ class DiT(ModelMixin, ConfigMixin):
         condition = self.timestep_embedding(frequencies) + self.class_embedding(class_labels)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
+                assert self._gradient_checkpointing_func is not None
                 x = self._gradient_checkpointing_func(block, x, condition, grid)
             else:
                 x = block(x, condition, grid)
@@ -258,7 +270,6 @@ class DiT(ModelMixin, ConfigMixin):
             },
             "class_embedding": {"embedding": 0},
         }
-        block: Any
         for index, block in enumerate(self.blocks):
             layer = block.attention
             own = attention(layer, grid) if attention else layer.macs_parts(grid)
@@ -310,7 +321,7 @@ class DiT(ModelMixin, ConfigMixin):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: Any, **kwargs: Any) -> DiT:
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
         """Loads a saved model; see diffusers' ``ModelMixin.from_pretrained``.
 
         Args:
@@ -332,7 +343,8 @@ class DiT(ModelMixin, ConfigMixin):
                     f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
                     f"leave attn out to load what is there"
                 )
-            model, info = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+            model, info = loaded
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CannotLoad(f"cannot load a DiT from {folder}: {reason}") from error

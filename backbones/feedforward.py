@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from attnzoo.contract import nearest
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.depthwise_conv import depthwise_conv
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
+    """What a block does to each token, or to its surroundings, after the attention."""
+
+    def macs(self, grid: tuple[int, int]) -> int:
+        """Multiply-accumulates per sample: every token meets every weight once."""
+        weights = (p.numel() for name, p in self.named_parameters() if name.endswith("weight"))
+        return sum(weights) * grid[0] * grid[1]
+
+
+class MLP(FeedForward):
     """Two linear layers around a tanh-approximated GELU (DiT, arXiv 2212.09748)."""
 
     def __init__(self, dim: int, ratio: float) -> None:
@@ -25,12 +34,8 @@ class MLP(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         return self.contract(F.gelu(self.expand(x), approximate="tanh"))
 
-    def macs(self, grid: tuple[int, int]) -> int:
-        """Multiply-accumulates per sample."""
-        return (self.expand.weight.numel() + self.contract.weight.numel()) * grid[0] * grid[1]
 
-
-class MixFFN(nn.Module):
+class MixFFN(FeedForward):
     """Sana's Mix-FFN (GLUMBConv, arXiv 2410.10629): a gated 3x3 depthwise inverted bottleneck."""
 
     def __init__(self, dim: int, ratio: float) -> None:
@@ -42,17 +47,13 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(b, h * w, dim) -> (b, h * w, dim)."""
-        image = self.conv(to_image(F.silu(self.expand(x)), grid))
-        value, gate = to_tokens(image).chunk(2, dim=-1)
+        hidden = F.silu(self.expand(x))
+        hidden = depthwise_conv(hidden, grid, self.conv.weight, self.conv.bias)
+        value, gate = hidden.chunk(2, dim=-1)
         return self.contract(value * F.silu(gate))
 
-    def macs(self, grid: tuple[int, int]) -> int:
-        """Multiply-accumulates per sample."""
-        weights = (self.expand.weight, self.conv.weight, self.contract.weight)
-        return sum(weight.numel() for weight in weights) * grid[0] * grid[1]
 
-
-class SwiGLU(nn.Module):
+class SwiGLU(FeedForward):
     """DiG's gated linear unit (arXiv 2405.18428): no biases, hidden width a multiple of 256."""
 
     def __init__(self, dim: int, ratio: float) -> None:
@@ -66,15 +67,11 @@ class SwiGLU(nn.Module):
         gate, value = self.expand(x).chunk(2, dim=-1)
         return self.contract(F.silu(gate) * value)
 
-    def macs(self, grid: tuple[int, int]) -> int:
-        """Multiply-accumulates per sample."""
-        return (self.expand.weight.numel() + self.contract.weight.numel()) * grid[0] * grid[1]
+
+FEEDFORWARDS: dict[str, type[FeedForward]] = {"mlp": MLP, "mix-ffn": MixFFN, "swiglu": SwiGLU}
 
 
-FEEDFORWARDS: dict[str, type[nn.Module]] = {"mlp": MLP, "mix-ffn": MixFFN, "swiglu": SwiGLU}
-
-
-def build_feedforward(kind: str, dim: int, ratio: float) -> nn.Module:
+def build_feedforward(kind: str, dim: int, ratio: float) -> FeedForward:
     """Builds one of ``FEEDFORWARDS``.
 
     Args:

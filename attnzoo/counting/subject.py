@@ -42,14 +42,15 @@ def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:
     sides = _sides(
         "resolution", (resolution, resolution) if isinstance(resolution, int) else resolution
     )
-    factor = (model.config.provenance or {}).get("latent_factor", 8)
+    backbone: Any = model
+    factor = (backbone.config.provenance or {}).get("latent_factor", 8)
     if any(side % factor for side in sides):
         nearest_side = [max(1, round(side / factor)) * factor for side in sides]
         raise InvalidValue(
             f"resolution={sides[0]}x{sides[1]} does not divide into latent pixels of {factor}; "
             f"the nearest that does is {nearest_side[0]}x{nearest_side[1]}"
         )
-    return model.token_grid(sides[0] // factor, sides[1] // factor)
+    return backbone.token_grid(sides[0] // factor, sides[1] // factor)
 
 
 def _sides(name: str, value: Any) -> Grid:

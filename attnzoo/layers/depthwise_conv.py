@@ -64,11 +64,10 @@ class DepthwiseConv(nn.Module):
         if len(self.branches) == 1:
             [branch] = self.branches
             return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)
-        first, *others = (
-            _normed_branch(x, grid, branch, norm, impl)
-            for branch, norm in zip(self.branches, self.norms, strict=True)
-        )
-        out = to_tokens(sum(others, first))
+        images: list[Tensor] = []
+        for branch, norm in zip(self.branches, self.norms, strict=True):
+            images.append(_normed_branch(x, grid, branch, norm, impl))
+        out = to_tokens(sum(images[1:], images[0]))
         return out if added is None else added + out.to(added.dtype)
 
     @property
@@ -158,6 +157,8 @@ def _normed_branch(
     cheap.
     """
     out = to_image(depthwise_conv(x, grid, branch.weight, branch.bias, impl=impl), grid)
+    if not norm.training:
+        return norm(out)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _normed(norm, out)
     dtype, storage = out.dtype, out.untyped_storage()._cdata

@@ -200,6 +200,13 @@ class LinearAttention(Attention):
         queries = self.queries(query, x)
         return reference_weights(queries, keys, self, x.shape[1])
 
+    def decisions(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Route]:
+        """What the features of all tokens decide on the way, by router."""
+        self.check_tokens(x, grid)
+        query, key, _ = self.project(x, grid)
+        keys = self.keys(key, x, grid)
+        return {**keys.routes, **self.queries(query, x).routes}
+
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, head_dim = grid[0] * grid[1], self.dim // self.num_heads

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,15 +36,13 @@ from attnzoo.layers.linear_attention import (
 )
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.streaming import linear_parts
+from attnzoo.layers.token_difference import fused_forward, unserved_option
 from attnzoo.ops.dispatch import Impl, choose, require_triton
 from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.precision import autocast_operands, in_wide_range, operand_dtype
+from attnzoo.ops.precision import in_wide_range, operand_dtype
 from attnzoo.ops.routed_linear import Route, balance_loss
-from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 from attnzoo.registry import register_attention
-
-Side = Literal["query", "key"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +75,8 @@ class Config(LinearConfig):
     removed = removed_in(
         "0.2.0", key_position=None, lambda_clamp=False, norm_scope="token", relu_offset=0.0,
         share_gamma=True, share_lambda=True, softplus_scale=False,
-        values={
-            "conv": ("acnet-plain",),
-            "gamma_form": ("softplus",),
-            "router_gradient": ("gumbel", "softgate"),
-        },
+        values={"conv": ("acnet-plain",), "gamma_form": ("softplus",),
+                "router_gradient": ("gumbel", "softgate")},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -118,12 +114,6 @@ _PLAIN: dict[str, Any] = {
     "projection": "none", "kernel": "relu", "differential": "none", "conv": "none",
 }  # fmt: skip
 
-# What the fused kernels serve.
-_SERVED: dict[str, Any] = {
-    "projection": "redundancy", "kernel": "routed", "differential": "token",
-    "normalizer": "base", "balance_coefficient": 0,
-}  # fmt: skip
-
 # The ablation steps of the paper's Table 4, in its order: options of "dydila".
 ABLATION_STEPS: dict[str, dict[str, Any]] = {
     "sana": _PLAIN,
@@ -153,14 +143,14 @@ class DyDiLA(LinearAttention):
         dim, gradient = self.dim, config.router_gradient
         if config.impl == "triton":
             require_triton()
-            if reason := self._unserved():
+            if reason := unserved_option(self):
                 raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
         self.normalizer = config.normalizer
         # Nothing but the difference reads Q' and K'.
         is_unread = (config.projection, config.differential) == ("redundancy", "none")
         self.projection = "none" if is_unread else config.projection
-        makes_shared_qk = config.projection != "replace"
-        self.shared = xavier_linear(dim, (3 if makes_shared_qk else 1) * dim, config.qkv_bias)
+        parts = 1 if config.projection == "replace" else 3
+        self.shared = xavier_linear(dim, parts * dim, config.qkv_bias)
         self.proj = xavier_linear(dim, dim, bias=True)
 
         if self.projection != "none":
@@ -184,42 +174,29 @@ class DyDiLA(LinearAttention):
                 {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
             )
         if config.differential != "none":
-            start = self._lambda_start()
+            start = config.lambda_init
+            if start == "increasing":
+                # Differential Transformer's schedule, which the paper's Table 6 mimics.
+                start = 0.8 - 0.6 * math.exp(-0.3 * context.layer_index)
             self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
+            sides = ["query", "key"] if config.differential == "token" else ["map"]
             self.differential_routers = nn.ModuleDict(
-                {
-                    z: Router(2 * dim, config.n_differential_factors, gradient)
-                    for z in (("query", "key") if config.differential == "token" else ("map",))
-                }
+                {z: Router(2 * dim, config.n_differential_factors, gradient) for z in sides}
             )
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
-
-    def _lambda_start(self) -> float:
-        if self.config.lambda_init == "increasing":
-            # Differential Transformer's schedule, which the paper's Table 6 mimics.
-            return 0.8 - 0.6 * math.exp(-0.3 * self.context.layer_index)
-        return self.config.lambda_init
-
-    def _unserved(self) -> str | None:
-        """The first option that the fused kernels do not serve, or None."""
-        config = self.config
-        for name, value in _SERVED.items():
-            if getattr(config, name) != value:
-                return f"{name}={getattr(config, name)!r}"
-        most = max(config.n_projectors, config.n_kernel_factors, config.n_differential_factors)
-        return unserved(self.dim, self.num_heads, most)
 
     def implementation(self, x: Tensor) -> str:
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("token_difference", "auto", x, operand_dtype(x), self._unserved)
+        limits = partial(unserved_option, self)
+        return choose("token_difference", "auto", x, operand_dtype(x), limits)
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; the fused kernels report no decisions."""
         if self.implementation(x) == "triton":
-            return self._fused(x, grid), {}
+            return fused_forward(self, x, grid), {}
         out, routes = super().attend(x, grid)
         if self.training and self.config.balance_coefficient:
             losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
@@ -227,42 +204,19 @@ class DyDiLA(LinearAttention):
                 self.auxiliary_loss = self.config.balance_coefficient * torch.stack(losses).mean()
         return out, routes
 
-    def _fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        config, sides = self.config, ("query", "key")
-        x, weight = autocast_operands(x, self.shared.weight)
-        bias = None if self.shared.bias is None else self.shared.bias.to(x.dtype)
-        query, key, value = F.linear(x, weight, bias).split(self.dim, dim=-1)
-
-        def cast(*weights: Tensor) -> list[Tensor]:
-            return [z.to(x.dtype) for z in weights]
-
-        weights = Weights(
-            projector_routers=cast(*(self.projector_routers[z].weight for z in sides)),
-            projectors=cast(*(self.projectors[z] for z in sides)),
-            kernel_routers=cast(*(router.weight for router in self.kernel_routers.values())),
-            gammas=self.gammas().expand(4, -1),
-            difference_routers=cast(*(self.differential_routers[z].weight for z in sides)),
-            lambdas=self.lambda_.expand(2, -1),
-        )
-        out = dynamic_differential_attention(
-            x, query, key, value, weights, config.eps, config.router_gradient == "ste",
-            self.num_heads, impl="triton",
-        )  # fmt: skip
-        return self.proj(out if self.conv is None else self.conv(value, grid, out))
-
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor | None]:
-        """Q and K, unless the routed projections replace them, and V."""
+        """See ``LinearAttention``; routed projections may replace Q and K."""
         *pair, value = linear_parts(self.shared, x, self.dim)
         return [*(pair or (None, None)), value]
 
     def project_query(self, x: Tensor) -> Tensor | None:
-        """Q of some tokens, unless the routed projection replaces it."""
+        """See ``project``."""
         if self.projection == "replace":
             return None
         return linear_parts(self.shared, x, self.dim, slice(1))[0]
 
     def project_key_value(self, x: Tensor) -> Sequence[Tensor | None]:
-        """K of some tokens, unless the routed projection replaces it, and V."""
+        """See ``project``."""
         if self.projection == "replace":
             return None, self.shared(x)
         return linear_parts(self.shared, x, self.dim, slice(1, None))
@@ -277,73 +231,61 @@ class DyDiLA(LinearAttention):
         """Keys, from the tokens to what the core multiplies."""
         return self._features(key, x, "key")
 
-    def _features(self, shared: Tensor | None, x: Tensor, side: Side) -> Features:
+    def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
         config, routes = self.config, {}
+        # The fused kernels report no decisions; the parts they stand for do.
+        impl: Impl = "auto" if config.impl == "triton" else config.impl
         pair = [] if shared is None else [shared]
         if self.projection != "none":
             routed, routes[f"projector.{side}"] = self.projector_routers[side].project(
-                x, self.projectors[side], self._impl
+                x, self.projectors[side], impl
             )
             pair.append(routed)
-        for i, name in enumerate([side, f"{side}_prime"][: len(pair)]):
-            pair[i], chosen = self._kernel(pair[i], name)
-            routes |= chosen
+        for i, z in enumerate(pair):
+            pair[i] = self._kernel(z, side if i == 0 else f"{side}_prime", impl, routes)
         needs_sums = config.normalizer in ("base", "diff")
         if config.differential == "token":
             # The token differential operator, Eq. 8.
-            factor, routes[f"differential.{side}"] = self._factor(pair, side)
-            factor = factor.to(pair[0].dtype)
-            difference = torch.addcmul(pair[0], factor, pair[1], value=-1)
-            difference = rearrange(difference, BY_HEAD, h=self.num_heads)
+            factor, routes[f"differential.{side}"] = self.differential_routers[side].pick(
+                *pair, scalars=self.lambda_[0], impl=impl
+            )
+            pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
             norm = rearrange(pair[0], BY_HEAD, h=self.num_heads)
+            difference = rearrange(pair[1], BY_HEAD, h=self.num_heads)
             norm = norm if config.normalizer == "base" else difference
             return Features([difference], [norm] if needs_sums else [], None, routes)
         factor = None
         if config.differential == "map" and side == "query":
-            factor, routes["differential.map"] = self._factor(pair, "map")
+            read = pair
+            if config.map_router == "image":
+                read = [z.mean(1, keepdim=True) for z in pair]
+            factor, routes["differential.map"] = self.differential_routers["map"].pick(
+                *read, scalars=self.lambda_[0], impl=impl
+            )
             factor = factor.unsqueeze(1)
         terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
         return Features(terms, terms if needs_sums else [], factor, routes)
 
-    def _kernel(self, z: Tensor, name: str) -> tuple[Tensor, dict[str, Route]]:
-        """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and its choice."""
-        z, routes = in_wide_range(z), {}
+    def _kernel(self, z: Tensor, name: str, impl: Impl, routes: dict[str, Route]) -> Tensor:
+        """The measure kernel of Eq. 5, with the token's own power (Eq. 6)."""
+        z = in_wide_range(z)
         if self.config.kernel == "relu":
-            return F.relu(z), routes
+            return F.relu(z)
         if self.config.kernel == "fixed":
             gamma = torch.full((1,), self.config.gamma_init, device=z.device)
         else:
             gamma, routes[f"kernel.{name}"] = self.kernel_routers[name].pick(
-                z, scalars=self.gammas()[0], impl=self._impl
+                z, scalars=self.gammas()[0], impl=impl
             )
-        return power_map(z, gamma, impl=self._impl), routes
-
-    def _factor(self, pair: list[Tensor], router: str) -> tuple[Tensor, Route]:
-        """The lambda that each token chose (Eq. 7), (b, n, 1) or (b, 1, 1), and the choice."""
-        if router == "map" and self.config.map_router == "image":
-            pair = [z.mean(1, keepdim=True) for z in pair]
-        return self.differential_routers[router].pick(
-            *pair, scalars=self.lambda_[0], impl=self._impl
-        )
-
-    @property
-    def _impl(self) -> Impl:
-        # What the fused kernels do as a whole has no decisions to report; its parts do.
-        return "auto" if self.config.impl == "triton" else self.config.impl
+        return power_map(z, gamma, impl=impl)
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""
         return self.gamma.clamp_min(1.0) if self.config.gamma_form == "clamp" else self.gamma
 
-    def _decide(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Route]:
-        self.check_tokens(x, grid)
-        query, key, _ = self.project(x, grid)
-        keys = self.keys(key, x, grid)
-        return {**keys.routes, **self.queries(query, x).routes}
-
     def routes(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Every token's decisions, by router: "projector.query" and so on, each (batch, n)."""
-        return {name: routed.index for name, routed in self._decide(x, grid).items()}
+        return {name: routed.index for name, routed in self.decisions(x, grid).items()}
 
     def diagnostics(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
         """What a training log wants to know: learned factors, and how the routers choose.
@@ -359,7 +301,7 @@ class DyDiLA(LinearAttention):
         """
         # Logits are stored only where a gradient may want them.
         with torch.enable_grad():
-            routes = self._decide(x, grid)
+            routes = self.decisions(x, grid)
         found: dict[str, Any] = {}
         if self.config.kernel == "routed":
             found["gamma"] = self.gammas()
@@ -373,23 +315,20 @@ class DyDiLA(LinearAttention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, config, head_dim = grid[0] * grid[1], self.config, self.dim // self.num_heads
-        projections = 4 if self.projection in ("replace", "none") else 6
-        routed_tokens = 2 if self.projection != "none" else 0
-        kernels = {"routed": 2 if config.differential == "none" else 4}.get(config.kernel, 0)
-        routing = routed_tokens * config.n_projectors + kernels * config.n_kernel_factors
-        routing *= n
-        if config.differential == "token":
-            routing += 4 * config.n_differential_factors * n
-        elif config.differential == "map":
-            rows = 1 if config.map_router == "image" else n
-            routing += 2 * config.n_differential_factors * rows
-        cores = 2 if config.differential == "map" else 1
+        projections = self.shared.weight.numel() + self.dim**2
+        if self.projection != "none":  # one of its projectors meets a token
+            projections += 2 * self.dim**2
+        routers = (router for router in self.modules() if isinstance(router, Router))
+        routing = n * sum(router.weight.numel() for router in routers)
+        if (config.differential, config.map_router) == ("map", "image"):
+            routing -= (n - 1) * self.differential_routers["map"].weight.numel()
+        maps = 2 if config.differential == "map" else 1
         is_normalized = config.normalizer in ("base", "diff")
         core = linear_attention_macs(n, n, head_dim, head_dim, is_normalized)
         return super().macs_parts(grid) | {
-            "projections": projections * self.dim**2 * n,
-            "routing": routing * self.dim,
-            "core": cores * self.num_heads * core,
+            "projections": projections * n,
+            "routing": routing,
+            "core": maps * self.num_heads * core,
         }
 
 

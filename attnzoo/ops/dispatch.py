@@ -26,7 +26,7 @@ Impl = Literal["auto", "reference", "torch", "native", "triton", "fla", "flash",
 Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
-TABLE: dict[str, tuple[str, ...]] = {
+TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
@@ -80,7 +80,7 @@ def choose(
     x: Any,
     dtype: torch.dtype | None = None,
     unserved: Callable[[], str | None] | None = None,
-) -> str:
+) -> Impl:
     """The implementation of an operator for a tensor.
 
     Args:
@@ -106,7 +106,7 @@ def choose(
         raise Unavailable(
             f"impl={impl!r} {reason}; leave impl='auto', or choose: {', '.join(others)}"
         )
-    return impl
+    return cast(Impl, impl)
 
 
 def _why_not(
@@ -191,9 +191,8 @@ class CustomOp:
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
     def __call__(self, *operands: Any) -> Any:
-        c = torch._C
-        is_watched = c._len_torch_dispatch_stack() or c._get_tracing_state()
-        if torch.compiler.is_compiling() or is_watched:
+        # The compiler knows neither question, and need not be asked them.
+        if torch.compiler.is_compiling() or _is_watched():
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
 
@@ -229,6 +228,10 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
+def _is_watched() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
 def can_look(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.dispatch import custom_op, is_plain
+from attnzoo.ops.dispatch import Impl, custom_op, is_plain
 from attnzoo.ops.precision import autocast_operands, in_float32
 from attnzoo.ops.routed_linear import reference
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
@@ -65,7 +65,7 @@ class _StraightThroughGate(torch.autograd.Function):
         return grad, grad_logits, None
 
 
-def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: str = "auto") -> Tensor:
+def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "auto") -> Tensor:
     """Multiplies the chosen expert's output, (..., d), by a gate through which its router learns.
 
     "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
@@ -97,7 +97,7 @@ class _StraightThroughScalar(torch.autograd.Function):
 
 
 def routed_scalar(
-    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: str = "auto"
+    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
 ) -> Tensor:
     """The scalar that each token chose: (experts,) -> (..., 1).
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import (
     RouterGradient,
@@ -25,7 +26,7 @@ def focused_difference(
     difference_router: Tensor,
     lambdas: Tensor,
     gradient: RouterGradient,
-    impl: str = "reference",
+    impl: Impl = "reference",
 ) -> tuple[Tensor, Tensor]:
     """phi(Z) - lambda phi(Z'), and phi(Z); phi is the power map whose power a token chooses."""
     powered = []
@@ -47,7 +48,7 @@ def dynamic_differential_attention(
     eps: float,
     learn: bool,
     heads: int,
-    impl: str = "reference",
+    impl: Impl = "reference",
 ) -> Tensor:
     """See ``attnzoo.ops.token_difference``."""
     gradient: RouterGradient = "ste" if learn else "none"

@@ -1,5 +1,8 @@
 """Gradients of the routed power map and token difference, from what the forward kept."""
 
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -456,12 +459,12 @@ def difference_backward(
         if learn or is_normalized:
             size, chunk = ROUTER_GRADIENT_TILES[itemsize]
             chunk = _columns(chunk, d // heads, heads)
-            operands = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
+            loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
             _router_gradient_kernel[(_ceil(d, chunk), parts)](
                 z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
                 n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
                 is_normalized, learn, size, chunk, *shared, num_warps=4,
-                num_stages=_fitting_stages(operands, room),
+                num_stages=_fitting_stages(loaded, room),
             )  # fmt: skip
     table = tables.sum(0)
     return (

@@ -1,35 +1,24 @@
 """The project's one color and one marker per mechanism, in every picture.
 
-The colors are Okabe and Ito's and Paul Tol's "muted", told apart with every kind of color
-blindness; the markers say the same once more, for print in grey.
+A mechanism's class states its own. The colors are Okabe and Ito's and Paul Tol's "muted", told
+apart with every kind of color blindness; the markers say the same once more, for print in grey.
 """
 
 from __future__ import annotations
 
 import hashlib
 
+from attnzoo import get_attention, list_attention
+
 # From https://jfly.uni-koeln.de/color/ and https://personal.sron.nl/~pault/.
-_COLORS = {
-    "softmax": "#000000",
-    "sana": "#0072B2",
-    "dydila": "#D55E00",
-    "dydila-map": "#CC79A7",
-    "focused": "#56B4E9",
-    "gated": "#E69F00",
-    "compressed": "#009E73",
-    "agent": "#332288",
-    "differential": "#DDCC77",
-    "dig": "#882255",
-    "edit": "#999933",
-    "lit": "#44AA99",
-    "moh": "#117733",
+_STYLES = {
     # What lies between Sana and DyDiLA in the paper's Table 4, and its Tables 5 and 6.
-    "+focused kernel": "#4A7BB7",
-    "+dynamic measure kernel": "#6EA6CD",
-    "+dynamic projection module": "#FEDA8B",
-    "+token differential operator": "#F67E4B",
-    "map-wise, no convolution": "#762A83",
-    "increasing factors": "#A50026",
+    "+focused kernel": ("#4A7BB7", "o"),
+    "+dynamic measure kernel": ("#6EA6CD", "s"),
+    "+dynamic projection module": ("#FEDA8B", "D"),
+    "+token differential operator": ("#F67E4B", "^"),
+    "map-wise, no convolution": ("#762A83", "v"),
+    "increasing factors": ("#A50026", "P"),
 }
 # The paper's models, by the mechanism that each is built on.
 _MODELS = {
@@ -49,21 +38,28 @@ _MARKERS = "osD^vP*X<>phd"
 
 
 def color_of(name: str) -> str:
-    """The colour of a mechanism, of a model of the paper, or of any other name, as "#RRGGBB".
+    """The color of a mechanism, of a model of the paper, or of any other name, as "#RRGGBB".
 
     Args:
-        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or a name that a user registered, whose colour
-            depends on the name alone.
+        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or another name, whose color depends on the
+            name alone.
     """
-    name = _mechanism(name)
-    return _COLORS[name] if name in _COLORS else _OTHERS[_number(name) % len(_OTHERS)]
+    return _style(name)[0]
 
 
 def marker_of(name: str) -> str:
     """The matplotlib marker of a name; see ``color_of``."""
+    return _style(name)[1]
+
+
+def _style(name: str) -> tuple[str, str]:
     name = _mechanism(name)
-    number = list(_COLORS).index(name) if name in _COLORS else _number(name)
-    return _MARKERS[number % len(_MARKERS)]
+    if name in _STYLES:
+        return _STYLES[name]
+    if name in list_attention() and (style := get_attention(name).plot_style):
+        return style
+    number = _number(name)
+    return _OTHERS[number % len(_OTHERS)], _MARKERS[number % len(_MARKERS)]
 
 
 def _mechanism(name: str) -> str:
