@@ -22,7 +22,7 @@ bench: $(VENV)/.installed
 	$(RUN) bench/plot.py bench.json --out plots
 
 # Both with the Python that has a CUDA build of torch, not the environment of the other targets.
-# A cell that fails must not keep the others from being drawn.
+# A case that fails must not keep the others from being drawn.
 bench-gpu:
 	-$(PYTHON) -m pytest bench -q --device cuda --full --goals none --memory-cap 100GiB \
 		--time-budget 510 --benchmark-json gpu.json

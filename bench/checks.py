@@ -1,4 +1,4 @@
-"""Correct before fast: the comparison with the twin that stands before each measurement."""
+"""Correct before fast: the comparison with the reference that stands before each measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo import testing
 from attnzoo.contract import Attention
-from bench.cells import Cell
+from bench.cases import Case
 
 # Tokens along one side of the small sibling: large enough for several chunks and all experts.
 SIBLING_SIDE = 12
@@ -19,26 +19,25 @@ HALF_PRECISION_BUDGET = {"bfloat16": 1e-1, "float16": 2e-2}
 
 
 class WrongResult(Exception):
-    """The fast path differs from its twin."""
+    """The fast path differs from its reference."""
 
 
-def check_key(cell: Cell) -> str:
-    """What ``check_layer`` depends on: cells that agree in it need one check between them."""
-    side = min(cell.side, SIBLING_SIDE)
-    place = "backbone" if cell.kind == "backbone" else "layer"  # whose heads and options differ
-    return (
-        f"{place} {cell.mechanism}{cell.options} d{cell.width} {cell.dtype} {cell.device} {side}"
-    )
+def check_key(case: Case) -> str:
+    """What ``check_layer`` depends on: cases that agree in it need one check between them."""
+    side = min(case.side, SIBLING_SIDE)
+    kind = "backbone" if case.kind == "backbone" else "layer"  # whose heads and options differ
+    return f"{kind} {case.mechanism}{case.options} d{case.width} {case.dtype} {case.device} {side}"
 
 
 def check_layer(
     mechanism: str, options: dict[str, Any], width: int, dtype: str, device: str, side: int
 ) -> dict[str, Any]:
-    """Compares a mechanism's fast path with its naive twin on a small grid.
+    """Compares a mechanism's fast path with its reference on a small grid.
 
     float32 on a CPU uses ``attnzoo.testing.deviations``: output and all gradients against the
-    twin in float64, with the float32 twin's own deviation as the measure. Elsewhere outputs are
-    compared in norm, since a token that chooses another expert after rounding moves its whole row.
+    reference in float64, with the float32 reference's own deviation as the measure. Elsewhere
+    outputs are compared in norm, since a token that chooses another expert after rounding moves
+    its whole row.
 
     Returns:
         What was found, for the record.
@@ -47,47 +46,38 @@ def check_layer(
         WrongResult: It differs beyond what the precision explains.
     """
     side = min(side, SIBLING_SIDE)
+    grid = (side, side)
     layer = testing.build_scrambled(mechanism, width, **options)
     if testing.reference_of(layer) is None:
-        return {"sibling": f"{side}x{side}", "twin": "none"}
-    x = testing.tokens((side, side), batch=2, dim=width)
+        return {"sibling": f"{side}x{side}", "reference": "none"}
+    x = testing.tokens(grid, batch=2, dim=width)
     if dtype == "float32" and device == "cpu":
-        found = testing.deviations(layer, x, (side, side))
+        found = testing.deviations(layer, x, grid)
         # Inference may take a path of its own.
-        found["inference"] = _inference_error(layer, x, (side, side))
+        with torch.no_grad():
+            exact = reference_of(layer).double()(x.double(), grid)
+            found["inference"] = relative_error(layer(x, grid), exact)
         found["allowed inference"] = 1e-4
     else:
-        found = _half_deviations(layer, x, (side, side), dtype, device)
+        kind = getattr(torch, dtype)
+        layer, x = layer.to(device, kind), x.to(device, kind)
+        reference = reference_of(layer)
+        with torch.no_grad():
+            exact = copy.deepcopy(reference).double()(x.double(), grid)
+            own = relative_error(reference(x, grid), exact)
+            found = {"output": relative_error(layer(x, grid), exact)}
+        found["allowed output"] = max(4 * own, HALF_PRECISION_BUDGET.get(dtype, 1e-4))
     for kind in ("output", "gradients", "inference"):
         if kind in found and not found[kind] <= found[f"allowed {kind}"]:
             raise WrongResult(
-                f"{mechanism} differs from its twin at {side}x{side} tokens of width {width}: "
-                f"{kind} by {found[kind]:.1e}, allowed {found[f'allowed {kind}']:.1e}"
+                f"{mechanism} differs from its reference at {side}x{side} tokens of width "
+                f"{width}: {kind} by {found[kind]:.1e}, allowed {found[f'allowed {kind}']:.1e}"
             )
     return {"sibling": f"{side}x{side}"} | {key: float(value) for key, value in found.items()}
 
 
-def _half_deviations(
-    layer: Attention, x: Tensor, grid: tuple[int, int], dtype: str, device: str
-) -> dict[str, float]:
-    kind = getattr(torch, dtype)
-    fast = layer.to(device, kind)
-    twin = testing.reference_of(fast)
-    assert twin is not None
-    x = x.to(device, kind)
-    with torch.no_grad():
-        exact = copy.deepcopy(twin).double()(x.double(), grid)
-        own, found = twin(x, grid), fast(x, grid)
-    reference = relative_error(own, exact)
-    budget = HALF_PRECISION_BUDGET.get(dtype, 1e-4)
-    return {
-        "output": relative_error(found, exact),
-        "allowed output": max(4 * reference, budget),
-    }
-
-
 def check_gradients(mechanism: str, options: dict[str, Any], width: int, device: str) -> float:
-    """Compares output and all gradients on a device with the twin's in float64, in norm.
+    """Compares output and all gradients on a device with the reference's in float64, in norm.
 
     Returns:
         The relative error in float32.
@@ -97,28 +87,27 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
     """
     grid = (SIBLING_SIDE, SIBLING_SIDE)
     layer = testing.build_scrambled(mechanism, width, **options).to(device)
-    twin = testing.reference_of(layer)
-    assert twin is not None
+    reference = reference_of(layer)
     x = testing.tokens(grid, batch=2, dim=width).to(device)
-    exact = testing.outputs_and_gradients(copy.deepcopy(twin).double(), x.double(), grid)
-    found, own = (testing.outputs_and_gradients(z, x, grid) for z in (layer, twin))
-    error, reference = (
-        relative_error(torch.cat([z[key].double().flatten() for key in exact]),
-                       torch.cat([exact[key].flatten() for key in exact]))
-        for z in (found, own)
-    )  # fmt: skip
-    if not error <= max(4 * reference, 1e-3):
+
+    def everything(model: Attention, x: Tensor) -> Tensor:
+        found = testing.outputs_and_gradients(model, x, grid)
+        return torch.cat([found[name].double().flatten() for name in sorted(found)])
+
+    exact = everything(copy.deepcopy(reference).double(), x.double())
+    error, own = (relative_error(everything(z, x), exact) for z in (layer, reference))
+    if not error <= max(4 * own, 1e-3):
         raise WrongResult(
-            f"{mechanism}'s training step differs from its twin on {device} by {error:.1e}"
+            f"{mechanism}'s training step differs from its reference on {device} by {error:.1e}"
         )
     return error
 
 
-def _inference_error(layer: Attention, x: Tensor, grid: tuple[int, int]) -> float:
-    twin = testing.reference_of(layer)
-    assert twin is not None
-    with torch.no_grad():
-        return relative_error(layer(x, grid), twin.double()(x.double(), grid))
+def reference_of(layer: Attention) -> Attention:
+    """The same weights computed by the reference, of a mechanism that has one."""
+    found = testing.reference_of(layer)
+    assert found is not None
+    return found
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -129,14 +118,19 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def check_equal(name: str, found: Tensor, expected: Tensor) -> float:
-    """Compares a peer's output with ours.
+def require_close(name: str, found: Tensor, exact: Tensor, allowed: float) -> float:
+    """The relative error.
 
     Raises:
-        WrongResult: They are not the same mathematics.
+        WrongResult: It is larger than ``allowed``.
     """
-    error = relative_error(found, expected)
-    allowed = HALF_PRECISION_BUDGET.get(str(expected.dtype).removeprefix("torch."), 1e-4)
+    error = relative_error(found, exact)
     if not error <= allowed:
-        raise WrongResult(f"{name} differs from attnzoo by {error:.1e}, allowed {allowed:.1e}")
+        raise WrongResult(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
     return error
+
+
+def check_equal(name: str, found: Tensor, expected: Tensor) -> float:
+    """Compares a peer's output with ours; raises WrongResult if it is other mathematics."""
+    dtype = str(expected.dtype).removeprefix("torch.")
+    return require_close(name, found, expected, HALF_PRECISION_BUDGET.get(dtype, 1e-4))

@@ -14,13 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from bench.results import frame, read_cells
-from bench.tables import markdown, memory
+from bench.results import frame, read_cases
+from bench.tables import memory
 from recipes.lab.console import DONE, run_script
+from recipes.lab.pages import markdown_table
 
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> list[list[str]]:
-    """Rows of what changed, the largest change first: cell, what, before, after, factor."""
+    """Rows of what changed, the largest change first: case, what, before, after, factor."""
     shared = before.merge(after, on="id", suffixes=("_before", "_after"))
     found: list[tuple[float, list[str]]] = []
     for row in shared.to_dict("records"):
@@ -61,15 +62,17 @@ def main(arguments: list[str]) -> int:
         "--tolerance", type=_share, default=0.1, help="smallest change of time (default: 0.1)"
     )
     options = parser.parse_args(arguments)
-    before, after = (frame(read_cells(path)) for path in (options.before, options.after))
+    before, after = (frame(read_cases(path)) for path in (options.before, options.after))
     only = [set(a["id"]) - set(b["id"]) for a, b in ((before, after), (after, before))]
     rows = compare(before, after, options.tolerance)
     shared = len(set(before["id"]) & set(after["id"]))
     if rows:
-        print(markdown(["cell", "what", "before", "after", "factor"], rows) + "\n")
+        print(
+            markdown_table(["case", "what", "before", "after", "factor"], rows, padded=True) + "\n"
+        )
     print(
-        f"{shared} cells in both files, {len(rows)} changes beyond the spread and "
-        f"{options.tolerance:.0%}; {len(only[0])} cells only before, {len(only[1])} only after"
+        f"{shared} cases in both files, {len(rows)} changes beyond the spread and "
+        f"{options.tolerance:.0%}; {len(only[0])} cases only before, {len(only[1])} only after"
     )
     return DONE
 

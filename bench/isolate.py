@@ -42,7 +42,7 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a cell ended.
+    """How a case ended.
 
     Attributes:
         state: "measured", or why not; "interrupted" if the run ended before it.
@@ -90,7 +90,7 @@ def _sweep(root: Path) -> None:
                     shutil.rmtree(old)
 
 
-# Processes that start while an earlier cell is measured: CUDA takes half a second to start.
+# Processes that start while an earlier case is measured: CUDA takes half a second to start.
 _AHEAD = {"cpu": 0, "cuda": 2}
 
 
@@ -123,7 +123,7 @@ class _Worker:
         try:
             self.connection.send((function, arguments))
             if not self.connection.poll(timeout):
-                return Outcome("timeout", f"took longer than {timeout:g} s; raise --cell-timeout")
+                return Outcome("timeout", f"took longer than {timeout:g} s; raise --case-timeout")
             return Outcome(*self.connection.recv())
         except (EOFError, OSError):
             self.process.join()

@@ -15,9 +15,9 @@ import torch
 
 from attnzoo.counting import count_macs
 from backbones import build_backbone
-from bench.tables import markdown
 from recipes.lab.console import DONE, run_script
-from recipes.lab.files import check_writable, write_text
+from recipes.lab.files import require_writable, write_text
+from recipes.lab.pages import markdown_table
 
 # (size, resolution): Table 1 has S, B, L at 256 pixels, Table 2 has L at 512.
 COLUMNS = (("S", 256), ("B", 256), ("L", 256), ("L", 512))
@@ -38,10 +38,14 @@ PRINTED: tuple[tuple[str, str, int, str], ...] = (
     ),
     ("DyDi-LiT-map", "S", 256, "6.45"),
 )
+HEADINGS = (
+    "model", "size", "px", "paper GFLOPs", "ours, paper's convention", "ours, full",
+    "parameters (M)", "active per token (M)", "residual (%)", "same digits", "counted by",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class PaperFigure:
     """One published figure; GFLOPs are 10^9 multiply-accumulates, as in the paper.
 
     Attributes:
@@ -71,82 +75,64 @@ class Row:
     how: str
 
 
-def table_row(model: str, size: str, resolution: int, printed: str) -> Row:
+def counted(model: str, size: str, resolution: int, printed: str) -> PaperFigure:
     """Counts one model both ways; nothing is run."""
     with torch.device("meta"):
         built = build_backbone(model, size, "paper", resolution)
     full, paper = (
         count_macs(built, resolution=resolution, convention=how) for how in ("full", "paper")
     )
-    residual = 100 * (paper.total / 1e9 / float(printed) - 1)
-    return Row(
+    ours = paper.total / 1e9
+    return PaperFigure(
         model=model,
         size=size,
         resolution=resolution,
         paper=printed,
-        ours_paper=f"{paper.total / 1e9:.4f}",
+        ours_paper=f"{ours:.4f}",
         ours_full=f"{full.total / 1e9:.4f}",
         parameters=f"{full.parameters / 1e6:.2f}",
         active_parameters=f"{full.active_parameters / 1e6:.2f}",
-        residual=f"{residual:+.3f}",
-        same_digits="yes" if f"{paper.total / 1e9:.2f}" == printed else "no",
+        residual=f"{100 * (ours / float(printed) - 1):+.3f}",
+        same_digits="yes" if f"{ours:.2f}" == printed else "no",
         how="measured" if full.measured else "closed form",
     )
 
 
-HEADINGS = {
-    "model": "model",
-    "size": "size",
-    "resolution": "px",
-    "paper": "paper GFLOPs",
-    "ours_paper": "ours, paper's convention",
-    "ours_full": "ours, full",
-    "parameters": "parameters (M)",
-    "active_parameters": "active per token (M)",
-    "residual": "residual (%)",
-    "same_digits": "same digits",
-    "how": "counted by",
-}
-
-
-def to_markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    return markdown(list(HEADINGS.values()), [dataclasses.astuple(row) for row in rows])
-
-
-def to_readme(rows: list[Row]) -> str:
+def to_readme(figures: list[PaperFigure]) -> str:
     """The README's table: one line per model; paper / ours as the paper counts / ours in full."""
-    cells: dict[str, dict[tuple[str, int], str]] = {}
-    for row in rows:
-        ours = f"{float(row.ours_paper):.2f} / {float(row.ours_full):.2f}"
-        cells.setdefault(row.model, {})[row.size, row.resolution] = f"{row.paper} / {ours}"
-    return markdown(
+    found: dict[str, dict[tuple[str, int], str]] = {}
+    for figure in figures:
+        ours = f"{float(figure.ours_paper):.2f} / {float(figure.ours_full):.2f}"
+        row = found.setdefault(figure.model, {})
+        row[figure.size, figure.resolution] = f"{figure.paper} / {ours}"
+    return markdown_table(
         ["model", *(f"{size}, {resolution} px" for size, resolution in COLUMNS)],
-        [[model, *(found.get(c, "-") for c in COLUMNS)] for model, found in cells.items()],
+        [[model, *(row.get(column, "-") for column in COLUMNS)] for model, row in found.items()],
+        padded=True,
     )
 
 
-def main(arguments: list[str] | None = None) -> list[Row]:
+def main(arguments: list[str] | None = None) -> list[PaperFigure]:
     """Prints the table; writes paper_table.csv, paper_table.md and the README's short form."""
     parser = argparse.ArgumentParser(prog="python -m bench.paper_table", description=main.__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("plots"), help="folder to write to (default: plots)"
     )
     options = parser.parse_args(arguments)
-    check_writable(options.out / "paper_table.csv")
-    rows = [table_row(*printed) for printed in PRINTED]
-    text = to_markdown(rows)
+    require_writable(options.out / "paper_table.csv")
+    figures = [counted(*printed) for printed in PRINTED]
+    text = markdown_table(HEADINGS, [dataclasses.astuple(f) for f in figures], padded=True)
     print(text)
-    same = sum(row.same_digits == "yes" for row in rows)
-    print(f"\n{same} of {len(rows)} figures print the paper's digits.")
+    same = sum(figure.same_digits == "yes" for figure in figures)
+    print(f"\n{same} of {len(figures)} figures print the paper's digits.")
     sheet = io.StringIO(newline="")
-    writer = csv.DictWriter(sheet, fieldnames=[f.name for f in dataclasses.fields(Row)])
+    writer = csv.DictWriter(sheet, [field.name for field in dataclasses.fields(PaperFigure)])
     writer.writeheader()
-    writer.writerows(map(dataclasses.asdict, rows))
+    writer.writerows(map(dataclasses.asdict, figures))
     write_text(options.out / "paper_table.csv", sheet.getvalue())
     write_text(options.out / "paper_table.md", f"{text}\n")
-    write_text(options.out / "paper_table_readme.md", f"{to_readme(rows)}\n")
-    return rows
+    write_text(options.out / "paper_table_readme.md", f"{to_readme(figures)}\n")
+    return figures
 
 
 def _script(arguments: list[str]) -> int:

@@ -16,8 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
-from attnzoo.ops import gated_scan as gated
-from attnzoo.testing import reference_of
+from bench.checks import reference_of
 from bench.isolate import Unsupported, one_line
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -57,12 +56,6 @@ def contestants_of(layer: Attention) -> tuple[nn.Module, dict[str, nn.Module], d
 # --- softmax ------------------------------------------------------------------------------------
 
 
-def _naive(layer: Any) -> nn.Module:
-    twin = reference_of(layer)
-    assert twin is not None
-    return twin
-
-
 def _bare_sdpa(layer: Any) -> nn.Module:
     """SDPA between the same two projections, without a module around it."""
     return Peer(lambda x, grid: _projected(layer, x, F.scaled_dot_product_attention), layer)
@@ -90,7 +83,7 @@ def _sdpa_backend(backend: SDPBackend) -> Callable[[Any], nn.Module]:
     return build
 
 
-def _naive_matmul(layer: Any) -> nn.Module:
+def _plain(layer: Any) -> nn.Module:
     """Three plain operators in the dtype of the tokens: in bfloat16 faster than a CPU's SDPA."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -195,7 +188,9 @@ def _fla(module: str, function: str, gate: str) -> Callable[[Any], nn.Module]:
         # Where the scale cannot be given it is that of softmax attention.
         has_scale = "scale" in inspect.signature(kernel).parameters
 
-        def scan(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *_: Any) -> Tensor:
+        def scan(
+            query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *_: Any, **__: Any
+        ) -> Tensor:
             query = query if has_scale else query * query.shape[-1] ** 0.5
             operands = [rearrange(z, "b h n d -> b n h d") for z in (query, key, value, log_gate)]
             given = dict(zip(("q", "k", "v", gate), operands, strict=True))
@@ -215,11 +210,11 @@ def _fla(module: str, function: str, gate: str) -> Callable[[Any], nn.Module]:
 def _scan_replaced(scan: Callable[..., Tensor]) -> Iterator[None]:
     module = importlib.import_module(GatedLinear.__module__)
     before = module.gated_linear_attention
-    module.gated_linear_attention = scan  # type: ignore[attr-defined]
+    module.gated_linear_attention = scan  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        module.gated_linear_attention = before  # type: ignore[attr-defined]
+        module.gated_linear_attention = before  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _refuse_cuda(layer: Any) -> None:
@@ -229,20 +224,13 @@ def _refuse_cuda(layer: Any) -> None:
 
 def _recurrence(layer: Any) -> nn.Module:
     _refuse_cuda(layer)
-
-    def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
-        with _scan_replaced(
-            lambda *operands: gated.gated_linear_attention(*operands[:4], impl="reference")
-        ):
-            return layer(x, grid)
-
-    return Peer(run, layer)
+    return reference_of(layer)
 
 
 _PEERS: dict[str, dict[str, Callable[[Any], nn.Module]]] = {
     "softmax": {
-        "naive softmax": _naive,
-        "matmul-softmax-matmul": _naive_matmul,
+        "reference": reference_of,
+        "matmul-softmax-matmul": _plain,
         "bare SDPA": _bare_sdpa,
         "diffusers DiT attention": _diffusers_dit,
         "torch MultiheadAttention": _multihead,
@@ -253,7 +241,7 @@ _PEERS: dict[str, dict[str, Callable[[Any], nn.Module]]] = {
         "flash-attn": _package("flash_attn_func", "flash_attn", "flash_attn.cute"),
         "xformers": _package("memory_efficient_attention", "xformers.ops"),
     },
-    "sana": {"naive map": _naive, "diffusers Sana processor": _diffusers_sana},
+    "sana": {"reference map": reference_of, "diffusers Sana processor": _diffusers_sana},
     "gated": {
         "recurrence": _recurrence,
         "fla chunk_gla": _fla("fla.ops.gla", "chunk_gla", "g"),

@@ -27,12 +27,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.fits import crossover, exponent
-from bench.results import device_of, families, frame, read_cells, subset
-from bench.tables import amount, markdown, memory, parts_around, put_into
+from bench.results import device_of, families, frame, read_cases, subset
+from bench.tables import amount, memory, parts_around, put_into
 from recipes.lab.console import DONE, printable, run_script
 from recipes.lab.drawing.palette import color_of, marker_of
-from recipes.lab.files import check_writable, whole_file
+from recipes.lab.files import require_writable, whole_file
+from recipes.lab.pages import markdown_table
 
+DPI = {"png": 130, "svg": "figure"}
 # Below this many tokens projections hide how the core grows.
 ASYMPTOTIC = 1024
 _QUANTITIES = (
@@ -43,15 +45,15 @@ _QUANTITIES = (
 
 
 def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of every picture that the report's cells allow."""
-    cells = frame(report)
+    """Name, caption and figure of every picture that the report's cases allow."""
+    cases = frame(report)
     info = report["machine_info"].get("attnzoo", {})
     peaks, place = info.get("peaks", {}), device_of(report)
     # Pictures of a CPU and of a GPU may lie in one folder.
     end = "-cuda" if info.get("device") == "cuda" else ""
     for kind in ("layer", "backbone"):
-        for family in families(cells, kind):
-            chosen = subset(cells, kind, **family)
+        for family in families(cases, kind):
+            chosen = subset(cases, kind, **family)
             if kind == "backbone" and chosen["resolution"].nunique() < 2:
                 continue
             suffix = f"{kind}-{family['mode']}-d{family['width']}-{family['dtype']}{end}"
@@ -73,15 +75,15 @@ def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
                     figure = heat_map(chosen, column, title)
                     if figure is not None:
                         yield f"{name}-{suffix}", _caption(name), figure
-    for width in sorted(subset(cells, "count")["width"].unique()) if "width" in cells else []:
-        chosen = subset(cells, "count", width=width)
+    for width in sorted(subset(cases, "count")["width"].unique()) if "width" in cases else []:
+        chosen = subset(cases, "count", width=width)
         if chosen["resolution"].nunique() > 1:
             title = f"one attention layer, forward, d = {width}"
             yield (f"macs-d{width}", _caption("macs"),
                    curves(chosen, "macs", "multiply-accumulates (G)", 1e-9, title))  # fmt: skip
-    for family in families(cells, "layer"):
-        chosen = subset(cells, "layer", **family)
-        chosen = chosen[chosen["gflops"] > 0] if "gflops" in chosen else chosen.iloc[:0]
+    for family in families(cases, "layer"):
+        chosen = subset(cases, "layer", **family)
+        chosen = chosen.loc[chosen["gflops"] > 0] if "gflops" in chosen else chosen.iloc[:0]
         if chosen.empty or not peaks.get(family["dtype"]) or not peaks.get("copy"):
             continue
         suffix = f"layer-{family['mode']}-d{family['width']}-{family['dtype']}{end}"
@@ -112,14 +114,14 @@ def _caption(name: str) -> str:
     }[name]
 
 
-def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str) -> Figure:
+def curves(cases: pd.DataFrame, column: str, axis: str, scale: float, title: str) -> Figure:
     """One log-log curve per mechanism against resolution."""
     figure, ax = _canvas(9.2, 5.2)
     points = {
         str(label): [
             (float(n), v * scale) for n, v in zip(rows["tokens"], rows[column], strict=True)
         ]
-        for label, rows in cells.groupby("label", sort=False)
+        for label, rows in cases.groupby("label", sort=False)
     }
     reference = points.get("softmax", [])
     last = {label: sorted(p)[-1][1] / sorted(p)[-1][0] for label, p in points.items()}
@@ -134,7 +136,7 @@ def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str
         ax.plot(*zip(*curve, strict=True), label=text, **_style(label))
     ax.set(xscale="log", yscale="log", ylabel=axis, title=literal(title))
     _plain_ticks(ax)
-    _resolution_axis(ax, sorted({int(n) for n in cells["tokens"]}))
+    _resolution_axis(ax, sorted({int(n) for n in cases["tokens"]}))
     ax.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9,
         title="ring: from here on below softmax", title_fontsize=9,
@@ -142,9 +144,9 @@ def curves(cells: pd.DataFrame, column: str, axis: str, scale: float, title: str
     return figure
 
 
-def heat_map(cells: pd.DataFrame, column: str, title: str) -> Figure | None:
+def heat_map(cases: pd.DataFrame, column: str, title: str) -> Figure | None:
     """Ratios to softmax, mechanism by resolution."""
-    table = cells.pivot_table(index="label", columns="resolution", values=column)
+    table = cases.pivot_table(index="label", columns="resolution", values=column)
     if table.empty:
         return None
     table = table.loc[table.iloc[:, -1].sort_values().index]
@@ -161,10 +163,10 @@ def heat_map(cells: pd.DataFrame, column: str, title: str) -> Figure | None:
     return figure
 
 
-def arithmetic(cells: pd.DataFrame, peak: float, title: str) -> Figure:
+def arithmetic(cases: pd.DataFrame, peak: float, title: str) -> Figure:
     """Time against multiply-accumulates, at the largest size that most mechanisms share."""
-    resolution = fullest_resolution(cells)
-    chosen = cells[cells["resolution"] == resolution]
+    resolution = fullest_resolution(cases)
+    chosen = cases[cases["resolution"] == resolution]
     figure, ax = _canvas(8.0, 5.2)
     work = chosen["gflops"] * chosen["seconds"] / 2  # giga multiply-accumulates
     for (_, row), macs in zip(chosen.iterrows(), work, strict=True):
@@ -186,9 +188,9 @@ def arithmetic(cells: pd.DataFrame, peak: float, title: str) -> Figure:
     return figure
 
 
-def fullest_resolution(cells: pd.DataFrame) -> int:
+def fullest_resolution(cases: pd.DataFrame) -> int:
     """The largest resolution of those that most mechanisms share."""
-    sizes = collections.Counter(cells["resolution"].tolist())
+    sizes = collections.Counter(cases["resolution"].tolist())
     return max(px for px, count in sizes.items() if count == max(sizes.values()))
 
 
@@ -196,12 +198,12 @@ def _factor_in(label: str) -> float:
     return float(label.split()[-2]) if label.endswith(" x") else 0.0
 
 
-def roofline(cells: pd.DataFrame, peak: float, peaks: dict[str, float], title: str) -> Figure:
+def roofline(cases: pd.DataFrame, peak: float, peaks: dict[str, float], title: str) -> Figure:
     """Achieved GFLOP/s against arithmetic intensity, under the measured roof."""
     figure, ax = _canvas(8.0, 5.2)
-    bytes_moved = 2 * cells["allocated"] + cells["parameter_memory"]
-    intensity = cells["gflops"] * cells["seconds"] * 1e9 / bytes_moved
-    for label, rows in cells.assign(intensity=intensity).groupby("label", sort=False):
+    bytes_moved = 2 * cases["allocated"] + cases["parameter_memory"]
+    intensity = cases["gflops"] * cases["seconds"] * 1e9 / bytes_moved
+    for label, rows in cases.assign(intensity=intensity).groupby("label", sort=False):
         style = _style(str(label)) | {"linestyle": ":", "linewidth": 0.8}
         rows = rows.sort_values("tokens")
         ax.plot(rows["intensity"], rows["gflops"], label=literal(str(label)), **style)
@@ -262,9 +264,9 @@ def _resolution_axis(ax: Axes, tokens: list[int]) -> None:
 
 def where(report: dict[str, Any]) -> str:
     """A table of what each mechanism pays beyond its multiply-accumulates, a part per family."""
-    cells, parts = frame(report), []
-    for family in families(cells, "layer"):
-        chosen = subset(cells, "layer", **family)
+    cases, parts = frame(report), []
+    for family in families(cases, "layer"):
+        chosen = subset(cases, "layer", **family)
         if "share_of_peak" not in chosen or not chosen["share_of_peak"].notna().any():
             continue
         resolution = fullest_resolution(chosen)
@@ -279,7 +281,9 @@ def where(report: dict[str, Any]) -> str:
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip
         title = f"{family['mode']}, {resolution} px, d = {family['width']}, {family['dtype']}"
-        parts.append(f"**{title}, {device_of(report)}**\n\n{markdown(heading, rows)}")
+        parts.append(
+            f"**{title}, {device_of(report)}**\n\n{markdown_table(heading, rows, padded=True)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -288,24 +292,24 @@ def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
     drawn = []
     for name, caption, figure in figures(report):
         plain = re.sub(r"[^\w.-]|^\.", "_", name)
-        for ending, settings in (("png", {"dpi": 130}), ("svg", {})):
+        for ending in ("png", "svg"):
             with whole_file(out / f"{plain}.{ending}") as path:
-                figure.savefig(path, format=ending, bbox_inches="tight", **settings)
+                figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
         drawn.append((name, caption, out / f"{plain}.png"))
     return drawn
 
 
 def main(arguments: list[str]) -> int:
     """Draws everything."""
-    from bench.report import write_report
+    from bench.page import write_report
 
     parser = argparse.ArgumentParser(prog="python bench/plot.py", description=__doc__)
     parser.add_argument("report", type=Path, help="JSON of pytest bench/ --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
     parser.add_argument("--into", type=Path, help="file whose <!-- where --> part is replaced")
     options = parser.parse_args(arguments)
-    report = read_cells(options.report)
-    check_writable(options.out / "report.html")
+    report = read_cases(options.report)
+    require_writable(options.out / "report.html")
     if options.into:
         parts_around(options.into, "where")
     drawn = draw(report, options.out)

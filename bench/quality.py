@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from bench import machine
-from bench.cells import Cell
+from bench.cases import Case
 from bench.isolate import Unsupported, scratch_of_parent
-from bench.worker import Settings, prepare
+from bench.worker import Conditions, prepare
 from recipes.lab.console import UserError
 
 # Long enough for the loss to fall from its start, far too short to rank mechanisms.
@@ -61,28 +61,28 @@ def best_metric(summary: pd.DataFrame) -> tuple[str, bool]:
     return chosen, is_lower_better(chosen)
 
 
-def measure_quality(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """What a comparison found for the cell's mechanism, or a short training of it.
+def measure_quality(case: Case, conditions: Conditions) -> dict[str, Any]:
+    """What a comparison found for the case's mechanism, or a short training of it.
 
     Raises:
         Unsupported: The comparison has nothing on this mechanism at this resolution.
     """
-    prepare(settings)
-    if settings.quality is None:
-        return _short_training(cell) | machine.describe(cell.device, settings.threads)
-    summary = read_quality(settings.quality)
+    prepare(conditions)
+    if conditions.quality is None:
+        return _short_training(case) | machine.describe(case.device, conditions.threads)
+    summary = read_quality(conditions.quality)
     chosen = summary[
-        (summary["variant"] == cell.label) & (summary["resolution"] == cell.resolution)
+        (summary["variant"] == case.label) & (summary["resolution"] == case.resolution)
     ]
     if chosen.empty:
         raise Unsupported(
-            f"{settings.quality} has no result for {cell.label} at {cell.resolution} px"
+            f"{conditions.quality} has no result for {case.label} at {case.resolution} px"
         )
     rows = chosen.astype(object).where(chosen.notna(), None).to_dict("records")
-    return {"quality": rows, "quality_source": str(settings.quality), "rounds": [0.0]}
+    return {"quality": rows, "quality_source": str(conditions.quality), "rounds": [0.0]}
 
 
-def _short_training(cell: Cell) -> dict[str, Any]:
+def _short_training(case: Case) -> dict[str, Any]:
     from recipes.lab.training.checkpoint import Run
     from recipes.lab.training.session import train
     from recipes.lab.training.settings import Settings
@@ -93,10 +93,10 @@ def _short_training(cell: Cell) -> dict[str, Any]:
         out = Path(folder) / "run"
         start = time.perf_counter()
         settings = Settings(
-            attn=cell.mechanism,
-            attn_options=dict(cell.options),
+            attn=case.mechanism,
+            attn_options=dict(case.options),
             data="shapes",
-            resolution=cell.resolution,
+            resolution=case.resolution,
             steps=STEPS,
         )
         status = train(settings, Run(out))
@@ -105,7 +105,7 @@ def _short_training(cell: Cell) -> dict[str, Any]:
             raise RuntimeError(f"training ended with status {status}")
         losses = [loss for _, loss in losses_of(Run.open(out))]
     last = losses[-max(1, len(losses) // 3) :]
-    row = {"data": "shapes", "resolution": cell.resolution, "variant": cell.label,
+    row = {"data": "shapes", "resolution": case.resolution, "variant": case.label,
            "metric": "training loss", "mean": statistics.fmean(last), "seeds": 1}  # fmt: skip
     return {"quality": [row], "quality_source": SHORT, "rounds": [seconds]}
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from bench.cells import PIXELS_PER_TOKEN
+from bench.cases import PIXELS_PER_TOKEN
 from bench.fits import pareto, value_at
+from bench.options import parse_bytes
 from bench.quality import best_metric, read_quality
-from bench.results import device_of, families, frame, read_cells, subset
-from bench.settings import parse_bytes
-from bench.tables import amount, markdown, memory
+from bench.results import device_of, families, frame, read_cases, subset
+from bench.tables import amount, memory
 from recipes.lab.console import DONE, UserError, printable, run_script, whole
+from recipes.lab.pages import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Choice:
 
 
 def choices(
-    cells: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time"
+    cases: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time"
 ) -> tuple[list[Choice], list[str]]:
     """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told.
 
     ``time`` is the column of ``frame`` that counts.
     """
     found, unknown = [], []
-    for label, rows in cells.groupby("label", sort=True):
-        # Where a cell for time and one for memory fall together, the one with more rounds counts.
+    for label, rows in cases.groupby("label", sort=True):
+        # Where a case for time and one for memory fall together, the one with more rounds counts.
         rows = rows.drop_duplicates("tokens", keep="first")
         spent, launched, peak = (
             value_at(list(zip(rows["tokens"], rows[column], strict=True)), tokens)
@@ -143,10 +144,10 @@ def main(arguments: list[str]) -> int:
             f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
         )
     quality, metric, lower, source = _quality(options.quality)
-    report = read_cells(options.report)
-    cells = frame(report)
-    family = _family(cells, options)
-    chosen = subset(cells, "layer", **family)
+    report = read_cases(options.report)
+    cases = frame(report)
+    family = _family(cases, options)
+    chosen = subset(cases, "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
     time = "seconds" if options.launched else "time"
     found, unknown = choices(chosen, tokens, options.depth, quality, time)
@@ -169,7 +170,7 @@ def main(arguments: list[str]) -> int:
         for c in sorted(found, key=lambda c: c.seconds)
     ]  # fmt: skip
     heading = ["mechanism", *(["on the device", "launched"] if on_device else ["time"]), "memory"]
-    print(markdown([*heading, metric or "quality", ""], rows) + "\n")
+    print(markdown_table([*heading, metric or "quality", ""], rows, padded=True) + "\n")
     print(printable("\n".join(_caveats(found, unknown, source, on_device, options))))
     return DONE
 
@@ -190,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _family(cells: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
-    there = families(cells, "layer")
+def _family(cases: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
+    there = families(cases, "layer")
     for family in there:
         is_width = options.width in (None, family["width"])
         is_dtype = options.dtype in (None, family["dtype"])

@@ -11,27 +11,37 @@ from typing import Any
 
 import pandas as pd
 
+from bench.thresholds import GOALS
 from bench.timing import quartiles
 from recipes.lab.console import DONE, UserError, run_script
-from recipes.lab.files import check_writable, read_json, write_json
+from recipes.lab.files import read_json, require_writable, write_json
 
+Fields = dict[str, tuple[type, ...]]
 _NUMBER, _TEXT = (int, float), (str,)
-_OF_ALL = {
+_OF_ALL: Fields = {
     "id": _TEXT, "kind": _TEXT, "mechanism": _TEXT, "label": _TEXT, "mode": _TEXT,
     "dtype": _TEXT, "resolution": (int,), "tokens": (int,), "width": (int,),
 }  # fmt: skip
-_MEASURED = dict.fromkeys(
+_MEASURED: Fields = dict.fromkeys(
     ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), _NUMBER
 )
-_COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), _NUMBER)
-_OF_KIND = {
+_COUNTED: Fields = dict.fromkeys(
+    ("macs", "macs_training", "parameters", "active_parameters"), _NUMBER
+)
+_OF_KIND: dict[Any, Fields] = {
     "layer": _MEASURED,
     "backbone": _MEASURED,
     "peers": {**_MEASURED, "ratios": (dict,), "peers_missing": (dict,)},
     "count": {**_COUNTED, "macs_paper": (*_NUMBER, type(None))},
 }
-_MISSED = {"name": _TEXT, "state": _TEXT, "reason": _TEXT}
-_SPREAD = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
+_GOAL: Fields = {
+    **dict.fromkeys(("goal", "what", "better", "note"), _TEXT),
+    **dict.fromkeys(("value", "minimum", "target", "q1", "q3"), (*_NUMBER, type(None))),
+}
+# Of files from before 2026-11-26.
+_OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached"}
+_MISSED: Fields = {"name": _TEXT, "state": _TEXT, "reason": _TEXT}
+_SPREAD: Fields = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -60,8 +70,8 @@ def read_report(path: Path) -> dict[str, Any]:
         for part, values in (("peaks", _NUMBER), ("versions", _TEXT)):
             found = info.setdefault(part, {})
             _require(found, part, dict.fromkeys(found, values) if type(found) is dict else {})
-        for i, cell in enumerate(report.setdefault("cells_not_measured", [])):
-            _require(cell, f"cells_not_measured[{i}]", _MISSED)
+        for i, missed in enumerate(report.setdefault("cells_not_measured", [])):
+            _require(missed, f"cells_not_measured[{i}]", _MISSED)
         if not isinstance(report.setdefault("datetime", ""), str):
             raise _Foreign("datetime is no text")
     except (_Foreign, TypeError) as error:
@@ -73,7 +83,7 @@ class _Foreign(Exception):
     """Something that the suite does not write."""
 
 
-def _require(value: Any, place: str, fields: dict[str, tuple[type, ...]]) -> None:
+def _require(value: Any, place: str, fields: Fields) -> None:
     """Raises _Foreign unless ``value`` is an object with these fields, numbers finite."""
     if not isinstance(value, dict):
         raise _Foreign(f"{place} is no object")
@@ -119,18 +129,18 @@ def _check_entry(entry: Any, place: str, usual: dict[str, Any] | None) -> None:
 
 
 def _check_rows(rows: Any, place: str) -> None:
-    from bench.goals import GOALS
-
-    optional = (*_NUMBER, type(None))
-    fields = {"goal": _TEXT, "what": _TEXT, "better": _TEXT, "note": _TEXT}
-    fields |= dict.fromkeys(("value", "owed", "aim", "q1", "q3"), optional)
     for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        _require(row, f"{place}.rows[{i}]", fields)
+        for old, new in _OLD_WORDS.items():
+            if isinstance(row, dict) and old in row:
+                row[new] = row.pop(old)
+        _require(row, f"{place}.rows[{i}]", _GOAL)
+        if row.get("verdict") in _OLD_WORDS:
+            row["verdict"] = _OLD_WORDS[row["verdict"]]
         if row["goal"] not in GOALS or row["better"] not in ("higher", "lower"):
             raise _Foreign(f"{place}.rows[{i}] is of no goal of the suite")
 
 
-def read_cells(path: Path) -> dict[str, Any]:
+def read_cases(path: Path) -> dict[str, Any]:
     """``read_report`` of a file that is to hold times.
 
     Raises:
@@ -140,7 +150,7 @@ def read_cells(path: Path) -> dict[str, Any]:
     entries = report["benchmarks"]
     if entries and not any("stats" in entry for entry in entries):
         raise UserError(
-            f"{path} holds figures of goals and no cells; python -m bench.goals {path} shows them"
+            f"{path} holds figures of goals and no cases; python -m bench.goals {path} shows them"
         )
     if entries and not any("id" in entry["extra_info"] for entry in entries):
         raise UserError(f"{path} is a file of pytest-benchmark, but none of attnzoo's suite")
@@ -149,14 +159,17 @@ def read_cells(path: Path) -> dict[str, Any]:
 
 def source_of(report: dict[str, Any]) -> str:
     """The device, torch, commit and day of a run, as far as they are known."""
-    first = report["benchmarks"][0]["extra_info"] if report["benchmarks"] else {}
-    # A compact report holds what all cells share once.
-    known = {**first, **report.get("common", {})}
-    info = report.get("machine_info", {}).get("attnzoo", {})
-    versions = info.get("versions") or known.get("versions")
-    parts = {"": device_of(report), "torch ": (versions or {}).get("torch"),
+    known = common_of(report)
+    versions = report["machine_info"]["attnzoo"].get("versions") or known.get("versions") or {}
+    parts = {"": device_of(report), "torch ": versions.get("torch"),
              "commit ": known.get("commit"), "made ": report.get("datetime", "")[:10]}  # fmt: skip
     return ", ".join(f"{name}{value}" for name, value in parts.items() if value)
+
+
+def common_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What all cases of a run share; a compact report holds it once."""
+    first = report["benchmarks"][0]["extra_info"] if report["benchmarks"] else {}
+    return {**first, **report.get("common", {})}
 
 
 def device_of(report: dict[str, Any]) -> str:
@@ -172,7 +185,7 @@ def device_of(report: dict[str, Any]) -> str:
 
 
 def frame(report: dict[str, Any]) -> pd.DataFrame:
-    """One row per measured cell: its extra_info, and seconds, seconds_q1 and seconds_q3.
+    """One row per measured case: its extra_info, and seconds, seconds_q1 and seconds_q3.
 
     "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds".
     """
@@ -195,21 +208,21 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def subset(cells: pd.DataFrame, kind: str, mode: str | None = None, **equal: Any) -> pd.DataFrame:
+def subset(cases: pd.DataFrame, kind: str, mode: str | None = None, **equal: Any) -> pd.DataFrame:
     """The rows of a kind and mode whose columns equal the values given."""
     wanted = {"kind": kind, **({} if mode is None else {"mode": mode}), **equal}
     matches = [
         all(row[column] == value for column, value in wanted.items())
-        for row in cells.to_dict("records")
+        for row in cases.to_dict("records")
     ]
-    return cells.loc[matches]
+    return cases.loc[matches]
 
 
-def families(cells: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
+def families(cases: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """The (mode, width, dtype) that occur, the fullest first: each is a picture of its own."""
     keys = ("mode", "width", "dtype")
     counts = collections.Counter(
-        tuple(row[key] for key in keys) for row in cells.to_dict("records") if row["kind"] == kind
+        tuple(row[key] for key in keys) for row in cases.to_dict("records") if row["kind"] == kind
     )
     return [dict(zip(keys, values, strict=True)) for values, _ in counts.most_common()]
 
@@ -261,11 +274,11 @@ def _quartiles(stats: dict[str, Any]) -> tuple[float, float, float]:
     return stats.get("q1", stats["median"]), stats["median"], stats.get("q3", stats["median"])
 
 
-def _usual(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The most frequent value of each key that all cells have; ``read_report`` puts it back."""
+def _usual(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most frequent value of each key that all cases have; ``read_report`` puts it back."""
     usual = {}
-    for key in sorted(set.intersection(*map(set, cells))) if cells else ():
-        counts = collections.Counter(json.dumps(cell[key]) for cell in cells)
+    for key in sorted(set.intersection(*map(set, cases))) if cases else ():
+        counts = collections.Counter(json.dumps(case[key]) for case in cases)
         text, times = counts.most_common(1)[0]
         if times > 1:
             usual[key] = json.loads(text)
@@ -273,7 +286,7 @@ def _usual(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several runs, where a later measurement of a cell replaces an earlier one.
+    """One report of several runs, where a later measurement of a case replaces an earlier one.
 
     Raises:
         UserError: They are of different devices or commits, and so cannot stand in one table.
@@ -283,11 +296,11 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
         told = "; ".join(sorted(sources))
         raise UserError(f"these are runs of different devices, versions or commits: {told}")
     measured = {entry["name"]: entry for report in reports for entry in report["benchmarks"]}
-    missed = {cell["name"]: cell for r in reports for cell in r.get("cells_not_measured", [])}
+    missed = {case["name"]: case for r in reports for case in r["cells_not_measured"]}
     return {
         **reports[-1],
         "benchmarks": list(measured.values()),
-        "cells_not_measured": [cell for name, cell in missed.items() if name not in measured],
+        "cells_not_measured": [case for name, case in missed.items() if name not in measured],
     }
 
 
@@ -308,8 +321,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("reports", type=Path, nargs="+", help="several runs are joined")
     parser.add_argument("--compact", type=Path, required=True, help="JSON to write")
     options = parser.parse_args(arguments)
-    check_writable(options.compact)
-    small = compact(joined([read_cells(path) for path in options.reports]))
+    require_writable(options.compact)
+    small = compact(joined([read_cases(path) for path in options.reports]))
     write_json(options.compact, small, indent=None)
     print(f"{options.compact}: {options.compact.stat().st_size / 1024:.0f} KiB")
     return DONE

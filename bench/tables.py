@@ -1,31 +1,11 @@
-"""Tables as text: Markdown for the terminal and the README."""
+"""Numbers as text, and the parts of pages that tables are put into."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.lab.console import UserError, printable
-from recipes.lab.files import check_writable, write_text
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown, HTML inside it and the terminal show as it is, in one table cell."""
-    line = " ".join(text.split())
-    return printable(re.sub(r"[\\|`]|<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", line))
-
-
-def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with columns padded to one width; what users name is escaped."""
-    cells = [[escaped(str(cell)) for cell in row] for row in (heading, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+from recipes.lab.console import UserError
+from recipes.lab.files import require_writable, write_text
 
 
 def put_into(path: Path, name: str, text: str) -> None:
@@ -51,17 +31,15 @@ def parts_around(path: Path, name: str) -> tuple[str, str]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if old.count(start) != 1 or old.count(end) != 1 or old.index(end) < old.index(start):
         raise UserError(f"{path} needs one line {start} and one line {end} to write between")
-    check_writable(path)
+    require_writable(path)
     before, rest = old.split(start)
     return before + start, end + rest.split(end)[1]
 
 
 def amount(value: float, unit: str = "") -> str:
     """A number with a metric prefix: 1234567 -> "1.23 M"."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}".strip()
-    for factor, prefix in ((1e-3, "m"), (1e-6, "µ"), (1e-9, "n")):
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""),
+                           (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")):  # fmt: skip
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}".strip()
     return f"{value:.3g} {unit}".strip()

@@ -13,6 +13,7 @@ import torch
 SHORTEST_ROUND = 2e-3
 
 
+Calls = Mapping[str, Callable[[], Any]]
 # Calls a function that often and returns the seconds of one call.
 Stopwatch = Callable[[Callable[[], Any], int], float]
 
@@ -48,9 +49,7 @@ def _between_events(call: Callable[[], Any], repeats: int) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def recorded(
-    contestants: Mapping[str, Callable[[], Any]],
-) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def recorded(contestants: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Each call as a CUDA graph, whose replay takes the device's own time, without the host's.
 
     Returns:
@@ -97,7 +96,7 @@ def _require_no_wait(call: Callable[[], Any]) -> None:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]],
+    contestants: Calls,
     stopwatch: Stopwatch,
     rounds: int = 7,
     seconds: float = float("inf"),
@@ -152,7 +151,7 @@ class ReplayClock:
     the clock on by the round's duration.
     """
 
-    __name__ = "rounds of the cell's own process"
+    __name__ = "rounds of the case's own process"
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""What one process does for one cell: check, time, measure memory, count."""
+"""What one process does for one case: check, time, measure memory, count."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from backbones import build_backbone
 from bench import machine
-from bench.cells import SIZES, Cell
+from bench.cases import SIZES, Case
 from bench.checks import WrongResult, check_equal, check_key, check_layer
 from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
 from bench.peers import contestants_of
-from bench.timing import interleave, quartiles, ratio, recorded, stopwatch_for
+from bench.timing import Calls, interleave, quartiles, ratio, recorded, stopwatch_for
 from recipes.lab.imports import import_all
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all cells of a run share.
+class Conditions:
+    """What all cases of a run share.
 
     Attributes:
         threads: Of torch, on the CPU.
         imports: Files or modules that register a user's own mechanisms.
         peaks: What ``machine.measure_peaks`` found.
         quality: Results of ``recipes/compare.py``, or None.
-        checked: What earlier cells of the run found equal to their twins, by ``check_key``.
+        checked: What earlier cases of the run found equal to their references, by ``check_key``.
     """
 
     threads: int = 1
@@ -55,180 +55,178 @@ class WholeLayer(torch.nn.Module):
         return self.layer.after_block(self.layer(x, grid), grid)
 
 
-def prepare(settings: Settings) -> str:
+def prepare(conditions: Conditions) -> str:
     """Sets threads and allocator and imports the user's mechanisms; returns the allocator."""
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(conditions.threads)
     torch.manual_seed(0)
-    import_all(settings.imports)
+    import_all(conditions.imports)
     return machine.keep_freed_memory()
 
 
-def peaks(settings: Settings, device: str, dtypes: tuple[str, ...]) -> dict[str, float]:
+def peaks(conditions: Conditions, device: str, dtypes: tuple[str, ...]) -> dict[str, float]:
     """See ``machine.measure_peaks``."""
-    prepare(settings)
-    return machine.measure_peaks(device, dtypes, settings.threads)
+    prepare(conditions)
+    return machine.measure_peaks(device, dtypes, conditions.threads)
 
 
-def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Measures a cell of kind layer, backbone or peers.
+def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
+    """Measures a case of kind layer, backbone or peers.
 
     Returns:
         "rounds": the seconds of each round; everything else is for the record.
 
     Raises:
         Unsupported: It cannot run here.
-        WrongResult: A fast path differs from its twin; nothing was timed.
+        WrongResult: A fast path differs from its reference; nothing was timed.
     """
-    allocator = prepare(settings)
-    dtype, device, options = getattr(torch, cell.dtype), cell.device, dict(cell.options)
+    allocator = prepare(conditions)
+    dtype, device, options = getattr(torch, case.dtype), case.device, dict(case.options)
     if "impl" in options:
-        _require_impl(cell, dtype)
-    check = settings.checked.get(check_key(cell)) or check_layer(
-        cell.mechanism, layer_options(cell), cell.width, cell.dtype, device, cell.side
+        _require_impl(case, dtype)
+    check = conditions.checked.get(check_key(case)) or check_layer(
+        case.mechanism, layer_options(case), case.width, case.dtype, device, case.side
     )
     record: dict[str, Any] = {"check": check}
-    if cell.kind == "peers":
-        model, calls, found = _with_peers(cell, dtype)
+    if case.kind == "peers":
+        model, calls, found = _with_peers(case, dtype)
         record |= found
     else:
-        model, call = subject(cell, cell.mechanism, options, dtype)
+        model, call = subject(case, case.mechanism, options, dtype)
         calls = {"attnzoo": call}
-        for name in cell.against:
-            if name != cell.mechanism or options or cell.compiled:
-                calls[name] = subject(cell, name, {}, dtype, compiled=False)[1]
-    is_half_on_cpu = device == "cpu" and cell.dtype != "float32"
-    if is_half_on_cpu and cell.kind == "layer" and "softmax" in calls:
+        for name in case.against:
+            if name != case.mechanism or options or case.compiled:
+                calls[name] = subject(case, name, {}, dtype, compiled=False)[1]
+    is_half_on_cpu = device == "cpu" and case.dtype != "float32"
+    if is_half_on_cpu and case.kind == "layer" and "softmax" in calls:
         # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
-        calls["softmax, plain"] = _plain_softmax(cell, dtype)
-    stopwatch, timer = stopwatch_for(device, settings.threads)
-    least = 1 if cell.seconds == 0 else 3
-    rounds = interleave(calls, stopwatch, cell.rounds, cell.seconds, least)
+        layer: Any = subject(case, "softmax", {}, dtype, compiled=False)[0]
+        plain = contestants_of(layer)[1]["matmul-softmax-matmul"]
+        calls["softmax, plain"] = step_of(plain, _inputs(case, layer, dtype), case.mode)
+    stopwatch, timer = stopwatch_for(device, conditions.threads)
+    rounds = interleave(calls, stopwatch, case.rounds, case.seconds, 3 if case.seconds else 1)
     if "softmax, plain" in rounds:
         plain = rounds.pop("softmax, plain")
         rounds["softmax"] = min(plain, rounds["softmax"], key=sum)
     peak = peak_memory(calls["attnzoo"], device)
-    resident = sum(p.numel() * p.element_size() for p in model.parameters())
     record |= {
-        **_costs(model, cell),
+        **_costs(model, case),
         "rounds": rounds["attnzoo"],
         "ratios": {n: ratio(rounds["attnzoo"], r) for n, r in rounds.items() if n != "attnzoo"},
         "peak_memory": peak.bytes,
         "allocated": peak.allocated,
-        "parameter_memory": resident,
+        "parameter_memory": sum(p.numel() * p.element_size() for p in model.parameters()),
         "memory_method": peak.method,
-        "impl": options.get("impl", getattr(_config(model), "impl", "only one")),
+        "impl": options.get("impl", getattr(_layer_of(model).config, "impl", "only one")),
         "operators": list(peak.operators),
         "timer": timer,
         "allocator": allocator,
         "cell_cpu_seconds": time.process_time(),
-        **machine.describe(device, settings.threads),
+        **machine.describe(device, conditions.threads),
     }
     median = quartiles(rounds["attnzoo"])[1]
-    step = record["macs_training"] if cell.mode == "train" else record["macs"]
+    step = record["macs_training"] if case.mode == "train" else record["macs"]
     if step:
-        record["gflops"] = 2 * step * cell.batch / median / 1e9
-        if cell.dtype in settings.peaks:
-            record["peak_gflops"] = settings.peaks[cell.dtype]
-            record["share_of_peak"] = record["gflops"] / settings.peaks[cell.dtype]
-    if cell.kind == "peers" and record["ratios"]:
+        record["gflops"] = 2 * step * case.batch / median / 1e9
+        if case.dtype in conditions.peaks:
+            record["peak_gflops"] = conditions.peaks[case.dtype]
+            record["share_of_peak"] = record["gflops"] / conditions.peaks[case.dtype]
+    if case.kind == "peers" and record["ratios"]:
         best = max(record["ratios"], key=lambda name: record["ratios"][name]["median"])
         record["best_peer"], record["ratio_to_best"] = best, record["ratios"][best]
     # Last, because a recording that fails may leave the device unwilling.
-    return record | (_device_times(calls, cell) if device == "cuda" else {})
+    return record | (_device_times(calls, case) if device == "cuda" else {})
 
 
-def _require_impl(cell: Cell, dtype: torch.dtype) -> None:
+def _require_impl(case: Case, dtype: torch.dtype) -> None:
     """Runs a named implementation once on few tokens, whatever it raises where it cannot run."""
-    side = min(cell.side, 4)
+    side = min(case.side, 4)
     try:
-        layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
-        layer = layer.to(cell.device, dtype).train(cell.mode == "train")
-        x = torch.randn(1, side**2, cell.width, device=cell.device, dtype=dtype)
-        step_of(layer, (x, (side, side)), cell.mode)()
+        layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
+        layer = layer.to(case.device, dtype).train(case.mode == "train")
+        x = torch.randn(1, side**2, case.width, device=case.device, dtype=dtype)
+        step_of(layer, (x, (side, side)), case.mode)()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _unavailable(cell, f"{cell.device} with {dtype}", error) from error
+        raise _unavailable(case, f"{case.device} with {dtype}", error) from error
 
 
-def _unavailable(cell: Cell, where: str, error: Exception) -> Unsupported:
+def _unavailable(case: Case, where: str, error: Exception) -> Unsupported:
     text = " ".join(str(error).split())
     if text.startswith("impl="):
         return Unsupported(text)
-    impl = dict(cell.options)["impl"]
+    impl = dict(case.options)["impl"]
     return Unsupported(f"{impl=} cannot run on {where}: {one_line(error)}")
 
 
-def _device_times(calls: dict[str, Callable[[], Any]], cell: Cell) -> dict[str, Any]:
+def _device_times(calls: Calls, case: Case) -> dict[str, Any]:
     """The same contest without the host: every call replayed from a CUDA graph."""
     replays, missing = recorded(calls)
     found: dict[str, Any] = {"not_recorded": missing} if missing else {}
     if "attnzoo" not in replays:
         return found
-    rounds = interleave(replays, stopwatch_for("cuda", 1)[0], cell.rounds, cell.seconds / 2)
+    rounds = interleave(replays, stopwatch_for("cuda", 1)[0], case.rounds, case.seconds / 2)
     ours = rounds.pop("attnzoo")
     low, middle, high = quartiles(ours)
     found["device_seconds"] = {"median": middle, "q1": low, "q3": high}
     found["device_ratios"] = {name: ratio(ours, theirs) for name, theirs in rounds.items()}
-    if cell.kind == "peers" and rounds:
+    if case.kind == "peers" and rounds:
         best = max(rounds, key=lambda name: found["device_ratios"][name]["median"])
         found["best_peer_on_device"] = best
     return found
 
 
-def count(cell: Cell, settings: Settings) -> dict[str, Any]:
+def count(case: Case, conditions: Conditions) -> dict[str, Any]:
     """Counts a layer's multiply-accumulates; nothing runs."""
-    prepare(settings)
+    prepare(conditions)
     start = time.process_time()
     with torch.device("meta"):
-        layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
+        layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
     try:
-        costs = _costs(layer, cell)
+        costs = _costs(layer, case)
     except Exception as error:
-        if "impl" in dict(cell.options):
-            raise _unavailable(cell, "the meta device", error) from error
+        if "impl" in dict(case.options):
+            raise _unavailable(case, "the meta device", error) from error
         raise
-    return {**costs, "rounds": [time.process_time() - start],
-            "timer": "process CPU time", **machine.describe("cpu", settings.threads)}  # fmt: skip
+    return {
+        **costs,
+        "rounds": [time.process_time() - start],
+        "timer": "process CPU time",
+        **machine.describe("cpu", conditions.threads),
+    }
 
 
 def subject(
-    cell: Cell,
+    case: Case,
     mechanism: str,
     options: dict[str, Any],
     dtype: torch.dtype,
     compiled: bool | None = None,
 ) -> tuple[torch.nn.Module, Callable[[], Any]]:
     """A model with trained-like weights, and one forward or training step of it."""
-    with torch.device(cell.device):  # initialising a whole backbone on the CPU takes seconds
-        model = build(cell.kind, mechanism, cell.width, options, cell.resolution)
-    model = model.to(cell.device, dtype).train(cell.mode == "train")
-    if cell.mode == "forward":
+    with torch.device(case.device):  # initialising a whole backbone on the CPU takes seconds
+        model: Any = build(case.kind, mechanism, case.width, options, case.resolution)
+    model = model.to(case.device, dtype).train(case.mode == "train")
+    if case.mode == "forward":
         model.fuse()  # as whoever only samples does
-    inputs = _inputs(cell, model, dtype)
+    inputs = _inputs(case, model, dtype)
     run: Any = WholeLayer(model) if isinstance(model, Attention) else model
-    if cell.compiled if compiled is None else compiled:
-        if cell.kind == "backbone":  # blocks are alike: one graph serves all of them
+    if case.compiled if compiled is None else compiled:
+        if case.kind == "backbone":  # blocks are alike: one graph serves all of them
             for block in run.blocks:
                 block.compile(fullgraph=True)
         else:
             run = torch.compile(run, fullgraph=True)
-    return model, step_of(run, inputs, cell.mode)
+    return model, step_of(run, inputs, case.mode)
 
 
-def _plain_softmax(cell: Cell, dtype: torch.dtype) -> Callable[[], Any]:
-    layer, _ = subject(cell, "softmax", {}, dtype, compiled=False)
-    peer = contestants_of(layer)[1]["matmul-softmax-matmul"]  # type: ignore[arg-type]
-    return step_of(peer, _inputs(cell, layer, dtype), cell.mode)
-
-
-def layer_options(cell: Cell) -> dict[str, Any]:
-    """The options of the layer that a cell times, with those that a backbone's size brings."""
-    options = dict(cell.options)
-    if cell.kind != "backbone":
+def layer_options(case: Case) -> dict[str, Any]:
+    """The options of the layer that a case times, with those that a backbone's size brings."""
+    options = dict(case.options)
+    if case.kind != "backbone":
         return options
     with torch.device("meta"):
-        model: Any = build(cell.kind, cell.mechanism, cell.width, options, cell.resolution)
+        model: Any = build(case.kind, case.mechanism, case.width, options, case.resolution)
     return {**model.config.attn_options, "num_heads": model.config.num_heads}
 
 
@@ -246,15 +244,15 @@ def build(
     return model
 
 
-def _inputs(cell: Cell, model: torch.nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
+def _inputs(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
     if isinstance(model, Attention):
-        x = torch.randn(cell.batch, cell.tokens, cell.width, device=cell.device, dtype=dtype)
-        return x.requires_grad_(cell.mode == "train"), cell.grid
-    side = cell.side * 2
+        x = torch.randn(case.batch, case.tokens, case.width, device=case.device, dtype=dtype)
+        return x.requires_grad_(case.mode == "train"), case.grid
+    side = case.side * 2
     return (
-        torch.randn(cell.batch, 4, side, side, device=cell.device, dtype=dtype),
-        torch.full((cell.batch,), 500.0, device=cell.device),
-        torch.zeros(cell.batch, dtype=torch.int64, device=cell.device),
+        torch.randn(case.batch, 4, side, side, device=case.device, dtype=dtype),
+        torch.full((case.batch,), 500.0, device=case.device),
+        torch.zeros(case.batch, dtype=torch.int64, device=case.device),
         False,
     )
 
@@ -286,22 +284,22 @@ def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Call
 
 
 def _with_peers(
-    cell: Cell, dtype: torch.dtype
+    case: Case, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, dict[str, Callable[[], Any]], dict[str, Any]]:
     """Our layer and its peers, on the same weights and inputs, each compared with ours."""
-    layer = attnzoo.build_attention(cell.mechanism, cell.width, **dict(cell.options))
-    layer = layer.to(cell.device, dtype).train(cell.mode == "train")
+    layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
+    layer = layer.to(case.device, dtype).train(case.mode == "train")
     ours, peers, missing = contestants_of(layer)
-    small = min(cell.side, 8)
+    small = min(case.side, 8)
     errors = {}
-    inputs = _inputs(cell, layer, dtype)
-    calls = {"attnzoo": step_of(ours, inputs, cell.mode)}
-    x = torch.randn(1, small**2, cell.width, device=cell.device, dtype=dtype)
+    inputs = _inputs(case, layer, dtype)
+    calls = {"attnzoo": step_of(ours, inputs, case.mode)}
+    x = torch.randn(1, small**2, case.width, device=case.device, dtype=dtype)
     for name, peer in peers.items():
         try:
             with torch.no_grad():
                 errors[name] = check_equal(name, peer(x, (small, small)), ours(x, (small, small)))
-            call = step_of(peer, inputs, cell.mode)
+            call = step_of(peer, inputs, case.mode)
             call()
         except WrongResult:
             raise
@@ -310,19 +308,18 @@ def _with_peers(
         else:
             calls[name] = call
     if len(calls) == 1:
-        raise Unsupported(f"no peer of {cell.mechanism} runs here: {missing}")
+        raise Unsupported(f"no peer of {case.mechanism} runs here: {missing}")
     return layer, calls, {"peer_errors": errors, "peers_missing": missing}
 
 
-def _config(model: torch.nn.Module) -> Any:
-    layers = [m for m in model.modules() if isinstance(m, Attention)]
-    return layers[0].config
+def _layer_of(model: torch.nn.Module) -> Attention:
+    return next(module for module in model.modules() if isinstance(module, Attention))
 
 
-def _costs(model: torch.nn.Module, cell: Cell) -> dict[str, Any]:
-    full = count_macs(model, grid=cell.grid)
+def _costs(model: torch.nn.Module, case: Case) -> dict[str, Any]:
+    full = count_macs(model, grid=case.grid)
     try:
-        paper = count_macs(model, grid=cell.grid, convention="paper").total
+        paper = count_macs(model, grid=case.grid, convention="paper").total
     except ValueError:  # the paper prints no figure for this mechanism
         paper = None
     return {

@@ -204,9 +204,8 @@ class CustomOp:
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
     def __call__(self, *operands: Any) -> Any:
-        c = torch._C
-        is_watched = c._len_torch_dispatch_stack() or c._get_tracing_state()
-        if torch.compiler.is_compiling() or is_watched:
+        # The compiler knows neither question, and need not be asked them.
+        if torch.compiler.is_compiling() or _is_watched():
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
 
@@ -242,6 +241,10 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
+def _is_watched() -> bool:
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
 def can_look(x: Tensor) -> bool:

@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from attnzoo.testing import build_scrambled, tokens
-from bench import compare, goals, isolate, machine, peers, plot, recommend, results, tables, worker
-from bench.cells import Cell
+from bench import compare, goals, isolate, machine, peers, plot, recommend, results, worker
+from bench.cases import Case
 from bench.isolate import Unsupported, run_isolated
-from bench.settings import settings_from
+from bench.options import options_from
+from bench.thresholds import GoalFigure, figures_of
+from recipes.lab import pages
 from recipes.lab.console import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -167,9 +169,9 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path):
 @pytest.mark.parametrize(("mechanism", "impl"), IMPL_CASES)
 @pytest.mark.parametrize("kind", ["layer", "count"])
 def test_an_implementation_that_cannot_run_here_is_unsupported(mechanism, impl, kind):
-    cell = Cell(kind=kind, mechanism=mechanism, options=(("impl", impl),), resolution=64, width=96)
+    cell = Case(kind=kind, mechanism=mechanism, options=(("impl", impl),), resolution=64, width=96)
     function = worker.count if kind == "count" else worker.measure
-    outcome = run_isolated(function, cell, worker.Settings(), memory=2**33, timeout=100)
+    outcome = run_isolated(function, cell, worker.Conditions(), memory=2**33, timeout=100)
     isolate.end_all()
     if outcome.state == "measured":  # where the library is there, or nothing is run
         return
@@ -232,7 +234,7 @@ def test_a_peer_that_fails_when_it_is_called_is_named_and_the_others_are_timed(m
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
     import torch
 
-    cell = Cell(kind="peers", mechanism="softmax", resolution=64, width=96)
+    cell = Case(kind="peers", mechanism="softmax", resolution=64, width=96)
     _, calls, found = worker._with_peers(cell, torch.float32)
     assert "no operator here" in found["peers_missing"]["xformers"]
     assert "bare SDPA" in calls and "xformers" not in calls
@@ -422,7 +424,7 @@ def test_names_that_users_choose_do_no_harm(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "\x1b" not in told
     row = next(line for line in told.splitlines() if line.startswith("| _x"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 6 and "\\<img" in row and "\\`" in row
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6 and "&lt;img" in row and "\\`" in row
     page = (out / "report.html").read_text("utf-8")
     assert "<img src=x" not in page and "&lt;img src=x" in page and "\x1b" not in page
     picture = next(out.glob("time-*.svg"))
@@ -437,10 +439,11 @@ def test_a_foreign_dtype_cannot_choose_where_pictures_go(tmp_path, capsys):
     assert not (tmp_path / "a" / "outside").exists() and capsys.readouterr().out
 
 
-def test_text_of_a_cell_is_escaped_once():
-    assert tables.escaped("a|b") == "a\\|b" and tables.escaped(">= 0.88, <= 1") == ">= 0.88, <= 1"
-    assert tables.escaped("</td>") == "\\</td>" and tables.escaped("a\nb\x07") == "a b\\x07"
-    assert tables.escaped("sana[impl=naive]") == "sana[impl=naive]"
+def test_text_of_a_table_is_escaped_once():
+    assert pages.markdown_text("a|b") == "a\\|b"
+    assert pages.markdown_text("sana[impl=reference]") == "sana[impl=reference]"
+    assert pages.markdown_text("</td>") == "&lt;/td&gt;"
+    assert pages.markdown_text("≥ 0.88, ≤ 1") == "≥ 0.88, ≤ 1"
 
 
 def test_a_pipe_that_closes_is_no_traceback(tmp_path):
@@ -475,13 +478,15 @@ def test_ties_are_called_ties():
 
 
 def test_a_verdict_is_of_the_figure_as_measured_and_what_is_shown_agrees(tmp_path):
-    row = goals.Row(goal="G4", what="t", value=2.3000000001, owed=2.3, aim=2.0, better="lower")
+    row = GoalFigure(
+        goal="G4", what="t", value=2.3000000001, minimum=2.3, target=2.0, better="lower"
+    )
     assert row.verdict == "NOT MET" and row.shown == "2.3000000001"
     assert dataclasses.replace(row, value=2.41).shown == "2.41"
     entry = {"extra_info": {"rows": [dataclasses.asdict(row)], "id": "G4"}}
     path = written(tmp_path / "g.json", {"benchmarks": [entry]})
     assert goals.main([str(path), "--save", str(tmp_path / "again.json")]) == 0
-    (again,) = goals.rows_of(results.read_report(tmp_path / "again.json"))
+    (again,) = figures_of(results.read_report(tmp_path / "again.json"))
     assert again.value == row.value and again.verdict == "NOT MET"
 
 
@@ -496,14 +501,14 @@ def test_settings_are_checked_in_full(tmp_path):
     texts = {
         "profile": "quick", "device": "cpu", "mechanisms": "sana", "resolutions": "128",
         "widths": "96", "dtypes": "", "goals": "none", "threads": "1", "memory_cap": "8GiB",
-        "cell_timeout": "60", "quality": None, "imports": (),
+        "case_timeout": "60", "quality": None, "imports": (),
     }  # fmt: skip
-    assert settings_from(tuple(goals.GOALS), **texts).threads == 1
-    for name, value in (("threads", "0"), ("widths", "-3"), ("cell_timeout", "1,2"),
+    assert options_from(**texts).threads == 1
+    for name, value in (("threads", "0"), ("widths", "-3"), ("case_timeout", "1,2"),
                         ("quality", str(tmp_path)), ("mechanisms", "sana:=3")):  # fmt: skip
         with pytest.raises(UserError):
-            settings_from(tuple(goals.GOALS), **(texts | {name: value}))
+            options_from(**(texts | {name: value}))
 
 
 def test_the_gpu_run_in_the_repository_passes_the_checks():
-    assert len(results.read_cells(GPU_RUN)["benchmarks"]) > 50
+    assert len(results.read_cases(GPU_RUN)["benchmarks"]) > 50

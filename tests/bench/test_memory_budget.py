@@ -3,9 +3,9 @@
 import pytest
 
 import attnzoo
-from bench.cells import Cell
+from bench.cases import Case
 from bench.isolate import run_isolated
-from bench.worker import Settings, measure
+from bench.worker import Conditions, measure
 
 TOKENS, DIM = 16384, 384
 # Tensors of n x d alive at the peak of a forward, as measured when the budget was set and rounded
@@ -27,7 +27,7 @@ def test_every_linear_mechanism_has_a_budget():
 @pytest.mark.parametrize("mechanism", sorted(TENSORS))
 def test_peak_memory_stays_within_its_budget(mechanism):
     budget = int(1.5 * TENSORS[mechanism] * TOKENS * DIM * 4)
-    cell = Cell(mechanism=mechanism, resolution=2048, width=DIM, seconds=0.0)
-    outcome = run_isolated(measure, cell, Settings(), memory=budget + 2**29, timeout=300)
+    cell = Case(mechanism=mechanism, resolution=2048, width=DIM, seconds=0.0)
+    outcome = run_isolated(measure, cell, Conditions(), memory=budget + 2**29, timeout=300)
     assert outcome.state == "measured", outcome.reason
     assert outcome.result["peak_memory"] <= budget

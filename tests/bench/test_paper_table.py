@@ -4,14 +4,14 @@ import csv
 
 import pytest
 
-from bench.paper_table import PRINTED, main, table_row
+from bench.paper_table import PRINTED, counted, main
 
 TABLES_1_AND_2 = PRINTED[:24]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {printed[:3]: table_row(*printed) for printed in PRINTED}
+    return {printed[:3]: counted(*printed) for printed in PRINTED}
 
 
 @pytest.mark.parametrize("printed", TABLES_1_AND_2, ids=str)

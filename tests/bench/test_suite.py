@@ -21,9 +21,10 @@ import attnzoo
 from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results, worker
-from bench.cells import Cell, Request, table
+from bench.cases import Case, Request, table
 from bench.checks import check_key
 from bench.peers import contestants_of
+from bench.thresholds import GOALS, GoalFigure, figures_of
 from recipes.lab.console import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,11 @@ def broken(tmp_path_factory):
     return json.loads(path.read_text()), done
 
 
+def figure(goal, what, value, minimum, target, better, **others):
+    return GoalFigure(goal=goal, what=what, value=value, minimum=minimum, target=target,
+                      better=better, **others)  # fmt: skip
+
+
 def by_id(report):
     return {b["extra_info"]["id"]: b["extra_info"] for b in report["benchmarks"]}
 
@@ -103,7 +109,7 @@ def test_every_cell_is_measured_with_what_the_issue_lists(quick):
     softmax = by_id(report)["layer-softmax-256px-d96-float32-forward"]
     assert softmax["operators"] == ["_scaled_dot_product_flash_attention_for_cpu"]
     peers = by_id(report)["peers-sana-128px-d96-float32-forward"]
-    assert peers["best_peer"] in ("diffusers Sana processor", "naive map")
+    assert peers["best_peer"] in ("diffusers Sana processor", "reference map")
     assert "the time of the best peer" in quick[1]
 
 
@@ -149,7 +155,7 @@ def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
     assert names == {path.stem for path in out.glob("*.svg")}
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
-    assert 'src="http' not in page and "13 cells requested, 13 measured" in page
+    assert 'src="http' not in page and "13 cases requested, 13 measured" in page
 
 
 def relabelled(report):
@@ -163,7 +169,7 @@ def relabelled(report):
         info |= {"device": "cuda", "device_name": "NVIDIA H200", "id": f"{info['id']}-cuda"}
         info["device_seconds"] = {"median": median / 2, "q1": median / 3, "q3": median}
         info["device_ratios"] = info["ratios"]
-    rows = [goals.Row(goal="U7", what="peak", value=1.3, owed=1.6, aim=1.2, better="lower")]
+    rows = [figure(goal="U7", what="peak", value=1.3, minimum=1.6, target=1.2, better="lower")]
     entry = {"name": "test_goal[U7]", "stats": {"median": 1.0, "rounds": 1, "data": [1.0]}}
     entry["extra_info"] = {
         "rows": [dataclasses.asdict(row) for row in rows], "id": "U7", "kind": "goal",
@@ -204,7 +210,7 @@ def test_a_run_on_a_gpu_is_drawn_told_and_compared(quick, tmp_path, capsys):
     page.write_text("<!-- goals-cuda -->\n<!-- /goals-cuda -->\n")
     alone = tmp_path / "alone.json"
     assert goals.main([str(full), "--save", str(alone)]) == 0
-    assert goals.rows_of(results.read_report(alone)) == goals.rows_of(results.read_report(full))
+    assert figures_of(results.read_report(alone)) == figures_of(results.read_report(full))
     assert goals.main([str(small), "--into", str(page)]) == 0
     text = page.read_text()
     assert "NVIDIA H200" in text and "1.3" in text and "unsupported: No module named" in text
@@ -264,7 +270,7 @@ def test_nothing_vanishes(broken):
         "wrong": "error", "greedy": "out-of-memory", "slow": "timeout",
         "unavailable": "unsupported",
     }  # fmt: skip
-    assert "differs from its twin" in found["wrong"]["reason"]
+    assert "differs from its reference" in found["wrong"]["reason"]
     assert "no_such_package_anywhere" in found["unavailable"]["reason"]
     assert done.returncode == 1 and "5 requested, 1 measured" in done.stdout
     for cell in absent.values():
@@ -327,7 +333,7 @@ def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
         (("--import", "no/such/file.py"), "there is no file 'no/such/file.py'"),
         (("--threads", "1,2"), "takes one number"),
         (("--threads", "²"), "positive integers"),
-        (("--cell-timeout", "9" * 30), "positive integers"),
+        (("--case-timeout", "9" * 30), "positive integers"),
         (("--memory-cap", "9" * 400 + "GiB"), "write it like 8GiB"),
         (("--memory-cap", "0"), "write it like 8GiB"),
         (("--quality", "no/such/folder"), "no summary of a comparison"),
@@ -335,7 +341,7 @@ def test_the_accounts_are_written_if_nothing_could_be_measured(tmp_path):
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message):
-    from bench.settings import settings_from
+    from bench.options import options_from
     from recipes.lab.imports import import_all
 
     flags = dict(zip(arguments[::2], arguments[1::2], strict=False))
@@ -346,17 +352,17 @@ def test_a_wrong_option_is_one_line(arguments, message):
         return
     defaults = {
         "profile": "full", "device": "cpu", "mechanisms": "", "resolutions": "", "widths": "",
-        "dtypes": "", "goals": "", "threads": "1", "memory_cap": "8GiB", "cell_timeout": "60",
+        "dtypes": "", "goals": "", "threads": "1", "memory_cap": "8GiB", "case_timeout": "60",
         "quality": None, "imports": (),
     }  # fmt: skip
     given = {name.strip("-").replace("-", "_"): text for name, text in flags.items()}
     with pytest.raises((UserError, attnzoo.errors.UsageError), match=re.escape(message)):
         import_all([given["import"]] if "import" in given else [])
-        settings_from(tuple(goals.GOALS), **(defaults | given))
+        options_from(**(defaults | given))
 
 
 def test_tables_are_data_without_doubles_and_cover_what_was_asked():
-    for request in (Request(), Request(profile="full", goals=tuple(goals.GOALS)),
+    for request in (Request(), Request(profile="full", goals=tuple(GOALS)),
                     Request(profile="full", device="cuda")):  # fmt: skip
         cells = table(request)
         assert len({cell.id for cell in cells}) == len(cells)
@@ -377,11 +383,11 @@ def test_tables_are_data_without_doubles_and_cover_what_was_asked():
 
 def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path, capsys):
     rows = [
-        goals.Row(goal="G9", what="times faster", value=2.6, owed=2.5, aim=3.1, better="higher"),
-        goals.Row(goal="G4", what="time", value=2.4, owed=2.3, aim=1.97, better="lower", q1=2.3,
+        figure("G9", "times faster", 2.6, 2.5, 3.1, "higher"),
+        figure("G4", "time", 2.4, 2.3, 1.97, "lower", q1=2.3,
                   q3=2.5),
-        goals.Row(goal="G8", what="peak", value=None, owed=0.35, aim=0.21, better="lower"),
-        goals.Row(goal="G13", what="breaks", value=0.0, owed=0, aim=0, better="lower"),
+        figure("G8", "peak", None, 0.35, 0.21, "lower"),
+        figure("G13", "breaks", 0.0, 0, 0, "lower"),
     ]  # fmt: skip
     entry = {"extra_info": {"rows": [dataclasses.asdict(row) for row in rows]}}
     path, page = tmp_path / "goals.json", tmp_path / "page.md"
@@ -390,11 +396,11 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
     assert goals.main([str(path), "--into", str(page)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[7].strip() for line in lines[2:6]] == [
-        "NOT MET", "not measured", "met", "aim reached",
+        "NOT MET", "not measured", "met", "target reached",
     ]  # fmt: skip
     text = page.read_text()
     assert text.startswith("before\n<!-- goals -->\n") and text.endswith("-->\nafter\n")
-    assert "old" not in text and "2.3 to 2.5" in text and "4 figures: 1 reach the aim" in text
+    assert "old" not in text and "2.3 to 2.5" in text and "4 figures: 1 reach the target" in text
     page.write_text("nothing")
     with pytest.raises(UserError, match="needs one line"):
         goals.main([str(path), "--into", str(page)])
@@ -402,7 +408,7 @@ def test_goals_are_printed_with_their_verdicts_and_written_into_a_file(tmp_path,
 
 def test_a_backbone_is_checked_with_the_layer_that_it_has():
     own = {"mechanism": "dydila", "resolution": 256, "width": 768}
-    layer, backbone = (Cell(kind=kind, **own) for kind in ("layer", "backbone"))
+    layer, backbone = (Case(kind=kind, **own) for kind in ("layer", "backbone"))
     assert worker.layer_options(layer) == {}
     assert worker.layer_options(backbone) == {
         "n_projectors": 7, "n_kernel_factors": 21, "n_differential_factors": 21, "num_heads": 12,
@@ -457,12 +463,11 @@ def test_runs_of_one_machine_are_joined(quick, tmp_path):
 
 def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
     path = tmp_path / "goals.json"
-    old = [goals.Row(goal=g, what=g, value=1.0, owed=2.0, aim=1.0, better="lower") for g in
-           ("G13", "G5")]  # fmt: skip
+    old = [figure(g, g, 1.0, 2.0, 1.0, "lower") for g in ("G13", "G5")]
     entries = [{"extra_info": {"rows": [dataclasses.asdict(row)]}} for row in old]
     path.write_text(json.dumps({"benchmarks": entries, "common": {"commit": "abc123"}}))
     assert goals.main(["--only", "G13", "--save", str(path)]) == 0
-    rows = goals.rows_of(results.read_report(path))
+    rows = figures_of(results.read_report(path))
     assert [row.goal for row in rows] == ["G5"] + ["G13"] * (len(rows) - 1) and len(rows) > 2
     assert rows[0].note == "measured at commit abc123" and "commit" not in rows[1].note
     assert goals.main([str(path)]) == 0
@@ -475,7 +480,7 @@ def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
 def test_the_committed_goals_are_what_the_pages_show(name):
     """Tables on all pages are written from one file: python -m bench.goals FILE --into PAGE."""
     report = results.read_report(ROOT / "docs" / "plots" / name)
-    text = goals.as_markdown(goals.rows_of(report), results.source_of(report))
+    text = goals.as_markdown(figures_of(report), results.source_of(report))
     for page in ("README.md", "docs/performance.md"):
         assert text in (ROOT / page).read_text(), page
     assert (ROOT / "docs" / "plots" / name).stat().st_size < 100 * 2**10
@@ -536,5 +541,5 @@ def test_reading_what_is_no_report_is_a_one_line_error(tmp_path):
     (tmp_path / "empty.json").write_text('{"benchmarks": [], "machine_info": {}}')
     with pytest.raises(UserError, match="holds no goals"):
         goals.main([str(tmp_path / "empty.json")])
-    with pytest.raises(UserError, match="figures of goals and no cells"):
+    with pytest.raises(UserError, match="figures of goals and no cases"):
         recommend.main([str(ROOT / "docs" / "plots" / "goals.json")])

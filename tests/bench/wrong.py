@@ -11,7 +11,7 @@ import attnzoo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(attnzoo.AttentionConfig):
-    impl: Literal["auto", "naive"] = "auto"
+    impl: Literal["auto", "reference"] = "auto"
 
 
 class Scaled(attnzoo.Attention):
@@ -33,10 +33,10 @@ class Scaled(attnzoo.Attention):
 
 @attnzoo.register_attention("wrong")
 class Wrong(Scaled):
-    """The twin disagrees by a thousandth."""
+    """The reference disagrees by a thousandth."""
 
     def forward(self, x, grid):
-        return super().forward(x, grid) * (1.0 if self.config.impl == "naive" else 1.001)
+        return super().forward(x, grid) * (1.0 if self.config.impl == "reference" else 1.001)
 
 
 @attnzoo.register_attention("greedy")

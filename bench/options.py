@@ -11,26 +11,25 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.contract import nearest
 from attnzoo.errors import UsageError
-from bench.cells import Cell, Request, table
+from bench.cases import Case, Options, Request, table
 from bench.machine import commit
 from bench.quality import read_quality
-from bench.worker import Settings
+from bench.thresholds import chosen_goals
 from recipes.lab.console import UserError, parse_options
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchSettings:
+class SuiteOptions:
     """One run of the suite.
 
     Attributes:
         request: What was asked for.
         threads: Of torch.
-        memory_cap: Bytes of one cell.
-        cell_timeout: Seconds of one cell.
+        memory_cap: Bytes of one case.
+        case_timeout: Seconds of one case.
         time_budget: Seconds of the whole run; 0 is no limit.
         quality: Results of ``recipes/compare.py``.
         imports: Files or modules of the user's own mechanisms.
@@ -40,49 +39,27 @@ class BenchSettings:
     request: Request
     threads: int
     memory_cap: int
-    cell_timeout: float
+    case_timeout: float
     time_budget: float
     quality: str | None
     imports: tuple[str, ...]
     commit: str
 
-    @property
-    def profile(self) -> str:
-        """ "quick" or "full"."""
-        return self.request.profile
-
-    @property
-    def device(self) -> str:
-        """ "cpu" or "cuda"."""
-        return self.request.device
-
-    @functools.cache  # noqa: B019 - one per run
-    def cells(self) -> list[Cell]:
-        """Every cell that was asked for."""
-        return table(self.request)
-
-    def shared(self, peaks: dict[str, float], checked: dict[str, Any]) -> Settings:
-        """What every cell's process is told."""
-        return Settings(self.threads, self.imports, peaks, self.quality, checked)
+    @functools.cached_property
+    def cases(self) -> dict[str, Case]:
+        """Every case that was asked for, by id."""
+        return {case.id: case for case in table(self.request)}
 
 
-def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
+def options_from(**texts: Any) -> SuiteOptions:
     """Parses and checks the command line's texts.
 
     Raises:
         UserError: A value is wrong; the message names it and what would do.
         attnzoo.UsageError: A mechanism does not exist, has no such option, or cannot be built.
     """
-    # A goal's letter says where it is set: G on a CPU, U on a GPU.
-    letter = "U" if texts["device"] == "cuda" else "G"
-    own = tuple(name for name in goal_names if name.startswith(letter))
-    goals = () if texts["goals"] == "none" else split(texts["goals"]) or own
-    for goal in goals:
-        if goal not in goal_names:
-            raise UserError(
-                f"unknown goal {goal!r}{nearest(goal, goal_names)} "
-                f"Choose of {', '.join(goal_names)}"
-            )
+    named = split(texts["goals"])
+    goals = () if named == ("none",) else chosen_goals(named, texts["device"])
     request = Request(
         profile=texts["profile"],
         device=texts["device"],
@@ -95,26 +72,26 @@ def settings_from(goal_names: tuple[str, ...], **texts: Any) -> BenchSettings:
     )
     if texts["quality"] is not None:
         read_quality(texts["quality"])
-    settings = BenchSettings(
+    options = SuiteOptions(
         request=request,
         threads=_one("--threads", texts["threads"], 1),
         memory_cap=parse_bytes(texts["memory_cap"]),
-        cell_timeout=_one("--cell-timeout", texts["cell_timeout"], 180),
+        case_timeout=_one("--case-timeout", texts["case_timeout"], 180),
         time_budget=_one("--time-budget", texts.get("time_budget") or "", 0),
         quality=texts["quality"],
         imports=texts["imports"],
         commit=commit(),
     )
-    _check_that_layers_exist(settings.cells())
-    return settings
+    _check_that_layers_exist(options.cases.values())
+    return options
 
 
-def _check_that_layers_exist(cells: list[Cell]) -> None:
+def _check_that_layers_exist(cases: Any) -> None:
     # What a named implementation lacks here is an outcome of its cases, not a mistake.
     layers = {
-        (cell.mechanism, cell.options, cell.width)
-        for cell in cells
-        if cell.kind not in ("goal", "quality") and "impl" not in dict(cell.options)
+        (case.mechanism, case.options, case.width)
+        for case in cases
+        if case.kind not in ("goal", "quality") and "impl" not in dict(case.options)
     }
     for mechanism, options, width in sorted(layers, key=str):
         try:
@@ -127,7 +104,7 @@ def _check_that_layers_exist(cells: list[Cell]) -> None:
 
 
 def _one(option: str, text: str, default: int) -> int:
-    numbers = whole_numbers(option, text) or (default,)
+    numbers = [*whole_numbers(option, text)] or [default]
     if len(numbers) > 1:
         raise UserError(f"{option} takes one number, got {text!r}")
     return numbers[0]
@@ -140,16 +117,14 @@ def split(text: str) -> tuple[str, ...]:
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:
     """Positive integers between commas; UserError names the option."""
-    numbers = []
     for part in split(text):
         if not part.isdecimal() or not 1 <= int(part[:20]) < 10**9:
             raise UserError(f"{option} takes positive integers below 10^9, got {part[:40]!r}")
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, split(text)))
 
 
-def parse_mechanism(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """ "sana:impl=naive:eps=0" -> ("sana", (("eps", 0), ("impl", "naive")))."""
+def parse_mechanism(text: str) -> tuple[str, Options]:
+    """ "sana:impl=reference:eps=0" -> ("sana", (("eps", 0), ("impl", "reference")))."""
     name, *pairs = text.split(":")
     return name, tuple(sorted(parse_options(pairs).items()))
 

@@ -1,0 +1,137 @@
+"""The performance goals: ``thresholds.toml`` read, and figures judged by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from attnzoo.contract import nearest
+from recipes.lab.console import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+VERDICTS = ("target reached", "met", "NOT MET", "not measured")
+HEADING = ("goal", "what", "value", "quartiles", "minimum", "target", "", "note")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Goal:
+    """One table of ``thresholds.toml``, whose comment says what is in it."""
+
+    what: str
+    device: str
+    measurement: str
+    figures: dict[str, dict[str, Any]]
+
+
+GOALS: dict[str, Goal] = {
+    name: Goal(**entry)
+    for name, entry in tomllib.loads(
+        Path(__file__).with_name("thresholds.toml").read_text("utf-8")
+    ).items()
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoalFigure:
+    """One figure of a goal.
+
+    Attributes:
+        goal: "G1" and so on.
+        what: What the value is.
+        value: The median, or None if it could not be measured.
+        q1: Lower quartile over the rounds.
+        q3: Upper quartile over the rounds.
+        minimum: The value that must be reached; None where a goal has failed as a whole.
+        target: The value that we work towards; likewise.
+        better: Whether the value should be "higher" or "lower".
+        note: What else is to be known.
+    """
+
+    goal: str
+    what: str
+    value: float | None
+    minimum: float | None
+    target: float | None
+    better: Literal["higher", "lower"]
+    q1: float | None = None
+    q3: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """One of ``VERDICTS``."""
+        if self.value is None or self.minimum is None or self.target is None:
+            return "not measured"
+        sign = 1 if self.better == "higher" else -1
+        if sign * self.value >= sign * self.target:
+            return "target reached"
+        return "met" if sign * self.value >= sign * self.minimum else "NOT MET"
+
+    @property
+    def shown(self) -> str:
+        """The value in as few digits as agree with the verdict, at least three."""
+        if self.value is None:
+            return ""
+        for digits in range(3, 17):
+            text = f"{self.value:.{digits}g}"
+            if dataclasses.replace(self, value=float(text)).verdict == self.verdict:
+                return text
+        return repr(self.value)
+
+    @property
+    def row(self) -> list[str]:
+        """What a table shows, under ``HEADING``."""
+        sign = "≥" if self.better == "higher" else "≤"
+        return [
+            self.goal, self.what, self.shown,
+            "" if self.q1 is None else f"{self.q1:.3g} to {self.q3:.3g}",
+            "" if self.minimum is None else f"{sign} {self.minimum:g}",
+            "" if self.target is None else f"{self.target:g}", self.verdict, self.note,
+        ]  # fmt: skip
+
+
+def not_measured(goal: str, state: str, reason: str) -> GoalFigure:
+    """What stands for a goal whose measurement ended otherwise."""
+    return GoalFigure(goal=goal, what=GOALS[goal].what, value=None, minimum=None, target=None,
+                      better="higher", note=f"{state}: {reason}")  # fmt: skip
+
+
+def figures_of(report: dict[str, Any]) -> list[GoalFigure]:
+    """The figures in a JSON file of the suite, in the order of the goals."""
+    names = [field.name for field in dataclasses.fields(GoalFigure)]
+    found = []
+    for entry in (benchmark["extra_info"] for benchmark in report["benchmarks"]):
+        for row in entry.get("rows", ()):
+            figure = GoalFigure(**{name: row[name] for name in names})
+            if "commit" in entry:  # of an earlier run, which a later one of other goals left in
+                earlier = f"measured at commit {entry['commit']}"
+                note = "; ".join(text for text in (figure.note, earlier) if text)
+                figure = dataclasses.replace(figure, note=note)
+            found.append(figure)
+    for missed in report.get("cells_not_measured", []):
+        goal = missed["name"].removeprefix("test_goal[").removesuffix("]")
+        if goal in GOALS:
+            found.append(not_measured(goal, missed["state"], missed["reason"]))
+    return sorted(found, key=lambda figure: (figure.goal[0], int(figure.goal[1:])))
+
+
+def chosen_goals(names: Iterable[str], device: str) -> tuple[str, ...]:
+    """These goals, or all of a device.
+
+    Raises:
+        UserError: There is no such goal.
+    """
+    names = tuple(names)
+    for name in names:
+        if name not in GOALS:
+            raise UserError(
+                f"unknown goal {name!r}{nearest(name, GOALS)} Choose of {', '.join(GOALS)}"
+            )
+    return names or tuple(name for name, goal in GOALS.items() if goal.device == device)
