@@ -34,7 +34,7 @@ def check_key(cell: Cell) -> str:
 def check_layer(
     mechanism: str, options: dict[str, Any], width: int, dtype: str, device: str, side: int
 ) -> dict[str, Any]:
-    """Compares a mechanism's fast path with its naive twin on a small grid.
+    """Compares a mechanism's fast path with its reference on a small grid.
 
     float32 on a CPU uses ``attnzoo.testing.deviations``: output and all gradients against the
     twin in float64, with the float32 twin's own deviation as the measure. Elsewhere outputs are

@@ -306,9 +306,7 @@ def test_options_of_earlier_versions_load_at_their_defaults_only(name):
     for option, gone in config.removed.items():
         if gone.values:
             for value in gone.values:
-                with pytest.raises(
-                    InvalidValue, match=rf"{option}='{value}' of .* {gone.version}"
-                ):
+                with pytest.raises(InvalidValue, match=f"{option}=.* {gone.version}"):
                     build_attention(name, 48, **{option: value})
             continue
         assert option not in config.__dataclass_fields__

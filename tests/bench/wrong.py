@@ -11,7 +11,7 @@ import attnzoo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(attnzoo.AttentionConfig):
-    impl: Literal["auto", "naive"] = "auto"
+    impl: Literal["auto", "reference"] = "auto"
 
 
 class Scaled(attnzoo.Attention):
@@ -36,7 +36,7 @@ class Wrong(Scaled):
     """The twin disagrees by a thousandth."""
 
     def forward(self, x, grid):
-        return super().forward(x, grid) * (1.0 if self.config.impl == "naive" else 1.001)
+        return super().forward(x, grid) * (1.0 if self.config.impl == "reference" else 1.001)
 
 
 @attnzoo.register_attention("greedy")
