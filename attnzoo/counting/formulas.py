@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from attnzoo.ops.dispatch import OPERATORS
+
+for _operator in OPERATORS:  # those that come later find the counter and tell it themselves
+    _operator.register_flops()
+
 
 def formulas() -> dict[Any, Callable[..., int]]:
     """Multiply-accumulates of every operator that multiplies matrices, by operator."""

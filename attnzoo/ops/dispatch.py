@@ -11,13 +11,13 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops.precision import operand_dtype
@@ -147,6 +147,9 @@ def _why_not(
 _MISSING = "needs Triton, which is not installed (pip install 'attnzoo[triton]')"
 
 
+OPERATORS: list[CustomOp] = []
+
+
 class CustomOp:
     """A function with a gradient of its own that compilers and counters see as one operator.
 
@@ -173,7 +176,17 @@ class CustomOp:
             f"attnzoo::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
         self.register_fake = self.operator.register_fake
-        register_flop_formula(getattr(torch.ops.attnzoo, name), get_raw=True)(self._flops)
+        OPERATORS.append(self)
+        if "torch.utils.flop_counter" in sys.modules:
+            self.register_flops()
+
+    def register_flops(self) -> None:
+        """Tells torch's counter, whose import needs a sound Triton, if there is one."""
+        from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+        packet = getattr(torch.ops.attnzoo, self.name)
+        if packet not in flop_registry:
+            register_flop_formula(packet, get_raw=True)(self._flops)
 
     def _flops(self, *args: Any, **kwargs: Any) -> int:
         return 2 * MACS[self.name](*args, **kwargs) if self.name in MACS else 0
