@@ -73,7 +73,7 @@ def deviations(layer: Attention, x: Tensor, grid: tuple[int, int]) -> dict[str, 
 
     Returns:
         "output", "gradients" (largest), and "allowed output", "allowed gradients": four times what
-        the float32 twin itself deviates from float64, and at least 64 float32 roundings.
+        the float32 reference itself deviates from float64, and at least 64 float32 roundings.
     """
     reference = reference_of(layer)
     assert reference is not None
@@ -113,7 +113,7 @@ def check_reference(name: str, **options: Any) -> None:
 
 
 def check_batch_invariance(name: str, **options: Any) -> None:
-    """An image's output does not depend on its neighbours, not even if one of them is NaN."""
+    """An image's output does not depend on its neighbors, not even if one of them is NaN."""
     layer = build_scrambled(name, **options)
     grid = (7, 13)
     x = tokens(grid, batch=3)

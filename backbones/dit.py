@@ -73,7 +73,7 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: Classes; index ``num_classes`` is the null class of guidance.
         position: "sincos" adds 2-D sine-cosine positions, "none" adds nothing.
         sample_size: Side of the input it was made for; other sizes work too.
-        provenance: Where the numbers come from; kept in the saved config, not used.
+        provenance: Where the numbers come from; saved in the config, not used.
 
     Raises:
         InvalidValue: An argument is out of range or a name is unknown.

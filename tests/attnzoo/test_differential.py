@@ -155,7 +155,7 @@ def test_parameters_have_no_bias():
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (7, 13)])
-@pytest.mark.parametrize("impl", ["auto", "naive"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_macs(grid, impl):
     layer = build_attention("differential", 48, 4, impl=impl)
     with FlopCounterMode(display=False) as counter:
