@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,16 +10,13 @@ from torch import Tensor
 from attnzoo.ops.precision import autocast_operands
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
-if TYPE_CHECKING:
-    from attnzoo.mechanisms.dydila import DyDiLA
-
 _SERVED: dict[str, Any] = {
     "projection": "redundancy", "kernel": "routed", "differential": "token",
     "normalizer": "base", "balance_coefficient": 0,
 }  # fmt: skip
 
 
-def unserved_option(layer: DyDiLA) -> str | None:
+def unserved_option(layer: Any) -> str | None:
     """The first option of the layer that the kernels do not serve, or None."""
     config = layer.config
     for name, value in _SERVED.items():
@@ -29,7 +26,7 @@ def unserved_option(layer: DyDiLA) -> str | None:
     return unserved(layer.dim, layer.num_heads, most)
 
 
-def fused_forward(layer: DyDiLA, x: Tensor, grid: tuple[int, int]) -> Tensor:
+def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the layer computes of tokens, (b, h * w, dim) -> (b, h * w, dim), by the kernels."""
     config, sides = layer.config, ("query", "key")
     x, weight = autocast_operands(x, layer.shared.weight)

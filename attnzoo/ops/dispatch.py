@@ -42,6 +42,7 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 _LAZY = ("triton", "fla", "flash", "xformers")  # need packages that may be missing
+_LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
 
 
@@ -52,7 +53,10 @@ def operator(declaration: Declaration) -> Declaration:
     ``unserved`` of the operands, it says what the kernels do not serve of them.
     """
     name, package = declaration.__name__, declaration.__module__
-    loaded = {impl: _load(package, impl, name) for impl in TABLE[name] if impl not in _LAZY}
+    loaded = _LOADED[package, name] = {}
+    for impl in TABLE[name]:
+        if impl not in _LAZY:
+            _load(package, impl, name)
     limits = declaration.__globals__.get("unserved")
     on_cpu: dict[torch.dtype, Callable[..., Any]] = {}  # what "auto" is there
 
@@ -66,7 +70,9 @@ def operator(declaration: Declaration) -> Declaration:
             return on_cpu[x.dtype](*operands, **options)
         unserved = None if limits is None else functools.partial(limits, *operands)
         chosen = choose(name, impl, x, None, unserved)
-        implementation = loaded.get(chosen) or _load(package, chosen, name)
+        if chosen in _LAZY:
+            _load(package, chosen, name)
+        implementation = loaded[chosen]
         if is_cached and not _IS_FORCED:  # no limit of the kernels counts where they never run
             on_cpu[x.dtype] = implementation
         return implementation(*operands, **options)
@@ -204,8 +210,12 @@ class CustomOp:
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
     def __call__(self, *operands: Any) -> Any:
-        # The compiler knows neither question, and need not be asked them.
-        if torch.compiler.is_compiling() or _is_watched():
+        # The compiler knows neither of the other questions, and is not asked them.
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._get_tracing_state()
+        ):
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
 
@@ -241,10 +251,6 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
-
-
-def _is_watched() -> bool:
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
 
 
 def can_look(x: Tensor) -> bool:
@@ -302,8 +308,11 @@ def _native_works() -> bool:
     return _try_native()
 
 
-def _load(package: str, impl: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{package}.{impl}"), name)
+def _load(package: str, impl: str, name: str) -> None:
+    """Imports an implementation into ``_LOADED``, where a compiler finds a plain function."""
+    loaded = _LOADED[package, name]
+    if impl not in loaded:
+        loaded[impl] = getattr(importlib.import_module(f"{package}.{impl}"), name)
 
 
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and

@@ -164,7 +164,6 @@ def test_without_a_difference_nothing_redundant_is_made():
         ("gated", {"expand_k": 0.3}, "do not divide"),
         ("differential", {"lambda_init": 2.0}, "must lie in"),
         ("compressed", {"layers": (7,)}, "names blocks"),
-        ("edit", {"groups": 7}, "does not divide"),
         ("moh", {"shared_heads": 1}, "set both"),
         ("lit", {"stream": 0}, "stream"),
     ],
@@ -174,11 +173,6 @@ def test_a_mistake_of_the_caller_is_told_from_a_bug(name, options, said):
         build_attention(name, 48, **options)
     if options != {"stream": 0}:  # the contract's own check
         assert isinstance(caught.value, UsageError)
-
-
-def test_large_powers_start_where_they_are_said_to():
-    layer = build_attention("dydila", 16, gamma_init=1000.0, gamma_form="softplus")
-    assert layer.diagnostics(torch.randn(1, 4, 16), (2, 2))["gamma"][0][0] == 1000
 
 
 def test_agents_of_a_model_without_any():

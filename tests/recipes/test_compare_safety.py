@@ -510,11 +510,14 @@ class TestWritersOfOneFolder:
             results_module.main([str(tmp_path), "--out", str(tmp_path / "file" / "page.md")])
 
 
+DATA = {"resolution": 8, "channels": 1, "class_names": [str(digit) for digit in range(10)]}
+
+
 class TestTheDemo:
     def test_a_longer_run_is_not_replaced(self, tmp_path, monkeypatch):
         run = Run(tmp_path / "softmax")
         settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
-        run.create({"settings": settings | {"steps": 9000}}, overwrite=False)
+        run.create({"settings": settings | {"steps": 9000}, "data": DATA}, overwrite=False)
         monkeypatch.setattr(demo_module, "train", None)
         with pytest.raises(UserError, match=r"not replaced unasked.*--overwrite"):
             demo_module.main(["--steps", "2", "--out", str(tmp_path)])
@@ -530,7 +533,7 @@ class TestTheDemo:
         monkeypatch.setattr(demo_module, "_draw", lambda *_: None)
         run = Run(tmp_path / "softmax")
         settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
-        run.create({"settings": settings | {"steps": 2}}, overwrite=False)
+        run.create({"settings": settings | {"steps": 2}, "data": DATA}, overwrite=False)
         demo_module.main(["--steps", "2", "--out", str(tmp_path)])
         demo_module.main(["--steps", "3", "--overwrite", "--out", str(tmp_path)])
         fresh = {"resume": False, "overwrite": False}

@@ -350,7 +350,7 @@ class TestEnvironment:
             {"torch": "1.0", "compiled power map": True, "threads": 99}
         ))  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session.native, "library", _Library())
+            patch.setattr(session.build, "library", _Library())
             assert resume(copy, "--steps", 3, "--allow-change", "steps") == DONE
         said = capsys.readouterr().out
         assert said.count("not bit for bit") == 1
@@ -387,8 +387,6 @@ class TestEnvironment:
     def test_an_implementation_that_cannot_run_is_one_line(self, attn, impl, tmp_path):
         if torch.cuda.is_available():
             pytest.skip("it may run on a GPU")
-        if (attn, impl) == ("dydila", "triton"):
-            pytest.xfail("attnzoo.ops asks for Triton's package, not whether it can run here")
         arguments = ["--attn", attn, "--set", f"impl={impl}", "--out", str(tmp_path / "run")]
         with pytest.raises((UserError, attnzoo.UsageError)) as caught:
             train_module.main([*arguments, "--steps", "1", "--batch-size", "2"])

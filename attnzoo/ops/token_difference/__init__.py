@@ -6,35 +6,15 @@ chooses, and Q - lambda Q', K - lambda K' multiplied with V, over phi(Q) . sum p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from attnzoo.ops.dispatch import MACS, Impl, choose
+from attnzoo.ops.token_difference.operands import Operands, Weights
 
 # Of one router; with more, its matrix leaves no shared memory for the tokens.
 MOST_CHOICES = 64
-
-
-class Weights(NamedTuple):
-    """Parameters of token-wise DyDiLA, d wide.
-
-    Attributes:
-        projector_routers: Of Q' and K', (projectors, d) each.
-        projectors: Of Q' and K', (projectors, d, d) each.
-        kernel_routers: Of Q, K, Q', K', (factors, d) each.
-        gammas: Exponents of Q, K, Q', K', (4, factors).
-        difference_routers: Of queries and of keys, (factors', 2 d) each.
-        lambdas: Of queries and of keys, (2, factors').
-    """
-
-    projector_routers: Sequence[Tensor]
-    projectors: Sequence[Tensor]
-    kernel_routers: Sequence[Tensor]
-    gammas: Tensor
-    difference_routers: Sequence[Tensor]
-    lambdas: Tensor
 
 
 def dynamic_differential_attention(
@@ -90,49 +70,6 @@ def unserved(width: int, heads: int, choices: int) -> str | None:
         return f"{choices} choices of a router, more than {MOST_CHOICES}"
     is_served = heads == 1 or width // heads % 16 == 0
     return None if is_served else f"heads of width {width // heads}"
-
-
-class Operands(NamedTuple):
-    """What the operator ``focused_difference`` takes, in its order.
-
-    Attributes:
-        z1: Z, (b, n, d).
-        z2: Z', (b, n, d).
-        r1: Kernel router of Z, (factors, d).
-        r2: Of Z'.
-        rd: Difference router of (phi(Z), phi(Z')), (factors', 2 d).
-        gammas: Exponents of Z and Z', (2, factors) in float32.
-        lambdas: (factors',) in float32.
-        gate: (b, n) of value 1, by which Z' counts as multiplied; the router of its projection
-            learns from the gate's gradient.
-        key_sum: (b, d) in float32, or None. Given, each head's part of the result is divided by
-            its part of phi(Z) . key_sum, plus eps.
-        eps: See there.
-        heads: How many divide the result.
-        learn: Whether routers get the straight-through gradient of "ste".
-        save: Whether what the backward needs is returned too.
-    """
-
-    z1: Tensor
-    z2: Tensor
-    r1: Tensor
-    r2: Tensor
-    rd: Tensor
-    gammas: Tensor
-    lambdas: Tensor
-    gate: Tensor | None
-    key_sum: Tensor | None
-    eps: float
-    heads: int
-    learn: bool
-    save: bool
-
-
-# The same as torch's schemas write it.
-SCHEMA = (
-    "Tensor z1, Tensor z2, Tensor r1, Tensor r2, Tensor rd, Tensor gammas, Tensor lambdas, "
-    "Tensor? gate, Tensor? key_sum, float eps, int heads, bool learn, bool save"
-)
 
 
 def _forward_macs(*args: Any, **_: Any) -> int:

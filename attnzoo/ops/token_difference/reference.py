@@ -15,7 +15,7 @@ from attnzoo.ops.routed_linear import (
     routed_linear,
     routed_scalar,
 )
-from attnzoo.ops.token_difference import Weights
+from attnzoo.ops.token_difference.operands import Weights
 
 
 def focused_difference(

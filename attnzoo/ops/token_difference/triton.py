@@ -19,7 +19,7 @@ from torch import Tensor
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map.triton import _pivot, _unit_power
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
-from attnzoo.ops.token_difference import SCHEMA, Operands, Weights
+from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
     _columns,
     _of_head,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.power_map.triton import _unit_power
-from attnzoo.ops.token_difference import SCHEMA, Operands
+from attnzoo.ops.token_difference.operands import SCHEMA, Operands
 from attnzoo.ops.triton_common import (
     _LN2,
     _NORMAL,
