@@ -294,12 +294,12 @@ class TestBadModels:
         pixels, others = (to_uint8(torch.from_numpy(render(p, 32))) for p in (truth, other))
         same_side = np.sign(truth.center[:, 0, 0]) == np.sign(other.center[:, 0, 0])
         mixed = torch.where(torch.from_numpy(upper)[None, :, None, None], pixels, others)
-        verdict = classify_shapes(mixed[torch.from_numpy(same_side)].numpy(), "long-range")
+        judgement = classify_shapes(mixed[torch.from_numpy(same_side)].numpy(), "long-range")
         wanted = (truth.labels == other.labels)[same_side]
-        assert ((verdict.classes[:, 0] == verdict.classes[:, 1]) == wanted).all()
+        assert ((judgement.classes[:, 0] == judgement.classes[:, 1]) == wanted).all()
         colors = (truth.foreground == other.foreground).all(1)[same_side]
-        assert ((verdict.palette[:, 0] == verdict.palette[:, 1]) == colors).all()
-        scores = shape_scores(verdict, truth.labels[same_side], verdict, "long-range")
+        assert ((judgement.palette[:, 0] == judgement.palette[:, 1]) == colors).all()
+        scores = shape_scores(judgement, truth.labels[same_side], judgement, "long-range")
         assert scores["agreement"] == (wanted & colors).mean() < scores["agreement_colour"]
         assert scores["agreement_class"] == wanted.mean() < scores["class_accuracy"]
 
@@ -360,15 +360,14 @@ class TestWhatIsKept:
         prepare_real(RealImages(data="digits", resolution=8), 40, tmp_path / "there")
         assert sorted(tmp_path.glob("there/*")) == before
 
-    def test_the_classifiers_verdict_on_real_shapes(self, tmp_path, monkeypatch):
+    def test_the_classifiers_judgement_of_real_shapes(self, tmp_path, monkeypatch):
         pixels = to_uint8(torch.from_numpy(render(shape_parameters(1, "test", range(20)), 16)))
         first = classified_shapes(pixels, "easy", tmp_path)
         plain = classify_shapes(pixels.numpy(), "easy")
         monkeypatch.setattr(reference_module, "classify_shapes", None)
         again = classified_shapes(pixels, "easy", tmp_path)
-        for name, values in vars(plain).items():
-            assert np.array_equal(values, vars(first)[name])
-            assert np.array_equal(values, vars(again)[name])
+        for wanted, *found in zip(plain, first, again, strict=True):
+            assert all(np.array_equal(wanted, values) for values in found)
         with pytest.raises(TypeError):
             classified_shapes(255 - pixels, "easy", tmp_path)
 

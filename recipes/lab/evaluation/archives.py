@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 import zlib
@@ -17,6 +18,11 @@ from torch import Tensor
 from recipes.lab.console import UserError
 from recipes.lab.files import opened_whole
 
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
 
 def read_npz(file: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """The arrays of these names that an .npz holds.
@@ -30,57 +36,32 @@ def read_npz(file: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     Raises:
         UserError: The file cannot be read, or one of these arrays is not what its header says.
     """
-    found = {}
     try:
         with zipfile.ZipFile(file) as archive:
             members = set(archive.namelist())
-            for name in names:
-                if f"{name}.npy" in members:
-                    found[name] = _array(archive, f"{name}.npy")
+            return {n: _array(archive, f"{n}.npy") for n in names if f"{n}.npy" in members}
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, MemoryError, NotImplementedError, RuntimeError, zlib.error,
             zipfile.BadZipFile) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file} cannot be read as an .npz: {reason}") from error
-    return found
 
 
 def _array(archive: zipfile.ZipFile, member: str) -> NDArray[Any]:
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
+        if version not in _HEADERS:
             raise ValueError(f"{member} is of version {version}")
-        shape, is_fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError(f"{member} holds Python objects")
-        size = dtype.itemsize
-        for side in shape:
-            if side < 0:
-                raise ValueError(f"{member} has the shape {shape}")
-            size *= side
+        shape, _, dtype = _HEADERS[version](stream)
+        size = dtype.itemsize * math.prod(shape)
         held = archive.getinfo(member).file_size - stream.tell()
-        if size != held:
+        if min(shape, default=0) < 0 or size != held:
             raise ValueError(f"{member} should hold {size} bytes by its header, and has {held}")
-        if size > _memory():
+        if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise ValueError(f"{member} takes {size / 1e9:.0f} GB, more than this machine has")
-        content = bytearray(size)
-        view, filled = memoryview(content), 0
-        while filled < size:
-            count = stream.readinto(view[filled:])  # pyright: ignore[reportAttributeAccessIssue]
-            if not count:
-                raise EOFError(f"{member} ends early")
-            filled += count
-    flat = np.frombuffer(content, dtype=dtype)
-    return flat.reshape(shape, order="F" if is_fortran else "C")
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def save_npz(file: Path, pixels: Tensor, **arrays: Any) -> None:

@@ -14,17 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from recipes.lab.console import UserError
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
-from recipes.lab.evaluation.features import (
-    Extractor,
-    Features,
-    SmallCNN,
-    accuracy_floor,
-    require_accuracy,
-    smallcnn_of,
-)
+from recipes.lab.evaluation.features import Extractor, Features, SmallCNN, smallcnn_of
 from recipes.lab.evaluation.measure import Measure
 from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
 from recipes.lab.evaluation.reference import Reference
@@ -88,34 +81,29 @@ def evaluate(
     """
     plan = plan or Plan()
     config = run.config()
-    names = _names_of_scales(cfgs) if images is None else {}
+    class_names = config["data"]["class_names"]
+    cache = cache or default_cache(run)
     accelerator = make_accelerator()
-    cached_in = cache or default_cache(run)
-    draw = None
+    names: dict[str, float] = {}
+    draw = given = None
     if images is None:
+        names = _names_of_scales(cfgs)
         _check_plan(plan)
         checkpoint = on_main(accelerator, lambda: read_checkpoint(run, plan.weights))
         draw = RunSampler(
-            run,
-            plan.weights,
-            accelerator.device,
-            vae=vae,
-            imports=imports,
-            checkpoint=checkpoint,
+            run, plan.weights, accelerator.device, vae=vae, imports=imports, checkpoint=checkpoint
         )
         del checkpoint
         for cfg in names.values():
             draw.check(cfg=cfg, **plan.sampling())
     elif vae is not None or npz is not None:
         raise UserError("--images measures a file as it is: drop --vae and --npz")
-    on_main(accelerator, lambda: _check_places(run, cached_in, npz, names))
-
-    given = None if images is None else _given_images(images, len(config["data"]["class_names"]))
+    on_main(accelerator, lambda: _check_places(run, cache, npz, names))
+    if images is not None:
+        given = _given_images(images, len(class_names))
     source, reason = real_images(run, config, real)
     compared = Reference.of_file(reference) if reference else None
-    shape = _shape(config, draw, given)
-    needs_real = compared is None or extractor == "smallcnn"
-    if source is None and needs_real:
+    if source is None and (compared is None or extractor == "smallcnn"):
         what = (
             "the small evaluator is trained on real images" if compared else "nothing to compare"
         )
@@ -123,39 +111,43 @@ def evaluate(
             f"{reason}, and {what}: pass --real FOLDER with real images by class, or --reference "
             f"FILE.npz with --extractor inception"
         )
+    shape = _shape(config, draw, given)
     train = test = None
     with accelerator.main_process_first():
         if source is not None:
             train, test = source.open()
-            has = (test.channels, test.resolution, test.resolution)
-            shape = shape or has
+            has = (test.resolution, test.resolution, test.channels)
             _check_size(has, shape, repr(source.data))
-        see = _extractor(extractor, weights_file, source, train, test, cached_in, progress)
+        see = _extractor(extractor, weights_file, source, train, test, cache, progress)
     if given is not None:
-        _check_size(_shape_of(given.pixels), shape, str(images))
+        _check_size(given.pixels.shape[1:], shape, str(images))
     if compared is not None and compared.pixels is not None:
-        _check_size(_shape_of(compared.pixels), shape, str(reference))
+        _check_size(compared.pixels.shape[1:], shape, compared.source)
 
     # The exact classifier knows the shapes, whoever else looks.
     level = source.level if source is not None and source.kind == "shapes" else None
     warnings: list[str] = []
     if isinstance(see, SmallCNN) and source is not None:
-        try:
-            require_accuracy(see, source.kind)
-        except UserError as error:
+        floor = entry_of(source.kind).accuracy_floor
+        if see.accuracy < floor:
+            weak = (
+                f"the evaluator recognizes only {see.accuracy:.1%} of real {source.kind} images, "
+                f"and below {floor:.0%} it measures nothing; choose a higher resolution or "
+                f"another one"
+            )
             if level is None:
-                raise
-            warnings.append(f"{error}; only the exact classifier's numbers are given")
+                raise UserError(weak)
+            warnings.append(f"{weak}; only the exact classifier's numbers are given")
             see = None
     ours = None if test is None else Reference.of_dataset(test, "test")
     compared = compared or ours
-    assert compared is not None and shape is not None
-    if see is not None and compared.pool is not None:
+    assert compared is not None
+    if see is not None and compared.moments:
         _check_width(see, compared, shape)
     shapes = None
     if level is not None and ours is not None and ours.pixels is not None:
         shapes = ours.pixels, level
-    measure = Measure(see, compared, config["data"]["class_names"], cached_in, shapes)
+    measure = Measure(see, compared, class_names, cache, shapes)
 
     # All processes take part in generating and in looking; the first one puts it together.
     results: dict[str, dict[str, Any]] = {}
@@ -177,30 +169,28 @@ def evaluate(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
-    floor: dict[str, Any] = {}
-    if train is not None:
-        pixels, labels = fresh_images(train, plan.samples)
-        fresh = Images(pixels, labels, torch.ones(len(labels), dtype=torch.bool))
-        floor, _, unmeasured["real images"] = measure(
-            fresh, see(pixels) if see else None, are_real=True
+    real_floor: dict[str, Any] = {}
+    described = None
+    if source is not None and train is not None:
+        fresh = Images.all_finite(*fresh_images(train, plan.samples))
+        real_floor, _, unmeasured["real images"] = measure(
+            fresh, see(fresh.pixels) if see else None, are_real=True
         )
         if isinstance(see, SmallCNN):
             # It may have been trained on these very images.
-            floor[label_of("class_accuracy", see.name)] = see.accuracy
-    warnings += _lines_of(unmeasured)
-    settings = config["settings"]
+            real_floor[label_of("class_accuracy", see.name)] = see.accuracy
+        described = {name: getattr(source, name) for name in ("data", "class_count", "class_seed")}
+        described["sha256"] = train.identity()["sha256"]
     result = {
         "run": str(run.folder),
-        "attn": settings["attn"],
-        "data": settings["data"],
-        "level": settings["level"],
-        "resolution": shape[1],
+        **{name: config["settings"][name] for name in ("attn", "data", "level")},
+        "resolution": shape[0],
         "results": results,
-        "real_floor": floor,
+        "real_floor": real_floor,
         "not_measured": {name: reasons for name, reasons in unmeasured.items() if reasons},
-        "warnings": warnings,
+        "warnings": warnings + _lines_of(unmeasured),
         "evaluator": _describe_extractor(see, source),
-        "real": _describe_real(source, train),
+        "real": described,
         "reference": {
             "source": compared.source,
             "count": None if compared.pixels is None else len(compared.pixels),
@@ -233,13 +223,11 @@ def _check_plan(plan: Plan) -> None:
 
 
 def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
-    require_writable(cache / "evaluator.safetensors")
-    require_writable(run.metrics_file)
+    places = [cache / "evaluator.safetensors", run.metrics_file]
     if names:
-        require_writable(refuse_links(run.folder, run.evaluation / "trial"))
-    if npz is not None:
-        for name in names:
-            require_writable(npz / f"cfg-{name}.npz")
+        places.append(refuse_links(run.folder, run.evaluation / "trial"))
+    for place in places + [npz / f"cfg-{name}.npz" for name in names if npz is not None]:
+        require_writable(place)
 
 
 def _given_images(file: Path, num_classes: int) -> Images:
@@ -257,43 +245,35 @@ def _given_images(file: Path, num_classes: int) -> Images:
             f"{file} holds the label {int(outside[0])}, and the run has the classes 0 to "
             f"{num_classes - 1}"
         )
-    return Images(pixels, labels, torch.ones(len(pixels), dtype=torch.bool))
+    return Images.all_finite(pixels, labels)
 
 
 def _shape(
     config: Mapping[str, Any], draw: RunSampler | None, given: Images | None
-) -> tuple[int, int, int] | None:
-    """(c, h, w) of the run's images, or None where only real images can say it."""
+) -> tuple[int, int, int]:
+    """(h, w, c) of the run's images; a VAE's channels go by the images that are given."""
     if draw is not None:
-        return draw.image_shape
-    data = config["data"]
-    if data.get("latent") is None:
-        return data["channels"], data["resolution"], data["resolution"]
-    side = data["resolution"] * data["latent"]["factor"]
-    return (given.pixels.shape[-1] if given else 3), side, side
+        channels, height, width = draw.image_shape
+        return height, width, channels
+    assert given is not None
+    data, latent = config["data"], config["data"].get("latent")
+    side = data["resolution"] * (latent["factor"] if latent else 1)
+    return side, side, given.pixels.shape[-1] if latent else data["channels"]
 
 
-def _shape_of(pixels: torch.Tensor) -> tuple[int, int, int]:
-    height, width, channels = pixels.shape[1:]
-    return channels, height, width
-
-
-def _check_size(
-    has: tuple[int, int, int], wanted: tuple[int, int, int] | None, source: str
-) -> None:
-    if wanted is None or has == wanted:
-        return
-    text, other = ("x".join(map(str, (h, w, c))) for c, h, w in (has, wanted))
-    raise UserError(
-        f"{source} holds images of {text}, but the run's are {other}; compare at one resolution"
-    )
+def _check_size(has: Sequence[int], wanted: Sequence[int], source: str) -> None:
+    if tuple(has) != tuple(wanted):
+        text, other = ("x".join(map(str, shape)) for shape in (has, wanted))
+        raise UserError(
+            f"{source} holds images of {text}, but the run's are {other}; compare at one "
+            f"resolution"
+        )
 
 
 def _check_width(see: Extractor, compared: Reference, shape: tuple[int, int, int]) -> None:
-    channels, height, width = shape
-    found = see(torch.zeros(2, height, width, channels, dtype=torch.uint8))
-    for kind in ("pool", "spatial"):
-        has, wanted = len(getattr(compared, kind).mean), getattr(found, kind).shape[1]
+    found = see(torch.zeros(2, *shape, dtype=torch.uint8))
+    for kind, moments in compared.moments.items():
+        has, wanted = len(moments.mean), getattr(found, kind).shape[1]
         if has != wanted:
             raise UserError(
                 f"{compared.source} holds statistics of {has} {kind} features, and {see.name} has "
@@ -335,13 +315,8 @@ def _look(
     """The images, and their features in the images' order whichever process computed them."""
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = generate(
-        run,
-        plan,
-        rank=rank,
-        world=world,
-        progress=progress and accelerator.is_main_process,
-        draw=draw,
-    )
+        run, plan, rank=rank, world=world, draw=draw, progress=progress and rank == 0
+    )  # fmt: skip
     accelerator.wait_for_everyone()
     shown = read_shards(folder, plan)
     if extractor is None:
@@ -387,33 +362,19 @@ def _describe_extractor(
     if isinstance(extractor, SmallCNN) and source is not None:
         found |= {
             "accuracy_on_real": extractor.accuracy,
-            "accuracy_floor": accuracy_floor(source.kind),
+            "accuracy_floor": entry_of(source.kind).accuracy_floor,
             "features": "standardized by real training images",
         }
     return found
 
 
-def _describe_real(source: RealImages | None, train: ImageDataset | None) -> dict[str, Any] | None:
-    if source is None or train is None:
-        return None
-    return {
-        "data": source.data,
-        "class_count": source.class_count,
-        "class_seed": source.class_seed,
-        "sha256": train.identity()["sha256"],
-    }
-
-
 def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) -> dict[str, Any]:
     latent = config["data"].get("latent")
     return {
-        "samples": plan.samples,
-        "steps": plan.steps,
+        **{name: getattr(plan, name) for name in ("samples", "steps", "seed", "weights")},
         "sampler": plan.sampler or draw.diffusion.default_sampler,
         "guided_channels": plan.cfg_channels or "all",
-        "seed": plan.seed,
         "labels": f"{plan.labels}, shuffled",
-        "weights": plan.weights,
         "weights_sha256": draw.checkpoint.digest,
         "trained_steps": draw.checkpoint.step,
         "vae_sha256": latent["sha256"] if latent else None,

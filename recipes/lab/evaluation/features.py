@@ -8,6 +8,7 @@ Inception's numbers carry the bare names: ``FID``, against ``FID[smallcnn]``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from recipes.lab.console import UserError, printable
+from recipes.lab.console import printable
 from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.data.order import batch_indices
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation.cache import cached, key_digest
+from recipes.lab.files import sha256
 
 ARCHITECTURE = "smallcnn-1"  # part of the cache's key: change it with anything below
 POOL_DIM = 64
@@ -28,6 +30,7 @@ SPATIAL_CHANNELS = 7  # as many as sFID takes of Inception
 SPATIAL_SIDE = 3
 BATCH_SIZE = 128
 STATISTICS_IMAGES = 2048
+UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
 
 
 class Features(NamedTuple):
@@ -71,28 +74,25 @@ class Extractor(Protocol):
         ...
 
 
+@dataclasses.dataclass
 class CustomExtractor:
     """Any callable as an extractor.
 
-    Args:
+    Attributes:
         name: What the numbers are labeled with.
         function: (n, h, w, c) uint8 -> ``Features``.
-        digest: Tells one version of the function from another.
+        digest: Tells one version of the function from another; of an unknown one nothing is
+            cached.
         knows_classes: Whether its logits are of the data's classes.
     """
 
-    def __init__(
-        self,
-        name: str,
-        function: Callable[[Tensor], Features],
-        digest: str = "unknown",
-        knows_classes: bool = False,
-    ) -> None:
-        self.name, self.digest, self.knows_classes = name, digest, knows_classes
-        self._function = function
+    name: str
+    function: Callable[[Tensor], Features]
+    digest: str = UNKNOWN
+    knows_classes: bool = False
 
     def __call__(self, images: Tensor) -> Features:
-        return self._function(images)
+        return self.function(images)
 
 
 class SmallCNN(nn.Module):
@@ -112,21 +112,19 @@ class SmallCNN(nn.Module):
 
     def __init__(self, channels: int, classes: int, resolution: int) -> None:
         super().__init__()
-        widths = (16, 32, POOL_DIM)
         first_stride = max(1, resolution // 12)  # leaves about twelve pixels to look at
-        self.stages = nn.ModuleList()
-        for index, width in enumerate(widths):
-            before = widths[index - 1] if index else channels
-            self.stages.append(
-                nn.Sequential(
-                    nn.Conv2d(before, width, 3, stride=2 if index else first_stride, padding=1),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                    nn.Conv2d(width, width, 3, padding=1),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                )
+        shapes = ((channels, 16, first_stride), (16, 32, 2), (32, POOL_DIM, 2))
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, width, 3, stride=stride, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
             )
+            for before, width, stride in shapes
+        )
         self.head = nn.Linear(POOL_DIM, classes)
         spatial_dim = SPATIAL_CHANNELS * SPATIAL_SIDE**2
         for kind, dim in (("pool", POOL_DIM), ("spatial", spatial_dim)):
@@ -161,13 +159,7 @@ def _scaled(images: Tensor) -> Tensor:
 
 
 def smallcnn_of(
-    train: ImageDataset,
-    test: ImageDataset,
-    kind: str,
-    *,
-    cache: Path,
-    steps: int | None = None,
-    progress: bool = False,
+    train: ImageDataset, test: ImageDataset, kind: str, *, cache: Path, progress: bool = False
 ) -> SmallCNN:
     """The extractor of a data set: loaded from the cache, or trained and put there.
 
@@ -176,25 +168,26 @@ def smallcnn_of(
         test: What its accuracy is measured on.
         kind: See ``RealImages``.
         cache: Folder of trained extractors.
-        steps: Optimizer steps of its training; None takes what suits the data.
         progress: Whether to say what takes the time.
 
     Returns:
-        In eval mode. Its accuracy may lie below ``accuracy_floor``: ask before using it.
+        In eval mode. Its accuracy may lie below the data's ``accuracy_floor``: ask before using
+        it.
 
     Raises:
         CannotWrite: It has to be trained, and cannot be put into the cache.
     """
-    steps = steps or entry_of(kind).classifier_steps
-    key = {
-        "architecture": ARCHITECTURE,
-        "images": train.identity()["sha256"],
-        # What reading makes of them: the first ones show it.
-        "pixels": image_digest(train, 64),
-        "resolution": train.resolution,
-        "classes": train.num_classes,
-        "steps": steps,
-    }
+    steps = entry_of(kind).classifier_steps
+    key = key_digest(
+        architecture=ARCHITECTURE,
+        images=train.identity()["sha256"],
+        pixels=_image_digest(train, 64),  # what reading makes of them: the first ones show it
+        resolution=train.resolution,
+        classes=train.num_classes,
+        steps=steps,
+    )
+    # A folder's name may be anything, and is no part of what it holds.
+    file = cache / f"{ARCHITECTURE}-{kind}-{train.resolution}-{key}.safetensors"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def make() -> dict[str, Tensor]:
@@ -207,19 +200,17 @@ def smallcnn_of(
             _fit(trained, train, steps)
         return trained.state_dict()
 
-    # A folder's name may be anything, and is no part of what it holds.
-    file = cache / f"{ARCHITECTURE}-{kind}-{train.resolution}-{key_digest(**key)}.safetensors"
     model = SmallCNN(train.channels, train.num_classes, train.resolution)
     model.load_state_dict(cached(file, make))
     model = model.to(device).eval()
-    model.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    model.digest = sha256(file)
+    shown = min(len(test), 2000)
 
     def accuracy() -> dict[str, Tensor]:
         images, labels = test.batch(torch.arange(shown))
         return {"share": (model(to_uint8(images)).logits.argmax(1) == labels).double().mean()}
 
-    shown = min(len(test), 2000)
-    tried = key_digest(evaluator=model.digest, images=image_digest(test, shown))
+    tried = key_digest(evaluator=model.digest, images=_image_digest(test, shown))
     model.accuracy = cached(cache / f"accuracy-{tried}.safetensors", accuracy)["share"].item()
     return model
 
@@ -249,22 +240,7 @@ def _fit(model: SmallCNN, train: ImageDataset, steps: int) -> None:
         getattr(model, f"{kind}_std").copy_(std + 1e-3 * values.std())
 
 
-def accuracy_floor(kind: str) -> float:
-    """Least accuracy on real images with which the small network may classify generated ones."""
-    return entry_of(kind).accuracy_floor
-
-
-def require_accuracy(extractor: SmallCNN, kind: str) -> None:
-    """Raises UserError where the network is too weak on real images to classify generated ones."""
-    floor = accuracy_floor(kind)
-    if extractor.accuracy < floor:
-        raise UserError(
-            f"the evaluator recognizes only {extractor.accuracy:.1%} of real {kind} images, and "
-            f"below {floor:.0%} it measures nothing; choose a higher resolution or another one"
-        )
-
-
-def image_digest(dataset: ImageDataset, count: int) -> str:
+def _image_digest(dataset: ImageDataset, count: int) -> str:
     """SHA-256 of the first pixels and labels."""
     count = count if dataset.infinite else min(count, len(dataset))
     images, labels = dataset.batch(torch.arange(count))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ from recipes.lab.evaluation.metrics import NotMeasured
 from recipes.lab.evaluation.real import RealImages, fresh_images
 from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
 from recipes.lab.evaluation.scores import FEWEST, METRICS, score, warnings_of
-from recipes.lab.evaluation.shape_classifier import Verdict, classify_shapes, shape_scores
+from recipes.lab.evaluation.shape_classifier import Judgement, classify_shapes, shape_scores
 from recipes.lab.evaluation.shards import Images
 
 
+@dataclasses.dataclass
 class Measure:
     """Measures images against one reference.
 
-    Args:
+    Attributes:
         extractor: What looks at them, or None.
         reference: What their features are compared with.
         class_names: Of the data.
@@ -30,20 +33,11 @@ class Measure:
         shapes: Real shapes and their level, where the exact classifier is to look too.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor | None,
-        reference: Reference,
-        class_names: list[str],
-        cache: Path,
-        shapes: tuple[Tensor, str] | None = None,
-    ) -> None:
-        self.extractor, self.reference, self.class_names = extractor, reference, class_names
-        self.cache, self.shapes = cache, shapes
-        self.moments = None
-        if reference.pool is not None and reference.spatial is not None:
-            self.moments = (reference.pool, reference.spatial)
-        self.count = 10**9 if reference.pixels is None else len(reference.pixels)
+    extractor: Extractor | None
+    reference: Reference
+    class_names: list[str]
+    cache: Path
+    shapes: tuple[Tensor, str] | None = None
 
     # Not before they are asked for: of several processes only the first one measures.
     @cached_property
@@ -53,7 +47,7 @@ class Measure:
         return Seen.of(self.reference, self.extractor, self.cache)
 
     @cached_property
-    def _real_shapes(self) -> Verdict | None:
+    def _real_shapes(self) -> Judgement | None:
         return None if self.shapes is None else classified_shapes(*self.shapes, self.cache)
 
     def __call__(
@@ -71,42 +65,35 @@ class Measure:
         Raises:
             UserError: Too few of them are finite.
         """
-        bad = (~images.finite).nonzero().flatten().tolist()
-        warnings = []
-        found: dict[str, Any] = {
-            "count": len(images.labels) - len(bad),
-            "not_finite": len(bad),
-            "not_finite_images": bad[:100],
-        }
+        bad, total = (~images.finite).nonzero().flatten().tolist(), len(images.labels)
+        count, warnings = total - len(bad), []
         if bad:
             shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            warnings.append(
-                f"{len(bad)} of {len(images.labels)} images are not finite and were left out: "
-                f"{shown}"
-            )
-        if found["count"] < FEWEST and not are_real:
+            warnings = [f"{len(bad)} of {total} images are not finite and were left out: {shown}"]
+        if count < FEWEST and not are_real:
             cause = "take more samples"
-            if 2 * len(bad) >= len(images.labels):
+            if 2 * len(bad) >= total:
                 cause = "the model has diverged: train it again with a lower rate"
             raise UserError(
-                f"only {found['count']} of {len(images.labels)} images are finite, and fewer than "
-                f"{FEWEST} are not measured; {cause}"
+                f"only {count} of {total} images are finite, and fewer than {FEWEST} are not "
+                f"measured; {cause}"
             )
+        found = {"count": count, "not_finite": len(bad), "not_finite_images": bad[:100]}
         reasons: dict[str, str] = {}
         labels, pixels = images.labels[images.finite], images.pixels[images.finite]
         if self.extractor is not None and features is not None:
-            kept = features.select(images.finite)
-            numbers, reasons = score(kept, labels, self._seen, self.extractor, self.moments)
+            kept, reference = features.select(images.finite), self.reference
+            numbers, reasons = score(kept, labels, self._seen, self.extractor, reference.moments)
             found |= numbers
-            warnings += warnings_of(kept, self.count, labels, self.class_names)
+            known = math.inf if reference.pixels is None else len(reference.pixels)
+            warnings += warnings_of(kept, known, labels, self.class_names)
         if self.shapes is not None and self._real_shapes is not None:
             level = self.shapes[1]
-            verdict = (
-                classified_shapes(pixels, level, self.cache)
-                if are_real
-                else classify_shapes(pixels.numpy(), level)
-            )
-            scores = shape_scores(verdict, labels.numpy(), self._real_shapes, level)
+            if are_real:
+                judgement = classified_shapes(pixels, level, self.cache)
+            else:
+                judgement = classify_shapes(pixels.numpy(), level)
+            scores = shape_scores(judgement, labels.numpy(), self._real_shapes, level)
             # The label of earlier versions, which saved tables hold.
             found |= {f"{name}[judge]": value for name, value in scores.items()}
         return found, warnings, reasons
@@ -125,11 +112,10 @@ def prepare_real(real: RealImages, samples: int, cache: Path) -> None:
     reference = Reference.of_dataset(test, "test")
     fresh, _ = fresh_images(train, samples)
     seen = Seen.of(reference, extractor, cache)
-    for metric in METRICS.values():
+    for prepare in (metric.prepare for metric in METRICS.values() if metric.prepare):
         for count in {samples, len(fresh)}:
             with contextlib.suppress(NotMeasured):  # the evaluation says so
-                if metric.prepare is not None:
-                    metric.prepare(seen, count)
+                prepare(seen, count)
     if real.kind == "shapes" and reference.pixels is not None:
         for pixels in (reference.pixels, fresh):
             classified_shapes(pixels, real.level, cache)

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,20 +51,7 @@ class Moments:
         """Moments of (n, d) features."""
         x = _checked(features)
         mean = x.mean(0)
-        centerd = x - mean
-        return cls(len(x), mean, centerd.T @ centerd)
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan et al. 1979); no digits are lost to large means."""
-        count = self.count + other.count
-        step = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + step * (other.count / count),
-            self.scatter
-            + other.scatter
-            + torch.outer(step, step) * (self.count * other.count / count),
-        )
+        return cls(len(x), mean, (x - mean).T @ (x - mean))
 
     @classmethod
     def of_blocks(cls, blocks: Iterable[Tensor]) -> Moments:
@@ -74,6 +62,26 @@ class Moments:
         """
         return reduce(Moments.merge, map(Moments.of, blocks))
 
+    @classmethod
+    def of_statistics(cls, mean: Tensor, covariance: Tensor) -> Moments:
+        """Moments of a stored mean (d,) and covariance (d, d), of a large number of samples.
+
+        Raises:
+            NotMeasured: They are no mean and covariance.
+        """
+        count = 10**9  # the statistics do not say of how many they are
+        moments = cls(count, mean.double(), covariance.double() * (count - 1))
+        moments.check()
+        return moments
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together (Chan et al. 1979); no digits are lost to large means."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        between = torch.outer(step, step) * (self.count * other.count / count)
+        mean = self.mean + step * (other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
     @property
     def covariance(self) -> Tensor:
         """(d, d), with n - 1 in the denominator as in ADM's evaluator."""
@@ -81,28 +89,9 @@ class Moments:
             raise NotMeasured(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
-    @classmethod
-    def of_statistics(cls, mean: Tensor, covariance: Tensor) -> Moments:
-        """Moments of stored statistics, which do not say of how many samples they are.
-
-        A large number is assumed.
-
-        Args:
-            mean: (d,).
-            covariance: (d, d).
-
-        Raises:
-            NotMeasured: They are no mean and covariance.
-        """
-        count = 10**9
-        moments = cls(count, mean.double(), covariance.double() * (count - 1))
-        moments.check()
-        return moments
-
     def check(self) -> None:
         """Raises NotMeasured unless this is a mean with a covariance: finite, symmetric, >= 0."""
-        wide = self.mean.numel()
-        if self.mean.ndim != 1 or not wide or tuple(self.scatter.shape) != (wide, wide):
+        if self.mean.ndim != 1 or not len(self.mean) or self.scatter.shape != 2 * self.mean.shape:
             raise NotMeasured(
                 f"a mean of shape {tuple(self.mean.shape)} and a covariance of shape "
                 f"{tuple(self.scatter.shape)} do not belong together"
@@ -137,11 +126,7 @@ def frechet(one: Moments, other: Moments) -> float:
     """
     for side in (one, other):
         side.check()
-    if len(one.mean) != len(other.mean):
-        raise NotMeasured(
-            f"features of width {len(one.mean)} do not compare with width {len(other.mean)}; "
-            f"take both from one extractor"
-        )
+    _same_width(one.mean, other.mean)
     difference = one.mean - other.mean
     values, vectors = torch.linalg.eigh(one.covariance)
     kept = values > _RANK_TOLERANCE * values.max()
@@ -158,28 +143,23 @@ def frechet(one: Moments, other: Moments) -> float:
     return max(0.0, distance)  # rounding alone makes it negative
 
 
-def frechet_bias(dim: int, count: int, reference_count: int) -> float:
+def frechet_bias(dim: int, count: float, reference_count: float) -> float:
     """What ``frechet`` shows on average for two samples of one unit Gaussian: only bias."""
     return dim * (dim + 5) / 4 * (1 / count + 1 / reference_count)
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelDistance:
+class KernelDistance(NamedTuple):
     """KID with how it was estimated.
 
     Attributes:
         mean: Mean over the subsets.
         std: Standard deviation over the subsets; they overlap, so it is no error bar.
         full: The estimate from all samples at once, without any random choice.
-        subsets: Number of subsets.
-        subset_size: Samples of either side in a subset.
     """
 
     mean: float
     std: float
     full: float
-    subsets: int
-    subset_size: int
 
 
 def kid(
@@ -196,7 +176,7 @@ def kid(
     Args:
         features: (n, d).
         reference: (m, d).
-        subsets: Number of random subsets.
+        subsets: Number of random subsets, at least 1.
         subset_size: Samples of either side in each, drawn without replacement; fewer where
             there are not as many.
         seed: Of a generator of its own.
@@ -205,22 +185,15 @@ def kid(
     Raises:
         NotMeasured: There are fewer than two samples on a side, or the widths differ.
     """
-    x, y = _checked(features), _checked(reference)
-    _same_width(x, y)
+    x, y = _checked_pair(features, reference)
     in_x, in_y = (z.to(x.device) for z in _subsets(len(x), len(y), subsets, subset_size, seed))
     if within_reference is None:
         within_reference = _mean_within(y, in_y)
     n, m = in_x.sum(1), in_y.sum(1)
-    between = _kernel_sums(x, y, in_x, in_y, without_diagonal=False) / (n * m)
+    between = _kernel_sums(x, y, in_x, in_y) / (n * m)
     distance = _mean_within(x, in_x) + within_reference - 2 * between
-    of_subsets = distance[:-1]
-    return KernelDistance(
-        mean=of_subsets.mean().item() if subsets else distance[-1].item(),
-        std=of_subsets.std(unbiased=False).item() if subsets else 0.0,
-        full=distance[-1].item(),
-        subsets=subsets,
-        subset_size=min(subset_size, len(x), len(y)),
-    )
+    mean, std = distance[:-1].mean(), distance[:-1].std(unbiased=False)
+    return KernelDistance(mean.item(), std.item(), distance[-1].item())
 
 
 def kernel_within(
@@ -231,9 +204,9 @@ def kernel_within(
     Args:
         reference: (m, d).
         count: Number n of the features that are to be compared with it.
-        subsets: As for ``kid``.
-        subset_size: As for ``kid``.
-        seed: As for ``kid``.
+        subsets: This and the following as for ``kid``.
+        subset_size: See there.
+        seed: See there.
     """
     y = _checked(reference)
     in_y = _subsets(count, len(y), subsets, subset_size, seed)[1]
@@ -264,19 +237,16 @@ def _subsets(
 
 def _mean_within(x: Tensor, in_x: Tensor) -> Tensor:
     n = in_x.sum(1)
-    return _kernel_sums(x, x, in_x, in_x, without_diagonal=True) / (n * (n - 1))
+    diagonal = in_x @ (((x * x).sum(1) / x.shape[1] + 1) ** 3)
+    return (_kernel_sums(x, x, in_x, in_x) - diagonal) / (n * (n - 1))
 
 
-def _kernel_sums(
-    x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor, without_diagonal: bool
-) -> Tensor:
+def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
     total = x.new_zeros(len(in_x))
     for start in range(0, len(x), _TILE):
         rows = slice(start, start + _TILE)
         kernel = (x[rows] @ y.T / x.shape[1] + 1) ** 3  # (tile, m)
         total += (in_x[:, rows] * (in_y @ kernel.T)).sum(1)
-    if without_diagonal:
-        total -= in_x @ (((x * x).sum(1) / x.shape[1] + 1) ** 3)
     return total
 
 
@@ -320,8 +290,7 @@ def precision_recall(
     Returns:
         Precision and recall, fractions. Two samples of one distribution do not score 1.
     """
-    x, y = _checked(features), _checked(reference)
-    _same_width(x, y)
+    x, y = _checked_pair(features, reference)
     x_radius, y_radius = radii(x, k), radii(y, k) if reference_radii is None else reference_radii
     is_real = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     is_reached = torch.zeros(len(y), dtype=torch.bool, device=x.device)
@@ -347,8 +316,7 @@ def density_coverage(
     Returns:
         Density (about 1 for the same distribution, may exceed it) and coverage (at most 1).
     """
-    x, y = _checked(features), _checked(reference)
-    _same_width(x, y)
+    x, y = _checked_pair(features, reference)
     radius = radii(y, k) if reference_radii is None else reference_radii
     inside = 0
     is_covered = torch.zeros(len(y), dtype=torch.bool, device=x.device)
@@ -399,9 +367,15 @@ def _checked(features: Tensor) -> Tensor:
     return features.double()
 
 
+def _checked_pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = _checked(features), _checked(reference)
+    _same_width(x, y)
+    return x, y
+
+
 def _same_width(x: Tensor, y: Tensor) -> None:
-    if x.shape[1] != y.shape[1]:
+    if x.shape[-1] != y.shape[-1]:
         raise NotMeasured(
-            f"features of width {x.shape[1]} do not compare with width {y.shape[1]}; "
+            f"features of width {x.shape[-1]} do not compare with width {y.shape[-1]}; "
             f"take both from one extractor"
         )

@@ -73,20 +73,18 @@ class RealImages:
             UserError: They are missing, too few, or others than the run was trained on.
         """
         options = {"resolution": self.resolution, "level": self.level}
-        train = load_dataset(
-            self.data,
-            **options,
-            strict=self.strict,
-            class_count=self.class_count,
-            class_seed=self.class_seed,
-        )
+        chosen = {name: getattr(self, name) for name in ("strict", "class_count", "class_seed")}
+        train = load_dataset(self.data, **options, **chosen)
         if self.class_names is not None and train.class_names != self.class_names:
             differing = sorted({*train.class_names} ^ {*self.class_names}) or ["their order"]
             raise UserError(
                 f"the classes of {self.data!r} are not the run's {len(self.class_names)}: "
                 f"{', '.join(differing[:5])} differ; pass --real FOLDER with a sub-folder for each"
             )
-        if self.identity is not None and self._identity_of(train) != self.identity:
+        found = None if self.identity is None else train.identity()["sha256"]
+        if found is not None and self.encoded_by is not None:
+            found = encoded_identity(found, *self.encoded_by)
+        if found != self.identity:
             raise UserError(
                 f"the images of {self.data!r} have changed since the run was trained on them: "
                 f"restore them, or pass --real FOLDER to measure with what is there now"
@@ -100,10 +98,6 @@ class RealImages:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         cut = max(1, round(HELD_OUT * len(train)))
         return _Part(train, order[cut:]), _Part(train, order[:cut])
-
-    def _identity_of(self, train: ImageDataset) -> str:
-        found = train.identity()["sha256"]
-        return encoded_identity(found, *self.encoded_by) if self.encoded_by else found
 
 
 class _Part(ImageDataset):
@@ -142,32 +136,26 @@ def real_images(
     """
     settings, data = config["settings"], config["data"]
     latent = data.get("latent")
+    names = tuple(data["class_names"])
     choice = {
         "resolution": data["resolution"] * (latent["factor"] if latent else 1),
         "strict": bool(settings.get("strict", False)),
         "class_count": settings.get("class_count"),
         "class_seed": settings.get("class_seed", 0),
+        "class_names": names,
     }
-    names = tuple(data["class_names"])
     if real is not None:
-        return _given(str(real), data["class_names"], choice), ""
-    identity = data.get("identity") or {}
-    if latent is None:
+        return _given(str(real), choice), ""
+    if latent is None or settings.get("vae"):  # its own images, encoded on the fly or as they are
+        identity = data.get("identity") or {}
+        is_of_images = latent is None or identity.get("kind", "").startswith("encoded ")
         images = RealImages(
-            data=settings["data"], level=settings["level"], identity=identity.get("sha256"),
-            class_names=names, **choice,
-        )  # fmt: skip
-        return images, ""
-    if settings.get("vae"):  # encoded on the fly: its own images
-        images = RealImages(
-            data=settings["data"], level=settings["level"], class_names=names, **choice
+            data=settings["data"],
+            level=settings["level"],
+            identity=identity.get("sha256") if is_of_images else None,
+            encoded_by=(latent, data["resolution"]) if latent else None,
+            **choice,
         )
-        if identity.get("kind", "").startswith("encoded "):
-            images = dataclasses.replace(
-                images,
-                identity=identity.get("sha256"),
-                encoded_by=(latent, data["resolution"]),
-            )
         return images, ""
     source = data.get("source") or _source_of(settings["data"])
     if not isinstance(source, Mapping) or not isinstance(source.get("folder"), str):
@@ -185,18 +173,17 @@ def real_images(
     return images, ""
 
 
-def _given(real: str, class_names: list[str], choice: Mapping[str, Any]) -> RealImages:
-    names = tuple(class_names)
+def _given(real: str, choice: dict[str, Any]) -> RealImages:
     folder = Path(real).expanduser()
     if not folder.is_dir():
         raise UserError(f"--real {real!r} is no folder; give one with a sub-folder per class")
     if is_latent_folder(real):
         raise UserError(f"--real {real!r} holds latents; give the folder of images")
     # Either all classes that the run's were drawn from, or just those.
-    if find_images(training_folder(folder)).classes == names:
-        choice = {**choice, "class_count": None}
+    if find_images(training_folder(folder)).classes == choice["class_names"]:
+        choice = choice | {"class_count": None}
     # The whole path, because a known name such as digits would win over a folder.
-    return RealImages(data=str(folder.resolve()), class_names=names, **choice)
+    return RealImages(data=str(folder.resolve()), **choice)
 
 
 def _source_of(data: str) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation.archives import load_npz, read_npz
 from recipes.lab.evaluation.cache import cached, key_digest
-from recipes.lab.evaluation.features import Extractor, Features
+from recipes.lab.evaluation.features import UNKNOWN, Extractor, Features
 from recipes.lab.evaluation.metrics import Moments, NotMeasured
-from recipes.lab.evaluation.shape_classifier import Verdict, classify_shapes
+from recipes.lab.evaluation.shape_classifier import Judgement, classify_shapes
 from recipes.lab.files import sha256
 from recipes.lab.provenance import code_digest
 
-_STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # as ADM's reference batches call them
-UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
+# Mean and covariance of either kind of features, as ADM's reference batches call them.
+_STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +40,21 @@ class Reference:
 
     Attributes:
         pixels: (m, h, w, c) uint8, or None where only statistics are known.
-        labels: (m,) int64 or None.
-        pool: Stored moments of pool features (an ADM reference batch), or None.
-        spatial: The same of spatial features.
+        moments: Stored ones of "pool" and "spatial" features (an ADM reference batch), or none.
         source: Where they come from.
         digest: SHA-256 of images or file.
     """
 
     pixels: Tensor | None
-    labels: Tensor | None
-    pool: Moments | None
-    spatial: Moments | None
+    moments: Mapping[str, Moments]
     source: str
     digest: str
 
     @classmethod
     def of_dataset(cls, dataset: ImageDataset, source: str) -> Reference:
         """All images of a finite data set."""
-        images, labels = dataset.batch(torch.arange(len(dataset)))
-        pixels = to_uint8(images)
-        return cls(pixels, labels, None, None, source, _pixel_digest(pixels))
+        pixels = to_uint8(dataset.batch(torch.arange(len(dataset)))[0])
+        return cls(pixels, {}, source, _pixel_digest(pixels))
 
     @classmethod
     def of_file(cls, file: Path) -> Reference:
@@ -68,32 +63,31 @@ class Reference:
         Raises:
             UserError: It holds neither, or what is no statistics.
         """
-        pixels, labels = load_npz(file)
-        stored = read_npz(file, _STATISTICS)
-        pool = spatial = None
-        if len(stored) == len(_STATISTICS):
-            try:
-                pool = _moments(stored["mu"], stored["sigma"])
-                spatial = _moments(stored["mu_s"], stored["sigma_s"])
-            except NotMeasured as error:
-                raise UserError(f"the statistics in {file} cannot be used: {error}") from error
-        elif pixels is None:
+        pixels, _ = load_npz(file)
+        names = [name for pair in _STATISTICS.values() for name in pair]
+        stored = read_npz(file, names)
+        if pixels is None and len(stored) < len(names):
             there = f" all of: there is only {', '.join(stored)}" if stored else ""
             raise UserError(
-                f"{file} holds neither images (arr_0) nor statistics "
-                f"({', '.join(_STATISTICS)}){there}"
+                f"{file} holds neither images (arr_0) nor statistics ({', '.join(names)}){there}"
             )
         if pixels is not None and not len(pixels):
             raise UserError(f"{file} holds no images: arr_0 is empty")
-        return cls(pixels, labels, pool, spatial, str(file), sha256(file))
+        moments = {}
+        try:
+            for kind, pair in _STATISTICS.items() if len(stored) == len(names) else ():
+                moments[kind] = Moments.of_statistics(
+                    *(_float64(name, stored[name]) for name in pair)
+                )
+        except NotMeasured as error:
+            raise UserError(f"the statistics in {file} cannot be used: {error}") from error
+        return cls(pixels, moments, str(file), sha256(file))
 
 
-def _moments(mean: NDArray[Any], covariance: NDArray[Any]) -> Moments:
-    for name, array in (("mean", mean), ("covariance", covariance)):
-        if array.dtype.kind not in "fiu":
-            raise NotMeasured(f"the {name} is of type {array.dtype}")
-    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-    return Moments.of_statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
+def _float64(name: str, array: NDArray[Any]) -> Tensor:
+    if array.dtype.kind not in "fiu":
+        raise NotMeasured(f"{name} is of type {array.dtype}")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 class Seen:
@@ -108,21 +102,17 @@ class Seen:
     def __init__(
         self, features: Features, cache: Path | None = None, digest: str | None = None
     ) -> None:
-        self.features = features
-        self._cache = cache if digest else None
-        self._digest = digest
+        self.features, self._cache, self._digest = features, cache, digest
 
     @classmethod
-    def of(cls, reference: Reference, extractor: Extractor, cache: Path | None = None) -> Seen:
+    def of(cls, reference: Reference, extractor: Extractor, cache: Path) -> Seen:
         """What an extractor sees in a reference that has images."""
-        if reference.pixels is None:
-            raise ValueError(f"{reference.source} holds statistics, but no images to look at")
-        digest = None
-        if extractor.digest != UNKNOWN:
-            digest = key_digest(
-                images=reference.digest, extractor=extractor.name, weights=extractor.digest
-            )
-        return cls(extractor(reference.pixels), cache, digest)
+        assert reference.pixels is not None
+        features = extractor(reference.pixels)
+        if extractor.digest == UNKNOWN:
+            return cls(features)
+        facts = {"extractor": extractor.name, "weights": extractor.digest}
+        return cls(features, cache, key_digest(images=reference.digest, **facts))
 
     def cached(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives of these images alone, from the cache if it is there.
@@ -138,21 +128,17 @@ class Seen:
         return cached(file, lambda: {"value": make()})["value"]
 
 
-def classified_shapes(pixels: Tensor, level: str, cache: Path) -> Verdict:
-    """The exact classifier's verdict on real images, cached."""
-    key = key_digest(
-        images=_pixel_digest(pixels),
-        level=level,
-        code=code_digest("evaluation/shape_classifier", "data/shapes"),
-    )
-    found = cached(
-        cache / f"classified-{key}.safetensors",
-        lambda: {
-            name: torch.from_numpy(z)
-            for name, z in vars(classify_shapes(pixels.numpy(), level)).items()
-        },
-    )
-    return Verdict(**{name: z.numpy() for name, z in found.items()})
+def classified_shapes(pixels: Tensor, level: str, cache: Path) -> Judgement:
+    """The exact classifier's judgement of real images, cached."""
+
+    def make() -> dict[str, Tensor]:
+        found = classify_shapes(pixels.numpy(), level)._asdict()
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+    code = code_digest("evaluation/shape_classifier", "data/shapes")
+    key = key_digest(images=_pixel_digest(pixels), level=level, code=code)
+    found = cached(cache / f"classified-{key}.safetensors", make)
+    return Judgement(**{name: values.numpy() for name, values in found.items()})
 
 
 def _pixel_digest(pixels: Tensor) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +24,7 @@ from recipes.lab.evaluation.reference import Seen
 FEWEST = 10  # images of which a run is measured at all
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBORS = {"precision": 3, "coverage": 5}
+_KINDS = {"": "pool", "s": "spatial"}  # features of FID and KID, and of sFID and sKID
 _BLOCK = 1000
 
 
@@ -33,19 +36,19 @@ class Comparison:
         features: Of the generated images, in the order of their indices.
         labels: (n,) the classes that were asked for, where the extractor knows them, or None.
         reference: The real images as the extractor sees them, or None.
-        moments: Stored moments of the reference's pool and spatial features, or None.
+        moments: Stored moments of the reference, by kind of features; may be empty.
     """
 
     features: Features
     labels: Tensor | None
     reference: Seen | None
-    moments: tuple[Moments, Moments] | None
+    moments: Mapping[str, Moments]
 
     def has(self, need: str) -> bool:
         """Whether there is what a metric needs: "images", "statistics" or "labels"."""
         if need == "labels":
             return self.labels is not None
-        return self.reference is not None or (need == "statistics" and self.moments is not None)
+        return self.reference is not None or (need == "statistics" and bool(self.moments))
 
     def pair(self, kind: str) -> tuple[Tensor, Tensor]:
         """Features of a kind ("pool", "spatial") of the generated and of the real images."""
@@ -69,112 +72,82 @@ class Metric:
 
     names: tuple[str, ...]
     measure: Callable[[Comparison], Sequence[float]]
-    lower_is_better: bool
-    needs: frozenset[str]
-    fewest: int
-    prepare: Callable[[Seen, int], Tensor] | None
+    lower_is_better: bool = False
+    needs: Collection[str] = ()
+    fewest: int = 1
+    prepare: Callable[[Seen, int], Tensor] | None = None
 
 
 METRICS: dict[str, Metric] = {}  # by first name, in the order of the report
+Function = TypeVar("Function", bound=Callable[..., Sequence[float]])
 
 
-def register_metric(
-    *names: str,
-    lower_is_better: bool = False,
-    needs: Collection[str] = (),
-    fewest: int = 1,
-    prepare: Callable[[Seen, int], Tensor] | None = None,
-) -> Callable[[Callable[[Comparison], Sequence[float]]], Callable[[Comparison], Sequence[float]]]:
-    """Puts a function into the table; see ``Metric`` for the arguments."""
+def register_metric(*names: str, **options: Any) -> Callable[[Function], Function]:
+    """Puts a function into the table; see ``Metric`` for names and options."""
 
-    def register(
-        measure: Callable[[Comparison], Sequence[float]],
-    ) -> Callable[[Comparison], Sequence[float]]:
-        METRICS[names[0]] = Metric(
-            names, measure, lower_is_better, frozenset(needs), fewest, prepare
-        )
+    def register(measure: Function) -> Function:
+        METRICS[names[0]] = Metric(names, measure, **options)
         return measure
 
     return register
 
 
-@register_metric("FID", lower_is_better=True, needs={"statistics"}, fewest=2)
-def _fid(seen: Comparison) -> list[float]:
-    return _frechet(seen, "pool", 0)
+def _frechet(kind: str, seen: Comparison) -> list[float]:
+    stored = seen.moments.get(kind)
+    ours = Moments.of_blocks(getattr(seen.features, kind).split(_BLOCK))
+    real = stored or Moments.of_blocks(seen.pair(kind)[1].split(_BLOCK))
+    return [metrics.frechet(ours, real)]
 
 
-@register_metric("sFID", lower_is_better=True, needs={"statistics"}, fewest=2)
-def _spatial_fid(seen: Comparison) -> list[float]:
-    return _frechet(seen, "spatial", 1)
+for _prefix, _kind in _KINDS.items():
+    register_metric(
+        f"{_prefix}FID", lower_is_better=True, needs={"statistics"}, fewest=2
+    )(partial(_frechet, _kind))  # fmt: skip
 
 
-def _frechet(seen: Comparison, kind: str, index: int) -> list[float]:
-    of = seen.moments[index] if seen.moments else _moments(seen.pair(kind)[1])
-    return [metrics.frechet(_moments(getattr(seen.features, kind)), of)]
-
-
-def _moments(features: Tensor) -> Moments:
-    return Moments.of_blocks(features.split(_BLOCK))
-
-
-def _kernels(kind: str) -> Callable[[Seen, int], Tensor]:
+def _kernels(kind: str, reference: Seen, count: int) -> Tensor:
     """The real images' own term of a kernel distance to a number of others."""
-
-    def prepare(reference: Seen, count: int) -> Tensor:
-        options = {"subsets": KID_SUBSETS, "subset_size": KID_SUBSET_SIZE}
-        real = getattr(reference.features, kind)
-        name = f"kernels-{kind}-{count}-{KID_SUBSETS}-{KID_SUBSET_SIZE}"
-        return reference.cached(name, lambda: metrics.kernel_within(real, count, **options))
-
-    return prepare
+    options = {"subsets": KID_SUBSETS, "subset_size": KID_SUBSET_SIZE}
+    real = getattr(reference.features, kind)
+    name = f"kernels-{kind}-{count}-{KID_SUBSETS}-{KID_SUBSET_SIZE}"
+    return reference.cached(name, lambda: metrics.kernel_within(real, count, **options))
 
 
-def _kernel_distance(seen: Comparison, kind: str) -> list[float]:
+def _kernel_distance(kind: str, seen: Comparison) -> Sequence[float]:
+    """Mean over subsets, their spread, which is no error bar, and all samples at once."""
     x, y = seen.pair(kind)
     assert seen.reference is not None
     options = {"subsets": KID_SUBSETS, "subset_size": KID_SUBSET_SIZE}
-    within = _kernels(kind)(seen.reference, len(x))
-    distance = metrics.kid(x, y, **options, within_reference=within)
-    return [distance.mean, distance.std, distance.full]
+    return metrics.kid(x, y, **options, within_reference=_kernels(kind, seen.reference, len(x)))
 
 
-@register_metric("KID", "KID_std", "KID_full", lower_is_better=True, needs={"images"}, fewest=2,
-                 prepare=_kernels("pool"))  # fmt: skip
-def _kid(seen: Comparison) -> list[float]:
-    """Mean over subsets, their spread, which is no error bar, and all samples at once."""
-    return _kernel_distance(seen, "pool")
+for _prefix, _kind in _KINDS.items():
+    register_metric(
+        *(f"{_prefix}{name}" for name in ("KID", "KID_std", "KID_full")),
+        lower_is_better=True, needs={"images"}, fewest=2, prepare=partial(_kernels, _kind),
+    )(partial(_kernel_distance, _kind))  # fmt: skip
 
 
-@register_metric("sKID", "sKID_std", "sKID_full", lower_is_better=True, needs={"images"}, fewest=2,
-                 prepare=_kernels("spatial"))  # fmt: skip
-def _spatial_kid(seen: Comparison) -> list[float]:
-    return _kernel_distance(seen, "spatial")
-
-
-def _radii(k: int) -> Callable[[Seen, int], Tensor]:
+def _radii(k: int, reference: Seen, count: int = 0) -> Tensor:
     """Distance (m,) of each real image to its k-th neighbor."""
-    return lambda reference, count: reference.cached(
-        f"neighbors-{k}", lambda: metrics.radii(reference.features.pool, k)
-    )
+    pool = reference.features.pool
+    return reference.cached(f"neighbors-{k}", lambda: metrics.radii(pool, k))
 
 
 @register_metric("precision", "recall", needs={"images"}, fewest=NEIGHBORS["precision"] + 1,
-                 prepare=_radii(NEIGHBORS["precision"]))  # fmt: skip
+                 prepare=partial(_radii, NEIGHBORS["precision"]))  # fmt: skip
 def _precision_recall(seen: Comparison) -> Sequence[float]:
-    return _of_neighbors(seen, metrics.precision_recall, NEIGHBORS["precision"])
+    assert seen.reference is not None
+    k = NEIGHBORS["precision"]
+    return metrics.precision_recall(*seen.pair("pool"), k, _radii(k, seen.reference))
 
 
 @register_metric("density", "coverage", needs={"images"}, fewest=NEIGHBORS["coverage"] + 1,
-                 prepare=_radii(NEIGHBORS["coverage"]))  # fmt: skip
+                 prepare=partial(_radii, NEIGHBORS["coverage"]))  # fmt: skip
 def _density_coverage(seen: Comparison) -> Sequence[float]:
-    return _of_neighbors(seen, metrics.density_coverage, NEIGHBORS["coverage"])
-
-
-def _of_neighbors(
-    seen: Comparison, function: Callable[..., tuple[float, float]], k: int
-) -> Sequence[float]:
     assert seen.reference is not None
-    return function(*seen.pair("pool"), k, _radii(k)(seen.reference, 0))
+    k = NEIGHBORS["coverage"]
+    return metrics.density_coverage(*seen.pair("pool"), k, _radii(k, seen.reference))
 
 
 @register_metric("IS", "IS_std")
@@ -209,7 +182,7 @@ def score(
     labels: Tensor | None,
     reference: Seen | None,
     extractor: Extractor,
-    moments: tuple[Moments, Moments] | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Every metric of one set of images.
 
@@ -219,17 +192,14 @@ def score(
         reference: The real images as the extractor sees them, or None where only their moments
             are known.
         extractor: What made the features.
-        moments: Moments of the reference's pool and spatial features, if they are not to be
-            computed from ``reference``.
+        moments: Stored ones of the reference, if they are not to be computed from ``reference``.
 
     Returns:
         Numbers by reported name, and by name the reason why one is not measured: too few images
         on a side, features that are not finite.
     """
-    if moments is None and reference is None:
-        raise ValueError("give the reference's images or its moments")
     known = labels if extractor.knows_classes else None
-    seen = Comparison(features, known, reference, moments)
+    seen = Comparison(features, known, reference, moments or {})
     found: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for metric in METRICS.values():
@@ -237,7 +207,7 @@ def score(
             continue
         labeled = [label_of(name, extractor.name) for name in metric.names]
         count = len(features.pool)
-        if reference is not None and metric.needs & {"images", "statistics"}:
+        if reference is not None and {"images", "statistics"}.intersection(metric.needs):
             count = min(count, len(reference.features.pool))
         try:
             if count < metric.fewest:
@@ -255,18 +225,18 @@ def score(
 
 
 def warnings_of(
-    features: Features, reference_count: int, labels: Tensor | None, class_names: list[str]
+    features: Features, reference_count: float, labels: Tensor | None, class_names: list[str]
 ) -> list[str]:
     """What a reader of the numbers has to know about their samples."""
     found = []
-    count = len(features.pool)
+    fewest = min(len(features.pool), reference_count)
     for kind, dim in (("FID", features.pool.shape[1]), ("sFID", features.spatial.shape[1])):
-        if min(count, reference_count) <= dim:
-            bias = metrics.frechet_bias(dim, count, reference_count)
+        if fewest <= dim:
+            bias = metrics.frechet_bias(dim, len(features.pool), reference_count)
             found.append(
-                f"{kind}: {min(count, reference_count)} images are no more than the {dim} feature "
-                f"dimensions, so the covariance is singular; the bias of two equal unit Gaussians "
-                f"would be about {bias:.3g}: take more samples, or read KID"
+                f"{kind}: {fewest} images are no more than the {dim} feature dimensions, so the "
+                f"covariance is singular; the bias of two equal unit Gaussians would be about "
+                f"{bias:.3g}: take more samples, or read KID"
             )
     if labels is not None:
         missing = sorted(set(range(len(class_names))) - set(np.unique(labels.numpy()).tolist()))

@@ -9,8 +9,8 @@ data, and in "long-range" two distant objects that agree.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,10 @@ from recipes.lab.data.shapes import CLASS_NAMES, DARK_GRAY, PALETTE, ShapeParame
 ROTATIONS = 48  # of the level "hard"
 _TEMPLATE_SIDE = 256
 _CHUNK_PIXELS = 2**18  # at once; more do not fit a processor's cache
+Floats = NDArray[np.float64]
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Judgement(NamedTuple):
     """What the classifier reads from n images of k objects each.
 
     Attributes:
@@ -37,14 +37,14 @@ class Verdict:
     """
 
     classes: NDArray[np.int64]
-    iou: NDArray[np.float64]
-    purity: NDArray[np.float64]
+    iou: Floats
+    purity: Floats
     palette: NDArray[np.int64]
-    center: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    center: Floats
+    scale: Floats
 
 
-def classify_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
+def classify_shapes(images: NDArray[np.uint8], level: str) -> Judgement:
     """Reads images as pictures of ``recipes.lab.data.shapes``.
 
     Args:
@@ -52,30 +52,25 @@ def classify_shapes(images: NDArray[np.uint8], level: str) -> Verdict:
         level: One of ``recipes.lab.data.shapes.LEVELS``.
 
     Returns:
-        One verdict for all images.
+        One judgement of all images.
     """
     size = max(1, _CHUNK_PIXELS // images.shape[1] ** 2)
     parts = [
         _classify_chunk(images[start : start + size].astype(np.float64) / 127.5 - 1, level)
         for start in range(0, len(images), size)
     ]
-    return Verdict(
-        **{
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])
-            for field in dataclasses.fields(Verdict)
-        }
-    )
+    return Judgement(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def shape_scores(
-    generated: Verdict, labels: NDArray[np.int64], real: Verdict, level: str
+    generated: Judgement, labels: NDArray[np.int64], real: Judgement, level: str
 ) -> dict[str, float]:
     """The numbers of a set of images; higher is better for all.
 
     Args:
-        generated: Verdict on generated images.
+        generated: Judgement of generated images.
         labels: (n,) the classes that were asked for.
-        real: Verdict on real images of the same resolution: its mean overlap is the ceiling.
+        real: Judgement of real images of the same resolution: its mean overlap is the ceiling.
         level: As for ``classify_shapes``.
 
     Returns:
@@ -102,73 +97,84 @@ def shape_scores(
     return scores
 
 
-def _parameter_coverage(generated: Verdict, real: Verdict, level: str) -> float:
-    def laws(verdict: Verdict) -> NDArray[np.float64]:
-        center = np.concatenate([verdict.center.reshape(len(verdict.iou), -1), verdict.scale], 1)
-        return center.T
+def _parameter_coverage(generated: Judgement, real: Judgement, level: str) -> float:
+    def laws(found: Judgement) -> Floats:
+        return np.concatenate([found.center.reshape(len(found.iou), -1), found.scale], 1).T
 
     distances = [
         float(ks_2samp(a, b, method="asymp")[0])  # pyright: ignore
         for a, b in zip(laws(generated), laws(real), strict=True)
     ]
     if level != "hard":  # there the colors are free
-        shares = [
-            np.bincount(v.palette.ravel(), minlength=len(PALETTE)) for v in (generated, real)
-        ]
-        one, other = (share / share.sum() for share in shares)
+        one, other = (
+            np.bincount(found.palette.ravel(), minlength=len(PALETTE)) / found.palette.size
+            for found in (generated, real)
+        )
         distances.append(np.abs(one - other).sum() / 2)
     return float(1 - np.mean(distances))
 
 
-def _classify_chunk(pixels: NDArray[np.float64], level: str) -> Verdict:
+def _classify_chunk(pixels: Floats, level: str) -> Judgement:
     side = pixels.shape[1]
     background, covered, purity = _two_colors(pixels)
     masks = _object_masks(covered, level)  # (n, k, h, w)
     rotations = 2 * np.pi * np.arange(ROTATIONS) / ROTATIONS if level == "hard" else np.zeros(1)
     count, objects = masks.shape[:2]
-    classes = np.zeros((count, objects), np.int64)
-    palette = np.zeros((count, objects), np.int64)
+    classes, palette = np.zeros((2, count, objects), np.int64)
     center, scale = np.zeros((count, objects, 2)), np.zeros((count, objects))
-    union = np.zeros((count, side, side))
-    best = np.zeros(count)
+    union, best = np.zeros((count, side, side)), np.zeros(count)
     for index in range(objects):
         part = covered * masks[:, index]
         mass, middle = _mass_and_centroid(part)
         best = np.full(count, -1.0)
         for label in range(len(CLASS_NAMES)):
             for rotation in rotations:
-                found = _rendered(mass, middle, side, label, rotation)
-                overlap = _iou(part, found.pixels * masks[:, index])
+                shown, place, size = _fitted(mass, middle, label, rotation, side)
+                overlap = _iou(part, shown * masks[:, index])
                 better = overlap > best
                 best[better] = overlap[better]
                 classes[better, index] = label
-                center[better, index] = found.center[better]
-                scale[better, index] = found.scale[better]
+                center[better, index] = place[better]
+                scale[better, index] = size[better]
         palette[:, index] = _palette_color(pixels, part, background)
-        if objects == 1:  # it fills its mask, and its best overlap is that of the image
-            return Verdict(classes, best, purity, palette, center, scale)
-        shown = ShapeParameters(
-            classes[:, index],
-            center[:, index : index + 1],
-            scale[:, index : index + 1],
-            np.zeros((count, 1)),
-            np.zeros((count, 3)),
-            np.zeros((count, 3)),
-        )
-        union = np.maximum(union, coverage(shown, side))
-    return Verdict(classes, _iou(covered, union), purity, palette, center, scale)
+        if objects > 1:
+            shown = _drawn(classes[:, index], center[:, index], scale[:, index], 0.0, side)
+            union = np.maximum(union, shown)
+    # A single object fills its mask, so that its best overlap is that of the image.
+    iou = best if objects == 1 else _iou(covered, union)
+    return Judgement(classes, iou, purity, palette, center, scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rendered:
-    pixels: NDArray[np.float32]
-    center: NDArray[np.float64]
-    scale: NDArray[np.float64]
+def _fitted(
+    mass: Floats, middle: Floats, label: int, rotation: float, side: int
+) -> tuple[NDArray[np.float32], Floats, Floats]:
+    """The object of this class and rotation with this area and centroid: pixels, center, scale."""
+    area, centroid = _template(label)
+    scale = np.clip(np.sqrt(mass * (2 / side) ** 2 / area), 0.05, 1.5)
+    turn = np.array([[np.cos(rotation), -np.sin(rotation)], [np.sin(rotation), np.cos(rotation)]])
+    center = middle - scale[:, None] * (turn @ centroid)
+    return _drawn(np.full(len(mass), label), center, scale, rotation, side), center, scale
 
 
-def _mass_and_centroid(
-    part: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+@lru_cache(maxsize=len(CLASS_NAMES))
+def _template(label: int) -> tuple[float, Floats]:
+    """Area and centroid of a class at scale 1."""
+    side, scale = _TEMPLATE_SIDE, 0.9
+    alone = _drawn(np.array([label]), np.zeros((1, 2)), np.array([scale]), 0.0, side)
+    mass, middle = _mass_and_centroid(alone.astype(np.float64))
+    return float(mass[0] * (2 / side) ** 2 / scale**2), middle[0] / scale
+
+
+def _drawn(
+    labels: NDArray[np.int64], center: Floats, scale: Floats, rotation: float, side: int
+) -> NDArray[np.float32]:
+    """Coverage (n, side, side) of one object per image; center is (n, 2), scale (n,)."""
+    turned, no_color = np.full((len(labels), 1), rotation), np.zeros((len(labels), 3))
+    shown = ShapeParameters(labels, center[:, None], scale[:, None], turned, no_color, no_color)
+    return coverage(shown, side)
+
+
+def _mass_and_centroid(part: Floats) -> tuple[Floats, Floats]:
     """Covered pixels (n,) and their mean place (n, 2) in [-1, 1]."""
     side = part.shape[1]
     ticks = (2 * np.arange(side) + 1) / side - 1
@@ -179,47 +185,9 @@ def _mass_and_centroid(
     return mass, np.stack([x, y], 1)
 
 
-def _rendered(
-    mass: NDArray[np.float64], middle: NDArray[np.float64], side: int, label: int, rotation: float
-) -> _Rendered:
-    """The object of this class and rotation with this area and centroid."""
-    count = len(mass)
-    area, centroid = _template(label)
-    scale = np.clip(np.sqrt(mass * (2 / side) ** 2 / area), 0.05, 1.5)
-    turn = np.array([[np.cos(rotation), -np.sin(rotation)], [np.sin(rotation), np.cos(rotation)]])
-    center = middle - scale[:, None] * (turn @ centroid)
-    shown = ShapeParameters(
-        np.full(count, label),
-        center[:, None],
-        scale[:, None],
-        np.full((count, 1), rotation),
-        np.zeros((count, 3)),
-        np.zeros((count, 3)),
-    )
-    return _Rendered(coverage(shown, side), center, scale)
-
-
-@lru_cache(maxsize=len(CLASS_NAMES))
-def _template(label: int) -> tuple[float, NDArray[np.float64]]:
-    """Area and centroid of a class at scale 1."""
-    alone = ShapeParameters(
-        np.array([label]),
-        np.zeros((1, 1, 2)),
-        np.full((1, 1), 0.9),
-        np.zeros((1, 1)),
-        np.zeros((1, 3)),
-        np.zeros((1, 3)),
-    )
-    covered = coverage(alone, _TEMPLATE_SIDE)[0].astype(np.float64)
-    ticks = (2 * np.arange(_TEMPLATE_SIDE) + 1) / _TEMPLATE_SIDE - 1
-    mass = covered.sum()
-    centroid = np.array([covered.sum(0) @ ticks, -(covered.sum(1) @ ticks)]) / mass
-    return float(mass * (2 / _TEMPLATE_SIDE) ** 2 / 0.81), centroid / 0.9
-
-
 def _two_colors(
-    pixels: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    pixels: Floats,
+) -> tuple[Floats, Floats, Floats]:
     """Background color (n, 3), coverage (n, h, w) and purity (n,) of a two-color reading."""
     light = pixels.mean(-1)
     low, high = light.min((1, 2), keepdims=True), light.max((1, 2), keepdims=True)
@@ -237,14 +205,12 @@ def _two_colors(
     return background, covered, np.clip(1 - unexplained / np.maximum(total, 1e-9), 0, 1)
 
 
-def _mean_color(pixels: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _mean_color(pixels: Floats, mask: NDArray[np.bool_]) -> Floats:
     weight = mask[..., None].astype(np.float64)
     return (pixels * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1)
 
 
-def _palette_color(
-    pixels: NDArray[np.float64], part: NDArray[np.float64], background: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _palette_color(pixels: Floats, part: Floats, background: Floats) -> NDArray[np.int64]:
     weight = np.where(part > 0.75 * part.max((1, 2), keepdims=True), part, 0)[..., None]
     color = (pixels * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-9)
     # By direction from the background, so that a pale object keeps its color.
@@ -255,7 +221,7 @@ def _palette_color(
     return (cosine / np.linalg.norm(directions, axis=1)).argmax(1)
 
 
-def _object_masks(covered: NDArray[np.float64], level: str) -> NDArray[np.float64]:
+def _object_masks(covered: Floats, level: str) -> Floats:
     """Where each object may lie, (n, k, h, w): everywhere, or two opposite quarters."""
     count, side = covered.shape[:2]
     if level != "long-range":
@@ -269,6 +235,6 @@ def _object_masks(covered: NDArray[np.float64], level: str) -> NDArray[np.float6
     return np.where(is_falling[:, None, None, None], quarters[[0, 3]], quarters[[1, 2]])
 
 
-def _iou(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+def _iou(one: Floats, other: Floats) -> Floats:
     union = np.maximum(one, other).sum((1, 2))
     return np.minimum(one, other).sum((1, 2)) / np.maximum(union, 1e-9)

@@ -7,8 +7,6 @@ the same images, so that neither an interruption nor the number of processes cha
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from torch import Tensor
 from recipes.lab.console import UserError, progress_bar
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.evaluation.archives import read_npz, save_npz
+from recipes.lab.evaluation.cache import key_digest
 from recipes.lab.files import refuse_links
 from recipes.lab.sampling import Checkpoint, RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
@@ -77,6 +76,11 @@ class Images(NamedTuple):
     labels: Tensor
     finite: Tensor
 
+    @classmethod
+    def all_finite(cls, pixels: Tensor, labels: Tensor) -> Images:
+        """Images that were pixels from the start."""
+        return cls(pixels, labels, torch.ones(len(labels), dtype=torch.bool))
+
 
 def sample_labels(plan: Plan, num_classes: int) -> Tensor:
     """The class of each image, (samples,) int64; shuffled, as the Inception Score needs it."""
@@ -100,8 +104,7 @@ def shard_folder(run: Run, plan: Plan, checkpoint: Checkpoint | None = None) -> 
     """
     if checkpoint is None:
         checkpoint = read_checkpoint(run, plan.weights)
-    key = {**dataclasses.asdict(plan), "checkpoint": checkpoint.digest}
-    tail = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:10]
+    tail = key_digest(**dataclasses.asdict(plan), checkpoint=checkpoint.digest)[:10]
     folder = run.evaluation / f"step-{checkpoint.step:08d}-cfg-{plan.cfg:g}-{tail}"
     return refuse_links(run.folder, folder)
 
@@ -136,14 +139,11 @@ def generate(
     if draw is None:
         draw = RunSampler(run, plan.weights, device)
     folder = shard_folder(run, plan, draw.checkpoint)
-    mine = list(enumerate(plan.shards()))[rank::world]
     missing = [
         (number, shard)
-        for number, shard in mine
+        for number, shard in list(enumerate(plan.shards()))[rank::world]
         if _read_shard(folder, number, shard, draw.image_shape) is None
     ]
-    if not missing:
-        return folder
     labels = sample_labels(plan, len(draw.data["class_names"]))
     for number, shard in progress_bar(missing, desc=f"cfg {plan.cfg:g}", shown=progress):
         indices = torch.arange(shard.start, shard.stop)
@@ -186,18 +186,16 @@ def _read_shard(
         return None
     try:
         stored = read_npz(file, ("arr_0", "labels", "finite"))
-        pixels, labels, finite = (stored[name] for name in ("arr_0", "labels", "finite"))
+        found = pixels, labels, finite = [stored[name] for name in ("arr_0", "labels", "finite")]
     except (UserError, KeyError):
         return None
-    count = len(shard)
-    height, width, channels = pixels.shape[1:] if pixels.ndim == 4 else (0, 0, 0)
+    count = (len(shard),)
     is_right = (
-        (pixels.dtype, labels.dtype, finite.dtype) == (np.uint8, np.int64, np.bool_)
+        [array.dtype for array in found] == [np.uint8, np.int64, np.bool_]
         and pixels.ndim == 4
-        and len(pixels) == count
-        and labels.shape == finite.shape == (count,)
-        and image_shape in (None, (channels, height, width))
+        and pixels.shape[:1] == labels.shape == finite.shape == count
+        and image_shape in (None, (pixels.shape[3], *pixels.shape[1:3]))
     )
     if not is_right:
         return None
-    return Images(*(torch.from_numpy(np.ascontiguousarray(z)) for z in (pixels, labels, finite)))
+    return Images(*(torch.from_numpy(np.ascontiguousarray(array)) for array in found))
