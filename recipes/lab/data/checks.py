@@ -33,10 +33,8 @@ def check_seed(seed: int) -> int:
     Raises:
         DataError: if it is not an integer in [0, 2**64).
     """
-    if not is_integer(seed):
-        raise DataError(f"seed {seed!r} is not an integer: give one from 0 to 2**64 - 1")
-    if not 0 <= seed < 2**64:
-        raise DataError(f"seed {seed} is out of range: give an integer from 0 to 2**64 - 1")
+    if not is_integer(seed) or not 0 <= seed < 2**64:
+        raise DataError(f"seed {seed!r} is out of range: give an integer from 0 to 2**64 - 1")
     return int(seed)
 
 

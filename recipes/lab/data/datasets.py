@@ -25,25 +25,37 @@ from recipes.lab.data.checks import DataError, check_choice, check_seed, is_inte
 
 SPLITS = ("train", "test")
 MAX_PIXELS = 50_000_000
+_MAX_SIDE = math.isqrt(MAX_PIXELS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a data set is asked for; see ``load_dataset``.
+    """What ``load_dataset`` is asked for.
 
     Attributes:
-        place: What follows the colon of ``NAME:FOLDER``, or "".
+        data: A name of ``DATASETS``; ``NAME:FOLDER`` where its files lie elsewhere; or the path of
+            a folder with one sub-folder for each class. A known name wins over a folder of that
+            name, so write ``./digits`` for the folder. A folder that holds nothing but the splits
+            ``train``, ``val``, ``validation`` or ``test``, as ImageNet comes, means its ``train``.
+        resolution: Pixels on a side; None takes the data's own.
+        split: "train" or "test"; a folder is all "train".
+        seed: Of pictures that are drawn; files do not depend on it.
+        level: Of difficulty, where the data has several.
+        strict: Make an unusable image of a folder an error.
+        class_count: Take only that many classes of a folder, drawn by ``class_seed``; Sub-IN of
+            the paper is 100 of ImageNet's.
+        class_seed: Of that draw.
     """
 
     data: str
-    place: str
-    resolution: int | None
-    split: str
-    seed: int
-    level: str
-    strict: bool
-    class_count: int | None
-    class_seed: int
+    _: dataclasses.KW_ONLY
+    resolution: int | None = None
+    split: str = "train"
+    seed: int = 0
+    level: str = "easy"
+    strict: bool = False
+    class_count: int | None = None
+    class_seed: int = 0
 
     def resolution_of(self, dataset: ImageDataset, what: str) -> int:
         """The side to give.
@@ -51,22 +63,17 @@ class Request:
         Raises:
             DataError: The data set, called ``what``, cannot give it.
         """
-        resolution, (smallest, largest) = self.resolution, dataset.resolutions
-        if resolution is None:
-            return dataset.default_resolution
-        fits = is_integer(resolution) and resolution >= smallest
-        if fits and int(resolution) ** 2 > MAX_PIXELS:
-            raise DataError(
-                f"resolution {resolution} does not suit {what}: give one of at most "
-                f"{math.isqrt(MAX_PIXELS)}"
-            )
-        if fits and (largest is None or resolution <= largest):
-            return int(resolution)
-        if largest is None:
-            remedy = f"give an integer of at least {smallest}"
+        smallest, largest = dataset.resolutions
+        side = dataset.default_resolution if self.resolution is None else self.resolution
+        if is_integer(side) and smallest <= side <= min(largest or math.inf, _MAX_SIDE):
+            return int(side)
+        if largest is not None:
+            remedy = f"an integer from {smallest} to {largest}; the images are never enlarged"
+        elif is_integer(side) and side > _MAX_SIDE:
+            remedy = f"one of at most {_MAX_SIDE}"
         else:
-            remedy = f"give an integer from {smallest} to {largest}; the images are never enlarged"
-        raise DataError(f"resolution {resolution!r} does not suit {what}: {remedy}")
+            remedy = f"an integer of at least {smallest}"
+        raise DataError(f"resolution {side!r} does not suit {what}: give {remedy}")
 
 
 class ImageDataset:
@@ -240,46 +247,25 @@ def known_levels() -> list[str]:
     return list(dict.fromkeys(level for entry in _KINDS.values() for level in entry.levels))
 
 
-def load_dataset(
-    data: str,
-    *,
-    resolution: int | None = None,
-    split: str = "train",
-    seed: int = 0,
-    level: str = "easy",
-    strict: bool = False,
-    class_count: int | None = None,
-    class_seed: int = 0,
-) -> ImageDataset:
+def load_dataset(data: str, **options: Any) -> ImageDataset:
     """Open a data set.
 
     Args:
-        data: A name of ``DATASETS``; ``NAME:FOLDER`` where its files lie elsewhere; or the path of
-            a folder with one sub-folder for each class. A known name wins over a folder of that
-            name, so write ``./digits`` for the folder. A folder that holds nothing but the splits
-            ``train``, ``val``, ``validation`` or ``test``, as ImageNet comes, means its ``train``.
-        resolution: Pixels on a side; None takes the data's own.
-        split: "train" or "test"; a folder is all "train".
-        seed: Of pictures that are drawn; files do not depend on it.
-        level: Of difficulty, where the data has several.
-        strict: Make an unusable image of a folder an error.
-        class_count: Take only that many classes of a folder, drawn by ``class_seed``; Sub-IN of
-            the paper is 100 of ImageNet's.
-        class_seed: Of that draw.
-
-    Returns:
-        The data set.
+        data: See ``Request``.
+        options: Its other attributes.
 
     Raises:
         DataError: An unknown name, split or level, a resolution that the set cannot give, missing
             or damaged files, or a folder without images for every class.
     """
+    request = Request(data, **options)
+    split, level = request.split, request.level
     check_choice(split, SPLITS, "split")
     check_choice(level, known_levels(), "level")
-    check_seed(seed)
+    check_seed(request.seed)
     kind = kind_of(data)
     entry = entry_of(kind)
-    if class_count is not None and not entry.chooses_classes:
+    if request.class_count is not None and not entry.chooses_classes:
         raise DataError(f"a class count applies to folders only: drop it for data {data!r}")
     if level not in entry.levels:
         names = " or ".join(name for name, other in DATASETS.items() if level in other.levels)
@@ -295,17 +281,6 @@ def load_dataset(
             f"folder {data!r} has no split {split!r}: give the folder that holds those images, "
             "with split 'train'"
         )
-    request = Request(
-        data,
-        data.partition(":")[2],
-        resolution,
-        split,
-        seed,
-        level,
-        strict,
-        class_count,
-        class_seed,
-    )
     return entry(request)
 
 

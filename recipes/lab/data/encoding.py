@@ -38,6 +38,7 @@ from recipes.lab.data.latents import (
     DEFAULT_RESOLUTION,
     MANIFEST,
     PLAN,
+    check_fit,
     differing_facts,
     load_vae,
     moments,
@@ -94,11 +95,7 @@ def encode(
     found = find_images(root, class_count, class_seed)
     found.check_classes(root, (label for _, label in found.images))
     encoder = load_vae(vae, accelerator.device)
-    facts = vae_facts(encoder)
-    if encoder.config["in_channels"] != 3:
-        raise UserError(f"the VAE takes {encoder.config['in_channels']} channels, images have 3")
-    if resolution % facts["factor"]:
-        raise UserError(f"resolution {resolution} is no multiple of the VAE's {facts['factor']}")
+    check_fit(encoder, "a picture", 3, resolution)
     names = [portable(path.relative_to(root)) for path, _ in found.images]
     listing = "\n".join(
         f"{label}\t{name}" for name, (_, label) in zip(names, found.images, strict=True)
@@ -111,7 +108,7 @@ def encode(
             "class_count": class_count,
             "class_seed": class_seed,
         },
-        "vae": facts,
+        "vae": vae_facts(encoder),
         "resolution": resolution,
         "crop": "halved, bicubic, centre (ADM)",
         "class_names": list(found.classes),
@@ -245,7 +242,7 @@ class _Shard:
                 reason = "is of images that have changed"
             else:
                 return True
-        except (OSError, SafetensorError, _NotNoted) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             reason = f"cannot be used ({' '.join(str(error).split())})"
         _say(printable(f"{str(self.path)!r} {reason} and is made again"))
         return False
@@ -298,17 +295,13 @@ class _Shard:
             yield torch.stack(pixels).float() * (2 / 255) - 1
 
 
-class _NotNoted(Exception):
-    """A shard does not say which images it was made of."""
-
-
 def _read_made(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         try:
             made = json.loads((file.metadata() or {})["made"])
             return {"bad": dict(made["bad"]), "contents": list(made["contents"])}
         except (KeyError, TypeError, ValueError) as error:
-            raise _NotNoted("it does not say which images it was made of") from error
+            raise ValueError("it does not say which images it was made of") from error
 
 
 def _check_rounding(
@@ -347,7 +340,7 @@ def _finish(
                     "sha256": sha256(path),
                 }
             )
-        except (OSError, SafetensorError, _NotNoted) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{str(path)!r} cannot be read ({error}); run again") from error
         bad |= made["bad"]
         labels |= set(label.tolist())

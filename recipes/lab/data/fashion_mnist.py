@@ -33,7 +33,8 @@ class FashionMNIST(ArrayDataset):
     accuracy_floor = 0.85
 
     def __init__(self, request: Request) -> None:
-        folder = Path(os.path.expanduser(request.place)) if request.place else PACKAGE_FOLDER
+        place = request.data.partition(":")[2]
+        folder = Path(os.path.expanduser(place)) if place else PACKAGE_FOLDER
         prefix = "train" if request.split == "train" else "t10k"
         image_path = folder / f"{prefix}-images-idx3-ubyte.gz"
         label_path = folder / f"{prefix}-labels-idx1-ubyte.gz"
@@ -46,16 +47,13 @@ class FashionMNIST(ArrayDataset):
                 )
         pixels = _read_idx(image_path, (28, 28))
         labels = _read_idx(label_path, ()).astype(np.int64)
+        wrong = ""
         if len(pixels) != len(labels):
-            raise DataError(
-                f"{str(label_path)!r} has {len(labels)} labels for {len(pixels)} images: "
-                "fetch both files again from one source"
-            )
-        if labels.max() >= len(self.class_names):
-            raise DataError(
-                f"{str(label_path)!r} holds label {labels.max()}, but there are only "
-                f"{len(self.class_names)} classes: fetch the file again"
-            )
+            wrong = f"has {len(labels)} labels for {len(pixels)} images"
+        elif labels.max() >= len(self.class_names):
+            wrong = f"holds label {labels.max()} of only {len(self.class_names)} classes"
+        if wrong:
+            raise DataError(f"{str(label_path)!r} {wrong}: fetch both files again from one source")
         self._hold(request, pixels, labels, white=255)
 
 
@@ -64,24 +62,21 @@ def _read_idx(path: Path, item_shape: tuple[int, ...]) -> NDArray[np.uint8]:
     rank = 1 + len(item_shape)
     try:
         with gzip.open(path, "rb") as file:
-            header = np.frombuffer(file.read(4 * (1 + rank)), dtype=">u4")
+            header = np.frombuffer(file.read(4 * (1 + rank)), dtype=">u4").tolist()
             if len(header) != 1 + rank or header[0] != 0x0800 + rank:
-                raise _damaged(path, f"it is no idx file of unsigned bytes in {rank} dimensions")
-            shape = tuple(int(size) for size in header[1:])
-            if shape[1:] != item_shape or not 1 <= shape[0] <= MAX_IMAGES:
-                wanted = "x".join(["N", *map(str, item_shape)])
-                raise _damaged(path, f"its size is {'x'.join(map(str, shape))}, not {wanted}")
+                raise ValueError(f"it is no idx file of unsigned bytes in {rank} dimensions")
+            shape = header[1:]
+            if tuple(shape[1:]) != item_shape or not 1 <= shape[0] <= MAX_IMAGES:
+                wanted, found = ("x".join(map(str, s)) for s in (("N", *item_shape), shape))
+                raise ValueError(f"its size is {found}, not {wanted}")
             # One byte more than announced shows a surplus without unpacking all of it.
             content = file.read(math.prod(shape) + 1)
+        if len(content) != math.prod(shape):
+            amount = "fewer" if len(content) < math.prod(shape) else "more"
+            raise ValueError(f"it has {amount} bytes than its header says")
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise _damaged(path, " ".join(str(error).split())) from error
-    if len(content) != math.prod(shape):
-        amount = "fewer" if len(content) < math.prod(shape) else "more"
-        raise _damaged(path, f"it has {amount} bytes than its header says")
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{str(path)!r} is damaged or unreadable ({reason}): fetch the file again"
+        ) from error
     return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
-
-
-def _damaged(path: Path, reason: str) -> DataError:
-    return DataError(f"{str(path)!r} is damaged or unreadable ({reason}): fetch the file again")

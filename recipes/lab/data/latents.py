@@ -307,6 +307,21 @@ class LatentDataset(ImageDataset):
         return self.draw(indices, flipped, torch.zeros(shape))
 
 
+def check_fit(vae: AutoencoderKL, images: str, channels: int, resolution: int) -> None:
+    """Refuses images that a VAE cannot take.
+
+    Raises:
+        DataError: They have other channels, or a side that is no multiple of its factor.
+    """
+    wanted, factor = vae.config["in_channels"], vae_settings(vae)["factor"]
+    if channels != wanted:
+        raise DataError(
+            f"the VAE takes {wanted} channels, but {images} has {channels}; use a folder of images"
+        )
+    if resolution % factor:
+        raise DataError(f"resolution {resolution} is no multiple of the VAE's factor {factor}")
+
+
 class EncodedDataset(LatentDataset):
     """Encodes images whenever they are asked for.
 
@@ -319,22 +334,13 @@ class EncodedDataset(LatentDataset):
     """
 
     def __init__(self, images: ImageDataset, vae: AutoencoderKL) -> None:
+        check_fit(vae, images.name, images.channels, images.resolution)
         self.facts = vae_facts(vae)
-        factor = self.facts["factor"]
-        if images.channels != vae.config["in_channels"]:
-            raise DataError(
-                f"the VAE takes {vae.config['in_channels']} channels, but {images.name} has "
-                f"{images.channels}; use a folder of images"
-            )
-        if images.resolution % factor:
-            raise DataError(
-                f"resolution {images.resolution} is no multiple of the VAE's factor {factor}"
-            )
         self.images, self.vae = images, vae
         self.name, self.class_names = images.name, images.class_names
         self.infinite, self.horizontal_flip = images.infinite, images.horizontal_flip
-        self.channels, self.latent_factor = self.facts["channels"], factor
-        self.resolution = images.resolution // factor
+        self.channels, self.latent_factor = self.facts["channels"], self.facts["factor"]
+        self.resolution = images.resolution // self.latent_factor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -389,55 +395,37 @@ class CachedDataset(LatentDataset):
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         """Takes over what the manifest says, which may come from elsewhere, once it is sound."""
-        _expect(manifest, dict, "the manifest")
-        self.name = _expect(manifest["name"], str, "name")
-        self.facts = _expect(manifest["vae"], dict, "vae")
-        _expect(self.facts["sha256"], str, "the VAE's sha256")
-        for name in ("scaling_factor", "shift_factor"):
-            _expect(self.facts[name], (int, float), name)
-        for name in ("latents_mean", "latents_std"):
-            for value in _expect(self.facts.get(name) or [], list, name):
-                _expect(value, (int, float), name)
-        self.channels = _positive(self.facts["channels"], "channels")
-        self.latent_factor = _positive(self.facts["factor"], "factor")
+        _check_form(manifest, _MANIFEST, "the manifest")
+        self.name, self.facts = manifest["name"], manifest["vae"]
+        self.class_names = tuple(manifest["class_names"])
+        self.channels, self.latent_factor = self.facts["channels"], self.facts["factor"]
+        self.image_resolution = manifest["resolution"]
+        for value in (self.channels, self.latent_factor, self.image_resolution):
+            if value < 1:
+                raise ValueError(f"resolution, channels or factor is {value}")
         _normalizer(self.facts)
-        names = _expect(manifest["class_names"], list, "class_names")
-        self.class_names = tuple(_expect(name, str, "a class name") for name in names)
-        self.image_resolution = _positive(manifest["resolution"], "resolution")
         self.resolution = self.image_resolution // self.latent_factor
         if not self.class_names or self.resolution * self.latent_factor != self.image_resolution:
             raise ValueError("no classes, or a resolution that is no multiple of the factor")
         self.source = manifest.get("source")
-        if self.source is not None:
-            _expect(_expect(self.source, dict, "source")["folder"], str, "the source's folder")
-            _expect(self.source["sha256"], str, "the source's sha256")
-        self.shards: list[dict[str, Any]] = _expect(manifest["shards"], list, "shards")
-        for shard in self.shards:
-            self._check_shard(_expect(shard, dict, "a shard"))
+        self.shards: list[dict[str, Any]] = manifest["shards"]
+        # Two sides of mean and log-variance in at least two bytes each, and a label of eight.
+        smallest = 8 * self.channels * self.resolution**2 + 8
+        for name, count, size in ((s["file"], s["count"], s["bytes"]) for s in self.shards):
+            if Path(name).name != name or "\0" in name:
+                raise ValueError(f"{name!r} lies outside")
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise ValueError(f"{name} is missing or has another size")
+            if not 0 <= count * smallest <= size:
+                raise ValueError(f"{name} cannot hold {count} images")
         if len({shard["file"] for shard in self.shards}) != len(self.shards):
             raise ValueError("a shard is listed twice")
         if not sum(shard["count"] for shard in self.shards):
             raise ValueError("it lists no images")
 
-    def _check_shard(self, shard: dict[str, Any]) -> None:
-        path = self._path(shard)
-        _expect(shard["sha256"], str, "a shard's sha256")
-        count = _expect(shard["count"], int, "a shard's count")
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{path.name} is missing or has another size")
-        # Two sides of mean and log-variance in at least two bytes each, and a label of eight.
-        smallest = 8 * self.channels * self.resolution**2 + 8
-        if count < 0 or count * smallest > path.stat().st_size:
-            raise ValueError(f"{path.name} cannot hold {count} images")
-
-    def _path(self, shard: dict[str, Any]) -> Path:
-        name = _expect(shard["file"], str, "a shard's file")
-        if Path(name).name != name or "\0" in name:
-            raise ValueError(f"{name!r} lies outside")
-        return self.folder / name
-
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1]
 
     def identity(self) -> dict[str, Any]:
         facts = {name: value for name, value in self.facts.items() if name != "place"}
@@ -464,26 +452,27 @@ class CachedDataset(LatentDataset):
         return mean, logvar, torch.cat(labels)
 
     def _shard(self, number: int) -> Any:
-        if number not in self._open:
-            shard = self.shards[number]
-            path = self._path(shard)
-            try:
-                if sha256(path) != shard["sha256"]:
-                    raise DataError(
-                        f"latent shard {str(path)!r} is damaged (SHA-256 differs from the "
-                        f"manifest): run recipes/encode.py again, it makes damaged shards anew"
-                    )
-                opened = safe_open(path, framework="pt")
+        if number in self._open:
+            return self._open[number]
+        shard = self.shards[number]
+        path = self.folder / shard["file"]
+        try:
+            is_whole = sha256(path) == shard["sha256"]
+            opened = safe_open(path, framework="pt") if is_whole else None
+            if opened is not None:
                 self._check_tensors(opened, shard["count"])
-                self._open[number] = opened
-            except (OSError, ValueError, SafetensorError) as error:
-                if isinstance(error, DataError):
-                    raise
-                raise DataError(
-                    f"latent shard {str(path)!r} cannot be read ({error}): delete it and run "
-                    f"recipes/encode.py again"
-                ) from error
-        return self._open[number]
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DataError(
+                f"latent shard {str(path)!r} cannot be read ({error}): delete it and run "
+                f"recipes/encode.py again"
+            ) from error
+        if opened is None:
+            raise DataError(
+                f"latent shard {str(path)!r} is damaged (SHA-256 differs from the "
+                f"manifest): run recipes/encode.py again, it makes damaged shards anew"
+            )
+        self._open[number] = opened
+        return opened
 
     def _check_tensors(self, opened: Any, count: int) -> None:
         side = (count, 2, self.channels, self.resolution, self.resolution)
@@ -496,16 +485,38 @@ class CachedDataset(LatentDataset):
             raise ValueError(f"its labels are not from 0 to {self.num_classes - 1}")
 
 
-def _expect(value: Any, kind: Any, what: str) -> Any:
+# What a manifest must hold: types, lists of one type, and entries by name, "?" if they may lack.
+_NUMBER = (int, float)
+_MANIFEST = {
+    "name": str,
+    "vae": {
+        "sha256": str,
+        "scaling_factor": _NUMBER,
+        "shift_factor": _NUMBER,
+        "channels": int,
+        "factor": int,
+        "latents_mean?": [_NUMBER],
+        "latents_std?": [_NUMBER],
+    },
+    "class_names": [str],
+    "resolution": int,
+    "source?": {"folder": str, "sha256": str},
+    "shards": [{"file": str, "count": int, "bytes": int, "sha256": str}],
+}
+
+
+def _check_form(value: Any, form: Any, what: str) -> None:
+    kind = type(form) if isinstance(form, dict | list) else form
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{what} is {str(value)[:50]!r}")
-    return value
-
-
-def _positive(value: Any, what: str) -> int:
-    if _expect(value, int, what) < 1:
-        raise ValueError(f"{what} is {value}")
-    return value
+    if isinstance(form, list):
+        for entry in value:
+            _check_form(entry, form[0], f"an entry of {what}")
+    elif isinstance(form, dict):
+        for name, part in form.items():
+            key = name.removesuffix("?")
+            if key == name or value.get(key) is not None:
+                _check_form(value[key], part, key)
 
 
 def is_latent_folder(data: str) -> bool:

@@ -33,22 +33,18 @@ def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) 
         DataError: for a seed, step or batch size out of range.
     """
     seed = check_seed(seed)
-    if not is_integer(step) or step < 0:
-        raise DataError(f"step {step!r} is out of range: give an integer of at least 0")
-    if not is_integer(batch_size) or batch_size < 1:
-        raise DataError(f"batch size {batch_size!r} is out of range: give an integer from 1 up")
-    start = int(step) * int(batch_size)
+    for name, value, least in (("step", step, 0), ("batch size", batch_size, 1)):
+        if not is_integer(value) or value < least:
+            raise DataError(
+                f"{name} {value!r} is out of range: give an integer of at least {least}"
+            )
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
     if dataset.infinite:
-        return torch.arange(start, start + batch_size, dtype=torch.int64)
+        return torch.from_numpy(positions)
     length = len(dataset)
-    pieces: list[NDArray[np.int64]] = []
-    position, end = start, start + batch_size
-    while position < end:
-        epoch, offset = divmod(position, length)
-        taken = min(end - position, length - offset)
-        pieces.append(permutation(length, seed, epoch)[offset : offset + taken])
-        position += taken
-    return torch.from_numpy(np.concatenate(pieces))
+    epochs, places = np.divmod(positions, length)
+    parts = [permutation(length, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 @functools.lru_cache(maxsize=4)
