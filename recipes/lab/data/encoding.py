@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,21 +254,30 @@ class _Shard:
             UserError: The latents do not fit ``dtype``, or the VAE does not work.
             CannotWrite: The system refuses.
         """
+        pixels: list[Tensor] = []
         labels: list[int] = []
         bad: dict[str, str] = {}
-        sides: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
-        for pixels in self._batches(resolution, batch_size, labels, bad):
-            both = [moments(encoder, pixels), moments(encoder, pixels.flip(-1))]
-            for name, pair in zip(sides, zip(*both, strict=True), strict=True):
-                sides[name].append(torch.stack(pair, dim=1))
-        tensors = {"label": torch.tensor(labels, dtype=torch.int64)}
+        parts: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
+        for name, (file, label) in zip(self.names, self.images, strict=True):
+            try:
+                pixels.append(read_image(file, resolution)[0])
+                labels.append(label)
+            except BadImage as error:
+                bad[name] = str(error)
+            if pixels and (len(pixels) == batch_size or name == self.names[-1]):
+                seen = torch.stack(pixels).float() * (2 / 255) - 1
+                both = zip(moments(encoder, seen), moments(encoder, seen.flip(-1)), strict=True)
+                for part, pair in zip(parts.values(), both, strict=True):
+                    part.append(torch.stack(pair, dim=1))
+                pixels.clear()
         exact = {
-            name: torch.cat(parts) if parts else torch.empty(0, 2, 1, 1, 1)
-            for name, parts in sides.items()
+            name: torch.cat(part) if part else torch.empty(0, 2, 1, 1, 1)
+            for name, part in parts.items()
         }
-        tensors |= {name: tensor.to(DTYPES[dtype]) for name, tensor in exact.items()}
-        if labels:
+        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in exact.items()}
+        if labels and dtype != "fp32":
             _check_rounding(self.path.name, exact, tensors, dtype)
+        tensors["label"] = torch.tensor(labels, dtype=torch.int64)
         # One key only: safetensors writes several in an order of chance.
         made = {"made": json.dumps({"bad": bad, "contents": self.contents})}
         # A manifest would vouch for the shard that is about to go.
@@ -276,23 +285,6 @@ class _Shard:
         with whole_file(self.path) as temporary:
             save_file(tensors, temporary, metadata=made)
         sync(self.path.parent)
-
-    def _batches(
-        self, resolution: int, batch_size: int, labels: list[int], bad: dict[str, str]
-    ) -> Iterator[Tensor]:
-        """Images (b, 3, resolution, resolution) in [-1, 1]; adds to ``labels`` and ``bad``."""
-        pixels: list[Tensor] = []
-        for name, (file, label) in zip(self.names, self.images, strict=True):
-            try:
-                pixels.append(read_image(file, resolution)[0])
-                labels.append(label)
-            except BadImage as error:
-                bad[name] = str(error)
-            if len(pixels) == batch_size:
-                yield torch.stack(pixels).float() * (2 / 255) - 1
-                pixels.clear()
-        if pixels:
-            yield torch.stack(pixels).float() * (2 / 255) - 1
 
 
 def _read_made(path: Path) -> dict[str, Any]:
@@ -308,8 +300,6 @@ def _check_rounding(
     name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], dtype: str
 ) -> None:
     """Refuses latents of which the type on disk loses what training would notice."""
-    if dtype == "fp32":
-        return
     spread = exact["mean"].var(dim=(0, 1, 3, 4)) + exact["logvar"].exp().mean(dim=(0, 1, 3, 4))
     error = (stored["mean"].float() - exact["mean"]).square().mean(dim=(0, 1, 3, 4))
     if not (error <= _MAX_ROUNDING**2 * spread).all() or not stored["logvar"].isfinite().all():
@@ -326,24 +316,17 @@ def _finish(
     contents: list[tuple[str, int, FileDigest]] = []
     bad = {portable(path.relative_to(root)): reason for path, reason in found.skipped}
     labels: set[int] = set()
-    for number in range(count):
-        path = latents / _shard_name(number)
+    for path in (latents / _shard_name(number) for number in range(count)):
         try:
             with safe_open(path, framework="pt") as file:
-                label = file.get_tensor("label")
+                label = file.get_tensor("label").tolist()
             made = _read_made(path)
-            shards.append(
-                {
-                    "file": path.name,
-                    "count": len(label),
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256(path),
-                }
-            )
+            facts = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{str(path)!r} cannot be read ({error}); run again") from error
+        shards.append({"file": path.name, "count": len(label), **facts})
         bad |= made["bad"]
-        labels |= set(label.tolist())
+        labels.update(label)
         contents += [(name, number, FileDigest(*rest)) for name, number, *rest in made["contents"]]
     for name, reason in list(bad.items())[:5]:
         print(f"left out {name!r}: {printable(reason)}")

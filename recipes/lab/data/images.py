@@ -8,7 +8,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +24,19 @@ from recipes.lab.data.order import permutation
 # A file is opened by its own reader only: PIL has dozens, some run programs. Names of the common
 # formats are often mixed up, so each of those readers takes them all.
 _COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-IMAGE_FORMATS = {
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"), _COMMON),
-    **dict.fromkeys((".jpe", ".jfif"), ("JPEG",)),
-    ".apng": ("PNG",),
-    ".dib": ("DIB",),
-    **dict.fromkeys((".tif", ".tiff"), ("TIFF",)),
-    **dict.fromkeys((".avif", ".avifs"), ("AVIF",)),
-    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), ("PPM",)),
-    **dict.fromkeys((".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"), ("JPEG2000",)),
-    ".qoi": ("QOI",),
+_READERS = {
+    _COMMON: ".jpg .jpeg .png .webp .bmp .gif",
+    ("JPEG",): ".jpe .jfif",
+    ("PNG",): ".apng",
+    ("DIB",): ".dib",
+    ("TIFF",): ".tif .tiff",
+    ("AVIF",): ".avif .avifs",
+    ("PPM",): ".ppm .pgm .pbm .pnm",
+    ("JPEG2000",): ".jp2 .j2k .jpc .jpf .jpx .j2c",
+    ("QOI",): ".qoi",
 }
-IMAGE_SUFFIXES = frozenset(IMAGE_FORMATS)
+_FORMATS = {suffix: formats for formats, names in _READERS.items() for suffix in names.split()}
+IMAGE_SUFFIXES = frozenset(_FORMATS)
 # What lies beside images and is none.
 _COMPANIONS = frozenset(
     {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml"}
@@ -45,6 +46,7 @@ _COMPANIONS = frozenset(
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Enlarging the short side of a very long image to the resolution would need unbounded memory.
 MAX_ASPECT = 20
+_TOO_LARGE = f"larger than {MAX_PIXELS // 10**6} megapixels"
 WHOLE_BYTES = 2**30  # up to so much, a folder is identified by all that its files hold
 END_BYTES = 2**16
 
@@ -119,9 +121,6 @@ def training_folder(folder: Path) -> Path:
     return folder / "train" if has_classes else folder
 
 
-_REFUSED_LINK = "a link to a folder, or to nothing, is not followed"
-
-
 def find_images(root: Path, class_count: int | None = None, class_seed: int = 0) -> FoundImages:
     """Lists the classes, the image files with their labels, and what is left out.
 
@@ -137,9 +136,52 @@ def find_images(root: Path, class_count: int | None = None, class_seed: int = 0)
             or holds what this project wrote among its images.
     """
     check_seed(class_seed)
+    found = FoundImages((), [], [], [], [])
+    walks = _class_folders(root, found)
+    classes = list(walks)
+    if not classes:
+        raise DataError(
+            f"folder {str(root)!r} has no sub-folders: make one for each class and put the images "
+            "there (hidden folders and links to folders do not count)"
+        )
+    if class_count is not None:
+        if not 1 <= class_count <= len(classes):
+            raise DataError(
+                f"class count {class_count} is out of range: folder {str(root)!r} has "
+                f"{len(classes)} classes"
+            )
+        drawn = permutation(len(classes), class_seed, 0)[:class_count]
+        classes = [classes[index] for index in sorted(drawn.tolist())]
+    others: Counter[str] = Counter()
+    real_root = os.path.realpath(root)
+    for label, name in enumerate(classes):
+        found.skipped.extend(walks[name].skipped)
+        others += walks[name].others
+        for path in walks[name].images:
+            # Links to folders were not followed, so only a link to a file can lead out.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real_root):
+                found.skipped.append((path, "a link out of the folder is not followed"))
+            else:
+                found.images.append((path, label))
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        found.notes.append(f"passed over files under {str(root)!r} that are no images: {kinds}")
+    names = tuple(portable(name) for name in classes)
+    spelled: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if key in spelled:
+            found.doubtful.append(
+                f"classes {spelled[key]!r} and {name!r} differ only in upper case or in "
+                f"Unicode's form, and are two classes"
+            )
+        spelled[key] = name
+    return dataclasses.replace(found, classes=names)
+
+
+def _class_folders(root: Path, found: FoundImages) -> dict[str, _Walk]:
+    """What lies in each class folder; adds what is passed over to ``found``."""
     walks: dict[str, _Walk] = {}
-    skipped: list[tuple[Path, str]] = []
-    notes: list[str] = []
     entries = _visible(root)
     made = _made_here({entry.name for entry in entries})
     if made:
@@ -149,7 +191,7 @@ def find_images(root: Path, class_count: int | None = None, class_seed: int = 0)
         if entry.is_dir(follow_symlinks=False):
             walk = _walk(path)
             if _is_output(walk):
-                notes.append(f"{str(path)!r} holds {walk.outputs[0][1]} and is no class")
+                found.notes.append(f"{str(path)!r} holds {walk.outputs[0][1]} and is no class")
             elif walk.outputs and (walk.images or walk.skipped):
                 raise DataError(
                     f"class folder {str(path)!r} holds images, and {walk.outputs[0][1]} in "
@@ -164,52 +206,8 @@ def find_images(root: Path, class_count: int | None = None, class_seed: int = 0)
                 f"renumbered: put the folder itself there, or remove the link to go without it"
             )
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            skipped.append((path, "lies in no class folder"))
-    classes = list(walks)
-    if not classes:
-        raise DataError(
-            f"folder {str(root)!r} has no sub-folders: make one for each class and put the images "
-            "there (hidden folders and links to folders do not count)"
-        )
-    if class_count is not None:
-        if not 1 <= class_count <= len(classes):
-            raise DataError(
-                f"class count {class_count} is out of range: folder {str(root)!r} has "
-                f"{len(classes)} classes"
-            )
-        drawn = permutation(len(classes), check_seed(class_seed), 0)[:class_count]
-        classes = [classes[index] for index in sorted(drawn.tolist())]
-    others: Counter[str] = Counter()
-    real_root = os.path.realpath(root)
-    images: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        skipped += walks[name].skipped
-        others += walks[name].others
-        for path, is_link in walks[name].images:
-            # Links to folders were not followed, so nothing else can lead out.
-            if is_link and not Path(os.path.realpath(path)).is_relative_to(real_root):
-                skipped.append((path, "a link out of the folder is not followed"))
-            else:
-                images.append((path, label))
-    if others:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        notes.append(f"passed over files under {str(root)!r} that are no images: {kinds}")
-    names = tuple(portable(name) for name in classes)
-    doubtful = [
-        f"classes {first!r} and {second!r} differ only in upper case or in Unicode's form, and "
-        f"are two classes"
-        for first, second in _twins(names)
-    ]
-    return FoundImages(names, images, skipped, notes, doubtful)
-
-
-def _twins(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    seen: dict[str, str] = {}
-    for name in names:
-        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-        if key in seen:
-            yield seen[key], name
-        seen[key] = name
+            found.skipped.append((path, "lies in no class folder"))
+    return walks
 
 
 @dataclasses.dataclass
@@ -218,21 +216,21 @@ class _Walk:
 
     Attributes:
         folder: The folder.
-        images: Files with an image's suffix, and whether each is a link.
+        images: Files with an image's suffix.
         skipped: What may be an image and is left out, with the reason.
         others: Number of other files, by suffix.
         outputs: Folders that this project wrote, and what they are; nothing in them is listed.
     """
 
     folder: Path
-    images: list[tuple[Path, bool]]
-    skipped: list[tuple[Path, str]]
-    others: Counter[str]
-    outputs: list[tuple[Path, str]]
+    images: list[Path] = dataclasses.field(default_factory=list)
+    skipped: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
+    others: Counter[str] = dataclasses.field(default_factory=Counter)
+    outputs: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
 
 def _walk(folder: Path) -> _Walk:
-    walk = _Walk(folder, [], [], Counter(), [])
+    walk = _Walk(folder)
     waiting = [folder]
     while waiting:
         place = waiting.pop()
@@ -246,12 +244,12 @@ def _walk(folder: Path) -> _Walk:
             suffix = path.suffix.lower()
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
-            elif entry.is_symlink() and not os.path.isfile(entry):
-                walk.skipped.append((path, _REFUSED_LINK))
             elif not os.path.isfile(entry):
-                walk.skipped.append((path, "no regular file"))
+                is_link = entry.is_symlink()
+                reason = "a link to a folder, or to nothing, is not followed"
+                walk.skipped.append((path, reason if is_link else "no regular file"))
             elif suffix in IMAGE_SUFFIXES:
-                walk.images.append((path, entry.is_symlink()))
+                walk.images.append(path)
             elif suffix in _COMPANIONS:
                 walk.others[suffix] += 1
             else:
@@ -352,10 +350,13 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
         BadImage: if the file is not an image that can be used.
     """
     try:
-        formats = IMAGE_FORMATS.get(path.suffix.lower(), _COMMON)
+        formats = _FORMATS.get(path.suffix.lower(), _COMMON)
         with Image.open(path, formats=formats) as image:
             width, height = image.size
-            _check_size(width, height)
+            if width * height > MAX_PIXELS:
+                raise BadImage(f"{_TOO_LARGE} ({width}x{height})")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
             upright = ImageOps.exif_transpose(image)
             if image.format == "PPM" and image.mode == "I":  # 16 bits, scaled to 65535
                 upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
@@ -363,20 +364,13 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels") from error
+        raise BadImage(_TOO_LARGE) from error
     except Exception as error:
         # PIL's readers let struct.error, SyntaxError, KeyError and more out on damaged files.
         reason = " ".join(str(error).replace(str(path), "file").split())
         raise BadImage(f"cannot be decoded ({reason or type(error).__name__})") from error
     pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     return pixels, min(width, height)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"larger than {MAX_PIXELS // 10**6} megapixels ({width}x{height})")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

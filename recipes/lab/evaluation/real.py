@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
-from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of, load_dataset
+from recipes.lab.data.datasets import ImageDataset, Request, entry_of, kind_of, load_dataset
 from recipes.lab.data.images import find_images, training_folder
 from recipes.lab.data.latents import CachedDataset, encoded_identity, is_latent_folder
 from recipes.lab.diffusion import to_uint8
@@ -30,16 +30,10 @@ FRESH = 2**40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RealImages:
+class RealImages(Request):
     """Which real images a run is measured with.
 
     Attributes:
-        data: As for ``load_dataset``.
-        resolution: In pixels.
-        level: Of shapes.
-        strict: Whether an unusable image is an error.
-        class_count: Classes of a folder that are drawn; None takes all.
-        class_seed: Of that draw.
         identity: SHA-256 that the images must have, see ``ImageDataset.identity``; None knows
             none.
         encoded_by: Facts of the VAE and side of its latents, where the identity is of the
@@ -47,12 +41,6 @@ class RealImages:
         class_names: Classes that the images must have; None knows none.
     """
 
-    data: str
-    resolution: int | None = None
-    level: str = "easy"
-    strict: bool = False
-    class_count: int | None = None
-    class_seed: int = 0
     identity: str | None = None
     encoded_by: tuple[Mapping[str, Any], int] | None = None
     class_names: tuple[str, ...] | None = None
@@ -72,9 +60,8 @@ class RealImages:
         Raises:
             UserError: They are missing, too few, or others than the run was trained on.
         """
-        options = {"resolution": self.resolution, "level": self.level}
-        chosen = {name: getattr(self, name) for name in ("strict", "class_count", "class_seed")}
-        train = load_dataset(self.data, **options, **chosen)
+        asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(Request)}
+        train = load_dataset(**asked)
         if self.class_names is not None and train.class_names != self.class_names:
             differing = sorted({*train.class_names} ^ {*self.class_names}) or ["their order"]
             raise UserError(
@@ -90,7 +77,7 @@ class RealImages:
                 f"restore them, or pass --real FOLDER to measure with what is there now"
             )
         if "test" in entry_of(self.kind).splits:
-            return train, load_dataset(self.data, **options, split="test")
+            return train, load_dataset(**asked | {"split": "test"})
         if len(train) < 2:
             raise UserError(
                 f"{self.data!r} has one image, and one is compared with others: give at least 2"
@@ -105,8 +92,8 @@ class _Part(ImageDataset):
 
     def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
         self._whole, self._indices = whole, indices
-        self.name, self.resolution, self.channels = whole.name, whole.resolution, whole.channels
-        self.class_names, self.horizontal_flip = whole.class_names, whole.horizontal_flip
+        for name in ("name", "resolution", "channels", "class_names", "horizontal_flip"):
+            setattr(self, name, getattr(whole, name))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -162,15 +149,12 @@ def real_images(
         return None, f"the latents {run.folder} was trained on do not say what was encoded"
     if not Path(source["folder"]).is_dir():
         return None, f"the folder {source['folder']!r} that {run.folder}'s latents are of is gone"
-    images = RealImages(
-        data=source["folder"],
-        resolution=choice["resolution"],
-        class_count=source.get("class_count"),
-        class_seed=source.get("class_seed") or 0,
-        identity=source.get("sha256"),
-        class_names=names,
-    )
-    return images, ""
+    choice |= {
+        "class_count": source.get("class_count"),
+        "class_seed": source.get("class_seed") or 0,
+        "strict": False,
+    }
+    return RealImages(data=source["folder"], identity=source.get("sha256"), **choice), ""
 
 
 def _given(real: str, choice: dict[str, Any]) -> RealImages:

@@ -115,7 +115,6 @@ def generate(
     *,
     rank: int = 0,
     world: int = 1,
-    device: str | torch.device | None = None,
     progress: bool = False,
     draw: RunSampler | None = None,
 ) -> Path:
@@ -126,7 +125,6 @@ def generate(
         plan: What to generate.
         rank: Number of this process; it takes every ``world``-th shard.
         world: Number of processes.
-        device: See ``RunSampler``.
         progress: Whether to show a bar.
         draw: What draws; None loads the run's newest checkpoint.
 
@@ -136,8 +134,7 @@ def generate(
     Raises:
         CannotWrite: The system refuses.
     """
-    if draw is None:
-        draw = RunSampler(run, plan.weights, device)
+    draw = draw or RunSampler(run, plan.weights)
     folder = shard_folder(run, plan, draw.checkpoint)
     missing = [
         (number, shard)
