@@ -25,7 +25,6 @@ def stripes(monkeypatch):
 
     @register_dataset("stripes")
     class Stripes(ArrayDataset):
-        name = "stripes"
         resolutions = (4, 8)
         default_resolution = 8
         class_names = ("across", "down")

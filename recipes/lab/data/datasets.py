@@ -192,6 +192,7 @@ def register_dataset(name: str, *, is_named: bool = True) -> Callable[[Class], C
     def register(dataset: Class) -> Class:
         _KINDS[name] = dataset
         if is_named:
+            dataset.name = name
             DATASETS[name] = dataset
         return dataset
 

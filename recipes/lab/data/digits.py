@@ -15,7 +15,6 @@ from recipes.lab.data.order import permutation
 class Digits(ArrayDataset):
     """1,797 digits in 17 levels of gray."""
 
-    name = "digits"
     resolutions = (4, 8)
     default_resolution = 8
     class_names = tuple(str(digit) for digit in range(10))

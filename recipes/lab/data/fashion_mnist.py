@@ -22,7 +22,6 @@ MAX_IMAGES = 1_000_000
 class FashionMNIST(ArrayDataset):
     """60,000 gray pictures of clothes, and 10,000 to test with."""
 
-    name = "fashion-mnist"
     takes_place = True
     resolutions = (4, 28)
     default_resolution = 28

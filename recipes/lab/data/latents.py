@@ -45,15 +45,12 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     if not is_local and (os.path.isabs(source) or place[:1] in ".~" or place.count("/") > 1):
         # The hub would be asked, for minutes, for what cannot be there.
         raise DataError(f"there is no VAE's folder {place!r}; give one, or a hub id")
-    options: dict[str, Any] = {"local_files_only": is_local}
+    options: Any = {"local_files_only": is_local}
     try:
         _check_index(Path(source))
-        config: Any = AutoencoderKL.load_config(source, **options)
-        _check_config(place, config)
-        found: Any = AutoencoderKL.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )
-        vae, loaded = found
+        _check_config(place, AutoencoderKL.load_config(source, **options))
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        vae, loaded = AutoencoderKL.from_pretrained(source, **options)  # type: ignore[misc]
     except DataError:
         raise
     except Exception as error:
@@ -102,14 +99,12 @@ def _check_index(folder: Path) -> None:
         return
     listed = read_json(index, "index")
     files = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(files, dict) or any(
-        Path(str(file)).name != file or not file.endswith(".safetensors")
-        for file in files.values()
-    ):
+    names = files.values() if isinstance(files, dict) else [""]
+    if any(Path(str(name)).name != name or Path(name).suffix != ".safetensors" for name in names):
         raise DataError(f"{str(index)!r} names other than safetensors files beside it")
 
 
-def _check_config(place: str, config: Mapping[str, Any]) -> None:
+def _check_config(place: str, config: Any) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise DataError(f"the VAE at {place!r} is a {kind}, and only AutoencoderKL is read here")
@@ -142,12 +137,8 @@ def vae_settings(vae: AutoencoderKL) -> dict[str, Any]:
     return facts
 
 
-def vae_facts(vae: AutoencoderKL, place: str | None = None) -> dict[str, Any]:
-    """What a VAE's latents have to be read with.
-
-    Args:
-        vae: From ``load_vae``.
-        place: Hub id or folder; None takes the one it was loaded from.
+def vae_facts(vae: AutoencoderKL) -> dict[str, Any]:
+    """What the latents of a VAE from ``load_vae`` have to be read with.
 
     Returns:
         "sha256" of the weights, "scaling_factor", "shift_factor", "channels", "factor" (image
@@ -159,13 +150,17 @@ def vae_facts(vae: AutoencoderKL, place: str | None = None) -> dict[str, Any]:
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    place = str(vae.config.get("_name_or_path") or "") if place is None else place
+    place = str(vae.config.get("_name_or_path") or "")
     return {"sha256": digest.hexdigest(), **vae_settings(vae), "place": canonical_vae(place)}
+
+
+def _deciding(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name != "place"}
 
 
 def differing_facts(facts: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
     """Names of what has to agree between two VAEs and does not; where they lie may differ."""
-    names = sorted((facts.keys() | others.keys()) - {"place"})
+    names = sorted(_deciding({**facts, **others}))
     return [name for name in names if facts.get(name) != others.get(name)]
 
 
@@ -219,7 +214,7 @@ def _normalizer(facts: Mapping[str, Any]) -> tuple[Any, Any]:
     if mean is None and deviation is None:
         return shift, scaling
     channels = facts["channels"]
-    if mean is None or deviation is None or not len(mean) == len(deviation) == channels:
+    if not len(mean or ()) == len(deviation or ()) == channels:
         raise DataError(
             f"the VAE's latents_mean and latents_std must both have {channels} numbers, one for "
             f"each channel"
@@ -337,8 +332,8 @@ class EncodedDataset(LatentDataset):
         check_fit(vae, images.name, images.channels, images.resolution)
         self.facts = vae_facts(vae)
         self.images, self.vae = images, vae
-        self.name, self.class_names = images.name, images.class_names
-        self.infinite, self.horizontal_flip = images.infinite, images.horizontal_flip
+        for name in ("name", "class_names", "infinite", "horizontal_flip"):
+            setattr(self, name, getattr(images, name))
         self.channels, self.latent_factor = self.facts["channels"], self.facts["factor"]
         self.resolution = images.resolution // self.latent_factor
 
@@ -358,9 +353,11 @@ class EncodedDataset(LatentDataset):
 
 def encoded_identity(images: str, facts: Mapping[str, Any], resolution: int) -> str:
     """SHA-256 of images, given by theirs, of what their VAE makes of them, and of the side."""
-    deciding = {name: value for name, value in facts.items() if name != "place"}
-    parts = json.dumps([images, deciding, resolution], sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()
+    return _digest([images, _deciding(facts), resolution])
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class CachedDataset(LatentDataset):
@@ -428,10 +425,9 @@ class CachedDataset(LatentDataset):
         return self._ends[-1]
 
     def identity(self) -> dict[str, Any]:
-        facts = {name: value for name, value in self.facts.items() if name != "place"}
         shards = [[shard["count"], shard["sha256"]] for shard in self.shards]
-        parts = json.dumps([shards, facts, self.class_names], sort_keys=True)
-        return self._identity("latents", hashlib.sha256(parts.encode()).hexdigest())
+        digest = _digest([shards, _deciding(self.facts), self.class_names])
+        return self._identity("latents", digest)
 
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._check_range(indices)
@@ -440,10 +436,10 @@ class CachedDataset(LatentDataset):
             number = bisect.bisect_right(self._ends, index)
             row = index - (self._ends[number - 1] if number else 0)
             shard = self._shard(number)
-            means.append(shard.get_slice("mean")[row : row + 1, side : side + 1][0, 0])
-            logvars.append(shard.get_slice("logvar")[row : row + 1, side : side + 1][0, 0])
+            for name, rows in (("mean", means), ("logvar", logvars)):
+                rows.append(shard.get_slice(name)[row : row + 1, side : side + 1][0])
             labels.append(shard.get_slice("label")[row : row + 1])
-        mean, logvar = torch.stack(means).float(), torch.stack(logvars).float()
+        mean, logvar = torch.cat(means).float(), torch.cat(logvars).float()
         if not (mean.isfinite().all() and logvar.isfinite().all()):
             raise DataError(
                 f"the latents in {str(self.folder)!r} hold numbers that are not finite: encode "

@@ -226,10 +226,6 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
     It is ``clamp(0.5 - distance * resolution / 2, 0, 1)`` for the signed distance at the center
     of the pixel, and the largest of the objects' values.
 
-    Args:
-        parameters: n pictures.
-        resolution: pixels on a side, at least ``MINIMUM_RESOLUTION``.
-
     Returns:
         (n, resolution, resolution) float32 in [0, 1]; row 0 is the top.
     """
@@ -256,15 +252,7 @@ def coverage(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32
 
 
 def render(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
-    """Draw pictures, anti-aliased.
-
-    Args:
-        parameters: n pictures.
-        resolution: pixels on a side, at least ``MINIMUM_RESOLUTION``.
-
-    Returns:
-        (n, 3, resolution, resolution) float32 in [-1, 1]; row 0 is the top.
-    """
+    """Draw pictures, anti-aliased: (n, 3, resolution, resolution) float32 in [-1, 1]."""
     covered = coverage(parameters, resolution)[:, None]
     background = parameters.background.astype(np.float32)[:, :, None, None]
     foreground: Any = parameters.foreground.astype(np.float32)[:, :, None, None]
@@ -275,7 +263,6 @@ def render(parameters: ShapeParameters, resolution: int) -> NDArray[np.float32]:
 class Shapes(ImageDataset):
     """Pictures of ten shapes, drawn when asked for: endless to train on, 1000 to test with."""
 
-    name = "shapes"
     resolutions = (MINIMUM_RESOLUTION, None)
     default_resolution = 16
     channels = 3

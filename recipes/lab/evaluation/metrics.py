@@ -199,15 +199,7 @@ def kid(
 def kernel_within(
     reference: Tensor, count: int, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Tensor:
-    """The reference's own term of ``kid``, (subsets + 1,): it sees only how many images it meets.
-
-    Args:
-        reference: (m, d).
-        count: Number n of the features that are to be compared with it.
-        subsets: This and the following as for ``kid``.
-        subset_size: See there.
-        seed: See there.
-    """
+    """The reference's own term of ``kid``, (subsets + 1,), for a ``count`` of other features."""
     y = _checked(reference)
     in_y = _subsets(count, len(y), subsets, subset_size, seed)[1]
     return _mean_within(y, in_y.to(y.device))
@@ -251,16 +243,10 @@ def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor, chunk: int = 5000) -> tuple[float, float]:
-    """exp of the mean KL between each prediction and the marginal, in contiguous chunks.
+    """exp of the mean KL between each prediction and the marginal: mean and deviation over chunks.
 
-    The order matters: images sorted by class score far too low, so shuffle them first.
-
-    Args:
-        logits: (n, classes).
-        chunk: Images per chunk; ADM's evaluator takes 5000.
-
-    Returns:
-        Mean and standard deviation over the chunks.
+    The order of the logits (n, classes) matters: images sorted by class score far too low, so
+    shuffle them first. ADM's evaluator takes chunks of 5000.
     """
     scores = []
     for part in _checked(logits).log_softmax(1).split(chunk):
@@ -279,16 +265,14 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Share of samples in the reference's manifold, and of the reference in the samples'.
 
-    A manifold is the union of balls that reach to the k-th nearest neighbor of its own set.
+    A manifold is the union of balls that reach to the k-th nearest neighbor of its own set. Two
+    samples of one distribution do not score 1.
 
     Args:
         features: (n, d).
         reference: (m, d).
         k: Of the neighbors.
         reference_radii: ``radii(reference, k)``, if it is known.
-
-    Returns:
-        Precision and recall, fractions. Two samples of one distribution do not score 1.
     """
     x, y = _checked_pair(features, reference)
     x_radius, y_radius = radii(x, k), radii(y, k) if reference_radii is None else reference_radii
@@ -305,16 +289,8 @@ def density_coverage(
 ) -> tuple[float, float]:
     """Mean number of reference balls around a sample, over k; share of balls with a sample.
 
-    Unlike precision and recall they do not take an outlier's large ball at its word.
-
-    Args:
-        features: (n, d).
-        reference: (m, d).
-        k: Of the neighbors.
-        reference_radii: ``radii(reference, k)``, if it is known.
-
-    Returns:
-        Density (about 1 for the same distribution, may exceed it) and coverage (at most 1).
+    Unlike precision and recall they do not take an outlier's large ball at its word. Density is
+    about 1 for the same distribution and may exceed it. Arguments as for ``precision_recall``.
     """
     x, y = _checked_pair(features, reference)
     radius = radii(y, k) if reference_radii is None else reference_radii
@@ -328,12 +304,7 @@ def density_coverage(
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for the class that was asked for.
-
-    Args:
-        logits: (n, classes).
-        labels: (n,) int64.
-    """
+    """Share of images whose logits (n, classes) are highest for the label (n,) asked for."""
     if len(logits) != len(labels) or not len(labels):
         raise NotMeasured(f"{len(logits)} predictions do not fit {len(labels)} labels")
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()

@@ -92,12 +92,7 @@ def sample_labels(plan: Plan, num_classes: int) -> Tensor:
 
 
 def shard_folder(run: Run, plan: Plan, checkpoint: Checkpoint | None = None) -> Path:
-    """Where the shards of a plan lie; another checkpoint or plan has another folder.
-
-    Args:
-        run: A trained run.
-        plan: What is generated.
-        checkpoint: Of the run; None takes the newest one.
+    """Where the shards of a plan lie; another checkpoint (None: the newest) or plan has another.
 
     Raises:
         UserError: The run has no whole checkpoint, or the way there leads through a link.
@@ -118,7 +113,7 @@ def generate(
     progress: bool = False,
     draw: RunSampler | None = None,
 ) -> Path:
-    """Generates this process's share of the shards that are still missing.
+    """Generates this process's share of the shards that are still missing, and names their folder.
 
     Args:
         run: A trained run.
@@ -127,9 +122,6 @@ def generate(
         world: Number of processes.
         progress: Whether to show a bar.
         draw: What draws; None loads the run's newest checkpoint.
-
-    Returns:
-        The folder of the shards.
 
     Raises:
         CannotWrite: The system refuses.
