@@ -124,29 +124,23 @@ def evaluate(
     if compared is not None and compared.pixels is not None:
         _check_size(compared.pixels.shape[1:], shape, compared.source)
 
-    # The exact classifier knows the shapes, whoever else looks.
-    level = source.level if source is not None and source.kind == "shapes" else None
-    warnings: list[str] = []
-    if isinstance(see, SmallCNN) and source is not None:
-        floor = entry_of(source.kind).accuracy_floor
-        if see.accuracy < floor:
-            weak = (
-                f"the evaluator recognizes only {see.accuracy:.1%} of real {source.kind} images, "
-                f"and below {floor:.0%} it measures nothing; choose a higher resolution or "
-                f"another one"
-            )
-            if level is None:
-                raise UserError(weak)
-            warnings.append(f"{weak}; only the exact classifier's numbers are given")
-            see = None
+    warnings = _weakness(see, source)
+    if warnings:
+        see = None
     ours = None if test is None else Reference.of_dataset(test, "test")
     compared = compared or ours
     assert compared is not None
     if see is not None and compared.moments:
         _check_width(see, compared, shape)
     shapes = None
-    if level is not None and ours is not None and ours.pixels is not None:
-        shapes = ours.pixels, level
+    # The exact classifier knows the shapes, whoever else looks.
+    if (
+        source is not None
+        and source.kind == "shapes"
+        and ours is not None
+        and ours.pixels is not None
+    ):
+        shapes = ours.pixels, source.level
     measure = Measure(see, compared, class_names, cache, shapes)
 
     # All processes take part in generating and in looking; the first one puts it together.
@@ -302,6 +296,26 @@ def _extractor(
         raise UserError(f"extractor {name!r} is unknown; there are smallcnn and inception")
     assert source is not None and train is not None and test is not None
     return smallcnn_of(train, test, source.kind, cache=cache, progress=progress)
+
+
+def _weakness(see: Extractor, source: RealImages | None) -> list[str]:
+    """The warning that a classifier is too weak on real images to measure, or none.
+
+    Raises:
+        UserError: It is, and there is no exact classifier either.
+    """
+    if not isinstance(see, SmallCNN) or source is None:
+        return []
+    floor = entry_of(source.kind).accuracy_floor
+    if see.accuracy >= floor:
+        return []
+    weak = (
+        f"the evaluator recognizes only {see.accuracy:.1%} of real {source.kind} images, and "
+        f"below {floor:.0%} it measures nothing; choose a higher resolution or another one"
+    )
+    if source.kind != "shapes":
+        raise UserError(weak)
+    return [f"{weak}; only the exact classifier's numbers are given"]
 
 
 def _look(
