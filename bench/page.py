@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,28 @@ from bench.thresholds import HEADING, figures_of
 from recipes.lab.files import write_text
 from recipes.lab.pages import html_image, html_page, html_table, html_text
 
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
-
 
 def write_report(
     report: dict[str, Any], drawn: Sequence[tuple[str, str, Path]], out: Path, source: str
 ) -> Path:
     """Writes report.html into ``out`` and returns its path."""
-    cases = frame(report)
-    absent, measured = report["cells_not_measured"], len(report["benchmarks"])
+    cases, absent = frame(report), pd.DataFrame(report["cells_not_measured"])
+    measured = len(report["benchmarks"])
     parts = ["<h1>attnzoo benchmark</h1>", html_table(["", ""], _machine(report, source))]
     parts.append(f"<p>{measured + len(absent)} cases requested, {measured} measured.</p>")
-    if absent:
-        rows = [[case["name"], case["state"], case["reason"]] for case in absent]
-        parts.append(f"<div class=bad>{html_table(['case', 'state', 'reason'], rows)}</div>")
-    sections: list[tuple[str, Table]] = [
-        ("Goals", (HEADING, [figure.row for figure in figures_of(report)]))
-    ]
+    if not absent.empty:
+        absent = absent[["name", "state", "reason"]].rename(columns={"name": "case"})
+        parts.append(f"<div class=bad>{_html(absent)}</div>")
+    goals = pd.DataFrame([figure.row for figure in figures_of(report)], columns=list(HEADING))
+    sections = {"Goals": goals}
     for kind, title in (("layer", "One attention layer"), ("backbone", "The whole backbone")):
         for family in families(cases, kind):
-            title_of = f"{title}: {family['mode']}, d = {family['width']}, {family['dtype']}"
-            sections.append((title_of, _grid(subset(cases, kind, **family))))
-    sections += [("Peers", _peers(cases)), ("Arithmetic of one layer", _counts(cases))]
-    for title, (heading, rows) in sections:
-        if rows:
-            parts.append(f"<h2>{html_text(title)}</h2>{html_table(heading, rows)}")
+            of = f"{title}: {family['mode']}, d = {family['width']}, {family['dtype']}"
+            sections[of] = _grid(subset(cases, kind, **family))
+    sections |= {"Peers": _peers(cases), "Arithmetic of one layer": _counts(cases)}
+    for title, table in sections.items():
+        if not table.empty:
+            parts.append(f"<h2>{html_text(title)}</h2>{_html(table)}")
     parts.append("<h2>Pictures</h2>")
     parts += [
         f"<figure>{html_image(path.read_bytes(), name)}"
@@ -48,6 +44,10 @@ def write_report(
     ]
     write_text(out / "report.html", html_page("attnzoo benchmark", "".join(parts)))
     return out / "report.html"
+
+
+def _html(table: pd.DataFrame) -> str:
+    return html_table(table.columns, table.itertuples(index=False))
 
 
 def _machine(report: dict[str, Any], source: str) -> list[tuple[str, Any]]:
@@ -66,31 +66,34 @@ def _machine(report: dict[str, Any], source: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _grid(cases: pd.DataFrame) -> Table:
-    columns = ("q1 to q3", "over softmax", "peak memory", "of matmul peak")
-    found = {(str(row["label"]), row["resolution"]): row for row in cases.to_dict("records")}
-    sizes = sorted({px for _, px in found})
-    rows = [
-        [label, *(text for px in sizes for text in _measured(found.get((label, px))))]
-        for label in sorted({label for label, _ in found})
-    ]
-    return ["mechanism", *(name for px in sizes for name in (f"{px} px", *columns))], rows
+def _shown(cases: pd.DataFrame, column: str, form: Any) -> pd.Series:
+    """A column as text, empty where there is no value."""
+    values = cases[column] if column in cases else pd.Series(None, cases.index, dtype=float)
+    return values.map(lambda value: "" if pd.isna(value) else form(value))
 
 
-def _measured(row: dict[Any, Any] | None) -> list[str]:
-    if row is None:
-        return [""] * 5
-    ratio, share = (float(row.get(key, nan)) for key in ("ratio_to_softmax", "share_of_peak"))
-    return [
-        f"{row['seconds'] * 1e3:.3g} ms",
-        f"{row['seconds_q1'] * 1e3:.3g} to {row['seconds_q3'] * 1e3:.3g}",
-        "" if isnan(ratio) else f"{ratio:.2f}",
-        memory(row["peak_memory"]),
-        "" if isnan(share) else f"{share:.0%}",
-    ]
+def _grid(cases: pd.DataFrame) -> pd.DataFrame:
+    """A row per mechanism, and five columns per resolution."""
+    cases = cases.drop_duplicates(["label", "resolution"], keep="last")
+    low, middle, high = (
+        _shown(cases, f"seconds{which}", lambda value: f"{value * 1e3:.3g}")
+        for which in ("_q1", "", "_q3")
+    )
+    columns = {
+        "time": middle + " ms",
+        "q1 to q3": low + " to " + high,
+        "over softmax": _shown(cases, "ratio_to_softmax", "{:.2f}".format),
+        "peak memory": _shown(cases, "peak_memory", memory),
+        "of matmul peak": _shown(cases, "share_of_peak", "{:.0%}".format),
+    }
+    keys = pd.MultiIndex.from_frame(cases[["label", "resolution"]].astype({"label": str}))
+    wide = pd.DataFrame(columns).set_axis(keys, axis=0).unstack().fillna("").sort_index()
+    order = [(name, px) for px in sorted(set(cases["resolution"])) for name in columns]
+    names = [f"{px} px" if name == "time" else name for name, px in order]
+    return wide[order].set_axis(names, axis=1).reset_index(names="mechanism")
 
 
-def _peers(cases: pd.DataFrame) -> Table:
+def _peers(cases: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for case in subset(cases, "peers").to_dict("records"):
         name_of = " ".join(f"{case[key]}" for key in ("label", "mode"))
@@ -101,18 +104,14 @@ def _peers(cases: pd.DataFrame) -> Table:
             rows.append([name_of, name, f"{ratio['median']:.2f}", spread, best])
         for name, reason in case["peers_missing"].items():
             rows.append([case["label"], name, "", reason, "does not run here"])
-    return ("attnzoo", "peer", "our time over theirs", "quartiles", ""), rows
+    return pd.DataFrame(rows, columns=["attnzoo", "peer", "our time over theirs", "quartiles", ""])
 
 
-def _counts(cases: pd.DataFrame) -> Table:
-    chosen = subset(cases, "count")
-    if not chosen.empty:
-        chosen = chosen.sort_values(["width", "resolution", "label"])
-    keys = ("macs", "macs_paper", "macs_training", "parameters", "active_parameters")
-    rows = [
-        [case["label"], f"{case['resolution']} px", f"d{case['width']}",
-         *("" if pd.isna(case[key]) else amount(case[key]) for key in keys)]
-        for case in chosen.to_dict("records")
-    ]  # fmt: skip
-    return ("mechanism", "", "", "MACs", "MACs as the paper counts", "training step", "parameters",
-            "active per token"), rows  # fmt: skip
+def _counts(cases: pd.DataFrame) -> pd.DataFrame:
+    chosen = subset(cases, "count").sort_values(["width", "resolution", "label"])
+    names = {"macs": "MACs", "macs_paper": "MACs as the paper counts",
+             "macs_training": "training step", "parameters": "parameters",
+             "active_parameters": "active per token"}  # fmt: skip
+    size = chosen["resolution"].map("{} px".format), chosen["width"].map("d{}".format)
+    columns = {"mechanism": chosen["label"], "resolution": size[0], "width": size[1]}
+    return pd.DataFrame(columns | {n: _shown(chosen, k, amount) for k, n in names.items()})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 # A round shorter than this repeats its call, so that the clock's own cost vanishes.
 SHORTEST_ROUND = 2e-3
-
 
 Calls = Mapping[str, Callable[[], Any]]
 # Calls a function that often and returns the seconds of one call.
@@ -73,7 +72,13 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.stream(aside):
         call()
         call()
-        _require_no_wait(call)
+        # Recording a call that waits for the device fails too, but leaves PyTorch's random
+        # numbers unusable.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -81,18 +86,6 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
-
-
-def _require_no_wait(call: Callable[[], Any]) -> None:
-    """Raises RuntimeError if ``call`` waits for the device.
-
-    Recording such a call fails too, but leaves PyTorch's random numbers unusable.
-    """
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def interleave(
@@ -129,19 +122,15 @@ def interleave(
     return durations
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    found = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of each round."""
-    values = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, middle, high = quartiles(values)
-    return {"median": middle, "q1": low, "q3": high, "rounds": len(values)}
+    return {**spread(np.divide(numerator, denominator)), "rounds": len(numerator)}
 
 
 class ReplayClock:
@@ -152,9 +141,7 @@ class ReplayClock:
     """
 
     __name__ = "rounds of the case's own process"
-
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -163,14 +150,13 @@ class ReplayClock:
         """Gives ``benchmark`` these rounds."""
         left = iter(durations)
 
+        def restart() -> None:  # a large clock would round a small duration off
+            self.now = 0.0
+
         def advance() -> None:
             self.now += next(left)
 
-        # From 0 each time: a large clock would round a small duration off.
-        benchmark.pedantic(advance, setup=self._restart, rounds=len(durations))
-
-    def _restart(self) -> None:
-        self.now = 0.0
+        benchmark.pedantic(advance, setup=restart, rounds=len(durations))
 
 
 replay_clock = ReplayClock()
