@@ -40,54 +40,34 @@ _CUDA: _Plan = (
     ("layer", "forward", "all", (256, 1024, 2048, 4096), (1024, 4096)),
     ("layer", "train", "all", (1024, 2048), (1024,)),
     ("layer", "train", "few", (4096,), (4096,)),
-    ("peers", "forward", "quick", (1024,), (1024,)),
-    ("peers", "train", "quick", (1024,), (1024,)),
+    ("peers", "forward", "all", (1024,), (1024,)),
+    ("peers", "train", "all", (1024,), (1024,)),
     ("backbone", "forward", "few", (256, 1024, 2048), (1024, 2048)),
     ("backbone", "train", "few", (1024, 2048), (2048,)),
     ("layer", "forward", "compiled", (1024,), ()),
     ("layer", "train", "compiled", (1024,), ()),
     ("layer", "forward", "few", (), (256, 2048)),
 )
-_CUDA_LAST: _Plan = (
-    ("peers", "forward", "tuned", (1024,), ()),
-    ("peers", "train", "tuned", (1024,), ()),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        kind: What is run: one attention layer, the whole backbone, a layer against its peers,
-            a count of multiply-accumulates, a short training, or a goal of ``bench.goals``.
-        mechanism: A registered name; the goal's name if ``kind`` is "goal".
-        options: The mechanism's options, as sorted (name, value) pairs.
-        resolution: Side of the image of a latent model, in pixels.
-        width: Width of the tokens.
-        dtype: One of ``DTYPES``.
-        mode: "forward" under no_grad in eval mode, or "train": forward and backward.
-        device: "cpu" or "cuda".
-        batch: Images.
-        compiled: Whether torch.compile(fullgraph=True) comes first.
-        against: Mechanisms timed in turn with this one, round by round.
-        rounds: Most rounds; fewer if they take longer than ``seconds``, but at least 3.
-        seconds: Time for the rounds; 0 is one round, for cases made for their memory.
-    """
-
+    # One attention layer, the whole backbone, a layer against its peers, a count of
+    # multiply-accumulates, a short training, or a goal of ``bench.goals``.
     kind: Kind = "layer"
-    mechanism: str = "softmax"
-    options: Options = ()
-    resolution: int = 256
-    width: int = 384
+    mechanism: str = "softmax"  # the goal's name if ``kind`` is "goal"
+    options: Options = ()  # of the mechanism, as sorted (name, value) pairs
+    resolution: int = 256  # side of the image of a latent model, in pixels
+    width: int = 384  # of the tokens
     dtype: str = "float32"
-    mode: str = "forward"
-    device: str = "cpu"
-    batch: int = 1
-    compiled: bool = False
-    against: tuple[str, ...] = ()
-    rounds: int = 7
-    seconds: float = 2.0
+    mode: str = "forward"  # under no_grad in eval mode; or "train": forward and backward
+    device: str = "cpu"  # or "cuda"
+    compiled: bool = False  # whether torch.compile(fullgraph=True) comes first
+    against: tuple[str, ...] = ()  # mechanisms timed in turn with this one, round by round
+    rounds: int = 7  # most rounds; fewer if they take longer than ``seconds``, but at least 3
+    seconds: float = 2.0  # 0 is one round, for cases made for their memory
 
     @property
     def side(self) -> int:
@@ -116,21 +96,16 @@ class Case:
         """A name that tells the case from every other of its table."""
         if self.kind == "goal":
             return self.mechanism
-        parts = [self.kind, self.label, f"{self.resolution}px", f"d{self.width}"]
-        parts += [self.dtype, self.mode]
-        if self.device != "cpu":
-            parts.append(self.device)
-        if self.batch > 1:
-            parts.append(f"b{self.batch}")
-        return "-".join(parts)
+        size = f"{self.resolution}px-d{self.width}-{self.dtype}-{self.mode}"
+        end = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.kind}-{self.label}-{size}{end}"
 
     @property
     def label(self) -> str:
         """The mechanism with its options."""
-        text = self.mechanism
-        if self.options:
-            text += "[" + ",".join(f"{name}={value}" for name, value in self.options) + "]"
-        return text + ("+compile" if self.compiled else "")
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        end = "+compile" if self.compiled else ""
+        return self.mechanism + (f"[{options}]" if options else "") + end
 
     @property
     def check_key(self) -> str:
@@ -147,18 +122,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user asked for; empty tuples take the profile's own.
-
-    Attributes:
-        profile: "quick" or "full".
-        device: "cpu" or "cuda".
-        mechanisms: (name, options) pairs.
-        resolutions: In pixels.
-        widths: Widths of the tokens.
-        dtypes: Names of dtypes.
-        goals: Names of the goals, for the full profile.
-        quality: Whether there are results of a comparison to read.
-    """
+    """What a user asked for; empty tuples take the profile's own."""
 
     profile: str = "quick"
     device: str = "cpu"
@@ -166,8 +130,8 @@ class Request:
     resolutions: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
-    goals: tuple[str, ...] = ()
-    quality: bool = False
+    goals: tuple[str, ...] = ()  # for the full profile
+    quality: bool = False  # whether there are results of a comparison to read
 
     def __post_init__(self) -> None:
         for name, options in self.mechanisms:
@@ -195,20 +159,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What all cases of a run share.
+    """What all cases of a run share."""
 
-    Attributes:
-        threads: Of torch, on the CPU.
-        imports: Files or modules that register a user's own mechanisms.
-        quality: Results of ``recipes/compare.py``, or None.
-        peaks: What ``machine.measure_peaks`` found.
-        checked: What earlier cases of the run found equal to their references, by
-            ``Case.check_key``.
-    """
-
-    threads: int = 1
-    imports: tuple[str, ...] = ()
-    quality: str | None = None
+    threads: int = 1  # of torch, on the CPU
+    imports: tuple[str, ...] = ()  # files or modules that register a user's own mechanisms
+    quality: str | None = None  # results of ``recipes/compare.py``
+    # What ``machine.measure_peaks`` found, and what earlier cases of the run found equal to their
+    # references, by ``Case.check_key``.
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
     checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -239,11 +196,7 @@ def _cases(kind: Kind, names: Named, resolutions: Sequence[int], **common: Any) 
 def _groups(request: Request) -> dict[str, Named]:
     names = request.named
     few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
-    # flash-linear-attention tries blocks for a minute and a half before it computes.
-    tuned = [n for n in names if n[0] == "gated"]
-    quick = [n for n in names if n not in tuned]
-    compiled = [n for n in few if n[0] != "softmax"]
-    return {"all": names, "few": few, "tuned": tuned, "quick": quick, "compiled": compiled}
+    return {"all": names, "few": few, "compiled": [n for n in few if n[0] != "softmax"]}
 
 
 def _planned(plan: _Plan, request: Request, is_first: bool, **common: Any) -> Iterator[Case]:
@@ -284,15 +237,21 @@ def _large(names: Named, is_full: bool, **common: Any) -> Iterator[Case]:
 def _cuda(request: Request) -> Iterator[Case]:
     """What matters most comes first, for a run that ends early."""
     widths = request.widths or ((768, 384) if request.profile == "full" else (768,))
-    main, dtypes = request.widths or widths[:1], request.dtypes or ("bfloat16",)
+    main = request.widths or widths[:1]
     pace: dict[str, Any] = {"seconds": 0.25, "rounds": 25, "device": "cuda"}
     for width in widths:
         yield from _counts(request, width)
     yield from _goals_and_quality(request)
-    for plan, over in ((_CUDA, widths), (_CUDA_LAST, main)):
-        for width in over:
-            for dtype in dtypes:
-                yield from _planned(plan, request, width in main, width=width, dtype=dtype, **pace)
+    rows = [
+        case
+        for width in widths
+        for dtype in request.dtypes or ("bfloat16",)
+        for case in _planned(_CUDA, request, width in main, width=width, dtype=dtype, **pace)
+    ]
+    # flash-linear-attention tries blocks for a minute and a half before it computes.
+    tuned = [case for case in rows if case.kind == "peers" and case.mechanism == "gated"]
+    yield from (case for case in rows if case not in tuned)
+    yield from (case for case in tuned if case.width in main)
 
 
 def _counts(request: Request, width: int) -> Iterator[Case]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -23,7 +24,7 @@ HEADING = ["case", "what", "before", "after", "factor"]
 
 def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """What changed, the largest change first, under ``HEADING``."""
-    both = before.merge(after, on="id", suffixes=("_before", "_after"))
+    both: Any = before.merge(after, on="id", suffixes=("_before", "_after"))
     both = both[~both["kind_before"].isin(["count", "goal", "quality"])]
     slower = both["seconds_q1_after"] > both["seconds_q3_before"]
     faster = both["seconds_q3_after"] < both["seconds_q1_before"]

@@ -8,7 +8,6 @@ and store nothing is refused before it starts.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -22,30 +21,13 @@ from attnzoo.errors import UsageError
 from bench import machine
 from bench.cases import PROFILES, Case
 from bench.isolate import Outcome, run_isolated
-from bench.options import SuiteOptions, options_from
+from bench.options import SuiteRun, options_from
 from bench.timing import replay_clock
 from recipes.lab.console import USER_ERROR, UserError, printable
 from recipes.lab.files import require_writable, write_json
 from recipes.lab.imports import import_all, origins
 
-
-@dataclasses.dataclass
-class Books:
-    """What the plugin knows of a run."""
-
-    options: SuiteOptions  # the command line
-    commit: str = dataclasses.field(default_factory=machine.commit)
-    begin: float = dataclasses.field(default_factory=time.monotonic)
-    json: Path | None = None  # what --benchmark-json names
-    # Names of the tests, and state and reason of those that were not measured, by node id.
-    requested: dict[str, str] = dataclasses.field(default_factory=dict)
-    missed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    # Seconds of every case, by kind.
-    spent: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    unwritten: list[str] = dataclasses.field(default_factory=list)  # what the system refused
-
-
-_BOOKS = pytest.StashKey[Books]()
+_BOOKS = pytest.StashKey[SuiteRun]()
 # One goal compares many layers.
 GOAL_TIMEOUT = 1200.0
 _SEVERAL = "; several by comma, all of the profile by default"
@@ -126,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
     given |= {"profile": (chosen or ["quick"])[0], "imports": tuple(given["imports"])}
     try:
         import_all(given["imports"])
-        books = config.stash[_BOOKS] = Books(options_from(**given))
+        books = config.stash[_BOOKS] = options_from(**given)
         session = _session(config)
         if session.json and not config.option.collectonly:
             books.json = require_writable(Path(session.json).absolute())
@@ -154,7 +136,7 @@ def pytest_keyboard_interrupt() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = metafunc.config.stash[_BOOKS].options.cases.values()
+    cases = metafunc.config.stash[_BOOKS].cases.values()
     wanted = [case for case in cases if case.test == metafunc.function.__name__]
     metafunc.parametrize(
         [*Case().params(), "case_id"],
@@ -165,7 +147,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def case(request, case_id, kind, mechanism, resolution, width, dtype, mode) -> Case:
     """The case of this test; its parameters are there for --benchmark-group-by=param:width."""
-    return request.config.stash[_BOOKS].options.cases[case_id]
+    return request.config.stash[_BOOKS].cases[case_id]
 
 
 @pytest.fixture
@@ -187,46 +169,45 @@ def run(request: pytest.FixtureRequest, case: Case, benchmark: Any) -> Any:
             pytest.skip(message)
         record: dict[str, Any] = dict(outcome.result)
         if record.get("check") and case.kind != "goal":
-            books.options.conditions.checked[case.check_key] = record["check"]
+            books.conditions.checked[case.check_key] = record["check"]
         record["cell_seconds"] = time.monotonic() - begin
-        kind = f"{case.kind}{', compiled' if case.compiled else ''}"
-        books.spent.setdefault(kind, []).append(record["cell_seconds"])
         replay_clock.replay(benchmark, record.pop("rounds"))
-        names = ("id", "label", "tokens", "batch", "device", "compiled", *case.params())
+        names = ("id", "label", "tokens", "device", "compiled", *case.params())
         benchmark.extra_info.update({name: getattr(case, name) for name in names})
-        benchmark.extra_info.update(options=dict(case.options), commit=books.commit, **record)
+        record |= {"options": dict(case.options), "batch": 1, "commit": books.commit}
+        benchmark.extra_info.update(record)
         return record
 
     return start
 
 
-def _within_budget(books: Books, case: Case, function: Any) -> Outcome:
-    options, is_count, left = books.options, case.kind == "count", float("inf")
+def _within_budget(books: SuiteRun, case: Case, function: Any) -> Outcome:
+    is_count, left = case.kind == "count", float("inf")
     if not is_count:
-        _measure_peaks(options)
-    timeout = max(options.case_timeout, GOAL_TIMEOUT if case.kind == "goal" else 0)
-    if options.time_budget:
-        left = max(0.0, books.begin + options.time_budget - time.monotonic())
+        _measure_peaks(books)
+    timeout = max(books.case_timeout, GOAL_TIMEOUT if case.kind == "goal" else 0)
+    if books.time_budget:
+        left = max(0.0, books.begin + books.time_budget - time.monotonic())
     if left:
         outcome = run_isolated(
-            function, case, options.conditions, memory=options.memory_cap,
+            function, case, books.conditions, memory=books.memory_cap,
             timeout=min(timeout, left), device="cpu" if is_count else case.device,
             is_shared=is_count,
         )  # fmt: skip
         if outcome.state != "timeout" or left >= timeout:
             return outcome
-    text = f"the run's time budget of {options.time_budget:g} s was spent; raise --time-budget"
+    text = f"the run's time budget of {books.time_budget:g} s was spent; raise --time-budget"
     return Outcome("timeout", text)
 
 
-def _measure_peaks(options: SuiteOptions) -> None:
+def _measure_peaks(books: SuiteRun) -> None:
     """Adds to the conditions, once, what the machine can do at best."""
-    peaks, device = options.conditions.peaks, options.request.device
+    peaks, device = books.conditions.peaks, books.request.device
     if not peaks:
-        dtypes = tuple(sorted({case.dtype for case in options.cases.values()}))
+        dtypes = tuple(sorted({case.dtype for case in books.cases.values()}))
         # On a GPU with the cases' own cap, so that it is one of their processes.
-        memory = options.memory_cap if device == "cuda" else 2**33
-        outcome = run_isolated(machine.measure_peaks, device, dtypes, options.conditions.threads,
+        memory = books.memory_cap if device == "cuda" else 2**33
+        outcome = run_isolated(machine.measure_peaks, device, dtypes, books.conditions.threads,
                                memory=memory, timeout=120, device=device)  # fmt: skip
         # Without a peak the shares are left out; the cases say themselves what is wrong.
         peaks |= outcome.result or {"none": 0.0}
@@ -239,7 +220,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in empty]
         config.hook.pytest_deselected(items=empty)
     # The table's order, not that of the tests, which pytest takes up one by one.
-    position = {name: i for i, name in enumerate(config.stash[_BOOKS].options.cases)}
+    position = {name: i for i, name in enumerate(config.stash[_BOOKS].cases)}
     items.sort(key=lambda item: position[_case_id(item)])
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=replay_clock))
@@ -265,14 +246,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
-    options = config.stash[_BOOKS].options
+    books = config.stash[_BOOKS]
     machine_info["attnzoo"] = {
         "versions": machine.versions(),
-        "profile": options.request.profile,
-        "device": options.request.device,
-        "threads": options.conditions.threads,
-        "memory_cap": options.memory_cap,
-        "peaks": options.conditions.peaks,
+        "profile": books.request.profile,
+        "device": books.request.device,
+        "threads": books.conditions.threads,
+        "memory_cap": books.memory_cap,
+        "peaks": books.conditions.peaks,
         "imports": origins(attnzoo.list_attention()),
     }
 
@@ -324,12 +305,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     lines.append(f"{len(books.requested)} requested, {done} measured {', '.join(parts)}")
     lines += [f"  {books.requested[node]}: {state}, {reason}"
               for node, (state, reason) in books.missed.items()]  # fmt: skip
-    lines += [f"  {len(seconds)} of kind {kind} took {sum(seconds):.0f} s, the longest "
-              f"{max(seconds):.1f} s" for kind, seconds in books.spent.items()]  # fmt: skip
     infos = [entry.extra_info for entry in benchmarks]
     lines += [
-        f"  {info['label']} {info['mode']} at {info['resolution']} px takes {best['median']:.2f} x "
-        f"the time of the best peer ({info['best_peer']}), quartiles {best['q1']:.2f} to "
+        f"  {info['label']} {info['mode']} at {info['resolution']} px takes {best['median']:.2f} "
+        f"x the time of the best peer ({info['best_peer']}), quartiles {best['q1']:.2f} to "
         f"{best['q3']:.2f}"
         for info in infos
         if (best := info.get("ratio_to_best"))

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,8 +33,8 @@ from bench.peak_memory import peak_memory
 from bench.peers import optional
 from bench.tables import memory
 from bench.thresholds import GOALS, GoalFigure
-from bench.timing import Calls, interleave, ratio, recorded, spread, stopwatch_for
-from bench.worker import layer_options, peer_steps, step_of, subject
+from bench.timing import Calls, Race, race, spread
+from bench.worker import build, layer_options, peer_steps, step_of, subject
 
 Step = Callable[[], Any]
 MODES = ("forward", "train")
@@ -48,43 +47,23 @@ ALLOWED = {"float32": 2e-6, "bfloat16": 2e-2}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One contestant of a goal, at one point of its sweep.
+    """One contestant of a goal, at one point of its sweep."""
 
-    Attributes:
-        build: The function of ``BUILDERS`` that makes its step.
-        mechanism: Of a layer, a backbone or a peer.
-        options: Of the mechanism.
-        is_papers: Whether to take the paper's number of projectors at this width, too.
-        kind: "layer" or "backbone".
-        impl: Of an operator, or the name of a peer.
-        dim: Width of the tokens.
-        side: Tokens along one side.
-        mode: "forward" or "train".
-        dtype: Of the tokens.
-        compiled: Whether torch.compile comes first.
-        backend: Of SDPA, a name of ``SDPBackend``.
-        sets: Sets of tensors that one call walks through: one alone stays in a GPU's L2 cache.
-        skewed: Whether each expert has half of the tokens of the one before.
-        batch: Images, of a scan.
-        heads: Of a scan.
-        value_dim: Per head, of a scan.
-        by_token: Whether the operands of a scan lie in memory as (batch, tokens, heads, width).
-    """
-
-    build: str = "layer"
-    mechanism: str = ""
+    build: str = "layer"  # the function of ``BUILDERS`` that makes its step
+    mechanism: str = ""  # of a layer, a backbone or a peer
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    is_papers: bool = False
-    kind: Any = "layer"
-    impl: str = "auto"
+    is_papers: bool = False  # whether to take the paper's number of projectors at this width, too
+    kind: Any = "layer"  # or "backbone"
+    impl: str = "auto"  # of an operator, or the name of a peer
     dim: int = 384
-    side: int = 64
+    side: int = 64  # tokens along one side
     mode: str = "forward"
     dtype: str = "float32"
     compiled: bool = False
-    backend: str = ""
-    sets: int = 1
-    skewed: bool = False
+    backend: str = ""  # of SDPA, a name of ``SDPBackend``
+    sets: int = 1  # of tensors that one call walks through: one alone stays in a GPU's L2 cache
+    skewed: bool = False  # whether each expert has half of the tokens of the one before
+    # Of a scan: images, heads, width of values, and whether heads come after tokens in memory.
     batch: int = 1
     heads: int = 6
     value_dim: int = 32
@@ -110,56 +89,19 @@ class Contestant:
         )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Race:
-    """Seconds of every round of calls timed in turn.
-
-    Attributes:
-        launched: With the host's part.
-        device: The device's own time, of those that could be recorded.
-        missing: Why others could not be recorded, or not even started.
-    """
-
-    launched: dict[str, list[float]]
-    device: dict[str, list[float]]
-    missing: dict[str, str]
-
-    def over(self, upper: str, lower: str) -> tuple[dict[str, float] | None, str]:
-        """The ratio of two times, of the device where both are known, and which it is in words."""
-        reasons = [f"{n}: {self.missing[n]}" for n in (upper, lower) if n in self.missing]
-        if upper not in self.launched or lower not in self.launched:
-            return None, "; ".join(reasons)
-        launched = ratio(self.launched[upper], self.launched[lower])
-        if upper in self.device and lower in self.device:
-            on_device = ratio(self.device[upper], self.device[lower])
-            return on_device, f"device time; launched {launched['median']:.3g}"
-        return launched, "; ".join(["launched", *reasons])
-
-    def fastest(self, names: str | list[str]) -> str:
-        """Of several contestants the fastest that ran, by the device's time where it is known."""
-        several = [names] if isinstance(names, str) else names
-        ran = [name for name in several if name in self.launched]
-        times = {n: statistics.median(self.device.get(n, self.launched[n])) for n in ran}
-        return min(times, key=lambda name: times[name]) if times else several[0]
-
-
 class Recorder:
     """Collects the figures of one goal, and the checks that stood before them.
 
-    Args:
-        goal: Of ``GOALS``.
-        device: "cpu" or "cuda".
-        sizes: Numbers to take instead of those of the goal's sweep, for tests.
+    ``sizes`` are numbers to take instead of those of the goal's sweep, for tests.
     """
 
     def __init__(self, goal: str, device: str, sizes: Mapping[int, int] | None = None) -> None:
         self.goal, self.device, self.sizes = goal, device, dict(sizes or {})
-        self.stopwatch, self.timer = stopwatch_for(device, threads=1)
         self.figures: list[GoalFigure] = []
         self.rounds: list[float] = []
         self.checks: dict[str, Any] = {}
-        # (tokens, one time over another) of every figure, over the sweep.
-        self.curves: dict[str, list[tuple[float, float]]] = {}
+        # (tokens, the lower time over the upper) by figure, over the sweep, compiled or not.
+        self.curves: dict[tuple[str, bool], list[tuple[float, float]]] = {}
 
     def sweep(self) -> Iterator[dict[str, Any]]:
         """The points of the goal."""
@@ -190,42 +132,33 @@ class Recorder:
         calls, failed = self.started(contestants)
         figures = {key: f for key, f in goal.figures.items() if "over" in f}
         is_timed = any(f.get("of") != "memory" for f in figures.values())
-        race = self.race(calls if is_timed else {}, failed)
+        times = self.race(calls if is_timed else {}, failed)
         for key, figure in figures.items():
-            upper, lower = (race.fastest(names) for names in figure["over"])
-            value, note = race.over(upper, lower)
+            upper, lower = (times.fastest(names) for names in figure["over"])
+            value, note = times.over(upper, lower)
+            curve = self.curves.setdefault((key, at.compiled), [])
             if value is not None:
-                self.curves.setdefault(key, []).append((at.tokens, value["median"]))
+                curve.append((at.tokens, 1 / value["median"]))
             if not belongs(figure):
                 continue
-            if self.device == "cpu" and value is not None:
-                note = ""
             if not isinstance(figure["over"][0], str):
                 note = f"{upper}; {note}"
-            if figure.get("of") == "memory":
-                peaks = [peak_memory(calls[n], self.device).bytes for n in (upper, lower)]
-                value, note = peaks[0] / peaks[1], " and ".join(memory(peak) for peak in peaks)
-            elif figure.get("of") == "time per MAC" and value is not None:
-                macs = [subject(contestants[n].case)[0].macs((at.side,) * 2)
-                        for n in (upper, lower)]  # fmt: skip
-                factor = macs[0] / macs[1]
-                value = {name: share / factor for name, share in value.items()}
-                note = f"ratio of MACs {factor:.2f}"
-            elif "crossover" in (figure.get("of"), figure.get("note")):
-                start = self._crossover(key)
-                if figure.get("of") == "crossover":
-                    value, note = start, "interpolated between the sizes measured"
-                else:
-                    px = None if start is None else f"{start**0.5 * PIXELS_PER_TOKEN:.0f} px on"
-                    note = f"{f'faster from {px}' if px else 'slower everywhere'}; {note}"
-            self.add(key, value, note, upper=upper, lower=lower, mode=at.mode, dim=at.dim,
-                     n=at.tokens, px=at.side * PIXELS_PER_TOKEN, dtype=SHORT[at.dtype])  # fmt: skip
-
-    def _crossover(self, key: str) -> float | None:
-        """Tokens from which the lower contestant of a figure is faster; None if it never is."""
-        shares = [(n, 1 / faster) for n, faster in sorted(self.curves[key])]
-        found = crossover(shares, [(n, 1.0) for n, _ in shares])
-        return found[0] if found else shares[0][0] if shares[0][1] <= 1 else None
+            match figure.get("of"):
+                case "memory" if upper in calls and lower in calls:
+                    peaks = [peak_memory(calls[n], self.device).bytes for n in (upper, lower)]
+                    value, note = peaks[0] / peaks[1], " and ".join(map(memory, peaks))
+                case "time per MAC" if value is not None:
+                    macs = [build(contestants[n].case).macs((at.side,) * 2)
+                            for n in (upper, lower)]  # fmt: skip
+                    note = f"ratio of MACs {macs[0] / macs[1]:.2f}"
+                    value = {name: share * macs[1] / macs[0] for name, share in value.items()}
+                case "crossover":
+                    value, note = start_of(curve), "interpolated between the sizes measured"
+                case "time from" if start := start_of(curve):
+                    note = f"faster from {start**0.5 * PIXELS_PER_TOKEN:.0f} px on; {note}"
+            names = {"upper": upper, "lower": lower, "mode": at.mode, "dim": at.dim,
+                     "n": at.tokens, "px": at.side * PIXELS_PER_TOKEN}  # fmt: skip
+            self.add(key, value, note, dtype=SHORT[at.dtype], **names)
 
     def started(self, contestants: Mapping[str, Contestant]) -> tuple[Calls, dict[str, str]]:
         """The steps that could be made and called once, and why others could not."""
@@ -246,19 +179,11 @@ class Recorder:
         return calls, failed
 
     def race(self, calls: Calls, failed: Mapping[str, str] | None = None) -> Race:
-        """Launched times, and on a GPU the device's own of what can be recorded as a CUDA graph.
-
-        Args:
-            calls: The contestants.
-            failed: Why others could not start.
-        """
-        is_gpu = self.device == "cuda"
-        pace = (25, 0.6, 7) if is_gpu else (GOALS[self.goal].rounds, 40.0, 7)
-        launched = interleave(calls, self.stopwatch, *pace)
-        self.rounds = self.rounds or next(iter(launched.values()), [])
-        replays, missing = recorded(calls) if is_gpu else ({}, {})
-        return Race(launched, interleave(replays, self.stopwatch, *pace),
-                    {**(failed or {}), **missing})  # fmt: skip
+        """Times calls in turn; ``failed`` says why others could not start."""
+        pace = (25, 0.6) if self.device == "cuda" else (GOALS[self.goal].rounds, 40.0)
+        found = race(calls, self.device, 1, *pace, least=7, missing=failed)
+        self.rounds = self.rounds or next(iter(found.launched.values()), [])
+        return found
 
     def add(
         self, key: str, value: dict[str, float] | float | None, note: str = "", **names: Any
@@ -273,14 +198,12 @@ class Recorder:
         )  # fmt: skip
 
     def check(self, case: Case) -> None:
-        """Compares a case's layer with its reference, unless it was compared before.
-
-        Raises:
-            WrongResult: The fast path is wrong.
-        """
+        """Compares a case's layer with its reference, unless it was compared before."""
         if case.check_key in self.checks:
             return
         name, options = case.mechanism, layer_options(case)
+        if "stream" in options:  # the small sibling has several of these blocks
+            options["stream"] = 32
         self.checks[case.check_key] = check_layer(name, options, case.width, case.dtype,
                                                   self.device, case.side)  # fmt: skip
         if self.device == "cuda":
@@ -311,6 +234,13 @@ def measure(goal: str, device: str, sizes: Mapping[int, int] | None = None) -> R
             GOALS[goal].also
         ](recorder)
     return recorder
+
+
+def start_of(curve: list[tuple[float, float]]) -> float | None:
+    """Tokens from which a ratio of times, by tokens, is below 1; None if it never is."""
+    shares = sorted(curve)
+    found = crossover(shares, [(n, 1.0) for n, _ in shares])
+    return found[0] if found else next((n for n, share in shares[:1] if share <= 1), None)
 
 
 def _all(steps: list[Step]) -> None:

@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from bench import goal_measurements, machine
 from bench.cases import Case, Conditions
 from bench.isolate import run_isolated
@@ -28,6 +30,7 @@ from bench.thresholds import (
     figures_of,
     not_measured,
 )
+from bench.timing import stopwatch_for
 from bench.worker import prepare
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_json
@@ -46,7 +49,7 @@ def measure_goal(case: Case, conditions: Conditions) -> dict[str, Any]:
         "rows": [dataclasses.asdict(f) | {"verdict": f.verdict} for f in found.figures],
         "check": found.checks,
         "rounds": found.rounds or [0.0],
-        "timer": found.timer,
+        "timer": stopwatch_for(case.device, 1)[1],
         "allocator": allocator,
         **machine.describe(case.device, 1),
     }
@@ -54,10 +57,10 @@ def measure_goal(case: Case, conditions: Conditions) -> dict[str, Any]:
 
 def as_markdown(figures: list[GoalFigure], source: str) -> str:
     """Where the figures come from, how many of each goal meet what, and, folded, every figure."""
-    goals = []
-    for name in dict.fromkeys(figure.goal for figure in figures):
-        count = collections.Counter(f.verdict for f in figures if f.goal == name)
-        goals.append([name, GOALS[name].what, *(count[v] or "" for v in VERDICTS)])
+    found = pd.DataFrame([(f.goal, f.verdict) for f in figures], columns=["goal", "verdict"])
+    counts = pd.crosstab(found["goal"], found["verdict"]).reindex(columns=VERDICTS, fill_value=0)
+    goals = [[name, GOALS[name].what, *(number or "" for number in counts.loc[name])]
+             for name in found["goal"].unique()]  # fmt: skip
     return (
         f"{source}: {summary(figures)}.\n\n"
         f"{markdown_table(['goal', 'what', *VERDICTS], goals, padded=True)}\n\n"

@@ -44,17 +44,11 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a case ended.
+    """How a case ended."""
 
-    Attributes:
-        state: "measured", or why not; "interrupted" if the run ended before it.
-        reason: Why it was not measured, in one line.
-        result: What the function returned.
-    """
-
-    state: State
-    reason: str = ""
-    result: Any = None
+    state: State  # "measured", or why not; "interrupted" if the run ended before it
+    reason: str = ""  # why it was not measured, in one line
+    result: Any = None  # what the function returned
 
 
 @functools.cache

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 import re
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch
 import attnzoo
 from attnzoo.errors import UsageError
 from bench.cases import Case, Conditions, Options, Request, table
+from bench.machine import commit
 from bench.quality import read_quality
 from bench.thresholds import chosen_goals
 from recipes.lab.console import UserError, parse_options
@@ -20,23 +23,22 @@ from recipes.lab.console import UserError, parse_options
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SuiteOptions:
-    """One run of the suite.
-
-    Attributes:
-        request: What was asked for.
-        conditions: What all cases share.
-        memory_cap: Bytes of one case.
-        case_timeout: Seconds of one case.
-        time_budget: Seconds of the whole run; 0 is no limit.
-    """
+@dataclasses.dataclass(kw_only=True)
+class SuiteRun:
+    """One run of the suite: what its command line says, and its books."""
 
     request: Request
     conditions: Conditions
-    memory_cap: int
-    case_timeout: float
-    time_budget: float
+    memory_cap: int  # bytes of one case
+    case_timeout: float  # seconds
+    time_budget: float  # seconds of the whole run; 0 is no limit
+    commit: str = dataclasses.field(default_factory=commit)
+    begin: float = dataclasses.field(default_factory=time.monotonic)
+    json: Path | None = None  # what --benchmark-json names
+    # Names of the tests, and state and reason of those that were not measured, by node id.
+    requested: dict[str, str] = dataclasses.field(default_factory=dict)
+    missed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # what the system refused
 
     @functools.cached_property
     def cases(self) -> dict[str, Case]:
@@ -44,7 +46,7 @@ class SuiteOptions:
         return {case.id: case for case in table(self.request)}
 
 
-def options_from(**texts: Any) -> SuiteOptions:
+def options_from(**texts: Any) -> SuiteRun:
     """Parses and checks the command line's texts.
 
     Raises:
@@ -64,7 +66,7 @@ def options_from(**texts: Any) -> SuiteOptions:
     )
     if quality is not None:
         read_quality(quality)
-    options = SuiteOptions(
+    run = SuiteRun(
         request=request,
         conditions=Conditions(_one("--threads", texts["threads"], 1), texts["imports"], quality),
         memory_cap=parse_bytes(texts["memory_cap"]),
@@ -74,7 +76,7 @@ def options_from(**texts: Any) -> SuiteOptions:
     # What a named implementation lacks here is an outcome of its cases, not a mistake.
     layers = {
         (case.mechanism, case.options, case.width)
-        for case in options.cases.values()
+        for case in run.cases.values()
         if case.kind not in ("goal", "quality") and "impl" not in dict(case.options)
     }
     for mechanism, given, width in sorted(layers, key=str):
@@ -85,7 +87,7 @@ def options_from(**texts: Any) -> SuiteOptions:
             raise UserError(f"{mechanism} of width {width}: {error}") from error
         except Exception:  # a bug in a mechanism is an outcome of its cases, too
             continue
-    return options
+    return run
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -102,7 +104,7 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _one(option: str, text: str, default: int) -> int:
-    numbers = whole_numbers(option, text) or (default,)
+    numbers = [*whole_numbers(option, text)] or [default]
     if len(numbers) > 1:
         raise UserError(f"{option} takes one number, got {text!r}")
     return numbers[0]

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -16,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnzoo.contract import Attention
 from attnzoo.layers.gated_linear import GatedLinear
-from bench.checks import reference_of
+from attnzoo.testing import reference_of
 from bench.isolate import Unsupported, one_line
 
 Contestant = Callable[[Tensor, tuple[int, int]], Tensor]
-Builder = Callable[[Any], nn.Module]
+Builder = Callable[[Any], Any]
 
 
 class Peer(nn.Module):
@@ -94,9 +93,9 @@ def _by(attend: Callable[..., Tensor]) -> Builder:
 
 
 def _sdpa(backend: SDPBackend) -> Builder:
-    def attend(*operands: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*operands)
+            return F.scaled_dot_product_attention(query, key, value)
 
     def build(layer: Any) -> nn.Module:
         _require_device(layer, "cuda", "a CUDA backend of SDPA")
@@ -137,15 +136,11 @@ def _diffusers(processor: str | None = None) -> Builder:
         dim, heads = layer.dim, layer.num_heads
         peer: Any = library.Attention(dim, heads=heads, dim_head=dim // heads,
                                       bias=layer.qkv.bias is not None, **given)  # fmt: skip
-        with torch.no_grad():
-            for part, weight in zip((peer.to_q, peer.to_k, peer.to_v),
-                                    layer.qkv.weight.chunk(3), strict=True):  # fmt: skip
-                part.weight.copy_(weight)
-            if layer.qkv.bias is not None:
-                for part, bias in zip((peer.to_q, peer.to_k, peer.to_v),
-                                      layer.qkv.bias.chunk(3), strict=True):  # fmt: skip
-                    part.bias.copy_(bias)
-            peer.to_out[0].load_state_dict(layer.proj.state_dict())
+        state = {f"to_out.0.{name}": value for name, value in layer.proj.state_dict().items()}
+        for kind, values in layer.qkv.state_dict().items():
+            parts = zip("qkv", values.chunk(3), strict=True)
+            state |= {f"to_{part}.{kind}": value for part, value in parts}
+        peer.load_state_dict(state)
         peer.to(layer.qkv.weight).train(layer.training)
         return Peer(lambda x, grid: peer(x), peer)
 
@@ -197,7 +192,7 @@ def _scan_replaced(scan: Callable[..., Tensor]) -> Iterator[None]:
         module.gated_linear_attention = before
 
 
-def _recurrence(layer: Any) -> nn.Module:
+def _recurrence(layer: Any) -> Any:
     _require_device(layer, "cpu", _SLOW)
     return reference_of(layer)
 

@@ -207,7 +207,7 @@ def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool, st
         return {}, None, True, ""
     summary = read_quality(folder)
     metric, lower = best_metric(summary)
-    rows = summary[summary["metric"] == metric]
+    rows: Any = summary[summary["metric"] == metric]
     protocol = "controlled"  # attention is compared here in backbones of one depth
     if "protocol" in rows:
         protocols = sorted(set(rows["protocol"]))

@@ -21,11 +21,11 @@ _NUMBER, _MAYBE, _TEXT = (int, float), (int, float, type(None)), (str,)
 _SPREAD = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
 _REPORT = {
     "benchmarks": [{"extra_info": {}}],
-    "machine_info": {"attnzoo": {"peaks": {"*": _NUMBER}, "versions": {"*": _TEXT}}},
-    "common": {},
-    "usual": {},
-    "cells_not_measured": [dict.fromkeys(("name", "state", "reason"), _TEXT)],
-    "datetime": _TEXT,
+    "machine_info?": {"attnzoo?": {"peaks?": {"*": _NUMBER}, "versions?": {"*": _TEXT}}},
+    "common?": {},
+    "usual?": {},
+    "cells_not_measured?": [dict.fromkeys(("name", "state", "reason"), _TEXT)],
+    "datetime?": _TEXT,
 }
 _ANY_CASE = {
     **dict.fromkeys(("device_name?", "commit?", "best_peer?"), _TEXT),
@@ -42,7 +42,7 @@ _NAMED_CASE = {
     **dict.fromkeys(("id", "kind", "mechanism", "label", "mode", "dtype"), _TEXT),
     **dict.fromkeys(("resolution", "tokens", "width"), (int,)),
 }
-_MEASURED = dict.fromkeys(
+_MEASURED: dict[str, Any] = dict.fromkeys(
     ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), _NUMBER
 )
 _COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), _NUMBER)
@@ -100,22 +100,17 @@ def read_report(path: Path) -> dict[str, Any]:
     report = read_json(path, "JSON of the suite")
     if not isinstance(report, dict) or not isinstance(report.get("benchmarks"), list):
         raise UserError(f"{path} is no JSON file of the suite: it has no benchmarks")
-    is_compact = "usual" in report
-    absent: dict[str, Any] = {
-        "machine_info": {}, "common": {}, "usual": {}, "cells_not_measured": [], "datetime": "",
-    }  # fmt: skip
-    report = absent | report
     try:
-        _require(report["machine_info"], {})
-        info = report["machine_info"].setdefault("attnzoo", {})
-        _require(info, {})
-        info |= {part: info.get(part, {}) for part in ("peaks", "versions")}
         _require(report, _REPORT)
-        usual = report.pop("usual")
+        absent = {"machine_info": {}, "common": {}, "cells_not_measured": [], "datetime": ""}
+        report = absent | report
+        info = report["machine_info"].get("attnzoo", {})
+        report["machine_info"]["attnzoo"] = {"peaks": {}, "versions": {}} | info
+        usual = report.pop("usual", None)
         for i, entry in enumerate(report["benchmarks"]):
-            entry["extra_info"] = {**usual, **entry["extra_info"]}
+            entry["extra_info"] = {**(usual or {}), **entry["extra_info"]}
             _check_entry(entry, f"benchmarks[{i}]")
-            if is_compact and "name" in entry and "id" in entry["extra_info"]:
+            if usual is not None and "name" in entry and "id" in entry["extra_info"]:
                 entry["name"] += f"[{entry['extra_info']['id']}]"
     except (_Foreign, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no JSON file of the suite, or damaged: {error}") from error
@@ -213,9 +208,9 @@ def subset(cases: pd.DataFrame, kind: str, **equal: Any) -> pd.DataFrame:
 
 def families(cases: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """The (mode, width, dtype) that occur, the fullest first: each is a picture of its own."""
-    sizes = subset(cases, kind).groupby(["mode", "width", "dtype"], sort=False).size()
+    sizes: Any = subset(cases, kind).groupby(["mode", "width", "dtype"], sort=False).size()
     fullest = sizes.sort_values(ascending=False, kind="stable").reset_index()
-    return fullest[["mode", "width", "dtype"]].to_dict("records")  # pyright: ignore
+    return fullest[["mode", "width", "dtype"]].to_dict("records")
 
 
 _SHARED = ("versions", "commit", "allocator", "memory_method", "device_name", "threads")
@@ -231,8 +226,9 @@ def compact(report: dict[str, Any]) -> dict[str, Any]:
         if found.get("kind") != "count":  # which is made on a CPU in every run
             common = {key: found[key] for key in _SHARED if key in found} | common
         # A goal's verdict is of the figure as it was measured.
-        small = {"extra_info": {key: value if key == "rows" else rounded(value)
-                                for key, value in found.items() if key not in _DROPPED}}  # fmt: skip
+        info = {k: v if k == "rows" else rounded(v)
+                for k, v in found.items() if k not in _DROPPED}  # fmt: skip
+        small: dict[str, Any] = {"extra_info": info}
         if "name" in entry:
             small["name"] = entry["name"].removesuffix(f"[{found.get('id')}]")
         if "stats" in entry:  # bench.goals --save writes figures alone
@@ -291,11 +287,7 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     """The same JSON value with floats of six digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def main(arguments: list[str]) -> int:

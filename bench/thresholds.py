@@ -43,29 +43,17 @@ GOALS: dict[str, Goal] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GoalFigure:
-    """One figure of a goal.
-
-    Attributes:
-        goal: "G1" and so on.
-        what: What the value is.
-        value: The median, or None if it could not be measured.
-        q1: Lower quartile over the rounds.
-        q3: Upper quartile over the rounds.
-        minimum: The value that must be reached; None where a goal has failed as a whole.
-        target: The value that we work towards; likewise.
-        better: Whether the value should be "higher" or "lower".
-        note: What else is to be known.
-    """
+    """One figure of a goal."""
 
     goal: str
     what: str
-    value: float | None = None
-    minimum: float | None = None
-    target: float | None = None
+    value: float | None = None  # the median; None if it could not be measured
+    minimum: float | None = None  # must be reached; None where a goal has failed as a whole
+    target: float | None = None  # what we work towards; likewise
     better: Literal["higher", "lower"] = "higher"
-    q1: float | None = None
+    q1: float | None = None  # quartiles over the rounds
     q3: float | None = None
-    note: str = ""
+    note: str = ""  # what else is to be known
 
     @property
     def verdict(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,7 +132,54 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of each round."""
-    return {**spread(np.divide(numerator, denominator)), "rounds": len(numerator)}
+    return {**spread(np.divide(numerator, denominator).tolist()), "rounds": len(numerator)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Seconds of every round of calls timed in turn."""
+
+    launched: dict[str, list[float]]  # with the host's part
+    device: dict[str, list[float]]  # the device's own time, of those that could be recorded
+    missing: dict[str, str]  # why others could not be recorded, or not even started
+
+    def over(self, upper: str, lower: str) -> tuple[dict[str, float] | None, str]:
+        """The ratio of two times, of the device where both are known, and which it is in words."""
+        reasons = [f"{n}: {self.missing[n]}" for n in (upper, lower) if n in self.missing]
+        if upper not in self.launched or lower not in self.launched:
+            return None, "; ".join(reasons)
+        launched = ratio(self.launched[upper], self.launched[lower])
+        if upper in self.device and lower in self.device:
+            on_device = ratio(self.device[upper], self.device[lower])
+            return on_device, f"device time; launched {launched['median']:.3g}"
+        return launched, "; ".join(["launched", *reasons] if self.device or reasons else [])
+
+    def fastest(self, names: str | list[str]) -> str:
+        """Of several contestants the fastest that ran, by the device's time where it is known."""
+        several = [names] if isinstance(names, str) else names
+        ran = [name for name in several if name in self.launched]
+        times = {n: statistics.median(self.device.get(n, self.launched[n])) for n in ran}
+        return min(times, key=lambda name: times[name]) if times else several[0]
+
+
+def race(
+    contestants: Calls,
+    device: str,
+    threads: int,
+    rounds: int,
+    seconds: float,
+    least: int,
+    missing: Mapping[str, str] | None = None,
+) -> Race:
+    """``interleave``, and on a GPU once more without the host: replays of CUDA graphs.
+
+    ``missing`` says why other contestants could not start.
+    """
+    stopwatch, _ = stopwatch_for(device, threads)
+    launched = interleave(contestants, stopwatch, rounds, seconds, least)
+    replays, unrecorded = recorded(contestants) if device == "cuda" else ({}, {})
+    on_device = interleave(replays, stopwatch, rounds, seconds, least)
+    return Race(launched, on_device, {**(missing or {}), **unrecorded})
 
 
 class ReplayClock:

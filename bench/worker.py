@@ -21,7 +21,7 @@ from bench.checks import WrongResult, check_layer, require_close
 from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
 from bench.peers import PEERS, contestants_of
-from bench.timing import interleave, ratio, recorded, spread, stopwatch_for
+from bench.timing import race, ratio, spread, stopwatch_for
 from recipes.lab.imports import import_all
 
 Steps = dict[str, Callable[[], Any]]
@@ -62,7 +62,7 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
     if "impl" in options:  # once on few tokens
         few = dataclasses.replace(case, kind="layer", resolution=min(case.resolution, 64))
         with _naming_impl(case, f"{case.device} with torch.{case.dtype}"):
-            subject(dataclasses.replace(few, compiled=False, batch=1))[1]()
+            subject(dataclasses.replace(few, compiled=False))[1]()
     check = conditions.checked.get(case.check_key) or check_layer(
         case.mechanism, layer_options(case), case.width, case.dtype, case.device, case.side
     )
@@ -79,11 +79,13 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
             # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
             plain = PEERS["softmax"]["matmul-softmax-matmul"](other)
             calls["softmax, plain"] = step_of(plain, _inputs(case, other), case.mode)
-    stopwatch, timer = stopwatch_for(case.device, conditions.threads)
-    rounds = interleave(calls, stopwatch, case.rounds, case.seconds, 3 if case.seconds else 1)
+    call()
+    peak = peak_memory(call, case.device)
+    least = 3 if case.seconds else 1
+    times = race(calls, case.device, conditions.threads, case.rounds, case.seconds, least)
+    rounds, on_device = times.launched, times.device
     if "softmax, plain" in rounds:
         rounds["softmax"] = min(rounds.pop("softmax, plain"), rounds["softmax"], key=sum)
-    peak = peak_memory(call, case.device)
     ours = rounds.pop("attnzoo")
     layer = next(module for module in model.modules() if isinstance(module, Attention))
     record: dict[str, Any] = {
@@ -98,22 +100,29 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
         "memory_method": peak.method,
         "impl": getattr(layer.config, "impl", "only one"),
         "operators": list(peak.operators),
-        "timer": timer,
+        "timer": stopwatch_for(case.device, conditions.threads)[1],
         "allocator": allocator,
         "cell_cpu_seconds": time.process_time(),
         **machine.describe(case.device, conditions.threads),
     }
     step = record["macs_training"] if case.mode == "train" else record["macs"]
     if step:
-        record["gflops"] = 2 * step * case.batch / spread(ours)["median"] / 1e9
+        record["gflops"] = 2 * step / spread(ours)["median"] / 1e9
         if case.dtype in conditions.peaks:
             record["peak_gflops"] = conditions.peaks[case.dtype]
             record["share_of_peak"] = record["gflops"] / conditions.peaks[case.dtype]
     if case.kind == "peers":
         record["best_peer"] = _best(record["ratios"])
         record["ratio_to_best"] = record["ratios"][record["best_peer"]]
-    # Last, because a recording that fails may leave the device unwilling.
-    return record | (_device_times(calls, case) if is_gpu else {})
+    if times.missing:
+        record["not_recorded"] = times.missing
+    if "attnzoo" in on_device:
+        ours = on_device.pop("attnzoo")
+        record["device_seconds"] = spread(ours)
+        ratios = record["device_ratios"] = {n: ratio(ours, z) for n, z in on_device.items()}
+        if case.kind == "peers" and ratios:
+            record["best_peer_on_device"] = _best(ratios)
+    return record
 
 
 def _best(ratios: dict[str, dict[str, float]]) -> str:
@@ -139,21 +148,6 @@ def _naming_impl(case: Case, where: str) -> Iterator[None]:
         if not text.startswith("impl="):
             text = f"{impl=} cannot run on {where}: {one_line(error)}"
         raise Unsupported(text) from error
-
-
-def _device_times(calls: Steps, case: Case) -> dict[str, Any]:
-    """The same contest without the host: every call replayed from a CUDA graph."""
-    replays, missing = recorded(calls)
-    found: dict[str, Any] = {"not_recorded": missing} if missing else {}
-    if "attnzoo" not in replays:
-        return found
-    rounds = interleave(replays, stopwatch_for("cuda", 1)[0], case.rounds, case.seconds / 2)
-    ours = rounds.pop("attnzoo")
-    found["device_seconds"] = spread(ours)
-    found["device_ratios"] = {name: ratio(ours, theirs) for name, theirs in rounds.items()}
-    if case.kind == "peers" and rounds:
-        found["best_peer_on_device"] = _best(found["device_ratios"])
-    return found
 
 
 def count(case: Case, conditions: Conditions) -> dict[str, Any]:
@@ -219,12 +213,12 @@ def build(case: Case) -> Any:
 def _inputs(case: Case, model: torch.nn.Module) -> tuple[Any, ...]:
     like: dict[str, Any] = {"device": case.device, "dtype": getattr(torch, case.dtype)}
     if isinstance(model, Attention):
-        x = torch.randn(case.batch, case.tokens, case.width, **like)
+        x = torch.randn(1, case.tokens, case.width, **like)
         return x.requires_grad_(case.mode == "train"), case.grid
     return (
-        torch.randn(case.batch, 4, case.side * 2, case.side * 2, **like),
-        torch.full((case.batch,), 500.0, device=case.device),
-        torch.zeros(case.batch, dtype=torch.int64, device=case.device),
+        torch.randn(1, 4, case.side * 2, case.side * 2, **like),
+        torch.full((1,), 500.0, device=case.device),
+        torch.zeros(1, dtype=torch.int64, device=case.device),
         False,
     )
 
@@ -263,7 +257,7 @@ def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Step
     """
     peers, missing = contestants_of(layer, names)
     inputs, side = _inputs(case, layer), min(case.side, 8)
-    x = inputs[0][:1, : side**2].detach()
+    x = inputs[0][:, : side**2].detach()
     calls: Steps = {}
     errors = {}
     for name, peer in peers.items():
