@@ -31,39 +31,33 @@ _BOOKS = pytest.StashKey[SuiteRun]()
 # One goal compares many layers.
 GOAL_TIMEOUT = 1200.0
 _SEVERAL = "; several by comma, all of the profile by default"
-_FLAGS: dict[str, dict[str, Any]] = {
-    "quick": {"action": "store_true", "help": "the default: under 4 minutes on 2 cores"},
-    "full": {
-        "action": "store_true",
-        "help": "all, and the goals: estimated at 8 minutes on an H200, 4 hours on a CPU",
-    },
-    "device": {"default": "cpu", "choices": ("cpu", "cuda")},
-    "mechanisms": {"default": "", "help": f"sana or sana:impl=reference{_SEVERAL}"},
-    "resolutions": {"default": "", "help": f"pixels of a latent model{_SEVERAL}"},
-    "widths": {"default": "", "help": f"of the tokens{_SEVERAL}"},
-    "dtypes": {"default": "", "help": f"float32, bfloat16, float16{_SEVERAL}"},
-    "goals": {"default": "", "help": f"names such as G4, or none, with --full{_SEVERAL}"},
-    "threads": {"default": "1", "help": "of torch; 1 (default) times by CPU time"},
-    "memory-cap": {"default": "8GiB", "help": "of one case, such as 300MiB"},
-    "case-timeout": {"default": "180", "help": "seconds of one case"},
-    "time-budget": {
-        "default": "",
-        "help": "seconds; what is not measured by then is listed as such. The most important "
-        "cases come first (default: no limit)",
-    },
-    "quality": {"default": None, "help": "results of recipes/compare.py"},
-    "import": {
-        "dest": "imports", "action": "append", "default": [], "metavar": "FILE|MODULE",
-        "help": "file or module that registers mechanisms of your own; repeat",
-    },
-}  # fmt: skip
+# Name, default and help of the flags that take text.
+_TEXTS = (
+    ("mechanisms", "", f"sana or sana:impl=reference{_SEVERAL}"),
+    ("resolutions", "", f"pixels of a latent model{_SEVERAL}"),
+    ("widths", "", f"of the tokens{_SEVERAL}"),
+    ("dtypes", "", f"float32, bfloat16, float16{_SEVERAL}"),
+    ("goals", "", f"names such as G4, or none, with --full{_SEVERAL}"),
+    ("threads", "1", "of torch; 1 (default) times by CPU time"),
+    ("memory-cap", "8GiB", "of one case, such as 300MiB"),
+    ("time-budget", "", "seconds; what is not measured by then is listed as such. The most "
+     "important cases come first (default: no limit)"),
+    ("quality", None, "results of recipes/compare.py"),
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attnzoo", "attnzoo's benchmark suite")
-    for name, settings in _FLAGS.items():
-        older = ["--cell-timeout"] if name == "case-timeout" else []
-        group.addoption(f"--{name}", *older, **{"dest": name.replace("-", "_"), **settings})
+    add = group.addoption
+    add("--quick", action="store_true", help="the default: under 4 minutes on 2 cores")
+    slow = "all, and the goals: estimated at 8 minutes on an H200, 4 hours on a CPU"
+    add("--full", action="store_true", help=slow)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    for name, default, text in _TEXTS:
+        add(f"--{name}", default=default, help=text)
+    add("--case-timeout", "--cell-timeout", default="180", help="seconds of one case")
+    add("--import", dest="imports", action="append", default=[], metavar="FILE|MODULE",
+        help="file or module that registers mechanisms of your own; repeat")  # fmt: skip
 
 
 def _refuse_what_stores_nothing(config: pytest.Config) -> None:

@@ -180,8 +180,9 @@ class Recorder:
 
     def race(self, calls: Calls, failed: Mapping[str, str] | None = None) -> Race:
         """Times calls in turn; ``failed`` says why others could not start."""
-        pace = (25, 0.6) if self.device == "cuda" else (GOALS[self.goal].rounds, 40.0)
-        found = race(calls, self.device, 1, *pace, least=7, missing=failed)
+        is_gpu = self.device == "cuda"
+        rounds, seconds = (25, 0.6) if is_gpu else (GOALS[self.goal].rounds, 40.0)
+        found = race(calls, self.device, 1, failed or {}, rounds=rounds, seconds=seconds, least=7)
         self.rounds = self.rounds or next(iter(found.launched.values()), [])
         return found
 

@@ -162,24 +162,15 @@ class Race:
         return min(times, key=lambda name: times[name]) if times else several[0]
 
 
-def race(
-    contestants: Calls,
-    device: str,
-    threads: int,
-    rounds: int,
-    seconds: float,
-    least: int,
-    missing: Mapping[str, str] | None = None,
-) -> Race:
-    """``interleave``, and on a GPU once more without the host: replays of CUDA graphs.
+def race(calls: Calls, device: str, threads: int, missing: Mapping[str, str], **pace: Any) -> Race:
+    """``interleave``, and on a GPU once more without the host, as replays of CUDA graphs.
 
     ``missing`` says why other contestants could not start.
     """
     stopwatch, _ = stopwatch_for(device, threads)
-    launched = interleave(contestants, stopwatch, rounds, seconds, least)
-    replays, unrecorded = recorded(contestants) if device == "cuda" else ({}, {})
-    on_device = interleave(replays, stopwatch, rounds, seconds, least)
-    return Race(launched, on_device, {**(missing or {}), **unrecorded})
+    launched = interleave(calls, stopwatch, **pace)
+    replays, unrecorded = recorded(calls) if device == "cuda" else ({}, {})
+    return Race(launched, interleave(replays, stopwatch, **pace), {**missing, **unrecorded})
 
 
 class ReplayClock:

@@ -79,10 +79,13 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
             # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
             plain = PEERS["softmax"]["matmul-softmax-matmul"](other)
             calls["softmax, plain"] = step_of(plain, _inputs(case, other), case.mode)
-    call()
-    peak = peak_memory(call, case.device)
-    least = 3 if case.seconds else 1
-    times = race(calls, case.device, conditions.threads, case.rounds, case.seconds, least)
+    if is_gpu:  # before a recording, which may fail and leave the device unwilling
+        call()
+        peak = peak_memory(call, case.device)
+    times = race(calls, case.device, conditions.threads, {}, rounds=case.rounds,
+                 seconds=case.seconds, least=3 if case.seconds else 1)  # fmt: skip
+    if not is_gpu:
+        peak = peak_memory(call, case.device)
     rounds, on_device = times.launched, times.device
     if "softmax, plain" in rounds:
         rounds["softmax"] = min(rounds.pop("softmax, plain"), rounds["softmax"], key=sum)
@@ -105,8 +108,7 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
         "cell_cpu_seconds": time.process_time(),
         **machine.describe(case.device, conditions.threads),
     }
-    step = record["macs_training"] if case.mode == "train" else record["macs"]
-    if step:
+    if step := record["macs_training" if case.mode == "train" else "macs"]:
         record["gflops"] = 2 * step / spread(ours)["median"] / 1e9
         if case.dtype in conditions.peaks:
             record["peak_gflops"] = conditions.peaks[case.dtype]
