@@ -113,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(printable(" ".join(str(error).split()))) from error
     arguments = map(str, config.invocation_params.args)
     if not any(argument.startswith("--benchmark-columns") for argument in arguments):
-        config.option.benchmark_columns = ["median", "iqr", "ops", "rounds"]
+        session.columns = ["median", "iqr", "ops", "rounds"]
     # Whoever ends the run politely gets what was measured until then, as with Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

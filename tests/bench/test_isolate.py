@@ -34,7 +34,7 @@ def importing(modules, path="", **environment):
     code = WATCHED + "".join(f"import {name}\n" for name in modules)
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": str(path)} | environment,
+        env=os.environ | {"PYTHONPATH": str(path), isolate.ASK_NVML: "0"} | environment,
     )  # fmt: skip
 
 
