@@ -95,7 +95,7 @@ def _refuse_what_stores_nothing(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark, whose session saves results of its own
 def pytest_configure(config: pytest.Config) -> None:
     _refuse_what_stores_nothing(config)
-    given = vars(config.option)
+    given = dict(vars(config.option))
     chosen = [profile for profile in PROFILES if given[profile]]
     if len(chosen) > 1:
         raise pytest.UsageError("--quick and --full exclude each other; choose one")
