@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import attnzoo
 from attnzoo.contract import nearest
+from bench.checks import SIBLING_SIDE
+from bench.peers import PEERS
 from recipes.lab.console import UserError
 
 Kind = Literal["layer", "backbone", "peers", "count", "quality", "goal"]
@@ -17,48 +19,55 @@ DTYPES = ("float32", "bfloat16", "float16")
 SIZES = {96: "tiny", 384: "S", 512: "B", 768: "L"}
 # Image pixels per token of a latent model: latent factor 8, patch 2.
 PIXELS_PER_TOKEN = 16
-# The quadratic mechanisms, which a CPU cannot carry to 16,384 tokens in a quick run.
-QUADRATIC = ("softmax", "compressed", "differential", "moh")
-WITH_PEERS = ("softmax", "sana", "gated")
 
 Options = tuple[tuple[str, Any], ...]
 Named = Sequence[tuple[str, Options]]
 
+# Rows of a plan: kind, mode, a group of mechanisms (see ``_groups``), and resolutions: on a CPU
+# of the quick and of the full profile, on a GPU of the main width and of the other.
+_Plan = tuple[tuple[Kind, str, str, tuple[int, ...], tuple[int, ...]], ...]
+_CPU: _Plan = (
+    ("layer", "forward", "all", (256, 512, 1024), (256, 512, 1024)),
+    ("layer", "train", "all", (512,), (256, 512, 1024)),
+    ("peers", "forward", "all", (512, 1024), (512, 1024)),
+    ("peers", "train", "all", (), (512,)),
+    ("backbone", "forward", "all", (256,), (256, 512, 1024)),
+    ("backbone", "train", "all", (), (256,)),
+)
+# A case is taken to cost two seconds and a compiled one 15 to 30, so that the main width is
+# measured in full and the other where it shows the trend.
+_CUDA: _Plan = (
+    ("layer", "forward", "all", (256, 1024, 2048, 4096), (1024, 4096)),
+    ("layer", "train", "all", (1024, 2048), (1024,)),
+    ("layer", "train", "few", (4096,), (4096,)),
+    ("peers", "forward", "all", (1024,), (1024,)),
+    ("peers", "train", "all", (1024,), (1024,)),
+    ("backbone", "forward", "few", (256, 1024, 2048), (1024, 2048)),
+    ("backbone", "train", "few", (1024, 2048), (2048,)),
+    ("layer", "forward", "compiled", (1024,), ()),
+    ("layer", "train", "compiled", (1024,), ()),
+    ("layer", "forward", "few", (), (256, 2048)),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        kind: What is run: one attention layer, the whole backbone, a layer against its peers,
-            a count of multiply-accumulates, a short training, or a goal of ``bench.goals``.
-        mechanism: A registered name; the goal's name if ``kind`` is "goal".
-        options: The mechanism's options, as sorted (name, value) pairs.
-        resolution: Side of the image of a latent model, in pixels.
-        width: Width of the tokens.
-        dtype: One of ``DTYPES``.
-        mode: "forward" under no_grad in eval mode, or "train": forward and backward.
-        device: "cpu" or "cuda".
-        batch: Images.
-        compiled: Whether torch.compile(fullgraph=True) comes first.
-        against: Mechanisms timed in turn with this one, round by round.
-        rounds: Most rounds; fewer if they take longer than ``seconds``, but at least 3.
-        seconds: Time for the rounds; 0 is one round, for cases made for their memory.
-    """
-
+    # One attention layer, the whole backbone, a layer against its peers, a count of
+    # multiply-accumulates, a short training, or a goal of ``bench.goals``.
     kind: Kind = "layer"
-    mechanism: str = "softmax"
-    options: Options = ()
-    resolution: int = 256
-    width: int = 384
+    mechanism: str = "softmax"  # the goal's name if ``kind`` is "goal"
+    options: Options = ()  # of the mechanism, as sorted (name, value) pairs
+    resolution: int = 256  # side of the image of a latent model, in pixels
+    width: int = 384  # of the tokens
     dtype: str = "float32"
-    mode: str = "forward"
-    device: str = "cpu"
-    batch: int = 1
-    compiled: bool = False
-    against: tuple[str, ...] = ()
-    rounds: int = 7
-    seconds: float = 2.0
+    mode: str = "forward"  # under no_grad in eval mode; or "train": forward and backward
+    device: str = "cpu"  # or "cuda"
+    compiled: bool = False  # whether torch.compile(fullgraph=True) comes first
+    against: tuple[str, ...] = ()  # mechanisms timed in turn with this one, round by round
+    rounds: int = 7  # most rounds; fewer if they take longer than ``seconds``, but at least 3
+    seconds: float = 2.0  # 0 is one round, for cases made for their memory
 
     @property
     def side(self) -> int:
@@ -87,21 +96,23 @@ class Case:
         """A name that tells the case from every other of its table."""
         if self.kind == "goal":
             return self.mechanism
-        parts = [self.kind, self.label, f"{self.resolution}px", f"d{self.width}"]
-        parts += [self.dtype, self.mode]
-        if self.device != "cpu":
-            parts.append(self.device)
-        if self.batch > 1:
-            parts.append(f"b{self.batch}")
-        return "-".join(parts)
+        size = f"{self.resolution}px-d{self.width}-{self.dtype}-{self.mode}"
+        end = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.kind}-{self.label}-{size}{end}"
 
     @property
     def label(self) -> str:
         """The mechanism with its options."""
-        text = self.mechanism
-        if self.options:
-            text += "[" + ",".join(f"{name}={value}" for name, value in self.options) + "]"
-        return text + ("+compile" if self.compiled else "")
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        end = "+compile" if self.compiled else ""
+        return self.mechanism + (f"[{options}]" if options else "") + end
+
+    @property
+    def check_key(self) -> str:
+        """What ``check_layer`` depends on: cases that agree in it need one check between them."""
+        kind = "backbone" if self.kind == "backbone" else "layer"  # whose heads, options differ
+        what = f"{kind} {self.mechanism}{self.options} d{self.width} {self.dtype} {self.device}"
+        return f"{what} {min(self.side, SIBLING_SIDE)}"
 
     def params(self) -> dict[str, Any]:
         """The fields that users group by, as plain JSON values."""
@@ -111,18 +122,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user asked for; empty tuples take the profile's own.
-
-    Attributes:
-        profile: "quick" or "full".
-        device: "cpu" or "cuda".
-        mechanisms: (name, options) pairs.
-        resolutions: In pixels.
-        widths: Widths of the tokens.
-        dtypes: Names of dtypes.
-        goals: Names of the goals, for the full profile.
-        quality: Whether there are results of a comparison to read.
-    """
+    """What a user asked for; empty tuples take the profile's own."""
 
     profile: str = "quick"
     device: str = "cpu"
@@ -130,8 +130,8 @@ class Request:
     resolutions: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
-    goals: tuple[str, ...] = ()
-    quality: bool = False
+    goals: tuple[str, ...] = ()  # for the full profile
+    quality: bool = False  # whether there are results of a comparison to read
 
     def __post_init__(self) -> None:
         for name, options in self.mechanisms:
@@ -157,6 +157,24 @@ class Request:
         return self.mechanisms or [(name, ()) for name in attnzoo.list_attention()]
 
 
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What all cases of a run share."""
+
+    threads: int = 1  # of torch, on the CPU
+    imports: tuple[str, ...] = ()  # files or modules that register a user's own mechanisms
+    quality: str | None = None  # results of ``recipes/compare.py``
+    # What ``machine.measure_peaks`` found, and what earlier cases of the run found equal to their
+    # references, by ``Case.check_key``.
+    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+    checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def is_quadratic(mechanism: str) -> bool:
+    """Whether a mechanism's class says that it grows with the square of the tokens."""
+    return "n²" in attnzoo.get_attention(mechanism).complexity
+
+
 def table(request: Request) -> list[Case]:
     """Every case of a request; ids are unique."""
     rows = _cuda(request) if request.device == "cuda" else _cpu(request)
@@ -164,102 +182,76 @@ def table(request: Request) -> list[Case]:
     return list({case.id: case for case in dict.fromkeys(rows)}.values())
 
 
-def _cases(
-    kind: Kind, names: Named, resolutions: Iterable[int], mode: str = "forward", **common: Any
-) -> Iterator[Case]:
+def _cases(kind: Kind, names: Named, resolutions: Sequence[int], **common: Any) -> Iterator[Case]:
     for resolution in resolutions:
         for name, options in names:
-            if kind == "peers" and name not in WITH_PEERS:
+            if kind == "peers" and name not in PEERS:
                 continue
             is_softmax = name == "softmax" and not options and not common.get("compiled")
-            yield Case(
-                kind=kind, mechanism=name, options=options, resolution=resolution, mode=mode,
-                against=("softmax",) if kind == "layer" and not is_softmax else (), **common,
-            )  # fmt: skip
+            against = ("softmax",) if kind == "layer" and not is_softmax else ()
+            yield Case(kind=kind, mechanism=name, options=options, resolution=resolution,
+                       against=against, **common)  # fmt: skip
+
+
+def _groups(request: Request) -> dict[str, Named]:
+    names = request.named
+    few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
+    return {"all": names, "few": few, "compiled": [n for n in few if n[0] != "softmax"]}
+
+
+def _planned(plan: _Plan, request: Request, is_first: bool, **common: Any) -> Iterator[Case]:
+    """The cases of a plan, with the first or the second of its resolutions."""
+    groups = _groups(request)
+    for kind, mode, group, *sizes in plan:
+        resolutions = sizes[0] if is_first else sizes[1]
+        if resolutions and (kind != "backbone" or common["width"] in SIZES):
+            pace = {"seconds": 2.0 if kind == "peers" else 1.0} | common
+            yield from _cases(kind, groups[group], request.resolutions or resolutions, mode=mode,
+                              compiled=group == "compiled", **pace)  # fmt: skip
 
 
 def _cpu(request: Request) -> Iterator[Case]:
-    is_full, names, asked = request.profile == "full", request.named, request.resolutions
-    modes = ("forward", "train") if is_full else ("forward",)
-    small = (256, 512, 1024)
+    is_full = request.profile == "full"
     for width in request.widths or ((384, 768) if is_full else (384,)):
         for dtype in request.dtypes or (("float32", "bfloat16") if is_full else ("float32",)):
-            base = {"width": width, "dtype": dtype}
-            yield from _cases("layer", names, asked or small, seconds=1.0, **base)
-            yield from _cases("layer", names, asked or (small if is_full else (512,)), "train",
-                              seconds=1.0, **base)  # fmt: skip
-            for mode, sizes in zip(modes, ((512, 1024), (512,)), strict=False):
-                yield from _cases("peers", names, asked or sizes, mode, **base)
-            if width in SIZES:
-                for mode, sizes in zip(modes, (small if is_full else (256,), (256,)),
-                                       strict=False):  # fmt: skip
-                    yield from _cases("backbone", names, asked or sizes, mode, seconds=1.0, **base)
-            if not asked:
-                large = (1536, 2048, 4096) if is_full else (2048,)
-                yield from _large(names, large, is_full, **base)
+            yield from _planned(_CPU, request, not is_full, width=width, dtype=dtype)
+            if not request.resolutions:
+                yield from _large(request.named, is_full, width=width, dtype=dtype)
         yield from _counts(request, width)
     yield from _goals_and_quality(request)
 
 
-def _large(
-    names: Named, resolutions: Iterable[int], is_full: bool, **common: Any
-) -> Iterator[Case]:
+def _large(names: Named, is_full: bool, **common: Any) -> Iterator[Case]:
     """Where softmax is too slow to run beside each mechanism: memory, and few rounds of time."""
-    for resolution in resolutions:
+    for resolution in (1536, 2048, 4096) if is_full else (2048,):
         for name, options in names:
-            is_quadratic = name in QUADRATIC and not (name == "softmax" and not options)
-            if is_quadratic and (not is_full or resolution > 2048):
+            is_plain_softmax = name == "softmax" and not options
+            # A CPU does not carry the others to 16,384 tokens in a quick run.
+            if is_quadratic(name) and not is_plain_softmax and (not is_full or resolution > 2048):
                 continue
-            yield Case(
-                mechanism=name, options=options, resolution=resolution,
-                seconds=0.0 if name in QUADRATIC or resolution > 2048 else 0.6, **common,
-            )  # fmt: skip
+            seconds = 0.0 if is_quadratic(name) or resolution > 2048 else 0.6
+            yield Case(mechanism=name, options=options, resolution=resolution, seconds=seconds,
+                       **common)  # fmt: skip
 
 
 def _cuda(request: Request) -> Iterator[Case]:
-    """What matters most comes first, for a run that ends early.
-
-    A case is taken to cost two seconds and a compiled one 15 to 30, so that width 768 is measured
-    in full and width 384 where it shows the trend.
-    """
-    names, asked = request.named, request.resolutions
-    few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
-    linear = [n for n in few if n[0] != "softmax"]
-    # flash-linear-attention tries blocks for a minute and a half before it computes.
-    tuned = [n for n in names if n[0] == "gated"]
-    quick = [n for n in names if n not in tuned]
+    """What matters most comes first, for a run that ends early."""
     widths = request.widths or ((768, 384) if request.profile == "full" else (768,))
-    dtypes, modes = request.dtypes or ("bfloat16",), ("forward", "train")
+    main = request.widths or widths[:1]
+    pace: dict[str, Any] = {"seconds": 0.25, "rounds": 25, "device": "cuda"}
     for width in widths:
         yield from _counts(request, width)
     yield from _goals_and_quality(request)
-    pace: dict[str, Any] = {"seconds": 0.25, "rounds": 25, "device": "cuda"}
-    for width in widths:
-        is_main = width == widths[0] or bool(request.widths)
-        for dtype in dtypes:
-            base = pace | {"width": width, "dtype": dtype}
-            sizes = (256, 1024, 2048, 4096) if is_main else (1024, 4096)
-            yield from _cases("layer", names, asked or sizes, **base)
-            sizes = (1024, 2048) if is_main else (1024,)
-            yield from _cases("layer", names, asked or sizes, "train", **base)
-            yield from _cases("layer", few, asked or (4096,), "train", **base)
-            for mode in modes:
-                yield from _cases("peers", quick, asked or (1024,), mode, **base)
-            if width in SIZES:
-                sizes = (256, 1024, 2048) if is_main else (1024, 2048)
-                yield from _cases("backbone", few, asked or sizes, **base)
-                yield from _cases("backbone", few, asked or sizes[1:], "train", **base)
-            if is_main:
-                for mode in modes:
-                    yield from _cases("layer", linear, asked or (1024,), mode, compiled=True,
-                                      **base)  # fmt: skip
-            else:
-                yield from _cases("layer", few, asked or (256, 2048), **base)
-    for width in request.widths or widths[:1]:
-        for dtype in dtypes:
-            for mode in modes:
-                yield from _cases("peers", tuned, asked or (1024,), mode, width=width,
-                                  dtype=dtype, **pace)  # fmt: skip
+    rows = [
+        case
+        for width in widths
+        for dtype in request.dtypes or ("bfloat16",)
+        for case in _planned(_CUDA, request, width in main, width=width, dtype=dtype, **pace)
+    ]
+    # flash-linear-attention tries blocks for a minute and a half before it computes.
+    tuned = [case for case in rows if case.kind == "peers" and case.mechanism == "gated"]
+    yield from (case for case in rows if case not in tuned)
+    yield from (case for case in tuned if case.width in main)
 
 
 def _counts(request: Request, width: int) -> Iterator[Case]:
@@ -274,5 +266,5 @@ def _goals_and_quality(request: Request) -> Iterator[Case]:
     # A short training is a CPU's: it ranks nothing and would take the time of many cases.
     if request.quality or (request.profile == "full" and request.device == "cpu"):
         for named in request.named:
-            yield from _cases("quality", [named], (16, 32), "train", width=96,
+            yield from _cases("quality", [named], (16, 32), mode="train", width=96,
                               device=request.device)  # fmt: skip

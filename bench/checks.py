@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attnzoo import testing
 from attnzoo.contract import Attention
-from bench.cases import Case
 
 # Tokens along one side of the small sibling: large enough for several chunks and all experts.
 SIBLING_SIDE = 12
@@ -22,22 +21,14 @@ class WrongResult(Exception):
     """The fast path differs from its reference."""
 
 
-def check_key(case: Case) -> str:
-    """What ``check_layer`` depends on: cases that agree in it need one check between them."""
-    side = min(case.side, SIBLING_SIDE)
-    kind = "backbone" if case.kind == "backbone" else "layer"  # whose heads and options differ
-    return f"{kind} {case.mechanism}{case.options} d{case.width} {case.dtype} {case.device} {side}"
-
-
 def check_layer(
     mechanism: str, options: dict[str, Any], width: int, dtype: str, device: str, side: int
 ) -> dict[str, Any]:
     """Compares a mechanism's fast path with its reference on a small grid.
 
-    float32 on a CPU uses ``attnzoo.testing.deviations``: output and all gradients against the
-    reference in float64, with the float32 reference's own deviation as the measure. Elsewhere
-    outputs are compared in norm, since a token that chooses another expert after rounding moves
-    its whole row.
+    Outputs are compared in norm, since a token that chooses another expert after rounding moves
+    its whole row. In float32 on a CPU ``attnzoo.testing.deviations`` comes first: output and all
+    gradients against the reference in float64.
 
     Returns:
         What was found, for the record.
@@ -46,27 +37,20 @@ def check_layer(
         WrongResult: It differs beyond what the precision explains.
     """
     side = min(side, SIBLING_SIDE)
-    grid = (side, side)
-    layer = testing.build_scrambled(mechanism, width, **options)
-    if testing.reference_of(layer) is None:
+    grid, layer = (side, side), testing.build_scrambled(mechanism, width, **options)
+    layer = layer.to(device, getattr(torch, dtype))
+    reference = testing.reference_of(layer)
+    if reference is None:
         return {"sibling": f"{side}x{side}", "reference": "none"}
-    x = testing.tokens(grid, batch=2, dim=width)
-    if dtype == "float32" and device == "cpu":
-        found = testing.deviations(layer, x, grid)
-        # Inference may take a path of its own.
-        with torch.no_grad():
-            exact = reference_of(layer).double()(x.double(), grid)
-            found["inference"] = relative_error(layer(x, grid), exact)
-        found["allowed inference"] = 1e-4
-    else:
-        kind = getattr(torch, dtype)
-        layer, x = layer.to(device, kind), x.to(device, kind)
-        reference = reference_of(layer)
-        with torch.no_grad():
-            exact = copy.deepcopy(reference).double()(x.double(), grid)
-            own = relative_error(reference(x, grid), exact)
-            found = {"output": relative_error(layer(x, grid), exact)}
-        found["allowed output"] = max(4 * own, HALF_PRECISION_BUDGET.get(dtype, 1e-4))
+    x = testing.tokens(grid, batch=2, dim=width).to(device, getattr(torch, dtype))
+    has_gradients = dtype == "float32" and device == "cpu"
+    found = testing.deviations(layer, x, grid) if has_gradients else {}
+    what = "inference" if has_gradients else "output"  # inference may take a path of its own
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).double()(x.double(), grid)
+        own = relative_error(reference(x, grid), exact)
+        found[what] = relative_error(layer(x, grid), exact)
+    found[f"allowed {what}"] = max(4 * own, HALF_PRECISION_BUDGET.get(dtype, 1e-4))
     for kind in ("output", "gradients", "inference"):
         if kind in found and not found[kind] <= found[f"allowed {kind}"]:
             raise WrongResult(
@@ -87,7 +71,7 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
     """
     grid = (SIBLING_SIDE, SIBLING_SIDE)
     layer = testing.build_scrambled(mechanism, width, **options).to(device)
-    reference = reference_of(layer)
+    reference: Any = testing.reference_of(layer)
     x = testing.tokens(grid, batch=2, dim=width).to(device)
 
     def everything(model: Attention, x: Tensor) -> Tensor:
@@ -103,13 +87,6 @@ def check_gradients(mechanism: str, options: dict[str, Any], width: int, device:
     return error
 
 
-def reference_of(layer: Attention) -> Attention:
-    """The same weights computed by the reference, of a mechanism that has one."""
-    found = testing.reference_of(layer)
-    assert found is not None
-    return found
-
-
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of ``exact``; infinite if something is not finite."""
     if not bool(found.isfinite().all()):
@@ -118,19 +95,22 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def require_close(name: str, found: Tensor, exact: Tensor, allowed: float) -> float:
+def require_close(name: str, found: Tensor, exact: Tensor, allowed: float | None = None) -> float:
     """The relative error.
+
+    Args:
+        name: Of what is compared.
+        found: The output.
+        exact: What it should be.
+        allowed: By default what the dtype of ``exact`` explains.
 
     Raises:
         WrongResult: It is larger than ``allowed``.
     """
+    if allowed is None:
+        dtype = str(exact.dtype).removeprefix("torch.")
+        allowed = HALF_PRECISION_BUDGET.get(dtype, 1e-4)
     error = relative_error(found, exact)
     if not error <= allowed:
         raise WrongResult(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
     return error
-
-
-def check_equal(name: str, found: Tensor, expected: Tensor) -> float:
-    """Compares a peer's output with ours; raises WrongResult if it is other mathematics."""
-    dtype = str(expected.dtype).removeprefix("torch.")
-    return require_close(name, found, expected, HALF_PRECISION_BUDGET.get(dtype, 1e-4))

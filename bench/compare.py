@@ -19,31 +19,33 @@ from bench.tables import memory
 from recipes.lab.console import DONE, run_script
 from recipes.lab.pages import markdown_table
 
+HEADING = ["case", "what", "before", "after", "factor"]
 
-def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> list[list[str]]:
-    """Rows of what changed, the largest change first: case, what, before, after, factor."""
-    shared = before.merge(after, on="id", suffixes=("_before", "_after"))
-    found: list[tuple[float, list[str]]] = []
-    for row in shared.to_dict("records"):
-        if row["kind_before"] in ("count", "goal", "quality"):
+
+def compare(before: pd.DataFrame, after: pd.DataFrame, tolerance: float) -> pd.DataFrame:
+    """What changed, the largest change first, under ``HEADING``."""
+    both: Any = before.merge(after, on="id", suffixes=("_before", "_after"))
+    both = both[~both["kind_before"].isin(["count", "goal", "quality"])]
+    slower = both["seconds_q1_after"] > both["seconds_q3_before"]
+    faster = both["seconds_q3_after"] < both["seconds_q1_before"]
+    found = []
+    # Memory has no spread.
+    for column, is_apart, least, words, shown in (
+        ("seconds", slower | faster, tolerance, ("slower", "faster"), _milliseconds),
+        ("peak_memory", True, 0.01, ("more memory", "less memory"), memory),
+    ):
+        if f"{column}_before" not in both:
             continue
-        factor = row["seconds_after"] / row["seconds_before"]
-        is_apart = (
-            row["seconds_q1_after"] > row["seconds_q3_before"]
-            or row["seconds_q3_after"] < row["seconds_q1_before"]
-        )
-        if is_apart and abs(factor - 1) > tolerance:
-            what = "slower" if factor > 1 else "faster"
-            times = [f"{row[f'seconds_{side}'] * 1e3:.3g} ms" for side in ("before", "after")]
-            found.append((factor, [row["id"], what, *times, f"{factor:.2f}"]))
-        bytes_: list[Any] = [row.get(f"peak_memory_{side}") for side in ("before", "after")]
-        if all(bytes_):
-            factor = bytes_[1] / bytes_[0]
-            if abs(factor - 1) > 0.01:  # memory has no spread
-                what = "more memory" if factor > 1 else "less memory"
-                sizes = [memory(value) for value in bytes_]
-                found.append((factor, [row["id"], what, *sizes, f"{factor:.2f}"]))
-    return [line for _, line in sorted(found, key=lambda item: -item[0])]
+        factor = both[f"{column}_after"] / both[f"{column}_before"]
+        for i in both.index[is_apart & ((factor - 1).abs() > least) & (factor < math.inf)]:
+            old, new = (both[f"{column}_{side}"][i] for side in ("before", "after"))
+            found.append([both["id"][i], words[int(factor[i] < 1)], shown(old), shown(new),
+                          factor[i]])  # fmt: skip
+    return pd.DataFrame(found, columns=HEADING).sort_values("factor", ascending=False)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _share(text: str) -> float:
@@ -63,16 +65,15 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     before, after = (frame(read_cases(path)) for path in (options.before, options.after))
-    only = [set(a["id"]) - set(b["id"]) for a, b in ((before, after), (after, before))]
     rows = compare(before, after, options.tolerance)
     shared = len(set(before["id"]) & set(after["id"]))
-    if rows:
-        print(
-            markdown_table(["case", "what", "before", "after", "factor"], rows, padded=True) + "\n"
-        )
+    if len(rows):
+        shown = rows.assign(factor=rows["factor"].map("{:.2f}".format))
+        print(markdown_table(HEADING, shown.to_numpy().tolist(), padded=True) + "\n")
+    only = [len(set(a["id"]) - set(b["id"])) for a, b in ((before, after), (after, before))]
     print(
         f"{shared} cases in both files, {len(rows)} changes beyond the spread and "
-        f"{options.tolerance:.0%}; {len(only[0])} cases only before, {len(only[1])} only after"
+        f"{options.tolerance:.0%}; {only[0]} cases only before, {only[1]} only after"
     )
     return DONE
 

@@ -14,8 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from bench import goal_measurements, machine
-from bench.cases import Case
+from bench.cases import Case, Conditions
 from bench.isolate import run_isolated
 from bench.results import compact, read_report, source_of
 from bench.tables import parts_around, put_into
@@ -28,7 +30,8 @@ from bench.thresholds import (
     figures_of,
     not_measured,
 )
-from bench.worker import Conditions, prepare
+from bench.timing import stopwatch_for
+from bench.worker import prepare
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_json
 from recipes.lab.pages import markdown_table
@@ -46,7 +49,7 @@ def measure_goal(case: Case, conditions: Conditions) -> dict[str, Any]:
         "rows": [dataclasses.asdict(f) | {"verdict": f.verdict} for f in found.figures],
         "check": found.checks,
         "rounds": found.rounds or [0.0],
-        "timer": found.timer,
+        "timer": stopwatch_for(case.device, 1)[1],
         "allocator": allocator,
         **machine.describe(case.device, 1),
     }
@@ -54,10 +57,10 @@ def measure_goal(case: Case, conditions: Conditions) -> dict[str, Any]:
 
 def as_markdown(figures: list[GoalFigure], source: str) -> str:
     """Where the figures come from, how many of each goal meet what, and, folded, every figure."""
-    goals = []
-    for name in dict.fromkeys(figure.goal for figure in figures):
-        count = collections.Counter(f.verdict for f in figures if f.goal == name)
-        goals.append([name, GOALS[name].what, *(count[v] or "" for v in VERDICTS)])
+    found = pd.DataFrame([(f.goal, f.verdict) for f in figures], columns=["goal", "verdict"])
+    counts = pd.crosstab(found["goal"], found["verdict"]).reindex(columns=VERDICTS, fill_value=0)
+    goals = [[name, GOALS[name].what, *(number or "" for number in counts.loc[name])]
+             for name in found["goal"].unique()]  # fmt: skip
     return (
         f"{source}: {summary(figures)}.\n\n"
         f"{markdown_table(['goal', 'what', *VERDICTS], goals, padded=True)}\n\n"
@@ -98,7 +101,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.save:
         require_writable(options.save)
-    names: tuple[str, ...] = ()
+    report, device = None, options.device
     if options.report:
         report = read_report(options.report)
         figures = figures_of(report)
@@ -108,13 +111,11 @@ def main(arguments: list[str]) -> int:
                 f"or measure them with python -m bench.goals"
             )
         device = GOALS[figures[0].goal].device
-    else:
-        names = chosen_goals(filter(None, options.only.split(",")), options.device)
-        report, device = {}, options.device
     part = "goals-cuda" if device == "cuda" else "goals"
     for path in options.into:
         parts_around(path, part)
-    if names:
+    if report is None:
+        names = chosen_goals(filter(None, options.only.split(",")), device)
         report = _measure(names, device, options.save, bool(options.only))
     elif options.save:
         write_json(options.save, _goals_alone(report))
@@ -131,8 +132,13 @@ def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
     return compact(report | {"benchmarks": entries, "cells_not_measured": missed})
 
 
-def _others(saved: dict[str, Any], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The entries of goals that are not measured now, each with its commit."""
+def _others(save: Path, names: tuple[str, ...], device: str) -> list[dict[str, Any]]:
+    """The entries of goals in a file that are not measured now, each with its commit."""
+    saved = read_report(save)
+    before = saved["machine_info"]["attnzoo"].get("device", device)
+    if before != device:
+        raise UserError(f"{save} holds goals of device {before!r}; name another file to save "
+                        f"those of {device!r} to")  # fmt: skip
     others = []
     for entry in saved["benchmarks"]:
         rows = [row for row in entry["extra_info"].get("rows", []) if row["goal"] not in names]
@@ -145,14 +151,8 @@ def _others(saved: dict[str, Any], names: tuple[str, ...]) -> list[dict[str, Any
 def _measure(
     names: tuple[str, ...], device: str, save: Path | None, keeps_others: bool
 ) -> dict[str, Any]:
-    entries: list[dict[str, Any]] = []
-    if save is not None and keeps_others and save.exists():
-        saved = read_report(save)
-        before = saved["machine_info"]["attnzoo"].get("device", device)
-        if before != device:
-            raise UserError(f"{save} holds goals of device {before!r}; name another file to save "
-                            f"those of {device!r} to")  # fmt: skip
-        entries = _others(saved, names)
+    is_added = save is not None and keeps_others and save.exists()
+    entries = _others(save, names, device) if save and is_added else []
     report: dict[str, Any] = {
         "machine_info": {"attnzoo": {"device": device, "versions": machine.versions()}},
         "datetime": datetime.now(timezone.utc).isoformat(),

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import reduction, util
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +27,15 @@ from recipes.lab.files import locked
 State = Literal["measured", "out-of-memory", "unsupported", "timeout", "interrupted", "error"]
 # Address space that the allocator reserves ahead and libraries take as scratch.
 _SLACK = 2**29
-
-
 # The temporary folders of runs, each with a lock that goes with the run's process.
-_SCRATCH = "attnzoo-bench-"
-_LOCK = ".lock"
-# A folder younger than this may belong to a run that has not locked it yet.
+_SCRATCH, _LOCK = "attnzoo-bench-", ".lock"
+# Seconds: a younger folder may belong to a run that has not locked it yet.
 _YOUNG = 60.0
+# Processes that start while an earlier case is measured: CUDA takes half a second to start.
+_AHEAD = {"cpu": 0, "cuda": 2}
+# With this variable torch counts GPUs by the driver's management library. Whoever asks CUDA itself
+# breaks it in all later forks of the process, and libraries ask when they are imported.
+ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class Unsupported(Exception):
@@ -42,24 +44,18 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a case ended.
+    """How a case ended."""
 
-    Attributes:
-        state: "measured", or why not; "interrupted" if the run ended before it.
-        reason: Why it was not measured, in one line.
-        result: What the function returned.
-    """
-
-    state: State
-    reason: str = ""
-    result: Any = None
+    state: State  # "measured", or why not; "interrupted" if the run ended before it
+    reason: str = ""  # why it was not measured, in one line
+    result: Any = None  # what the function returned
 
 
 @functools.cache
-def scratch() -> Path:
-    """The temporary folder of this run; it goes with the run.
+def _scratch() -> None:
+    """Gives this run a temporary folder, ``multiprocessing.util.get_temp_dir`` in its processes.
 
-    What a killed run could not remove is removed when the next one starts.
+    It goes with the run; what a killed run could not remove is removed when the next one starts.
     """
     # The server's socket lies in it, and the path of a socket has 107 bytes at most.
     place = tempfile.gettempdir()
@@ -70,14 +66,7 @@ def scratch() -> Path:
     holder.enter_context(locked(folder / _LOCK))
     atexit.register(holder.close)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # The server's socket would otherwise lie in a folder that a killed process leaves behind.
     multiprocessing.current_process()._config.setdefault("tempdir", str(folder))  # type: ignore[attr-defined]
-    return folder
-
-
-def scratch_of_parent() -> str:
-    """The same folder, in a process that ``run_isolated`` has started."""
-    return util.get_temp_dir()
 
 
 def _sweep(root: Path) -> None:
@@ -90,28 +79,27 @@ def _sweep(root: Path) -> None:
                     shutil.rmtree(old)
 
 
-# Processes that start while an earlier case is measured: CUDA takes half a second to start.
-_AHEAD = {"cpu": 0, "cuda": 2}
-
-
-def preloaded() -> list[str]:
-    """What the server imports once, before every process is forked from it."""
+@functools.cache
+def _context() -> Any:
+    """A server that has imported everything once, from which processes are forked."""
     import torch
 
-    return ["bench.preload" if torch.cuda.is_available() else "bench.worker"]
+    os.environ[ASK_NVML] = "1"
+    context = multiprocessing.get_context("forkserver")
+    preload = "bench.preload" if torch.cuda.is_available() else "bench.worker"
+    context.set_forkserver_preload([preload])
+    return context
 
 
 class _Worker:
     """A process that waits for functions to call."""
 
     def __init__(self, memory: int, device: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(preloaded())
-        self.connection, other = context.Pipe()
-        scratch()
+        _scratch()
+        self.connection, other = _context().Pipe()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, so nothing stays
         # Daemons end with this process, also one that still waits.
-        self.process = context.Process(target=_child, args=(other, memory, device), daemon=True)
+        self.process = _context().Process(target=_child, args=(other, memory, device), daemon=True)
         self.process.start()
         other.close()
         with contextlib.suppress(OSError):  # of one that died already, which is found out later
@@ -131,17 +119,13 @@ class _Worker:
         if code in (-signal.SIGKILL, -signal.SIGABRT):
             # The kernel kills what exceeds the machine; a failed C++ allocation aborts.
             return Outcome("out-of-memory", f"the process died of {signal.Signals(-code).name}")
-        return Outcome("error", f"the process died with exit status {code}: {self._last_words()}")
-
-    def _last_words(self) -> str:
         self.errors.seek(0)
-        text = self.errors.read().decode("utf-8", "replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "it said nothing"
+        lines = self.errors.read().decode("utf-8", "replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return Outcome("error", f"the process died with exit status {code}: {last[:300]}")
 
     def end(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
+        self.process.kill()
         self.process.join()
         self.connection.close()
         self.errors.close()
@@ -207,7 +191,7 @@ def _child(connection: Connection, memory: int, device: str) -> None:
     os.close(errors)
     failure: Exception | None = None
     try:
-        _cap(memory, device)
+        _cap(memory, device)  # before the first message: this starts CUDA
     except Exception as error:
         failure = error
     while True:
@@ -245,26 +229,24 @@ def _cap(memory: int, device: str) -> None:
         return
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = now + memory + _SLACK
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
+    limit, hard = now + memory + _SLACK, resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _classify(error: Exception) -> State:
     text = str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "out-of-memory"
-    if any(words in text for words in ("can't allocate memory", "not enough memory", "bad_alloc")):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(w in text for w in ("can't allocate memory", "not enough memory", "bad_alloc"))
+    ):
         return "out-of-memory"
     if (
         isinstance(error, Unsupported | NotImplementedError | ImportError)
         or "not implemented for" in text
+        or text.startswith("impl=")  # what attnzoo says of a backend that is not there
     ):
-        return "unsupported"
-    # What attnzoo says of a backend that was named and is not there.
-    if text.startswith("impl="):
         return "unsupported"
     return "error"
 

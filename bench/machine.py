@@ -36,11 +36,10 @@ def keep_freed_memory() -> str:
 
 def commit() -> str:
     """The commit of the working tree, with "+" if it was changed; "unknown" outside git."""
-    root = Path(__file__).parents[1]
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=root, capture_output=True, text=True, timeout=20,
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
@@ -65,26 +64,25 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if device == "cuda":
         name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-        name = models[0] if models else name
-    return {
-        "device_name": name,
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 2),
-        "versions": versions(),
-    }
+    elif (cpuinfo := Path("/proc/cpuinfo")).exists():
+        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
+        models = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+        name = next(models, name)
+    load = round(os.getloadavg()[0], 2)
+    return {"device_name": name, "threads": threads, "load": load, "versions": versions()}
 
 
 def measure_peaks(device: str, dtypes: tuple[str, ...], threads: int) -> dict[str, float]:
     """GFLOP/s of a square matmul by dtype, and GB/s of a copy ("copy"), read plus write."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
     stopwatch, _ = stopwatch_for(device, threads)
     side = 8192 if device == "cuda" else 2048
     peaks: dict[str, float] = {}
     for dtype in dtypes:
-        left = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-        right = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+        left, right = (
+            torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2)
+        )
         times = interleave({"mm": lambda a=left, b=right: a @ b}, stopwatch, 5, 4.0)["mm"]
         peaks[dtype] = 2 * side**3 / min(times) / 1e9
     source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import math
 import re
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import attnzoo
 from attnzoo.errors import UsageError
-from bench.cases import Case, Options, Request, table
+from bench.cases import Case, Conditions, Options, Request, table
 from bench.machine import commit
 from bench.quality import read_quality
 from bench.thresholds import chosen_goals
@@ -21,29 +23,22 @@ from recipes.lab.console import UserError, parse_options
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SuiteOptions:
-    """One run of the suite.
-
-    Attributes:
-        request: What was asked for.
-        threads: Of torch.
-        memory_cap: Bytes of one case.
-        case_timeout: Seconds of one case.
-        time_budget: Seconds of the whole run; 0 is no limit.
-        quality: Results of ``recipes/compare.py``.
-        imports: Files or modules of the user's own mechanisms.
-        commit: Of the working tree.
-    """
+@dataclasses.dataclass(kw_only=True)
+class SuiteRun:
+    """One run of the suite: what its command line says, and its books."""
 
     request: Request
-    threads: int
-    memory_cap: int
-    case_timeout: float
-    time_budget: float
-    quality: str | None
-    imports: tuple[str, ...]
-    commit: str
+    conditions: Conditions
+    memory_cap: int  # bytes of one case
+    case_timeout: float  # seconds
+    time_budget: float  # seconds of the whole run; 0 is no limit
+    commit: str = dataclasses.field(default_factory=commit)
+    begin: float = dataclasses.field(default_factory=time.monotonic)
+    json: Path | None = None  # what --benchmark-json names
+    # Names of the tests, and state and reason of those that were not measured, by node id.
+    requested: dict[str, str] = dataclasses.field(default_factory=dict)
+    missed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # what the system refused
 
     @functools.cached_property
     def cases(self) -> dict[str, Case]:
@@ -51,15 +46,14 @@ class SuiteOptions:
         return {case.id: case for case in table(self.request)}
 
 
-def options_from(**texts: Any) -> SuiteOptions:
+def options_from(**texts: Any) -> SuiteRun:
     """Parses and checks the command line's texts.
 
     Raises:
         UserError: A value is wrong; the message names it and what would do.
         attnzoo.UsageError: A mechanism does not exist, has no such option, or cannot be built.
     """
-    named = split(texts["goals"])
-    goals = () if named == ("none",) else chosen_goals(named, texts["device"])
+    goals, quality = split(texts["goals"]), texts["quality"]
     request = Request(
         profile=texts["profile"],
         device=texts["device"],
@@ -67,47 +61,33 @@ def options_from(**texts: Any) -> SuiteOptions:
         resolutions=whole_numbers("--resolutions", texts["resolutions"]),
         widths=whole_numbers("--widths", texts["widths"]),
         dtypes=split(texts["dtypes"]),
-        goals=goals,
-        quality=texts["quality"] is not None,
+        goals=() if goals == ("none",) else chosen_goals(goals, texts["device"]),
+        quality=quality is not None,
     )
-    if texts["quality"] is not None:
-        read_quality(texts["quality"])
-    options = SuiteOptions(
+    if quality is not None:
+        read_quality(quality)
+    run = SuiteRun(
         request=request,
-        threads=_one("--threads", texts["threads"], 1),
+        conditions=Conditions(_one("--threads", texts["threads"], 1), texts["imports"], quality),
         memory_cap=parse_bytes(texts["memory_cap"]),
         case_timeout=_one("--case-timeout", texts["case_timeout"], 180),
         time_budget=_one("--time-budget", texts.get("time_budget") or "", 0),
-        quality=texts["quality"],
-        imports=texts["imports"],
-        commit=commit(),
     )
-    _check_that_layers_exist(options.cases.values())
-    return options
-
-
-def _check_that_layers_exist(cases: Any) -> None:
     # What a named implementation lacks here is an outcome of its cases, not a mistake.
     layers = {
         (case.mechanism, case.options, case.width)
-        for case in cases
+        for case in run.cases.values()
         if case.kind not in ("goal", "quality") and "impl" not in dict(case.options)
     }
-    for mechanism, options, width in sorted(layers, key=str):
+    for mechanism, given, width in sorted(layers, key=str):
         try:
             with torch.device("meta"):
-                attnzoo.build_attention(mechanism, width, **dict(options))
+                attnzoo.build_attention(mechanism, width, **dict(given))
         except UsageError as error:
             raise UserError(f"{mechanism} of width {width}: {error}") from error
         except Exception:  # a bug in a mechanism is an outcome of its cases, too
             continue
-
-
-def _one(option: str, text: str, default: int) -> int:
-    numbers = [*whole_numbers(option, text)] or [default]
-    if len(numbers) > 1:
-        raise UserError(f"{option} takes one number, got {text!r}")
-    return numbers[0]
+    return run
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -121,6 +101,13 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
         if not part.isdecimal() or not 1 <= int(part[:20]) < 10**9:
             raise UserError(f"{option} takes positive integers below 10^9, got {part[:40]!r}")
     return tuple(map(int, split(text)))
+
+
+def _one(option: str, text: str, default: int) -> int:
+    numbers = [*whole_numbers(option, text)] or [default]
+    if len(numbers) > 1:
+        raise UserError(f"{option} takes one number, got {text!r}")
+    return numbers[0]
 
 
 def parse_mechanism(text: str) -> tuple[str, Options]:

@@ -6,11 +6,10 @@ The paper is arXiv 2601.13683 (Tables 1, 2 and 5); docs/gflops.md explains each 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import io
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 
 from attnzoo.counting import count_macs
@@ -38,64 +37,44 @@ PRINTED: tuple[tuple[str, str, int, str], ...] = (
     ),
     ("DyDi-LiT-map", "S", 256, "6.45"),
 )
+
+
+class PaperFigure(NamedTuple):
+    """One published figure; GFLOPs are 10^9 multiply-accumulates, as in the paper."""
+
+    model: str  # of ``backbones.presets.PAPER_MODELS``
+    size: str
+    resolution: int  # in image pixels
+    paper: str  # as printed
+    ours_paper: str  # in the paper's convention
+    ours_full: str  # with every multiply-accumulate
+    parameters: str  # in millions
+    active_parameters: str  # those that act on one token, in millions
+    residual: str  # of ``ours_paper``, in percent of the printed figure
+    same_digits: str  # "yes" if ``ours_paper`` prints as the paper does
+    how: str  # "closed form", or "measured" for a mechanism that states none
+
+
 HEADINGS = (
     "model", "size", "px", "paper GFLOPs", "ours, paper's convention", "ours, full",
     "parameters (M)", "active per token (M)", "residual (%)", "same digits", "counted by",
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class PaperFigure:
-    """One published figure; GFLOPs are 10^9 multiply-accumulates, as in the paper.
-
-    Attributes:
-        model: A model of ``backbones.presets.PAPER_MODELS``.
-        size: "S", "B" or "L".
-        resolution: In image pixels.
-        paper: As printed.
-        ours_paper: In the paper's convention.
-        ours_full: With every multiply-accumulate.
-        parameters: In millions.
-        active_parameters: Those that act on one token, in millions.
-        residual: Of ``ours_paper``, in percent of the printed figure.
-        same_digits: Whether ``ours_paper`` prints as the paper does.
-        how: "closed form", or "measured" for a mechanism that states none.
-    """
-
-    model: str
-    size: str
-    resolution: int
-    paper: str
-    ours_paper: str
-    ours_full: str
-    parameters: str
-    active_parameters: str
-    residual: str
-    same_digits: str
-    how: str
-
-
 def counted(model: str, size: str, resolution: int, printed: str) -> PaperFigure:
     """Counts one model both ways; nothing is run."""
     with torch.device("meta"):
         built = build_backbone(model, size, "paper", resolution)
-    full, paper = (
-        count_macs(built, resolution=resolution, convention=how) for how in ("full", "paper")
-    )
-    ours = paper.total / 1e9
+    full = count_macs(built, resolution=resolution)
+    ours = count_macs(built, resolution=resolution, convention="paper").total / 1e9
     return PaperFigure(
-        model=model,
-        size=size,
-        resolution=resolution,
-        paper=printed,
-        ours_paper=f"{ours:.4f}",
-        ours_full=f"{full.total / 1e9:.4f}",
+        model, size, resolution, printed, f"{ours:.4f}", f"{full.total / 1e9:.4f}",
         parameters=f"{full.parameters / 1e6:.2f}",
         active_parameters=f"{full.active_parameters / 1e6:.2f}",
         residual=f"{100 * (ours / float(printed) - 1):+.3f}",
         same_digits="yes" if f"{ours:.2f}" == printed else "no",
         how="measured" if full.measured else "closed form",
-    )
+    )  # fmt: skip
 
 
 def to_readme(figures: list[PaperFigure]) -> str:
@@ -121,15 +100,12 @@ def main(arguments: list[str] | None = None) -> list[PaperFigure]:
     options = parser.parse_args(arguments)
     require_writable(options.out / "paper_table.csv")
     figures = [counted(*printed) for printed in PRINTED]
-    text = markdown_table(HEADINGS, [dataclasses.astuple(f) for f in figures], padded=True)
+    text = markdown_table(HEADINGS, figures, padded=True)
     print(text)
     same = sum(figure.same_digits == "yes" for figure in figures)
     print(f"\n{same} of {len(figures)} figures print the paper's digits.")
-    sheet = io.StringIO(newline="")
-    writer = csv.DictWriter(sheet, [field.name for field in dataclasses.fields(PaperFigure)])
-    writer.writeheader()
-    writer.writerows(map(dataclasses.asdict, figures))
-    write_text(options.out / "paper_table.csv", sheet.getvalue())
+    sheet = pd.DataFrame(figures).to_csv(index=False)
+    write_text(options.out / "paper_table.csv", sheet)
     write_text(options.out / "paper_table.md", f"{text}\n")
     write_text(options.out / "paper_table_readme.md", f"{to_readme(figures)}\n")
     return figures

@@ -19,19 +19,12 @@ _TELLING = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What one call took.
+    """What one call took."""
 
-    Attributes:
-        bytes: Largest sum of live tensors, above what lived before the call.
-        allocated: Bytes of all tensors that the call made, one after the other.
-        method: How it was found.
-        operators: Attention kernels and custom operators among those that ran.
-    """
-
-    bytes: int
-    allocated: int
-    method: str
-    operators: tuple[str, ...]
+    bytes: int  # largest sum of live tensors, above what lived before the call
+    allocated: int  # bytes of all tensors that the call made, one after the other
+    method: str  # how it was found
+    operators: tuple[str, ...]  # attention kernels and custom operators among those that ran
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> Peak:

@@ -7,6 +7,7 @@ import io
 import statistics
 import tempfile
 import time
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from bench import machine
-from bench.cases import Case
-from bench.isolate import Unsupported, scratch_of_parent
-from bench.worker import Conditions, prepare
+from bench.cases import Case, Conditions
+from bench.isolate import Unsupported
+from bench.worker import prepare
 from recipes.lab.console import UserError
 
 # Long enough for the loss to fall from its start, far too short to rank mechanisms.
@@ -55,7 +56,7 @@ def best_metric(summary: pd.DataFrame) -> tuple[str, bool]:
     from recipes.studies.comparison.summary import HEADLINES
     from recipes.studies.comparison.verdicts import is_lower_better
 
-    names = list(dict.fromkeys(summary["metric"]))
+    names = list(summary["metric"].unique())
     ranked = [name for wanted in HEADLINES for name in names if name.startswith(wanted)]
     chosen = (ranked or names)[0]
     return chosen, is_lower_better(chosen)
@@ -70,15 +71,13 @@ def measure_quality(case: Case, conditions: Conditions) -> dict[str, Any]:
     prepare(conditions)
     if conditions.quality is None:
         return _short_training(case) | machine.describe(case.device, conditions.threads)
-    summary = read_quality(conditions.quality)
-    chosen = summary[
-        (summary["variant"] == case.label) & (summary["resolution"] == case.resolution)
-    ]
-    if chosen.empty:
+    found = read_quality(conditions.quality)
+    found = found[(found["variant"] == case.label) & (found["resolution"] == case.resolution)]
+    if found.empty:
         raise Unsupported(
             f"{conditions.quality} has no result for {case.label} at {case.resolution} px"
         )
-    rows = chosen.astype(object).where(chosen.notna(), None).to_dict("records")
+    rows = found.astype(object).where(found.notna(), None).to_dict("records")
     return {"quality": rows, "quality_source": str(conditions.quality), "rounds": [0.0]}
 
 
@@ -88,28 +87,17 @@ def _short_training(case: Case) -> dict[str, Any]:
     from recipes.lab.training.settings import Settings
 
     # In the run's folder: this process may be killed before it can remove anything.
-    scratch = tempfile.TemporaryDirectory(dir=scratch_of_parent())
+    scratch = tempfile.TemporaryDirectory(dir=util.get_temp_dir())
     with scratch as folder, contextlib.redirect_stdout(io.StringIO()):
-        out = Path(folder) / "run"
-        start = time.perf_counter()
-        settings = Settings(
-            attn=case.mechanism,
-            attn_options=dict(case.options),
-            data="shapes",
-            resolution=case.resolution,
-            steps=STEPS,
-        )
-        status = train(settings, Run(out))
+        run, start = Run(Path(folder) / "run"), time.perf_counter()
+        settings = Settings(attn=case.mechanism, attn_options=dict(case.options), data="shapes",
+                            resolution=case.resolution, steps=STEPS)  # fmt: skip
+        status = train(settings, run)
         seconds = time.perf_counter() - start
         if status != 0:
             raise RuntimeError(f"training ended with status {status}")
-        losses = [loss for _, loss in losses_of(Run.open(out))]
+        losses = [row["loss"] for row in Run.open(run.folder).read_log() if "loss" in row]
     last = losses[-max(1, len(losses) // 3) :]
     row = {"data": "shapes", "resolution": case.resolution, "variant": case.label,
            "metric": "training loss", "mean": statistics.fmean(last), "seeds": 1}  # fmt: skip
     return {"quality": [row], "quality_source": SHORT, "rounds": [seconds]}
-
-
-def losses_of(run: Any) -> list[tuple[int, float]]:
-    """(step, loss) of a run's log."""
-    return [(row["step"], row["loss"]) for row in run.read_log() if "loss" in row]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,16 @@ from recipes.lab.pages import markdown_table
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One mechanism at the resolution asked for.
+    """One mechanism at the resolution asked for."""
 
-    Attributes:
-        label: The mechanism with its options.
-        seconds: Of all blocks: on a GPU the device's, unless the launched times are asked for.
-        launched: The same, with what the host takes to launch every operator.
-        peak: Bytes: one block's peak and the weights of all, and in training what every block
-            keeps for its backward.
-        is_measured: Whether the resolution was measured, not put on a line.
-        quality: Of the comparison, or None.
-    """
-
-    label: str
-    seconds: float
-    launched: float
+    label: str  # the mechanism with its options
+    seconds: float  # of all blocks; on a GPU the device's, unless launched times are asked for
+    launched: float  # the same with what the host takes to launch every operator
+    # Bytes: one block's peak and the weights of all, and in training what every block keeps for
+    # its backward.
     peak: float
-    is_measured: bool
-    quality: float | None = None
+    is_measured: bool  # not put on a line between other resolutions
+    quality: float | None = None  # of the comparison
 
 
 def choices(
@@ -56,6 +47,7 @@ def choices(
     """
     found, unknown = [], []
     for label, rows in cases.groupby("label", sort=True):
+        name = str(label)
         # Where a case for time and one for memory fall together, the one with more rounds counts.
         rows = rows.drop_duplicates("tokens", keep="first")
         spent, launched, peak = (
@@ -63,14 +55,12 @@ def choices(
             for column in (time, "seconds", "peak_memory")
         )
         if spent is None or launched is None or peak is None:
-            unknown.append(str(label))
+            unknown.append(name)
             continue
-        weights = rows["parameter_memory"].iloc[0] * depth
-        kept = depth if rows["mode"].iloc[0] == "train" else 1
-        found.append(
-            Choice(str(label), spent[0] * depth, launched[0] * depth, peak[0] * kept + weights,
-                   spent[1], quality.get(str(label)))
-        )  # fmt: skip
+        peak_of_all = peak[0] * (depth if rows["mode"].iloc[0] == "train" else 1)
+        peak_of_all += rows["parameter_memory"].iloc[0] * depth
+        found.append(Choice(name, spent[0] * depth, launched[0] * depth, peak_of_all, spent[1],
+                            quality.get(name)))  # fmt: skip
     return found, unknown
 
 
@@ -78,61 +68,50 @@ def advise(found: list[Choice], limit: float | None, metric: str | None, lower: 
     """The Pareto front in words, the fastest first."""
     fitting = [c for c in found if limit is None or c.peak <= limit]
     lines = []
-    too_large = [f"{c.label} ({memory(c.peak)})" for c in found if c not in fitting]
-    if too_large:
+    if too_large := [f"{c.label} ({memory(c.peak)})" for c in found if c not in fitting]:
         lines.append(f"Do not fit into {memory(limit or 0)}: {', '.join(too_large)}.")
     if not fitting:
         least = min(found, key=lambda c: c.peak)
-        lines.append(
+        return [
+            *lines,
             f"Nothing fits. The smallest is {least.label} with {memory(least.peak)}: take a "
-            f"lower resolution, a smaller batch or width, or gradient checkpointing."
-        )
-        return lines
+            f"lower resolution, a smaller batch or width, or gradient checkpointing.",
+        ]
     judged = [c for c in fitting if c.quality is not None] if metric else []
     sign = 1 if lower else -1
     points = {c.label: (c.seconds, c.peak, sign * (c.quality or 0.0)) for c in judged or fitting}
-    front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in pareto(points)]
+    best = pareto(points)
+    front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in best]
     softmax = next((c for c in found if c.label == "softmax"), None)
+    praises: dict[str, list[str]] = {c.label: [] for c in front}
     contests: list[tuple[str, list[Choice], Callable[[Choice], float], Callable]] = [
         ("the fastest", front, lambda c: c.seconds, lambda c: amount(c.seconds, "s")),
         ("takes the least memory", front, lambda c: c.peak, lambda c: memory(c.peak)),
         (f"the best {metric}", judged, lambda c: sign * (c.quality or 0),
          lambda c: f"{c.quality:.4g}"),
     ]  # fmt: skip
-    for choice in front:
-        praise = [text for contest in contests if (text := _praise(choice, *contest))]
-        text = f"- {choice.label}: {', '.join(praise) or 'a compromise'}; "
-        text += f"{amount(choice.seconds, 's')}, {memory(choice.peak)}"
-        if softmax and choice is not softmax:
-            factor = softmax.seconds / choice.seconds
+    for what, among, value, shown in contests:
+        # A tie is where the figures shown are the same.
+        least = shown(min(among, key=value)) if among else None
+        winners = [c.label for c in among if shown(c) == least]
+        for name in set(winners) & praises.keys():
+            others = ", ".join(label for label in winners if label != name)
+            praises[name].append(f"{what} (a tie with {others})" if others else what)
+    for c in front:
+        text = f"- {c.label}: {', '.join(praises[c.label]) or 'a compromise'}; "
+        text += f"{amount(c.seconds, 's')}, {memory(c.peak)}"
+        if softmax and c is not softmax:
+            factor = softmax.seconds / c.seconds
             than = f"{factor:.2f} x faster" if factor >= 1 else f"{1 / factor:.2f} x slower"
             text += ", as fast as softmax" if "1.00" in than[:4] else f", {than} than softmax"
-        if choice.quality is not None:
-            text += f", {metric} {choice.quality:.4g}"
-        lines.append(text + ("" if choice.is_measured else " (estimated)") + ".")
-    beaten = [c.label for c in judged or fitting if c not in front]
-    if beaten:
-        lines.append(f"Beaten in everything that was compared: {', '.join(sorted(beaten))}.")
-    if judged and (rest := [c.label for c in fitting if c not in judged]):
-        lines.append(f"Not compared, for want of {metric}: {', '.join(sorted(rest))}.")
+        if c.quality is not None:
+            text += f", {metric} {c.quality:.4g}"
+        lines.append(text + ("" if c.is_measured else " (estimated)") + ".")
+    if beaten := sorted(c.label for c in judged or fitting if c not in front):
+        lines.append(f"Beaten in everything that was compared: {', '.join(beaten)}.")
+    if judged and (rest := sorted(c.label for c in fitting if c not in judged)):
+        lines.append(f"Not compared, for want of {metric}: {', '.join(rest)}.")
     return lines
-
-
-def _praise(
-    choice: Choice,
-    what: str,
-    among: list[Choice],
-    value: Callable[[Choice], float],
-    shown: Callable[[Choice], str],
-) -> str:
-    """``what`` if nobody is before this choice; a tie where the figures shown are the same."""
-    if not among:
-        return ""
-    least = min(among, key=value)
-    if shown(choice) != shown(least):
-        return ""
-    tied = [c.label for c in among if c is not choice and shown(c) == shown(least)]
-    return f"{what} (a tie with {', '.join(tied)})" if tied else what
 
 
 def main(arguments: list[str]) -> int:
@@ -145,9 +124,8 @@ def main(arguments: list[str]) -> int:
         )
     quality, metric, lower, source = _quality(options.quality)
     report = read_cases(options.report)
-    cases = frame(report)
-    family = _family(cases, options)
-    chosen = subset(cases, "layer", **family)
+    family = _family(frame(report), options)
+    chosen = subset(frame(report), "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
     time = "seconds" if options.launched else "time"
     found, unknown = choices(chosen, tokens, options.depth, quality, time)
@@ -163,15 +141,34 @@ def main(arguments: list[str]) -> int:
     )
     print(printable("\n".join(advise(found, limit, metric, lower))) + "\n")
     on_device = time == "time" and "device_time" in chosen and chosen["device_time"].notna().any()
-    rows = [
-        [c.label, amount(c.seconds, "s"), *([amount(c.launched, "s")] if on_device else []),
-         memory(c.peak), "" if c.quality is None else f"{c.quality:.4g}",
-         "measured" if c.is_measured else "estimated"]
-        for c in sorted(found, key=lambda c: c.seconds)
-    ]  # fmt: skip
-    heading = ["mechanism", *(["on the device", "launched"] if on_device else ["time"]), "memory"]
-    print(markdown_table([*heading, metric or "quality", ""], rows, padded=True) + "\n")
-    print(printable("\n".join(_caveats(found, unknown, source, on_device, options))))
+    table = pd.DataFrame({
+        "mechanism": [c.label for c in found],
+        "on the device" if on_device else "time": [amount(c.seconds, "s") for c in found],
+        "launched": [amount(c.launched, "s") for c in found],
+        "memory": [memory(c.peak) for c in found],
+        metric or "quality": ["" if c.quality is None else f"{c.quality:.4g}" for c in found],
+        "": ["measured" if c.is_measured else "estimated" for c in found],
+    }).iloc[pd.Series([c.seconds for c in found]).argsort(kind="stable")]  # fmt: skip
+    table = table if on_device else table.drop(columns="launched")
+    print(markdown_table(table.columns, table.to_numpy().tolist(), padded=True) + "\n")
+    # What to keep in mind, and whether it applies.
+    caveats = (
+        (on_device, "Times are those of replayed CUDA graphs, except where a step could not be "
+         "recorded. Launched one by one the host may take longer; --launched ranks by that."),
+        (True, "Time and memory are of attention alone, one layer times the number of blocks; "
+         "feed-forwards, and in training the optimiser, come on top for every mechanism alike."),
+        (not all(c.is_measured for c in found), f"{options.resolution} px was not measured for "
+         f"what is called estimated: the value lies on the line through the two nearest sizes in "
+         f"log-log. Measure it with pytest bench/ --resolutions {options.resolution}."),
+        (not source, "Nothing is said of quality, and mechanisms differ in it: train them with "
+         "python recipes/compare.py and name its folder with --quality."),
+        (source, f"{source}, not at yours; its report says which differences are more than "
+         f"noise. Mechanisms without a result are left out of the choice."),
+        (True, "Another device, dtype or batch gives another order: measure on your own."),
+        (unknown, f"Too few sizes to tell: {', '.join(unknown)}."),
+    )  # fmt: skip
+    lines = ["What to keep in mind:", *(f"- {text}" for applies, text in caveats if applies)]
+    print(printable("\n".join(lines)))
     return DONE
 
 
@@ -192,18 +189,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _family(cases: pd.DataFrame, options: argparse.Namespace) -> dict[str, Any]:
+    asked = {"mode": options.mode, "width": options.width, "dtype": options.dtype}
     there = families(cases, "layer")
     for family in there:
-        is_width = options.width in (None, family["width"])
-        is_dtype = options.dtype in (None, family["dtype"])
-        if family["mode"] == options.mode and is_width and is_dtype:
+        if all(value in (None, family[name]) for name, value in asked.items()):
             return family
     shown = sorted(f"{f['mode']} d={f['width']} {f['dtype']}" for f in there)
+    flags = " ".join(f"--{name} {value}" for name, value in asked.items() if value)
     raise UserError(
-        f"{options.report} has no layers for --mode {options.mode}"
-        f"{f' --width {options.width}' if options.width else ''}"
-        f"{f' --dtype {options.dtype}' if options.dtype else ''}; "
-        f"it has {', '.join(shown) or 'none'}"
+        f"{options.report} has no layers for {flags}; it has {', '.join(shown) or 'none'}"
     )
 
 
@@ -213,59 +207,17 @@ def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool, st
         return {}, None, True, ""
     summary = read_quality(folder)
     metric, lower = best_metric(summary)
-    rows = [row for row in summary.to_dict("records") if row["metric"] == metric]
-    # Attention is compared here in backbones of one depth.
-    protocols = sorted({row.get("protocol", "controlled") for row in rows})
-    protocol = "controlled" if "controlled" in protocols else protocols[0]
-    rows = [row for row in rows if row.get("protocol", "controlled") == protocol]
-    # The hardest place stands for all: the largest resolution of the comparison.
-    largest = max(row["resolution"] for row in rows)
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if row["resolution"] == largest:
-            values.setdefault(str(row["variant"]), []).append(float(row["mean"]))
-    means = {name: statistics.fmean(found) for name, found in values.items()}
+    rows: Any = summary[summary["metric"] == metric]
+    protocol = "controlled"  # attention is compared here in backbones of one depth
+    if "protocol" in rows:
+        protocols = sorted(set(rows["protocol"]))
+        protocol = protocol if protocol in protocols else protocols[0]
+        rows = rows[rows["protocol"] == protocol]
+    # The hardest setting stands for all: the largest resolution of the comparison.
+    largest = rows["resolution"].max()
+    means = rows[rows["resolution"] == largest].groupby("variant")["mean"].mean()
     source = f"{metric} is of small models at {largest} px, protocol {protocol}"
-    return means, metric, lower, source
-
-
-def _caveats(
-    found: list[Choice],
-    unknown: list[str],
-    quality: str,
-    on_device: bool,
-    options: argparse.Namespace,
-) -> list[str]:
-    lines = ["What to keep in mind:"]
-    if on_device:
-        lines.append(
-            "- Times are those of replayed CUDA graphs, except where a step could not be "
-            "recorded. Launched one by one the host may take longer; --launched ranks by that."
-        )
-    lines.append(
-        "- Time and memory are of attention alone, one layer times the number of blocks; "
-        "feed-forwards, and in training the optimiser, come on top for every mechanism alike."
-    )
-    if any(not choice.is_measured for choice in found):
-        lines.append(
-            f"- {options.resolution} px was not measured for what is called estimated: the "
-            f"value lies on the line through the two nearest sizes in log-log. Measure it with "
-            f"pytest bench/ --resolutions {options.resolution}."
-        )
-    if not quality:
-        lines.append(
-            "- Nothing is said of quality, and mechanisms differ in it: train them with "
-            "python recipes/compare.py and name its folder with --quality."
-        )
-    else:
-        lines.append(
-            f"- {quality}, not at yours; its report says which differences are more than noise. "
-            f"Mechanisms without a result are left out of the choice."
-        )
-    lines.append("- Another device, dtype or batch gives another order: measure on your own.")
-    if unknown:
-        lines.append(f"- Too few sizes to tell: {', '.join(unknown)}.")
-    return lines
+    return {str(name): float(mean) for name, mean in means.items()}, metric, lower, source
 
 
 if __name__ == "__main__":

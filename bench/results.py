@@ -12,36 +12,79 @@ from typing import Any
 import pandas as pd
 
 from bench.thresholds import GOALS
-from bench.timing import quartiles
+from bench.timing import spread
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import read_json, require_writable, write_json
 
-Fields = dict[str, tuple[type, ...]]
-_NUMBER, _TEXT = (int, float), (str,)
-_OF_ALL: Fields = {
-    "id": _TEXT, "kind": _TEXT, "mechanism": _TEXT, "label": _TEXT, "mode": _TEXT,
-    "dtype": _TEXT, "resolution": (int,), "tokens": (int,), "width": (int,),
-}  # fmt: skip
-_MEASURED: Fields = dict.fromkeys(
+# What the suite writes, as far as tables and pictures read it; ``_require`` says how to read it.
+_NUMBER, _MAYBE, _TEXT = (int, float), (int, float, type(None)), (str,)
+_SPREAD = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
+_REPORT = {
+    "benchmarks": [{"extra_info": {}}],
+    "machine_info?": {"attnzoo?": {"peaks?": {"*": _NUMBER}, "versions?": {"*": _TEXT}}},
+    "common?": {},
+    "usual?": {},
+    "cells_not_measured?": [dict.fromkeys(("name", "state", "reason"), _TEXT)],
+    "datetime?": _TEXT,
+}
+_ANY_CASE = {
+    **dict.fromkeys(("device_name?", "commit?", "best_peer?"), _TEXT),
+    **dict.fromkeys(("gflops?", "share_of_peak?"), _NUMBER),
+    "device_seconds?": {"median": _NUMBER},
+    "ratios?": {"*": _SPREAD},
+    "device_ratios?": {"*": _SPREAD},
+    "rows?": [
+        dict.fromkeys(("goal", "what", "better", "note"), _TEXT)
+        | dict.fromkeys(("value", "minimum", "target", "q1", "q3"), _MAYBE)
+    ],
+}
+_NAMED_CASE = {
+    **dict.fromkeys(("id", "kind", "mechanism", "label", "mode", "dtype"), _TEXT),
+    **dict.fromkeys(("resolution", "tokens", "width"), (int,)),
+}
+_MEASURED: dict[str, Any] = dict.fromkeys(
     ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), _NUMBER
 )
-_COUNTED: Fields = dict.fromkeys(
-    ("macs", "macs_training", "parameters", "active_parameters"), _NUMBER
-)
-_OF_KIND: dict[Any, Fields] = {
+_COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), _NUMBER)
+_OF_KIND: dict[Any, dict[str, Any]] = {
     "layer": _MEASURED,
     "backbone": _MEASURED,
-    "peers": {**_MEASURED, "ratios": (dict,), "peers_missing": (dict,)},
-    "count": {**_COUNTED, "macs_paper": (*_NUMBER, type(None))},
+    "peers": {**_MEASURED, "ratios": {}, "peers_missing": {}},
+    "count": {**_COUNTED, "macs_paper": _MAYBE},
 }
-_GOAL: Fields = {
-    **dict.fromkeys(("goal", "what", "better", "note"), _TEXT),
-    **dict.fromkeys(("value", "minimum", "target", "q1", "q3"), (*_NUMBER, type(None))),
-}
+_STATS = {
+    "median": _NUMBER, "data?": [_NUMBER], **dict.fromkeys(("q1?", "q3?", "rounds?"), _NUMBER),
+}  # fmt: skip
 # Of files from before 2026-11-26.
 _OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached"}
-_MISSED: Fields = {"name": _TEXT, "state": _TEXT, "reason": _TEXT}
-_SPREAD: Fields = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
+
+
+class _Foreign(Exception):
+    """Something that the suite does not write."""
+
+
+def _require(value: Any, shape: Any, place: str = "it") -> None:
+    """Raises _Foreign unless a value has a shape, numbers finite.
+
+    A shape is a tuple of types, a list of the shape of all items, or the shapes of an object's
+    fields by name; a name with "?" may be absent, and "*" stands for all.
+    """
+    if isinstance(shape, tuple):
+        if type(value) not in shape or (type(value) is float and not math.isfinite(value)):
+            raise _Foreign(f"{place} is {value!r:.40}")
+    elif not isinstance(value, type(shape)):
+        raise _Foreign(f"{place} is a {type(value).__name__}")
+    elif isinstance(shape, list):
+        for i, item in enumerate(value):
+            _require(item, shape[0], f"{place}[{i}]")
+    else:
+        for name, inner in shape.items():
+            if name.endswith("?") and name[:-1] not in value:
+                continue
+            for key in value if name == "*" else [name.removesuffix("?")]:
+                if key not in value:
+                    raise _Foreign(f"{place} has no {key}")
+                _require(value[key], inner, f"{place}.{key}")
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -58,86 +101,39 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not isinstance(report.get("benchmarks"), list):
         raise UserError(f"{path} is no JSON file of the suite: it has no benchmarks")
     try:
+        _require(report, _REPORT)
+        absent = {"machine_info": {}, "common": {}, "cells_not_measured": [], "datetime": ""}
+        report = absent | report
+        info = report["machine_info"].get("attnzoo", {})
+        report["machine_info"]["attnzoo"] = {"peaks": {}, "versions": {}} | info
         usual = report.pop("usual", None)
-        if usual is not None:
-            _require(usual, "usual", {})
         for i, entry in enumerate(report["benchmarks"]):
-            _check_entry(entry, f"benchmarks[{i}]", usual)
-        for part in ("machine_info", "common"):
-            _require(report.setdefault(part, {}), part, {})
-        info = report["machine_info"].setdefault("attnzoo", {})
-        _require(info, "machine_info.attnzoo", {})
-        for part, values in (("peaks", _NUMBER), ("versions", _TEXT)):
-            found = info.setdefault(part, {})
-            _require(found, part, dict.fromkeys(found, values) if type(found) is dict else {})
-        for i, missed in enumerate(report.setdefault("cells_not_measured", [])):
-            _require(missed, f"cells_not_measured[{i}]", _MISSED)
-        if not isinstance(report.setdefault("datetime", ""), str):
-            raise _Foreign("datetime is no text")
-    except (_Foreign, TypeError) as error:
+            entry["extra_info"] = {**(usual or {}), **entry["extra_info"]}
+            _check_entry(entry, f"benchmarks[{i}]")
+            if usual is not None and "name" in entry and "id" in entry["extra_info"]:
+                entry["name"] += f"[{entry['extra_info']['id']}]"
+    except (_Foreign, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no JSON file of the suite, or damaged: {error}") from error
     return report
 
 
-class _Foreign(Exception):
-    """Something that the suite does not write."""
-
-
-def _require(value: Any, place: str, fields: Fields) -> None:
-    """Raises _Foreign unless ``value`` is an object with these fields, numbers finite."""
-    if not isinstance(value, dict):
-        raise _Foreign(f"{place} is no object")
-    for name, kinds in fields.items():
-        found = value.get(name, _Foreign)
-        is_number = isinstance(found, int | float) and not isinstance(found, bool)
-        if is_number and not math.isfinite(found):
-            raise _Foreign(f"{place} has {name} {found}")
-        if type(found) not in kinds:
-            what = "no" if found is _Foreign else f"a {type(found).__name__} as"
-            raise _Foreign(f"{place} has {what} {name}")
-
-
-def _check_entry(entry: Any, place: str, usual: dict[str, Any] | None) -> None:
-    """Checks what the tables and pictures read, and undoes ``compact``."""
-    _require(entry, place, {"extra_info": (dict,)})
-    info = entry["extra_info"] = {**(usual or {}), **entry["extra_info"]}
-    for name, kinds in (("device_name", _TEXT), ("commit", _TEXT), ("best_peer", _TEXT)):
-        if name in info:
-            _require(info, place, {name: kinds})
-    if "rows" in info:
-        _check_rows(info["rows"], place)
-    if "id" not in info or ("rows" in info and "stats" not in entry):
-        return  # of other tests, or the figures of a goal alone
-    _require(info, place, {**_OF_ALL, **_OF_KIND.get(info.get("kind"), {})})
-    _require(entry, place, {"name": _TEXT, "stats": (dict,)})
-    stats, data = entry["stats"], entry["stats"].get("data")
-    if data:
-        numbers = {str(i): value for i, value in enumerate(data)}
-        _require(numbers, f"{place}.data", dict.fromkeys(numbers, _NUMBER))
-    _require(stats, f"{place}.stats", {} if data else {"median": _NUMBER})
-    for name in ("gflops", "share_of_peak", "q1", "q3", "rounds"):
-        for found in (info, stats):
-            if name in found:
-                _require(found, place, {name: _NUMBER})
-    if "device_seconds" in info:
-        _require(info["device_seconds"], place, {"median": _NUMBER})
-    for part in ("ratios", "device_ratios"):
-        for name, ratio in dict(info.get(part, {})).items():
-            _require(ratio, f"{place}.{part}.{name}", _SPREAD)
-    if usual is not None:
-        entry["name"] += f"[{info['id']}]"
-
-
-def _check_rows(rows: Any, place: str) -> None:
-    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+def _check_entry(entry: dict[str, Any], place: str) -> None:
+    """Checks what the tables and pictures read."""
+    info = entry["extra_info"]
+    for row in info.get("rows", ()):
         for old, new in _OLD_WORDS.items():
-            if isinstance(row, dict) and old in row:
+            if old in row:
                 row[new] = row.pop(old)
-        _require(row, f"{place}.rows[{i}]", _GOAL)
         if row.get("verdict") in _OLD_WORDS:
             row["verdict"] = _OLD_WORDS[row["verdict"]]
+    _require(info, _ANY_CASE, place)
+    for row in info.get("rows", ()):
         if row["goal"] not in GOALS or row["better"] not in ("higher", "lower"):
-            raise _Foreign(f"{place}.rows[{i}] is of no goal of the suite")
+            raise _Foreign(f"{place} has a row of no goal of the suite")
+    # Others are of other tests, or the figures of a goal alone.
+    if "id" in info and ("stats" in entry or "rows" not in info):
+        _require(info, _NAMED_CASE | _OF_KIND.get(info.get("kind"), {}), place)
+        _require(entry, {"name": _TEXT, "stats": _STATS}, place)
 
 
 def read_cases(path: Path) -> dict[str, Any]:
@@ -174,13 +170,10 @@ def common_of(report: dict[str, Any]) -> dict[str, Any]:
 
 def device_of(report: dict[str, Any]) -> str:
     """The name of what was measured, such as "NVIDIA H200"."""
-    names = [report.get("common", {}).get("device_name")]
+    infos = [entry["extra_info"] for entry in report["benchmarks"]]
     # Counts are made on a CPU, whatever the device of the run.
-    names += [
-        entry["extra_info"].get("device_name")
-        for entry in report["benchmarks"]
-        if entry["extra_info"].get("kind") != "count"
-    ]
+    infos = [report.get("common", {}), *(info for info in infos if info.get("kind") != "count")]
+    names = (info.get("device_name") for info in infos)
     return next((str(name) for name in names if name), "an unknown device")
 
 
@@ -194,8 +187,9 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
         info, stats = entry["extra_info"], entry.get("stats")
         if "id" not in info or stats is None:
             continue
-        low, middle, high = _quartiles(stats)
-        row = {**info, "seconds": middle, "seconds_q1": low, "seconds_q3": high, "time": middle}
+        found = _quartiles(stats)
+        row = {**info, "seconds": found["median"], "time": found["median"]}
+        row |= {"seconds_q1": found["q1"], "seconds_q3": found["q3"]}
         if "device_seconds" in info:
             row["device_time"] = row["time"] = info["device_seconds"]["median"]
         for key, column in (("ratios", "ratio_to_softmax"),
@@ -203,75 +197,62 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":
                 row[column] = info[key]["softmax"]["median"]
         rows.append(row)
-    if not rows:
-        return pd.DataFrame({name: [] for name in ("id", "kind", "mechanism", "label", "mode")})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else list(_NAMED_CASE))
 
 
-def subset(cases: pd.DataFrame, kind: str, mode: str | None = None, **equal: Any) -> pd.DataFrame:
-    """The rows of a kind and mode whose columns equal the values given."""
-    wanted = {"kind": kind, **({} if mode is None else {"mode": mode}), **equal}
-    matches = [
-        all(row[column] == value for column, value in wanted.items())
-        for row in cases.to_dict("records")
-    ]
-    return cases.loc[matches]
+def subset(cases: pd.DataFrame, kind: str, **equal: Any) -> pd.DataFrame:
+    """The rows of a kind whose columns equal the values given."""
+    wanted = pd.Series({"kind": kind, **equal})
+    return cases.loc[(cases[list(wanted.index)] == wanted).all(axis=1)]
 
 
 def families(cases: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """The (mode, width, dtype) that occur, the fullest first: each is a picture of its own."""
-    keys = ("mode", "width", "dtype")
-    counts = collections.Counter(
-        tuple(row[key] for key in keys) for row in cases.to_dict("records") if row["kind"] == kind
-    )
-    return [dict(zip(keys, values, strict=True)) for values, _ in counts.most_common()]
+    sizes: Any = subset(cases, kind).groupby(["mode", "width", "dtype"], sort=False).size()
+    fullest = sizes.sort_values(ascending=False, kind="stable").reset_index()
+    return fullest[["mode", "width", "dtype"]].to_dict("records")
+
+
+_SHARED = ("versions", "commit", "allocator", "memory_method", "device_name", "threads")
+_DROPPED = ("macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds", *_SHARED)
 
 
 def compact(report: dict[str, Any]) -> dict[str, Any]:
     """The report without what pictures and tables do not need, as ``read_report`` takes it."""
-    shared = ("versions", "commit", "allocator", "memory_method", "device_name", "threads")
     common: dict[str, Any] = dict(report.get("common", {}))
     benchmarks = []
     for entry in report["benchmarks"]:
         found = entry["extra_info"]
         if found.get("kind") != "count":  # which is made on a CPU in every run
-            common = {key: found[key] for key in shared if key in found} | common
-        dropped = ("macs_parts", "check", "timer", "cell_seconds", "cell_cpu_seconds", *shared)
+            common = {key: found[key] for key in _SHARED if key in found} | common
         # A goal's verdict is of the figure as it was measured.
-        info = {
-            key: value if key == "rows" else rounded(value)
-            for key, value in found.items()
-            if key not in dropped
-        }
-        kept: dict[str, Any] = {"extra_info": info}
+        info = {k: v if k == "rows" else rounded(v)
+                for k, v in found.items() if k not in _DROPPED}  # fmt: skip
+        small: dict[str, Any] = {"extra_info": info}
         if "name" in entry:
-            kept["name"] = entry["name"]
+            small["name"] = entry["name"].removesuffix(f"[{found.get('id')}]")
         if "stats" in entry:  # bench.goals --save writes figures alone
-            low, middle, high = _quartiles(entry["stats"])
-            stats = {"q1": low, "median": middle, "q3": high}
+            stats = _quartiles(entry["stats"])
             stats |= {key: v for key, v in entry["stats"].items() if key == "rounds"}
-            kept["stats"] = rounded(stats)
-        benchmarks.append(kept)
+            small["stats"] = rounded(stats)
+        benchmarks.append(small)
     usual = _usual([entry["extra_info"] for entry in benchmarks])
-    for entry in benchmarks:
-        info = entry["extra_info"]
-        if "name" in entry:
-            entry["name"] = entry["name"].removesuffix(f"[{info.get('id')}]")
-        entry["extra_info"] = {k: v for k, v in info.items() if k not in usual or v != usual[k]}
-    also = ("datetime", "cells_not_measured")
+    for small in benchmarks:
+        info = small["extra_info"]
+        small["extra_info"] = {k: v for k, v in info.items() if k not in usual or v != usual[k]}
     return {
         "machine_info": {"attnzoo": report["machine_info"].get("attnzoo", {})},
         "common": common,
         "usual": usual,
-        **{key: report[key] for key in also if key in report},
+        **{key: report[key] for key in ("datetime", "cells_not_measured") if key in report},
         "benchmarks": benchmarks,
     }
 
 
-def _quartiles(stats: dict[str, Any]) -> tuple[float, float, float]:
+def _quartiles(stats: dict[str, Any]) -> dict[str, float]:
     if data := stats.get("data"):
-        return quartiles(data)
-    return stats.get("q1", stats["median"]), stats["median"], stats.get("q3", stats["median"])
+        return spread(data)
+    return {key: stats.get(key, stats["median"]) for key in ("q1", "median", "q3")}
 
 
 def _usual(cases: list[dict[str, Any]]) -> dict[str, Any]:
@@ -306,11 +287,7 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     """The same JSON value with floats of six digits."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def main(arguments: list[str]) -> int:

@@ -26,8 +26,11 @@ class Goal:
 
     what: str
     device: str
-    measurement: str
     figures: dict[str, dict[str, Any]]
+    sweep: list[dict[str, Any]] = dataclasses.field(default_factory=lambda: [{}])
+    contestants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    rounds: int = 9
+    also: str = ""
 
 
 GOALS: dict[str, Goal] = {
@@ -40,29 +43,17 @@ GOALS: dict[str, Goal] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GoalFigure:
-    """One figure of a goal.
-
-    Attributes:
-        goal: "G1" and so on.
-        what: What the value is.
-        value: The median, or None if it could not be measured.
-        q1: Lower quartile over the rounds.
-        q3: Upper quartile over the rounds.
-        minimum: The value that must be reached; None where a goal has failed as a whole.
-        target: The value that we work towards; likewise.
-        better: Whether the value should be "higher" or "lower".
-        note: What else is to be known.
-    """
+    """One figure of a goal."""
 
     goal: str
     what: str
-    value: float | None
-    minimum: float | None
-    target: float | None
-    better: Literal["higher", "lower"]
-    q1: float | None = None
+    value: float | None = None  # the median; None if it could not be measured
+    minimum: float | None = None  # must be reached; None where a goal has failed as a whole
+    target: float | None = None  # what we work towards; likewise
+    better: Literal["higher", "lower"] = "higher"
+    q1: float | None = None  # quartiles over the rounds
     q3: float | None = None
-    note: str = ""
+    note: str = ""  # what else is to be known
 
     @property
     def verdict(self) -> str:
@@ -79,11 +70,10 @@ class GoalFigure:
         """The value in as few digits as agree with the verdict, at least three."""
         if self.value is None:
             return ""
-        for digits in range(3, 17):
-            text = f"{self.value:.{digits}g}"
-            if dataclasses.replace(self, value=float(text)).verdict == self.verdict:
-                return text
-        return repr(self.value)
+        texts = (f"{self.value:.{digits}g}" for digits in range(3, 18))
+        same = (t for t in texts
+                if dataclasses.replace(self, value=float(t)).verdict == self.verdict)  # fmt: skip
+        return next(same)
 
     @property
     def row(self) -> list[str]:
@@ -99,8 +89,7 @@ class GoalFigure:
 
 def not_measured(goal: str, state: str, reason: str) -> GoalFigure:
     """What stands for a goal whose measurement ended otherwise."""
-    return GoalFigure(goal=goal, what=GOALS[goal].what, value=None, minimum=None, target=None,
-                      better="higher", note=f"{state}: {reason}")  # fmt: skip
+    return GoalFigure(goal=goal, what=GOALS[goal].what, note=f"{state}: {reason}")
 
 
 def figures_of(report: dict[str, Any]) -> list[GoalFigure]:
@@ -111,9 +100,8 @@ def figures_of(report: dict[str, Any]) -> list[GoalFigure]:
         for row in entry.get("rows", ()):
             figure = GoalFigure(**{name: row[name] for name in names})
             if "commit" in entry:  # of an earlier run, which a later one of other goals left in
-                earlier = f"measured at commit {entry['commit']}"
-                note = "; ".join(text for text in (figure.note, earlier) if text)
-                figure = dataclasses.replace(figure, note=note)
+                notes = (figure.note, f"measured at commit {entry['commit']}")
+                figure = dataclasses.replace(figure, note="; ".join(filter(None, notes)))
             found.append(figure)
     for missed in report.get("cells_not_measured", []):
         goal = missed["name"].removeprefix("test_goal[").removesuffix("]")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 # A round shorter than this repeats its call, so that the clock's own cost vanishes.
 SHORTEST_ROUND = 2e-3
-
 
 Calls = Mapping[str, Callable[[], Any]]
 # Calls a function that often and returns the seconds of one call.
@@ -73,7 +74,13 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.stream(aside):
         call()
         call()
-        _require_no_wait(call)
+        # Recording a call that waits for the device fails too, but leaves PyTorch's random
+        # numbers unusable.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -81,18 +88,6 @@ def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
-
-
-def _require_no_wait(call: Callable[[], Any]) -> None:
-    """Raises RuntimeError if ``call`` waits for the device.
-
-    Recording such a call fails too, but leaves PyTorch's random numbers unusable.
-    """
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def interleave(
@@ -129,19 +124,53 @@ def interleave(
     return durations
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    found = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of each round."""
-    values = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, middle, high = quartiles(values)
-    return {"median": middle, "q1": low, "q3": high, "rounds": len(values)}
+    return {**spread(np.divide(numerator, denominator).tolist()), "rounds": len(numerator)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Seconds of every round of calls timed in turn."""
+
+    launched: dict[str, list[float]]  # with the host's part
+    device: dict[str, list[float]]  # the device's own time, of those that could be recorded
+    missing: dict[str, str]  # why others could not be recorded, or not even started
+
+    def over(self, upper: str, lower: str) -> tuple[dict[str, float] | None, str]:
+        """The ratio of two times, of the device where both are known, and which it is in words."""
+        reasons = [f"{n}: {self.missing[n]}" for n in (upper, lower) if n in self.missing]
+        if upper not in self.launched or lower not in self.launched:
+            return None, "; ".join(reasons)
+        launched = ratio(self.launched[upper], self.launched[lower])
+        if upper in self.device and lower in self.device:
+            on_device = ratio(self.device[upper], self.device[lower])
+            return on_device, f"device time; launched {launched['median']:.3g}"
+        return launched, "; ".join(["launched", *reasons] if self.device or reasons else [])
+
+    def fastest(self, names: str | list[str]) -> str:
+        """Of several contestants the fastest that ran, by the device's time where it is known."""
+        several = [names] if isinstance(names, str) else names
+        ran = [name for name in several if name in self.launched]
+        times = {n: statistics.median(self.device.get(n, self.launched[n])) for n in ran}
+        return min(times, key=lambda name: times[name]) if times else several[0]
+
+
+def race(calls: Calls, device: str, threads: int, missing: Mapping[str, str], **pace: Any) -> Race:
+    """``interleave``, and on a GPU once more without the host, as replays of CUDA graphs.
+
+    ``missing`` says why other contestants could not start.
+    """
+    stopwatch, _ = stopwatch_for(device, threads)
+    launched = interleave(calls, stopwatch, **pace)
+    replays, unrecorded = recorded(calls) if device == "cuda" else ({}, {})
+    return Race(launched, interleave(replays, stopwatch, **pace), {**missing, **unrecorded})
 
 
 class ReplayClock:
@@ -152,9 +181,7 @@ class ReplayClock:
     """
 
     __name__ = "rounds of the case's own process"
-
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -163,14 +190,13 @@ class ReplayClock:
         """Gives ``benchmark`` these rounds."""
         left = iter(durations)
 
+        def restart() -> None:  # a large clock would round a small duration off
+            self.now = 0.0
+
         def advance() -> None:
             self.now += next(left)
 
-        # From 0 each time: a large clock would round a small duration off.
-        benchmark.pedantic(advance, setup=self._restart, rounds=len(durations))
-
-    def _restart(self) -> None:
-        self.now = 0.0
+        benchmark.pedantic(advance, setup=restart, rounds=len(durations))
 
 
 replay_clock = ReplayClock()

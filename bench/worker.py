@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,32 +16,15 @@ from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from backbones import build_backbone
 from bench import machine
-from bench.cases import SIZES, Case
-from bench.checks import WrongResult, check_equal, check_key, check_layer
+from bench.cases import SIZES, Case, Conditions
+from bench.checks import WrongResult, check_layer, require_close
 from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
-from bench.peers import contestants_of
-from bench.timing import Calls, interleave, quartiles, ratio, recorded, stopwatch_for
+from bench.peers import PEERS, contestants_of
+from bench.timing import race, ratio, spread, stopwatch_for
 from recipes.lab.imports import import_all
 
-
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """What all cases of a run share.
-
-    Attributes:
-        threads: Of torch, on the CPU.
-        imports: Files or modules that register a user's own mechanisms.
-        peaks: What ``machine.measure_peaks`` found.
-        quality: Results of ``recipes/compare.py``, or None.
-        checked: What earlier cases of the run found equal to their references, by ``check_key``.
-    """
-
-    threads: int = 1
-    imports: tuple[str, ...] = ()
-    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
-    quality: str | None = None
-    checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+Steps = dict[str, Callable[[], Any]]
 
 
 class WholeLayer(torch.nn.Module):
@@ -63,12 +47,6 @@ def prepare(conditions: Conditions) -> str:
     return machine.keep_freed_memory()
 
 
-def peaks(conditions: Conditions, device: str, dtypes: tuple[str, ...]) -> dict[str, float]:
-    """See ``machine.measure_peaks``."""
-    prepare(conditions)
-    return machine.measure_peaks(device, dtypes, conditions.threads)
-
-
 def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
     """Measures a case of kind layer, backbone or peers.
 
@@ -80,114 +58,107 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
         WrongResult: A fast path differs from its reference; nothing was timed.
     """
     allocator = prepare(conditions)
-    dtype, device, options = getattr(torch, case.dtype), case.device, dict(case.options)
-    if "impl" in options:
-        _require_impl(case, dtype)
-    check = conditions.checked.get(check_key(case)) or check_layer(
-        case.mechanism, layer_options(case), case.width, case.dtype, device, case.side
+    options, is_gpu = dict(case.options), case.device == "cuda"
+    if "impl" in options:  # once on few tokens
+        few = dataclasses.replace(case, kind="layer", resolution=min(case.resolution, 64))
+        with _naming_impl(case, f"{case.device} with torch.{case.dtype}"):
+            subject(dataclasses.replace(few, compiled=False))[1]()
+    check = conditions.checked.get(case.check_key) or check_layer(
+        case.mechanism, layer_options(case), case.width, case.dtype, case.device, case.side
     )
-    record: dict[str, Any] = {"check": check}
+    model, call = subject(case)
+    calls, found = {"attnzoo": call}, {}
     if case.kind == "peers":
-        model, calls, found = _with_peers(case, dtype)
-        record |= found
-    else:
-        model, call = subject(case, case.mechanism, options, dtype)
-        calls = {"attnzoo": call}
-        for name in case.against:
-            if name != case.mechanism or options or case.compiled:
-                calls[name] = subject(case, name, {}, dtype, compiled=False)[1]
-    is_half_on_cpu = device == "cpu" and case.dtype != "float32"
-    if is_half_on_cpu and case.kind == "layer" and "softmax" in calls:
-        # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
-        layer: Any = subject(case, "softmax", {}, dtype, compiled=False)[0]
-        plain = contestants_of(layer)[1]["matmul-softmax-matmul"]
-        calls["softmax, plain"] = step_of(plain, _inputs(case, layer, dtype), case.mode)
-    stopwatch, timer = stopwatch_for(device, conditions.threads)
-    rounds = interleave(calls, stopwatch, case.rounds, case.seconds, 3 if case.seconds else 1)
+        others, found = peer_steps(case, model, PEERS[case.mechanism])
+        calls |= others
+    is_half_on_cpu = not is_gpu and case.dtype != "float32"
+    for name in case.against:
+        rival = dataclasses.replace(case, mechanism=name, options=(), compiled=False)
+        other, calls[name] = subject(rival)
+        if name == "softmax" and is_half_on_cpu:
+            # On a CPU SDPA is slower than three plain operators in half precision, no fair peer.
+            plain = PEERS["softmax"]["matmul-softmax-matmul"](other)
+            calls["softmax, plain"] = step_of(plain, _inputs(case, other), case.mode)
+    if is_gpu:  # before a recording, which may fail and leave the device unwilling
+        call()
+        peak = peak_memory(call, case.device)
+    times = race(calls, case.device, conditions.threads, {}, rounds=case.rounds,
+                 seconds=case.seconds, least=3 if case.seconds else 1)  # fmt: skip
+    if not is_gpu:
+        peak = peak_memory(call, case.device)
+    rounds, on_device = times.launched, times.device
     if "softmax, plain" in rounds:
-        plain = rounds.pop("softmax, plain")
-        rounds["softmax"] = min(plain, rounds["softmax"], key=sum)
-    peak = peak_memory(calls["attnzoo"], device)
-    record |= {
+        rounds["softmax"] = min(rounds.pop("softmax, plain"), rounds["softmax"], key=sum)
+    ours = rounds.pop("attnzoo")
+    layer = next(module for module in model.modules() if isinstance(module, Attention))
+    record: dict[str, Any] = {
+        "check": check,
+        **found,
         **_costs(model, case),
-        "rounds": rounds["attnzoo"],
-        "ratios": {n: ratio(rounds["attnzoo"], r) for n, r in rounds.items() if n != "attnzoo"},
+        "rounds": ours,
+        "ratios": {name: ratio(ours, theirs) for name, theirs in rounds.items()},
         "peak_memory": peak.bytes,
         "allocated": peak.allocated,
         "parameter_memory": sum(p.numel() * p.element_size() for p in model.parameters()),
         "memory_method": peak.method,
-        "impl": options.get("impl", getattr(_layer_of(model).config, "impl", "only one")),
+        "impl": getattr(layer.config, "impl", "only one"),
         "operators": list(peak.operators),
-        "timer": timer,
+        "timer": stopwatch_for(case.device, conditions.threads)[1],
         "allocator": allocator,
         "cell_cpu_seconds": time.process_time(),
-        **machine.describe(device, conditions.threads),
+        **machine.describe(case.device, conditions.threads),
     }
-    median = quartiles(rounds["attnzoo"])[1]
-    step = record["macs_training"] if case.mode == "train" else record["macs"]
-    if step:
-        record["gflops"] = 2 * step * case.batch / median / 1e9
+    if step := record["macs_training" if case.mode == "train" else "macs"]:
+        record["gflops"] = 2 * step / spread(ours)["median"] / 1e9
         if case.dtype in conditions.peaks:
             record["peak_gflops"] = conditions.peaks[case.dtype]
             record["share_of_peak"] = record["gflops"] / conditions.peaks[case.dtype]
-    if case.kind == "peers" and record["ratios"]:
-        best = max(record["ratios"], key=lambda name: record["ratios"][name]["median"])
-        record["best_peer"], record["ratio_to_best"] = best, record["ratios"][best]
-    # Last, because a recording that fails may leave the device unwilling.
-    return record | (_device_times(calls, case) if device == "cuda" else {})
+    if case.kind == "peers":
+        record["best_peer"] = _best(record["ratios"])
+        record["ratio_to_best"] = record["ratios"][record["best_peer"]]
+    if times.missing:
+        record["not_recorded"] = times.missing
+    if "attnzoo" in on_device:
+        ours = on_device.pop("attnzoo")
+        record["device_seconds"] = spread(ours)
+        ratios = record["device_ratios"] = {n: ratio(ours, z) for n, z in on_device.items()}
+        if case.kind == "peers" and ratios:
+            record["best_peer_on_device"] = _best(ratios)
+    return record
 
 
-def _require_impl(case: Case, dtype: torch.dtype) -> None:
-    """Runs a named implementation once on few tokens, whatever it raises where it cannot run."""
-    side = min(case.side, 4)
+def _best(ratios: dict[str, dict[str, float]]) -> str:
+    """Over whom our time is the longest."""
+    return max(ratios, key=lambda name: ratios[name]["median"])
+
+
+@contextlib.contextmanager
+def _naming_impl(case: Case, where: str) -> Iterator[None]:
+    """Whatever a named implementation raises where it cannot run becomes one line with its name.
+
+    Raises:
+        Unsupported: It cannot run.
+    """
     try:
-        layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
-        layer = layer.to(case.device, dtype).train(case.mode == "train")
-        x = torch.randn(1, side**2, case.width, device=case.device, dtype=dtype)
-        step_of(layer, (x, (side, side)), case.mode)()
+        yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _unavailable(case, f"{case.device} with {dtype}", error) from error
-
-
-def _unavailable(case: Case, where: str, error: Exception) -> Unsupported:
-    text = " ".join(str(error).split())
-    if text.startswith("impl="):
-        return Unsupported(text)
-    impl = dict(case.options)["impl"]
-    return Unsupported(f"{impl=} cannot run on {where}: {one_line(error)}")
-
-
-def _device_times(calls: Calls, case: Case) -> dict[str, Any]:
-    """The same contest without the host: every call replayed from a CUDA graph."""
-    replays, missing = recorded(calls)
-    found: dict[str, Any] = {"not_recorded": missing} if missing else {}
-    if "attnzoo" not in replays:
-        return found
-    rounds = interleave(replays, stopwatch_for("cuda", 1)[0], case.rounds, case.seconds / 2)
-    ours = rounds.pop("attnzoo")
-    low, middle, high = quartiles(ours)
-    found["device_seconds"] = {"median": middle, "q1": low, "q3": high}
-    found["device_ratios"] = {name: ratio(ours, theirs) for name, theirs in rounds.items()}
-    if case.kind == "peers" and rounds:
-        best = max(rounds, key=lambda name: found["device_ratios"][name]["median"])
-        found["best_peer_on_device"] = best
-    return found
+        impl, text = dict(case.options).get("impl"), " ".join(str(error).split())
+        if impl is None:
+            raise
+        if not text.startswith("impl="):
+            text = f"{impl=} cannot run on {where}: {one_line(error)}"
+        raise Unsupported(text) from error
 
 
 def count(case: Case, conditions: Conditions) -> dict[str, Any]:
     """Counts a layer's multiply-accumulates; nothing runs."""
     prepare(conditions)
     start = time.process_time()
-    with torch.device("meta"):
-        layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
-    try:
+    layer = _on_meta(case)
+    with _naming_impl(case, "the meta device"):
         costs = _costs(layer, case)
-    except Exception as error:
-        if "impl" in dict(case.options):
-            raise _unavailable(case, "the meta device", error) from error
-        raise
     return {
         **costs,
         "rounds": [time.process_time() - start],
@@ -196,47 +167,44 @@ def count(case: Case, conditions: Conditions) -> dict[str, Any]:
     }
 
 
-def subject(
-    case: Case,
-    mechanism: str,
-    options: dict[str, Any],
-    dtype: torch.dtype,
-    compiled: bool | None = None,
-) -> tuple[torch.nn.Module, Callable[[], Any]]:
-    """A model with trained-like weights, and one forward or training step of it."""
+def subject(case: Case) -> tuple[Any, Callable[[], Any]]:
+    """A case's model with trained-like weights, and one forward or training step of it."""
     with torch.device(case.device):  # initialising a whole backbone on the CPU takes seconds
-        model: Any = build(case.kind, mechanism, case.width, options, case.resolution)
-    model = model.to(case.device, dtype).train(case.mode == "train")
+        model = build(case)
+    model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode == "train")
     if case.mode == "forward":
         model.fuse()  # as whoever only samples does
-    inputs = _inputs(case, model, dtype)
     run: Any = WholeLayer(model) if isinstance(model, Attention) else model
-    if case.compiled if compiled is None else compiled:
+    if case.compiled:
         if case.kind == "backbone":  # blocks are alike: one graph serves all of them
             for block in run.blocks:
                 block.compile(fullgraph=True)
         else:
             run = torch.compile(run, fullgraph=True)
-    return model, step_of(run, inputs, case.mode)
+    return model, step_of(run, _inputs(case, model), case.mode)
 
 
 def layer_options(case: Case) -> dict[str, Any]:
     """The options of the layer that a case times, with those that a backbone's size brings."""
+    if case.kind != "backbone":
+        return dict(case.options)
+    config = _on_meta(case).config
+    return {**config.attn_options, "num_heads": config.num_heads}
+
+
+def _on_meta(case: Case) -> Any:
+    with torch.device("meta"):
+        return build(case)
+
+
+def build(case: Case) -> Any:
+    """A layer, or the shared backbone of the controlled protocol: equal depth, heads and MLP."""
     options = dict(case.options)
     if case.kind != "backbone":
-        return options
-    with torch.device("meta"):
-        model: Any = build(case.kind, case.mechanism, case.width, options, case.resolution)
-    return {**model.config.attn_options, "num_heads": model.config.num_heads}
-
-
-def build(
-    kind: str, mechanism: str, width: int, options: dict[str, Any], resolution: int
-) -> torch.nn.Module:
-    """A layer, or the shared backbone of the controlled protocol: equal depth, heads and MLP."""
-    if kind != "backbone":
-        return attnzoo.build_attention(mechanism, width, **options)
-    model = build_backbone(mechanism, SIZES[width], "controlled", resolution, attn_options=options)
+        return attnzoo.build_attention(case.mechanism, case.width, **options)
+    model = build_backbone(
+        case.mechanism, SIZES[case.width], "controlled", case.resolution, attn_options=options
+    )
     with torch.no_grad():  # zeroed gates would make every block the identity
         for parameter in model.parameters():
             if not parameter.is_meta and not parameter.any():
@@ -244,15 +212,15 @@ def build(
     return model
 
 
-def _inputs(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
+def _inputs(case: Case, model: torch.nn.Module) -> tuple[Any, ...]:
+    like: dict[str, Any] = {"device": case.device, "dtype": getattr(torch, case.dtype)}
     if isinstance(model, Attention):
-        x = torch.randn(case.batch, case.tokens, case.width, device=case.device, dtype=dtype)
+        x = torch.randn(1, case.tokens, case.width, **like)
         return x.requires_grad_(case.mode == "train"), case.grid
-    side = case.side * 2
     return (
-        torch.randn(case.batch, 4, side, side, device=case.device, dtype=dtype),
-        torch.full((case.batch,), 500.0, device=case.device),
-        torch.zeros(case.batch, dtype=torch.int64, device=case.device),
+        torch.randn(1, 4, case.side * 2, case.side * 2, **like),
+        torch.full((1,), 500.0, device=case.device),
+        torch.zeros(1, dtype=torch.int64, device=case.device),
         False,
     )
 
@@ -264,56 +232,52 @@ def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Call
         out = run(*inputs)
         return out[0] if isinstance(out, tuple) else out
 
-    def inference() -> None:
-        with torch.no_grad():
-            forward()
-
     if mode == "forward":
-        return inference
+        return torch.no_grad()(forward)
     # With gradients, or torch.compile would compile a forward that nobody wants.
     cotangent = torch.randn_like(forward()).detach()
-    parameters = list(run.parameters()) if isinstance(run, torch.nn.Module) else []
-    tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    learned = list(run.parameters()) if isinstance(run, torch.nn.Module) else []
+    learned += [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
     def train() -> None:
-        for tensor in (*parameters, *tensors):
+        for tensor in learned:
             tensor.grad = None
         forward().backward(cotangent)
 
     return train
 
 
-def _with_peers(
-    case: Case, dtype: torch.dtype
-) -> tuple[torch.nn.Module, dict[str, Callable[[], Any]], dict[str, Any]]:
-    """Our layer and its peers, on the same weights and inputs, each compared with ours."""
-    layer = attnzoo.build_attention(case.mechanism, case.width, **dict(case.options))
-    layer = layer.to(case.device, dtype).train(case.mode == "train")
-    ours, peers, missing = contestants_of(layer)
-    small = min(case.side, 8)
+def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Steps, dict[str, Any]]:
+    """Steps of these peers of a layer, on its weights, each compared with it.
+
+    Returns:
+        The steps, and for the record "peer_errors" and, with reasons, "peers_missing".
+
+    Raises:
+        WrongResult: A peer computes something else.
+        Unsupported: None of them runs here.
+    """
+    peers, missing = contestants_of(layer, names)
+    inputs, side = _inputs(case, layer), min(case.side, 8)
+    x = inputs[0][:, : side**2].detach()
+    calls: Steps = {}
     errors = {}
-    inputs = _inputs(case, layer, dtype)
-    calls = {"attnzoo": step_of(ours, inputs, case.mode)}
-    x = torch.randn(1, small**2, case.width, device=case.device, dtype=dtype)
     for name, peer in peers.items():
         try:
             with torch.no_grad():
-                errors[name] = check_equal(name, peer(x, (small, small)), ours(x, (small, small)))
-            call = step_of(peer, inputs, case.mode)
-            call()
+                found, expected = (model(x, (side, side)) for model in (peer, layer))
+            errors[name] = require_close(name, found, expected)
+            step = step_of(peer, inputs, case.mode)
+            step()
         except WrongResult:
             raise
         except Exception as error:  # of other people's packages, anything
             missing[name] = one_line(error)
         else:
-            calls[name] = call
-    if len(calls) == 1:
+            calls[name] = step
+    if not calls:
         raise Unsupported(f"no peer of {case.mechanism} runs here: {missing}")
-    return layer, calls, {"peer_errors": errors, "peers_missing": missing}
-
-
-def _layer_of(model: torch.nn.Module) -> Attention:
-    return next(module for module in model.modules() if isinstance(module, Attention))
+    return calls, {"peer_errors": errors, "peers_missing": missing}
 
 
 def _costs(model: torch.nn.Module, case: Case) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_peers_survive_whatever_an_optional_package_raises(monkeypatch, error):
         monkeypatch.setitem(sys.modules, name, broken(name, error))
     both = {"softmax": ("flash-attn", "xformers"), "gated": ("fla chunk_gla",)}
     for mechanism, lost in both.items():
-        _, found, missing = peers.contestants_of(build_scrambled(mechanism))
+        found, missing = peers.contestants_of(build_scrambled(mechanism), peers.PEERS[mechanism])
         assert found, mechanism
         for name in lost:
             assert name in missing and "\n" not in missing[name]
@@ -219,7 +219,8 @@ def test_flash_attn_4_serves_as_the_peer_where_it_is_what_is_there(monkeypatch):
     package.cute = types.SimpleNamespace(flash_attn_func=flash_attn_func)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", package.cute)
-    ours, found, _ = peers.contestants_of(build_scrambled("softmax"))
+    ours = build_scrambled("softmax")
+    found, _ = peers.contestants_of(ours, ["flash-attn"])
     x = tokens((4, 4))
     difference = found["flash-attn"](x, (4, 4)) - ours(x, (4, 4))
     assert difference.abs().max() < 1e-5
@@ -232,10 +233,9 @@ def test_a_peer_that_fails_when_it_is_called_is_named_and_the_others_are_timed(m
     module = types.SimpleNamespace(memory_efficient_attention=explode)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    import torch
-
     cell = Case(kind="peers", mechanism="softmax", resolution=64, width=96)
-    _, calls, found = worker._with_peers(cell, torch.float32)
+    layer = build_scrambled("softmax", 96)
+    calls, found = worker.peer_steps(cell, layer, peers.PEERS["softmax"])
     assert "no operator here" in found["peers_missing"]["xformers"]
     assert "bare SDPA" in calls and "xformers" not in calls
 
@@ -503,7 +503,7 @@ def test_settings_are_checked_in_full(tmp_path):
         "widths": "96", "dtypes": "", "goals": "none", "threads": "1", "memory_cap": "8GiB",
         "case_timeout": "60", "quality": None, "imports": (),
     }  # fmt: skip
-    assert options_from(**texts).threads == 1
+    assert options_from(**texts).conditions.threads == 1
     for name, value in (("threads", "0"), ("widths", "-3"), ("case_timeout", "1,2"),
                         ("quality", str(tmp_path)), ("mechanisms", "sana:=3")):  # fmt: skip
         with pytest.raises(UserError):

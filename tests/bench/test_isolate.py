@@ -13,44 +13,47 @@ from bench.isolate import run_isolated
 ROOT = Path(__file__).parents[2]
 LIMITS = {"memory": 2**33, "timeout": 60}
 
+# A torch that is built for CUDA, and a process in which asking CUDA itself ends everything.
 WATCHED = """
 import torch
 
-def watch(name):
+def watch(module, name):
     def called(*_, **__):
-        raise SystemExit(f"torch.cuda.{name} was called")
-    setattr(torch.cuda, name, called)
+        raise SystemExit(f"{name} was called")
+    setattr(module, name, called)
 
-for name in ("is_available", "device_count", "_lazy_init", "init", "current_device"):
-    watch(name)
+watch(torch._C, "_cuda_getDeviceCount")
+for name in ("_lazy_init", "init", "current_device"):
+    watch(torch.cuda, name)
+torch.cuda._is_compiled = lambda: True
+torch.cuda._device_count_nvml = lambda: 1
 """
 
 
-def importing(modules, path=""):
+def importing(modules, path="", **environment):
     code = WATCHED + "".join(f"import {name}\n" for name in modules)
-    environment = os.environ | {"PYTHONPATH": str(path)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(path), isolate.ASK_NVML: "0"} | environment,
     )  # fmt: skip
 
 
 def test_what_is_imported_before_a_fork_never_asks_for_cuda(tmp_path):
     done = importing(["bench.worker"])
     assert done.returncode == 0, done.stderr
-    # A library that asks when it is imported.
+    # A library that asks when it is imported, and finds a GPU without starting CUDA.
     asking = "import torch\nif torch.cuda.is_available() and torch.cuda.device_count():\n"
     (tmp_path / "triton.py").write_text(asking + "    raise ImportError('no kernels here')\n")
-    assert "is_available was called" in importing(["triton"], tmp_path).stderr
-    done = importing(["bench.preload"], tmp_path)
+    assert "_cuda_getDeviceCount was called" in importing(["triton"], tmp_path).stderr
+    variable = {isolate.ASK_NVML: "1"}
+    assert "no kernels here" in importing(["triton"], tmp_path, **variable).stderr
+    done = importing(["bench.preload"], tmp_path, **variable)
     assert done.returncode == 0, done.stderr
-    assert "is_available was called" in importing(["bench.preload", "triton"], tmp_path).stderr
+    assert run_isolated(variable_of, isolate.ASK_NVML, **LIMITS).result == "1"
 
 
-def test_the_server_imports_by_whether_there_is_a_gpu(monkeypatch):
-    for is_there, module in ((False, "bench.worker"), (True, "bench.preload")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_there: answer)
-        assert isolate.preloaded() == [module]
+def variable_of(name):
+    return os.environ.get(name)
 
 
 def process_id():

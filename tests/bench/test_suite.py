@@ -22,7 +22,6 @@ from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cases import Case, Request, table
-from bench.checks import check_key
 from bench.peers import contestants_of
 from bench.thresholds import GOALS, GoalFigure, figures_of
 from recipes.lab.console import UserError
@@ -200,7 +199,7 @@ def test_a_run_on_a_gpu_is_drawn_told_and_compared(quick, tmp_path, capsys):
     assert "on NVIDIA H200" in told and "| on the device | launched |" in told
     assert recommend.main([str(small), "--resolution", "256", "--launched"]) == 0
     assert "| launched |" not in capsys.readouterr().out
-    cells = results.subset(results.frame(results.read_report(small)), "layer", "forward")
+    cells = results.subset(results.frame(results.read_report(small)), "layer", mode="forward")
     (on_device, *_), (launched, *_) = (
         recommend.choices(cells, 256, 1, {}, time)[0] for time in ("time", "seconds")
     )
@@ -413,7 +412,7 @@ def test_a_backbone_is_checked_with_the_layer_that_it_has():
     assert worker.layer_options(backbone) == {
         "n_projectors": 7, "n_kernel_factors": 21, "n_differential_factors": 21, "num_heads": 12,
     }  # fmt: skip
-    assert check_key(layer) != check_key(backbone)
+    assert layer.check_key != backbone.check_key
 
 
 def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
@@ -428,7 +427,8 @@ def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
     found = {"fla": module, "fla.ops": module, "fla.ops.gla": kernels, "fla.ops.gla.naive": module}
     for name, fake in found.items():
         monkeypatch.setitem(sys.modules, name, fake)
-    ours, theirs, _ = contestants_of(build_scrambled("gated"))
+    ours = build_scrambled("gated")
+    theirs, _ = contestants_of(ours, ["fla naive_recurrent_gla"])
     x = tokens((4, 4))
     with torch.no_grad():
         found, expected = theirs["fla naive_recurrent_gla"](x, (4, 4)), ours(x, (4, 4))
