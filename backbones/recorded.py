@@ -90,8 +90,8 @@ def record(
     """
     if batch < 1:
         raise InvalidValue(f"batch must be at least 1, got {batch}")
-    size = model.config.sample_size if size is None else size
-    height, width = (size, size) if isinstance(size, int) else size
+    side: Any = model.config.sample_size if size is None else size
+    height, width = (side, side) if isinstance(side, int) else side
     model.token_grid(height, width)
     _require_eval(model)
     if reason := why_not_recorded(model):

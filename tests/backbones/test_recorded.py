@@ -101,8 +101,8 @@ class TestCompiledBlocks:
             return graph.forward
 
         torch._dynamo.reset()
-        for attn in ("softmax", "sana", "differential"):
-            model = compile_blocks(DiT(attn=attn, **TINY), backend=count)
+        for attn in ("softmax", "differential"):
+            model = compile_blocks(DiT(attn=attn, **TINY | {"depth": 2}), backend=count)
             before = len(graphs)
             for size in (2, 4, 6, 8, 10):
                 for mode in (True, False):
