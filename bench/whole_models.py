@@ -48,7 +48,7 @@ LAYER_WIDTH, LAYER_TOKENS = 768, (4096, 16384)
 ALLOWED = {"cuda": 1e-1, "cpu": 1e-3}
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
-_AHEAD = 0.35  # of the time, at most, goes to compiling in other processes
+_AHEAD = 0.45  # of the time, at most, goes to compiling in other processes
 
 
 @dataclasses.dataclass(frozen=True)
