@@ -40,6 +40,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from attnzoo.ops.linear_core import triton as linear
     from attnzoo.ops.routed_linear import triton as grouped
     from attnzoo.ops.token_difference import triton_backward
 
@@ -68,7 +69,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (grouped, triton_backward):
+        for module in (grouped, linear, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 

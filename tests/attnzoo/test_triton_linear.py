@@ -107,11 +107,16 @@ if CAN_RUN:
         """Outputs and gradients, in norm: 1e-6, or twice the reference's error in bfloat16."""
         first, width = operands[0], operands[0].shape[-1] // (3 if len(operands) == 1 else 1)
         if not is_relu:
-            operands = [*(z.abs() for z in operands[:-1]), operands[-1]]
+            operands = [z.abs() for z in operands]
         cotangent = random(*first.shape[:2], width, seed=9, dtype=first.dtype)
         options = heads, is_relu, is_normalized, eps, cotangent
-        exact = run("reference", [z.double() for z in operands], *options)
-        own = run("reference", operands, *options)
+        if first.shape[1] <= 100:
+            exact = run("reference", [z.double() for z in operands], *options)
+            own = run("reference", operands, *options)
+        else:  # the reference's map would fill the memory; it too computes in float32
+            exact = run("torch", [z.double() for z in operands], *options)
+            own = run("torch", [z.float() for z in operands], *options)
+            own = [z.to(first.dtype) for z in own]
         found = run("triton", operands, *options)
         largest = max(true.norm() for true in exact[1:])
         sizes = exact[0].norm(), *[largest] * len(operands)
@@ -153,7 +158,9 @@ if CAN_RUN:
 
     @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-    @pytest.mark.parametrize(("heads", "width"), [(24, 32), (12, 64), (6, 128), (2, 384), (1, 768)])
+    @pytest.mark.parametrize(
+        ("heads", "width"), [(24, 32), (12, 64), (6, 128), (2, 384), (1, 768)]
+    )
     @pytest.mark.parametrize(("b", "n"), [(2, 4096), (64, 100)])
     def test_real_sizes(b, n, heads, width, dtype):
         check(operands_of(b, n, n, heads, width, dtype, True), heads)

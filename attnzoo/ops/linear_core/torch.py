@@ -197,10 +197,8 @@ def linear_tokens(
     dtype = value.dtype
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     state = fold(key, value, query.shape[-2])
-    if is_normalized:
-        out = normalized_read(query, state, key_sum(key), eps)
-    else:
-        out = read(query, state)
+    sums = key_sum(key) if is_normalized else None
+    out = read(query, state) if sums is None else normalized_read(query, state, sums, eps)
     return out.transpose(1, 2).flatten(2).to(dtype)
 
 

@@ -23,7 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.triton_common import _add_dot, _ceil, _dot, _precision, _rows, launched
+from attnzoo.ops.triton_common import (
+    _add_dot,
+    _ceil,
+    _dot,
+    _precision,
+    _rows,
+    _shared_memory,
+    launched,
+)
 
 
 @triton.jit
@@ -70,7 +78,9 @@ def _key_sum(state, head, a, head_dim):
 
 @triton.jit
 def _same_head(column, head_dim, dtype: tl.constexpr):
-    return ((column // head_dim)[:, None] == (column // head_dim)[None, :]).to(tl.float32).to(dtype)
+    return (
+        ((column // head_dim)[:, None] == (column // head_dim)[None, :]).to(tl.float32).to(dtype)
+    )
 
 
 @triton.jit
@@ -120,19 +130,22 @@ def _fold_kernel(
             total += x
         acc = _add_dot(acc, tl.trans(x.to(DTYPE)), y.to(DTYPE), P)
     state += part * heads * (head_dim + 1) * head_dim
-    place, mask = _block(state, head, a_column, b_column, is_a, is_b, head_dim, G)
-    tl.store(place, acc, mask=mask)
+    place, exists = _block(state, head, a_column, b_column, is_a, is_b, head_dim, G)
+    tl.store(place, acc, mask=exists)
     last = _key_sum(state, head, a_column, head_dim)
     tl.store(last, tl.sum(total, 0), mask=is_a & (j == 0))
 
 
 @triton.jit
 def _read_kernel(
-    q, state, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits, chunk, eps,
-    RELU: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits,
+    chunk, eps, RELU: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens."""
+    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens.
+
+    Wide heads read the state ``rounded`` to the operands' type.
+    """
     tile = tl.program_id(0) % (units * tiles)
     part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
     sample = part // splits
@@ -143,9 +156,10 @@ def _read_kernel(
     q += (sample * n + start) * q_row + first
     out += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
+    rounded += sample * heads * (head_dim + 1) * head_dim
     if not WIDE:
-        place, mask = _block(state, head, column, column, is_column, is_column, head_dim, G)
-        block = tl.load(place, mask=mask, other=0.0).to(DTYPE)
+        place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
+        block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
         last = _key_sum(state, head, column, head_dim)
         key_sum = tl.load(last, mask=is_column, other=0.0)
         same = _same_head(column, head_dim, DTYPE)
@@ -158,16 +172,16 @@ def _read_kernel(
             for i in range(tiles):
                 _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, G, W)
                 x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], RELU)
-                place, mask = _block(state, head, a, column, is_a, is_column, head_dim, G)
-                block = tl.load(place, mask=mask, other=0.0).to(DTYPE)
-                acc = _add_dot(acc, x.to(DTYPE), block, P)
+                here, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, G)
+                tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
+                acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
                 if DIVIDE:
-                    last = _key_sum(state, head, a, head_dim)
-                    norm += x * tl.load(last, mask=is_a, other=0.0)[None, :]
+                    sums = _key_sum(state, head, a, head_dim)
+                    norm += x * tl.load(sums, mask=is_a, other=0.0)[None, :]
             if DIVIDE:
                 factor = 1 / (tl.sum(norm, 1) + eps)
-                here = inverse + (sample * heads + head) * n + start + row
-                tl.store(here, factor, mask=is_row & (j == 0))
+                line = inverse + (sample * heads + head) * n + start + row
+                tl.store(line, factor, mask=is_row & (j == 0))
                 acc *= factor[:, None]
         else:
             x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], RELU)
@@ -197,8 +211,10 @@ def _query_gradient_kernel(
     grad += (sample * n + start) * grad_row + first
     grad_q += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
-    place, mask = _block_transposed(state, head, column, column, is_column, is_column, head_dim, G)
-    block = tl.load(place, mask=mask, other=0.0).to(DTYPE)
+    place, exists = _block_transposed(
+        state, head, column, column, is_column, is_column, head_dim, G
+    )
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
     last = _key_sum(state, head, column, head_dim)
     key_sum = tl.load(last, mask=is_column, other=0.0)
     same = _same_head(column, head_dim, DTYPE)
@@ -224,8 +240,8 @@ def _query_gradient_kernel(
         here = grad_q + row[:, None] * out_row + column[None, :]
         tl.store(here, slope.to(grad_q.dtype.element_ty), mask=mask)
     grad_state += part * heads * (head_dim + 1) * head_dim
-    place, mask = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
-    tl.store(place, acc, mask=mask)
+    place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
+    tl.store(place, acc, mask=exists)
     last = _key_sum(grad_state, head, column, head_dim)
     tl.store(last, tl.sum(total, 0), mask=is_column)
 
@@ -248,8 +264,8 @@ def _key_gradient_kernel(
     grad_k += (sample * n + start) * grad_k_row + first
     grad_v += (sample * n + start) * grad_v_row + first
     grad_state += sample * heads * (head_dim + 1) * head_dim
-    place, mask = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
-    block = tl.load(place, mask=mask, other=0.0).to(DTYPE)
+    place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
     last = _key_sum(grad_state, head, column, head_dim)
     grad_sum = tl.load(last, mask=is_column, other=0.0)
     for begin in range(0, length, R):
@@ -270,8 +286,8 @@ def _key_gradient_kernel(
 
 @triton.jit
 def _wide_gradient_kernel(
-    x, y, out, inverse, state, grad, weight, n, x_row, y_row, grad_row, heads, head_dim, tiles,
-    units, blocks, RELU: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
+    x, y, out, inverse, state, rounded, grad, weight, n, x_row, y_row, grad_row, heads, head_dim,
+    tiles, units, blocks, RELU: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of queries, from the outputs' (scaled), or of keys, from values and the state's gradient."""
@@ -288,6 +304,7 @@ def _wide_gradient_kernel(
     grad += (sample * n + start) * grad_row + first
     out += ((sample * n + start) * heads + head) * head_dim
     state += sample * heads * (head_dim + 1) * head_dim
+    rounded += sample * heads * (head_dim + 1) * head_dim
     scales = (sample * heads + head) * n + start + row
     acc = tl.zeros((R, W), tl.float32)
     along = tl.zeros((R, W), tl.float32)
@@ -295,13 +312,13 @@ def _wide_gradient_kernel(
         factor = tl.load(inverse + scales, mask=is_row, other=0.0)
     for j in range(tiles):
         _, _, b, is_b = _unit(tile // tiles, j, heads, head_dim, 1, W)
-        mask = is_row[:, None] & is_b[None, :]
-        z = _tokens(y, row, y_row, b, mask, False)
+        is_here = is_row[:, None] & is_b[None, :]
+        z = _tokens(y, row, y_row, b, is_here, False)
         if SCALED:
-            along += z * _tokens(out, row, heads * head_dim, b, mask, False)
+            along += z * _tokens(out, row, heads * head_dim, b, is_here, False)
             z *= factor[:, None]
-        place, mask = _block_transposed(state, head, column, b, is_column, is_b, head_dim, 1)
-        acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=mask, other=0.0).to(DTYPE), P)
+        place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
+        acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
     if DIVIDE:
         last = tl.load(_key_sum(state, head, column, head_dim), mask=is_column, other=0.0)
         if SCALED:
@@ -339,12 +356,13 @@ class Block(NamedTuple):
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
     "fold": (Block(64, 64, 528, 4, 2), Block(128, 64, 264, 8, 2), Block(128, 64, 264, 8, 3)),
     "read": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2), Block(128, 128, 0, 8, 3)),
-    "query_gradient": (Block(64, 64, 528, 4, 2), Block(128, 64, 264, 8, 1),
+    "query_gradient": (Block(64, 32, 528, 4, 2), Block(128, 64, 264, 8, 1),
                        Block(128, 128, 0, 8, 2)),
     "key_gradient": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2),
                      Block(128, 128, 0, 8, 2)),
 }  # fmt: skip
 NARROW, MEDIUM = 64, 128
+ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_TILE = 32, 64  # at most
 
 
@@ -370,14 +388,23 @@ class _Launch(NamedTuple):
     options: dict[str, int]
 
 
-def _launch(kernel: str, dtype: torch.dtype, b: int, n: int, heads: int, width: int) -> _Launch:
-    kind = 0 if width <= NARROW else 1 if width <= MEDIUM else 2
+def _is_wide(dtype: torch.dtype, width: int) -> bool:
+    """Whether a head has several tiles."""
+    return width > (NARROW if dtype == torch.float32 else MEDIUM)
+
+
+def _launch(
+    kernel: str, dtype: torch.dtype, device: torch.device, b: int, n: int, heads: int, width: int
+) -> _Launch:
+    kind = 2 if _is_wide(dtype, width) else 0 if width <= NARROW else 1
     block = BLOCKS[kernel][kind]
     columns, rows, warps, stages = block.width, block.rows, block.warps, block.stages
     if dtype == torch.float32:
         # Products of float32 take several registers for one number of theirs.
-        rows, stages = FLOAT32_TILE[0], 1
-        columns = columns if kind == 1 else min(columns, FLOAT32_TILE[1])
+        rows, columns, warps, stages = FLOAT32_TILE[0], min(columns, FLOAT32_TILE[1]), 8, 1
+    elif kind and (room := _shared_memory(device)) and room < ROOMY:
+        rows, columns = (32, columns) if kind == 1 else (64, 64)
+        stages = min(stages, 2)
     group, tiles = (max(1, columns // width), 1) if kind < 2 else (1, _ceil(width, columns))
     units = _ceil(heads, group)
     there = max(1, b * units * tiles * (tiles if kernel == "fold" else 1))
@@ -410,7 +437,7 @@ def _fold(
     (a, a_row), (b, b_row) = _rows(a), _rows(b)
     batch, m, width = a.shape
     width //= heads
-    s = _launch("fold", dtype, batch, m, heads, width)
+    s = _launch("fold", dtype, a.device, batch, m, heads, width)
     partial = torch.empty(
         batch, s.splits, heads, width + 1, width, dtype=torch.float32, device=a.device
     )
@@ -434,16 +461,17 @@ def _read(
     query, q_row = _rows(query)
     b, n, width = query.shape
     width //= heads
-    s = _launch("read", dtype, b, n, heads, width)
+    s = _launch("read", dtype, query.device, b, n, heads, width)
     is_wide = s.tiles > 1
     inverse = torch.empty(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
     if out.numel():
         _read_kernel[(b * s.splits * s.units * s.tiles,)](
-            query, state, out, inverse if inverse.numel() else state, n, q_row, out.stride(1),
-            heads, width, s.tiles, s.units, s.splits, s.chunk, eps, is_relu, divide, is_wide,
-            *_tail(s, dtype), **s.options,
+            query, state, state.to(dtype) if is_wide else state, out,
+            inverse if inverse.numel() else state, n, q_row, out.stride(1), heads, width, s.tiles,
+            s.units, s.splits, s.chunk, eps, is_relu, divide, is_wide, *_tail(s, dtype),
+            **s.options,
         )  # fmt: skip
     return inverse
 
@@ -456,19 +484,22 @@ def _wide_gradient(
     (x, x_row), (y, y_row) = _rows(x), _rows(y)
     b, n, width = x.shape
     width //= heads
-    s = _launch(kernel, dtype, b, n, heads, width)
+    s = _launch(kernel, dtype, x.device, b, n, heads, width)
     weight = torch.empty_like(inverse) if inverse is not None else state
     blocks = _ceil(n, s.tile[0])
     if grad.numel():
         _wide_gradient_kernel[(b * blocks * s.units * s.tiles,)](
-            x, y, y if out is None else out, state if inverse is None else inverse, state, grad,
-            weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles, s.units, blocks,
-            is_relu, inverse is not None, divide, *_tail(s, dtype)[1:], **s.options,
+            x, y, y if out is None else out, state if inverse is None else inverse, state,
+            state.to(dtype), grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
+            s.units, blocks, is_relu, inverse is not None, divide, *_tail(s, dtype)[1:],
+            **s.options,
         )  # fmt: skip
     return weight
 
 
-SCHEMA = "Tensor query, Tensor? key, Tensor? value, int heads, bool is_relu, bool divide, float eps"
+SCHEMA = (
+    "Tensor query, Tensor? key, Tensor? value, int heads, bool is_relu, bool divide, float eps"
+)
 
 
 def _split(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
@@ -496,7 +527,7 @@ def _(
     query, key, value = _split(query, key, value)
     b, n, width = query.shape
     width //= heads
-    wide = divide and width > MEDIUM
+    wide = divide and _is_wide(value.dtype, width)
     return (
         value.new_empty(b, n, heads * width),
         value.new_empty(b, heads, width + 1, width, dtype=torch.float32),
@@ -525,7 +556,7 @@ def _linear_core_backward(
         grad_query, grad_key, grad_value = found
     query, key, value = parts
     dtype, width = value.dtype, query.shape[2] // heads
-    if width > MEDIUM:
+    if _is_wide(dtype, width):
         weight = None
         if divide:
             weight = _wide_gradient(
@@ -546,7 +577,7 @@ def _linear_core_backward(
     (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
     b, n, _ = q.shape
     m = k.shape[1]
-    s = _launch("query_gradient", dtype, b, n, heads, width)
+    s = _launch("query_gradient", dtype, q.device, b, n, heads, width)
     partial = torch.empty(
         b, s.splits, heads, width + 1, width, dtype=torch.float32, device=q.device
     )
@@ -558,7 +589,7 @@ def _linear_core_backward(
     elif not n:
         partial.zero_()
     grad_state = _sum(partial)
-    s = _launch("key_gradient", dtype, b, m, heads, width)
+    s = _launch("key_gradient", dtype, q.device, b, m, heads, width)
     if grad_key.numel():
         _key_gradient_kernel[(b * s.splits * s.units,)](
             k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
