@@ -112,9 +112,7 @@ def launch_linear(dtype, width=384):
             options = heads, True, normalize, 1e-6
             packed = torch.ones(1, 512, 3 * width, dtype=dtype)
             out, *saved = kernels._linear_core.function(packed, None, None, *options)
-            kernels._linear_core_backward.function(
-                out, out, *saved, packed, None, None, *options
-            )
+            kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
 
 
 def launch_the_rest(dtype, width=384):

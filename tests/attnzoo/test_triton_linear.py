@@ -88,7 +88,6 @@ if CAN_RUN:
             monkeypatch.setattr(kernels, "BLOCKS", blocks)
             monkeypatch.setattr(kernels, "NARROW", 16)
             monkeypatch.setattr(kernels, "MEDIUM", 32)
-            monkeypatch.setattr(kernels, "FLOAT32_TILE", (32, 32))
 
     def operands_of(b, n, m, heads, width, dtype, is_packed):
         if is_packed:
@@ -171,7 +170,7 @@ if CAN_RUN:
 
         n = 65537 if DEVICE == "cuda" or width == 4 else 4097
         if IS_INTERPRETED:
-            monkeypatch.setattr(kernels, "FLOAT32_TILE", (4096, 64))
+            monkeypatch.setattr(kernels, "FLOAT32_ROWS", 4096)
         whole = random(1, n, 3 * width)
         packed = linear_tokens(whole, None, None, 1, True, True, 1e-6, impl="triton")
         query, key, value = whole.double().split(width, -1)

@@ -363,7 +363,7 @@ BLOCKS: dict[str, tuple[Block, Block, Block]] = {
 }  # fmt: skip
 NARROW, MEDIUM = 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
-FLOAT32_TILE = 32, 64  # at most
+FLOAT32_ROWS = 32
 
 
 class _Launch(NamedTuple):
@@ -401,7 +401,8 @@ def _launch(
     columns, rows, warps, stages = block.width, block.rows, block.warps, block.stages
     if dtype == torch.float32:
         # Products of float32 take several registers for one number of theirs.
-        rows, columns, warps, stages = FLOAT32_TILE[0], min(columns, FLOAT32_TILE[1]), 8, 1
+        rows, warps, stages = FLOAT32_ROWS, 4, 1
+        columns = 64 if width > 32 else 32
     elif kind and (room := _shared_memory(device)) and room < ROOMY:
         rows, columns = (32, columns) if kind == 1 else (64, 64)
         stages = min(stages, 2)
@@ -462,7 +463,7 @@ def _read(
     b, n, width = query.shape
     width //= heads
     s = _launch("read", dtype, query.device, b, n, heads, width)
-    is_wide = s.tiles > 1
+    is_wide = _is_wide(dtype, width)
     inverse = torch.empty(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
