@@ -18,7 +18,7 @@ from attnzoo.ops.linear_core.torch import (
     wide_read,
 )
 
-FASTER_UP_TO = 1024  # width of a head
+FASTER_UP_TO = 128  # width of a head
 
 __all__ = [
     "fold",
@@ -103,8 +103,9 @@ def _matmul_macs(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _core_macs(
-    query: Tensor, key: Tensor | None, value: Any, heads: int, is_relu: Any, divide: bool, *_: Any
-) -> int:
+    query: Tensor, key: Tensor | None, value: Any, heads: int, is_relu: Any, divide: bool,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
     b, n, width = query.shape
     keys, width = (n, width // 3) if key is None else (key.shape[1], width)
     width //= heads
