@@ -112,11 +112,15 @@ def sweep(report):
                 torch.cuda.synchronize()
                 continue
             found.append((times, tuple(block)))
+        if not found:
+            print(kind, kernel, "nothing runs", flush=True)
+            continue
         base = [min(t[i] for t, _ in found) for i in range(3)]
         found.sort(key=lambda f: sum(x / y for x, y in zip(f[0], base, strict=True)))
         use(kernel, kind, Block(*found[0][1]))
         report[f"{kind} {kernel}"] = found
-        mine = next(t for t, b in found if b[:2] == default[:2] and b[3:] == default[3:])
+        same = [t for t, b in found if b[:2] == default[:2] and b[3:] == default[3:]]
+        mine = same[0] if same else [float("nan")] * 3
         said = "; ".join(f"{b} {' '.join(f'{x:.1f}' for x in t)}" for t, b in found[:3])
         print(f"{kind} {kernel}: best {' '.join(f'{x:.1f}' for x in base)}; default "
               f"{' '.join(f'{x:.1f}' for x in mine)}; {said}", flush=True)
