@@ -121,18 +121,25 @@ class ValueConv(nn.Module):
         self.num_heads = num_heads
         self.conv = DepthwiseConv(dim // num_heads, kind)
 
-    def forward(self, value: Tensor, grid: tuple[int, int], impl: Impl = "auto") -> Tensor:
-        """(b, h * w, dim) -> (b, h * w, dim)."""
+    def forward(
+        self,
+        value: Tensor,
+        grid: tuple[int, int],
+        added: Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> Tensor:
+        """(b, h * w, dim) -> (b, h * w, dim); see ``DepthwiseConv.forward``."""
         if len(self.conv.branches) > 1:
             # The batch norms' statistics are those of all heads.
             parts = rearrange(value, "b n (h c) -> (b h) n c", h=self.num_heads)
             out = self.conv(parts, grid, impl=impl)
-            return rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
+            out = rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
+            return out if added is None else added + out.to(added.dtype)
         # Repeating the kernels is several times cheaper than moving heads to the batch and back.
         [branch] = self.conv.branches
         weight, bias = branch.weight, branch.bias
         weight, bias = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
-        return depthwise_conv(value, grid, weight, bias, impl=impl)
+        return depthwise_conv(value, grid, weight, bias, added, impl=impl)
 
     @property
     def reach(self) -> int:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.streaming import (
@@ -27,7 +29,16 @@ from attnzoo.layers.streaming import (
     second_pass,
     spans_of,
 )
-from attnzoo.ops.linear_core import fold, key_sum, linear_attention_macs, quotient, wide_read
+from attnzoo.ops.dispatch import choose, require_triton
+from attnzoo.ops.linear_core import (
+    fold,
+    key_sum,
+    linear_attention_macs,
+    linear_tokens,
+    quotient,
+    slower,
+    wide_read,
+)
 from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.routed_linear import Route
 
@@ -56,7 +67,8 @@ class LinearConfig(StreamConfig):
     """Options of every kernelised mechanism."""
 
     eps: float = 1e-8  # added to the normalizer; Sana's
-    impl: Literal["auto", "reference", "torch"] = "auto"
+    # "triton": fused kernels (docs/gpu.md); "auto" takes them on a GPU for layers they serve.
+    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +86,8 @@ class LinearAttention(Attention):
         normalizer: How maps are normalized: by the sum over the keys ("base"), by the difference
             of two sums ("diff"), by the number of keys ("mean"), or not.
         divides_by_mean: Whether ``eps`` belongs to the mean over the keys and not to their sum.
+        activation: The last step of both kernels, which a fused core applies as it loads.
+        is_packed: Whether a fused core may read Q, K and V where ``qkv`` wrote them.
     """
 
     config: Any
@@ -83,6 +97,7 @@ class LinearAttention(Attention):
     key_position: KeyPosition | None
     normalizer: Normalizer
     divides_by_mean = False
+    activation: Literal["relu", "none"] = "none"
     complexity = "O(n d d_head)"
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
@@ -90,14 +105,40 @@ class LinearAttention(Attention):
         self.conv = None
         self.key_position = None
         self.normalizer = "base"
+        self.is_packed = False
+        if getattr(config, "impl", None) == "triton":
+            require_triton()
+            if reason := self.unserved_option():
+                raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
 
     def query_kernel(self, query: Tensor) -> Tensor:
-        """phi_q of tokens, (b, n, dim) -> (b, n, dim)."""
+        """phi_q of tokens, (b, n, dim) -> (b, n, dim), but for ``activation``."""
         raise NotImplementedError
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """phi_k of tokens, (b, m, dim) -> (b, m, dim)."""
+        """phi_k of tokens, (b, m, dim) -> (b, m, dim), but for ``activation``."""
         raise NotImplementedError
+
+    def activated(self, z: Tensor) -> Tensor:
+        """The ``activation`` of tokens."""
+        return F.relu(z) if self.activation == "relu" else z
+
+    def unserved_option(self) -> str | None:
+        """What the fused core does not serve of the layer, or None."""
+        here = type(self)
+        makes_own = (here.queries, here.keys) != (LinearAttention.queries, LinearAttention.keys)
+        if makes_own:
+            return f"features as {here.__name__} makes them"
+        return f"normalizer={self.normalizer!r}" if self.normalizer == "diff" else None
+
+    def implementation(self, x: Tensor) -> str:
+        """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
+        if self.config.impl != "auto":
+            return self.config.impl
+        return choose("linear_tokens", "auto", x, operand_dtype(x), self._why_not_fused)
+
+    def _why_not_fused(self) -> str | None:
+        return self.unserved_option() or slower(self.dim // self.num_heads)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Q, K and V of all tokens, (b, n or m, dim)."""
@@ -113,7 +154,8 @@ class LinearAttention(Attention):
 
     def queries(self, query: Any, x: Tensor) -> Features:
         """What the core multiplies, of Q and of the tokens it was made from."""
-        features = [rearrange(self.query_kernel(query), BY_HEAD, h=self.num_heads)]
+        query = self.activated(self.query_kernel(query))
+        features = [rearrange(query, BY_HEAD, h=self.num_heads)]
         return Features(features, features)
 
     def keys(
@@ -122,7 +164,8 @@ class LinearAttention(Attention):
         """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
         if self.key_position is not None:
             key = self.key_position(key, grid, span)
-        features = [rearrange(self.key_kernel(key), BY_HEAD, h=self.num_heads)]
+        key = self.activated(self.key_kernel(key))
+        features = [rearrange(key, BY_HEAD, h=self.num_heads)]
         return Features(features, features)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -133,7 +176,12 @@ class LinearAttention(Attention):
         return self.attend(x, grid)[0]
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
-        """The output of all tokens at once, and the decisions taken on the way."""
+        """The output of all tokens at once, and the decisions taken on the way.
+
+        The fused kernels report none.
+        """
+        if self.implementation(x) == "triton":
+            return self.fused(x, grid), {}
         query, key, value = self.project(x, grid)
         by_head = rearrange(value, BY_HEAD, h=self.num_heads)
         keys = self.keys(key, x, grid)
@@ -155,6 +203,25 @@ class LinearAttention(Attention):
         if local is not None:
             out = out + local.to(out.dtype)
         return self.proj(out), {**routes, **queries.routes}
+
+    def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The output of all tokens at once, by Triton's kernels."""
+        tokens, value = x.shape[1], None
+        if self.is_packed:
+            operands = self.qkv(x), None, None
+        else:
+            query, key, value = self.project(x, grid)
+            if self.key_position is not None:
+                key = self.key_position(key, grid, slice(None))
+            operands = self.query_kernel(query), self.key_kernel(key), value
+        eps = self.config.eps * (tokens if self.divides_by_mean else 1)
+        options = self.num_heads, self.activation == "relu", self.normalizer == "base", eps
+        out = linear_tokens(*operands, *options, impl="triton")
+        if self.normalizer == "mean":
+            out = out / tokens
+        if self.conv is not None and value is not None:
+            out = self.conv(value, grid, out, impl=self.config.impl)
+        return self.proj(out)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         spans = spans_of(grid, block, self.rows_together)

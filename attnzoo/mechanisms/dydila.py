@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ from attnzoo.layers.linear_attention import (
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.streaming import linear_parts
 from attnzoo.layers.token_difference import fused_forward, unserved_option
-from attnzoo.ops.dispatch import Impl, choose, require_triton
+from attnzoo.ops.dispatch import Impl, choose
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.precision import in_wide_range, operand_dtype
 from attnzoo.ops.routed_linear import Route, balance_loss
@@ -67,8 +66,6 @@ class Config(LinearConfig):
     map_router: Literal["token", "image"] = "token"  # A9; one lambda per query or per image
     conv: ConvKind = "acnet"  # A11
     qkv_bias: bool = False  # A12
-    # "triton": fused kernels (docs/gpu.md); "auto" takes them on a GPU for options they serve.
-    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
 
     removed = removed_in(
         "0.2.0", key_position=None, lambda_clamp=False, norm_scope="token", relu_offset=0.0,
@@ -140,10 +137,6 @@ class DyDiLA(LinearAttention):
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
         dim, gradient = self.dim, config.router_gradient
-        if config.impl == "triton":
-            require_triton()
-            if reason := unserved_option(self):
-                raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
         self.normalizer = config.normalizer
         # Nothing but the difference reads Q' and K'.
         is_unread = (config.projection, config.differential) == ("redundancy", "none")
@@ -183,17 +176,22 @@ class DyDiLA(LinearAttention):
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
 
+    def unserved_option(self) -> str | None:
+        """See ``LinearAttention``."""
+        return unserved_option(self)
+
     def implementation(self, x: Tensor) -> str:
-        """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
+        """See ``LinearAttention``."""
         if self.config.impl != "auto":
             return self.config.impl
-        limits = partial(unserved_option, self)
-        return choose("token_difference", "auto", x, operand_dtype(x), limits)
+        return choose("token_difference", "auto", x, operand_dtype(x), self.unserved_option)
+
+    def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``LinearAttention``."""
+        return fused_forward(self, x, grid)
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
-        """See ``LinearAttention.attend``; the fused kernels report no decisions."""
-        if self.implementation(x) == "triton":
-            return fused_forward(self, x, grid), {}
+        """See ``LinearAttention.attend``."""
         out, routes = super().attend(x, grid)
         if self.training and self.config.balance_coefficient:
             losses = [balance_loss(r) for r in routes.values() if r.logits is not None]

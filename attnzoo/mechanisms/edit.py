@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, heads_of_width, removed_in
@@ -47,6 +46,7 @@ class EDiTAttention(LinearAttention):
 
     Config = Config
     paper = "EDiT, 2503.16726"
+    activation = "relu"
     plot_style = ("#999933", "p")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
@@ -71,12 +71,12 @@ class EDiTAttention(LinearAttention):
         return query, *self.compress(self.key_value(x), grid).chunk(2, dim=-1)
 
     def query_kernel(self, query: Tensor) -> Tensor:
-        """ReLU(Q)."""
-        return F.relu(query)
+        """Q, of which the base takes the ReLU."""
+        return query
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """ReLU(K)."""
-        return F.relu(key)
+        """K, of which the base takes the ReLU."""
+        return key
 
     @property
     def rows_together(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, removed_in
@@ -39,6 +38,7 @@ class LiTAttention(LinearAttention):
 
     Config = Config
     paper = "LiT, 2501.12976"
+    activation = "relu"
     plot_style = ("#44AA99", "h")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
@@ -55,9 +55,9 @@ class LiTAttention(LinearAttention):
         return 1 if dim % 2 else 2
 
     def query_kernel(self, query: Tensor) -> Tensor:
-        """ReLU(Q)."""
-        return F.relu(query)
+        """Q, of which the base takes the ReLU."""
+        return query
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """ReLU(K)."""
-        return F.relu(key)
+        """K, of which the base takes the ReLU."""
+        return key

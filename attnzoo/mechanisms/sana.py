@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
@@ -33,6 +32,7 @@ class SanaAttention(LinearAttention):
 
     Config = Config
     paper = "Sana, 2410.10629"
+    activation = "relu"
     plot_style = ("#0072B2", "s")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
@@ -41,6 +41,7 @@ class SanaAttention(LinearAttention):
         self.query_norm = nn.RMSNorm(self.dim, eps=1e-5) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.dim, eps=1e-5) if config.qk_norm else nn.Identity()
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
+        self.is_packed = not config.qk_norm
 
     @classmethod
     def default_num_heads(cls, dim: int) -> int:
@@ -48,9 +49,9 @@ class SanaAttention(LinearAttention):
         return heads_of_width(dim, 32)
 
     def query_kernel(self, query: Tensor) -> Tensor:
-        """ReLU(Q)."""
-        return F.relu(self.query_norm(query))
+        """Q, of which the base takes the ReLU."""
+        return self.query_norm(query)
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """ReLU(K)."""
-        return F.relu(self.key_norm(key))
+        """K, of which the base takes the ReLU."""
+        return self.key_norm(key)

@@ -32,6 +32,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "linear_attention": ("torch", "reference"),
+    "linear_tokens": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),

@@ -40,6 +40,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from attnzoo.ops.linear_core import triton as linear
     from attnzoo.ops.routed_linear import triton as grouped
     from attnzoo.ops.token_difference import triton_backward
 
@@ -68,7 +69,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (grouped, triton_backward):
+        for module in (grouped, linear, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
@@ -103,6 +104,17 @@ def launch_routing(dtype, experts, width=384):
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
 
 
+def launch_linear(dtype, width=384):
+    from attnzoo.ops.linear_core import triton as kernels
+
+    for heads in (width // 32, width // 64, width // 128, 1):
+        for normalize in (True, False):
+            options = heads, True, normalize, 1e-6
+            packed = torch.ones(1, 512, 3 * width, dtype=dtype)
+            out, *saved = kernels._linear_core.function(packed, None, None, *options)
+            kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
+
+
 def launch_the_rest(dtype, width=384):
     from attnzoo.ops.depthwise_conv import triton as kernels
     from attnzoo.ops.power_map.triton import power_map_backward, power_map_forward
@@ -113,12 +125,16 @@ def launch_the_rest(dtype, width=384):
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
+    kernels.stencil(tokens, torch.ones(width, 1, 5, 5, dtype=dtype), None, (16, 16))
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), 5)
 
 
 KERNELS = {
-    "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_grouped_kernel",
-    "_grouped_weight_kernel", "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel",
+    "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_fold_kernel",
+    "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel", "_place_kernel",
+    "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel", "_read_kernel",
     "_router_gradient_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
+    "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
 
 
@@ -132,6 +148,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_routing(dtype, experts=7)
     launch_difference(dtype, choices=21, heads=1)
     launch_difference(dtype, choices=21, heads=6)
+    launch_linear(dtype)
     launch_the_rest(dtype)
     assert set(found) == KERNELS
     assert {name: size for name, size in found.items() if size > SPILL} == {}

@@ -331,21 +331,24 @@ if CAN_RUN:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("grid", [(1, 1), (5, 18)])
     @pytest.mark.parametrize("has_bias", [True, False])
-    def test_stencil(dtype, grid, has_bias, monkeypatch):
+    @pytest.mark.parametrize("size", [3, 5])
+    def test_stencil(size, dtype, grid, has_bias, monkeypatch):
         from attnzoo.ops.depthwise_conv import triton as convolution
 
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
-            monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
-        b, c = 2, 20
+            for prefix in ("", "WIDE_"):
+                monkeypatch.setattr(convolution, prefix + name, (2, 16, 16, 4))
+        if size == 5:
+            grid = min(grid[0], 3), min(grid[1], 17)
+        b, c = 2 if size == 3 else 1, 20
         x = random(b, grid[0] * grid[1], c, dtype=dtype)
-        weight = random(c, 1, 3, 3, seed=1, dtype=dtype)
+        weight = random(c, 1, size, size, seed=1, dtype=dtype)
         bias = random(c, seed=2, dtype=dtype) if has_bias else None
         added = random(*x.shape, seed=3, dtype=dtype)
         cotangent = random(*x.shape, seed=4, dtype=dtype, grad=False)
         image = x.float().unflatten(1, grid).permute(0, 3, 1, 2)
-        expected = F.conv2d(
-            image, weight.float(), None if bias is None else bias.float(), padding=1, groups=c
-        )
+        offset = None if bias is None else bias.float()
+        expected = F.conv2d(image, weight.float(), offset, padding=size // 2, groups=c)
         expected = expected.permute(0, 2, 3, 1).flatten(1, 2) + added
         found = depthwise_conv(x, grid, weight, bias, added, impl="triton")
         close(found, expected, dtype)

@@ -15,7 +15,7 @@ __all__ = ["depthwise_conv", "depthwise_conv_macs", "to_image", "to_tokens", "wi
 def unserved(x: Tensor, grid: Any, weight: Tensor, *_: Any) -> str | None:
     """What the Triton kernel does not serve."""
     high, wide = weight.shape[2:]
-    return f"kernels of {high} x {wide}" if max(high, wide) != 3 else None
+    return f"kernels of {high} x {wide}" if max(high, wide) not in (3, 5) else None
 
 
 @operator
@@ -33,7 +33,7 @@ def depthwise_conv(
     Args:
         x: (b, h * w, c).
         grid: (h, w).
-        weight: (c, 1, rows, columns), both odd; the Triton kernel takes up to 3 x 3.
+        weight: (c, 1, rows, columns), both odd; the Triton kernels take up to 5 x 5.
         bias: (c,) or None.
         added: (b, h * w, c), to which the result is added, or None.
         impl: See ``attnzoo.ops.dispatch``.
@@ -49,11 +49,11 @@ def depthwise_conv_macs(weight: Tensor, grid: tuple[int, int]) -> int:
     return weight.numel() * grid[0] * grid[1]
 
 
-def _stencil_macs(x: Tensor, *_: Any, **__: Any) -> int:
-    return x.numel() * 9
+def _stencil_macs(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return x.numel() * weight[0].numel()
 
 
 MACS |= {
     "stencil": _stencil_macs,
-    "stencil_backward": lambda grad, *_, **__: 2 * _stencil_macs(grad),
+    "stencil_backward": lambda grad, _, weight, *__, **___: 2 * _stencil_macs(grad, weight),
 }

@@ -1,4 +1,4 @@
-"""The 3x3 depthwise convolution on tokens, forward and backward."""
+"""The 3x3 and 5x5 depthwise convolutions on tokens, forward and backward."""
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -142,9 +142,121 @@ def _stencil_weight_kernel(
     tl.store(line + 9 * c, tl.sum(tb, 0), mask=is_c)
 
 
+@triton.jit
+def _pixel(image, h, w, column, height, width, row_stride, is_column):
+    """Row ``h`` of the image at columns ``w``; 0 outside."""
+    here = h + tl.zeros_like(w)
+    mask = (here >= 0) & (here < height) & (w >= 0) & (w < width)
+    place = (h.to(tl.int64) * width + w)[:, None] * row_stride + column[None, :]
+    return tl.load(image + place, mask=mask[:, None] & is_column, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tap(tap, place: tl.constexpr, is_tap):
+    return tl.load(tap + place, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _add_taps(total, x0, x1, x2, x3, x4, tap, row: tl.constexpr, is_tap, FLIP: tl.constexpr):
+    """Adds one row of the kernel times five columns; a tap is loaded where it is used."""
+    o: tl.constexpr = 24 - 5 * row if FLIP else 5 * row
+    s: tl.constexpr = -1 if FLIP else 1
+    total += x0 * _tap(tap, o, is_tap)
+    total += x1 * _tap(tap, o + s, is_tap)
+    total += x2 * _tap(tap, o + 2 * s, is_tap)
+    total += x3 * _tap(tap, o + 3 * s, is_tap)
+    return total + x4 * _tap(tap, o + 4 * s, is_tap)
+
+
+@triton.jit
+def _wide_stencil_kernel(
+    x, weight, bias, added, out, height, width, c, x_row, strips, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    """5x5. Each row of pixels is loaded once and adds to the five rows of outputs around it."""
+    sample = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS
+    w = tl.program_id(1) * W + tl.arange(0, W)
+    column = tl.program_id(2) * C + tl.arange(0, C)
+    is_tap = column < c
+    is_column = is_tap[None, :]
+    tap = weight + column * 25
+    image = x + sample * height * width * x_row
+    s0 = tl.zeros((W, C), tl.float32)
+    s1 = tl.zeros((W, C), tl.float32)
+    s2 = tl.zeros((W, C), tl.float32)
+    s3 = tl.zeros((W, C), tl.float32)
+    for turn in range(ROWS + 4):
+        h = first + turn - 2
+        x0 = _pixel(image, h, w - 2, column, height, width, x_row, is_column)
+        x1 = _pixel(image, h, w - 1, column, height, width, x_row, is_column)
+        x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
+        x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
+        x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
+        total = _add_taps(s0, x0, x1, x2, x3, x4, tap, 4, is_tap, FLIP)
+        s0 = _add_taps(s1, x0, x1, x2, x3, x4, tap, 3, is_tap, FLIP)
+        s1 = _add_taps(s2, x0, x1, x2, x3, x4, tap, 2, is_tap, FLIP)
+        s2 = _add_taps(s3, x0, x1, x2, x3, x4, tap, 1, is_tap, FLIP)
+        s3 = _add_taps(tl.zeros_like(s3), x0, x1, x2, x3, x4, tap, 0, is_tap, FLIP)
+        done = h - 2
+        if BIAS:
+            total += tl.load(bias + column, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+        place = ((sample * height + done) * width + w)[:, None] * c + column[None, :]
+        here = done + tl.zeros_like(w)
+        mask = ((w < width) & (here >= first) & (here < height))[:, None] & is_column
+        if ADD:
+            total += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wide_stencil_weight_kernel(
+    x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """5x5: of one row of taps, and of the bias with the middle one."""
+    line = tl.program_id(0) % 5
+    part = tl.program_id(0) // 5
+    sample = (part // strips).to(tl.int64)
+    first = (part % strips) * ROWS
+    w = tl.program_id(1) * W + tl.arange(0, W)
+    column = tl.program_id(2) * C + tl.arange(0, C)
+    is_c = column < c
+    is_column = is_c[None, :]
+    image = x + sample * height * width * x_row
+    slopes = grad + sample * height * width * g_row
+    t0 = tl.zeros((W, C), tl.float32)
+    t1 = tl.zeros((W, C), tl.float32)
+    t2 = tl.zeros((W, C), tl.float32)
+    t3 = tl.zeros((W, C), tl.float32)
+    t4 = tl.zeros((W, C), tl.float32)
+    tb = tl.zeros((W, C), tl.float32)
+    for turn in range(ROWS):
+        h = first + turn
+        g = _pixel(slopes, h, w, column, height, width, g_row, is_column)
+        near = h + line - 2
+        t0 += g * _pixel(image, near, w - 2, column, height, width, x_row, is_column)
+        t1 += g * _pixel(image, near, w - 1, column, height, width, x_row, is_column)
+        t2 += g * _pixel(image, near, w, column, height, width, x_row, is_column)
+        t3 += g * _pixel(image, near, w + 1, column, height, width, x_row, is_column)
+        t4 += g * _pixel(image, near, w + 2, column, height, width, x_row, is_column)
+        tb += g
+    partial += (part.to(tl.int64) * blocks_w + tl.program_id(1)) * 26 * c + column
+    place = partial + line * 5 * c
+    tl.store(place, tl.sum(t0, 0), mask=is_c)
+    tl.store(place + c, tl.sum(t1, 0), mask=is_c)
+    tl.store(place + 2 * c, tl.sum(t2, 0), mask=is_c)
+    tl.store(place + 3 * c, tl.sum(t3, 0), mask=is_c)
+    tl.store(place + 4 * c, tl.sum(t4, 0), mask=is_c)
+    tl.store(partial + 25 * c, tl.sum(tb, 0), mask=is_c & (line == 2))
+
+
 # Rows a program walks down, pixels and channels of its tile, warps.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
+WIDE_STENCIL_BLOCK = (8, 16, 64, 4)
+WIDE_STENCIL_WEIGHT_BLOCK = (16, 16, 64, 4)
 
 
 def stencil(
@@ -155,11 +267,11 @@ def stencil(
     added: Tensor | None = None,
     is_transposed: bool = False,
 ) -> Tensor:
-    """3x3 depthwise convolution of tokens, with zero padding.
+    """3x3 or 5x5 depthwise convolution of tokens, with zero padding.
 
     Args:
         x: (b, h * w, c).
-        weight: (c, 1, 3, 3).
+        weight: (c, 1, 3, 3) or (c, 1, 5, 5).
         bias: (c,) or None.
         grid: (h, w).
         added: (b, h * w, c), added to the result, or None.
@@ -171,10 +283,12 @@ def stencil(
     x, spacing = _rows(x)
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    rows, w, channels, warps = STENCIL_BLOCK
+    is_wide = weight.shape[-1] == 5
+    kernel = _wide_stencil_kernel if is_wide else _stencil_kernel
+    rows, w, channels, warps = WIDE_STENCIL_BLOCK if is_wide else STENCIL_BLOCK
     strips = _ceil(grid[0], rows)
     if out.numel():
-        _stencil_kernel[(b * strips, _ceil(grid[1], w), _ceil(c, channels))](
+        kernel[(b * strips, _ceil(grid[1], w), _ceil(c, channels))](
             x, weight.contiguous(), weight if bias is None else bias,
             out if added is None else added.contiguous(), out, *grid, c, spacing, strips, rows, w,
             channels, bias is not None, added is not None, is_transposed, num_warps=warps,
@@ -183,21 +297,23 @@ def stencil(
 
 
 def stencil_weight_gradient(
-    x: Tensor, grad: Tensor, grid: tuple[int, int]
+    x: Tensor, grad: Tensor, grid: tuple[int, int], size: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight, (c, 1, 3, 3), and bias, (c,), in float32."""
+    """Gradients of weight, (c, 1, size, size), and bias, (c,), in float32."""
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
-    rows, w, channels, warps = STENCIL_WEIGHT_BLOCK
+    is_wide, taps = size == 5, size**2
+    kernel = _wide_stencil_weight_kernel if is_wide else _stencil_weight_kernel
+    rows, w, channels, warps = WIDE_STENCIL_WEIGHT_BLOCK if is_wide else STENCIL_WEIGHT_BLOCK
     strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
-    partial = torch.empty(b * strips * blocks, 10, c, dtype=torch.float32, device=x.device)
+    partial = torch.empty(b * strips * blocks, taps + 1, c, dtype=torch.float32, device=x.device)
     if partial.numel():
-        _stencil_weight_kernel[(b * strips, blocks, _ceil(c, channels))](
+        kernel[(b * strips * (5 if is_wide else 1), blocks, _ceil(c, channels))](
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
             num_warps=warps,
         )  # fmt: skip
     total = partial.sum(0)
-    return total[:9].t().contiguous().view(c, 1, 3, 3), total[9].clone()
+    return total[:taps].t().contiguous().view(c, 1, size, size), total[taps].clone()
 
 
 @launched("stencil")
@@ -220,7 +336,7 @@ def _stencil_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = height, width
     grad_x = stencil(grad, weight, None, grid, is_transposed=True)
-    return grad_x, *stencil_weight_gradient(x, grad, grid)
+    return grad_x, *stencil_weight_gradient(x, grad, grid, weight.shape[-1])
 
 
 @_stencil_backward.register_fake
@@ -262,4 +378,5 @@ def depthwise_conv(
     added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.depthwise_conv``."""
-    return _stencil(x.to(operand_dtype(x)), widened(weight, 3), bias, added, *grid)
+    size = 3 if max(weight.shape[2:]) <= 3 else 5
+    return _stencil(x.to(operand_dtype(x)), widened(weight, size), bias, added, *grid)

@@ -18,16 +18,20 @@ from attnzoo.ops.linear_core.torch import (
     wide_read,
 )
 
+FASTER_UP_TO = 128  # width of a head
+
 __all__ = [
     "fold",
     "half_matmul",
     "key_sum",
     "linear_attention",
     "linear_attention_macs",
+    "linear_tokens",
     "normalized_read",
     "projected_linear_attention",
     "quotient",
     "read",
+    "slower",
     "wide_read",
 ]
 
@@ -50,6 +54,42 @@ def linear_attention(
     ...
 
 
+@operator
+def linear_tokens(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    heads: int,
+    is_relu: bool = False,
+    is_normalized: bool = True,
+    eps: float = 1e-15,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``linear_attention`` of tokens whose heads lie side by side, as projections leave them.
+
+    Args:
+        query: (b, n, h * d), or queries, keys and values side by side, (b, n, 3 * h * d).
+        key: (b, m, h * d), or None if they come with the queries.
+        value: Likewise.
+        heads: h.
+        is_relu: Whether the kernel function is a ReLU, still to be applied to queries and keys;
+            otherwise they come after theirs.
+        is_normalized: Whether to divide by the normalizer.
+        eps: Added to the normalizer.
+        impl: See ``attnzoo.ops.dispatch``.
+
+    Returns:
+        (b, n, h * d), in the dtype of the values.
+    """
+    ...
+
+
+def slower(width: int) -> str | None:
+    """Heads for which the Triton kernels, which serve any, lose to PyTorch's products."""
+    return f"heads of width {width} faster than PyTorch" if width > FASTER_UP_TO else None
+
+
 def linear_attention_macs(
     queries: int, keys: int, key_dim: int, value_dim: int, normalized: bool = True
 ) -> int:
@@ -62,4 +102,18 @@ def _matmul_macs(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return a.numel() * b.shape[-1]
 
 
-MACS |= {"half_matmul": _matmul_macs}
+def _core_macs(
+    query: Tensor, key: Tensor | None, value: Any, heads: int, is_relu: Any, divide: bool,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    b, n, width = query.shape
+    keys, width = (n, width // 3) if key is None else (key.shape[1], width)
+    width //= heads
+    return b * heads * linear_attention_macs(n, keys, width, width, divide)
+
+
+MACS |= {
+    "half_matmul": _matmul_macs,
+    "linear_core": _core_macs,
+    "linear_core_backward": lambda *operands, **_: 2 * _core_macs(*operands[4:]),
+}

@@ -19,3 +19,18 @@ def linear_map(query: Tensor, key: Tensor, eps: float = 1e-15) -> Tensor:
     """The map of ``linear_attention``: (..., n, d), (..., m, d) -> (..., n, m)."""
     similarity = torch.einsum("...nd,...md->...nm", query, key)
     return similarity / (similarity.sum(-1, keepdim=True) + eps)
+
+
+@in_float32
+def linear_tokens(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    is_normalized: bool = True, eps: float = 1e-15,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.linear_core``."""
+    if key is None or value is None:
+        query, key, value = query.chunk(3, dim=-1)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    if is_relu:
+        query, key = query.relu(), key.relu()
+    weights = linear_map(query, key, eps) if is_normalized else query @ key.mT
+    return (weights @ value).transpose(1, 2).flatten(2)

@@ -185,6 +185,23 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
     return normalized_read(query, fold(key, value, query.shape[-2]), key_sum(key), eps)
 
 
+def linear_tokens(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    is_normalized: bool = True, eps: float = 1e-15,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.linear_core``."""
+    if key is None or value is None:
+        query, key, value = query.chunk(3, dim=-1)
+    if is_relu:
+        query, key = query.relu(), key.relu()
+    dtype = value.dtype
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    state = fold(key, value, query.shape[-2])
+    sums = key_sum(key) if is_normalized else None
+    out = read(query, state) if sums is None else normalized_read(query, state, sums, eps)
+    return out.transpose(1, 2).flatten(2).to(dtype)
+
+
 @in_float32
 def projected_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, eps: float

@@ -1,0 +1,643 @@
+"""Linear attention's core on tokens: keys and values to a state, queries to outputs, and back.
+
+Tokens are read as they leave a projection, (b, n, h * d) with any spacing of the rows, and the
+kernel function is applied as they are loaded. A tile covers the columns of one *unit*: as many
+heads as fit into it, whose states are the diagonal blocks of one square, or one head. A head that
+is wider than a tile has several.
+
+Sums over tokens are split among programs, which leave partial sums in float32 behind; a second
+launch adds them up, always in the same order.
+"""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.triton_common import (
+    _add_dot,
+    _ceil,
+    _dot,
+    _precision,
+    _rows,
+    _shared_memory,
+    launched,
+)
+
+
+@triton.jit
+def _unit(tile, i, heads, head_dim, G: tl.constexpr, W: tl.constexpr):
+    """First head and column of a unit; of its columns in tile ``i``, their places, and which."""
+    head = tile * G
+    column = i * W + tl.arange(0, W)
+    width = tl.minimum(G, heads - head) * head_dim
+    return head, head * head_dim, column, column < width
+
+
+@triton.jit
+def _tokens(base, row, spacing, column, mask, RELU: tl.constexpr):
+    x = tl.load(base + row[:, None] * spacing + column[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    return tl.where(x <= 0, 0.0, x) if RELU else x  # as torch's, keeps NaN
+
+
+@triton.jit
+def _block(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
+    """Places of (a, b) in the unit's states, each (head_dim + 1, head_dim), and which exist."""
+    place = (head + a // head_dim)[:, None] * (head_dim + 1) + (a % head_dim)[:, None]
+    mask = is_a[:, None] & is_b[None, :]
+    if G > 1:
+        mask = mask & ((a // head_dim)[:, None] == (b // head_dim)[None, :])
+    return state + place * head_dim + (b % head_dim)[None, :], mask
+
+
+@triton.jit
+def _block_transposed(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
+    """``_block``, as (b, a)."""
+    place = (head + a // head_dim)[None, :] * (head_dim + 1) + (a % head_dim)[None, :]
+    mask = is_a[None, :] & is_b[:, None]
+    if G > 1:
+        mask = mask & ((a // head_dim)[None, :] == (b // head_dim)[:, None])
+    return state + place * head_dim + (b % head_dim)[:, None], mask
+
+
+@triton.jit
+def _key_sum(state, head, a, head_dim):
+    """Places of the sum of the keys, which is each state's last row."""
+    return state + ((head + a // head_dim) * (head_dim + 1) + head_dim) * head_dim + a % head_dim
+
+
+@triton.jit
+def _same_head(column, head_dim, dtype: tl.constexpr):
+    return (
+        ((column // head_dim)[:, None] == (column // head_dim)[None, :]).to(tl.float32).to(dtype)
+    )
+
+
+@triton.jit
+def _per_head(x, same, dtype: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
+    """Sums of rows over each head's columns, for every column of that head."""
+    if G == 1:
+        return tl.sum(x, 1)[:, None] + tl.zeros_like(x)
+    high = x.to(dtype)
+    total = _dot(high, same, P)
+    if dtype != tl.float32:
+        # Two numbers in half precision carry twice the digits.
+        total = _add_dot(total, (x - high.to(tl.float32)).to(dtype), same, P)
+    return total
+
+
+@triton.jit
+def _fold_kernel(
+    a, b, inverse, weight, state, n, a_row, b_row, heads, head_dim, tiles, units, splits, chunk,
+    RELU: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """phi(a)^T b and the sum of phi(a) of a part of the tokens; or of scaled b, weighted a."""
+    programs = units * tiles * tiles
+    tile = tl.program_id(0) % programs
+    part = (tl.program_id(0) // programs).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    length = tl.minimum(chunk, n - start).to(tl.int32)
+    i = tile // tiles % tiles
+    j = tile % tiles
+    head, first, a_column, is_a = _unit(tile // (tiles * tiles), i, heads, head_dim, G, W)
+    _, _, b_column, is_b = _unit(tile // (tiles * tiles), j, heads, head_dim, G, W)
+    a += (sample * n + start) * a_row + first
+    b += (sample * n + start) * b_row + first
+    scales = (sample * heads + head) * n + start
+    acc = tl.zeros((W, W), tl.float32)
+    total = tl.zeros((R, W), tl.float32)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        is_row = row < length
+        x = _tokens(a, row, a_row, a_column, is_row[:, None] & is_a[None, :], RELU)
+        y = _tokens(b, row, b_row, b_column, is_row[:, None] & is_b[None, :], False)
+        if SCALED:
+            y *= tl.load(inverse + scales + row, mask=is_row, other=0.0)[:, None]
+            total += x * tl.load(weight + scales + row, mask=is_row, other=0.0)[:, None]
+        else:
+            total += x
+        acc = _add_dot(acc, tl.trans(x.to(DTYPE)), y.to(DTYPE), P)
+    state += part * heads * (head_dim + 1) * head_dim
+    place, exists = _block(state, head, a_column, b_column, is_a, is_b, head_dim, G)
+    tl.store(place, acc, mask=exists)
+    last = _key_sum(state, head, a_column, head_dim)
+    tl.store(last, tl.sum(total, 0), mask=is_a & (j == 0))
+
+
+@triton.jit
+def _read_kernel(
+    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits,
+    chunk, eps, RELU: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens.
+
+    Wide heads read the state ``rounded`` to the operands' type.
+    """
+    tile = tl.program_id(0) % (units * tiles)
+    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    length = tl.minimum(chunk, n - start).to(tl.int32)
+    j = tile % tiles
+    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, G, W)
+    q += (sample * n + start) * q_row + first
+    out += (sample * n + start) * out_row + first
+    state += sample * heads * (head_dim + 1) * head_dim
+    rounded += sample * heads * (head_dim + 1) * head_dim
+    if not WIDE:
+        place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
+        block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+        last = _key_sum(state, head, column, head_dim)
+        key_sum = tl.load(last, mask=is_column, other=0.0)
+        same = _same_head(column, head_dim, DTYPE)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        is_row = row < length
+        if WIDE:
+            acc = tl.zeros((R, W), tl.float32)
+            norm = tl.zeros((R, W), tl.float32)
+            for i in range(tiles):
+                _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, G, W)
+                x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], RELU)
+                here, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, G)
+                tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
+                acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
+                if DIVIDE:
+                    sums = _key_sum(state, head, a, head_dim)
+                    norm += x * tl.load(sums, mask=is_a, other=0.0)[None, :]
+            if DIVIDE:
+                factor = 1 / (tl.sum(norm, 1) + eps)
+                line = inverse + (sample * heads + head) * n + start + row
+                tl.store(line, factor, mask=is_row & (j == 0))
+                acc *= factor[:, None]
+        else:
+            x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], RELU)
+            acc = _dot(x.to(DTYPE), block, P)
+            if DIVIDE:
+                acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
+        mask = is_row[:, None] & is_column[None, :]
+        tl.store(
+            out + row[:, None] * out_row + column[None, :], acc.to(out.dtype.element_ty), mask=mask
+        )
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q, grad, state, grad_q, grad_state, n, q_row, grad_row, out_row, heads, head_dim, units,
+    splits, chunk, eps, RELU: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Of queries, and of the state a part of it; heads no wider than a tile."""
+    unit = tl.program_id(0) % units
+    part = (tl.program_id(0) // units).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    length = tl.minimum(chunk, n - start).to(tl.int32)
+    head, first, column, is_column = _unit(unit, 0, heads, head_dim, G, W)
+    q += (sample * n + start) * q_row + first
+    grad += (sample * n + start) * grad_row + first
+    grad_q += (sample * n + start) * out_row + first
+    state += sample * heads * (head_dim + 1) * head_dim
+    place, exists = _block_transposed(
+        state, head, column, column, is_column, is_column, head_dim, G
+    )
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    last = _key_sum(state, head, column, head_dim)
+    key_sum = tl.load(last, mask=is_column, other=0.0)
+    same = _same_head(column, head_dim, DTYPE)
+    acc = tl.zeros((W, W), tl.float32)
+    total = tl.zeros((R, W), tl.float32)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        mask = (row < length)[:, None] & is_column[None, :]
+        x = _tokens(q, row, q_row, column, mask, RELU)
+        g = _tokens(grad, row, grad_row, column, mask, False)
+        if DIVIDE:
+            norm = _per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps
+            g = tl.where(mask, g / norm, 0.0)
+        rounded = g.to(DTYPE)
+        slope = _dot(rounded, block, P)
+        if DIVIDE:
+            of_norm = tl.where(mask, -_per_head(slope * x, same, DTYPE, G, P) / norm, 0.0)
+            slope += of_norm * key_sum[None, :]
+            total += x * of_norm
+        acc = _add_dot(acc, tl.trans(x.to(DTYPE)), rounded, P)
+        if RELU:
+            slope = tl.where(x <= 0, 0.0, slope)
+        here = grad_q + row[:, None] * out_row + column[None, :]
+        tl.store(here, slope.to(grad_q.dtype.element_ty), mask=mask)
+    grad_state += part * heads * (head_dim + 1) * head_dim
+    place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
+    tl.store(place, acc, mask=exists)
+    last = _key_sum(grad_state, head, column, head_dim)
+    tl.store(last, tl.sum(total, 0), mask=is_column)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    k, v, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row, heads, head_dim,
+    units, splits, chunk, RELU: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Of keys and values, from the state's; heads no wider than a tile."""
+    unit = tl.program_id(0) % units
+    part = (tl.program_id(0) // units).to(tl.int64)
+    sample = part // splits
+    start = (part % splits) * chunk
+    length = tl.minimum(chunk, n - start).to(tl.int32)
+    head, first, column, is_column = _unit(unit, 0, heads, head_dim, G, W)
+    k += (sample * n + start) * k_row + first
+    v += (sample * n + start) * v_row + first
+    grad_k += (sample * n + start) * grad_k_row + first
+    grad_v += (sample * n + start) * grad_v_row + first
+    grad_state += sample * heads * (head_dim + 1) * head_dim
+    place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    last = _key_sum(grad_state, head, column, head_dim)
+    grad_sum = tl.load(last, mask=is_column, other=0.0)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        mask = (row < length)[:, None] & is_column[None, :]
+        x = _tokens(k, row, k_row, column, mask, RELU)
+        y = _tokens(v, row, v_row, column, mask, False)
+        here = grad_v + row[:, None] * grad_v_row + column[None, :]
+        tl.store(here, _dot(x.to(DTYPE), block, P).to(grad_v.dtype.element_ty), mask=mask)
+        slope = _dot(y.to(DTYPE), tl.trans(block), P)
+        if DIVIDE:
+            slope += grad_sum[None, :]
+        if RELU:
+            slope = tl.where(x <= 0, 0.0, slope)
+        here = grad_k + row[:, None] * grad_k_row + column[None, :]
+        tl.store(here, slope.to(grad_k.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wide_gradient_kernel(
+    x, y, out, inverse, state, rounded, grad, weight, n, x_row, y_row, grad_row, heads, head_dim,
+    tiles, units, blocks, RELU: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Of queries, from the outputs' (scaled), or of keys, from values and the state's gradient."""
+    tile = tl.program_id(0) % (units * tiles)
+    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    sample = part // blocks
+    start = (part % blocks) * R
+    i = tile % tiles
+    head, first, column, is_column = _unit(tile // tiles, i, heads, head_dim, 1, W)
+    row = tl.arange(0, R)
+    is_row = row < n - start
+    x += (sample * n + start) * x_row + first
+    y += (sample * n + start) * y_row + first
+    grad += (sample * n + start) * grad_row + first
+    out += ((sample * n + start) * heads + head) * head_dim
+    state += sample * heads * (head_dim + 1) * head_dim
+    rounded += sample * heads * (head_dim + 1) * head_dim
+    scales = (sample * heads + head) * n + start + row
+    acc = tl.zeros((R, W), tl.float32)
+    along = tl.zeros((R, W), tl.float32)
+    if SCALED:
+        factor = tl.load(inverse + scales, mask=is_row, other=0.0)
+    for j in range(tiles):
+        _, _, b, is_b = _unit(tile // tiles, j, heads, head_dim, 1, W)
+        is_here = is_row[:, None] & is_b[None, :]
+        z = _tokens(y, row, y_row, b, is_here, False)
+        if SCALED:
+            along += z * _tokens(out, row, heads * head_dim, b, is_here, False)
+            z *= factor[:, None]
+        place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
+        acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
+    if DIVIDE:
+        last = tl.load(_key_sum(state, head, column, head_dim), mask=is_column, other=0.0)
+        if SCALED:
+            of_norm = -tl.sum(along, 1) * factor
+            tl.store(weight + scales, of_norm, mask=is_row & (i == 0))
+            acc += of_norm[:, None] * last[None, :]
+        else:
+            acc += last[None, :]
+    mask = is_row[:, None] & is_column[None, :]
+    if RELU:
+        acc = tl.where(_tokens(x, row, x_row, column, mask, False) <= 0, 0.0, acc)
+    here = grad + row[:, None] * grad_row + column[None, :]
+    tl.store(here, acc.to(grad.dtype.element_ty), mask=mask)
+
+
+class Block(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        width: Columns of a tile of several narrow heads.
+        rows: Tokens of a tile.
+        programs: How many to split the tokens for, at least.
+        warps: Of a program.
+        stages: Of its loop.
+    """
+
+    width: int
+    rows: int
+    programs: int
+    warps: int
+    stages: int
+
+
+# By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
+BLOCKS: dict[str, tuple[Block, Block, Block]] = {
+    "fold": (Block(64, 64, 528, 4, 2), Block(128, 64, 264, 8, 2), Block(128, 64, 264, 8, 3)),
+    "read": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2), Block(128, 128, 0, 8, 3)),
+    "query_gradient": (Block(64, 32, 528, 4, 2), Block(128, 64, 264, 8, 1),
+                       Block(128, 128, 0, 8, 2)),
+    "key_gradient": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2),
+                     Block(128, 128, 0, 8, 2)),
+}  # fmt: skip
+NARROW, MEDIUM = 64, 128
+ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
+FLOAT32_ROWS = 32
+
+
+class _Launch(NamedTuple):
+    """Sizes of one launch.
+
+    Attributes:
+        group: Heads of a unit.
+        units: How many there are.
+        tiles: Of one head.
+        splits: Parts of the tokens.
+        chunk: Tokens of a part.
+        tile: Rows and columns of a tile.
+        options: What Triton is told.
+    """
+
+    group: int
+    units: int
+    tiles: int
+    splits: int
+    chunk: int
+    tile: tuple[int, int]
+    options: dict[str, int]
+
+
+def _is_wide(dtype: torch.dtype, width: int) -> bool:
+    """Whether a head has several tiles."""
+    return width > (NARROW if dtype == torch.float32 else MEDIUM)
+
+
+def _launch(
+    kernel: str, dtype: torch.dtype, device: torch.device, b: int, n: int, heads: int, width: int
+) -> _Launch:
+    kind = 2 if _is_wide(dtype, width) else 0 if width <= NARROW else 1
+    block = BLOCKS[kernel][kind]
+    columns, rows, warps, stages = block.width, block.rows, block.warps, block.stages
+    if dtype == torch.float32:
+        # Products of float32 take several registers for one number of theirs.
+        rows, warps, stages = FLOAT32_ROWS, 4, 1
+        columns = 64 if width > 32 else 32
+    elif kind and (room := _shared_memory(device)) and room < ROOMY:
+        rows, columns = (32, columns) if kind == 1 else (64, 64)
+        stages = min(stages, 2)
+    group, tiles = (max(1, columns // width), 1) if kind < 2 else (1, _ceil(width, columns))
+    units = _ceil(heads, group)
+    there = max(1, b * units * tiles * (tiles if kernel == "fold" else 1))
+    most = max(1, _ceil(n, rows))
+    splits = most if not block.programs else max(1, min(most, _ceil(block.programs, there)))
+    chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
+    return _Launch(
+        group, units, tiles, max(1, _ceil(n, chunk)), chunk, (rows, columns),
+        {"num_warps": warps, "num_stages": stages},
+    )  # fmt: skip
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _tail(launch: _Launch, dtype: torch.dtype) -> tuple[Any, ...]:
+    return launch.group, *launch.tile, _precision(dtype), _TYPES[dtype]
+
+
+def _sum(partial: Tensor) -> Tensor:
+    """(b, splits, ...) -> (b, ...)."""
+    return partial.squeeze(1) if partial.shape[1] == 1 else partial.sum(1)
+
+
+def _fold(
+    a: Tensor, b: Tensor, heads: int, is_relu: bool, dtype: torch.dtype,
+    inverse: Tensor | None = None, weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """States and sums of (b, m, h * d), (b, m, h * d): (b, h, d + 1, d), the sum last."""
+    (a, a_row), (b, b_row) = _rows(a), _rows(b)
+    batch, m, width = a.shape
+    width //= heads
+    s = _launch("fold", dtype, a.device, batch, m, heads, width)
+    partial = torch.empty(
+        batch, s.splits, heads, width + 1, width, dtype=torch.float32, device=a.device
+    )
+    if not m:
+        partial.zero_()
+    elif partial.numel():
+        stand_in = partial if inverse is None else inverse
+        _fold_kernel[(batch * s.splits * s.units * s.tiles**2,)](
+            a, b, stand_in, stand_in if weight is None else weight, partial, m, a_row, b_row,
+            heads, width, s.tiles, s.units, s.splits, s.chunk, is_relu, inverse is not None,
+            *_tail(s, dtype), **s.options,
+        )  # fmt: skip
+    return _sum(partial)
+
+
+def _read(
+    query: Tensor, state: Tensor, out: Tensor, heads: int, is_relu: bool, divide: bool,
+    eps: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Writes ``out``, (b, n, h * d), and returns 1 / norm of wide heads, (b, h, n)."""
+    query, q_row = _rows(query)
+    b, n, width = query.shape
+    width //= heads
+    s = _launch("read", dtype, query.device, b, n, heads, width)
+    is_wide = _is_wide(dtype, width)
+    inverse = torch.empty(
+        b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
+    )
+    if out.numel():
+        _read_kernel[(b * s.splits * s.units * s.tiles,)](
+            query, state, state.to(dtype) if is_wide else state, out,
+            inverse if inverse.numel() else state, n, q_row, out.stride(1), heads, width, s.tiles,
+            s.units, s.splits, s.chunk, eps, is_relu, divide, is_wide, *_tail(s, dtype),
+            **s.options,
+        )  # fmt: skip
+    return inverse
+
+
+def _wide_gradient(
+    x: Tensor, y: Tensor, state: Tensor, grad: Tensor, heads: int, is_relu: bool, divide: bool,
+    dtype: torch.dtype, kernel: str, out: Tensor | None = None, inverse: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Writes ``grad`` of ``x``, and returns the norms' gradient, (b, h, n), given inverses."""
+    (x, x_row), (y, y_row) = _rows(x), _rows(y)
+    b, n, width = x.shape
+    width //= heads
+    s = _launch(kernel, dtype, x.device, b, n, heads, width)
+    weight = torch.empty_like(inverse) if inverse is not None else state
+    blocks = _ceil(n, s.tile[0])
+    if grad.numel():
+        _wide_gradient_kernel[(b * blocks * s.units * s.tiles,)](
+            x, y, y if out is None else out, state if inverse is None else inverse, state,
+            state.to(dtype), grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
+            s.units, blocks, is_relu, inverse is not None, divide, *_tail(s, dtype)[1:],
+            **s.options,
+        )  # fmt: skip
+    return weight
+
+
+SCHEMA = (
+    "Tensor query, Tensor? key, Tensor? value, int heads, bool is_relu, bool divide, float eps"
+)
+
+
+def _split(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
+    return query.chunk(3, dim=-1) if key is None or value is None else (query, key, value)
+
+
+@launched("linear_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def _linear_core(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool,
+    divide: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query, key, value = _split(query, key, value)
+    dtype = value.dtype
+    state = _fold(key, value, heads, is_relu, dtype)
+    out = torch.empty(query.shape, dtype=dtype, device=query.device)
+    inverse = _read(query, state, out, heads, is_relu, divide, eps, dtype)
+    return out, state, inverse
+
+
+@_linear_core.register_fake
+def _(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool,
+    divide: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query, key, value = _split(query, key, value)
+    b, n, width = query.shape
+    width //= heads
+    wide = divide and _is_wide(value.dtype, width)
+    return (
+        value.new_empty(b, n, heads * width),
+        value.new_empty(b, heads, width + 1, width, dtype=torch.float32),
+        value.new_empty(b, heads, n if wide else 0, dtype=torch.float32),
+    )
+
+
+@launched(
+    "linear_core_backward",
+    f"(Tensor grad, Tensor out, Tensor state, Tensor inverse, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _linear_core_backward(
+    grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
+    value: Tensor | None, heads: int, is_relu: bool, divide: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of query, key and value; of packed ones all in the first, and then nothing."""
+    is_packed = key is None or value is None
+    parts = _split(query, key, value)
+    if is_packed:
+        whole = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grad_query, grad_key, grad_value = whole.chunk(3, dim=-1)
+        found = whole, *(whole.new_empty(0) for _ in range(2))
+    else:
+        found = tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in parts)
+        grad_query, grad_key, grad_value = found
+    query, key, value = parts
+    dtype, width = value.dtype, query.shape[2] // heads
+    if _is_wide(dtype, width):
+        weight = None
+        if divide:
+            weight = _wide_gradient(
+                query, grad, state, grad_query, heads, is_relu, True, dtype, "query_gradient",
+                out, inverse,
+            )  # fmt: skip
+            grad_state = _fold(query, grad, heads, is_relu, dtype, inverse, weight)
+        else:
+            _wide_gradient(
+                query, grad, state, grad_query, heads, is_relu, False, dtype, "query_gradient"
+            )
+            grad_state = _fold(query, grad, heads, is_relu, dtype)
+        _wide_gradient(
+            key, value, grad_state, grad_key, heads, is_relu, divide, dtype, "key_gradient"
+        )
+        _read(key, grad_state, grad_value, heads, is_relu, False, 0.0, dtype)
+        return found  # type: ignore[return-value]
+    (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
+    b, n, _ = q.shape
+    m = k.shape[1]
+    s = _launch("query_gradient", dtype, q.device, b, n, heads, width)
+    partial = torch.empty(
+        b, s.splits, heads, width + 1, width, dtype=torch.float32, device=q.device
+    )
+    if n and partial.numel():
+        _query_gradient_kernel[(b * s.splits * s.units,)](
+            q, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1), heads,
+            width, s.units, s.splits, s.chunk, eps, is_relu, divide, *_tail(s, dtype), **s.options,
+        )  # fmt: skip
+    elif not n:
+        partial.zero_()
+    grad_state = _sum(partial)
+    s = _launch("key_gradient", dtype, q.device, b, m, heads, width)
+    if grad_key.numel():
+        _key_gradient_kernel[(b * s.splits * s.units,)](
+            k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
+            grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, is_relu, divide,
+            *_tail(s, dtype), **s.options,
+        )  # fmt: skip
+    return found  # type: ignore[return-value]
+
+
+@_linear_core_backward.register_fake
+def _(
+    grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
+    value: Tensor | None, heads: int, is_relu: bool, divide: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    others = [query.new_empty(0) if z is None else z.new_empty(z.shape) for z in (key, value)]
+    return query.new_empty(query.shape), others[0], others[1]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    out, state, inverse = output
+    # Only wide heads read the output again.
+    ctx.save_for_backward(out if inverse.numel() else inverse, state, inverse, query, key, value)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    *saved, key, value = ctx.saved_tensors
+    found = _linear_core_backward(grad, *saved, key, value, *ctx.options)
+    is_packed = key is None
+    return found[0], *((None, None) if is_packed else found[1:]), None, None, None, None
+
+
+_linear_core.register_autograd(_gradients, setup_context=_setup)
+
+
+def linear_tokens(
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    is_normalized: bool = True, eps: float = 1e-15,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.linear_core``."""
+    last = query if value is None else value
+    dtype = operand_dtype(last)
+    if last.dtype != dtype:
+        last = last.to(dtype)
+    if value is None:
+        return _linear_core(last, None, None, heads, is_relu, is_normalized, eps)[0]
+    return _linear_core(query, key, last, heads, is_relu, is_normalized, eps)[0]

@@ -1,0 +1,282 @@
+"""Linear attention's core in Triton equals its reference: outputs, gradients, whole layers.
+
+As in ``test_triton.py``: on a GPU, or interpreted in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from attnzoo import build_attention
+from attnzoo.errors import InvalidValue
+from attnzoo.layers.linear_attention import LinearAttention
+from attnzoo.ops.linear_core import linear_tokens
+from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
+HALF = torch.bfloat16
+
+
+@pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="runs in this process, or nowhere")
+def test_kernels_in_a_process_of_their_own():
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "ATTNZOO_TRITON": "1", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("is_normalized", [True, False])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_tokens_are_heads_side_by_side(impl, is_normalized, is_packed):
+    whole = random(2, 7, 36)
+    query, key, value = (z.view(2, 7, 3, 4).transpose(1, 2).relu() for z in whole.split(12, -1))
+    value = whole[..., 24:].view(2, 7, 3, 4).transpose(1, 2)
+    weights = query @ key.mT
+    if is_normalized:
+        weights = weights / (weights.sum(-1, keepdim=True) + 0.1)
+    operands = (whole, None, None) if is_packed else whole.split(12, -1)
+    found = linear_tokens(*operands, 3, True, is_normalized, 0.1, impl=impl)
+    torch.testing.assert_close(found, (weights @ value).transpose(1, 2).flatten(2))
+
+
+class OwnFeatures(LinearAttention):
+    def queries(self, query, x):
+        return super().queries(query, x)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_layer_with_features_of_its_own_is_refused():
+    layer = build_attention("sana", DIM)
+    context = layer.context if hasattr(layer, "context") else None
+    config = type(layer.config)(impl="triton")
+    if context is None:
+        pytest.skip("no context is stored")
+    with pytest.raises(InvalidValue, match="features as OwnFeatures makes them"):
+        OwnFeatures(context, config)
+
+
+if CAN_RUN:
+
+    def small_tiles(monkeypatch, programs=3):
+        """More than one part and tile of small inputs."""
+        from attnzoo.ops.linear_core import triton as kernels
+
+        if IS_INTERPRETED:
+            blocks = {
+                name: tuple(
+                    block._replace(width=width, rows=32, programs=programs * bool(block.programs))
+                    for block, width in zip(kinds, (32, 32, 32), strict=True)
+                )
+                for name, kinds in kernels.BLOCKS.items()
+            }
+            monkeypatch.setattr(kernels, "BLOCKS", blocks)
+            monkeypatch.setattr(kernels, "NARROW", 16)
+            monkeypatch.setattr(kernels, "MEDIUM", 32)
+
+    def operands_of(b, n, m, heads, width, dtype, is_packed):
+        if is_packed:
+            return [random(b, n, 3 * heads * width, dtype=dtype)]
+        wide = random(b, m, 3 * heads * width, seed=1, dtype=dtype)  # rows of a longer row
+        _, key, value = wide.chunk(3, dim=-1)
+        return [random(b, n, heads * width, seed=2, dtype=dtype), key, value]
+
+    def run(impl, operands, heads, is_relu, is_normalized, eps, cotangent):
+        operands = [z.detach().requires_grad_() for z in operands]
+        filled = operands if len(operands) == 3 else [*operands, None, None]
+        out = linear_tokens(*filled, heads, is_relu, is_normalized, eps, impl=impl)
+        return out, *torch.autograd.grad(out, operands, cotangent.to(out.dtype))
+
+    def check(operands, heads, is_relu=True, is_normalized=True, eps=1e-6):
+        """Outputs and gradients, in norm: 1e-6, or twice the reference's error in bfloat16."""
+        first, width = operands[0], operands[0].shape[-1] // (3 if len(operands) == 1 else 1)
+        if not is_relu:
+            operands = [z.abs() for z in operands]
+        cotangent = random(*first.shape[:2], width, seed=9, dtype=first.dtype)
+        options = heads, is_relu, is_normalized, eps, cotangent
+        if first.shape[1] <= 100:
+            exact = run("reference", [z.double() for z in operands], *options)
+            own = run("reference", operands, *options)
+        else:  # the reference's map would fill the memory; it too computes in float32
+            exact = run("torch", [z.double() for z in operands], *options)
+            own = run("torch", [z.float() for z in operands], *options)
+            own = [z.to(first.dtype) for z in own]
+        found = run("triton", operands, *options)
+        largest = max(true.norm() for true in exact[1:])
+        sizes = exact[0].norm(), *[largest] * len(operands)
+        is_half = first.dtype == HALF
+        # The interpreter cuts bfloat16 off where a GPU rounds: the errors are four times as large,
+        # and all in one direction.
+        times, least = (10 if IS_INTERPRETED else 2, 0.0) if is_half else (2, 1e-6)
+        for mine, theirs, true, size in zip(found, own, exact, sizes, strict=True):
+            assert mine.shape == true.shape and mine.dtype == theirs.dtype
+            error, other = ((z.double() - true).norm() / size for z in (mine, theirs))
+            if is_half:  # the reference of one token is exact; the state of one is rounded
+                other = max(other, 2**-9)
+            assert error <= max(times * other, least), (error.item(), other.item())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize("is_packed", [True, False])
+    @pytest.mark.parametrize(("is_relu", "is_normalized"), [(True, True), (False, True),
+                                                            (True, False)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("b", "n", "heads", "width"),
+        [(2, 37, 5, 8), (1, 21, 2, 24), (1, 70, 2, 40), (1, 5, 1, 36)],
+    )
+    def test_outputs_and_gradients(
+        b, n, heads, width, is_relu, is_normalized, is_packed, dtype, monkeypatch
+    ):
+        small_tiles(monkeypatch)
+        check(operands_of(b, n, n, heads, width, dtype, is_packed), heads, is_relu, is_normalized)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize("width", [8, 24, 40])
+    @pytest.mark.parametrize(("n", "m"), [(50, 9), (1, 1), (3, 40)])
+    def test_other_keys_than_queries(n, m, width, dtype, monkeypatch):
+        small_tiles(monkeypatch)
+        check(operands_of(2, n, m, 3, width, dtype, False), 3)
+
+    @pytest.mark.parametrize("width", [32, 64, 96, 160])
+    def test_the_tiles_that_are_used(width):
+        check(operands_of(1, 70, 70, 3, width, HALF, True), 3)
+
+    @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize(
+        ("heads", "width"), [(24, 32), (12, 64), (6, 128), (2, 384), (1, 768)]
+    )
+    @pytest.mark.parametrize(("b", "n"), [(2, 4096), (64, 100)])
+    def test_real_sizes(b, n, heads, width, dtype):
+        check(operands_of(b, n, n, heads, width, dtype, True), heads)
+
+    @pytest.mark.parametrize("width", [4, 160])
+    def test_65537_tokens(width, monkeypatch):
+        from attnzoo.ops.linear_core import triton as kernels
+
+        n = 65537 if DEVICE == "cuda" or width == 4 else 4097
+        if IS_INTERPRETED:
+            monkeypatch.setattr(kernels, "FLOAT32_ROWS", 4096)
+        whole = random(1, n, 3 * width)
+        packed = linear_tokens(whole, None, None, 1, True, True, 1e-6, impl="triton")
+        query, key, value = whole.double().split(width, -1)
+        query, key = query.relu(), key.relu()
+        norm = query @ key.sum(1).unsqueeze(-1) + 1e-6
+        exact = query @ (key.mT @ value) / norm
+        assert (packed - exact).norm() <= 1e-6 * exact.norm()
+
+    @pytest.mark.parametrize("width", [8, 24, 40])
+    def test_a_nan_stays_in_its_image(width, monkeypatch):
+        small_tiles(monkeypatch)
+        whole = random(3, 11, 3 * 2 * width)
+        for place in (0, 2 * width + 1, 4 * width + 1):  # of a query, a key, a value
+            broken = whole.clone()
+            broken[1, 3, place] = float("nan")
+            results = []
+            for z in (whole, broken):
+                z.requires_grad_()
+                out = linear_tokens(z, None, None, 2, True, True, 1e-6, impl="triton")
+                results.append((out, *torch.autograd.grad(out.square().sum(), z)))
+            for clean, found in zip(*results, strict=True):
+                assert torch.equal(clean[::2], found[::2])
+                assert found[1].isnan().any()
+
+    def test_a_query_similar_to_no_key_gives_zero():
+        whole = random(1, 9, 24).requires_grad_()
+        operands = whole.detach().clone()
+        operands[0, 4, :8] = -1.0
+        operands.requires_grad_()
+        out = linear_tokens(operands, None, None, 2, True, True, 1e-15, impl="triton")
+        assert out[0, 4].eq(0).all()
+        (grad,) = torch.autograd.grad(out.sum(), operands)
+        assert grad.isfinite().all() and grad[0, 4, :8].eq(0).all()
+
+    def test_nothing_in_nothing_out():
+        for shape in ((0, 5, 24), (2, 0, 24)):
+            whole = torch.zeros(*shape, device=DEVICE, requires_grad=True)
+            out = linear_tokens(whole, None, None, 2, True, True, 1e-6, impl="triton")
+            (grad,) = torch.autograd.grad(out.sum(), whole)
+            assert out.shape == (*shape[:2], 8) and grad.shape == shape
+
+    LAYERS = [
+        ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
+        ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
+        ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("name", "options"), LAYERS)
+    def test_whole_layer_equals_the_reference(name, options):
+        layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 5)
+        x = tokens(grid).to(DEVICE).requires_grad_()
+        assert layer.implementation(x) == "triton"
+        cotangent = random(*x.shape, seed=3)
+        results = []
+        for either in (layer, reference_of(layer)):
+            operands = [x, *either.parameters()]
+            out = either(x, grid)
+            grads = torch.autograd.grad(out, operands, cotangent, allow_unused=True)
+            results.append((out, grads))
+        (out, found), (exact, expected) = results
+        assert (out - exact).abs().max() <= 1e-5 * exact.abs().max()
+        largest = max(grad.abs().max() for grad in expected if grad is not None)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert (mine - theirs).abs().max() <= 1e-5 * largest
+
+    @pytest.mark.parametrize("way", ["cast", "autocast"])
+    @pytest.mark.parametrize(("name", "options"), LAYERS[:-2])
+    def test_whole_layer_in_half_precision(name, options, way):
+        layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 5)
+        x = tokens(grid).to(DEVICE)
+        with torch.no_grad():
+            exact = reference_of(layer).double()(x.double(), grid)
+        if way == "cast":
+            layer, x = layer.bfloat16(), x.bfloat16()
+        with torch.autocast(DEVICE, HALF, enabled=way == "autocast"):
+            assert layer.implementation(x) == "triton"
+            out = layer(x, grid)
+        assert out.dtype == HALF
+        assert (out.double() - exact).norm() <= 0.1 * exact.norm()  # as of the contract
+        out.float().square().sum().backward()
+        for parameter in layer.parameters():
+            assert parameter.grad.dtype == parameter.dtype and parameter.grad.isfinite().all()
+
+    @pytest.mark.parametrize(("name", "options"), [("sana", {}), ("lit", {})])
+    def test_compiles_into_one_graph(name, options):
+        layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 4)
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        x = tokens(grid).to(DEVICE).requires_grad_()
+        results = []
+        for either in (compiled, layer):
+            out = either(x, grid)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x, layer.proj.bias])])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        assert counter.frame_count == 1
+        graphs = str([graph.code for graph in counter.graphs])
+        assert "attnzoo.linear_core" in graphs
+
+    def test_results_are_the_same_every_time():
+        whole = random(2, 300, 96, dtype=HALF).requires_grad_()
+        results = []
+        for _ in range(2):
+            out = linear_tokens(whole, None, None, 1, True, True, 1e-6, impl="triton")
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), whole)))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
