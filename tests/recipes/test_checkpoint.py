@@ -498,7 +498,7 @@ class TestDivergence:
         assert train(Settings(**SMALL, steps=4), run) == NON_FINITE
         assert "failed" in describe(run) and "not finite in any step" in describe(run)
         assert "there is no checkpoint" in describe(run)
-        assert not run.has_checkpoints()
+        assert not run.checkpoint_names()
 
     def test_a_run_that_ends_in_skipped_steps_is_not_done(self, tmp_path, monkeypatch):
         self.poisoned(monkeypatch, 2)
@@ -566,7 +566,7 @@ def test_overwrite_waits_for_no_one(copy):
     before = copy.config_file.read_bytes()
     with claimed(copy), pytest.raises(UserError, match="being written to by process"):
         train(Settings(**SMALL, steps=1), copy, overwrite=True)
-    assert copy.config_file.read_bytes() == before and copy.has_checkpoints()
+    assert copy.config_file.read_bytes() == before and copy.checkpoint_names()
 
 
 @pytest.mark.parametrize("start", ["new", "resume"])

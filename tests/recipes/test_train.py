@@ -189,7 +189,7 @@ def _errors(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     return {
-        "unknown attention": (["--attn", "snaa"], ["'snaa'", "'sana'"]),
+        "unknown attention": (["--attn", "snaa"], ["'snaa'", "'sana'", "--import"]),
         "unknown option": (["--set", "gama_init=2"], ["'gama_init'", "'gamma_init'"]),
         "option value": (["--set", "conv=acnett"], ["'acnett'", "'acnet'"]),
         "option form": (["--set", "conv"], ["option=value", "'conv'"]),

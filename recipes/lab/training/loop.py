@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, UserError
+from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserError
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.guard import SpikeWatch
-from recipes.lab.training.progress import Progress
 from recipes.lab.training.status import Status, memory_mb
 from recipes.lab.training.trainer import NotFinite, Trainer
 
@@ -177,7 +176,7 @@ class Loop:
         self.status.update(step, seconds, entry, self.saved)
         rate = (self.status.rate or 0.0) * self.trainer.settings.batch_size
         loss = "skipped" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        self.progress.advance(step, f"loss {loss}, {rate:.0f} img/s, {memory_mb():.0f} MB")
+        self.progress.advance(f"loss {loss}, {rate:.0f} img/s, {memory_mb():.0f} MB")
 
     def _save(self, must: bool) -> None:
         trainer = self.trainer

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import attnzoo
-from backbones import DiT
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.distributed import (
+    average_gradients,
     gathered,
     make_accelerator,
     on_main,
@@ -60,12 +58,8 @@ class Trainer:
         self, settings: Settings, trackers: Sequence[str] = (), folder: Path | None = None
     ) -> None:
         self.settings = settings
-        ddp = DistributedDataParallelKwargs()
         self.accelerator = make_accelerator(
-            settings.precision,
-            log_with=list(trackers) or None,
-            project_dir=folder,
-            kwargs_handlers=[ddp],
+            settings.precision, log_with=list(trackers) or None, project_dir=folder
         )
         self._check_division()
         self.dataset, self.vae = self._load_data()
@@ -76,19 +70,16 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = build_model(settings, self.dataset).to(self.accelerator.device).train()
         share_batch_statistics(self.model)
-        if self.accelerator.num_processes > 1:
-            # Searching the graph for them at every step costs time, not searching an error.
-            ddp.find_unused_parameters = self._leaves_parameters_unused()
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if settings.compile:
             self.model.compile()
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
-        self.wrapped: nn.Module = self.model
         if self.is_sharded:
             shard(self.model, self.accelerator)
         else:
-            self.wrapped = self.accelerator.prepare_model(self.model)
+            # Without DDP: average_gradients asks for no particular graph, and can be recorded.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -119,18 +110,6 @@ class Trainer:
         vae = load_vae(settings.vae, device)
         return load_training_data(settings, vae), vae
 
-    def _leaves_parameters_unused(self) -> bool:
-        """Whether options of the mechanism leave a parameter without a gradient."""
-        side, device = self.dataset.resolution, self.accelerator.device
-        image = torch.zeros(1, self.dataset.channels, side, side, device=device)
-        self.model.eval()  # batch norm would note the statistics of this image
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.model(image, timestep=zero, class_labels=zero).sample.sum().backward()
-        unused = [parameter for parameter in self.model.parameters() if parameter.grad is None]
-        self.model.zero_grad()
-        self.model.train()
-        return bool(unused)
-
     def _check_division(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         if settings.batch_size % (settings.accumulate * processes):
@@ -139,12 +118,6 @@ class Trainer:
                 f"with {settings.accumulate} micro-steps each; choose a multiple of "
                 f"{settings.accumulate * processes}"
             )
-
-    @contextlib.contextmanager
-    def averaged_model(self) -> Iterator[DiT]:
-        """The model with its averaged weights, inside the with-statement."""
-        with self.average.applied():
-            yield self.model
 
     def train_step(self, wants_stop: bool = False) -> tuple[dict[str, Any], bool]:
         """Takes one optimizer step, or skips it where loss or gradient are not finite.
@@ -179,27 +152,31 @@ class Trainer:
 
             def model(**arguments: Any) -> Any:
                 inputs.update(arguments)
-                return self.wrapped(**arguments)
+                return self.model(**arguments)
 
-            with self._synchronizing(index == settings.accumulate - 1):
-                with self.accelerator.autocast():
-                    losses = self.diffusion.training_losses(
-                        model,  # type: ignore[arg-type]
-                        images,
-                        labels,
-                        timesteps=timesteps,
-                        noise=noise,
-                    )
-                parts = {name: value.mean() for name, value in losses.items()}
-                auxiliary = attnzoo.auxiliary_loss(self.model)
-                if auxiliary is not None:
-                    parts["auxiliary"] = auxiliary
-                total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
-                (total / settings.accumulate).backward()
+            if self.is_sharded:
+                is_last = index == settings.accumulate - 1
+                self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+            with self.accelerator.autocast():
+                losses = self.diffusion.training_losses(
+                    model,  # type: ignore[arg-type]
+                    images,
+                    labels,
+                    timesteps=timesteps,
+                    noise=noise,
+                )
+            parts = {name: value.mean() for name, value in losses.items()}
+            auxiliary = attnzoo.auxiliary_loss(self.model)
+            if auxiliary is not None:
+                parts["auxiliary"] = auxiliary
+            total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
+            (total / settings.accumulate).backward()
             for name, value in parts.items():
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
             others[:8] += quartile_sums(losses["mse"], timesteps, self._last_time())
+        if not self.is_sharded:
+            average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), settings.gradient_clip or math.inf
         )
@@ -239,16 +216,6 @@ class Trainer:
     def _last_time(self) -> float:
         is_flow = self.diffusion.prediction == "flow"
         return 1.0 if is_flow else float(self.diffusion.num_train_timesteps)
-
-    @contextlib.contextmanager
-    def _synchronizing(self, is_last: bool) -> Iterator[None]:
-        """Gradients are averaged over processes after the last micro-step only."""
-        if self.is_sharded:
-            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-            yield
-        else:
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                yield
 
     def _batch(self) -> Batch:
         return self.batches.take(self.step)
@@ -318,25 +285,28 @@ class Trainer:
         _fill(dict(self.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
         _fill(self.average.shadow, folder / "ema" / _WEIGHTS_FILE)
         parameters = dict(self.model.named_parameters())
-        kinds: dict[str, set[str]] = {}
+        states: dict[str, dict[str, Tensor]] = {}
         for key, tensor in _read(folder / "optimizer.safetensors").items():
             name, _, kind = key.rpartition("/")
-            if name not in parameters or not _is_moment(kind, tensor, parameters[name], step):
-                raise UserError(
-                    f"{folder} is of another model, or damaged: its optimizer has {key!r} of "
-                    f"shape {list(tensor.shape)}, {tensor.dtype}"
+            states.setdefault(name, {})[kind] = tensor
+        for name, state in states.items():
+            parameter = parameters.get(name)
+            if parameter is None or not _is_state(state, parameter, step):
+                found = ", ".join(
+                    f"{kind} {list(tensor.shape)} {tensor.dtype}" for kind, tensor in state.items()
                 )
-            kinds.setdefault(name, set()).add(kind)
-            # The count of steps stays where the optimizer made it, on the CPU.
-            like = parameters[name] if kind in _MOMENTS else torch.empty(())
-            # A copy: what the file still backs would go with it.
-            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like).clone()
-        for name, found in kinds.items():
-            if found != {"step", *_MOMENTS}:
                 raise UserError(
-                    f"{folder} is of another model, or damaged: its optimizer has only "
-                    f"{', '.join(sorted(found))} of {name!r}"
+                    f"{folder} is of another model, or damaged: its optimizer has {found} of "
+                    f"{name!r}"
                 )
+            self.optimizer.state[parameter] = {
+                # The count of steps stays where the optimizer made it, on the CPU. A copy: what
+                # the file still backs would go with it.
+                kind: placed_like(
+                    tensor, parameter if kind in _MOMENTS else torch.empty(())
+                ).clone()
+                for kind, tensor in state.items()
+            }
         manifest = read_manifest(folder)
         self.skipped = manifest.get("skipped", 0)
         self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
@@ -360,9 +330,9 @@ class Trainer:
             return None
         classes = min(10, self.dataset.num_classes)
         labels = torch.arange(classes).repeat(2)
-        with self.averaged_model() as averaged:
+        with self.average.applied():
             images = sample(
-                averaged,
+                self.model,
                 self.diffusion,
                 labels=labels,
                 indices=torch.arange(len(labels)),
@@ -373,7 +343,7 @@ class Trainer:
                 device=self.accelerator.device,
             )
             if self.is_sharded:
-                averaged.reshard()  # type: ignore[operator]
+                self.model.reshard()  # type: ignore[operator]
         said = None
         if self.accelerator.is_main_process:
             said = self._find_vae()
@@ -409,13 +379,19 @@ def _not_finite(parts: dict[str, dict[str, Tensor]]) -> str | None:
     return None
 
 
-def _is_moment(kind: str, tensor: Tensor, parameter: Tensor, step: int) -> bool:
-    """Whether a tensor can be the part ``kind`` of AdamW's state of a parameter."""
-    if kind == "step":
-        count = float(tensor) if tensor.ndim == 0 else -1.0
-        return count.is_integer() and 0 <= count <= step
-    same = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
-    return kind in _MOMENTS and same
+def _is_state(state: dict[str, Tensor], parameter: Tensor, step: int) -> bool:
+    """Whether tensors can be AdamW's state of a parameter after ``step``."""
+    if state.keys() != {"step", *_MOMENTS}:
+        return False
+    count = float(state["step"]) if state["step"].ndim == 0 else -1.0
+    return (
+        count.is_integer()
+        and 0 <= count <= step
+        and all(
+            state[kind].shape == parameter.shape and state[kind].dtype == parameter.dtype
+            for kind in _MOMENTS
+        )
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
