@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import InvalidValue, Unavailable
+from attnzoo.ops import optional
 from attnzoo.ops.precision import operand_dtype
 
 Impl = Literal["auto", "reference", "torch", "native", "triton", "fla", "flash", "xformers"]
@@ -258,9 +259,9 @@ def can_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _IS_FORCED and not torch.compiler.is_compiling()
 
 
-def _is_installed() -> bool:
+def _is_installed(package: str = "triton") -> bool:
     try:
-        return importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec(package) is not None
     except ValueError:  # an import that was blocked on purpose
         return False
 
@@ -292,6 +293,27 @@ def _try_triton() -> bool:
 
 
 @functools.cache
+def _try_flash() -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    if not _is_installed("flash_attn"):
+        return False
+    try:  # it compiles its kernels on the first call
+        if importlib.util.find_spec("flash_attn.cute") is None:
+            return False
+        call = optional.load("flash_attn.cute", "flash_attn_func")
+        call(*torch.zeros(3, 1, 128, 1, 64, device="cuda", dtype=torch.bfloat16))
+    except optional.ANYTHING as error:
+        warnings.warn(
+            f"flash_attn is installed, but flash-attn 4 cannot run ({optional.reason(error)}), so "
+            "that softmax attention stays with PyTorch's kernels",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
 def _try_native() -> bool:
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return False
@@ -302,6 +324,11 @@ def _try_native() -> bool:
 
 def _triton_works() -> bool:
     return _try_triton()
+
+
+def flash_works() -> bool:
+    """Whether flash-attn 4 is installed and runs on this GPU; asked once."""
+    return _try_flash()
 
 
 def _native_works() -> bool:
@@ -317,5 +344,5 @@ def _load(package: str, impl: str, name: str) -> None:
 
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
-for _constant in (_triton_works, _native_works, _load, _is_installed):
+for _constant in (_triton_works, _native_works, flash_works, _load, _is_installed):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -184,3 +184,48 @@ def test_the_table_prints_without_utf_8(module="attnzoo"):
         },
     )
     assert done.returncode == 0, done.stderr
+
+
+LONG = """
+    import sys, torch, warnings
+    from attnzoo.ops import dispatch
+    from attnzoo.ops.softmax import flash, softmax_attention
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    real, torch.zeros = torch.zeros, lambda *size, device, **options: real(*size, **options)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 8, 64, dtype=torch.bfloat16).as_subclass(OnGpu)
+    flash._KEYS = 8
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        print(flash.is_faster(q, k, v))
+    print(*[w.message for w in said])
+    assert not flash.is_faster(q.float(), k, v)
+    assert not flash.is_faster(q, k[:, :, :7], v[:, :, :7])
+    assert not flash.is_faster(q, k, torch.cat([v, v], -1))
+    assert not flash.is_faster(q, k, v.requires_grad_())
+"""
+
+
+def test_auto_takes_flash_attn_4_for_long_rows_without_a_gradient(tmp_path):
+    install(tmp_path, {"flash_attn/cute/__init__.py": f"{FLASH}    return out, None\n"})
+    assert run(tmp_path, LONG).split() == ["True"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, ""),
+        ({"flash_attn/__init__.py": f"{FLASH}    return out\n"}, ""),
+        ({"flash_attn/cute/__init__.py": "import cutlass"}, "No module named 'cutlass'"),
+        ({"flash_attn/cute/__init__.py": "raise SystemExit('no license')"}, "no license"),
+    ],
+)
+def test_auto_stays_with_pytorch_where_flash_attn_4_does_not_run(files, said, tmp_path):
+    install(tmp_path, files)
+    verdict, _, warned = run(tmp_path, LONG).partition("\n")
+    assert verdict == "False"
+    assert said in warned and bool(warned.strip()) == bool(said)
