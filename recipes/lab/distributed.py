@@ -168,7 +168,8 @@ def average_gradients(model: nn.Module) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
     dist.all_reduce(flat)
     parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+    shaped = [part.view_as(old) for part, old in zip(parts, gradients, strict=True)]
+    torch._foreach_copy_(gradients, shaped)  # type: ignore
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:

@@ -361,7 +361,7 @@ def test_the_average_takes_in_buffers():
         layer.weight += 4
         layer.running_mean += 8
         layer.num_batches_tracked += 5
-    average.update(1)
+    average.move(average.share(1))
     with average.applied():
         assert layer.weight.tolist() == [2, 2] and layer.running_mean.tolist() == [2, 2]
         assert layer.num_batches_tracked == 5

@@ -72,7 +72,10 @@ def train(
     """
     _check_trackers(trackers)
     if resume:
-        import_remembered(run.folder, run.config().get("imports", {}), imports)
+        config = run.config()
+        import_remembered(run.folder, config.get("imports", {}), imports)
+        if settings.cuda_graph == "auto" and "cuda_graph" not in config["settings"]:
+            settings = dataclasses.replace(settings, cuda_graph="off")
     trainer = Trainer(settings, trackers, run.folder)
     accelerator = trainer.accelerator
     progress = Progress(str(run.folder), settings.steps, accelerator.is_main_process)

@@ -164,7 +164,13 @@ class Settings:
         "of the matrix products, fp32 or bf16; the paper trains DiG in fp32",
     )
     gradient_checkpointing: bool = _setting(False, _SWITCH, "less memory, more time")
-    compile: bool = _setting(False, _SWITCH, "compile the model")
+    compile: bool = _setting(False, _SWITCH, "compile the model's blocks")
+    # A run from before this setting goes on as it began: "off".
+    cuda_graph: str = _setting(
+        "auto",
+        _choice(("auto", "on", "off")),
+        "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
+    )
     sharded: bool = _setting(
         False, _SWITCH, "FSDP2 instead of DDP; equal to DDP on two H100s over NCCL"
     )
@@ -233,7 +239,8 @@ def resumed_settings(
         UserError: A setting differs that is not allowed to, a name does not exist, or a value
             saved cannot be; then the message names the file.
     """
-    saved, given = canonical_settings(saved), canonical_settings(given)
+    saved = {"cuda_graph": "off", **canonical_settings(saved)}
+    given = canonical_settings(given)
     for name in allowed:
         if name not in _NAMES:
             raise UserError(f"--allow-change {name!r} is not a setting{nearest(name, _NAMES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import attnzoo
+from backbones.recorded import compile_blocks, why_not_recorded
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset
@@ -35,6 +37,7 @@ from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
+from recipes.lab.training.recorded import Numbers, RecordedStep
 from recipes.lab.training.settings import Settings
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -69,11 +72,13 @@ class Trainer:
             torch.set_float32_matmul_precision("high")  # TF32, as DiT
         torch.manual_seed(settings.seed)
         self.model = build_model(settings, self.dataset).to(self.accelerator.device).train()
-        share_batch_statistics(self.model)
+        if self.accelerator.num_processes > 1:
+            share_batch_statistics(self.model)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if settings.compile:
-            self.model.compile()
+            # Statistics of a batch that all processes share are a break in the graph.
+            compile_blocks(self.model, fullgraph=self.accelerator.num_processes == 1)
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
         if self.is_sharded:
             shard(self.model, self.accelerator)
@@ -98,6 +103,15 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self._names: list[str] = []  # of a step's numbers, those that depend on the model
+        self._inputs: dict[str, Tensor] = {}  # of its last micro-step
+        self._queued: deque[tuple[float, Numbers]] = deque()
+        self.recorded: RecordedStep | None = None
+        self.why_eager = "" if settings.cuda_graph == "off" else self._why_not_recorded()
+        if settings.cuda_graph != "off" and self.why_eager is None:
+            self.decide_on_device()
+        elif settings.cuda_graph == "on":
+            raise self._not_possible()
 
     def _load_data(self) -> tuple[ImageDataset, Any]:
         settings, device = self.settings, self.accelerator.device
@@ -119,41 +133,138 @@ class Trainer:
                 f"{settings.accumulate * processes}"
             )
 
-    def train_step(self, wants_stop: bool = False) -> tuple[dict[str, Any], bool]:
+    def _not_possible(self) -> UserError:
+        return UserError(f"--cuda-graph on is not possible: {self.why_eager}; use auto or off")
+
+    def _why_not_recorded(self) -> str | None:
+        if self.is_sharded:
+            return "--sharded gathers weights by calls of the host"
+        return why_not_recorded(self.model)
+
+    def decide_on_device(self) -> None:
+        """Lets steps be taken by a ``RecordedStep``: the optimizer is replaced by its kind."""
+        group = self.optimizer.param_groups[0]
+        options = {name: group[name] for name in ("betas", "weight_decay")}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), fused=True, capturable=True, **options
+        )
+        self.recorded = RecordedStep(self.model, self.optimizer, self.average, self._gradients)
+
+    def record(self) -> None:
+        """Records the step where that is possible; otherwise ``why_eager`` says why not.
+
+        Raises:
+            UserError: It is not, and has been asked for.
+        """
+        if self.recorded is None or self.recorded.is_tried:
+            return
+        # Not by the thread, which would go on to the next batch, perhaps on the GPU.
+        reason = self.recorded.record(self.batches.at(self.step))
+        if reason is not None:
+            self.why_eager = f"the step of {self.settings.attn!r} cannot be recorded ({reason})"
+            if self.settings.cuda_graph == "on":
+                raise self._not_possible()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the device has been given a step after ``step`` already."""
+        return bool(self._queued)
+
+    def train_step(
+        self, wants_stop: bool = False, ahead: bool = False
+    ) -> tuple[dict[str, Any], bool]:
         """Takes one optimizer step, or skips it where loss or gradient are not finite.
 
         Args:
             wants_stop: Whether this process has been told to stop.
+            ahead: Whether the state after this step is of no interest, so that a recorded one may
+                be queued behind it before its numbers are there.
 
         Returns:
             What there is to log about it, the same in every process, and whether any process
             wants to stop.
         """
+        self.record()
+        while len(self._queued) < (2 if ahead and self.recorded else 1):
+            self._queued.append(self._launched(wants_stop))
+        return self._finished(*self._queued.popleft())
+
+    def _launched(self, wants_stop: bool) -> tuple[float, Numbers]:
+        """Begins a step; the rate of learning, and what waits for its numbers."""
         settings, device = self.settings, self.accelerator.device
-        share = [
-            tensor.to(device, non_blocking=device.type == "cuda").chunk(settings.accumulate)
-            for tensor in self._batch()
-        ]
+        index = self.step + len(self._queued)
+        batch = self._batch()
         rate = settings.learning_rate
         if settings.decay == "linear":
-            rate *= 1 - self.step / settings.steps
+            rate *= 1 - index / settings.steps
+        if self.recorded is not None:
+            self._seed(index, 0)
+            share = self.average.share(index + 1)
+            return rate, self.recorded(batch, rate=rate, share=share, wants_stop=wants_stop)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        buffers = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+        before = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        told = torch.zeros((), device=device).fill_(wants_stop)
+        # The only wait for the GPU in a step: all of its numbers in one copy.
+        numbers = self._gradients(batch, told).tolist()
+        if _are_finite(numbers):
+            self.optimizer.step()
+            self.average.move(self.average.share(index + 1))
+        else:
+            for tensor, old in before:  # batch-norm statistics have already seen the batch
+                tensor.copy_(old)
+        return rate, lambda: numbers
+
+    def _finished(self, rate: float, numbers: Numbers) -> tuple[dict[str, Any], bool]:
+        """Waits for a step; what ``train_step`` returns."""
+        *values, stop, norm = numbers()
+        self.step += 1
+        named = dict(zip(self._names, values, strict=False))
+        if not _are_finite([*values, norm]):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            reason = f"loss {named['loss']}, gradient norm {norm}"
+            skip = {"step": self.step, "loss": None, "skipped": reason}
+            return {**skip, "skipped_in_all": self.skipped}, stop > 0
+        self.skipped_in_a_row = 0
+        entry = {"step": self.step, **named, "gradient_norm": norm}
+        entry |= {"learning_rate": rate, **quartile_entry(values[len(self._names) :])}
+        if self.skipped:
+            entry["skipped_in_all"] = self.skipped
+        if self.step % self.settings.diagnose_every == 0:
+            said = look_inside(self.model, self._inputs, is_compiled=self.settings.compile)
+            if self.is_sharded:
+                self.model.reshard()  # type: ignore[operator]
+            if said:
+                entry["blocks"] = said
+        return entry, stop > 0
+
+    def _gradients(self, batch: Sequence[Tensor], wants_stop: Tensor) -> Tensor:
+        """Leaves the gradients of a step, averaged and clipped; asks the device for no value.
+
+        Args:
+            batch: This process' share, on the device.
+            wants_stop: Whether to stop, 0 or 1.
+
+        Returns:
+            (n,): the means of ``_names``, the loss first; its eight sums and counts by time; how
+            many processes want to stop; the norm of the gradient.
+        """
+        settings, processes = self.settings, self.accelerator.num_processes
+        share = [tensor.chunk(settings.accumulate) for tensor in batch]
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
-        others = torch.zeros(9, device=device)  # loss by time, and the wish to stop
-        others[8].fill_(wants_stop)
-        inputs: dict[str, Tensor] = {}
+        by_time = torch.zeros(8, device=wants_stop.device)
+        self._inputs = {}
+
+        def model(**arguments: Any) -> Any:
+            self._inputs.update(arguments)
+            return self.model(**arguments)
+
         for index, (images, labels, timesteps, noise) in enumerate(zip(*share, strict=True)):
-            # For noise inside a mechanism; all else comes from the step's own generator.
-            key = (settings.seed, self.step, self.accelerator.process_index, index)
-            torch.manual_seed(generator_for(*key).initial_seed())
-
-            def model(**arguments: Any) -> Any:
-                inputs.update(arguments)
-                return self.model(**arguments)
-
+            if self.recorded is None:
+                self._seed(self.step, index)
             if self.is_sharded:
                 is_last = index == settings.accumulate - 1
                 self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
@@ -174,7 +285,7 @@ class Trainer:
             for name, value in parts.items():
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
-            others[:8] += quartile_sums(losses["mse"], timesteps, self._last_time())
+            by_time += quartile_sums(losses["mse"], timesteps, self._last_time())
         if not self.is_sharded:
             average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(
@@ -182,43 +293,25 @@ class Trainer:
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        self._names = [*means]
         # One reduction for everything: every process sees the same numbers and decides alike.
-        values = torch.stack([*means.values()]) / self.accelerator.num_processes
-        reduced: Any = self.accelerator.reduce(torch.cat([values, others]), "sum")
-        # The only wait for the GPU in a step: all of its numbers in one copy.
-        *numbers, gradient_norm = torch.cat([reduced, norm.reshape(1).float()]).tolist()
-        entry = dict(zip(means, numbers, strict=False))
-        stopping = numbers[-1] > 0
-        self.step += 1
-        if not (math.isfinite(entry["loss"]) and math.isfinite(gradient_norm)):
-            for tensor, before in buffers:
-                tensor.copy_(before)  # batch-norm statistics have already seen the batch
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            reason = f"loss {entry['loss']}, gradient norm {gradient_norm}"
-            skip = {"step": self.step, "loss": None, "skipped": reason}
-            return {**skip, "skipped_in_all": self.skipped}, stopping
-        self.optimizer.step()
-        self.average.update(self.step)
-        self.skipped_in_a_row = 0
-        entry = {"step": self.step, **entry, "gradient_norm": gradient_norm}
-        entry |= {"learning_rate": rate, **quartile_entry(numbers[-9:-1])}
-        if self.skipped:
-            entry["skipped_in_all"] = self.skipped
-        if self.step % settings.diagnose_every == 0:
-            said = look_inside(self.model, inputs, direct=settings.compile)
-            if self.is_sharded:
-                self.model.reshard()  # type: ignore[operator]
-            if said:
-                entry["blocks"] = said
-        return entry, stopping
+        values = torch.stack([*means.values()]) / processes
+        reduced: Any = self.accelerator.reduce(
+            torch.cat([values, by_time, wants_stop.reshape(1)]), "sum"
+        )
+        return torch.cat([reduced, norm.reshape(1).float()])
+
+    def _seed(self, step: int, micro_step: int) -> None:
+        """For noise inside a mechanism; all else comes from the step's own generator."""
+        key = (self.settings.seed, step, self.accelerator.process_index, micro_step)
+        torch.manual_seed(generator_for(*key).initial_seed())
 
     def _last_time(self) -> float:
         is_flow = self.diffusion.prediction == "flow"
         return 1.0 if is_flow else float(self.diffusion.num_train_timesteps)
 
     def _batch(self) -> Batch:
-        return self.batches.take(self.step)
+        return self.batches.take(self.step + len(self._queued))
 
     def save(self, run: Run, evict: bool = True) -> str | None:
         """Writes a checkpoint.
@@ -300,10 +393,10 @@ class Trainer:
                     f"{name!r}"
                 )
             self.optimizer.state[parameter] = {
-                # The count of steps stays where the optimizer made it, on the CPU. A copy: what
-                # the file still backs would go with it.
+                # The count of steps stays where the optimizer made it: on the CPU, unless it is
+                # recorded. A copy: what the file still backs would go with it.
                 kind: placed_like(
-                    tensor, parameter if kind in _MOMENTS else torch.empty(())
+                    tensor, parameter if kind in _MOMENTS or self.recorded else torch.empty(())
                 ).clone()
                 for kind, tensor in state.items()
             }
@@ -365,6 +458,11 @@ class Trainer:
             self._undecodable = str(error)
             return f"sample grids show the first latent channel, not images: {error}"
         return None
+
+
+def _are_finite(numbers: Sequence[float]) -> bool:
+    """Whether a step counts: by its loss, the first of its numbers, and its norm, the last."""
+    return math.isfinite(numbers[0]) and math.isfinite(numbers[-1])
 
 
 class NotFinite(Exception):
