@@ -152,6 +152,15 @@ def test_a_log_line_that_finds_no_room_waits(tmp_path, no_room):
     assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
+def test_half_a_line_does_not_spoil_the_next(tmp_path, whole):
+    run = Run(tmp_path)
+    run.log_file.write_text(whole + '{"st')
+    run.cut_log(9)
+    run.append_log({"step": 2})
+    assert run.log_file.read_text() == whole + '{"step": 2}\n'
+
+
 def test_lines_that_never_found_room_are_kept_beside_and_put_back(tmp_path, no_room):
     run = Run(tmp_path)
     run.append_log({"step": 1})

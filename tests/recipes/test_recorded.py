@@ -209,6 +209,11 @@ class TestChoice:
             train_module.main([*map(str, arguments)])
         assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
 
+    def test_shards_are_a_reason(self):
+        trainer = Trainer(Settings(**SMALL, attn="sana"))
+        trainer.is_sharded = True
+        assert "--sharded" in trainer._why_not_recorded()
+
     def test_off_says_nothing(self, tmp_path, capsys):
         settings = Settings(**SMALL, attn="sana", steps=1, cuda_graph="off")
         assert train(settings, Run(tmp_path / "run")) == 0

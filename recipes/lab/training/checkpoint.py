@@ -250,8 +250,9 @@ class Run:
         """Drops what was logged after ``step``, which a resumed run logs again."""
         entries, held = self.read_log(), _read_lines(self.held_file)
         kept = [entry for entry in [*entries, *held] if entry["step"] <= step]
+        end = self.log_file.read_bytes()[-1:] if self.log_file.exists() else b""
         # A full disk has no room even for the same lines.
-        if kept != entries or (entries and not self.log_file.read_bytes().endswith(b"\n")):
+        if kept != entries or end not in (b"", b"\n"):
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
             files.write_text(self.log_file, text)
         self._discard(self.held_file)

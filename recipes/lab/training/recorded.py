@@ -116,7 +116,6 @@ class RecordedStep:
             for tensor, old in before:
                 tensor.copy_(old)
             self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
             return " ".join(str(error).split())[:200]
         finally:
             self._is_idle.zero_()
