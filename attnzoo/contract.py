@@ -225,6 +225,8 @@ class Attention(nn.Module, ABC):
         complexity: Growth of its core with the number of tokens n, likewise.
         plot_style: Color ("#RRGGBB") and matplotlib marker in every picture; a mechanism without
             gets one that depends on its name.
+        tensors_crossed: Tensors of height * width tokens of width ``dim`` that a forward moves
+            through memory if every product is a kernel of its own and all else is joined to it.
         auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
             A mechanism sets it in ``forward``, always or in training only: what is no training
             forward (eval mode, no gradients, the recomputation of a checkpointed backward)
@@ -236,6 +238,7 @@ class Attention(nn.Module, ABC):
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
     plot_style: ClassVar[tuple[str, str] | None] = None
+    tensors_crossed: ClassVar[float] = 6.0  # tokens, queries, keys, values, attended, result
     _auxiliary_loss: Tensor | None = None
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
@@ -291,6 +294,14 @@ class Attention(nn.Module, ABC):
     def macs(self, grid: tuple[int, int]) -> int:
         """Every multiply-accumulate of one forward, per sample."""
         return sum(self.macs_parts(grid).values())
+
+    def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that a forward of one image moves through memory, each tensor once.
+
+        With ``macs`` it makes the floor that a layer's time is measured against.
+        """
+        tokens = self.tensors_crossed * grid[0] * grid[1] * self.dim
+        return round((tokens + sum(p.numel() for p in self.parameters())) * dtype.itemsize)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The weight of every token in every token's output, materialised.

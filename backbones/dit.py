@@ -92,6 +92,7 @@ class DiT(ModelMixin, ConfigMixin):
     }
     config: Any  # diffusers gives a dict whose entries are attributes too
     blocks: Blocks
+    _last_positions: tuple[Any, Tensor] | None = None
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it as a class attribute
 
@@ -211,7 +212,7 @@ class DiT(ModelMixin, ConfigMixin):
         # Contiguous, else every norm copies; and inductor's norm is wrong on a CPU (torch 2.13).
         x = rearrange(self.patch_embedding(hidden_states), "b c h w -> b (h w) c").contiguous()
         if self.config.position == "sincos":
-            x = x + _sincos_positions(x.shape[-1], grid, x.device).to(x.dtype)
+            x = x + self._positions(x, grid)
         frequencies = self.timestep_frequencies(timestep).to(x.dtype)
         condition = self.timestep_embedding(frequencies) + self.class_embedding(class_labels)
         for block in self.blocks:
@@ -282,6 +283,22 @@ class DiT(ModelMixin, ConfigMixin):
         parts["final_norm"] = {"modulation": 2 * dim**2}
         parts["final_projection"] = {"final": self.final_projection.weight.numel() * n}
         return parts
+
+    def _positions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The positions for tokens ``x``, of twenty launches; cached for the last size."""
+        if _is_traced(x):
+            return _sincos_positions(x.shape[-1], grid, x.device).to(x.dtype)
+        key, last = (grid, x.device, x.dtype), self._last_positions
+        if last is None or last[0] != key:
+            with torch.inference_mode(False):  # whose tensors no later training could use
+                last = key, _sincos_positions(x.shape[-1], grid, x.device).to(x.dtype)
+            # What a recording computes is there after its first replay only.
+            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._last_positions = last
+        return last[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_last_positions"}
 
     def _check_condition(self, x: Tensor, timestep: Tensor, labels: Tensor) -> None:
         if x.shape[1] != self.config.in_channels:
@@ -445,6 +462,16 @@ class _Recomputation:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a tensor may be a stand-in, whose results must not be used again."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or bool(torch._C._get_tracing_state())
+        or type(x) is not Tensor
+    )
 
 
 def _sincos_positions(dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -50,6 +50,7 @@ class DiGAttention(Attention):
     paper = "DiG, 2405.18428"
     complexity = "O(n d d_head)"
     plot_style = ("#882255", ">")
+    tensors_crossed = 7.0  # two gates; queries, keys and the forget gate are half as wide
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

@@ -135,6 +135,7 @@ class DyDiLA(LinearAttention):
     differential_routers: Any
     paper = "DyDi-LiT, 2601.13683"
     plot_style = ("#D55E00", "D")
+    tensors_crossed = 8.0  # also the routed queries and keys
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

@@ -48,6 +48,7 @@ class GatedAttention(Attention):
     paper = "GLA, 2312.06635"
     complexity = "O(n d d_head)"
     plot_style = ("#E69F00", "P")
+    tensors_crossed = 7.0  # two gates; queries, keys and the forget gate are half as wide
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

@@ -476,3 +476,25 @@ def test_a_tuple_option_equals_itself_after_saving(tmp_path):
     for other in (as_list, loaded):
         assert other.config.attn_options == model.config.attn_options == given
         assert other.blocks[0].attention.config == model.blocks[0].attention.config
+
+
+def test_positions_are_computed_once_for_a_size_and_shared_by_no_copy(monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return _sincos_positions(*arguments)
+
+    monkeypatch.setattr("backbones.dit._sincos_positions", counted)
+    model = scrambled(DiT(attn="softmax", **TINY))
+    labels = torch.tensor([0, 10])
+    with torch.inference_mode():
+        wide = model(*inputs(), labels).sample
+    out = model(*inputs(), labels).sample  # with gradients, after inference
+    out.sum().backward()
+    assert len(calls) == 1 and torch.equal(out, wide)
+    tall = model(*inputs(12, 8), labels).sample
+    assert len(calls) == 2 and tall.shape != wide.shape
+    twin = copy.deepcopy(model).double()
+    twin(*(z.double() for z in inputs(12, 8)), labels)
+    assert len(calls) == 3

@@ -1,0 +1,184 @@
+"""Whole models timed: checked before they are timed, written as they come, judged by goals."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench import whole_figures, whole_models
+from bench.whole_models import Case, Setup, main, measure_launch, measure_layer, planned
+from recipes.lab.console import UserError
+
+TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
+ON_CPU = Setup("cpu", "eager", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def checked_elsewhere(monkeypatch):
+    monkeypatch.setattr(whole_models, "check_layer", lambda *_: {})
+
+
+def run(tmp_path, *arguments):
+    out = tmp_path / "whole.json"
+    assert main(["--out", str(out), *TINY, *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_every_case_is_timed_with_softmax_and_printed(tmp_path, capsys):
+    report = run(tmp_path, "--mechanisms", "sana,softmax")
+    rows = {(row["mechanism"], row["mode"]): row for row in report["cases"]}
+    assert len(rows) == 4 and not report["missed"]
+    for (name, _), row in rows.items():
+        assert row["seconds"].keys() == {"eager", "compiled"} and not row["missing"]
+        assert row["errors"]["compiled"] <= 1e-3
+        assert row["over_softmax"].keys() == (
+            set() if name == "softmax" else row["seconds"].keys()
+        )
+        for ratio in row["over_softmax"].values():
+            assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
+    capsys.readouterr()
+    assert main(["--table", str(tmp_path / "whole.json")]) == 0
+    said = capsys.readouterr().out
+    assert report["commit"] in said and f"torch {torch.__version__}" in said
+    assert "| sana " in said and "Not measured" not in said
+
+
+def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
+    real = whole_models.compile_blocks
+
+    def broken(model, **options):
+        with torch.no_grad():
+            model.final_projection.weight.mul_(1.01)
+        return real(model, **options)
+
+    monkeypatch.setattr(whole_models, "compile_blocks", broken)
+    for row in run(tmp_path, "--mechanisms", "softmax")["cases"]:
+        assert row["seconds"].keys() == {"eager"}
+        assert "differs from the eager step" in row["missing"]["compiled"]
+
+
+def test_a_mechanism_that_differs_from_its_reference_is_not_timed(tmp_path, monkeypatch):
+    def check(mechanism, *_):
+        if mechanism == "sana":
+            raise ValueError("it differs")
+
+    monkeypatch.setattr(whole_models, "check_layer", check)
+    report = run(tmp_path, "--mechanisms", "softmax,sana")
+    assert {row["mechanism"] for row in report["cases"]} == {"softmax"}
+    assert [miss["reason"] for miss in report["missed"]] == ["ValueError: it differs"] * 2
+
+
+def test_a_run_without_time_left_says_what_it_lacks(tmp_path, capsys):
+    report = run(tmp_path, "--mechanisms", "softmax", "--seconds", "0")
+    assert not report["cases"] and len(report["missed"]) == 2
+    assert "raise --seconds" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
+    real, done = whole_models.measure_case, []
+
+    def dying(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(whole_models, "measure_case", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--mechanisms", "softmax")
+    assert len(json.loads((tmp_path / "whole.json").read_text())["cases"]) == 1
+
+
+def test_goals_come_first_and_small_before_large():
+    cases = planned(["agent", "sana", "softmax"], ["S", "L"], [256, 1024, 4096, 16384], "cuda")
+    assert len(cases) == len(set(cases)) == 3 * 8 * 2
+    places = {case: index for index, case in enumerate(cases)}
+    assert cases[0] == Case("softmax", "S", 4096, "forward")
+    assert places[Case("sana", "L", 16384, "train")] < places[Case("agent", "S", 4096, "forward")]
+    assert Case("sana", "L", 16384, "train").batch == 2
+    assert Case("sana", "S", 256, "train").batch == 64
+    assert Case("sana", "S", 576, "forward").resolution == 384
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_layer_is_held_to_the_longer_of_its_floors(mode):
+    slow = {"float32": 1e9, "copy": 1e-3}
+    found = measure_layer("sana", 16, mode, ON_CPU, slow, width=32)
+    moved = (6 * 16 * 32 + 4 * 32**2 + 32) * 4 * (3 if mode == "train" else 1)
+    assert found["bound"] == "memory" and found["bytes"] == moved
+    assert found["floor"] == pytest.approx(moved / 1e6) and found["seconds"] > 0
+    found = measure_layer("sana", 16, mode, ON_CPU, slow | {"copy": 1e9}, width=32)
+    assert found["bound"] == "products"
+    assert found["floor"] == pytest.approx(2 * found["macs"] / 1e18)
+
+
+def test_a_launch_is_counted_in_products():
+    found = measure_launch("sana", ON_CPU, tokens=16, width=32)
+    assert found["seconds"] > found["bmm_seconds"] > 0
+    assert 1 < found["launches"]["median"] < 1000
+
+
+def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
+    ratio = {name: {"median": value} for name, value in over.items()}
+    spent = {name: {"median": value} for name, value in seconds.items()}
+    return {
+        "mechanism": mechanism, "size": size, "tokens": tokens, "mode": mode,
+        "resolution": math.isqrt(tokens) * 16, "over_softmax": ratio, "seconds": spent,
+        "missing": {}, "batch": 1, "peak_memory": 0,
+    }  # fmt: skip
+
+
+def test_figures_are_of_the_last_treatment_and_judged():
+    report = {
+        "launches": [{"mechanism": "sana", "bmm_seconds": 1e-5, "launches": {"median": 12.0}}],
+        "layers": [
+            {"mechanism": "lit", "tokens": 4096, "mode": "train", "seconds": 8.0, "floor": 2.0,
+             "bound": "memory"},
+        ],
+        "cases": [
+            case("sana", 1024, {"eager": 3.0, "compiled": 2.0}),
+            case("sana", 4096, {"eager": 2.0, "compiled": 0.5}),
+            case("dydila", 4096, {"recorded": 1.1}, mode="train"),
+            case("dydila", 16384, {"compiled": 0.25}, size="L"),
+            case("softmax", 4096, {}, recorded=2.0, compiled=1.0),
+        ],
+    }  # fmt: skip
+    found = {(f.goal, f.what): f for f in whole_figures.figures(report)}
+    by_goal = {goal: f for (goal, _), f in found.items()}
+    assert by_goal["E1"].verdict == "met" and "10.0 µs" in by_goal["E1"].note
+    assert by_goal["E4"].value == 0.5 and by_goal["E4"].note == "compiled; eager 2.00"
+    assert by_goal["E4"].verdict == "target reached"
+    assert by_goal["E5"].verdict == "NOT MET" and by_goal["E5"].note == "recorded"
+    assert by_goal["E6"].value == 0.5
+    assert by_goal["E8"].value == 4.0
+    assert by_goal["E9"].value == 4.0 and "lit, n=4096" in by_goal["E9"].what
+    [sana] = [f for (goal, what), f in found.items() if goal == "E7" and "sana" in what]
+    assert sana.value == pytest.approx(512 * 2**0.5) and "S, forward" in sana.what
+
+
+def test_a_crossover_lies_between_sizes_or_nowhere():
+    assert whole_figures.first_faster([(512, 0.9), (1024, 0.5)]) == 512
+    assert whole_figures.first_faster([(1024, 0.5), (512, 2.0)]) == pytest.approx(512 * 2**0.5)
+    assert whole_figures.first_faster([(512, 2.0), (1024, 1.5)]) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "x.json", "--mechanisms", "softmin"], "'softmax'"),
+        (["--out", "x.json", "--tokens", "200"], "squares"),
+        (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
+        ([], "either --out"),
+        (["--out", "x.json", "--table", "x.json"], "either --out"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said):
+    with pytest.raises(UserError, match=said):
+        main(arguments)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no file of python -m bench\.whole_models"):
+        main(["--table", str(tmp_path / "x.json")])
