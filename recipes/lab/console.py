@@ -126,8 +126,9 @@ def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
             pass
 
     is_off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
-    options["disable"] = is_off or not shown or sys.stderr is None
-    if options["disable"] or sys.stderr.isatty():
+    if is_off or not shown or sys.stderr is None:
+        return tqdm(*arguments, disable=True, **options)
+    if sys.stderr.isatty():
         return tqdm(*arguments, **options)
     return Lines(*arguments, mininterval=10, miniters=1, **options)
 

@@ -10,6 +10,7 @@ stay as they were. Its numbers reach the host while the next step runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class RecordedStep:
         gradients: Leaves the gradients of a batch, clipped, and gives the step's numbers, (n,),
             the loss first and the norm of the gradient last. The second argument says whether to
             stop, a tensor.
+        sources: What else holds tensors that a step reads, besides the model.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class RecordedStep:
         optimizer: torch.optim.AdamW,
         average: WeightAverage,
         gradients: Callable[[Sequence[Tensor], Tensor], Tensor],
+        sources: Sequence[object] = (),
     ) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.gradients = gradients
+        self.sources = sources
+        self._held: list[dict[str, Any]] = []
         optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
         self.device = next(model.parameters()).device
         self._rate, self._share, self._is_idle, self._wants_stop = torch.zeros(
@@ -108,10 +113,13 @@ class RecordedStep:
             # The thread that makes batches pins memory meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._numbers = self.step_on_device(self._inputs)
+            # What they cache for the last size or device is read at its address from now on.
+            self._held = [dict(vars(s)) for s in (*self.model.modules(), *self.sources)]
             self._graph = graph
         except RuntimeError as error:
             # A recording that breaks off leaves the generator believing that it goes on, and a
             # forward that does has updated some statistics.
+            torch.cuda.synchronize()
             generator.graphsafe_set_state(state)
             for tensor, old in before:
                 tensor.copy_(old)

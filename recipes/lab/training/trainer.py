@@ -21,6 +21,7 @@ from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
+from recipes.lab.diffusion.schedule import forward_process
 from recipes.lab.distributed import (
     average_gradients,
     gathered,
@@ -148,7 +149,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), fused=True, capturable=True, **options
         )
-        self.recorded = RecordedStep(self.model, self.optimizer, self.average, self._gradients)
+        schedule = forward_process(self.diffusion.num_train_timesteps)
+        self.recorded = RecordedStep(
+            self.model, self.optimizer, self.average, self._gradients, [schedule]
+        )
 
     def record(self) -> None:
         """Records the step where that is possible; otherwise ``why_eager`` says why not.
