@@ -209,7 +209,8 @@ class DiT(ModelMixin, ConfigMixin):
         grid = self.token_grid(height, width)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
         self._check_condition(hidden_states, timestep, class_labels)
-        x = rearrange(self.patch_embedding(hidden_states), "b c h w -> b (h w) c")
+        # Contiguous, else every norm copies; and inductor's norm is wrong on a CPU (torch 2.13).
+        x = rearrange(self.patch_embedding(hidden_states), "b c h w -> b (h w) c").contiguous()
         if self.config.position == "sincos":
             x = x + self._positions(x, grid)
         frequencies = self.timestep_frequencies(timestep).to(x.dtype)

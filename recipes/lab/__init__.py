@@ -8,7 +8,8 @@ diffusion/   objective.py: what is predicted, and the loss; schedule.py: the noi
 training/    settings.py: all that decides a run, its rules and flags; checkpoint.py: the layout of
              a run's folder; ema.py: the average of the weights; batches.py: images, times, noise
              and label dropout of a step; session.py: one call that trains; loop.py, trainer.py:
-             its steps; build.py: data and model; guard.py, memory.py, progress.py, status.py
+             its steps; recorded.py: a step as one CUDA graph; build.py: data and model;
+             guard.py, memory.py, status.py
 evaluation/  scores.py: one entry for each metric; metrics.py: their mathematics; evaluate.py: one
              call that measures; features.py, inception.py: what looks at images;
              shape_classifier.py: exact, for shapes; real.py, reference.py: what they are compared

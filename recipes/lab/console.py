@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, TextIO
 
 DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
@@ -106,20 +106,90 @@ def one_line(text: str) -> str:
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
-    """tqdm's bar: ``TQDM_DISABLE=1`` turns it off, and a log gets a line each half minute.
+    """tqdm's bar: ``TQDM_DISABLE=1`` turns it off, and a log gets a line every ten seconds.
 
     Args:
         arguments: Of tqdm.
         shown: Whether to show it at all.
         options: Of tqdm.
     """
-    from tqdm.auto import tqdm  # --help must not wait for it
+    from tqdm import tqdm  # --help must not wait for it
 
-    if not shown:
-        options["disable"] = True  # named, it would win over the environment
-    if not sys.stderr.isatty():
-        options |= {"mininterval": 30, "miniters": 1, "ncols": 80}
-    return tqdm(*arguments, **options)
+    class Lines(tqdm):
+        """A log has no cursor to send back."""
+
+        @staticmethod
+        def status_printer(file: Any) -> Callable[[str], None]:
+            return lambda text: print(text, file=file, flush=True)
+
+        def clear(self, *arguments: Any, **options: Any) -> None:
+            pass
+
+    is_off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+    if is_off or not shown or sys.stderr is None:
+        return tqdm(*arguments, disable=True, **options)
+    if sys.stderr.isatty():
+        return tqdm(*arguments, **options)
+    return Lines(*arguments, mininterval=10, miniters=1, **options)
+
+
+class Progress:
+    """What a run says while it trains: lines on stdout, and a ``progress_bar`` on stderr.
+
+    An output that can no longer be written is given up, so that training never dies of it.
+
+    Args:
+        name: Of the run.
+        steps: Where it ends.
+        is_main: Whether this process speaks.
+
+    Attributes:
+        is_deserted: Whether a reader has closed the pipe, as ``| head`` does.
+    """
+
+    def __init__(self, name: str, steps: int, is_main: bool) -> None:
+        self.name, self.steps, self.is_main = name, steps, is_main
+        self.is_deserted = False
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """Writes lines to stdout."""
+        if not self.is_main:
+            return
+        with self._guarded(sys.stderr):
+            if self._bar is not None:
+                self._bar.clear()
+        with self._guarded(sys.stdout):
+            print(text, flush=True)
+
+    def start(self, done: int) -> None:
+        """Begins to show how far the run is, ``done`` steps."""
+        with self._guarded(sys.stderr):
+            self._bar = progress_bar(
+                total=self.steps, initial=done, desc=self.name, unit="step", shown=self.is_main
+            )
+
+    def advance(self, note: str) -> None:
+        """Shows that a step is done, and how it went."""
+        with self._guarded(sys.stderr):
+            if self._bar is not None:
+                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        with self._guarded(sys.stderr):
+            if self._bar is not None:
+                self._bar.close()
+        self._bar = None
+
+    @contextlib.contextmanager
+    def _guarded(self, stream: TextIO) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.is_deserted = self.is_deserted or isinstance(error, BrokenPipeError)
+            abandon(stream)
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:

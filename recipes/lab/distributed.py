@@ -155,6 +155,23 @@ def _mean_of_all(x: Tensor) -> Tensor:
     return _Sum.apply(x) / dist.get_world_size()
 
 
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Averages the gradients over all processes, in one reduction."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is None:  # of options that leave it unused, perhaps here only
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    shaped = [part.view_as(old) for part, old in zip(parts, gradients, strict=True)]
+    torch._foreach_copy_(gradients, shaped)  # type: ignore
+
+
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
     """Spreads weights, gradients and optimizer state over the processes (FSDP2), block by block.
 

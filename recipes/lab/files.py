@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -34,19 +33,20 @@ class CannotWrite(UserError, OSError):
     """
 
     def __init__(self, path: Path, error: Exception) -> None:
-        reason = error if isinstance(error, OSError) else _as_os_error(error)
-        text = reason.strerror or str(error)
+        text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         super().__init__(f"cannot write {str(path)!r}: {text}")
-        self.errno, self.strerror = reason.errno, text
+        # safetensors and PIL wrap the system's error into text of their own.
+        is_full = "os error 28" in text or "No space left" in text
+        number = error.errno if isinstance(error, OSError) else None
+        self.errno = number or (errno.ENOSPC if is_full else errno.EIO)
+        self.strerror = text
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-def _as_os_error(error: Exception) -> OSError:
-    # safetensors and PIL wrap the system's error into text of their own.
-    is_full = "os error 28" in str(error) or "No space left" in str(error)
-    return OSError(errno.ENOSPC if is_full else errno.EIO, " ".join(str(error).split()))
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: The system refuses.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -135,18 +135,14 @@ def require_writable(path: Path) -> Path:
     """
     if path.is_dir():
         raise CannotWrite(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
-    trial = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    trial = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(trial, "xb"):
-            pass
+        trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
         raise CannotWrite(path, error) from error
     return path
-
-
-check_writable = require_writable  # the suite's name for it
 
 
 def read_json(path: Path, what: str = "file") -> Any:
@@ -184,22 +180,6 @@ def refuse_links(root: Path, path: Path) -> Path:
     return path
 
 
-def remove_folder(root: Path, folder: Path) -> None:
-    """Deletes a folder inside ``root``, following no link; a missing one is no error.
-
-    Raises:
-        UserError: The way to it leads through a link.
-        CannotWrite: The system refuses.
-    """
-    refuse_links(root, folder)
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise CannotWrite(folder, error) from error
-
-
 @contextlib.contextmanager
 def locked(
     file: Path, *, wait: bool = False, warn: Callable[[str], None] | None = None
@@ -227,11 +207,7 @@ def locked(
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = handle.read(200).strip() or "another process"
-            raise UserError(
-                f"{str(file.parent)!r} is being written to by {holder}; wait for it, stop it, or "
-                f"choose another folder"
-            ) from None
+            raise _held(file, handle.read(200)) from None
         except OSError as error:
             if warn:
                 warn(f"{file.parent} is not locked: {error.strerror}")
@@ -241,6 +217,32 @@ def locked(
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield
+
+
+def check_unlocked(file: Path) -> None:
+    """Leaves no trace, unlike ``locked``.
+
+    Raises:
+        UserError: Another process holds the lock.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    with open(descriptor, encoding="utf-8", errors="replace") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(file, handle.read(200)) from None
+        except OSError:
+            return
+
+
+def _held(file: Path, holder: str) -> UserError:
+    return UserError(
+        f"{str(file.parent)!r} is being written to by {holder.strip() or 'another process'}; wait "
+        f"for it, stop it, or choose another folder"
+    )
 
 
 def sync(path: Path) -> None:

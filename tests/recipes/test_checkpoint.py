@@ -152,6 +152,15 @@ def test_a_log_line_that_finds_no_room_waits(tmp_path, no_room):
     assert [entry["step"] for entry in run.read_log()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
+def test_half_a_line_does_not_spoil_the_next(tmp_path, whole):
+    run = Run(tmp_path)
+    run.log_file.write_text(whole + '{"st')
+    run.cut_log(9)
+    run.append_log({"step": 2})
+    assert run.log_file.read_text() == whole + '{"step": 2}\n'
+
+
 def test_lines_that_never_found_room_are_kept_beside_and_put_back(tmp_path, no_room):
     run = Run(tmp_path)
     run.append_log({"step": 1})
@@ -498,7 +507,7 @@ class TestDivergence:
         assert train(Settings(**SMALL, steps=4), run) == NON_FINITE
         assert "failed" in describe(run) and "not finite in any step" in describe(run)
         assert "there is no checkpoint" in describe(run)
-        assert not run.has_checkpoints()
+        assert not run.checkpoint_names()
 
     def test_a_run_that_ends_in_skipped_steps_is_not_done(self, tmp_path, monkeypatch):
         self.poisoned(monkeypatch, 2)
@@ -566,7 +575,7 @@ def test_overwrite_waits_for_no_one(copy):
     before = copy.config_file.read_bytes()
     with claimed(copy), pytest.raises(UserError, match="being written to by process"):
         train(Settings(**SMALL, steps=1), copy, overwrite=True)
-    assert copy.config_file.read_bytes() == before and copy.has_checkpoints()
+    assert copy.config_file.read_bytes() == before and copy.checkpoint_names()
 
 
 @pytest.mark.parametrize("start", ["new", "resume"])

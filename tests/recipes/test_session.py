@@ -19,9 +19,9 @@ from PIL import Image
 import attnzoo
 from attnzoo import registry
 from recipes import train as train_module
-from recipes.lab.console import DONE, INTERRUPTED, UserError
+from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError
 from recipes.lab.data.encoding import encode
-from recipes.lab.training import memory, progress, session
+from recipes.lab.training import memory, session
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.trainer import Trainer
@@ -487,24 +487,26 @@ class TestOutput:
     def test_without_a_terminal_there_is_a_line_at_times(self, capsys, monkeypatch):
         monkeypatch.delenv("TQDM_DISABLE", raising=False)
         clock = [0.0]
-        monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-        shown = progress.Progress("run", 500, is_main=True)
+        monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+        shown = Progress("run", 500, is_main=True)
         shown.start(0)
-        for step in range(1, 401):
+        for _ in range(400):
             clock[0] += 0.1
-            shown.advance(step, "loss 1")
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 3 or len(lines) == 4
-        assert lines[0].startswith("run: step 1") and "\r" not in "".join(lines)
+            shown.advance("loss 1")
+        shown.say("said")
+        written = capsys.readouterr()
+        lines = written.err.split("\n")[:-1]
+        assert written.out == "said\n" and "\r" not in written.err
+        assert len(lines) == 4 or len(lines) == 5  # the first at the start
+        assert lines[1].startswith("run: ") and "/500" in lines[1] and "loss 1" in lines[1]
 
     @pytest.mark.parametrize("terminal", [False, True])
     def test_tqdm_disable_is_respected(self, terminal, capsys, monkeypatch):
         monkeypatch.setenv("TQDM_DISABLE", "1")
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
-        shown = progress.Progress("run", 5, is_main=True)
+        shown = Progress("run", 5, is_main=True)
         shown.start(0)
-        shown.advance(1, "loss 1")
+        shown.advance("loss 1")
         shown.say("said")
         shown.close()
         assert capsys.readouterr() == ("said\n", "")
@@ -545,7 +547,6 @@ class TestOutput:
             return False
 
         run = Run(tmp_path / "run")
-        monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
         settings = Settings(**SMALL | {"sample_every": 1}, steps=50)
         monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: "a line")
         assert train(settings, run, should_stop=close) == INTERRUPTED

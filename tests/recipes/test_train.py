@@ -189,7 +189,7 @@ def _errors(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     return {
-        "unknown attention": (["--attn", "snaa"], ["'snaa'", "'sana'"]),
+        "unknown attention": (["--attn", "snaa"], ["'snaa'", "'sana'", "--import"]),
         "unknown option": (["--set", "gama_init=2"], ["'gama_init'", "'gamma_init'"]),
         "option value": (["--set", "conv=acnett"], ["'acnett'", "'acnet'"]),
         "option form": (["--set", "conv"], ["option=value", "'conv'"]),
@@ -361,7 +361,7 @@ def test_the_average_takes_in_buffers():
         layer.weight += 4
         layer.running_mean += 8
         layer.num_batches_tracked += 5
-    average.update(1)
+    average.move(average.share(1))
     with average.applied():
         assert layer.weight.tolist() == [2, 2] and layer.running_mean.tolist() == [2, 2]
         assert layer.num_batches_tracked == 5

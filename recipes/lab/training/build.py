@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from attnzoo import InvalidValue
 from backbones import DiT, build_backbone
+from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, load_dataset
 from recipes.lab.data.latents import (
@@ -53,18 +55,28 @@ def load_training_data(settings: Settings, vae: Any = None) -> ImageDataset:
 
 
 def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
-    """The backbone that the settings describe, for images or latents of ``dataset``."""
+    """The backbone that the settings describe, for images or latents of ``dataset``.
+
+    Raises:
+        UserError: No mechanism has this name.
+        attnzoo.UsageError: An option cannot be used.
+    """
     is_latent = dataset.latent_factor > 1
     patch_size = settings.patch_size or (2 if is_latent or dataset.resolution <= 16 else 4)
-    return build_backbone(
-        settings.attn,
-        settings.size,
-        settings.protocol,
-        dataset.resolution * dataset.latent_factor,
-        latent_factor=dataset.latent_factor,
-        patch_size=patch_size,
-        in_channels=dataset.channels,
-        num_classes=dataset.num_classes,
-        learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
-        attn_options=settings.attn_options,
-    )
+    try:
+        return build_backbone(
+            settings.attn,
+            settings.size,
+            settings.protocol,
+            dataset.resolution * dataset.latent_factor,
+            latent_factor=dataset.latent_factor,
+            patch_size=patch_size,
+            in_channels=dataset.channels,
+            num_classes=dataset.num_classes,
+            learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
+            attn_options=settings.attn_options,
+        )
+    except InvalidValue as error:
+        if str(error).startswith("unknown attention"):
+            raise UserError(f"{error}; one of your own needs --import FILE|MODULE") from error
+        raise

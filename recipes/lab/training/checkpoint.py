@@ -133,7 +133,6 @@ class Run:
                 files that are not a run's, or cannot be written to.
         """
         self.check_new(overwrite)
-        self.make()
         if self.config_file.exists():
             for name in _MADE:
                 self._discard(self.folder / name)
@@ -251,8 +250,9 @@ class Run:
         """Drops what was logged after ``step``, which a resumed run logs again."""
         entries, held = self.read_log(), _read_lines(self.held_file)
         kept = [entry for entry in [*entries, *held] if entry["step"] <= step]
+        end = self.log_file.read_bytes()[-1:] if self.log_file.exists() else b""
         # A full disk has no room even for the same lines.
-        if kept != entries or not _ends_whole(self.log_file):
+        if kept != entries or end not in (b"", b"\n"):
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
             files.write_text(self.log_file, text)
         self._discard(self.held_file)
@@ -297,7 +297,7 @@ class Run:
                 name: [(temporary / name).stat().st_size, sha256(temporary / name)]
                 for name in sorted([*tensors, *texts])
             }
-            for folder in _folders(temporary):
+            for folder in (path for path in temporary.rglob("*") if path.is_dir()):
                 files.sync(folder)
             files.write_json(temporary / "manifest.json", {"step": step, **state, "files": listed})
             files.sync(temporary)
@@ -376,10 +376,6 @@ class Run:
                     f"readable, or move it away to use the checkpoint before"
                 ) from error
         return None
-
-    def has_checkpoints(self) -> bool:
-        """Whether there is any checkpoint, whole or broken."""
-        return bool(self._checkpoint_folders())
 
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoints' folders, oldest first, whole or broken."""
@@ -496,18 +492,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _ends_whole(file: Path) -> bool:
-    try:
-        return file.read_bytes()[-1:] in (b"", b"\n")
-    except FileNotFoundError:
-        return True
-
-
 def _step(folder: Path) -> int:
     digits = folder.name.removeprefix("step-")
     is_checkpoint = folder.name.startswith("step-") and digits.isdecimal() and digits.isascii()
     return int(digits) if is_checkpoint else -1
-
-
-def _folders(root: Path) -> list[Path]:
-    return [root, *(path for path in root.rglob("*") if path.is_dir())]

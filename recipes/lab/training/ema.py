@@ -31,16 +31,29 @@ class WeightAverage:
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [*self.model.named_parameters(), *self.model.named_buffers()]
 
+    def share(self, step: int) -> float:
+        """How far the average moves towards the weights after ``step``, from 1."""
+        return 1 - (min(self.decay, step / (9 + step)) if self.ramp else self.decay)
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes the weights after ``step``, from 1, into the average."""
-        decay = min(self.decay, step / (9 + step)) if self.ramp else self.decay
+    def move(self, share: float | Tensor) -> None:
+        """Moves the average towards the weights.
+
+        Args:
+            share: Of the way, from ``share``; a tensor on the device of the weights can be
+                another in each replay of a recorded step. 0 leaves the average as it is.
+        """
         pairs = [
             (local(self.shadow[name]), local(tensor.detach())) for name, tensor in self._tensors()
         ]
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         shadows, tensors = ([pair[side] for pair in averaged] for side in (0, 1))
-        torch._foreach_lerp_(shadows, tensors, 1 - decay)  # type: ignore[attr-defined]
+        if isinstance(share, Tensor):  # lerp takes one for each element only
+            differences = torch._foreach_sub(tensors, shadows)  # type: ignore
+            torch._foreach_mul_(differences, share)  # type: ignore
+            torch._foreach_add_(shadows, differences)  # type: ignore
+        else:
+            torch._foreach_lerp_(shadows, tensors, share)  # type: ignore[attr-defined]
         for shadow, tensor in pairs:
             if not shadow.is_floating_point():
                 shadow.copy_(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,8 +60,9 @@ def quartile_sums(losses: Tensor, timesteps: Tensor, last: float) -> Tensor:
     """
     quarter = (timesteps.float() * (4 / last)).long().clamp(0, 3)
     sums = losses.new_zeros(8)
-    sums.index_add_(0, quarter, losses.detach())
-    sums.index_add_(0, quarter + 4, torch.ones_like(losses))
+    # On a GPU index_add_ adds in whatever order.
+    sums.index_put_((quarter,), losses.detach(), accumulate=True)
+    sums.index_put_((quarter + 4,), torch.ones_like(losses), accumulate=True)
     return sums
 
 
@@ -73,9 +75,14 @@ def quartile_entry(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What is compiled runs as it is written, inside the with-statement."""
+    return torch.compiler.set_stance("force_eager")
+
+
 @torch.no_grad()
 def look_inside(
-    model: nn.Module, inputs: Mapping[str, Any], direct: bool = False
+    model: nn.Module, inputs: Mapping[str, Any], is_compiled: bool = False
 ) -> dict[str, Any]:
     """What the mechanisms say about themselves on a few samples.
 
@@ -85,7 +92,7 @@ def look_inside(
     Args:
         model: With ``blocks`` that have an ``attention``.
         inputs: Its keyword arguments; tensors of any batch size.
-        direct: Whether to go round a compiled model, which does not call hooks.
+        is_compiled: Whether there is something compiled, which does not call hooks.
 
     Returns:
         Their answers, by block number; empty if no mechanism has anything to say.
@@ -113,7 +120,8 @@ def look_inside(
             name: value[:_DIAGNOSED_SAMPLES] if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        (model.forward if direct else model)(**few)
+        with uncompiled() if is_compiled else contextlib.nullcontext():
+            model(**few)
     finally:
         model.train(was_training)
         for handle in handles:

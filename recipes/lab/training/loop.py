@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, UserError
+from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserError
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.guard import SpikeWatch
-from recipes.lab.training.progress import Progress
 from recipes.lab.training.status import Status, memory_mb
 from recipes.lab.training.trainer import NotFinite, Trainer
 
@@ -58,6 +57,9 @@ class Loop:
         self.progress.start(trainer.step)
         try:
             with _on_signals(lambda number, _: received.append(number)):
+                trainer.record()
+                if trainer.why_eager:
+                    say(f"steps are launched eagerly: {trainer.why_eager}")
                 status, state, reason = self._steps(received)
         except BaseException as error:
             self._note("failed", f"{type(error).__name__}: {error}")
@@ -79,14 +81,18 @@ class Loop:
     def _steps(self, received: list[int]) -> tuple[int, str, str]:
         trainer, settings, run = self.trainer, self.trainer.settings, self.run
         self._note("running", "")
+        stopping = False
         while trainer.step < settings.steps:
             started = time.perf_counter()
             wants_stop = bool(received) or self.progress.is_deserted
-            self.entry, stopping = trainer.train_step(wants_stop)
+            ahead = not (stopping or self._is_looked_at(trainer.step + 1))
+            self.entry, is_told = trainer.train_step(wants_stop, ahead)
             self._record(time.perf_counter() - started)
             if trainer.skipped_in_a_row >= settings.skip_limit:
                 return self._failed(f"not finite {trainer.skipped_in_a_row} times in a row, last")
-            stopping = self.should_stop(trainer.step) or stopping
+            stopping = self.should_stop(trainer.step) or is_told or stopping
+            if trainer.is_ahead:  # the step that the device has begun comes first
+                continue
             is_last = trainer.step == settings.steps
             if is_last and self._has_diverged():
                 times = "not finite in any step" if trainer.skipped == trainer.step else (
@@ -109,6 +115,12 @@ class Loop:
             f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0"
         )
         return DONE, "done", reason
+
+    def _is_looked_at(self, step: int) -> bool:
+        """Whether the state after ``step`` is saved, drawn or diagnosed."""
+        settings = self.trainer.settings
+        every = (settings.checkpoint_every, settings.sample_every, settings.diagnose_every)
+        return step >= settings.steps or any(step % number == 0 for number in every)
 
     def _has_diverged(self) -> bool:
         trainer = self.trainer
@@ -177,7 +189,7 @@ class Loop:
         self.status.update(step, seconds, entry, self.saved)
         rate = (self.status.rate or 0.0) * self.trainer.settings.batch_size
         loss = "skipped" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        self.progress.advance(step, f"loss {loss}, {rate:.0f} img/s, {memory_mb():.0f} MB")
+        self.progress.advance(f"loss {loss}, {rate:.0f} img/s, {memory_mb():.0f} MB")
 
     def _save(self, must: bool) -> None:
         trainer = self.trainer

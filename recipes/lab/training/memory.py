@@ -6,6 +6,7 @@ to a micro-step. Weights, gradients, Adam's state and the average are counted ex
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import attnzoo
 from recipes.lab.console import UserError
 from recipes.lab.training.ema import local
+from recipes.lab.training.guard import uncompiled
 from recipes.lab.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,11 +77,12 @@ def _saved_bytes(trainer: Trainer, count: int) -> int:
     modes = [module for module in model.modules() if module.training]
     model.eval()  # batch norm would note the statistics of these images
     try:
-        with trainer.accelerator.autocast(), saved_tensors_hooks(note, lambda tensor: tensor):
-            # Not by calling the model, which may be compiled for other sizes; unless shards have
-            # to be gathered, which only a call does.
-            run = model if trainer.is_sharded else model.forward
-            run(images, timestep=zeros, class_labels=zeros)
+        with contextlib.ExitStack() as stack:
+            if trainer.settings.compile:  # for other sizes
+                stack.enter_context(uncompiled())
+            stack.enter_context(trainer.accelerator.autocast())
+            stack.enter_context(saved_tensors_hooks(note, lambda tensor: tensor))
+            model(images, timestep=zeros, class_labels=zeros)
     finally:
         attnzoo.auxiliary_loss(model)  # clears them, and with them what they keep alive
         for module in modes:

@@ -20,18 +20,17 @@ import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from attnzoo.ops.power_map import build
-from recipes.lab.console import DONE, UserError
+from recipes.lab.console import DONE, Progress, UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
 from recipes.lab.distributed import on_main
-from recipes.lab.files import refuse_links
+from recipes.lab.files import check_unlocked, refuse_links
 from recipes.lab.imports import import_remembered, origins
 from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
 from recipes.lab.training.loop import Loop
 from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
-from recipes.lab.training.progress import Progress
 from recipes.lab.training.settings import Settings, resumed_settings
-from recipes.lab.training.status import check_unclaimed, claimed
+from recipes.lab.training.status import claimed
 from recipes.lab.training.trainer import Trainer
 
 _OF_DATA = ("data", "level", "class_count", "class_seed", "vae", "resolution")
@@ -73,7 +72,10 @@ def train(
     """
     _check_trackers(trackers)
     if resume:
-        import_remembered(run.folder, run.config().get("imports", {}), imports)
+        config = run.config()
+        import_remembered(run.folder, config.get("imports", {}), imports)
+        if settings.cuda_graph == "auto" and "cuda_graph" not in config["settings"]:
+            settings = dataclasses.replace(settings, cuda_graph="off")
     trainer = Trainer(settings, trackers, run.folder)
     accelerator = trainer.accelerator
     progress = Progress(str(run.folder), settings.steps, accelerator.is_main_process)
@@ -143,13 +145,13 @@ def _look(
     warn: Callable[[str], None],
 ) -> _Plan:
     run.check_links()
-    check_unclaimed(run)
+    check_unlocked(run.lock_file)
     files = _files(run)
     if not resume:
         run.check_new(overwrite)
         return _Plan(0, None, _describe(trainer), [], files)
     found = run.newest_checkpoint(warn=warn)
-    if found is None and run.has_checkpoints():
+    if found is None and run.checkpoint_names():
         raise UserError(f"{run.folder} holds no whole checkpoint; start again with --overwrite")
     step, folder = found or (0, None)
     run.read_log()  # a damaged one is named before anything changes

@@ -164,7 +164,13 @@ class Settings:
         "of the matrix products, fp32 or bf16; the paper trains DiG in fp32",
     )
     gradient_checkpointing: bool = _setting(False, _SWITCH, "less memory, more time")
-    compile: bool = _setting(False, _SWITCH, "compile the model")
+    compile: bool = _setting(False, _SWITCH, "compile the model's blocks")
+    # A run from before this setting goes on as it began: "off".
+    cuda_graph: str = _setting(
+        "auto",
+        _choice(("auto", "on", "off")),
+        "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
+    )
     sharded: bool = _setting(
         False, _SWITCH, "FSDP2 instead of DDP; equal to DDP on two H100s over NCCL"
     )
@@ -212,29 +218,6 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 _NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
-def saved_settings(saved: Mapping[str, Any], where: str) -> Settings:
-    """The settings that a run's config.json holds; those it lacks take their defaults.
-
-    Args:
-        saved: Its "settings".
-        where: The file, for messages.
-
-    Raises:
-        UserError: A setting is unknown, or its value cannot be; the message names the file.
-    """
-    for name in saved:
-        if name not in _NAMES:
-            raise UserError(
-                f"{where} has a setting {name!r} that this version does not know"
-                f"{nearest(name, _NAMES)} It decides what is computed, so the run is not "
-                f"continued without it"
-            )
-    try:
-        return Settings(**saved)
-    except UserError as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-
-
 def resumed_settings(
     saved: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -244,7 +227,7 @@ def resumed_settings(
     """The settings of a run that is continued.
 
     Args:
-        saved: The settings it was started with.
+        saved: The settings it was started with; those it lacks take their defaults.
         given: What the caller asks for now, by name.
         allowed: Names that may differ.
         where: The file that held ``saved``, for messages.
@@ -253,13 +236,25 @@ def resumed_settings(
         The settings to go on with, and a line for each change.
 
     Raises:
-        UserError: A setting differs that is not allowed to, or a name does not exist.
+        UserError: A setting differs that is not allowed to, a name does not exist, or a value
+            saved cannot be; then the message names the file.
     """
-    saved, given = canonical_settings(saved), canonical_settings(given)
+    saved = {"cuda_graph": "off", **canonical_settings(saved)}
+    given = canonical_settings(given)
     for name in allowed:
         if name not in _NAMES:
             raise UserError(f"--allow-change {name!r} is not a setting{nearest(name, _NAMES)}")
-    before = saved_settings(saved, where)
+    for name in saved:
+        if name not in _NAMES:
+            raise UserError(
+                f"{where} has a setting {name!r} that this version does not know"
+                f"{nearest(name, _NAMES)} It decides what is computed, so the run is not "
+                f"continued without it"
+            )
+    try:
+        before = Settings(**saved)
+    except UserError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
     changes = {
         name: (getattr(before, name), value)
         for name, value in given.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import platform
 import resource
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from recipes.lab.console import UserError, printable
-from recipes.lab.files import CannotWrite, locked, read_json, write_json
+from recipes.lab.files import CannotWrite, check_unlocked, locked, read_json, write_json
 from recipes.lab.training.checkpoint import Run
 
 _SECONDS_BETWEEN_WRITES = 2.0
@@ -35,37 +34,6 @@ def claimed(run: Run) -> Iterator[None]:
     run.make()
     with locked(run.lock_file, warn=lambda line: print(line, file=sys.stderr)):
         yield
-
-
-def is_claimed(run: Run) -> bool:
-    """Whether a process trains into the folder now; unlike ``claimed`` it leaves no trace."""
-    try:
-        descriptor = os.open(run.lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def check_unclaimed(run: Run) -> None:
-    """Leaves everything as it is, unlike a ``claimed`` that fails late.
-
-    Raises:
-        UserError: Another process holds the folder.
-    """
-    if is_claimed(run):
-        holder = run.lock_file.read_bytes()[:200].decode(errors="replace").strip()
-        raise UserError(
-            f"{run.folder} is being written to by {holder or 'another process'}; wait for it, "
-            f"stop it, or choose another --out"
-        )
 
 
 class Status:
@@ -133,8 +101,10 @@ def describe(run: Run) -> str:
 
 def _describe(run: Run, status: dict[str, Any]) -> str:
     state = status["state"]
-    if state == "running" and not is_claimed(run):
-        state = "crashed (it says running, but no process holds it)"
+    if state == "running":
+        with contextlib.suppress(UserError):
+            check_unlocked(run.lock_file)
+            state = "crashed (it says running, but no process holds it)"
     lines = [
         f"{run.folder}: {state}" + (f", {status['reason']}" if status["reason"] else ""),
         f"  step {status['step']} of {status['steps']}, newest checkpoint {status['checkpoint']}",

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import attnzoo
-from backbones import DiT
+from backbones.recorded import compile_blocks, why_not_recorded
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
+from recipes.lab.diffusion.schedule import forward_process
 from recipes.lab.distributed import (
+    average_gradients,
     gathered,
     make_accelerator,
     on_main,
@@ -37,6 +38,7 @@ from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
+from recipes.lab.training.recorded import Numbers, RecordedStep
 from recipes.lab.training.settings import Settings
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -60,12 +62,8 @@ class Trainer:
         self, settings: Settings, trackers: Sequence[str] = (), folder: Path | None = None
     ) -> None:
         self.settings = settings
-        ddp = DistributedDataParallelKwargs()
         self.accelerator = make_accelerator(
-            settings.precision,
-            log_with=list(trackers) or None,
-            project_dir=folder,
-            kwargs_handlers=[ddp],
+            settings.precision, log_with=list(trackers) or None, project_dir=folder
         )
         self._check_division()
         self.dataset, self.vae = self._load_data()
@@ -75,20 +73,19 @@ class Trainer:
             torch.set_float32_matmul_precision("high")  # TF32, as DiT
         torch.manual_seed(settings.seed)
         self.model = build_model(settings, self.dataset).to(self.accelerator.device).train()
-        share_batch_statistics(self.model)
         if self.accelerator.num_processes > 1:
-            # Searching the graph for them at every step costs time, not searching an error.
-            ddp.find_unused_parameters = self._leaves_parameters_unused()
+            share_batch_statistics(self.model)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         if settings.compile:
-            self.model.compile()
+            # Statistics of a batch that all processes share are a break in the graph.
+            compile_blocks(self.model, fullgraph=self.accelerator.num_processes == 1)
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
-        self.wrapped: nn.Module = self.model
         if self.is_sharded:
             shard(self.model, self.accelerator)
         else:
-            self.wrapped = self.accelerator.prepare_model(self.model)
+            # Without DDP: average_gradients asks for no particular graph, and can be recorded.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -107,6 +104,15 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self._names: list[str] = []  # of a step's numbers, those that depend on the model
+        self._inputs: dict[str, Tensor] = {}  # of its last micro-step
+        self._queued: deque[tuple[float, Numbers]] = deque()
+        self.recorded: RecordedStep | None = None
+        self.why_eager = "" if settings.cuda_graph == "off" else self._why_not_recorded()
+        if settings.cuda_graph != "off" and self.why_eager is None:
+            self.decide_on_device()
+        elif settings.cuda_graph == "on":
+            raise self._not_possible()
 
     def _load_data(self) -> tuple[ImageDataset, Any]:
         settings, device = self.settings, self.accelerator.device
@@ -119,18 +125,6 @@ class Trainer:
         vae = load_vae(settings.vae, device)
         return load_training_data(settings, vae), vae
 
-    def _leaves_parameters_unused(self) -> bool:
-        """Whether options of the mechanism leave a parameter without a gradient."""
-        side, device = self.dataset.resolution, self.accelerator.device
-        image = torch.zeros(1, self.dataset.channels, side, side, device=device)
-        self.model.eval()  # batch norm would note the statistics of this image
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        self.model(image, timestep=zero, class_labels=zero).sample.sum().backward()
-        unused = [parameter for parameter in self.model.parameters() if parameter.grad is None]
-        self.model.zero_grad()
-        self.model.train()
-        return bool(unused)
-
     def _check_division(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
         if settings.batch_size % (settings.accumulate * processes):
@@ -140,118 +134,188 @@ class Trainer:
                 f"{settings.accumulate * processes}"
             )
 
-    @contextlib.contextmanager
-    def averaged_model(self) -> Iterator[DiT]:
-        """The model with its averaged weights, inside the with-statement."""
-        with self.average.applied():
-            yield self.model
+    def _not_possible(self) -> UserError:
+        return UserError(f"--cuda-graph on is not possible: {self.why_eager}; use auto or off")
 
-    def train_step(self, wants_stop: bool = False) -> tuple[dict[str, Any], bool]:
+    def _why_not_recorded(self) -> str | None:
+        if self.is_sharded:
+            return "--sharded gathers weights by calls of the host"
+        return why_not_recorded(self.model)
+
+    def decide_on_device(self) -> None:
+        """Lets steps be taken by a ``RecordedStep``: the optimizer is replaced by its kind."""
+        group = self.optimizer.param_groups[0]
+        options = {name: group[name] for name in ("betas", "weight_decay")}
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), fused=True, capturable=True, **options
+        )
+        schedule = forward_process(self.diffusion.num_train_timesteps)
+        self.recorded = RecordedStep(
+            self.model, self.optimizer, self.average, self._gradients, [schedule]
+        )
+
+    def record(self) -> None:
+        """Records the step where that is possible; otherwise ``why_eager`` says why not.
+
+        Raises:
+            UserError: It is not, and has been asked for.
+        """
+        if self.recorded is None or self.recorded.is_tried:
+            return
+        # Not by the thread, which would go on to the next batch, perhaps on the GPU.
+        reason = self.recorded.record(self.batches.at(self.step))
+        if reason is not None:
+            self.why_eager = f"the step of {self.settings.attn!r} cannot be recorded ({reason})"
+            if self.settings.cuda_graph == "on":
+                raise self._not_possible()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the device has been given a step after ``step`` already."""
+        return bool(self._queued)
+
+    def train_step(
+        self, wants_stop: bool = False, ahead: bool = False
+    ) -> tuple[dict[str, Any], bool]:
         """Takes one optimizer step, or skips it where loss or gradient are not finite.
 
         Args:
             wants_stop: Whether this process has been told to stop.
+            ahead: Whether the state after this step is of no interest, so that a recorded one may
+                be queued behind it before its numbers are there.
 
         Returns:
             What there is to log about it, the same in every process, and whether any process
             wants to stop.
         """
+        self.record()
+        while len(self._queued) < (2 if ahead and self.recorded else 1):
+            self._queued.append(self._launched(wants_stop))
+        return self._finished(*self._queued.popleft())
+
+    def _launched(self, wants_stop: bool) -> tuple[float, Numbers]:
+        """Begins a step; the rate of learning, and what waits for its numbers."""
         settings, device = self.settings, self.accelerator.device
-        share = [
-            tensor.to(device, non_blocking=device.type == "cuda").chunk(settings.accumulate)
-            for tensor in self._batch()
-        ]
+        index = self.step + len(self._queued)
+        batch = self._batch()
         rate = settings.learning_rate
         if settings.decay == "linear":
-            rate *= 1 - self.step / settings.steps
+            rate *= 1 - index / settings.steps
+        if self.recorded is not None:
+            self._seed(index, 0)
+            share = self.average.share(index + 1)
+            return rate, self.recorded(batch, rate=rate, share=share, wants_stop=wants_stop)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        buffers = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+        before = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        told = torch.zeros((), device=device).fill_(wants_stop)
+        # The only wait for the GPU in a step: all of its numbers in one copy.
+        numbers = self._gradients(batch, told).tolist()
+        if _are_finite(numbers):
+            self.optimizer.step()
+            self.average.move(self.average.share(index + 1))
+        else:
+            for tensor, old in before:  # batch-norm statistics have already seen the batch
+                tensor.copy_(old)
+        return rate, lambda: numbers
+
+    def _finished(self, rate: float, numbers: Numbers) -> tuple[dict[str, Any], bool]:
+        """Waits for a step; what ``train_step`` returns."""
+        *values, stop, norm = numbers()
+        self.step += 1
+        named = dict(zip(self._names, values, strict=False))
+        if not _are_finite([*values, norm]):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            reason = f"loss {named['loss']}, gradient norm {norm}"
+            skip = {"step": self.step, "loss": None, "skipped": reason}
+            return {**skip, "skipped_in_all": self.skipped}, stop > 0
+        self.skipped_in_a_row = 0
+        entry = {"step": self.step, **named, "gradient_norm": norm}
+        entry |= {"learning_rate": rate, **quartile_entry(values[len(self._names) :])}
+        if self.skipped:
+            entry["skipped_in_all"] = self.skipped
+        if self.step % self.settings.diagnose_every == 0:
+            said = look_inside(self.model, self._inputs, is_compiled=self.settings.compile)
+            if self.is_sharded:
+                self.model.reshard()  # type: ignore[operator]
+            if said:
+                entry["blocks"] = said
+        return entry, stop > 0
+
+    def _gradients(self, batch: Sequence[Tensor], wants_stop: Tensor) -> Tensor:
+        """Leaves the gradients of a step, averaged and clipped; asks the device for no value.
+
+        Args:
+            batch: This process' share, on the device.
+            wants_stop: Whether to stop, 0 or 1.
+
+        Returns:
+            (n,): the means of ``_names``, the loss first; its eight sums and counts by time; how
+            many processes want to stop; the norm of the gradient.
+        """
+        settings, processes = self.settings, self.accelerator.num_processes
+        share = [tensor.chunk(settings.accumulate) for tensor in batch]
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
-        others = torch.zeros(9, device=device)  # loss by time, and the wish to stop
-        others[8].fill_(wants_stop)
-        inputs: dict[str, Tensor] = {}
+        by_time = torch.zeros(8, device=wants_stop.device)
+        self._inputs = {}
+
+        def model(**arguments: Any) -> Any:
+            self._inputs.update(arguments)
+            return self.model(**arguments)
+
         for index, (images, labels, timesteps, noise) in enumerate(zip(*share, strict=True)):
-            # For noise inside a mechanism; all else comes from the step's own generator.
-            key = (settings.seed, self.step, self.accelerator.process_index, index)
-            torch.manual_seed(generator_for(*key).initial_seed())
-
-            def model(**arguments: Any) -> Any:
-                inputs.update(arguments)
-                return self.wrapped(**arguments)
-
-            with self._synchronizing(index == settings.accumulate - 1):
-                with self.accelerator.autocast():
-                    losses = self.diffusion.training_losses(
-                        model,  # type: ignore[arg-type]
-                        images,
-                        labels,
-                        timesteps=timesteps,
-                        noise=noise,
-                    )
-                parts = {name: value.mean() for name, value in losses.items()}
-                auxiliary = attnzoo.auxiliary_loss(self.model)
-                if auxiliary is not None:
-                    parts["auxiliary"] = auxiliary
-                total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
-                (total / settings.accumulate).backward()
+            if self.recorded is None:
+                self._seed(self.step, index)
+            if self.is_sharded:
+                is_last = index == settings.accumulate - 1
+                self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+            with self.accelerator.autocast():
+                losses = self.diffusion.training_losses(
+                    model,  # type: ignore[arg-type]
+                    images,
+                    labels,
+                    timesteps=timesteps,
+                    noise=noise,
+                )
+            parts = {name: value.mean() for name, value in losses.items()}
+            auxiliary = attnzoo.auxiliary_loss(self.model)
+            if auxiliary is not None:
+                parts["auxiliary"] = auxiliary
+            total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
+            (total / settings.accumulate).backward()
             for name, value in parts.items():
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
-            others[:8] += quartile_sums(losses["mse"], timesteps, self._last_time())
+            by_time += quartile_sums(losses["mse"], timesteps, self._last_time())
+        if not self.is_sharded:
+            average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), settings.gradient_clip or math.inf
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        self._names = [*means]
         # One reduction for everything: every process sees the same numbers and decides alike.
-        values = torch.stack([*means.values()]) / self.accelerator.num_processes
-        reduced: Any = self.accelerator.reduce(torch.cat([values, others]), "sum")
-        # The only wait for the GPU in a step: all of its numbers in one copy.
-        *numbers, gradient_norm = torch.cat([reduced, norm.reshape(1).float()]).tolist()
-        entry = dict(zip(means, numbers, strict=False))
-        stopping = numbers[-1] > 0
-        self.step += 1
-        if not (math.isfinite(entry["loss"]) and math.isfinite(gradient_norm)):
-            for tensor, before in buffers:
-                tensor.copy_(before)  # batch-norm statistics have already seen the batch
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            reason = f"loss {entry['loss']}, gradient norm {gradient_norm}"
-            skip = {"step": self.step, "loss": None, "skipped": reason}
-            return {**skip, "skipped_in_all": self.skipped}, stopping
-        self.optimizer.step()
-        self.average.update(self.step)
-        self.skipped_in_a_row = 0
-        entry = {"step": self.step, **entry, "gradient_norm": gradient_norm}
-        entry |= {"learning_rate": rate, **quartile_entry(numbers[-9:-1])}
-        if self.skipped:
-            entry["skipped_in_all"] = self.skipped
-        if self.step % settings.diagnose_every == 0:
-            said = look_inside(self.model, inputs, direct=settings.compile)
-            if self.is_sharded:
-                self.model.reshard()  # type: ignore[operator]
-            if said:
-                entry["blocks"] = said
-        return entry, stopping
+        values = torch.stack([*means.values()]) / processes
+        reduced: Any = self.accelerator.reduce(
+            torch.cat([values, by_time, wants_stop.reshape(1)]), "sum"
+        )
+        return torch.cat([reduced, norm.reshape(1).float()])
+
+    def _seed(self, step: int, micro_step: int) -> None:
+        """For noise inside a mechanism; all else comes from the step's own generator."""
+        key = (self.settings.seed, step, self.accelerator.process_index, micro_step)
+        torch.manual_seed(generator_for(*key).initial_seed())
 
     def _last_time(self) -> float:
         is_flow = self.diffusion.prediction == "flow"
         return 1.0 if is_flow else float(self.diffusion.num_train_timesteps)
 
-    @contextlib.contextmanager
-    def _synchronizing(self, is_last: bool) -> Iterator[None]:
-        """Gradients are averaged over processes after the last micro-step only."""
-        if self.is_sharded:
-            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-            yield
-        else:
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                yield
-
     def _batch(self) -> Batch:
-        return self.batches.take(self.step)
+        return self.batches.take(self.step + len(self._queued))
 
     def save(self, run: Run, evict: bool = True) -> str | None:
         """Writes a checkpoint.
@@ -318,25 +382,28 @@ class Trainer:
         _fill(dict(self.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
         _fill(self.average.shadow, folder / "ema" / _WEIGHTS_FILE)
         parameters = dict(self.model.named_parameters())
-        kinds: dict[str, set[str]] = {}
+        states: dict[str, dict[str, Tensor]] = {}
         for key, tensor in _read(folder / "optimizer.safetensors").items():
             name, _, kind = key.rpartition("/")
-            if name not in parameters or not _is_moment(kind, tensor, parameters[name], step):
-                raise UserError(
-                    f"{folder} is of another model, or damaged: its optimizer has {key!r} of "
-                    f"shape {list(tensor.shape)}, {tensor.dtype}"
+            states.setdefault(name, {})[kind] = tensor
+        for name, state in states.items():
+            parameter = parameters.get(name)
+            if parameter is None or not _is_state(state, parameter, step):
+                found = ", ".join(
+                    f"{kind} {list(tensor.shape)} {tensor.dtype}" for kind, tensor in state.items()
                 )
-            kinds.setdefault(name, set()).add(kind)
-            # The count of steps stays where the optimizer made it, on the CPU.
-            like = parameters[name] if kind in _MOMENTS else torch.empty(())
-            # A copy: what the file still backs would go with it.
-            self.optimizer.state[parameters[name]][kind] = placed_like(tensor, like).clone()
-        for name, found in kinds.items():
-            if found != {"step", *_MOMENTS}:
                 raise UserError(
-                    f"{folder} is of another model, or damaged: its optimizer has only "
-                    f"{', '.join(sorted(found))} of {name!r}"
+                    f"{folder} is of another model, or damaged: its optimizer has {found} of "
+                    f"{name!r}"
                 )
+            self.optimizer.state[parameter] = {
+                # The count of steps stays where the optimizer made it: on the CPU, unless it is
+                # recorded. A copy: what the file still backs would go with it.
+                kind: placed_like(
+                    tensor, parameter if kind in _MOMENTS or self.recorded else torch.empty(())
+                ).clone()
+                for kind, tensor in state.items()
+            }
         manifest = read_manifest(folder)
         self.skipped = manifest.get("skipped", 0)
         self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
@@ -360,9 +427,9 @@ class Trainer:
             return None
         classes = min(10, self.dataset.num_classes)
         labels = torch.arange(classes).repeat(2)
-        with self.averaged_model() as averaged:
+        with self.average.applied():
             images = sample(
-                averaged,
+                self.model,
                 self.diffusion,
                 labels=labels,
                 indices=torch.arange(len(labels)),
@@ -373,7 +440,7 @@ class Trainer:
                 device=self.accelerator.device,
             )
             if self.is_sharded:
-                averaged.reshard()  # type: ignore[operator]
+                self.model.reshard()  # type: ignore[operator]
         said = None
         if self.accelerator.is_main_process:
             said = self._find_vae()
@@ -397,6 +464,11 @@ class Trainer:
         return None
 
 
+def _are_finite(numbers: Sequence[float]) -> bool:
+    """Whether a step counts: by its loss, the first of its numbers, and its norm, the last."""
+    return math.isfinite(numbers[0]) and math.isfinite(numbers[-1])
+
+
 class NotFinite(Exception):
     """The state of a run holds a NaN or an infinity; the message names where."""
 
@@ -409,13 +481,19 @@ def _not_finite(parts: dict[str, dict[str, Tensor]]) -> str | None:
     return None
 
 
-def _is_moment(kind: str, tensor: Tensor, parameter: Tensor, step: int) -> bool:
-    """Whether a tensor can be the part ``kind`` of AdamW's state of a parameter."""
-    if kind == "step":
-        count = float(tensor) if tensor.ndim == 0 else -1.0
-        return count.is_integer() and 0 <= count <= step
-    same = tensor.shape == parameter.shape and tensor.dtype == parameter.dtype
-    return kind in _MOMENTS and same
+def _is_state(state: dict[str, Tensor], parameter: Tensor, step: int) -> bool:
+    """Whether tensors can be AdamW's state of a parameter after ``step``."""
+    if state.keys() != {"step", *_MOMENTS}:
+        return False
+    count = float(state["step"]) if state["step"].ndim == 0 else -1.0
+    return (
+        count.is_integer()
+        and 0 <= count <= step
+        and all(
+            state[kind].shape == parameter.shape and state[kind].dtype == parameter.dtype
+            for kind in _MOMENTS
+        )
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
