@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 import attnzoo
+from attnzoo.contract import check_option
+from attnzoo.errors import UsageError
 from backbones import DiT
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
@@ -103,44 +103,25 @@ def _model_config(file: Path, content: bytes) -> dict[str, Any]:
         raise UserError(f"{file} is damaged: it is no object")
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     known = typing.get_type_hints(DiT.__init__)
-    for name in options:
-        if name not in known or name not in inspect.signature(DiT.__init__).parameters:
+    del known["return"]
+    for name, value in options.items():
+        if name not in known:
             raise UserError(
                 f"{file} has the option {name!r}, which this version of the model does not know"
             )
-        if not _is_of(options[name], known[name]):
-            raise UserError(f"{file}: {name!r} is {options[name]!r}, which is of the wrong type")
+        try:
+            check_option(name, value, known[name])
+        except UsageError as error:
+            raise UserError(
+                f"{file}: {name!r} is {value!r}, which is of the wrong type"
+            ) from error
     return options
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    kinds = [typing.get_origin(part) or part for part in typing.get_args(hint)]
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = kinds if is_union else [typing.get_origin(hint) or hint]
-    if float in kinds:
-        kinds.append(int)
-    return any(
-        isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        for kind in kinds
-        if isinstance(kind, type)
-    )
-
-
-def build(
-    run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str] = ()
+def _build(
+    run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str]
 ) -> DiT:
-    """The model of a checkpoint that was read, in eval mode on the CPU.
-
-    Args:
-        run: Where it comes from.
-        config: See ``Run.config``.
-        checkpoint: See ``read_checkpoint``.
-        imports: What the caller has imported already.
-
-    Raises:
-        UserError: Its mechanism is missing; the message says what to pass. Or the weights do not
-            fit.
-    """
+    """The model of a checkpoint that was read, in eval mode on the CPU."""
     import_remembered(run.folder, config.get("imports", {}), imports)
     attn = checkpoint.config.get("attn", config["settings"]["attn"])
     if attn not in attnzoo.list_attention():
@@ -158,12 +139,11 @@ def build(
             f"the model in {run.folder} has {has[0]} channels and {has[1]} classes, its "
             f"configuration says {wants[0]} and {wants[1]}: they are of different runs"
         )
-    own = model.state_dict()
-    missing, unexpected = own.keys() - checkpoint.tensors, checkpoint.tensors.keys() - own
-    unfit = [name for name in own.keys() & checkpoint.tensors.keys()
-             if own[name].shape != checkpoint.tensors[name].shape]  # fmt: skip
-    differing = sorted({*missing, *unexpected, *unfit})
-    if differing:
+    shapes, stored = (
+        {name: tensor.shape for name, tensor in tensors.items()}
+        for tensors in (model.state_dict(), checkpoint.tensors)
+    )
+    if differing := sorted({name for name, _ in shapes.items() ^ stored.items()}):
         raise UserError(
             f"the weights of step {checkpoint.step} in {run.folder} do not fit their config: "
             f"{len(differing)} tensors are missing, unexpected or of another shape, "
@@ -171,24 +151,6 @@ def build(
         )
     model.load_state_dict(checkpoint.tensors)
     return model.eval().requires_grad_(False)
-
-
-def load_run(
-    run: Run, weights: str = "ema", imports: Sequence[str] = ()
-) -> tuple[DiT, dict[str, Any]]:
-    """The model of a run's newest whole checkpoint, and the run's configuration.
-
-    Args:
-        run: A trained run.
-        weights: "ema" or "model".
-        imports: What the caller has imported already.
-
-    Raises:
-        UserError: There is no whole checkpoint, its files are not what they should be, or its
-            mechanism is missing.
-    """
-    config = run.config()
-    return build(run, config, read_checkpoint(run, weights), imports), config
 
 
 class RunSampler:
@@ -234,14 +196,19 @@ class RunSampler:
             raise UserError(
                 f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
             )
-        model: Any = build(run, config, checkpoint, imports)
+        model: Any = _build(run, config, checkpoint, imports)
         self.model: DiT = model.to(self.device)
         self.checkpoint = checkpoint._replace(tensors={})
-        self.vae = open_run_vae(run, config, vae, self.device)
         channels, side = self.data["channels"], self.data["resolution"]
-        if self.vae is not None:
+        self.vae: Any = None
+        if facts := self.data.get("latent"):
+            # Runs of before the place was noted still have it among their settings.
+            remembered = facts.get("place") or config["settings"].get("vae") or ""
+            self.vae = open_vae({**facts, "place": remembered}, vae, self.device)
             channels = int(self.vae.config["out_channels"])
-            side *= self.data["latent"]["factor"]
+            side *= facts["factor"]
+        elif vae is not None:
+            raise UserError(f"{run.folder} was trained on pixels: drop --vae")
         self.image_shape = (channels, side, side)
 
     def check(self, labels: Tensor | None = None, **options: Any) -> None:
@@ -298,54 +265,6 @@ class RunSampler:
         parts = [decode(self.vae, part).cpu() for part in drawn.split(_DECODED_AT_ONCE)]
         # No images: split gives one empty part, which no VAE takes.
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
-
-
-def open_run_vae(
-    run: Run,
-    config: Mapping[str, Any],
-    vae: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Any:
-    """The VAE that decodes a run's latents, or None where its model makes pixels.
-
-    Args:
-        run: A trained run.
-        config: See ``Run.config``.
-        vae: Folder or hub id; None takes the one the run remembers.
-        device: Where to put it.
-
-    Raises:
-        UserError: It is missing or another than the run was trained with, or the run has none.
-    """
-    facts = config["data"].get("latent")
-    if facts is None:
-        if vae is not None:
-            raise UserError(f"{run.folder} was trained on pixels: drop --vae")
-        return None
-    # Runs of before the place was noted still have it among their settings.
-    remembered = facts.get("place") or config["settings"].get("vae") or ""
-    return open_vae({**facts, "place": remembered}, vae, device)
-
-
-def sample_run(
-    run: Run,
-    *,
-    labels: Tensor,
-    weights: str = "ema",
-    vae: str | None = None,
-    imports: Sequence[str] = (),
-    **options: Any,
-) -> Tensor:
-    """Draws one image per label from a run; ``options`` are those of ``RunSampler``'s call.
-
-    Returns:
-        (n, c, h, w), nominally in [-1, 1].
-
-    Raises:
-        UserError: The run has no checkpoint, its mechanism or VAE is missing, or an argument is
-            out of range.
-    """
-    return RunSampler(run, weights, vae=vae, imports=imports)(labels, **options)
 
 
 class NotFinite(UserError):
