@@ -121,7 +121,7 @@ class TestRuns:
 
     def test_no_run_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
-        monkeypatch.setattr(execution, "_Process", None)
+        monkeypatch.setattr(execution.subprocess, "Popen", None)
         assert compare_module.main([*arguments, "--time-budget", "0"]) == 1
 
     def test_a_run_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):

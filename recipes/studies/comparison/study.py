@@ -126,19 +126,15 @@ def _run_missing(planned: Mapping[Path, PlannedRun], out: Path, limits: Limits) 
     def may_start() -> bool:
         return time.monotonic() - started < limit
 
-    if limits.cluster is None:
-        execution.run_locally(
-            list(planned), limits.jobs, may_start, report, minutes=limits.run_minutes
-        )
-        return
-    parameters = {
-        "timeout_min": math.ceil(limits.run_minutes),
-        "cpus_per_task": max(1, (os.cpu_count() or 1) // limits.jobs),
-        "gpus_per_node": 1 if torch.cuda.is_available() else 0,
-    }
-    execution.run_by_submitit(
-        list(planned), limits.jobs, may_start, report, limits.cluster, out / "submitit", parameters
-    )
+    run = execution.locally(limits.jobs, limits.run_minutes)
+    if limits.cluster:
+        parameters = {
+            "timeout_min": math.ceil(limits.run_minutes),
+            "cpus_per_task": max(1, (os.cpu_count() or 1) // limits.jobs),
+            "gpus_per_node": 1 if torch.cuda.is_available() else 0,
+        }
+        run = execution.by_submitit(limits.cluster, out / "submitit", parameters)
+    execution.run_all(list(planned), limits.jobs, may_start, report, run)
 
 
 def say(line: str, file: TextIO | None = None) -> None:
