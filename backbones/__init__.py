@@ -2,5 +2,21 @@
 
 from backbones.dit import DiT
 from backbones.presets import build_backbone, list_presets
+from backbones.recorded import (
+    RecordedForward,
+    compile_blocks,
+    record,
+    refuse_waits,
+    why_not_recorded,
+)
 
-__all__ = ["DiT", "build_backbone", "list_presets"]
+__all__ = [
+    "DiT",
+    "RecordedForward",
+    "build_backbone",
+    "compile_blocks",
+    "list_presets",
+    "record",
+    "refuse_waits",
+    "why_not_recorded",
+]

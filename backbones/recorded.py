@@ -1,0 +1,237 @@
+"""A DiT as one launch: forwards recorded as CUDA graphs, and blocks compiled one by one.
+
+Eagerly a small model is bound by its launches: DiT-S of 256 tokens takes 17 ms a forward, of which
+the device works 2. A recorded forward is replayed by one launch; compiled blocks join the passes
+of normalization, modulation, activation and gate. They compose: compile first, then record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from attnzoo import InvalidValue
+from attnzoo.errors import Unavailable
+from backbones.dit import DiT
+
+# Twelve blocks with a constant of their own each, in training and inference, for a few sizes.
+_RECOMPILE_LIMIT = 64
+
+
+def why_not_recorded(model: nn.Module, device: torch.device | str | None = None) -> str | None:
+    """Why no CUDA graph can hold a forward, or in training a step, of a model; None if one can.
+
+    Looks at the model only. What a mechanism does on the way is found by running it: see
+    ``refuse_waits``.
+
+    Args:
+        model: The model.
+        device: Where it will run; by default where its weights are.
+    """
+    devices = {p.device for p in model.parameters()} if device is None else {torch.device(device)}
+    for found in devices:
+        if found.type != "cuda":
+            return f"a CUDA graph needs a GPU, and the model is on {found.type!r}"
+    if len(devices) > 1:
+        places = ", ".join(sorted(map(str, devices)))
+        return f"a CUDA graph holds the work of one GPU, and the model is on {places}"
+    if model.training and getattr(model, "gradient_checkpointing", False):
+        return "gradient checkpointing asks the host for the random state"
+    return None
+
+
+@contextlib.contextmanager
+def refuse_waits() -> Iterator[None]:
+    """Lets whatever waits for the GPU raise a RuntimeError, inside the with-statement.
+
+    A recording of it fails too, but leaves PyTorch's random numbers unusable. Run once without,
+    because what a library does on its first call may wait.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def record(
+    model: DiT,
+    batch: int,
+    size: int | tuple[int, int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> RecordedForward:
+    """Records the forward of a model for a batch and a size, to be replayed by one launch.
+
+    For guidance, which calls the model on every image twice, record twice the batch.
+
+    Args:
+        model: In eval mode, on a GPU; compiled or not.
+        batch: Images of a call.
+        size: Side of the input, or (height, width), in pixels of the model's input; None is the
+            size that the model was made for.
+        dtype: Computes under autocast in this type; None computes in the weights' own.
+
+    Returns:
+        What takes the arguments of the model itself. It sees every change of the weights that is
+        made in place, as by an optimizer or ``load_state_dict``.
+
+    Raises:
+        InvalidValue: The batch or size is none, or the model is in training mode.
+        Unavailable: It cannot be recorded; the message says why.
+    """
+    if batch < 1:
+        raise InvalidValue(f"batch must be at least 1, got {batch}")
+    size = model.config.sample_size if size is None else size
+    height, width = (size, size) if isinstance(size, int) else size
+    model.token_grid(height, width)
+    _require_eval(model)
+    if reason := why_not_recorded(model):
+        raise Unavailable(f"{reason}; move it to one with model.to('cuda'), or call it directly")
+    return RecordedForward(model, batch, (height, width), dtype)
+
+
+class RecordedForward:
+    """A forward of a DiT as a CUDA graph; ``record`` makes it.
+
+    Args:
+        model: In eval mode, on a GPU.
+        batch: Images of a call.
+        size: (height, width) of the input.
+        dtype: Of autocast, or None.
+    """
+
+    def __init__(
+        self, model: DiT, batch: int, size: tuple[int, int], dtype: torch.dtype | None
+    ) -> None:
+        self.model = model
+        weight = model.class_embedding.weight
+        self._images = torch.zeros(
+            batch, model.config.in_channels, *size, device=weight.device, dtype=weight.dtype
+        )
+        self._times = torch.zeros(batch, device=weight.device)
+        self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self._graph = torch.cuda.CUDAGraph()
+        self._addresses = _addresses(model)
+
+        def forward() -> Tensor:
+            # Each weight is cast once anyway, and a cache would outlive the recording.
+            with torch.no_grad(), torch.autocast(
+                "cuda", dtype or torch.bfloat16, dtype is not None, cache_enabled=False
+            ):  # fmt: skip
+                return model(self._images, self._times, self._labels, return_dict=False)[0]
+
+        with torch.cuda.device(weight.device):
+            try:
+                self._sample = _captured(self._graph, forward)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise Unavailable(
+                    f"the forward of attention {model.config.attn!r} cannot be recorded: "
+                    f"{reason}; call the model directly"
+                ) from error
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """See ``DiT.forward``.
+
+        Raises:
+            InvalidValue: The batch or size is not the recorded one, or the model has changed
+                since: it is in training mode, or its weights lie elsewhere.
+        """
+        if hidden_states.shape != self._images.shape:
+            raise InvalidValue(
+                f"this forward is recorded for an input of {tuple(self._images.shape)}, got "
+                f"{tuple(hidden_states.shape)}; record another, or call the model itself"
+            )
+        _require_eval(self.model)
+        if _addresses(self.model) != self._addresses:
+            raise InvalidValue(
+                "the weights of the recorded model have been moved or replaced since; record it "
+                "again"
+            )
+        timestep = torch.as_tensor(timestep)
+        self.model._check_condition(hidden_states, timestep, class_labels)
+        with torch.no_grad():
+            self._images.copy_(hidden_states)
+            self._times.copy_(timestep)
+            self._labels.copy_(class_labels)
+            self._graph.replay()
+            sample = self._sample.clone()  # the next replay writes into the same memory
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _captured(graph: torch.cuda.CUDAGraph, call: Callable[[], Tensor]) -> Tensor:
+    # Libraries allocate and compilers compile on the first calls, which a recording may not.
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()
+        call()
+        with refuse_waits():
+            call()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        return call()
+
+
+def _require_eval(model: DiT) -> None:
+    if model.training:
+        raise InvalidValue("a recorded forward is one of eval mode; call model.eval() first")
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    found = [parameter.data_ptr() for parameter in model.parameters()]
+    return found + [buffer.data_ptr() for buffer in model.buffers()]
+
+
+def compile_blocks(model: DiT, **options: Any) -> DiT:
+    """Compiles each block with torch.compile, in place: equal blocks share what is compiled.
+
+    Training and inference, with and without autocast, and every size are compiled apart, each at
+    its first call. Nothing falls back to eager silently: a graph break is an error, and
+    PyTorch's limit of eight compilations per function is raised to 64 in this process, because
+    a block counts once for each of these, and in some mechanisms for its place in the model. A
+    model gets a function of its own, so that it does not use up another's limit. Copies of
+    the model are not compiled.
+
+    Args:
+        model: The model.
+        **options: Of ``torch.compile``; by default ``fullgraph=True, dynamic=False``.
+
+    Returns:
+        The model itself.
+    """
+    from torch._dynamo import config  # slow to import, and needs a sound Triton
+
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+    call = torch.compile(_own_copy(_call), **{"fullgraph": True, "dynamic": False, **options})
+    for block in model.blocks:
+        # Where Module.compile puts it, so that hooks run, and copies and files are without.
+        block._compiled_call_impl = functools.partial(call, block)  # type: ignore[assignment]
+    return model
+
+
+def _call(block: nn.Module, *args: Any) -> Any:
+    return block._call_impl(*args)
+
+
+def _own_copy(function: Any) -> Any:
+    """The same function with a code object of its own, by which the compiler counts."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__)

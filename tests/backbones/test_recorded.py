@@ -1,0 +1,194 @@
+"""Recorded forwards and compiled blocks: equal to the model itself, or refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from attnzoo import InvalidValue, auxiliary_loss, list_attention
+from attnzoo.errors import Unavailable
+from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits, why_not_recorded
+
+QUICK = ("softmax", "sana", "dydila", "moh")
+TINY = {"dim": 32, "depth": 3, "num_classes": 10, "in_channels": 3, "sample_size": 8}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def named(names):
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in QUICK]
+    return pytest.mark.parametrize("attn", [*QUICK, *slow])
+
+
+def scrambled(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(batch=2, size=8, device="cpu", channels=3):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, channels, size, size, generator=generator)
+    times = torch.linspace(3, 999, batch)
+    return images.to(device), times.to(device), (torch.arange(batch) % 10).to(device)
+
+
+def gradients(model, *arguments):
+    model.zero_grad()
+    loss = model(*arguments).sample.square().sum()
+    extra = auxiliary_loss(model)
+    (loss if extra is None else loss + extra).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class TestRefusals:
+    model = DiT(attn="softmax", **TINY).eval()
+
+    def test_a_cpu_has_no_graphs(self):
+        assert "needs a GPU" in why_not_recorded(self.model)
+        assert "'cpu'" in why_not_recorded(self.model, "cpu")
+        with pytest.raises(Unavailable, match=r"model\.to\('cuda'\)"):
+            record(self.model, 2)
+
+    def test_a_gpu_has_them_unless_blocks_are_computed_twice(self):
+        model = DiT(attn="softmax", **TINY).train()
+        assert why_not_recorded(model, "cuda") is None
+        model.enable_gradient_checkpointing()
+        assert "checkpointing" in why_not_recorded(model, "cuda")
+        assert why_not_recorded(model.eval(), "cuda") is None
+
+    def test_batch_size_and_mode_are_looked_at_first(self):
+        with pytest.raises(InvalidValue, match="batch must be at least 1, got 0"):
+            record(self.model, 0)
+        with pytest.raises(InvalidValue, match="9x9"):
+            record(self.model, 1, 9)
+        with pytest.raises(InvalidValue, match=r"call model\.eval\(\)"):
+            record(copy.deepcopy(self.model).train(), 1)
+
+
+class TestCompiledBlocks:
+    @named(list_attention())
+    def test_equal_the_model_in_training_and_inference(self, attn):
+        """And nothing falls back to eager: fullgraph makes a break or a limit an error."""
+        model = scrambled(DiT(attn=attn, **TINY))
+        compiled = compile_blocks(copy.deepcopy(model), backend="aot_eager")
+        torch._dynamo.reset()
+        counters.clear()
+        for mode in (True, False):
+            for arguments in (inputs(), inputs(batch=3)):
+                ours, theirs = (z.train(mode) for z in (compiled, model))
+                if mode:
+                    found, wanted = gradients(ours, *arguments), gradients(theirs, *arguments)
+                    assert found.keys() == wanted.keys()
+                    for name, gradient in wanted.items():
+                        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+                with torch.no_grad():
+                    torch.testing.assert_close(
+                        ours(*arguments).sample, theirs(*arguments).sample, rtol=1e-4, atol=1e-4
+                    )
+        assert counters["stats"]["unique_graphs"] > 0
+        assert not counters["graph_break"]
+
+    def test_outlive_the_limit_of_eight(self):
+        """Sizes, modes, gradients and models beyond it: none is run eagerly."""
+        graphs = []
+
+        def count(graph, example):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        for attn in ("softmax", "sana", "differential"):
+            model = compile_blocks(DiT(attn=attn, **TINY), backend=count)
+            before = len(graphs)
+            for size in (2, 4, 6, 8, 10):
+                for mode in (True, False):
+                    model.train(mode)(*inputs(size=size))
+                with torch.no_grad():
+                    model(*inputs(size=size))
+            assert len(graphs) - before >= 10  # five sizes, with gradients and without
+            with torch.compiler.set_stance("fail_on_recompile"):
+                for size in (2, 10):
+                    model.train()(*inputs(size=size))
+                    with torch.no_grad():
+                        model.eval()(*inputs(size=size))
+
+    def test_copies_and_pickles_are_not_compiled(self):
+        model = compile_blocks(DiT(attn="sana", **TINY), backend="aot_eager").eval()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert all(block._compiled_call_impl is None for block in other.blocks)
+            torch.testing.assert_close(other(*inputs()).sample, model(*inputs()).sample)
+
+    def test_hooks_of_a_block_run(self):
+        model = compile_blocks(DiT(attn="sana", **TINY), backend="eager").eval()
+        model.blocks[1].register_forward_hook(lambda module, arguments, out: out + 1)
+        plain = copy.deepcopy(model)
+        torch.testing.assert_close(plain(*inputs()).sample, model(*inputs()).sample)
+
+
+@needs_gpu
+class TestRecorded:
+    @staticmethod
+    def model(attn, **options):
+        model = build_backbone(attn, "S", "controlled", depth=3, num_classes=10, **options)
+        return scrambled(model).cuda().eval()
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    @pytest.mark.parametrize("attn", list_attention())
+    def test_equals_the_model(self, attn, dtype):
+        model = self.model(attn)
+        replay = record(model, 2, 16, dtype=dtype)
+        for seed in range(2):
+            images, times, labels = inputs(2, 16, "cuda", channels=4)
+            images = images + seed
+            with torch.no_grad(), torch.autocast("cuda", dtype, dtype is not None):
+                wanted = model(images, times, labels).sample
+            found = replay(images, times, labels).sample
+            scale = wanted.abs().max()
+            assert found.dtype == wanted.dtype
+            assert (found - wanted).abs().max() <= (3e-2 if dtype else 1e-4) * scale
+
+    def test_sees_weights_changed_in_place_and_refuses_replaced_ones(self):
+        model = self.model("sana")
+        replay = record(model, 1, 16)
+        arguments = inputs(1, 16, "cuda", channels=4)
+        first = replay(*arguments, return_dict=False)[0]
+        assert torch.equal(first, replay(*arguments).sample)
+        with torch.no_grad():
+            model.final_projection.bias.add_(1)
+        torch.testing.assert_close(replay(*arguments).sample, first + 1)
+        with pytest.raises(InvalidValue, match=r"recorded for an input of \(1, 4, 16, 16\)"):
+            replay(*inputs(2, 16, "cuda", channels=4))
+        with pytest.raises(InvalidValue, match="eval"):
+            model.train()
+            replay(*arguments)
+        model.eval().bfloat16()
+        with pytest.raises(InvalidValue, match="moved or replaced"):
+            replay(*arguments)
+
+    def test_a_wait_is_refused_by_name_and_leaves_random_numbers_usable(self):
+        model = self.model("sana")
+        model.final_projection.register_forward_hook(
+            lambda *z: print(end=f"{z[2].sum().item()}"[:0])
+        )
+        with pytest.raises(Unavailable, match=r"'sana' cannot be recorded: .*call the model"):
+            record(model, 1, 16)
+        torch.randn(3, device="cuda")
+        with pytest.raises(RuntimeError), refuse_waits():
+            torch.ones(1, device="cuda").item()
+        assert torch.ones(1, device="cuda").item() == 1
+
+    @pytest.mark.parametrize("attn", ["softmax", "sana", "dydila", "moh"])
+    def test_compiled_blocks_are_recorded(self, attn):
+        model = self.model(attn)
+        arguments = inputs(2, 16, "cuda", channels=4)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            wanted = model(*arguments).sample
+        counters.clear()
+        replay = record(compile_blocks(model), 2, 16, dtype=torch.bfloat16)
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 0
+        found = replay(*arguments).sample
+        assert (found - wanted).abs().max() <= 5e-2 * wanted.abs().max()
