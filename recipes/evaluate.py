@@ -16,7 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.lab.console import DONE, add_import_flag, numbers, printable, run_script, whole
+from recipes.lab.console import (
+    DONE,
+    add_import_flag,
+    add_sampling_flags,
+    numbers,
+    printable,
+    run_script,
+    whole,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -73,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--npz", type=Path, help="folder for the images as ADM-style .npz, one per scale")
     flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
     flag("--cache", type=Path, help="trained evaluators (default: .evaluators beside the run)")
+    add_sampling_flags(parser)
     add_import_flag(parser)
     return parser
 

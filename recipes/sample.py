@@ -16,9 +16,11 @@ from recipes.lab.console import (
     DONE,
     NON_FINITE,
     add_import_flag,
+    add_sampling_flags,
     numbers,
     printable,
     run_script,
+    warn,
     whole,
 )
 
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
     run = Run.open(given.pop("run"))
     import_all(given["imports"])
     try:
-        count, out = sample_grid(run, progress=True, **given)
+        count, out = sample_grid(run, progress=True, say=warn, **given)
     except NotFinite as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return NON_FINITE
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--weights", choices=["ema", "model"], default="ema")
     flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
     flag("--out", type=Path, help="picture to write (default: in the run's samples)")
+    add_sampling_flags(parser)
     add_import_flag(parser)
     return parser
 

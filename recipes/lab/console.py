@@ -180,3 +180,19 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|MODULE",
         help="file or module that registers mechanisms of your own; repeat",
     )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how images are computed, by their names in ``RunSampler``."""
+    flag = parser.add_argument
+    flag("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of the matrix products")
+    flag("--cuda-graph", choices=["auto", "on", "off"], default="auto",
+         help="record each step as one CUDA graph: auto (where possible, or says why not), on or "
+         "off")  # fmt: skip
+    flag("--compile", action="store_true", help="compile the model's blocks")
+
+
+def warn(line: str) -> None:
+    """A line to a person, beside the results."""
+    print(printable(line), file=sys.stderr)

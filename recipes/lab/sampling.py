@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,10 @@ import attnzoo
 from attnzoo.contract import check_option
 from attnzoo.errors import UsageError
 from backbones import DiT
+from backbones.recorded import compile_blocks
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
-from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling, sample
+from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, check_sampling, sample
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
@@ -153,6 +154,18 @@ def _build(
     return model.eval().requires_grad_(False)
 
 
+def _usable(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"--device {str(name)!r} cannot be used: {reason}; take cpu, or cuda if there is one"
+        ) from error
+    return device
+
+
 class RunSampler:
     """Draws images from a run; loads its model, and the VAE behind it, once.
 
@@ -163,6 +176,9 @@ class RunSampler:
         vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
         imports: What the caller has imported already.
         checkpoint: What to load; None reads the run's newest.
+        cuda_graph: Whether to record sampling steps as a CUDA graph, see ``Recorder``.
+        compile: Whether to compile the model's blocks.
+        say: See ``Recorder``.
 
     Attributes:
         model: In eval mode.
@@ -184,10 +200,14 @@ class RunSampler:
         vae: str | None = None,
         imports: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
+        cuda_graph: str = "auto",
+        compile: bool = False,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         config = run.config()
         self.data = config["data"]
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._recorder = Recorder(cuda_graph, say)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
         impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
@@ -197,7 +217,11 @@ class RunSampler:
                 f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
             )
         model: Any = _build(run, config, checkpoint, imports)
+        if self.device.type == "cuda":
+            model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)
+        if compile:
+            compile_blocks(self.model)
         self.checkpoint = checkpoint._replace(tensors={})
         channels, side = self.data["channels"], self.data["resolution"]
         self.vae: Any = None
@@ -214,6 +238,7 @@ class RunSampler:
     def check(self, labels: Tensor | None = None, **options: Any) -> None:
         """Raises UserError where a call with these arguments would, before any work is done."""
         options["sampler"] = options.get("sampler") or self.diffusion.default_sampler
+        self._recorder.check(self.model, self.device, options["sampler"])
         check_sampling(
             self.diffusion,
             num_classes=len(self.data["class_names"]),
@@ -258,6 +283,7 @@ class RunSampler:
             shape=(data["channels"], data["resolution"], data["resolution"]),
             sampler=sampler or self.diffusion.default_sampler,
             device=self.device,
+            recorder=self._recorder,
             **options,
         )
         if self.vae is None:
@@ -280,6 +306,10 @@ def sample_grid(
     weights: str = "ema",
     vae: str | None = None,
     imports: Sequence[str] = (),
+    device: str | None = None,
+    cuda_graph: str = "auto",
+    compile: bool = False,
+    say: Callable[[str], None] | None = None,
     cfg: float = 1.0,
     seed: int = 0,
     **options: Any,
@@ -294,6 +324,10 @@ def sample_grid(
         weights: "ema" or "model".
         vae: See ``RunSampler``.
         imports: See ``RunSampler``.
+        device: See ``RunSampler``.
+        cuda_graph: See ``RunSampler``.
+        compile: See ``RunSampler``.
+        say: See ``RunSampler``.
         cfg: Guidance scale.
         seed: Of the start noise.
         options: Further ones of ``RunSampler``'s call.
@@ -320,7 +354,10 @@ def sample_grid(
         out = refuse_links(run.folder, run.samples / f"cfg-{cfg:g}-seed-{seed}.png")
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"{str(out)!r} is no picture's name; let it end in {', '.join(PICTURES)}")
-    draw = RunSampler(run, weights, vae=vae, imports=imports)
+    draw = RunSampler(
+        run, weights, device, vae=vae, imports=imports, cuda_graph=cuda_graph, compile=compile,
+        say=say,
+    )  # fmt: skip
     labels = torch.tensor(classes, dtype=torch.int64).repeat(per_class)
     progress = options.pop("progress", False)
     draw.check(labels, cfg=cfg, **options)

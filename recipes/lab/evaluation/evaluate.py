@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, warn
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
@@ -56,6 +56,9 @@ def evaluate(
     cache: Path | None = None,
     vae: str | None = None,
     imports: Sequence[str] = (),
+    device: str | None = None,
+    cuda_graph: str = "auto",
+    compile: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Generates images of a run, measures them, and writes metrics.json into the run.
@@ -76,7 +79,10 @@ def evaluate(
         cache: Folder of trained evaluators.
         vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
         imports: What the caller has imported already.
-        progress: Whether to show bars.
+        device: Where images are generated; None takes the process' own.
+        cuda_graph: See ``RunSampler``.
+        compile: See ``RunSampler``.
+        progress: Whether to show bars, and say why steps are launched eagerly.
 
     Returns:
         What metrics.json holds; empty on every process but the first.
@@ -98,10 +104,13 @@ def evaluate(
         draw = RunSampler(
             run,
             plan.weights,
-            accelerator.device,
+            device or accelerator.device,
             vae=vae,
             imports=imports,
             checkpoint=checkpoint,
+            cuda_graph=cuda_graph,
+            compile=compile,
+            say=warn if progress and accelerator.is_main_process else None,
         )
         del checkpoint
         for cfg in names.values():
@@ -414,6 +423,7 @@ def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) 
         "seed": plan.seed,
         "labels": f"{plan.labels}, shuffled",
         "weights": plan.weights,
+        "precision": plan.precision,
         "weights_sha256": draw.checkpoint.digest,
         "trained_steps": draw.checkpoint.step,
         "vae_sha256": latent["sha256"] if latent else None,
