@@ -22,7 +22,7 @@ from backbones import DiT
 from backbones.recorded import compile_blocks
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
-from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, check_sampling, sample
+from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
@@ -181,6 +181,8 @@ class RunSampler:
         say: See ``Recorder``.
 
     Attributes:
+        run: What it draws from.
+        data: What the run's configuration says of its data.
         model: In eval mode.
         vae: What decodes, or None where the model makes pixels.
         checkpoint: What was loaded; its step and digest, not its tensors.
@@ -205,7 +207,7 @@ class RunSampler:
         say: Callable[[str], None] | None = None,
     ) -> None:
         config = run.config()
-        self.data = config["data"]
+        self.run, self.data = run, config["data"]
         self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._recorder = Recorder(cuda_graph, say)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
@@ -239,12 +241,9 @@ class RunSampler:
         """Raises UserError where a call with these arguments would, before any work is done."""
         options["sampler"] = options.get("sampler") or self.diffusion.default_sampler
         self._recorder.check(self.model, self.device, options["sampler"])
-        check_sampling(
-            self.diffusion,
-            num_classes=len(self.data["class_names"]),
-            channels=self.data["channels"],
-            labels=labels,
-            **options,
+        data = self.data
+        Sampling(**options).check(
+            self.diffusion, len(data["class_names"]), data["channels"], labels
         )
 
     def __call__(
@@ -263,7 +262,7 @@ class RunSampler:
             indices: (n,) int64, which image of the seed each is; None counts from 0.
             seed: Of the start noise.
             sampler: None takes the one that suits the run.
-            options: Further ones of ``recipes.lab.diffusion.sample``: ``cfg``, ``steps`` and more.
+            options: Further ones of ``recipes.lab.diffusion.Sampling``, and ``progress``.
 
         Returns:
             (n, c, h, w) on the CPU, nominally in [-1, 1]: pixels, decoded where the run is of
@@ -298,49 +297,36 @@ class NotFinite(UserError):
 
 
 def sample_grid(
-    run: Run,
+    draw: RunSampler,
     *,
     classes: Sequence[int] | None = None,
     per_class: int = 4,
     out: Path | None = None,
-    weights: str = "ema",
-    vae: str | None = None,
-    imports: Sequence[str] = (),
-    device: str | None = None,
-    cuda_graph: str = "auto",
-    compile: bool = False,
-    say: Callable[[str], None] | None = None,
     cfg: float = 1.0,
     seed: int = 0,
+    progress: bool = False,
     **options: Any,
 ) -> tuple[int, Path]:
     """Draws images and writes them as one picture, one class per column.
 
     Args:
-        run: A trained run.
+        draw: Of a run.
         classes: Indices; None takes the first ten.
         per_class: Images of each.
         out: The picture; None names one in the run's samples.
-        weights: "ema" or "model".
-        vae: See ``RunSampler``.
-        imports: See ``RunSampler``.
-        device: See ``RunSampler``.
-        cuda_graph: See ``RunSampler``.
-        compile: See ``RunSampler``.
-        say: See ``RunSampler``.
         cfg: Guidance scale.
         seed: Of the start noise.
-        options: Further ones of ``RunSampler``'s call.
+        progress: Whether to show a bar.
+        options: Further ones of ``draw``.
 
     Returns:
         The number of images, and the picture's path.
 
     Raises:
         NotFinite: The images hold NaNs or infinities; nothing is written.
-        UserError: An argument is out of range, the picture cannot be written, or the run cannot
-            be sampled.
+        UserError: An argument is out of range, or the picture cannot be written.
     """
-    count = len(run.config()["data"]["class_names"])
+    run, count = draw.run, len(draw.data["class_names"])
     if classes is None:
         classes = list(range(min(10, count)))
     if not classes:
@@ -354,12 +340,7 @@ def sample_grid(
         out = refuse_links(run.folder, run.samples / f"cfg-{cfg:g}-seed-{seed}.png")
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"{str(out)!r} is no picture's name; let it end in {', '.join(PICTURES)}")
-    draw = RunSampler(
-        run, weights, device, vae=vae, imports=imports, cuda_graph=cuda_graph, compile=compile,
-        say=say,
-    )  # fmt: skip
     labels = torch.tensor(classes, dtype=torch.int64).repeat(per_class)
-    progress = options.pop("progress", False)
     draw.check(labels, cfg=cfg, **options)
     require_writable(out)
     images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)

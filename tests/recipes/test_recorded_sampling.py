@@ -189,38 +189,41 @@ class TestFlags:
         RunSampler(trained, device="cpu")
 
 
-def models():
-    for name in ("softmax", "sana", "dydila", "gated", "moh"):
-        model = build_backbone(name, "tiny", in_channels=3, num_classes=CLASSES, resolution=8,
-                               latent_factor=1, patch_size=2)  # fmt: skip
-        generator = generator_for(1)
-        for parameter in model.parameters():
-            with torch.no_grad():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        yield pytest.param(model.eval(), id=name)
+def model_of(name):
+    model = build_backbone(name, "tiny", in_channels=3, num_classes=CLASSES, resolution=8,
+                           latent_factor=1, patch_size=2)  # fmt: skip
+    generator = generator_for(1)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().cuda()
 
 
 @needs_gpu
 class TestOnAGpu:
-    @pytest.mark.parametrize("model", list(models()))
-    @pytest.mark.parametrize("precision", PRECISIONS)
-    def test_recorded_images_are_the_eager_ones(self, model, precision):
-        model.cuda()
+    @pytest.fixture(autouse=True)
+    def exact_products(self):
+        """Training in the same process allows TF32."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        yield
+        torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize("name", ["softmax", "sana", "dydila", "gated", "moh"])
+    @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 2e-2)])
+    def test_recorded_images_are_the_eager_ones(self, name, precision, bound):
+        model, recorder = model_of(name), Recorder("on")
         options = {"device": "cuda", "steps": 6, "cfg": 2.0, "precision": precision}
-        recorder = Recorder("on")
         for diffusion in (Diffusion("v_prediction"), Diffusion("flow")):
             more = options | {"sampler": diffusion.default_sampler}
             wanted = drawn(model, diffusion, 7, **more)
-            for batch_size in (64, 4):
-                found = drawn(
-                    model, diffusion, 7, recorder=recorder, batch_size=batch_size, **more
-                )
-                size = wanted.abs().max().item()
-                bound = 1e-3 if precision == "fp32" else 6e-2
-                assert (found - wanted).abs().max() < bound * size
+            for size in (64, 4):
+                found = drawn(model, diffusion, 7, recorder=recorder, batch_size=size, **more)
+                # Rounding may send a token to another expert.
+                assert (found - wanted).abs().mean() < bound * wanted.abs().mean()
 
     def test_nothing_waits_for_the_gpu_between_steps(self):
-        model = next(models()).values[0].cuda()
+        model = model_of("softmax")
         steps = Steps(
             lambda noisy, time, labels: model(noisy, time.expand(4), labels).sample,
             Diffusion("v_prediction").scheduler("dpm++", 5), 4, SHAPE, CLASSES,

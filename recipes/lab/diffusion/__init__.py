@@ -4,7 +4,7 @@ Nothing here draws from a global random state: training noise and times come fro
 caller passes, and the noise of a sampled image depends on ``(seed, index)`` alone.
 """
 
-from recipes.lab.diffusion.guidance import PRECISIONS, check_sampling, sample, to_uint8
+from recipes.lab.diffusion.guidance import PRECISIONS, Sampling, sample, to_uint8
 from recipes.lab.diffusion.objective import DIFFUSION_PRESETS, PREDICTIONS, SAMPLERS, Diffusion
 from recipes.lab.diffusion.randomness import generator_for
 from recipes.lab.diffusion.recorded import MODES, Recorder
@@ -17,7 +17,7 @@ __all__ = [
     "SAMPLERS",
     "Diffusion",
     "Recorder",
-    "check_sampling",
+    "Sampling",
     "generator_for",
     "sample",
     "to_uint8",

@@ -6,6 +6,7 @@ The noise of a sampled image depends on ``(seed, index)`` alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,62 @@ from recipes.lab.diffusion.recorded import Recorder, Steps
 PRECISIONS = ("fp32", "bf16")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are computed, whatever they are of.
+
+    Attributes:
+        cfg: Guidance scale; 1 runs the conditional pass only, 0 gives the unconditional model.
+        cfg_channels: Guide only that many leading channels and leave the rest conditional. DiT's
+            published figures guide 3 of 4 latent channels; None guides all.
+        sampler: One of ``SAMPLERS`` that fits the prediction.
+        steps: Number of solver steps; guidance doubles the work of each.
+        batch_size: Images per model call, twice that under guidance.
+        precision: "fp32", or "bf16" for the model under autocast.
+    """
+
+    cfg: float = 1.0
+    cfg_channels: int | None = None
+    sampler: str = "dpm++"
+    steps: int = 20
+    batch_size: int = 64
+    precision: str = "fp32"
+
+    def check(
+        self,
+        diffusion: Diffusion,
+        num_classes: int,
+        channels: int,
+        labels: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        """Refuses what ``sample`` cannot do, without doing anything.
+
+        Args:
+            diffusion: What the model predicts.
+            num_classes: Number of classes, and index of the null class.
+            channels: Of an image.
+            labels: As for ``sample``; None looks at none.
+            indices: As for ``sample``; None stands for as many as there are labels.
+
+        Raises:
+            UserError: If cfg is not finite, a label is out of range, labels and indices are not
+                integers of one length, cfg_channels or batch_size is out of range, the sampler or
+                its number of steps does not fit, or there is no such precision.
+        """
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if not math.isfinite(self.cfg):
+            raise UserError(f"cfg must be finite, got {self.cfg}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.cfg_channels is not None and not 1 <= self.cfg_channels <= channels:
+            raise UserError(f"cfg_channels must lie in 1..{channels}, got {self.cfg_channels}")
+        if labels is not None:
+            _check_labels(labels, labels if indices is None else indices, num_classes)
+        diffusion.check_sampler(self.sampler, self.steps)
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -31,15 +88,10 @@ def sample(
     seed: int,
     num_classes: int,
     shape: tuple[int, int, int],
-    cfg: float = 1.0,
-    cfg_channels: int | None = None,
-    sampler: str = "dpm++",
-    steps: int = 20,
-    batch_size: int = 64,
     device: str | torch.device = "cpu",
-    precision: str = "fp32",
     recorder: Recorder | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Generate one image per label.
 
@@ -57,49 +109,32 @@ def sample(
         seed: Seed of the whole sample.
         num_classes: Number of classes, and index of the null class.
         shape: (c, h, w) of an image.
-        cfg: Guidance scale; 1 runs the conditional pass only, 0 gives the unconditional model.
-        cfg_channels: Guide only that many leading channels and leave the rest conditional. DiT's
-            published figures guide 3 of 4 latent channels; None guides all.
-        sampler: One of ``SAMPLERS`` that fits the prediction.
-        steps: Number of solver steps; guidance doubles the work of each.
-        batch_size: Images per model call, twice that under guidance.
         device: Where to compute.
-        precision: "bf16" runs the model under autocast.
         recorder: Records steps as a CUDA graph where it can; None launches them eagerly. Batches
             are then of equal size, at most ``batch_size``, and the last is filled up.
         progress: Whether to show a bar over solver steps.
+        **options: See ``Sampling``.
 
     Returns:
         (n, c, h, w) float32 on ``device``, in the model's space and not clamped.
 
     Raises:
-        UserError: If ``check_sampling`` does.
+        UserError: If ``Sampling.check`` does.
 
     Source: Ho and Salimans 2022 (2207.12598) for guidance.
     """
-    check_sampling(
-        diffusion,
-        num_classes=num_classes,
-        channels=shape[0],
-        labels=labels,
-        indices=indices,
-        cfg=cfg,
-        cfg_channels=cfg_channels,
-        sampler=sampler,
-        steps=steps,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    guided_channels = shape[0] if cfg_channels is None else cfg_channels
+    how = Sampling(**options)
+    how.check(diffusion, num_classes, shape[0], labels, indices)
+    sampler, steps, batch_size = how.sampler, how.steps, how.batch_size
     num_images = len(labels)
     if num_images == 0:
         return torch.empty(0, *shape, device=device)
     device = torch.device(device)
-    guidance = _Guidance(model, diffusion, num_classes, cfg, guided_channels, precision)
+    guided_channels = how.cfg_channels or shape[0]
+    guidance = _Guidance(model, diffusion, num_classes, how.cfg, guided_channels, how.precision)
     num_batches = math.ceil(num_images / batch_size)
     total = num_batches * steps
     bar = progress_bar(total=total, desc="sampling", unit="step", shown=progress)
-
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -132,47 +167,6 @@ def sample(
             module.training = True
         bar.close()
     return torch.cat(batches)
-
-
-def check_sampling(
-    diffusion: Diffusion,
-    *,
-    num_classes: int,
-    channels: int,
-    labels: Tensor | None = None,
-    indices: Tensor | None = None,
-    cfg: float = 1.0,
-    cfg_channels: int | None = None,
-    sampler: str = "dpm++",
-    steps: int = 20,
-    batch_size: int = 64,
-    precision: str = "fp32",
-) -> None:
-    """Refuses what ``sample`` cannot do, without doing anything.
-
-    Args that are not listed are those of ``sample``.
-
-    Args:
-        channels: Of an image.
-        labels: None looks at none.
-        indices: None stands for as many as there are labels.
-
-    Raises:
-        UserError: If cfg is not finite, a label is out of range, labels and indices are not
-            integers of one length, cfg_channels or batch_size is out of range, the sampler or
-            its number of steps does not fit, or there is no such precision.
-    """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
-    if not math.isfinite(cfg):
-        raise UserError(f"cfg must be finite, got {cfg}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if cfg_channels is not None and not 1 <= cfg_channels <= channels:
-        raise UserError(f"cfg_channels must lie in 1..{channels}, got {cfg_channels}")
-    if labels is not None:
-        _check_labels(labels, labels if indices is None else indices, num_classes)
-    diffusion.check_sampler(sampler, steps)
 
 
 def to_uint8(images: Tensor) -> Tensor:

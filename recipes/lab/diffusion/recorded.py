@@ -81,12 +81,14 @@ class Steps:
             # not.
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for guard in (contextlib.nullcontext, contextlib.nullcontext, refuse_waits):
-                    self._step.zero_()
-                    with guard():
-                        self._advance()
-            torch.cuda.current_stream().wait_stream(aside)
+            try:
+                with torch.cuda.stream(aside):
+                    for guard in (contextlib.nullcontext, contextlib.nullcontext, refuse_waits):
+                        self._step.zero_()
+                        with guard():
+                            self._advance()
+            finally:
+                torch.cuda.current_stream().wait_stream(aside)
             with torch.cuda.graph(graph):
                 self._advance()
         self._graph = graph
