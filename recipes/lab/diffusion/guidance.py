@@ -145,7 +145,7 @@ def sample(
             def make() -> Steps:
                 scheduler = diffusion.scheduler(sampler, steps)
                 return Steps(
-                    lambda *inputs: guidance.predict(*inputs)[0],
+                    model, lambda *inputs: guidance.predict(*inputs)[0],
                     scheduler, even, shape, num_classes, device,
                 )  # fmt: skip
 

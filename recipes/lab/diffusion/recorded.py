@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -36,12 +36,55 @@ def solver_weights(scheduler: Any) -> Tensor:
     return torch.stack(rows)
 
 
+@contextlib.contextmanager
+def cast_once(model: nn.Module, call: Callable[[], Any]) -> Iterator[list[Tensor]]:
+    """Holds weights in the type that autocast casts them to, inside the with-statement.
+
+    Autocast casts every weight in every call, which is a launch for each: in a recording of a
+    small model a good part of the time. The numbers stay the same. A compiled model is left as it
+    is, and so are weights that are used otherwise than by calling their layer under autocast.
+
+    Args:
+        model: Afterwards as it was.
+        call: Calls the model.
+
+    Yields:
+        The cast weights; they have to live as long as a recording that reads them.
+    """
+    lowered: dict[nn.Module, torch.dtype | None] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kind = inputs[0].device.type
+        is_on = torch.is_autocast_enabled(kind) and lowered.get(layer, True) is not None
+        lowered[layer] = torch.get_autocast_dtype(kind) if is_on else None
+
+    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        layers = []
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = [(z, dtype) for layer, dtype in lowered.items() if dtype for z in layer.parameters()]
+    before = [weight.data for weight, _ in weights]
+    for weight, dtype in weights:
+        weight.data = weight.data.to(dtype)
+    try:
+        yield [weight.data for weight, _ in weights]
+    finally:
+        for (weight, _), own in zip(weights, before, strict=True):
+            weight.data = own
+
+
 class Steps:
     """All steps of a deterministic sampler as the same work on the same memory.
 
     They run on any device; ``record`` makes one launch of each on a GPU.
 
     Args:
+        model: What is recorded is its weights as they are then.
         predict: The guided model.
         scheduler: See ``solver_weights``.
         batch: Images at once.
@@ -52,6 +95,7 @@ class Steps:
 
     def __init__(
         self,
+        model: nn.Module,
         predict: Predict,
         scheduler: Any,
         batch: int,
@@ -59,7 +103,8 @@ class Steps:
         null_label: int,
         device: torch.device,
     ) -> None:
-        self._predict, self._null_label, self._device = predict, null_label, device
+        self._model, self._predict = model, predict
+        self._null_label, self._device = null_label, device
         self._times = scheduler.timesteps.to(device)
         self._weights = solver_weights(scheduler).to(device)
         # Sample and prediction of the step before, and of this one.
@@ -67,6 +112,7 @@ class Steps:
         self._labels = torch.full((batch,), null_label, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._weights_read: list[Tensor] = []
 
     @torch.no_grad()
     def record(self) -> None:
@@ -80,17 +126,18 @@ class Steps:
             # Libraries allocate and compilers compile on the first calls, which a recording may
             # not.
             aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            try:
-                with torch.cuda.stream(aside):
-                    for guard in (contextlib.nullcontext, contextlib.nullcontext, refuse_waits):
-                        self._step.zero_()
-                        with guard():
-                            self._advance()
-            finally:
-                torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph):
-                self._advance()
+            with contextlib.ExitStack() as stack:
+                try:
+                    aside.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(aside):
+                        self._weights_read = stack.enter_context(cast_once(self._model, self._try))
+                        self._try()
+                        with refuse_waits():
+                            self._try()
+                finally:
+                    torch.cuda.current_stream().wait_stream(aside)
+                with torch.cuda.graph(graph):
+                    self._advance()
         self._graph = graph
 
     @torch.no_grad()
@@ -116,6 +163,10 @@ class Steps:
             launch()
             tick()
         return self._parts[2, :count].clone()
+
+    def _try(self) -> None:
+        self._step.zero_()
+        self._advance()
 
     def _advance(self) -> None:
         self._parts[3] = self._predict(self._parts[2], self._times[self._step], self._labels)
