@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; 0 when every run is done, 1 when some failed or wait."""
     given = _parser().parse_args(arguments)
     cluster = given.cluster if given.engine == "submitit" else None
-    study.check_limits(given.run_minutes, given.time_budget, cluster)
+    limits = study.Limits(jobs=given.jobs, run_minutes=given.run_minutes,
+                          time_budget=given.time_budget, cluster=cluster)  # fmt: skip
     import_all(given.imports)
     variants, protocols = chosen_variants(given.attn, given.preset, given.protocol)
     settings = plan.settings_of(given.data, given.resolutions, given.vae, warn=study.say)
@@ -57,13 +58,9 @@ def main(arguments: list[str]) -> int:
     is_done = study.compare(
         planned,
         Path(given.out),
+        None if given.report_only else limits,
         title=shlex.join(["compare.py", *(a for a in arguments if a != "--report-only")]),
         paper=paper_rows(variants),
-        jobs=given.jobs,
-        run_minutes=given.run_minutes,
-        time_budget=given.time_budget,
-        cluster=cluster,
-        report_only=given.report_only,
     )
     return DONE if is_done else 1
 

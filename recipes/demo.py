@@ -17,7 +17,7 @@ from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
 from recipes.lab.evaluation.evaluate import classify
 from recipes.lab.files import require_writable
-from recipes.lab.sampling import sample_run
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
@@ -86,7 +86,7 @@ def _draw(out: Path, picture: Path) -> None:
     for attn in MECHANISMS:
         run, axis = Run(out / attn), axes[attn]
         verdict = classify(run)
-        images = sample_run(run, labels=torch.arange(10).repeat(3), cfg=2.0)
+        images = RunSampler(run)(torch.arange(10).repeat(3), cfg=2.0)
         axis.imshow(image_grid(images, columns=10))
         axis.set_axis_off()
         axis.set_title(

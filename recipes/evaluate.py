@@ -16,7 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from recipes.lab.console import DONE, add_import_flag, numbers, printable, run_script, whole
+from recipes.lab.console import (
+    DONE,
+    add_sampling_flags,
+    numbers,
+    printable,
+    run_script,
+    whole,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -56,14 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--cfg", dest="cfgs", type=numbers(float), default=[1.0],
          help="guidance scales, such as 1.0,4.0")  # fmt: skip
     flag("--samples", type=whole(10), default=1000, help="images per guidance scale")
-    flag("--steps", type=whole(1), default=20, help="model evaluations per image")
-    flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
-    flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
-    flag("--seed", type=whole(0), default=0, help="of noise and labels")
-    flag("--weights", choices=["ema", "model"], default="ema")
     flag("--labels", choices=["balanced", "random"], default="balanced", help="classes to ask for")
     flag("--shard-size", type=whole(1), default=250, help="images per resumable shard")
-    flag("--batch-size", type=whole(1), default=64, help="images per model call")
     flag("--extractor", choices=["smallcnn", "inception"], default="smallcnn")
     flag("--inception-weights", dest="weights_file", type=Path,
          help="local file; nothing is ever downloaded")  # fmt: skip
@@ -71,9 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--reference", type=Path, help="ADM-style .npz instead of the test images")
     flag("--images", type=Path, help="measure the images of this .npz instead of generating")
     flag("--npz", type=Path, help="folder for the images as ADM-style .npz, one per scale")
-    flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
     flag("--cache", type=Path, help="trained evaluators (default: .evaluators beside the run)")
-    add_import_flag(parser)
+    add_sampling_flags(parser)
     return parser
 
 

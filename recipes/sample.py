@@ -15,10 +15,11 @@ from pathlib import Path
 from recipes.lab.console import (
     DONE,
     NON_FINITE,
-    add_import_flag,
+    add_sampling_flags,
     numbers,
     printable,
     run_script,
+    warn,
     whole,
 )
 
@@ -28,13 +29,15 @@ def main(arguments: list[str]) -> int:
     given = vars(_parser().parse_args(arguments))
     # --help does not wait for torch.
     from recipes.lab.imports import import_all
-    from recipes.lab.sampling import NotFinite, sample_grid
+    from recipes.lab.sampling import NotFinite, RunSampler, sample_grid
     from recipes.lab.training.checkpoint import Run
 
     run = Run.open(given.pop("run"))
     import_all(given["imports"])
+    names = ("weights", "device", "vae", "imports", "cuda_graph", "compile")
+    draw = RunSampler(run, **{name: given.pop(name) for name in names}, say=warn)
     try:
-        count, out = sample_grid(run, progress=True, **given)
+        count, out = sample_grid(draw, progress=True, **given)
     except NotFinite as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return NON_FINITE
@@ -51,15 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--classes", type=numbers(int), help="class indices, such as 0,1,2")
     flag("--per-class", type=whole(1), default=4, help="images of each class")
     flag("--cfg", type=float, default=1.0, help="guidance scale; 1 is without")
-    flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
-    flag("--steps", type=whole(1), default=20, help="model evaluations")
-    flag("--seed", type=whole(0), default=0, help="of the start noise")
-    flag("--batch-size", type=whole(1), default=64, help="images per model call")
-    flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
-    flag("--weights", choices=["ema", "model"], default="ema")
-    flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
     flag("--out", type=Path, help="picture to write (default: in the run's samples)")
-    add_import_flag(parser)
+    add_sampling_flags(parser)
     return parser
 
 

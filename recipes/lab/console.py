@@ -250,3 +250,27 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|MODULE",
         help="file or module that registers mechanisms of your own; repeat",
     )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a run's images are computed."""
+    flag = parser.add_argument
+    flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
+    flag("--steps", type=whole(1), default=20, help="model evaluations per image")
+    flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
+    flag("--seed", type=whole(0), default=0, help="of the start noise, and of drawn labels")
+    flag("--batch-size", type=whole(1), default=64, help="images per model call")
+    flag("--weights", choices=["ema", "model"], default="ema")
+    flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
+    flag("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of the matrix products")
+    flag("--cuda-graph", choices=["auto", "on", "off"], default="auto",
+         help="record each step as one CUDA graph: auto (where possible, or says why not), on or "
+         "off")  # fmt: skip
+    flag("--compile", action="store_true", help="compile the model's blocks")
+    add_import_flag(parser)
+
+
+def warn(line: str) -> None:
+    """A line to a person, beside the results."""
+    print(printable(line), file=sys.stderr)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,13 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 import attnzoo
+from attnzoo.contract import check_option
+from attnzoo.errors import UsageError
 from backbones import DiT
+from backbones.recorded import compile_blocks
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
-from recipes.lab.diffusion import DIFFUSION_PRESETS, check_sampling, sample
+from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
@@ -103,44 +104,25 @@ def _model_config(file: Path, content: bytes) -> dict[str, Any]:
         raise UserError(f"{file} is damaged: it is no object")
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     known = typing.get_type_hints(DiT.__init__)
-    for name in options:
-        if name not in known or name not in inspect.signature(DiT.__init__).parameters:
+    del known["return"]
+    for name, value in options.items():
+        if name not in known:
             raise UserError(
                 f"{file} has the option {name!r}, which this version of the model does not know"
             )
-        if not _is_of(options[name], known[name]):
-            raise UserError(f"{file}: {name!r} is {options[name]!r}, which is of the wrong type")
+        try:
+            check_option(name, value, known[name])
+        except UsageError as error:
+            raise UserError(
+                f"{file}: {name!r} is {value!r}, which is of the wrong type"
+            ) from error
     return options
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    kinds = [typing.get_origin(part) or part for part in typing.get_args(hint)]
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = kinds if is_union else [typing.get_origin(hint) or hint]
-    if float in kinds:
-        kinds.append(int)
-    return any(
-        isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        for kind in kinds
-        if isinstance(kind, type)
-    )
-
-
-def build(
-    run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str] = ()
+def _build(
+    run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str]
 ) -> DiT:
-    """The model of a checkpoint that was read, in eval mode on the CPU.
-
-    Args:
-        run: Where it comes from.
-        config: See ``Run.config``.
-        checkpoint: See ``read_checkpoint``.
-        imports: What the caller has imported already.
-
-    Raises:
-        UserError: Its mechanism is missing; the message says what to pass. Or the weights do not
-            fit.
-    """
+    """The model of a checkpoint that was read, in eval mode on the CPU."""
     import_remembered(run.folder, config.get("imports", {}), imports)
     attn = checkpoint.config.get("attn", config["settings"]["attn"])
     if attn not in attnzoo.list_attention():
@@ -158,12 +140,11 @@ def build(
             f"the model in {run.folder} has {has[0]} channels and {has[1]} classes, its "
             f"configuration says {wants[0]} and {wants[1]}: they are of different runs"
         )
-    own = model.state_dict()
-    missing, unexpected = own.keys() - checkpoint.tensors, checkpoint.tensors.keys() - own
-    unfit = [name for name in own.keys() & checkpoint.tensors.keys()
-             if own[name].shape != checkpoint.tensors[name].shape]  # fmt: skip
-    differing = sorted({*missing, *unexpected, *unfit})
-    if differing:
+    shapes, stored = (
+        {name: tensor.shape for name, tensor in tensors.items()}
+        for tensors in (model.state_dict(), checkpoint.tensors)
+    )
+    if differing := sorted({name for name, _ in shapes.items() ^ stored.items()}):
         raise UserError(
             f"the weights of step {checkpoint.step} in {run.folder} do not fit their config: "
             f"{len(differing)} tensors are missing, unexpected or of another shape, "
@@ -173,22 +154,16 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def load_run(
-    run: Run, weights: str = "ema", imports: Sequence[str] = ()
-) -> tuple[DiT, dict[str, Any]]:
-    """The model of a run's newest whole checkpoint, and the run's configuration.
-
-    Args:
-        run: A trained run.
-        weights: "ema" or "model".
-        imports: What the caller has imported already.
-
-    Raises:
-        UserError: There is no whole checkpoint, its files are not what they should be, or its
-            mechanism is missing.
-    """
-    config = run.config()
-    return build(run, config, read_checkpoint(run, weights), imports), config
+def _usable(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"--device {str(name)!r} cannot be used: {reason}; take cpu, or cuda if there is one"
+        ) from error
+    return device
 
 
 class RunSampler:
@@ -201,8 +176,13 @@ class RunSampler:
         vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
         imports: What the caller has imported already.
         checkpoint: What to load; None reads the run's newest.
+        cuda_graph: Whether to record sampling steps as a CUDA graph, see ``Recorder``.
+        compile: Whether to compile the model's blocks.
+        say: See ``Recorder``.
 
     Attributes:
+        run: What it draws from.
+        data: What the run's configuration says of its data.
         model: In eval mode.
         vae: What decodes, or None where the model makes pixels.
         checkpoint: What was loaded; its step and digest, not its tensors.
@@ -222,10 +202,14 @@ class RunSampler:
         vae: str | None = None,
         imports: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
+        cuda_graph: str = "auto",
+        compile: bool = False,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         config = run.config()
-        self.data = config["data"]
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.run, self.data = run, config["data"]
+        self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._recorder = Recorder(cuda_graph, say)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
         impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
@@ -234,25 +218,32 @@ class RunSampler:
             raise UserError(
                 f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
             )
-        model: Any = build(run, config, checkpoint, imports)
+        model: Any = _build(run, config, checkpoint, imports)
+        if self.device.type == "cuda":
+            model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)
+        if compile:
+            compile_blocks(self.model)
         self.checkpoint = checkpoint._replace(tensors={})
-        self.vae = open_run_vae(run, config, vae, self.device)
         channels, side = self.data["channels"], self.data["resolution"]
-        if self.vae is not None:
+        self.vae: Any = None
+        if facts := self.data.get("latent"):
+            # Runs of before the place was noted still have it among their settings.
+            remembered = facts.get("place") or config["settings"].get("vae") or ""
+            self.vae = open_vae({**facts, "place": remembered}, vae, self.device)
             channels = int(self.vae.config["out_channels"])
-            side *= self.data["latent"]["factor"]
+            side *= facts["factor"]
+        elif vae is not None:
+            raise UserError(f"{run.folder} was trained on pixels: drop --vae")
         self.image_shape = (channels, side, side)
 
     def check(self, labels: Tensor | None = None, **options: Any) -> None:
         """Raises UserError where a call with these arguments would, before any work is done."""
         options["sampler"] = options.get("sampler") or self.diffusion.default_sampler
-        check_sampling(
-            self.diffusion,
-            num_classes=len(self.data["class_names"]),
-            channels=self.data["channels"],
-            labels=labels,
-            **options,
+        self._recorder.check(self.model, self.device, options["sampler"])
+        data = self.data
+        Sampling(**options).check(
+            self.diffusion, len(data["class_names"]), data["channels"], labels
         )
 
     def __call__(
@@ -271,7 +262,7 @@ class RunSampler:
             indices: (n,) int64, which image of the seed each is; None counts from 0.
             seed: Of the start noise.
             sampler: None takes the one that suits the run.
-            options: Further ones of ``recipes.lab.diffusion.sample``: ``cfg``, ``steps`` and more.
+            options: Further ones of ``recipes.lab.diffusion.Sampling``, and ``progress``.
 
         Returns:
             (n, c, h, w) on the CPU, nominally in [-1, 1]: pixels, decoded where the run is of
@@ -291,6 +282,7 @@ class RunSampler:
             shape=(data["channels"], data["resolution"], data["resolution"]),
             sampler=sampler or self.diffusion.default_sampler,
             device=self.device,
+            recorder=self._recorder,
             **options,
         )
         if self.vae is None:
@@ -300,94 +292,41 @@ class RunSampler:
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
 
 
-def open_run_vae(
-    run: Run,
-    config: Mapping[str, Any],
-    vae: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Any:
-    """The VAE that decodes a run's latents, or None where its model makes pixels.
-
-    Args:
-        run: A trained run.
-        config: See ``Run.config``.
-        vae: Folder or hub id; None takes the one the run remembers.
-        device: Where to put it.
-
-    Raises:
-        UserError: It is missing or another than the run was trained with, or the run has none.
-    """
-    facts = config["data"].get("latent")
-    if facts is None:
-        if vae is not None:
-            raise UserError(f"{run.folder} was trained on pixels: drop --vae")
-        return None
-    # Runs of before the place was noted still have it among their settings.
-    remembered = facts.get("place") or config["settings"].get("vae") or ""
-    return open_vae({**facts, "place": remembered}, vae, device)
-
-
-def sample_run(
-    run: Run,
-    *,
-    labels: Tensor,
-    weights: str = "ema",
-    vae: str | None = None,
-    imports: Sequence[str] = (),
-    **options: Any,
-) -> Tensor:
-    """Draws one image per label from a run; ``options`` are those of ``RunSampler``'s call.
-
-    Returns:
-        (n, c, h, w), nominally in [-1, 1].
-
-    Raises:
-        UserError: The run has no checkpoint, its mechanism or VAE is missing, or an argument is
-            out of range.
-    """
-    return RunSampler(run, weights, vae=vae, imports=imports)(labels, **options)
-
-
 class NotFinite(UserError):
     """What a model has drawn holds NaNs or infinities."""
 
 
 def sample_grid(
-    run: Run,
+    draw: RunSampler,
     *,
     classes: Sequence[int] | None = None,
     per_class: int = 4,
     out: Path | None = None,
-    weights: str = "ema",
-    vae: str | None = None,
-    imports: Sequence[str] = (),
     cfg: float = 1.0,
     seed: int = 0,
+    progress: bool = False,
     **options: Any,
 ) -> tuple[int, Path]:
     """Draws images and writes them as one picture, one class per column.
 
     Args:
-        run: A trained run.
+        draw: Of a run.
         classes: Indices; None takes the first ten.
         per_class: Images of each.
         out: The picture; None names one in the run's samples.
-        weights: "ema" or "model".
-        vae: See ``RunSampler``.
-        imports: See ``RunSampler``.
         cfg: Guidance scale.
         seed: Of the start noise.
-        options: Further ones of ``RunSampler``'s call.
+        progress: Whether to show a bar.
+        options: Further ones of ``draw``.
 
     Returns:
         The number of images, and the picture's path.
 
     Raises:
         NotFinite: The images hold NaNs or infinities; nothing is written.
-        UserError: An argument is out of range, the picture cannot be written, or the run cannot
-            be sampled.
+        UserError: An argument is out of range, or the picture cannot be written.
     """
-    count = len(run.config()["data"]["class_names"])
+    run, count = draw.run, len(draw.data["class_names"])
     if classes is None:
         classes = list(range(min(10, count)))
     if not classes:
@@ -401,9 +340,7 @@ def sample_grid(
         out = refuse_links(run.folder, run.samples / f"cfg-{cfg:g}-seed-{seed}.png")
     if out.suffix.lower() not in PICTURES:
         raise UserError(f"{str(out)!r} is no picture's name; let it end in {', '.join(PICTURES)}")
-    draw = RunSampler(run, weights, vae=vae, imports=imports)
     labels = torch.tensor(classes, dtype=torch.int64).repeat(per_class)
-    progress = options.pop("progress", False)
     draw.check(labels, cfg=cfg, **options)
     require_writable(out)
     images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import attnzoo.registry
 from attnzoo.errors import UsageError
 from recipes import compare as compare_module
 from recipes.lab.console import UserError
@@ -77,8 +78,6 @@ def compared(tmp_path_factory):
     arguments = ["--attn", "softmax,crashing", "--import", "zoo_of_mine", *TINY, "--out", str(out)]
     status = compare_module.main(arguments)
     yield out, status, arguments
-    import attnzoo.registry
-
     attnzoo.registry._REGISTRY.pop("crashing", None)
     patch.undo()
 
@@ -121,7 +120,7 @@ class TestRuns:
 
     def test_no_run_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
-        monkeypatch.setattr(execution, "_Process", None)
+        monkeypatch.setattr(execution.subprocess, "Popen", None)
         assert compare_module.main([*arguments, "--time-budget", "0"]) == 1
 
     def test_a_run_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
@@ -219,10 +218,26 @@ class TestSubmitit:
     def test_runs_go_through_its_local_executor(self, tmp_path, monkeypatch):
         pytest.importorskip("submitit")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        arguments = ["--attn", "sana,sana:nonsense=1", *TINY, "--engine", "submitit"]
-        assert compare_module.main([*arguments, "--out", str(tmp_path)]) == 1
-        states = pd.read_csv(tmp_path / "runs.csv").set_index("variant").state
-        assert states.to_dict() == {"sana": OK, "sana:nonsense=1": "error"}
+        (tmp_path / "failing.py").write_text(
+            textwrap.dedent(
+                """
+                import attnzoo
+
+                @attnzoo.register_attention("failing")
+                class Failing(attnzoo.Attention):
+                    def forward(self, x, grid):
+                        raise RuntimeError("it fails")
+                """
+            )
+        )
+        arguments = ["--attn", "sana,failing", *TINY, "--import", str(tmp_path / "failing.py")]
+        out = tmp_path / "out"
+        try:
+            status = compare_module.main([*arguments, "--engine", "submitit", "--out", str(out)])
+        finally:
+            attnzoo.registry._REGISTRY.pop("failing", None)
+        states = pd.read_csv(out / "runs.csv").set_index("variant").state
+        assert status == 1 and states.to_dict() == {"sana": OK, "failing": "error"}
 
 
 class TestThePlan:

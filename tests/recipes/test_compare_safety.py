@@ -29,7 +29,7 @@ from recipes.lab.files import CannotWrite, locked
 from recipes.lab.pages import markdown_text
 from recipes.lab.training.checkpoint import Run
 from recipes.studies.comparison import execution, study
-from recipes.studies.comparison.execution import run_locally
+from recipes.studies.comparison.execution import locally, run_all
 from recipes.studies.comparison.plan import parse_variant, plan_runs
 from recipes.studies.comparison.planned import OK, PlannedRun, read_result
 from recipes.studies.comparison.report import write_report
@@ -362,7 +362,7 @@ class TestProcesses:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(place), "."]))
         folder = case("mine", imports=("mine",), attn="mine").prepare(place / "out")
         seen = []
-        run_locally([folder], 1, lambda: True, lambda _, result: seen.append(result))
+        run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1))
         assert not (place / "executed").exists()
         assert "reached 1" in seen[0]["error"]
         output = (folder / "output.txt").read_text()
@@ -375,7 +375,7 @@ class TestProcesses:
         monkeypatch.setattr(execution, "GRACE_SECONDS", 0.5)
         folder = case(imports=("stuck",)).prepare(place / "out")
         seen, started = [], time.monotonic()
-        run_locally([folder], 1, lambda: True, lambda _, r: seen.append(r), minutes=0.3)
+        run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1, minutes=0.3))
         assert time.monotonic() - started < 60
         assert seen[0]["state"] == "timed out" and "--run-minutes 0.3" in seen[0]["error"]
         assert read_result(folder) == seen[0]
@@ -404,7 +404,7 @@ class TestProcesses:
         monkeypatch.setattr(execution, "write_json", full)
         monkeypatch.setattr(execution, "_START", "raise SystemExit(2)")
         seen = []
-        run_locally([folder], 1, lambda: True, lambda _, result: seen.append(result))
+        run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1))
         assert seen[0]["state"] == "crashed"
 
     def test_runs_end_when_the_report_of_one_fails(self, place):
@@ -419,7 +419,7 @@ class TestProcesses:
 
         started = time.monotonic()
         with pytest.raises(BrokenPipeError):
-            run_locally(folders, 2, lambda: True, report)
+            run_all(folders, 2, lambda: True, report, locally(2))
         assert time.monotonic() - started < 50
 
 

@@ -17,27 +17,26 @@ from recipes import sample as sample_module
 from recipes.lab import sampling
 from recipes.lab.console import NON_FINITE, UserError
 from recipes.lab.evaluation.evaluate import classify
-from recipes.lab.sampling import RunSampler, sample_run
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):
     labels = torch.arange(7)
     images = [
-        sample_run(trained, labels=labels, cfg=2.0, steps=8, batch_size=size)
-        for size in (1, 3, 64)
+        RunSampler(trained)(labels, cfg=2.0, steps=8, batch_size=size) for size in (1, 3, 64)
     ]
     for other in images[1:]:
         torch.testing.assert_close(images[0], other, rtol=1e-4, atol=1e-4)
-    again = sample_run(trained, labels=labels[:4], cfg=2.0, steps=8)
+    again = RunSampler(trained)(labels[:4], cfg=2.0, steps=8)
     torch.testing.assert_close(again, images[0][:4], rtol=1e-4, atol=1e-4)
 
 
 def test_the_seed_and_the_weights_matter(trained):
     labels = torch.arange(2)
-    base = sample_run(trained, labels=labels, steps=4)
-    assert not torch.allclose(base, sample_run(trained, labels=labels, steps=4, seed=1), atol=0.1)
-    assert not torch.equal(base, sample_run(trained, labels=labels, steps=4, weights="model"))
+    base = RunSampler(trained)(labels, steps=4)
+    assert not torch.allclose(base, RunSampler(trained)(labels, steps=4, seed=1), atol=0.1)
+    assert not torch.equal(base, RunSampler(trained, "model")(labels, steps=4))
 
 
 def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
@@ -77,7 +76,7 @@ def test_a_run_without_a_checkpoint_is_named(trained, tmp_path):
     run = Run(tmp_path / "run")
     run.create(trained.config(), overwrite=False)
     with pytest.raises(UserError, match="no whole checkpoint"):
-        sample_run(run, labels=torch.tensor([0]))
+        RunSampler(run)(torch.tensor([0]))
 
 
 def test_the_classifier_knows_real_digits_and_counts_what_it_accepts(trained):
@@ -122,7 +121,7 @@ def test_only_what_the_manifest_lists_is_loaded(trained, tmp_path):
     torch.save(other, folder / f"{name}.bin")
     found = sampling.read_checkpoint(run)
     assert found.digest == wanted.digest
-    loaded = sampling.load_run(run)[0].state_dict()
+    loaded = RunSampler(run, device="cpu").model.state_dict()
     assert all(torch.equal(loaded[key], wanted.tensors[key]) for key in loaded)
 
 
@@ -144,7 +143,7 @@ def test_a_config_that_does_not_fit_is_named(trained, tmp_path, change, words):
     manifest["files"]["ema/config.json"] = [len(content), hashlib.sha256(content).hexdigest()]
     (folder.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((UserError, attnzoo.InvalidType), match=words) as caught:
-        sampling.load_run(run)
+        RunSampler(run, device="cpu")
     assert "delete" not in str(caught.value)
 
 
@@ -155,7 +154,7 @@ def test_a_damaged_configuration_is_one_line(trained, tmp_path, change):
     run, _ = copy_of(trained, tmp_path)
     run.config_file.write_text(json.dumps(json.loads(run.config_file.read_text()) | change))
     with pytest.raises(UserError, match="damaged"):
-        sampling.load_run(run)
+        RunSampler(run, device="cpu")
 
 
 def test_a_mechanism_of_the_users_is_named_with_what_to_pass(trained, tmp_path):
@@ -165,10 +164,10 @@ def test_a_mechanism_of_the_users_is_named_with_what_to_pass(trained, tmp_path):
     config["imports"] = {"mean": {"source": str(tmp_path / "mean.py"), "sha256": "0"}}
     run.config_file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"attention 'mean'.*missing: pass .*--import"):
-        sampling.load_run(run)
+        RunSampler(run, device="cpu")
     (tmp_path / "mean.py").write_text("changed")
     with pytest.raises(UserError, match=r"has changed since: pass --import"):
-        sampling.load_run(run)
+        RunSampler(run, device="cpu")
 
 
 def test_tqdm_can_be_disabled():

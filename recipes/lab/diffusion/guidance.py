@@ -5,7 +5,10 @@ The noise of a sampled image depends on ``(seed, index)`` alone.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,65 @@ from torch import Tensor, nn
 from recipes.lab.console import UserError, progress_bar
 from recipes.lab.diffusion.objective import Diffusion, split_output
 from recipes.lab.diffusion.randomness import generator_for
+from recipes.lab.diffusion.recorded import Recorder, Steps
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are computed, whatever they are of.
+
+    Attributes:
+        cfg: Guidance scale; 1 runs the conditional pass only, 0 gives the unconditional model.
+        cfg_channels: Guide only that many leading channels and leave the rest conditional. DiT's
+            published figures guide 3 of 4 latent channels; None guides all.
+        sampler: One of ``SAMPLERS`` that fits the prediction.
+        steps: Number of solver steps; guidance doubles the work of each.
+        batch_size: Images per model call, twice that under guidance.
+        precision: "fp32", or "bf16" for the model under autocast.
+    """
+
+    cfg: float = 1.0
+    cfg_channels: int | None = None
+    sampler: str = "dpm++"
+    steps: int = 20
+    batch_size: int = 64
+    precision: str = "fp32"
+
+    def check(
+        self,
+        diffusion: Diffusion,
+        num_classes: int,
+        channels: int,
+        labels: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        """Refuses what ``sample`` cannot do, without doing anything.
+
+        Args:
+            diffusion: What the model predicts.
+            num_classes: Number of classes, and index of the null class.
+            channels: Of an image.
+            labels: As for ``sample``; None looks at none.
+            indices: As for ``sample``; None stands for as many as there are labels.
+
+        Raises:
+            UserError: If cfg is not finite, a label is out of range, labels and indices are not
+                integers of one length, cfg_channels or batch_size is out of range, the sampler or
+                its number of steps does not fit, or there is no such precision.
+        """
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if not math.isfinite(self.cfg):
+            raise UserError(f"cfg must be finite, got {self.cfg}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.cfg_channels is not None and not 1 <= self.cfg_channels <= channels:
+            raise UserError(f"cfg_channels must lie in 1..{channels}, got {self.cfg_channels}")
+        if labels is not None:
+            _check_labels(labels, labels if indices is None else indices, num_classes)
+        diffusion.check_sampler(self.sampler, self.steps)
 
 
 @torch.no_grad()
@@ -26,13 +88,10 @@ def sample(
     seed: int,
     num_classes: int,
     shape: tuple[int, int, int],
-    cfg: float = 1.0,
-    cfg_channels: int | None = None,
-    sampler: str = "dpm++",
-    steps: int = 20,
-    batch_size: int = 64,
     device: str | torch.device = "cpu",
+    recorder: Recorder | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Generate one image per label.
 
@@ -50,110 +109,64 @@ def sample(
         seed: Seed of the whole sample.
         num_classes: Number of classes, and index of the null class.
         shape: (c, h, w) of an image.
-        cfg: Guidance scale; 1 runs the conditional pass only, 0 gives the unconditional model.
-        cfg_channels: Guide only that many leading channels and leave the rest conditional. DiT's
-            published figures guide 3 of 4 latent channels; None guides all.
-        sampler: One of ``SAMPLERS`` that fits the prediction.
-        steps: Number of solver steps; guidance doubles the work of each.
-        batch_size: Images per model call, twice that under guidance.
         device: Where to compute.
+        recorder: Records steps as a CUDA graph where it can; None launches them eagerly. Batches
+            are then of equal size, at most ``batch_size``, and the last is filled up.
         progress: Whether to show a bar over solver steps.
+        **options: See ``Sampling``.
 
     Returns:
         (n, c, h, w) float32 on ``device``, in the model's space and not clamped.
 
     Raises:
-        UserError: If ``check_sampling`` does.
+        UserError: If ``Sampling.check`` does.
 
     Source: Ho and Salimans 2022 (2207.12598) for guidance.
     """
-    check_sampling(
-        diffusion,
-        num_classes=num_classes,
-        channels=shape[0],
-        labels=labels,
-        indices=indices,
-        cfg=cfg,
-        cfg_channels=cfg_channels,
-        sampler=sampler,
-        steps=steps,
-        batch_size=batch_size,
-    )
-    guided_channels = shape[0] if cfg_channels is None else cfg_channels
+    how = Sampling(**options)
+    how.check(diffusion, num_classes, shape[0], labels, indices)
+    sampler, steps, batch_size = how.sampler, how.steps, how.batch_size
     num_images = len(labels)
     if num_images == 0:
         return torch.empty(0, *shape, device=device)
+    device = torch.device(device)
+    guided_channels = how.cfg_channels or shape[0]
+    guidance = _Guidance(model, diffusion, num_classes, how.cfg, guided_channels, how.precision)
     num_batches = math.ceil(num_images / batch_size)
-    bar = None
-    if progress:
-        bar = progress_bar(total=num_batches * steps, desc="sampling", unit="step")
-
+    total = num_batches * steps
+    bar = progress_bar(total=total, desc="sampling", unit="step", shown=progress)
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
+        recorded = None
+        if recorder is not None and recorder.check(model, device, sampler):
+            even = math.ceil(num_images / num_batches)
+
+            def make() -> Steps:
+                scheduler = diffusion.scheduler(sampler, steps)
+                return Steps(
+                    model, lambda *inputs: guidance.predict(*inputs)[0],
+                    scheduler, even, shape, num_classes, device,
+                )  # fmt: skip
+
+            recorded = recorder((guidance, sampler, steps, even, shape), make)
+            batch_size = even if recorded else batch_size
         batches = []
         for start in range(0, num_images, batch_size):
             chosen = slice(start, start + batch_size)
-            batches.append(
-                _sample_batch(
-                    _Guidance(model, diffusion, num_classes, cfg, guided_channels),
-                    labels[chosen].to(device=device, dtype=torch.int64),
-                    [generator_for(seed, index) for index in indices[chosen].tolist()],
-                    shape,
-                    diffusion.scheduler(sampler, steps),
-                    keeps_variance=sampler == "ddpm",
-                    bar=bar,
-                )
-            )
+            generators = [generator_for(seed, index) for index in indices[chosen].tolist()]
+            noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
+            inputs = noise.to(device), labels[chosen].to(device=device, dtype=torch.int64)
+            if recorded is not None:
+                batches.append(recorded(*inputs, bar.update))
+                continue
+            scheduler = diffusion.scheduler(sampler, steps)
+            batches.append(_solve(guidance, *inputs, generators, scheduler, sampler, bar.update))
     finally:
         for module in was_training:
             module.training = True
-        if bar is not None:
-            bar.close()
+        bar.close()
     return torch.cat(batches)
-
-
-def check_sampling(
-    diffusion: Diffusion,
-    *,
-    num_classes: int,
-    channels: int,
-    labels: Tensor | None = None,
-    indices: Tensor | None = None,
-    cfg: float = 1.0,
-    cfg_channels: int | None = None,
-    sampler: str = "dpm++",
-    steps: int = 20,
-    batch_size: int = 64,
-) -> None:
-    """Refuses what ``sample`` cannot do, without doing anything.
-
-    Args:
-        diffusion: As for ``sample``.
-        num_classes: As for ``sample``.
-        channels: Of an image.
-        labels: As for ``sample``; None looks at none.
-        indices: As for ``sample``; None stands for as many as there are labels.
-        cfg: As for ``sample``.
-        cfg_channels: As for ``sample``.
-        sampler: As for ``sample``.
-        steps: As for ``sample``.
-        batch_size: As for ``sample``.
-
-    Raises:
-        UserError: If cfg is not finite, a label is out of range, labels and indices are not
-            integers of one length, cfg_channels or batch_size is out of range, or the sampler or
-            its number of steps does not fit.
-    """
-    if not math.isfinite(cfg):
-        raise UserError(f"cfg must be finite, got {cfg}")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if cfg_channels is not None and not 1 <= cfg_channels <= channels:
-        raise UserError(f"cfg_channels must lie in 1..{channels}, got {cfg_channels}")
-    if labels is not None:
-        _check_labels(labels, labels if indices is None else indices, num_classes)
-    diffusion.check_sampler(sampler, steps)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -177,6 +190,13 @@ class _Guidance(NamedTuple):
     num_classes: int
     scale: float
     channels: int
+    precision: str = "fp32"
+
+    def _lowered(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        # Each weight is cast once a call anyway, and a recording must not hold a cache of them.
+        return torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
 
     def predict(self, noisy: Tensor, time: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         guided = self.scale != 1.0
@@ -185,12 +205,13 @@ class _Guidance(NamedTuple):
             noisy = torch.cat([noisy, noisy])  # (2b, c, h, w), conditional half first
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         parameter = next(self.model.parameters(), noisy)
-        output = self.model(
-            hidden_states=noisy.to(parameter.dtype),
-            timestep=time.to(noisy.device).expand(len(noisy)),
-            class_labels=labels,
-            return_dict=False,
-        )[0].float()
+        with self._lowered(noisy.device.type):
+            output = self.model(
+                hidden_states=noisy.to(parameter.dtype),
+                timestep=time.expand(len(noisy)),
+                class_labels=labels,
+                return_dict=False,
+            )[0].float()
         prediction, variance = split_output(output, num_channels, self.diffusion.learn_sigma)
         if guided:
             prediction, unconditional = prediction.chunk(2)
@@ -203,30 +224,26 @@ class _Guidance(NamedTuple):
         return prediction, variance
 
 
-def _sample_batch(
+def _solve(
     guidance: _Guidance,
+    noisy: Tensor,
     labels: Tensor,
     generators: list[torch.Generator],
-    shape: tuple[int, int, int],
     scheduler: Any,
-    *,
-    keeps_variance: bool,
-    bar: Any,
+    sampler: str,
+    tick: Callable[[], Any],
 ) -> Tensor:
-    noise = [torch.randn(shape, generator=generator) for generator in generators]
-    noisy = torch.stack(noise).to(labels.device)  # (b, c, h, w)
-    for time in scheduler.timesteps:
-        prediction, variance = guidance.predict(noisy, time, labels)
-        if not keeps_variance:
-            noisy = scheduler.step(prediction, time, noisy, return_dict=False)[0]
-        else:
+    """(b, c, h, w) -> (b, c, h, w), launched eagerly."""
+    shown_times = scheduler.timesteps.to(noisy.device)  # at once: each copy waits for the GPU
+    for time, shown_time in zip(scheduler.timesteps, shown_times, strict=True):
+        prediction, variance = guidance.predict(noisy, shown_time, labels)
+        options: dict[str, Any] = {"return_dict": False}
+        if sampler == "ddpm":
+            options["generator"] = generators
             if variance is not None:
                 prediction = torch.cat([prediction, variance], dim=1)  # (b, 2c, h, w)
-            noisy = scheduler.step(
-                prediction, time, noisy, generator=generators, return_dict=False
-            )[0]
-        if bar is not None:
-            bar.update()
+        noisy = scheduler.step(prediction, time, noisy, **options)[0]
+        tick()
     return noisy
 
 

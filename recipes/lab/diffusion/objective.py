@@ -89,6 +89,36 @@ class Diffusion:
             self.num_train_timesteps, (batch_size,), generator=generator, device=device
         )
 
+    def noised(
+        self, images: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward process: what the model sees, what it should answer, and the time it sees.
+
+        Args:
+            images: (b, c, h, w).
+            noise: (b, c, h, w), standard normal.
+            timesteps: (b,) as from ``sample_timesteps``.
+
+        Raises:
+            ValueError: If the kind of timesteps or the shape of the noise does not fit.
+        """
+        if noise.shape != images.shape:
+            raise ValueError(
+                f"noise {tuple(noise.shape)} must have the shape of images {tuple(images.shape)}"
+            )
+        if timesteps.is_floating_point() != (self.prediction == "flow"):
+            kind = "floats in [0, 1]" if self.prediction == "flow" else "integers"
+            raise ValueError(f"{self.prediction} takes timesteps as {kind}, not {timesteps.dtype}")
+        if self.prediction == "flow":
+            time = timesteps.float().view(-1, 1, 1, 1)
+            noisy, target = (1 - time) * images + time * noise, noise - images
+            return noisy, target, timesteps.float() * self.num_train_timesteps
+        process: Any = forward_process(self.num_train_timesteps)
+        noisy, target = process.add_noise(images, noise, timesteps), noise
+        if self.prediction == "v_prediction":
+            target = process.get_velocity(images, noise, timesteps)
+        return noisy, target, timesteps
+
     def training_losses(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, timesteps: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
@@ -116,27 +146,8 @@ class Diffusion:
             ValueError: If the kind of timesteps, the shape of the noise or the shape of the
                 model's output does not fit.
         """
-        if noise.shape != images.shape:
-            raise ValueError(
-                f"noise {tuple(noise.shape)} must have the shape of images {tuple(images.shape)}"
-            )
-        if timesteps.is_floating_point() != (self.prediction == "flow"):
-            kind = "floats in [0, 1]" if self.prediction == "flow" else "integers"
-            raise ValueError(f"{self.prediction} takes timesteps as {kind}, not {timesteps.dtype}")
-        images, noise = images.float(), noise.float()
-        timesteps = timesteps.to(images.device)
-        if self.prediction == "flow":
-            time = timesteps.float().view(-1, 1, 1, 1)
-            noisy, target = (1 - time) * images + time * noise, noise - images
-            shown_time = timesteps.float() * self.num_train_timesteps
-        else:
-            process = forward_process(self.num_train_timesteps)
-            noisy = process.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
-            target = noise
-            if self.prediction == "v_prediction":
-                target = process.get_velocity(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
-            shown_time = timesteps
-
+        images, timesteps = images.float(), timesteps.to(images.device)
+        noisy, target, shown_time = self.noised(images, noise.float(), timesteps)
         output = model(
             hidden_states=noisy, timestep=shown_time, class_labels=labels, return_dict=False
         )[0].float()

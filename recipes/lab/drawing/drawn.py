@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -89,19 +89,14 @@ class Drawn:
         _, _, test = self.real
         indices = torch.arange(min(count, len(test)))
         images, labels = test.batch(indices)
-        # What a model of latents works on.
-        seen = (
-            images
-            if self.draw.vae is None
-            else EncodedDataset(test, self.draw.vae).batch(indices)[0]
-        )
+        seen = images
+        if self.draw.vae is not None:
+            seen = EncodedDataset(test, self.draw.vae).batch(indices)[0]
         noise = torch.randn(seen.shape, generator=generator_for(0, 0))
-        diffusion = self.draw.diffusion
-        if diffusion.prediction == "flow":
-            share = _NOISE_TIME / 1000
-            return images, (1 - share) * seen + share * noise, labels
-        times = torch.full((len(seen),), _NOISE_TIME)
-        return images, diffusion.scheduler("ddpm", 50).add_noise(seen, noise, times), labels
+        is_flow = self.draw.diffusion.prediction == "flow"
+        time = _NOISE_TIME / 1000 if is_flow else _NOISE_TIME
+        times = torch.full((len(seen),), time)
+        return images, self.draw.diffusion.noised(seen, noise, times)[0], labels
 
     @torch.no_grad()
     def inputs_of_layers(
@@ -125,26 +120,17 @@ def hooked(
 ) -> Iterator[None]:
     """Shows the index, layer, tokens and grid of every call while it lasts."""
 
-    def hook_of(index: int) -> Callable[[Any, tuple[Any, ...]], None]:
-        def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-            see(index, module, *arguments)
+    def hook(index: int, layer: Any, arguments: tuple[Any, ...]) -> None:
+        see(index, layer, *arguments)
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(hook_of(i)) for i, layer in enumerate(layers)]
+    handles = [
+        layer.register_forward_pre_hook(partial(hook, index)) for index, layer in enumerate(layers)
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_with(runs: Sequence[Drawn], needs: str, description: str) -> Drawn:
-    """The first run whose attention has an attribute; NotWithoutRun where there is none."""
-    for drawn in runs:
-        if hasattr(drawn.layers[0], needs):
-            return drawn
-    raise NotWithoutRun(f"it needs {description}")
 
 
 def wrapped(text: str, width: int = 26) -> str:

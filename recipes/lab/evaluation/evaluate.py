@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, warn
 from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
@@ -49,6 +49,9 @@ def evaluate(
     cache: Path | None = None,
     vae: str | None = None,
     imports: Sequence[str] = (),
+    device: str | None = None,
+    cuda_graph: str = "auto",
+    compile: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Generates images of a run, measures them, and writes metrics.json into the run.
@@ -69,7 +72,10 @@ def evaluate(
         cache: Folder of trained evaluators.
         vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
         imports: What the caller has imported already.
-        progress: Whether to show bars.
+        device: Where images are generated; None takes the process' own.
+        cuda_graph: See ``RunSampler``.
+        compile: See ``RunSampler``.
+        progress: Whether to show bars, and say why steps are launched eagerly.
 
     Returns:
         What metrics.json holds; empty on every process but the first.
@@ -91,7 +97,15 @@ def evaluate(
         _check_plan(plan)
         checkpoint = on_main(accelerator, lambda: read_checkpoint(run, plan.weights))
         draw = RunSampler(
-            run, plan.weights, accelerator.device, vae=vae, imports=imports, checkpoint=checkpoint
+            run,
+            plan.weights,
+            device or accelerator.device,
+            vae=vae,
+            imports=imports,
+            checkpoint=checkpoint,
+            cuda_graph=cuda_graph,
+            compile=compile,
+            say=warn if progress and accelerator.is_main_process else None,
         )
         del checkpoint
         for cfg in names.values():
@@ -389,6 +403,7 @@ def _describe_sampling(config: Mapping[str, Any], plan: Plan, draw: RunSampler) 
         "sampler": plan.sampler or draw.diffusion.default_sampler,
         "guided_channels": plan.cfg_channels or "all",
         "labels": f"{plan.labels}, shuffled",
+        "precision": plan.precision,
         "weights_sha256": draw.checkpoint.digest,
         "trained_steps": draw.checkpoint.step,
         "vae_sha256": latent["sha256"] if latent else None,

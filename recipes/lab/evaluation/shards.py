@@ -39,6 +39,7 @@ class Plan:
         labels: "balanced" (equal numbers of each class, shuffled) or "random" (drawn).
         shard_size: Images per file.
         batch_size: Images per model call.
+        precision: Of the model's matrix products, "fp32" or "bf16".
     """
 
     samples: int = 1000
@@ -51,10 +52,11 @@ class Plan:
     labels: str = "balanced"
     shard_size: int = 250
     batch_size: int = 64
+    precision: str = "fp32"
 
     def sampling(self) -> dict[str, Any]:
         """The part that ``recipes.lab.diffusion.sample`` takes for every scale and seed."""
-        names = ("cfg_channels", "steps", "sampler", "batch_size")
+        names = ("cfg_channels", "steps", "sampler", "batch_size", "precision")
         return {name: getattr(self, name) for name in names}
 
     def shards(self) -> list[range]:
@@ -99,7 +101,10 @@ def shard_folder(run: Run, plan: Plan, checkpoint: Checkpoint | None = None) -> 
     """
     if checkpoint is None:
         checkpoint = read_checkpoint(run, plan.weights)
-    tail = key_digest(**dataclasses.asdict(plan), checkpoint=checkpoint.digest)[:10]
+    key = {**dataclasses.asdict(plan), "checkpoint": checkpoint.digest}
+    if plan.precision == "fp32":  # as folders of before it could be chosen
+        del key["precision"]
+    tail = key_digest(**key)[:10]
     folder = run.evaluation / f"step-{checkpoint.step:08d}-cfg-{plan.cfg:g}-{tail}"
     return refuse_links(run.folder, folder)
 

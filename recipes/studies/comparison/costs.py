@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,14 +64,12 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
 
 
 def _median_seconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
-    found = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
+    def finished() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+
+    return statistics.median(timeit.repeat(finished, number=1, repeat=repeats + 1)[1:])
 
 
 def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:

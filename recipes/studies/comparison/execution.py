@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -59,10 +62,11 @@ from recipes.lab.console import run_script
 from recipes.studies.comparison.execution import main
 run_script(main)"""
 
-Report = Callable[[Path, "dict[str, Any] | None"], None]
+Result = dict[str, Any]
+RunOne = Callable[[Path, int, threading.Event], Result]  # folder, slot, whether to stop
 
 
-def run_one(folder: Path, progress: bool = False) -> dict[str, Any]:
+def run_one(folder: Path, progress: bool = False) -> Result:
     """Trains, measures and times one prepared run, going on from wherever it was stopped.
 
     Returns:
@@ -85,7 +89,7 @@ def run_one(folder: Path, progress: bool = False) -> dict[str, Any]:
     return result
 
 
-def _run_one(folder: Path, progress: bool) -> dict[str, Any]:
+def _run_one(folder: Path, progress: bool) -> Result:
     stored = read_json(known_as(folder, "planned.json"), "planned run")
     import_all(stored["imports"])
     settings = Settings(**canonical_settings(stored["settings"]))
@@ -131,57 +135,54 @@ def losses_of(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     return [(n, x) for n, x in found if isinstance(x, int | float) and math.isfinite(x)]
 
 
-def run_locally(
+def run_all(
     folders: Sequence[Path],
     jobs: int,
     may_start: Callable[[], bool],
-    report: Report,
-    minutes: float = math.inf,
+    report: Callable[[Path, Result | None], None],
+    run: RunOne,
 ) -> None:
-    """Runs what is prepared in processes of their own, ``jobs`` at a time.
+    """Runs what is prepared, ``jobs`` at a time.
 
     SIGTERM, SIGHUP and Ctrl-C let the running ones save and end, and start no other.
 
     Args:
         folders: Of prepared runs.
-        jobs: Runs at the same time; with several GPUs they take turns on them.
-        may_start: Asked before each run; False leaves the rest for another day.
+        jobs: Runs at the same time.
+        may_start: Asked before each run; False leaves it for another day.
         report: Gets each run's result, None for one that was not started.
-        minutes: Limit of one run, which is then asked to save and end.
+        run: ``locally`` or ``by_submitit``.
     """
-    waiting, running = list(folders), dict[int, _Process]()
-    with _signals() as received:
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+
+    def run_next(folder: Path) -> Result | None:
+        if stop.is_set() or not may_start():
+            return None
+        slot = slots.get()
         try:
-            while waiting or running:
-                for slot in sorted(set(range(jobs)) - running.keys()):
-                    if waiting and (received or not may_start()):
-                        for folder in waiting:
-                            report(folder, None)
-                        waiting.clear()
-                    if waiting:
-                        running[slot] = _Process(waiting.pop(0), slot, jobs, minutes)
-                for slot, process in list(running.items()):
-                    if received:
-                        process.stop()
-                    if process.has_ended():
-                        del running[slot]
-                        report(process.folder, process.result())
-                time.sleep(0.05)
+            return run(folder, slot, stop)
         finally:
-            for process in running.values():
-                process.stop()
-            while not all(process.has_ended() for process in running.values()):
-                time.sleep(0.05)
+            slots.put(slot)
+
+    with _signals() as stop, ThreadPoolExecutor(jobs) as pool:
+        try:
+            running = {pool.submit(run_next, folder): folder for folder in folders}
+            for one in as_completed(running):
+                report(running[one], one.result())
+        finally:
+            stop.set()
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals to stop that have come meanwhile."""
-    received: list[int] = []
+def _signals() -> Iterator[threading.Event]:
+    """Whether a signal to stop has come meanwhile."""
+    received = threading.Event()
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
-            before[number] = signal.signal(number, lambda number, _: received.append(number))
+            before[number] = signal.signal(number, lambda *_: received.set())
     try:
         yield received
     finally:
@@ -189,66 +190,38 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Process:
-    """The process of one run."""
+def locally(jobs: int, minutes: float = math.inf) -> RunOne:
+    """Runs each in a process of its own; with several GPUs they take turns on them.
 
-    def __init__(self, folder: Path, slot: int, jobs: int, minutes: float) -> None:
-        self.folder = folder
-        self._minutes = minutes
-        self._deadline = time.monotonic() + 60 * minutes
-        self._is_late = self._is_stopped = False
-        environment = dict(os.environ)
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count()
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
-        environment.pop("PYTHONPATH", None)
-        environment["PYTHONSAFEPATH"] = "1"  # for what this process starts in turn
-        if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-        command = [sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT), *import_path()]
-        try:
-            (folder / "result.json").unlink(missing_ok=True)
-            with (folder / "output.txt").open("ab") as output:
-                # A session of its own: Ctrl-C reaches it as one signal, from here.
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    env=environment, start_new_session=True,
-                )  # fmt: skip
-        except OSError as error:
-            raise CannotWrite(folder, error) from error
+    Args:
+        jobs: Runs at the same time, which share the cores.
+        minutes: Limit of one run, which is then asked to save and end.
+    """
 
-    def stop(self) -> None:
-        """Asks the process to save and end; it is ended if it does not."""
-        if not self._is_stopped:
-            self._is_stopped = True
-            self._deadline = time.monotonic() + GRACE_SECONDS
-            self._process.terminate()
-
-    def has_ended(self) -> bool:
-        """Looks after the process, and whether it has ended."""
-        if self._process.poll() is not None:
-            return True
-        if time.monotonic() > self._deadline:
-            if self._is_stopped:
+    def run(folder: Path, slot: int, stop: threading.Event) -> Result:
+        process = _start(folder, slot, jobs)
+        deadline = time.monotonic() + 60 * minutes
+        while process.poll() is None and not stop.is_set() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        is_cut = process.poll() is None
+        if is_cut:
+            process.terminate()
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._is_late = True
-                self.stop()
-        return False
-
-    def result(self) -> dict[str, Any]:
-        """What the run has come to, now that its process has ended."""
-        status = self._process.returncode
-        result = read_result(self.folder)
-        has_stopped = result is None or result["state"] == STOPPED["state"]
-        if has_stopped and self._is_late:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        result, status = read_result(folder), process.returncode
+        if result is not None and result["state"] != STOPPED["state"]:
+            return result
+        if is_cut and not stop.is_set():
             error = (
-                f"it took longer than --run-minutes {self._minutes:g}; run the comparison again "
-                f"with more, and it goes on"
+                f"it took longer than --run-minutes {minutes:g}; run the comparison again with "
+                f"more, and it goes on"
             )
             result = {"state": "timed out", "error": error}
-        elif has_stopped and self._is_stopped:
+        elif is_cut:
             result = dict(STOPPED)
         elif result is None:
             how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
@@ -256,8 +229,32 @@ class _Process:
         else:
             return result
         with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
-            write_json(self.folder / "result.json", result)
+            write_json(folder / "result.json", result)
         return result
+
+    return run
+
+
+def _start(folder: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
+    environment.pop("PYTHONPATH", None)
+    environment["PYTHONSAFEPATH"] = "1"  # for what this process starts in turn
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    command = [sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT), *import_path()]
+    try:
+        (folder / "result.json").unlink(missing_ok=True)
+        with (folder / "output.txt").open("ab") as output:
+            # A session of its own: Ctrl-C reaches it as one signal, from here.
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+    except OSError as error:
+        raise CannotWrite(folder, error) from error
 
 
 def import_path() -> list[str]:
@@ -272,16 +269,14 @@ def import_path() -> list[str]:
     return list(dict.fromkeys([*shown, *last]))
 
 
-def run_by_submitit(
-    folders: Sequence[Path],
-    jobs: int,
-    may_start: Callable[[], bool],
-    report: Report,
-    cluster: str,
-    log: Path,
-    parameters: dict[str, Any],
-) -> None:
-    """The same through submitit, on this machine (cluster "local") or by SLURM."""
+def by_submitit(cluster: str, log: Path, parameters: dict[str, Any]) -> RunOne:
+    """The same through submitit, on this machine (cluster "local") or by SLURM.
+
+    Args:
+        cluster: Of submitit.
+        log: Folder for what submitit writes.
+        parameters: Of its executor.
+    """
     import submitit  # pyright: ignore[reportMissingImports]
 
     # The jobs inherit both; Python 3.10 knows only the first.
@@ -293,27 +288,25 @@ def run_by_submitit(
     os.environ["PYTHONSAFEPATH"] = "1"
     executor = submitit.AutoExecutor(folder=log, cluster=cluster)
     executor.update_parameters(name="attnzoo-compare", **parameters)
-    waiting, running = list(folders), {}
-    while waiting or running:
-        # The local executor would start everything at once.
-        while waiting and len(running) < jobs:
-            folder = waiting.pop(0)
-            if not may_start():
-                report(folder, None)
-                continue
-            (folder / "result.json").unlink(missing_ok=True)
-            running[folder] = executor.submit(_Submitted(), folder.resolve())
-        for folder, job in list(running.items()):
-            if job.done():
-                del running[folder]
-                result = read_result(folder)
-                if result is None:
-                    last = str(job.exception() or "").strip() or "it ended without a result"
-                    last = last.splitlines()[-1]
-                    result = {"state": "crashed", "error": f"submitit job {job.job_id}: {last}"}
-                    write_json(folder / "result.json", result)
-                report(folder, result)
-        time.sleep(0.5)
+    one_at_a_time = threading.Lock()
+
+    def run(folder: Path, slot: int, stop: threading.Event) -> Result:
+        (folder / "result.json").unlink(missing_ok=True)
+        with one_at_a_time:
+            job = executor.submit(_Submitted(), folder.resolve())
+        while not job.done():
+            if stop.wait(0.5):
+                error = f"submitit job {job.job_id} goes on; run the comparison again later"
+                return {"state": "submitted", "error": error}
+        result = read_result(folder)
+        if result is None:
+            last = str(job.exception() or "").strip() or "it ended without a result"
+            error = f"submitit job {job.job_id}: {last.splitlines()[-1]}"
+            result = {"state": "crashed", "error": error}
+            write_json(folder / "result.json", result)
+        return result
+
+    return run
 
 
 class _Submitted:

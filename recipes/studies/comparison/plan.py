@@ -9,9 +9,10 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,9 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.planned import PlannedRun
 
+_TOKEN = re.compile(
+    r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL
+)  # quoted, or one character
 Setting = tuple[str, "int | None"]  # data as ``parse_data`` reads it, resolution
 
 
@@ -92,28 +96,21 @@ def _split(text: str, separator: str) -> Iterator[str]:
     """The parts between separators that stand in no bracket and no quotes."""
     closing = {"(": ")", "[": "]", "{": "}"}
     waiting: list[str] = []
-    part, quote = "", ""
-    characters = iter(text)
-    for c in characters:
-        if quote:
-            if c == "\\":
-                c += next(characters, "")
-            elif c == quote:
-                quote = ""
-        elif c in "'\"":
-            quote = c
-        elif c in closing:
-            waiting.append(closing[c])
-        elif c in closing.values():
-            if not waiting or waiting.pop() != c:
-                raise UserError(f"--attn {text!r} closes a bracket that is not open")
-        elif c == separator and not waiting:
+    part = ""
+    for token in _TOKEN.findall(text):
+        if token in ("'", '"'):
+            raise UserError(f"--attn {text!r} does not close {token}")
+        if token in closing:
+            waiting.append(closing[token])
+        elif token in closing.values() and (not waiting or waiting.pop() != token):
+            raise UserError(f"--attn {text!r} closes a bracket that is not open")
+        elif token == separator and not waiting:
             yield part
             part = ""
             continue
-        part += c
-    if quote or waiting:
-        raise UserError(f"--attn {text!r} does not close {quote or waiting[-1]}")
+        part += token
+    if waiting:
+        raise UserError(f"--attn {text!r} does not close {waiting[-1]}")
     yield part
 
 
@@ -147,17 +144,11 @@ def canonical(data: str) -> str:
     return os.path.join(os.curdir, folder) if is_name else folder
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataFacts:
+class DataFacts(NamedTuple):
     """What is known of data before anything is trained, as ``build_model`` wants it.
 
-    Attributes:
-        resolution: Side of what the model sees, in pixels or latent pixels.
-        channels: Of what the model sees.
-        class_names: In the order of the labels.
-        latent_factor: Image pixels per pixel that the model sees.
-        latent: What a VAE's latents have to be read with, or None.
-        source: What was encoded, of a folder of latents; or None.
+    The names are those of ``ImageDataset``; ``latent`` and ``source`` are what a run's
+    config.json holds.
     """
 
     resolution: int
@@ -187,14 +178,13 @@ def data_facts(data: str, level: str, resolution: int | None, vae: str | None) -
     """
     settings = Settings(data=data, level=level, resolution=resolution, vae=vae)
     dataset = load_training_data(settings, load_vae(vae) if vae else None)
-    is_latent = isinstance(dataset, LatentDataset)
     return DataFacts(
-        resolution=dataset.resolution,
-        channels=dataset.channels,
-        class_names=tuple(dataset.class_names),
-        latent_factor=dataset.latent_factor,
-        latent=dataset.facts if is_latent else None,
-        source=getattr(dataset, "source", None),
+        dataset.resolution,
+        dataset.channels,
+        tuple(dataset.class_names),
+        dataset.latent_factor,
+        dataset.facts if isinstance(dataset, LatentDataset) else None,
+        getattr(dataset, "source", None),
     )
 
 
@@ -325,7 +315,9 @@ def check_plan(planned: Sequence[PlannedRun]) -> None:
         real_of(one)
         if facts.latent is not None and one.settings.vae is None:
             open_vae(facts.latent, one.vae)
-    for one in _first_of(planned, _without_seed):
+    # A seed changes nothing here.
+    distinct = {(p.label, p.settings.protocol, *_data(p)): p for p in reversed(planned)}
+    for one in distinct.values():
         settings, facts = one.settings, facts_of(one.settings)
         if one.samples < facts.num_classes:
             raise UserError(
@@ -342,23 +334,13 @@ def check_plan(planned: Sequence[PlannedRun]) -> None:
             continue
 
 
-def _without_seed(one: PlannedRun) -> tuple[Any, ...]:
-    settings = one.settings
-    return one.label, settings.data, settings.level, settings.resolution, settings.protocol
-
-
 def distinct_data(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The first run of each data and resolution."""
-    return _first_of(planned, lambda one: _without_seed(one)[1:4])
+    return list({_data(one): one for one in reversed(planned)}.values())[::-1]
 
 
-def _first_of(
-    planned: Sequence[PlannedRun], key: Callable[[PlannedRun], tuple[Any, ...]]
-) -> list[PlannedRun]:
-    found: dict[tuple[Any, ...], PlannedRun] = {}
-    for one in planned:
-        found.setdefault(key(one), one)
-    return list(found.values())
+def _data(one: PlannedRun) -> tuple[Any, ...]:
+    return one.settings.data, one.settings.level, one.settings.resolution
 
 
 def real_of(one: PlannedRun) -> RealImages:
@@ -368,12 +350,7 @@ def real_of(one: PlannedRun) -> RealImages:
         UserError: There are none.
     """
     facts = facts_of(one.settings)
-    data = {
-        "resolution": facts.resolution,
-        "class_names": list(facts.class_names),
-        "latent": facts.latent,
-        "source": facts.source,
-    }
+    data = {**facts._asdict(), "class_names": list(facts.class_names)}
     config = {"settings": canonical_settings(dataclasses.asdict(one.settings)), "data": data}
     found, reason = real_images(Run(one.settings.data), config, one.real)
     if found is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import importlib.util
 import math
 import os
@@ -25,30 +25,50 @@ from recipes.studies.comparison.planned import EVALUATORS, OK, PlannedRun, read_
 from recipes.studies.comparison.report import write_report
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How the runs of a comparison are run, whatever they are.
+
+    Attributes:
+        jobs: Runs at the same time.
+        run_minutes: Limit of one run, which goes on when compared again.
+        time_budget: Minutes after which none starts; None for no limit.
+        cluster: "local" or "slurm" to hand them to submitit; None for processes of this one.
+
+    Raises:
+        UserError: A limit is not a length of time, or submitit is not installed.
+    """
+
+    jobs: int = 1
+    run_minutes: float = 120.0
+    time_budget: float | None = None
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run_minutes > 0:
+            raise UserError(f"--run-minutes must be above 0, got {self.run_minutes:g}")
+        if self.time_budget is not None and not self.time_budget >= 0:
+            raise UserError(f"--time-budget must be at least 0, got {self.time_budget:g}")
+        if self.cluster and importlib.util.find_spec("submitit") is None:
+            raise UserError("--engine submitit needs submitit: pip install submitit")
+
+
 def compare(
     planned: Sequence[PlannedRun],
     out: Path,
+    limits: Limits | None,
     *,
     title: str,
     paper: pd.DataFrame,
-    jobs: int = 1,
-    run_minutes: float = 120.0,
-    time_budget: float | None = None,
-    cluster: str | None = None,
-    report_only: bool = False,
 ) -> bool:
     """Runs what is not done yet and writes the report of everything.
 
     Args:
         planned: All runs of the comparison, checked by ``plan.check_plan``.
         out: Folder of the runs and the report.
+        limits: None runs nothing, also while another process does.
         title: The command, for the report.
         paper: The paper's numbers of the same variants; may be empty.
-        jobs: Runs at the same time.
-        run_minutes: Limit of one run, which goes on when compared again.
-        time_budget: Minutes after which none starts; None for no limit.
-        cluster: "local" or "slurm" to hand them to submitit; None for processes of this one.
-        report_only: Whether to run nothing, also while another process does.
 
     Returns:
         Whether every run is done.
@@ -59,12 +79,12 @@ def compare(
     """
     _check_writable(out)
     folders = {one.folder(out): one for one in planned}
-    with contextlib.nullcontext() if report_only else locked(out / ".lock", warn=say):
+    with contextlib.nullcontext() if limits is None else locked(out / ".lock", warn=say):
         missing = {f: p for f, p in folders.items() if (read_result(f) or {}).get("state") != OK}
         counts = f"{len(planned) - len(missing)} done, {len(missing)} to run"
         say(f"{len(planned)} runs in {out}: {counts}", sys.stdout)
-        if missing and not report_only:
-            _run_missing(missing, out, jobs, run_minutes, time_budget, cluster)
+        if missing and limits is not None:
+            _run_missing(missing, out, limits)
         states = write_report(out, planned, paper, title)
     tables = f"{out / 'runs.csv'}, {out / 'summary.csv'}"
     say(f"report: {out / 'report.html'}   numbers: {tables}", sys.stdout)
@@ -77,20 +97,6 @@ def _check_writable(out: Path) -> None:
         refuse_links(out, out / name)
 
 
-def check_limits(run_minutes: float, time_budget: float | None, cluster: str | None) -> None:
-    """Refuses what ``compare`` cannot keep to.
-
-    Raises:
-        UserError: A limit is not a length of time, or submitit is not installed.
-    """
-    if not run_minutes > 0:
-        raise UserError(f"--run-minutes must be above 0, got {run_minutes:g}")
-    if time_budget is not None and not time_budget >= 0:
-        raise UserError(f"--time-budget must be at least 0, got {time_budget:g}")
-    if cluster and importlib.util.find_spec("submitit") is None:
-        raise UserError("--engine submitit needs submitit: pip install submitit")
-
-
 def prepare_evaluators(planned: Sequence[PlannedRun], out: Path) -> None:
     """Makes what measures the images, once, before runs want it at the same time."""
     _check_writable(out)
@@ -98,20 +104,13 @@ def prepare_evaluators(planned: Sequence[PlannedRun], out: Path) -> None:
         prepare_real(real_of(one), one.samples, out / EVALUATORS)
 
 
-def _run_missing(
-    planned: Mapping[Path, PlannedRun],
-    out: Path,
-    jobs: int,
-    run_minutes: float,
-    time_budget: float | None,
-    cluster: str | None,
-) -> None:
+def _run_missing(planned: Mapping[Path, PlannedRun], out: Path, limits: Limits) -> None:
     """Runs all of these, and reports each on the terminal as it ends."""
     for one in planned.values():
         one.prepare(out)
     with contextlib.suppress(BrokenPipeError):  # it reports; what it leaves, the runs make
         prepare_evaluators(list(planned.values()), out)
-    limit = math.inf if time_budget is None else 60 * time_budget
+    limit = math.inf if limits.time_budget is None else 60 * limits.time_budget
     started, ended = time.monotonic(), 0
 
     def report(folder: Path, result: dict[str, Any] | None) -> None:
@@ -127,18 +126,15 @@ def _run_missing(
     def may_start() -> bool:
         return time.monotonic() - started < limit
 
-    run = functools.partial(execution.run_locally, minutes=run_minutes)
-    if cluster:
+    run = execution.locally(limits.jobs, limits.run_minutes)
+    if limits.cluster:
         parameters = {
-            "timeout_min": math.ceil(run_minutes),
-            "cpus_per_task": max(1, (os.cpu_count() or 1) // jobs),
+            "timeout_min": math.ceil(limits.run_minutes),
+            "cpus_per_task": max(1, (os.cpu_count() or 1) // limits.jobs),
             "gpus_per_node": 1 if torch.cuda.is_available() else 0,
         }
-        log = out / "submitit"
-        run = functools.partial(
-            execution.run_by_submitit, cluster=cluster, log=log, parameters=parameters
-        )
-    run(list(planned), jobs, may_start, report)
+        run = execution.by_submitit(limits.cluster, out / "submitit", parameters)
+    execution.run_all(list(planned), limits.jobs, may_start, report, run)
 
 
 def say(line: str, file: TextIO | None = None) -> None:

@@ -58,15 +58,13 @@ class Verdict:
 
     def gain_and_margin(self, digits: int, margin_digits: int) -> str:
         """ "+0.12 ± 0.08", with more digits where the two would look equal and are not."""
-        more = 0
-        while more < 14:
+        for more in range(15):
             gain = float(f"{self.gain:.{digits + more}g}")
             margin = float(f"{self.margin:.{margin_digits + more}g}")
             if abs(self.gain) == self.margin or (
                 (abs(gain) > margin) == (abs(self.gain) > self.margin) and abs(gain) != margin
             ):
                 break
-            more += 1
         return f"{gain:+.15g} ± {margin:.15g}"
 
 
@@ -102,11 +100,9 @@ def digits_apart(values: Iterable[float], digits: int = 4) -> int:
     """How many significant digits tell apart the values that differ, at least ``digits``."""
     ordered = sorted(value for value in values if math.isfinite(value))
     for low, high in itertools.pairwise(ordered):
-        while (
-            digits < 17
-            and not _are_equal(low, high)
-            and f"{low:.{digits}g}" == (f"{high:.{digits}g}")
-        ):
+        while digits < 17 and f"{low:.{digits}g}" == f"{high:.{digits}g}":
+            if _are_equal(low, high):
+                break
             digits += 1
     return digits
 
@@ -125,14 +121,6 @@ def _are_equal(one: float, other: float) -> bool:
     return abs(one - other) <= ROUNDING * max(abs(one), abs(other))
 
 
-def chance_of(row: pd.Series, metric: str) -> float | None:
-    """The share of right classes that guessing gives, or None where a metric has no such."""
-    classes = row.get("classes")
-    if metric_of(metric) != "class_accuracy" or classes is None or not classes > 1:
-        return None
-    return 1 / float(classes)
-
-
 def at_chance(runs: pd.DataFrame) -> str | None:
     """How the runs of one variant show that it has learned nothing, or None if they do not.
 
@@ -142,11 +130,13 @@ def at_chance(runs: pd.DataFrame) -> str | None:
             what is missing says nothing.
     """
     found = []
+    classes = runs["classes"].iloc[0] if "classes" in runs else None
     for metric in [c for c in runs.columns if metric_of(str(c)) == "class_accuracy"]:
-        share, chance = runs[metric].mean(), chance_of(runs.iloc[0], metric)
+        share = runs[metric].mean()
         count = runs["count"].sum() if "count" in runs else math.nan
-        if chance is None or not count > 0 or share != share:
+        if classes is None or not (classes > 1 and count > 0) or share != share:
             continue
+        chance = 1 / float(classes)
         # What guessing stays below in 39 of 40 trials.
         if share * count <= stats.binom.ppf((1 + CONFIDENCE) / 2, int(count), chance):
             found.append(f"{metric} {share:.3g}, where guessing gives {chance:.3g}")
@@ -179,18 +169,16 @@ def summary_sentence(runs: pd.DataFrame, metric: str) -> str:
         kinds = {compare_variants(runs, one, other, metric).kind for one in first}
         kind = next(kind for kind in ("unknown", "same", "worse", "better") if kind in kinds)
         by_kind.setdefault(kind, []).append(other)
-    if len(first) > 1:
-        parts = [f"{metric}: {_listed(first)} tie for the best mean ({shown})"]
-    else:
-        parts = [f"{metric}: {first[0]} has the best mean ({shown})"]
-    if beaten := by_kind.get("better"):
-        parts.append(f"better than {', '.join(beaten)} beyond the spread over seeds")
-    if tied := by_kind.get("same"):
-        parts.append(f"{NO_DIFFERENCE} from {', '.join(tied)}")
-    if worse := by_kind.get("worse"):  # the seeds of the two are not the same
-        parts.append(f"worse than {', '.join(worse)} in the seeds that both have")
-    if unknown := by_kind.get("unknown"):
-        parts.append(f"too few seeds, or no spread between them, to judge {', '.join(unknown)}")
+    lead = f"{_listed(first)} tie for" if len(first) > 1 else f"{first[0]} has"
+    words = {
+        "better": "better than {} beyond the spread over seeds",
+        "same": f"{NO_DIFFERENCE} from {{}}",
+        # The seeds of the two are not the same.
+        "worse": "worse than {} in the seeds that both have",
+        "unknown": "too few seeds, or no spread between them, to judge {}",
+    }
+    parts = [f"{metric}: {lead} the best mean ({shown})"]
+    parts += [words[kind].format(", ".join(by_kind[kind])) for kind in words if kind in by_kind]
     return "; ".join(parts) + "."
 
 

@@ -31,17 +31,15 @@ from recipes.lab.drawing.canvas import (
     plain,
     sns,
 )
-from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, first_with, hooked, wrapped
+from recipes.lab.drawing.drawn import Drawn, NotWithoutRun, hooked, wrapped
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
 from recipes.lab.evaluation.evaluate import default_cache
 from recipes.lab.evaluation.features import smallcnn_of
 from recipes.studies.comparison.summary import grouped_by
 
-# Okabe and Ito's colors for classes and projectors, which have no color of their own.
-_DISTINCT = [
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
-]  # fmt: skip
+# Okabe and Ito's colors for classes, which have no color of their own.
+_DISTINCT = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]
 
 
 def cost_figure(runs: Sequence[Drawn]) -> Figure:
@@ -78,7 +76,9 @@ def cost_figure(runs: Sequence[Drawn]) -> Figure:
 
 def projector_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 5: the projector that most tokens choose, over all steps of sampling."""
-    drawn = first_with(runs, "projectors", "a run of dydila")
+    drawn = next((one for one in runs if hasattr(one.layers[0], "projectors")), None)
+    if drawn is None:
+        raise NotWithoutRun("it needs a run of dydila")
     classes = min(10, len(drawn.class_names))
     layers = drawn.layers
     experts = layers[0].config.n_projectors  # type: ignore[attr-defined]
@@ -129,7 +129,9 @@ def map_figure(runs: Sequence[Drawn]) -> Figure:
         layer_index = len(drawn.layers) // 2
         layer = drawn.layers[layer_index]
         x, grid = drawn.inputs_of_layers(noisy, labels)[layer_index]
-        query = _query_token(images, grid)
+        # The token that lies on the lightest part of the image.
+        light = torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), grid)
+        query = int(light[0, 0].flatten().argmax())
         if type(layer).attention_map is Attention.attention_map:
             print(f"maps: {drawn.label} is left out, it has no attention map")
             continue
@@ -159,13 +161,12 @@ def stages(layer: Attention) -> list[tuple[str, Any]]:
     config: Any = layer.config
     if not hasattr(config, "differential"):
         return [("", config)]
+    alone = dataclasses.replace(config, differential="none")
     found = []
     if config.kernel != "relu":
-        plain = dataclasses.replace(config, kernel="relu", differential="none")
-        found.append(("Q, K with ReLU alone", plain))
+        found.append(("Q, K with ReLU alone", dataclasses.replace(alone, kernel="relu")))
     if config.differential != "none":
-        found.append(("+ measure kernel", dataclasses.replace(config, differential="none")))
-        return [*found, ("+ difference from projections", config)]
+        return [*found, ("+ measure kernel", alone), ("+ difference from projections", config)]
     return [*found, ("+ measure kernel" if found else "", config)]
 
 
@@ -177,12 +178,6 @@ def map_with(layer: Attention, config: Any, x: Tensor, grid: tuple[int, int]) ->
         return layer.attention_map(x, grid)
     finally:
         layer.config = own
-
-
-def _query_token(images: Tensor, grid: tuple[int, int]) -> int:
-    """The token that lies on the lightest part of the image."""
-    light = torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), grid)
-    return int(light[0, 0].flatten().argmax())
 
 
 def factor_figure(runs: Sequence[Drawn]) -> Figure:
@@ -227,8 +222,9 @@ def tsne_figure(runs: Sequence[Drawn]) -> Figure:
         raise NotWithoutRun("it needs two classes and two images of each")
     real, train, test = first.real
     see = smallcnn_of(train, test, real.kind, cache=default_cache(first.run))
+    order = torch.randperm(len(first.class_names), generator=torch.Generator().manual_seed(0))
     groups = {
-        "random": _random_classes(len(first.class_names)),
+        "random": sorted(order[:4].tolist()),
         "confusable": confusable_classes(first, see),
     }
     figure, axes = panels(2, len(runs), width=4, height=3.7)
@@ -252,11 +248,6 @@ def tsne_figure(runs: Sequence[Drawn]) -> Figure:
             axis.set(xticks=[], yticks=[])
             axis.legend(fontsize=9, markerscale=1.2)
     return figure
-
-
-def _random_classes(count: int, size: int = 4) -> list[int]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return sorted(order[:size].tolist())
 
 
 def confusable_classes(drawn: Drawn, see: Any, size: int = 4) -> list[int]:

@@ -159,7 +159,7 @@ def tested_claim(claim: Claim, done: pd.DataFrame) -> list[Tested]:
     return found
 
 
-def conclusion(claim: Claim, kinds: Sequence[str]) -> tuple[Conclusion, str]:
+def conclusion(claim: Claim, kinds: Iterable[str]) -> tuple[Conclusion, str]:
     """What the verdicts on a claim say together, and how many say what."""
     count = Counter(kinds)
     better, worse, same = count["better"], count["worse"], count["same"]
@@ -181,15 +181,11 @@ def conclusion(claim: Claim, kinds: Sequence[str]) -> tuple[Conclusion, str]:
     return "mixed", tally
 
 
-def _conclusion(claim: Claim, tested: Sequence[Tested]) -> tuple[Conclusion, str]:
-    return conclusion(claim, [one.verdict.kind for one in tested])
-
-
 def _in_short(tested: Mapping[Claim, Sequence[Tested]]) -> str:
     """The claims by what has come of them, in words."""
     found: dict[str, list[str]] = {}
     for claim, of_claim in tested.items():
-        concluded, tally = _conclusion(claim, of_claim)
+        concluded, tally = conclusion(claim, (one.verdict.kind for one in of_claim))
         found.setdefault(concluded, []).append(f"  - {claim.title}: {tally}")
     return "\n".join(
         "\n".join([f"- **{words}:**", *found[concluded]])
@@ -304,7 +300,7 @@ def _claim_section(claim: Claim, tested: Sequence[Tested]) -> str:
         row[one.metric] = _field(one.verdict)
     frame = pd.DataFrame.from_dict(table, orient="index").rename_axis("setting")
     frame = frame.loc[:, ["seeds", *dict.fromkeys(one.metric for one in tested)]]
-    concluded, tally = _conclusion(claim, tested)
+    concluded, tally = conclusion(claim, (one.verdict.kind for one in tested))
     return _folded(f"{claim.title}: <b>{concluded}</b> ({tally})", frame)
 
 

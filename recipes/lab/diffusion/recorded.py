@@ -1,0 +1,242 @@
+"""Steps of sampling as one launch each: model, guidance and update, recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.recorded import refuse_waits, why_not_recorded
+from recipes.lab.console import UserError
+
+MODES = ("auto", "on", "off")
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # noisy, time and labels -> prediction
+
+
+def solver_weights(scheduler: Any) -> Tensor:
+    """What each step of a deterministic solver makes its next sample of.
+
+    The solvers' updates are linear with weights that depend on the times alone, so a step on unit
+    vectors shows them: nothing of a solver is written a second time.
+
+    Args:
+        scheduler: A fresh one of diffusers that looks back one step at most; it is used up.
+
+    Returns:
+        (steps, 4), the weights of sample and prediction one step before, and of this step's.
+    """
+    rows, unit = [], torch.eye(2 * len(scheduler.timesteps) + 2)
+    for step, time in enumerate(scheduler.timesteps):
+        sample, prediction = unit[2 * step + 2 : 2 * step + 4]
+        following = scheduler.step(prediction, time, sample, return_dict=False)[0]
+        rows.append(following[2 * step : 2 * step + 4])
+    return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def cast_once(model: nn.Module, call: Callable[[], Any]) -> Iterator[list[Tensor]]:
+    """Holds weights in the type that autocast casts them to, inside the with-statement.
+
+    Autocast casts every weight in every call, which is a launch for each: in a recording of a
+    small model a good part of the time. The numbers stay the same. A compiled model is left as it
+    is, and so are weights that are used otherwise than by calling their layer under autocast.
+
+    Args:
+        model: Afterwards as it was.
+        call: Calls the model.
+
+    Yields:
+        The cast weights; they have to live as long as a recording that reads them.
+    """
+    lowered: dict[nn.Module, torch.dtype | None] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kind = inputs[0].device.type
+        is_on = torch.is_autocast_enabled(kind) and lowered.get(layer, True) is not None
+        lowered[layer] = torch.get_autocast_dtype(kind) if is_on else None
+
+    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        layers = []
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = [(z, dtype) for layer, dtype in lowered.items() if dtype for z in layer.parameters()]
+    before = [weight.data for weight, _ in weights]
+    for weight, dtype in weights:
+        weight.data = weight.data.to(dtype)
+    try:
+        yield [weight.data for weight, _ in weights]
+    finally:
+        for (weight, _), own in zip(weights, before, strict=True):
+            weight.data = own
+
+
+class Steps:
+    """All steps of a deterministic sampler as the same work on the same memory.
+
+    They run on any device; ``record`` makes one launch of each on a GPU.
+
+    Args:
+        model: What is recorded is its weights as they are then.
+        predict: The guided model.
+        scheduler: See ``solver_weights``.
+        batch: Images at once.
+        shape: (c, h, w) of an image.
+        null_label: Class of what fills an incomplete batch.
+        device: Of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        predict: Predict,
+        scheduler: Any,
+        batch: int,
+        shape: tuple[int, int, int],
+        null_label: int,
+        device: torch.device,
+    ) -> None:
+        self._model, self._predict = model, predict
+        self._null_label, self._device = null_label, device
+        self._times = scheduler.timesteps.to(device)
+        self._weights = solver_weights(scheduler).to(device)
+        # Sample and prediction of the step before, and of this one.
+        self._parts = torch.zeros(4, batch, *shape, device=device)
+        self._labels = torch.full((batch,), null_label, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._weights_read: list[Tensor] = []
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Records a step.
+
+        Raises:
+            RuntimeError: Something in it waits for the host, or the memory does not suffice.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            # Libraries allocate and compilers compile on the first calls, which a recording may
+            # not.
+            aside = torch.cuda.Stream()
+            with contextlib.ExitStack() as stack:
+                try:
+                    aside.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(aside):
+                        self._weights_read = stack.enter_context(cast_once(self._model, self._try))
+                        self._try()
+                        with refuse_waits():
+                            self._try()
+                finally:
+                    torch.cuda.current_stream().wait_stream(aside)
+                with torch.cuda.graph(graph):
+                    self._advance()
+        self._graph = graph
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, labels: Tensor, tick: Callable[[], Any]) -> Tensor:
+        """Samples of up to ``batch`` images.
+
+        Args:
+            noise: (n, c, h, w).
+            labels: (n,) int64.
+            tick: Called after each step was launched.
+
+        Returns:
+            (n, c, h, w) float32.
+        """
+        count = len(noise)
+        self._parts.zero_()  # a weight of 0 does not remove what is not finite
+        self._parts[2, :count] = noise
+        self._labels.fill_(self._null_label)
+        self._labels[:count] = labels
+        self._step.zero_()
+        launch = self._graph.replay if self._graph is not None else self._advance
+        for _ in range(len(self._times)):
+            launch()
+            tick()
+        return self._parts[2, :count].clone()
+
+    def _try(self) -> None:
+        self._step.zero_()
+        self._advance()
+
+    def _advance(self) -> None:
+        self._parts[3] = self._predict(self._parts[2], self._times[self._step], self._labels)
+        weights = self._weights[self._step].view(4, 1, 1, 1, 1)
+        following = (weights * self._parts).sum(0)
+        self._parts[:2] = self._parts[2:]
+        self._parts[2] = following
+        self._step += 1
+
+
+class Recorder:
+    """Records the steps of a model's samples, and keeps the last recording for the next call.
+
+    Args:
+        mode: "auto" launches eagerly what cannot be recorded, "on" refuses it, "off" records
+            nothing.
+        say: In "auto", gets in one line why steps are launched eagerly, once; None says nothing.
+
+    Raises:
+        UserError: There is no such mode.
+    """
+
+    def __init__(self, mode: str = "auto", say: Callable[[str], None] | None = None) -> None:
+        if mode not in MODES:
+            raise UserError(f"--cuda-graph {mode!r} is none of {', '.join(MODES)}")
+        self.mode, self._say = mode, say
+        self._said: str | None = None
+        self._key: Hashable = None
+        self._steps: Steps | None = None
+
+    def check(self, model: nn.Module, device: torch.device, sampler: str) -> bool:
+        """Whether the steps of this sampler are to be recorded.
+
+        Raises:
+            UserError: They have to be and cannot.
+        """
+        if self.mode == "off":
+            return False
+        reason = why_not_recorded(model, device)
+        if reason is None and sampler == "ddpm":
+            reason = "sampler 'ddpm' draws noise on the host in every step"
+        if reason is not None:
+            self._give_up(reason)
+        return reason is None
+
+    def __call__(self, key: Hashable, make: Callable[[], Steps]) -> Steps | None:
+        """Recorded steps, or None where they cannot be.
+
+        Args:
+            key: Of what they compute; equal keys share a recording.
+            make: Gives steps that are not recorded yet.
+
+        Raises:
+            UserError: They have to be recorded and cannot.
+        """
+        if key != self._key:
+            self._steps = None  # frees its memory first
+            steps = make()
+            try:
+                steps.record()
+            except RuntimeError as error:
+                self._give_up(" ".join(str(error).split())[:200])
+            else:
+                self._steps = steps
+            self._key = key
+        return self._steps
+
+    def _give_up(self, reason: str) -> None:
+        if self.mode == "on":
+            raise UserError(f"--cuda-graph on is not possible: {reason}; use auto or off")
+        if self._say is not None and reason != self._said:
+            self._say(f"steps are launched eagerly: {reason}")
+        self._said = reason
