@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
@@ -23,7 +23,6 @@ from attnzoo.layers.streaming import (
     StreamConfig,
     convolve,
     first_pass,
-    linear_parts,
     second_pass,
     spans_of,
 )
@@ -31,7 +30,6 @@ from attnzoo.ops.linear_core import fold, key_sum, linear_attention_macs, quotie
 from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.routed_linear import Route
 
-BY_HEAD = "b n (h d) -> b h n d"
 Normalizer = Literal["base", "diff", "mean", "none"]
 
 
@@ -113,7 +111,7 @@ class LinearAttention(Attention):
 
     def queries(self, query: Any, x: Tensor) -> Features:
         """What the core multiplies, of Q and of the tokens it was made from."""
-        features = [rearrange(self.query_kernel(query), BY_HEAD, h=self.num_heads)]
+        features = [self._by_head(self.query_kernel(query))]
         return Features(features, features)
 
     def keys(
@@ -122,12 +120,17 @@ class LinearAttention(Attention):
         """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
         if self.key_position is not None:
             key = self.key_position(key, grid, span)
-        features = [rearrange(self.key_kernel(key), BY_HEAD, h=self.num_heads)]
+        features = [self._by_head(self.key_kernel(key))]
         return Features(features, features)
+
+    def _by_head(self, z: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, heads, n, d_head); einops would cost small inputs another product."""
+        return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        self.check_tokens(x, grid)
+        if x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
+            self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
         return self.attend(x, grid)[0]
@@ -135,7 +138,7 @@ class LinearAttention(Attention):
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """The output of all tokens at once, and the decisions taken on the way."""
         query, key, value = self.project(x, grid)
-        by_head = rearrange(value, BY_HEAD, h=self.num_heads)
+        by_head = self._by_head(value)
         keys = self.keys(key, x, grid)
         routes = keys.routes
         if self.config.impl == "reference":
@@ -151,7 +154,7 @@ class LinearAttention(Attention):
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x)
             out = read_features(queries, state, self, x.shape[1])
-        out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
+        out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
         return self.proj(out), {**routes, **queries.routes}
@@ -185,12 +188,12 @@ class LinearAttention(Attention):
 
     def fold(self, keys: Features, value: Tensor) -> State:
         """The state of a block's keys and values; those of several blocks add up."""
-        return fold_features(keys, rearrange(value, BY_HEAD, h=self.num_heads), None)
+        return fold_features(keys, self._by_head(value), None)
 
     def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
         out = read_features(queries, state, self, x.shape[1])
-        return rearrange(out, "b h n d -> b n (h d)").to(operand_dtype(x))
+        return out.transpose(1, 2).flatten(2).to(operand_dtype(x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
@@ -225,6 +228,21 @@ class LinearAttention(Attention):
         changed = {"conv": self.conv.fuse()}
         self.config = replace(self.config, **changed)
         return changed
+
+
+def linear_parts(
+    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
+) -> list[Tensor]:
+    """Outputs of a linear layer in parts of ``width``, without computing the others.
+
+    One product per part makes each a tensor of its own, which is freed by itself and is not a
+    strided slice of a longer row: that costs a CPU more than the three products.
+    """
+    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
+        return list(layer(x).split(width, dim=-1)[parts])
+    weights = layer.weight.split(width)[parts]
+    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def fold_features(keys: Features, value: Tensor, queries: int | None) -> State:

@@ -25,12 +25,12 @@ from attnzoo.contract import Attention, AttentionContext, heads_of_width, remove
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
     convolve,
     first_pass,
-    linear_parts,
     second_pass,
     softmax_fold,
     softmax_merge,

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, removed_in
@@ -28,19 +27,17 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import (
-    BY_HEAD,
     Features,
     LinearAttention,
     LinearConfig,
     Normalizer,
+    linear_parts,
 )
 from attnzoo.layers.router import Router, as_numbers
-from attnzoo.layers.streaming import linear_parts
 from attnzoo.layers.token_difference import fused_forward, unserved_option
 from attnzoo.ops.dispatch import Impl, choose, require_triton
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.precision import in_wide_range, operand_dtype
-from attnzoo.ops.routed_linear import Route, balance_loss
+from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
 from attnzoo.registry import register_attention
 
 
@@ -138,7 +135,7 @@ class DyDiLA(LinearAttention):
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
-        dim, gradient = self.dim, config.router_gradient
+        dim = self.dim
         if config.impl == "triton":
             require_triton()
             if reason := unserved_option(self):
@@ -158,7 +155,7 @@ class DyDiLA(LinearAttention):
                 for projector in weight:
                     nn.init.xavier_uniform_(projector)
                 self.projectors[z] = nn.Parameter(weight)
-                self.projector_routers[z] = Router(dim, config.n_projectors, gradient)
+                self.projector_routers[z] = Router(dim, config.n_projectors)
         # What the kernel is applied to; a prime marks the redundancy.
         sides = ["query", "key"]
         if config.differential != "none":
@@ -167,7 +164,7 @@ class DyDiLA(LinearAttention):
             spread = torch.linspace(-1, 1, config.n_kernel_factors) * config.gamma_jitter
             self.gamma = nn.Parameter(config.gamma_init + spread[None])
             self.kernel_routers = nn.ModuleDict(
-                {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
+                {z: Router(dim, config.n_kernel_factors) for z in sides}
             )
         if config.differential != "none":
             start = config.lambda_init
@@ -177,7 +174,7 @@ class DyDiLA(LinearAttention):
             self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
             sides = ["query", "key"] if config.differential == "token" else ["map"]
             self.differential_routers = nn.ModuleDict(
-                {z: Router(2 * dim, config.n_differential_factors, gradient) for z in sides}
+                {z: Router(2 * dim, config.n_differential_factors) for z in sides}
             )
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
@@ -186,8 +183,7 @@ class DyDiLA(LinearAttention):
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        limits = partial(unserved_option, self)
-        return choose("token_difference", "auto", x, operand_dtype(x), limits)
+        return choose("token_difference", "auto", x, None, partial(unserved_option, self))
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; the fused kernels report no decisions."""
@@ -228,51 +224,55 @@ class DyDiLA(LinearAttention):
         return self._features(key, x, "key")
 
     def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
-        config, routes = self.config, {}
+        config, routes, heads = self.config, {}, self.num_heads
+        gradient = config.router_gradient
         # The fused kernels report no decisions; the parts they stand for do.
         impl: Impl = "auto" if config.impl == "triton" else config.impl
         pair = [] if shared is None else [shared]
         if self.projection != "none":
-            routed, routes[f"projector.{side}"] = self.projector_routers[side].project(
-                x, self.projectors[side], impl
-            )
-            pair.append(routed)
+            projectors = self.projectors[side]
+            routed = decide(self.projector_routers[side].weight, [x], gradient)
+            pair.append(routed_linear(x, projectors, routed.index, impl=impl))
+            pair[-1] = gated(pair[-1], routed, gradient, impl=impl)
+            routes[f"projector.{side}"] = routed
+        # The measure kernel of Eq. 5, with the token's own power (Eq. 6).
+        gammas = self.gammas()[0] if config.kernel == "routed" else None
         for i, z in enumerate(pair):
-            name = side if i == 0 else f"{side}_prime"
-            pair[i], chosen = self._kernel(z, name, impl)
-            routes |= {f"kernel.{name}": chosen} if chosen else {}
-        needs_sums = config.normalizer in ("base", "diff")
+            # Beyond float16's range a gradient of what comes next may be, and be small again.
+            z = z.float() if z.dtype is torch.float16 else z
+            if gammas is not None:
+                name = side if i == 0 else f"{side}_prime"
+                router = self.kernel_routers[name].weight
+                gamma, routes[f"kernel.{name}"] = pick(router, [z], gammas, gradient, impl)
+                pair[i] = power_map(z, gamma, impl=impl)
+            elif config.kernel == "fixed":
+                gamma = torch.full((1,), config.gamma_init, device=z.device)
+                pair[i] = power_map(z, gamma, impl=impl)
+            else:
+                pair[i] = F.relu(z)
+        needs_sums, factor = config.normalizer in ("base", "diff"), None
         if config.differential == "token":
             # The token differential operator, Eq. 8.
-            factor, routes[f"differential.{side}"] = self.differential_routers[side].pick(
-                *pair, scalars=self.lambda_[0], impl=impl
+            router = self.differential_routers[side].weight
+            factor, routes[f"differential.{side}"] = pick(
+                router, pair, self.lambda_[0], gradient, impl
             )
-            pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
-            difference = rearrange(pair[1], BY_HEAD, h=self.num_heads)
-            is_base = config.normalizer == "base"
-            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads) if is_base else difference
-            return Features([difference], [norm] if needs_sums else [], None, routes)
-        factor = None
-        if config.differential == "map" and side == "query":
+            difference = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
+            pair[1] = difference
+        elif config.differential == "map" and side == "query":
             is_global = config.map_router == "image"
             read = [z.mean(1, keepdim=True) for z in pair] if is_global else pair
-            factor, routes["differential.map"] = self.differential_routers["map"].pick(
-                *read, scalars=self.lambda_[0], impl=impl
+            router = self.differential_routers["map"].weight
+            factor, routes["differential.map"] = pick(
+                router, read, self.lambda_[0], gradient, impl
             )
             factor = factor.unsqueeze(1)
-        terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
-        return Features(terms, terms if needs_sums else [], factor, routes)
-
-    def _kernel(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
-        """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and the choices."""
-        z, kernel = in_wide_range(z), self.config.kernel
-        if kernel == "relu":
-            return F.relu(z), None
-        if kernel == "fixed":
-            gamma = torch.full((1,), self.config.gamma_init, device=z.device)
-            return power_map(z, gamma, impl=impl), None
-        gamma, routed = self.kernel_routers[name].pick(z, scalars=self.gammas()[0], impl=impl)
-        return power_map(z, gamma, impl=impl), routed
+        terms = norms = [z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in pair]
+        if config.differential == "token":
+            first, difference = terms
+            terms, norms = [difference], [first if config.normalizer == "base" else difference]
+            factor = None
+        return Features(terms, norms if needs_sums else [], factor, routes)
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""

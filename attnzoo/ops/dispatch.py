@@ -58,14 +58,15 @@ def operator(declaration: Declaration) -> Declaration:
         if impl not in _LAZY:
             _load(package, impl, name)
     limits = declaration.__globals__.get("unserved")
+    is_settled = TABLE[name][0] == "torch"
     on_cpu: dict[torch.dtype, Callable[..., Any]] = {}  # what "auto" is there
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
-        if impl == "auto" and TABLE[name][0] == "torch":
+        if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
         x = operands[0]
-        is_cached = impl == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        is_cached = impl == "auto" and x.is_cpu and not torch.compiler.is_compiling()
         if is_cached and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
         unserved = None if limits is None else functools.partial(limits, *operands)
@@ -176,8 +177,7 @@ class CustomOp:
         device_types: str | None = None,
     ) -> None:
         self.name = name
-        self.function = function
-        self.differentiable = function
+        self.function = self.differentiable = self.inference = function
         self.operator = torch.library.custom_op(
             f"attnzoo::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
@@ -209,6 +209,10 @@ class CustomOp:
         function = type(f"attnzoo::{self.name}", (torch.autograd.Function,), methods)
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
+    def register_inference(self, function: Callable[..., Any]) -> None:
+        """What runs in place of the function where nothing is differentiated or watched."""
+        self.inference = function
+
     def __call__(self, *operands: Any) -> Any:
         # The compiler knows neither of the other questions, and is not asked them.
         if (
@@ -217,7 +221,7 @@ class CustomOp:
             or torch._C._get_tracing_state()
         ):
             return self.operator(*operands)
-        return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
+        return (self.differentiable if torch.is_grad_enabled() else self.inference)(*operands)
 
 
 def custom_op(
@@ -225,6 +229,14 @@ def custom_op(
 ) -> Callable[[Callable[..., Any]], CustomOp]:
     """Decorates the function of a ``CustomOp``."""
     return lambda function: CustomOp(name, function, schema, device_types)
+
+
+def is_watched() -> bool:
+    """Whether a tracer or a mode, such as a counter's, looks at torch's operators."""
+    # The compiler knows neither question, and is not asked them.
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
+    )
 
 
 def is_plain(*operands: Tensor) -> bool:

@@ -13,8 +13,8 @@ from attnzoo.ops.routed_linear import (
     balance_loss,
     decide,
     gated,
+    pick,
     routed_linear,
-    routed_scalar,
 )
 
 HAS_NATIVE = dispatch._native_works()
@@ -205,11 +205,12 @@ def test_router_gradients(gradient):
     scalars = torch.arange(4, dtype=torch.float64).requires_grad_()
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     cotangents = torch.randn(2, 3, 1).double(), torch.randn(2, 3, 5).double()
-    routed = decide(torch.eye(4, dtype=torch.float64), [logits], gradient)
+    router = torch.eye(4, dtype=torch.float64)
+    picked, routed = pick(router, [logits], scalars, gradient)
     assert torch.equal(routed.index, logits.argmax(-1))
-    fast = routed_scalar(routed, scalars, gradient), gated(x, routed, gradient)
+    fast = picked, gated(x, routed, gradient)
     plain = (
-        routed_scalar(routed, scalars, gradient, impl="reference"),
+        pick(router, [logits], scalars, gradient, impl="reference")[0],
         gated(x, routed, gradient, impl="reference"),
     )
     assert torch.equal(fast[0], routed.index.unsqueeze(-1).double()), "exactly the argmax"
