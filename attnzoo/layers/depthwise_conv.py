@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.depthwise_conv import depthwise_conv, to_image, to_tokens
+from attnzoo.ops.depthwise_conv import (
+    depthwise_conv,
+    depthwise_conv_macs,
+    to_image,
+    to_tokens,
+)
 from attnzoo.ops.dispatch import Impl, is_watched
 
 ConvKind = Literal["acnet", "3x3", "5x5", "none"]
@@ -80,8 +85,7 @@ class DepthwiseConv(nn.Module):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-accumulates per sample, of the branches as they stand."""
-        taps = sum(branch.weight[0].numel() for branch in self.branches)
-        return taps * self.dim * grid[0] * grid[1]
+        return sum(depthwise_conv_macs(branch.weight, grid) for branch in self.branches)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one 3x3 kernel that all branches are in eval mode."""

@@ -122,7 +122,7 @@ ABLATION_STEPS: dict[str, dict[str, Any]] = {
 
 @register_attention("dydila")
 class DyDiLA(LinearAttention):
-    """Dynamic differential linear attention, token-wise by default."""
+    """Linear attention with routed projections and kernels, and differences of tokens."""
 
     Config = Config
     shared: nn.Linear
@@ -324,7 +324,7 @@ class DyDiLA(LinearAttention):
 
 @register_attention("dydila-map")
 class MapWiseDyDiLA(DyDiLA):
-    """Dynamic differential linear attention that subtracts attention maps (Eq. 10)."""
+    """DyDiLA with differences of attention maps (Eq. 10)."""
 
     Config = MapConfig
     plot_style = ("#CC79A7", "^")

@@ -55,7 +55,7 @@ class Config(LinearConfig):
 
 @register_attention("focused")
 class FocusedAttention(LinearAttention):
-    """Focused linear attention."""
+    """Linear attention with a norm-preserving power of queries and keys."""
 
     Config = Config
     paper = "FLatten, 2308.00442"
