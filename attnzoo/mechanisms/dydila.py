@@ -236,13 +236,12 @@ class DyDiLA(LinearAttention):
             pair[-1] = gated(pair[-1], routed, gradient, impl=impl)
             routes[f"projector.{side}"] = routed
         # The measure kernel of Eq. 5, with the token's own power (Eq. 6).
-        gammas = self.gammas()[0] if config.kernel == "routed" else None
         for i, z in enumerate(pair):
             # Beyond float16's range a gradient of what comes next may be, and be small again.
             z = z.float() if z.dtype is torch.float16 else z
-            if gammas is not None:
+            if config.kernel == "routed":
                 name = side if i == 0 else f"{side}_prime"
-                router = self.kernel_routers[name].weight
+                router, gammas = self.kernel_routers[name].weight, self.gammas()[0]
                 gamma, routes[f"kernel.{name}"] = pick(router, [z], gammas, gradient, impl)
                 pair[i] = power_map(z, gamma, impl=impl)
             elif config.kernel == "fixed":

@@ -77,6 +77,9 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
         float norm = norms[row] < TINY ? TINY : norms[row], inverse = 1 / peaks[row];
         float slope = gamma[row] * inverse, dot = 0, by_gamma = 0;
         slope = slope > FLT_MAX ? FLT_MAX : slope < -FLT_MAX ? -FLT_MAX : slope;
+        /* From exponent 1 on a power over its unit is at most 1, and divides first, as ever. Below,
+           it may overflow, unless a small slope comes before. */
+        float before = gamma[row] >= 1 ? 1 : slope, after = gamma[row] >= 1 ? slope : 1;
         _Pragma("omp simd reduction(+:dot)") EACH dot += LOAD(grad[i]) * LOAD(out[i]);
         float along = dot / norm / norm;
         _Pragma("omp simd reduction(+:by_gamma)") EACH {
@@ -84,7 +87,7 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
             unit = unit > TINY ? unit : TINY;
             float shared = (LOAD(grad[i]) - y * along) * y;
             by_gamma += shared * natural_log(unit);
-            float slant = shared * slope / unit + x * along;
+            float slant = shared * before / unit * after + x * along;
             grad_z[i] = STORE(x <= TINY ? 0 : slant);
         }
         grad_gamma[row] = by_gamma;
