@@ -15,7 +15,8 @@ from attnzoo.ops.depthwise_conv import (
     to_image,
     to_tokens,
 )
-from attnzoo.ops.dispatch import Impl, is_watched
+from attnzoo.ops.depthwise_conv.native import branch_conv
+from attnzoo.ops.dispatch import Impl, is_few, is_watched
 
 ConvKind = Literal["acnet", "3x3", "5x5", "none"]
 
@@ -71,6 +72,12 @@ class DepthwiseConv(nn.Module):
             return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)
         # A counter is to see the branches as they stand.
         if not (self.training or impl == "reference" or is_watched()):
+            branches = []
+            for branch, norm in zip(self.branches, self.norms, strict=True):
+                branches += [branch.weight, norm.running_mean, norm.running_var]
+                branches += [norm.weight, norm.bias]
+            if is_few("branch_conv", impl, x, *branches, x if added is None else added):
+                return branch_conv(x, grid, branches, self.norms[0].eps, added)
             return depthwise_conv(x, grid, *self.merged(), added, impl=impl)
         images: list[Tensor] = []
         for branch, norm in zip(self.branches, self.norms, strict=True):

@@ -6,8 +6,7 @@ factor the token chooses (Eqs. 7-8), before linear attention; a depthwise convol
 (Eq. 9). "dydila-map" subtracts whole attention maps instead (Eq. 10).
 
 Cost per sample: 6 d^2 n + 2 n d d_head + routers (2 n_P + 4 n_F + 4 n_D) d n + convolution;
-map-wise doubles the core. What the paper leaves open is an option; docs/fidelity.md gives the
-evidence for each default and the setting of the literal reading.
+map-wise doubles the core. docs/fidelity.md gives the evidence for what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ from attnzoo.layers.linear_attention import (
 )
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.token_difference import fused_forward, unserved_option
-from attnzoo.ops.dispatch import Impl, choose, require_triton
+from attnzoo.ops.dispatch import Impl, choose, is_few, require_triton
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
+from attnzoo.ops.token_difference.native import focused_difference
 from attnzoo.registry import register_attention
 
 
@@ -105,9 +105,7 @@ class MapConfig(Config):
     differential: Literal["token", "map", "none"] = "map"
 
 
-_PLAIN: dict[str, Any] = {
-    "projection": "none", "kernel": "relu", "differential": "none", "conv": "none",
-}  # fmt: skip
+_PLAIN: dict = {"projection": "none", "kernel": "relu", "differential": "none", "conv": "none"}
 
 # The ablation steps of the paper's Table 4, in its order: options of "dydila".
 ABLATION_STEPS: dict[str, dict[str, Any]] = {
@@ -214,7 +212,7 @@ class DyDiLA(LinearAttention):
         return linear_parts(self.shared, x, self.dim, slice(1, None))
 
     def queries(self, query: Tensor | None, x: Tensor) -> Features:
-        """Queries, from the tokens to what the core multiplies."""
+        """See ``LinearAttention``."""
         return self._features(query, x, "query")
 
     def keys(
@@ -224,54 +222,57 @@ class DyDiLA(LinearAttention):
         return self._features(key, x, "key")
 
     def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
-        config, routes, heads = self.config, {}, self.num_heads
-        gradient = config.router_gradient
+        config, routes, gradient = self.config, {}, self.config.router_gradient
         # The fused kernels report no decisions; the parts they stand for do.
         impl: Impl = "auto" if config.impl == "triton" else config.impl
         pair = [] if shared is None else [shared]
         if self.projection != "none":
-            projectors = self.projectors[side]
             routed = decide(self.projector_routers[side].weight, [x], gradient)
-            pair.append(routed_linear(x, projectors, routed.index, impl=impl))
+            pair.append(routed_linear(x, self.projectors[side], routed.index, impl=impl))
             pair[-1] = gated(pair[-1], routed, gradient, impl=impl)
             routes[f"projector.{side}"] = routed
-        # The measure kernel of Eq. 5, with the token's own power (Eq. 6).
-        for i, z in enumerate(pair):
-            # Beyond float16's range a gradient of what comes next may be, and be small again.
-            z = z.float() if z.dtype is torch.float16 else z
-            if config.kernel == "routed":
+        is_token, has_sums = config.differential == "token", config.normalizer in ("base", "diff")
+        factor, weights = None, []
+        if is_token and config.kernel == "routed":
+            weights = [self.kernel_routers[z].weight for z in (side, f"{side}_prime")]
+            weights += [self.differential_routers[side].weight, self.gammas(), self.lambda_]
+        if weights and is_few("focused_difference", impl, *pair, *weights):
+            *pair, chosen = focused_difference([*pair, *weights])
+            names = f"kernel.{side}", f"kernel.{side}_prime", f"differential.{side}"
+            routes |= dict(zip(names, map(Route, chosen, (None,) * 3), strict=True))
+        else:
+            for i, z in enumerate(pair):
                 name = side if i == 0 else f"{side}_prime"
-                router, gammas = self.kernel_routers[name].weight, self.gammas()[0]
-                gamma, routes[f"kernel.{name}"] = pick(router, [z], gammas, gradient, impl)
-                pair[i] = power_map(z, gamma, impl=impl)
-            elif config.kernel == "fixed":
-                gamma = torch.full((1,), config.gamma_init, device=z.device)
-                pair[i] = power_map(z, gamma, impl=impl)
-            else:
-                pair[i] = F.relu(z)
-        needs_sums, factor = config.normalizer in ("base", "diff"), None
-        if config.differential == "token":
-            # The token differential operator, Eq. 8.
-            router = self.differential_routers[side].weight
-            factor, routes[f"differential.{side}"] = pick(
-                router, pair, self.lambda_[0], gradient, impl
-            )
-            difference = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
-            pair[1] = difference
-        elif config.differential == "map" and side == "query":
-            is_global = config.map_router == "image"
-            read = [z.mean(1, keepdim=True) for z in pair] if is_global else pair
-            router = self.differential_routers["map"].weight
-            factor, routes["differential.map"] = pick(
-                router, read, self.lambda_[0], gradient, impl
-            )
-            factor = factor.unsqueeze(1)
-        terms = norms = [z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in pair]
-        if config.differential == "token":
-            first, difference = terms
-            terms, norms = [difference], [first if config.normalizer == "base" else difference]
-            factor = None
-        return Features(terms, norms if needs_sums else [], factor, routes)
+                pair[i], decided = self._kernel(z, name, impl)
+                routes |= {f"kernel.{name}": decided} if decided else {}
+            if is_token or (config.differential == "map" and side == "query"):
+                kind, read = side if is_token else "map", pair
+                if not is_token and config.map_router == "image":
+                    read = [z.mean(1, keepdim=True) for z in pair]
+                weight, lambdas = self.differential_routers[kind].weight, self.lambda_[0]
+                factor, decided = pick(weight, read, lambdas, gradient, impl)
+                routes[f"differential.{kind}"] = decided
+                if is_token:  # the token differential operator, Eq. 8
+                    factor = factor.to(pair[0].dtype)
+                    pair[1] = torch.addcmul(pair[0], factor, pair[1], value=-1)
+        terms = norms = [z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in pair]
+        if is_token:
+            terms, norms = terms[1:], terms[:1] if config.normalizer == "base" else terms[1:]
+        factor = None if is_token or factor is None else factor.unsqueeze(1)
+        return Features(terms, norms if has_sums else [], factor, routes)
+
+    def _kernel(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
+        """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and the choices."""
+        # Beyond float16's range a gradient of what comes next may be, and be small again.
+        z, chosen = z.float() if z.dtype is torch.float16 else z, None
+        if self.config.kernel == "relu":
+            return F.relu(z), None
+        if self.config.kernel == "fixed":
+            gamma = torch.full((1,), self.config.gamma_init, device=z.device)
+        else:
+            router, gradient = self.kernel_routers[name].weight, self.config.router_gradient
+            gamma, chosen = pick(router, [z], self.gammas()[0], gradient, impl)
+        return power_map(z, gamma, impl=impl), chosen
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""

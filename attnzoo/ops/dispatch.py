@@ -30,6 +30,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
+    "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
+    "branch_conv": ("native", "torch", "reference"),  # likewise
     "linear_attention": ("torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("torch", "reference", "fla"),
@@ -247,6 +249,23 @@ def is_plain(*operands: Tensor) -> bool:
     device_type = operands[0].device.type
     # Without autocast; asking torch for its breaks a graph in torch 2.11.
     return device_type == "meta" or not torch.is_autocast_enabled(device_type)
+
+
+def is_few(name: str, impl: str, *operands: Tensor) -> bool:
+    """Whether an operator runs in C because its tokens are few: calls cost more than numbers.
+
+    Few, in float32, on a CPU, with nothing differentiated, compiled or watched.
+    """
+    x = operands[0]
+    # Beyond, one thread and a plain product lose against many and a tuned one.
+    if not x.is_cpu or x.numel() > 1 << 15 or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
+        return False
+    for z in operands:
+        if z.dtype is not torch.float32:
+            return False
+    return choose(name, impl, x) == "native"
 
 
 def has_wide_product(x: Tensor) -> bool:

@@ -175,6 +175,8 @@ def test_routed_linear_is_its_reference_with_empty_and_full_projectors(counts):
         torch.autograd.grad(fast, (x, weight), cotangent),
         torch.autograd.grad(expected, (x, weight), cotangent),
     )
+    with torch.no_grad():  # a few tokens meet every projector then
+        torch.testing.assert_close(routed_linear(x, weight, index), expected)
 
 
 def test_routed_linear_is_a_sound_custom_operator():
@@ -261,7 +263,7 @@ class TestDispatch:
         assert dispatch.choose("power_map", "auto", x) == ("native" if HAS_NATIVE else "torch")
         assert dispatch.choose("power_map", "auto", x.double()) == "torch"
         assert dispatch.choose("power_map", "auto", x.to("meta")) == "torch"
-        for name in set(dispatch.TABLE) - {"power_map"}:
+        for name in set(dispatch.TABLE) - {"power_map", "focused_difference", "branch_conv"}:
             assert dispatch.choose(name, "auto", x) == "torch"
 
     def test_an_explicit_choice_is_taken_or_refused_with_every_reason(self):
