@@ -26,7 +26,9 @@ from attnzoo.layers.streaming import (
     second_pass,
     spans_of,
 )
+from attnzoo.ops.dispatch import is_few
 from attnzoo.ops.linear_core import fold, key_sum, linear_attention_macs, quotient, wide_read
+from attnzoo.ops.linear_core.native import linear_core
 from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.routed_linear import Route
 
@@ -145,6 +147,12 @@ class LinearAttention(Attention):
             local = None if self.conv is None else self.conv(value, grid, impl="reference")
             queries = self.queries(query, x)
             out = reference_read(queries, keys, by_head, self, x.shape[1])
+        elif self._is_few(keys, by_head):
+            local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
+            queries = self.queries(query, x)
+            eps = self.config.eps * (x.shape[1] if self.divides_by_mean else 1)
+            operands = queries.terms[0], queries.norms[0], keys.terms[0], keys.norms[0], by_head
+            out = linear_core(*operands, eps)
         else:
             # What only the keys need is gone before the queries come.
             state = fold_features(keys, by_head, x.shape[1])
@@ -158,6 +166,13 @@ class LinearAttention(Attention):
         if local is not None:
             out = out + local.to(out.dtype)
         return self.proj(out), {**routes, **queries.routes}
+
+    def _is_few(self, keys: Features, value: Tensor) -> bool:
+        """Whether one call of C multiplies sooner than a few products start."""
+        if self.normalizer != "base" or len(keys.terms) > 1:
+            return False
+        is_small = value.numel() * value.shape[-1] <= 1 << 18
+        return is_small and is_few("linear_core", self.config.impl, keys.terms[0], value)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         spans = spans_of(grid, block, self.rows_together)

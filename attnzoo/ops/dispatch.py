@@ -32,6 +32,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
+    "linear_core": ("native", "torch", "reference"),  # likewise
     "linear_attention": ("torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("torch", "reference", "fla"),

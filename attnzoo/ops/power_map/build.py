@@ -183,6 +183,38 @@ void focused_difference(const float *z1, const float *z2, const float *r1, const
     }
 }
 
+/* ``strides`` of samples, heads and tokens, of each of the six tensors before it. */
+void linear_core(const float *q, const float *qn, const float *k, const float *kn, const float *v,
+                 float *out, const long *strides, float *state, float eps, long batch, long heads,
+                 long n, long m, long d, long e) {
+#define AT(z, t, place) \
+    (z + b * strides[3 * t] + head * strides[3 * t + 1] + place * strides[3 * t + 2])
+    float *sums = state + d * e;
+    for (long b = 0; b < batch; b++)
+        for (long head = 0; head < heads; head++) {
+            for (long i = 0; i < d * (e + 1); i++) state[i] = 0;
+            for (long j = 0; j < m; j++) {
+                const float *key = AT(k, 2, j), *norm = AT(kn, 3, j), *value = AT(v, 4, j);
+                for (long i = 0; i < d; i++) {
+                    sums[i] += norm[i];
+                    _Pragma("omp simd") for (long c = 0; c < e; c++)
+                        state[i * e + c] += key[i] * value[c];
+                }
+            }
+            for (long j = 0; j < n; j++) {
+                const float *query = AT(q, 0, j), *norm = AT(qn, 1, j);
+                float *result = AT(out, 5, j), total = 0;
+                for (long c = 0; c < e; c++) result[c] = 0;
+                for (long i = 0; i < d; i++) {
+                    total += norm[i] * sums[i];
+                    _Pragma("omp simd") for (long c = 0; c < e; c++)
+                        result[c] += query[i] * state[i * e + c];
+                }
+                for (long c = 0; c < e; c++) result[c] /= total + eps;
+            }
+        }
+}
+
 /* ``branches``: of 3x3, 3x1 and 1x3, each kernel, mean, variance, weight, bias. ``merged``: nine
    taps and the bias, channels side by side. */
 void branch_conv(const float *x, const float *const *branches, float eps, float *merged,
