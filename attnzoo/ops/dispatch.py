@@ -327,7 +327,7 @@ def _try_triton() -> bool:
 def _try_native() -> bool:
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return False
-    from attnzoo.ops.power_map.build import library
+    from attnzoo.ops.native_build import library
 
     return library() is not None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.power_map.build import library
+from attnzoo.ops.native_build import library
 
 
 def branch_conv(

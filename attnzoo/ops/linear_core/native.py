@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.errors import InvalidValue
-from attnzoo.ops.power_map.build import library
+from attnzoo.ops.native_build import library
 
 
 def linear_core(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.dispatch import custom_op
-from attnzoo.ops.power_map.build import library
+from attnzoo.ops.native_build import library
 
 # Elements that are worth a thread of their own.
 _BLOCK = 1 << 16

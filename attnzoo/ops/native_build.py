@@ -1,4 +1,4 @@
-"""The C code of this and other folders' ``native.py``, built when first asked for.
+"""The C code of every operator's ``native.py``, built when first asked for.
 
 The build takes a second and needs nothing but a C compiler (CC, else cc); where there is none,
 ``library`` returns None. It is cached in a folder that only the user can write to (attnzoo
