@@ -1,8 +1,13 @@
-"""``python -m attnzoo``: the zoo as a table, the backends that run here, the versions."""
+"""``python -m attnzoo``: the zoo as a table, the backends that run here, the versions.
+
+``--table`` prints the README's table of mechanisms instead.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import inspect
 import platform
 import typing
 import warnings
@@ -32,7 +37,27 @@ PACKAGES = (
 
 
 def main() -> None:
-    """Prints everything."""
+    """Prints what the command line asks for."""
+    parser = argparse.ArgumentParser("python -m attnzoo")
+    parser.add_argument("--table", action="store_true", help="print the README's table")
+    print(table()) if parser.parse_args().table else everything()
+
+
+def table() -> str:
+    """The zoo's own mechanisms as Markdown, by what their classes say of themselves."""
+    rows = ["| name | mechanism | core grows as | source |", "|---|---|---|---|"]
+    own = [name for name in attnzoo.list_attention() if name not in offered()]
+    classes = [attnzoo.get_attention(name) for name in own if attnzoo.source_of(name) is None]
+    for cls in sorted(classes, key=lambda cls: (cls.complexity, cls.name)):
+        summary = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+        title, _, number = cls.paper.rpartition(", ")
+        paper = f"[{title}](https://arxiv.org/abs/{number})" if title else cls.paper
+        rows.append(f"| `{cls.name}` | {summary} | {cls.complexity} | {paper} |")
+    return "\n".join(rows)
+
+
+def everything() -> None:
+    """Prints every mechanism with its cost, the backends that run here, the versions."""
     heading = ["name", "paper", "core grows as", "parameters"]
     rows = [[*heading, *(f"MMACs {height}x{width}" for height, width in GRIDS)]]
     packages = offered()

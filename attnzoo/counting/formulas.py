@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from attnzoo.ops.dispatch import OPERATORS
+from attnzoo.ops.softmax import softmax_macs
 
 for _operator in OPERATORS:  # those that come later find the counter and tell it themselves
     _operator.register_flops()
@@ -52,8 +53,9 @@ def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, **
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-    return pairs * (query.shape[-1] + value.shape[-1])
+    return softmax_macs(
+        math.prod(query.shape[:-1]), key.shape[-2], query.shape[-1], value.shape[-1]
+    )
 
 
 def fused_attention_backward(

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.depthwise_conv import depthwise_conv, to_image, to_tokens, widened
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.depthwise_conv import (
+    depthwise_conv,
+    depthwise_conv_macs,
+    to_image,
+    to_tokens,
+)
+from attnzoo.ops.depthwise_conv.native import branch_conv
+from attnzoo.ops.dispatch import Impl, is_few, is_watched
 
 ConvKind = Literal["acnet", "3x3", "5x5", "none"]
 
@@ -64,6 +70,15 @@ class DepthwiseConv(nn.Module):
         if len(self.branches) == 1:
             [branch] = self.branches
             return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)
+        # A counter is to see the branches as they stand.
+        if not (self.training or impl == "reference" or is_watched()):
+            branches = []
+            for branch, norm in zip(self.branches, self.norms, strict=True):
+                branches += [branch.weight, norm.running_mean, norm.running_var]
+                branches += [norm.weight, norm.bias]
+            if is_few("branch_conv", impl, x, *branches, x if added is None else added):
+                return branch_conv(x, grid, branches, self.norms[0].eps, added)
+            return depthwise_conv(x, grid, *self.merged(), added, impl=impl)
         images: list[Tensor] = []
         for branch, norm in zip(self.branches, self.norms, strict=True):
             images.append(_normed_branch(x, grid, branch, norm, impl))
@@ -77,8 +92,21 @@ class DepthwiseConv(nn.Module):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-accumulates per sample, of the branches as they stand."""
-        taps = sum(branch.weight[0].numel() for branch in self.branches)
-        return taps * self.dim * grid[0] * grid[1]
+        return sum(depthwise_conv_macs(branch.weight, grid) for branch in self.branches)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one 3x3 kernel that all branches are in eval mode."""
+        kernels, biases = [], []
+        for branch, norm in zip(self.branches, self.norms, strict=True):
+            weight, dtype = branch.weight, branch.weight.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            scale = norm.weight * (norm.running_var.to(wide) + norm.eps).rsqrt()
+            kernels.append(weight * scale.view(-1, 1, 1, 1))
+            biases.append(torch.addcmul(norm.bias.to(wide), norm.running_mean, scale, value=-1))
+        square, column, row = kernels
+        square.narrow(3, 1, 1).add_(column)
+        square.narrow(2, 1, 1).add_(row)
+        return square.to(dtype), (biases[0] + biases[1] + biases[2]).to(dtype)
 
     @torch.no_grad()
     def fuse(self) -> ConvKind:
@@ -87,24 +115,14 @@ class DepthwiseConv(nn.Module):
         Returns:
             The kind that describes the result.
         """
-        size = max(self.branches[0].kernel_size)
-        weight: Any = 0.0
-        bias: Any = 0.0
-        for norm, branch in zip(self.norms, self.branches, strict=True):
-            kernel, offset = branch.weight, branch.bias
-            if isinstance(norm, nn.BatchNorm2d):
-                mean, variance = norm.running_mean, norm.running_var
-                assert mean is not None and variance is not None
-                scale = norm.weight / (variance + norm.eps).sqrt()
-                kernel = kernel * scale[:, None, None, None]
-                offset = norm.bias - mean * scale
-            weight = weight + widened(kernel, size)
-            bias = bias + offset
-        fused = nn.Conv2d(self.dim, self.dim, size, padding=size // 2, groups=self.dim)
-        fused = fused.to(weight)
+        if len(self.branches) == 1:
+            return "5x5" if self.kind == "5x5" else "3x3"
+        weight, bias = self.merged()
+        fused = nn.Conv2d(self.dim, self.dim, 3, padding=1, groups=self.dim).to(weight)
         fused.load_state_dict({"weight": weight, "bias": bias})
         self.branches, self.norms = nn.ModuleList([fused]), nn.ModuleList([nn.Identity()])
-        return "5x5" if size == 5 else "3x3"
+        self.kind = "3x3"
+        return "3x3"
 
 
 class ValueConv(nn.Module):

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
@@ -25,11 +24,10 @@ from attnzoo.layers.streaming import (
     StreamConfig,
     convolve,
     first_pass,
-    linear_parts,
     second_pass,
     spans_of,
 )
-from attnzoo.ops.dispatch import choose, require_triton
+from attnzoo.ops.dispatch import choose, is_few, require_triton
 from attnzoo.ops.linear_core import (
     fold,
     key_sum,
@@ -39,10 +37,10 @@ from attnzoo.ops.linear_core import (
     slower,
     wide_read,
 )
+from attnzoo.ops.linear_core.native import linear_core
 from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.routed_linear import Route
 
-BY_HEAD = "b n (h d) -> b h n d"
 Normalizer = Literal["base", "diff", "mean", "none"]
 
 
@@ -135,7 +133,7 @@ class LinearAttention(Attention):
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("linear_tokens", "auto", x, operand_dtype(x), self._why_not_fused)
+        return choose("linear_tokens", "auto", x, None, self._why_not_fused)
 
     def _why_not_fused(self) -> str | None:
         return self.unserved_option() or slower(self.dim // self.num_heads)
@@ -154,8 +152,7 @@ class LinearAttention(Attention):
 
     def queries(self, query: Any, x: Tensor) -> Features:
         """What the core multiplies, of Q and of the tokens it was made from."""
-        query = self.activated(self.query_kernel(query))
-        features = [rearrange(query, BY_HEAD, h=self.num_heads)]
+        features = [self._by_head(self.activated(self.query_kernel(query)))]
         return Features(features, features)
 
     def keys(
@@ -164,13 +161,17 @@ class LinearAttention(Attention):
         """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
         if self.key_position is not None:
             key = self.key_position(key, grid, span)
-        key = self.activated(self.key_kernel(key))
-        features = [rearrange(key, BY_HEAD, h=self.num_heads)]
+        features = [self._by_head(self.activated(self.key_kernel(key)))]
         return Features(features, features)
+
+    def _by_head(self, z: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, heads, n, d_head); einops would cost small inputs another product."""
+        return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        self.check_tokens(x, grid)
+        if x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
+            self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
         return self.attend(x, grid)[0]
@@ -183,13 +184,19 @@ class LinearAttention(Attention):
         if self.implementation(x) == "triton":
             return self.fused(x, grid), {}
         query, key, value = self.project(x, grid)
-        by_head = rearrange(value, BY_HEAD, h=self.num_heads)
+        by_head = self._by_head(value)
         keys = self.keys(key, x, grid)
         routes = keys.routes
         if self.config.impl == "reference":
             local = None if self.conv is None else self.conv(value, grid, impl="reference")
             queries = self.queries(query, x)
             out = reference_read(queries, keys, by_head, self, x.shape[1])
+        elif self._is_few(keys, by_head):
+            local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
+            queries = self.queries(query, x)
+            eps = self.config.eps * (x.shape[1] if self.divides_by_mean else 1)
+            operands = queries.terms[0], queries.norms[0], keys.terms[0], keys.norms[0], by_head
+            out = linear_core(*operands, eps)
         else:
             # What only the keys need is gone before the queries come.
             state = fold_features(keys, by_head, x.shape[1])
@@ -199,7 +206,7 @@ class LinearAttention(Attention):
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x)
             out = read_features(queries, state, self, x.shape[1])
-        out = rearrange(out, "b h n d -> b n (h d)").to(value.dtype)
+        out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
         return self.proj(out), {**routes, **queries.routes}
@@ -222,6 +229,13 @@ class LinearAttention(Attention):
         if self.conv is not None and value is not None:
             out = self.conv(value, grid, out, impl=self.config.impl)
         return self.proj(out)
+
+    def _is_few(self, keys: Features, value: Tensor) -> bool:
+        """Whether one call of C multiplies sooner than a few products start."""
+        if self.normalizer != "base" or len(keys.terms) > 1:
+            return False
+        is_small = value.numel() * value.shape[-1] <= 1 << 18
+        return is_small and is_few("linear_core", self.config.impl, keys.terms[0], value)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         spans = spans_of(grid, block, self.rows_together)
@@ -252,12 +266,12 @@ class LinearAttention(Attention):
 
     def fold(self, keys: Features, value: Tensor) -> State:
         """The state of a block's keys and values; those of several blocks add up."""
-        return fold_features(keys, rearrange(value, BY_HEAD, h=self.num_heads), None)
+        return fold_features(keys, self._by_head(value), None)
 
     def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
         out = read_features(queries, state, self, x.shape[1])
-        return rearrange(out, "b h n d -> b n (h d)").to(operand_dtype(x))
+        return out.transpose(1, 2).flatten(2).to(operand_dtype(x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
@@ -292,6 +306,21 @@ class LinearAttention(Attention):
         changed = {"conv": self.conv.fuse()}
         self.config = replace(self.config, **changed)
         return changed
+
+
+def linear_parts(
+    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
+) -> list[Tensor]:
+    """Outputs of a linear layer in parts of ``width``, without computing the others.
+
+    One product per part makes each a tensor of its own, which is freed by itself and is not a
+    strided slice of a longer row: that costs a CPU more than the three products.
+    """
+    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
+        return list(layer(x).split(width, dim=-1)[parts])
+    weights = layer.weight.split(width)[parts]
+    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def fold_features(keys: Features, value: Tensor, queries: int | None) -> State:

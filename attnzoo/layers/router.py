@@ -1,4 +1,4 @@
-"""Routers of DyDiLA (arXiv 2601.13683): what a token chooses, and what it gets for it."""
+"""Routers of DyDiLA (arXiv 2601.13683), and what a training log wants to know of them."""
 
 from __future__ import annotations
 
@@ -7,65 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.ops.dispatch import Impl
-from attnzoo.ops.routed_linear import (
-    Route,
-    RouterGradient,
-    decide,
-    gated,
-    routed_linear,
-    routed_scalar,
-    usage_of,
-)
+from attnzoo.ops.routed_linear import Route, usage_of
 
 
 class Router(nn.Module):
-    """A bias-free linear router that chooses one of ``choices`` for every token.
+    """A bias-free linear router; ``attnzoo.ops.routed_linear`` takes its weight.
 
     Args:
         dim: Width of what it reads.
         choices: How many there are.
-        gradient: How it learns, see ``attnzoo.ops.routed_linear``.
     """
 
-    def __init__(self, dim: int, choices: int, gradient: RouterGradient) -> None:
+    def __init__(self, dim: int, choices: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(choices, dim))
         nn.init.xavier_uniform_(self.weight)
-        self.gradient: RouterGradient = gradient
-
-    def forward(self, *parts: Tensor) -> Route:
-        """Tokens, in parts that side by side are (..., dim) -> one decision per token."""
-        return decide(self.weight, parts, self.gradient)
-
-    def project(self, x: Tensor, projectors: Tensor, impl: Impl) -> tuple[Tensor, Route]:
-        """Each token by the projector it chooses (Eqs. 1-2), and the decisions.
-
-        Args:
-            x: (..., dim).
-            projectors: (choices, dim, d_out).
-            impl: See ``attnzoo.ops.dispatch``.
-
-        Returns:
-            (..., d_out), and one decision per token.
-        """
-        routed = decide(self.weight, [x], self.gradient)
-        projected = routed_linear(x, projectors, routed.index, impl=impl)
-        return gated(projected, routed, self.gradient, impl=impl), routed
-
-    def pick(self, *parts: Tensor, scalars: Tensor, impl: Impl) -> tuple[Tensor, Route]:
-        """The scalar that each token chooses (Eqs. 6-7), and the decisions.
-
-        Args:
-            parts: See ``forward``.
-            scalars: (choices,).
-            impl: See ``attnzoo.ops.dispatch``.
-
-        Returns:
-            (..., 1), and one decision per token.
-        """
-        routed = decide(self.weight, parts, self.gradient)
-        return routed_scalar(routed, scalars, self.gradient, impl=impl), routed
 
     def describe(self, routed: Route) -> dict[str, Tensor]:
         """The share of tokens that each choice received, and the softmax's mean entropy in nats.

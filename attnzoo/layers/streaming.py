@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnzoo.contract import AttentionConfig
 from attnzoo.errors import InvalidValue
@@ -48,21 +47,6 @@ class StreamConfig(AttentionConfig):
         is_reference = getattr(self, "impl", None) == "reference"
         is_whole = training or torch.is_grad_enabled() or is_reference
         return None if is_whole else self.stream
-
-
-def linear_parts(
-    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
-) -> list[Tensor]:
-    """Outputs of a linear layer in parts of ``width``, without computing the others.
-
-    One product per part makes each a tensor of its own, which is freed by itself and is not a
-    strided slice of a longer row: that costs a CPU more than the three products.
-    """
-    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
-        return list(layer(x).split(width, dim=-1)[parts])
-    weights = layer.weight.split(width)[parts]
-    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _sum(whole: State, part: State) -> State:

@@ -1,6 +1,6 @@
 """The mechanisms, one file each; importing this package registers them all."""
 
-from attnzoo.mechanisms import (
+from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
     differential,
@@ -14,18 +14,3 @@ from attnzoo.mechanisms import (
     sana,
     softmax,
 )
-
-__all__ = [
-    "agent",
-    "compressed",
-    "differential",
-    "dig",
-    "dydila",
-    "edit",
-    "focused",
-    "gated",
-    "lit",
-    "moh",
-    "sana",
-    "softmax",
-]

@@ -25,12 +25,12 @@ from attnzoo.contract import Attention, AttentionContext, heads_of_width, remove
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
     convolve,
     first_pass,
-    linear_parts,
     second_pass,
     softmax_fold,
     softmax_merge,
@@ -39,7 +39,7 @@ from attnzoo.layers.streaming import (
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import SoftmaxImpl, is_steep, reference, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, is_steep, reference, softmax_attention, softmax_macs
 from attnzoo.registry import register_attention
 
 
@@ -86,7 +86,7 @@ class Config(StreamConfig):
 
 @register_attention("agent")
 class AgentAttention(Attention):
-    """Agent attention.
+    """Softmax attention through a few agents; their number can follow the denoising step.
 
     Attributes:
         n_agents: Agents of the next call; ``set_agents`` changes it.
@@ -231,7 +231,7 @@ class AgentAttention(Attention):
         n, n_agents = grid[0] * grid[1], math.prod(self._pooled_grid(grid))
         return {
             "projections": 4 * self.dim**2 * n,
-            "core": 4 * n * n_agents * self.dim,
+            "core": 2 * softmax_macs(n, n_agents, self.dim, self.dim),
             "conv": self.conv.macs(grid) if self.conv is not None else 0,
         }
 

@@ -24,7 +24,7 @@ from attnzoo.contract import (
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -126,6 +126,6 @@ class CompressedAttention(Attention):
             keys, conv = height * width, 2 * self.compress.macs(grid)
         return {
             "projections": 4 * self.dim**2 * n,
-            "core": 2 * n * keys * self.dim,
+            "core": softmax_macs(n, keys, self.dim, self.dim),
             "conv": conv,
         }

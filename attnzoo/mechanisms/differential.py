@@ -29,7 +29,7 @@ from attnzoo.contract import (
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import softmax_attention
+from attnzoo.ops.softmax import softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -56,7 +56,7 @@ class Config(AttentionConfig):
 
 @register_attention("differential")
 class DifferentialAttention(Attention):
-    """Differential attention.
+    """Difference of two softmax maps.
 
     Attributes:
         lambda_init: The constant part of lambda in this layer.
@@ -130,8 +130,9 @@ class DifferentialAttention(Attention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``; "reference" multiplies V once, the others twice."""
         n = grid[0] * grid[1]
-        products = 2 if self.config.impl == "reference" else 3
-        return {"projections": 4 * self.dim**2 * n, "core": products * n * n * self.dim}
+        values = self.dim * (1 if self.config.impl == "reference" else 2)
+        core = softmax_macs(n, n, self.dim, values)
+        return {"projections": 4 * self.dim**2 * n, "core": core}
 
 
 @in_float32

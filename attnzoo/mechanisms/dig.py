@@ -43,7 +43,7 @@ class Config(GatedLinearConfig):
 
 @register_attention("dig")
 class DiGAttention(Attention):
-    """Gated linear attention as DiG uses it."""
+    """Gated linear attention, one direction per layer, with a convolution of the stream."""
 
     Config = Config
     config: Config

@@ -6,8 +6,7 @@ factor the token chooses (Eqs. 7-8), before linear attention; a depthwise convol
 (Eq. 9). "dydila-map" subtracts whole attention maps instead (Eq. 10).
 
 Cost per sample: 6 d^2 n + 2 n d d_head + routers (2 n_P + 4 n_F + 4 n_D) d n + convolution;
-map-wise doubles the core. What the paper leaves open is an option; docs/fidelity.md gives the
-evidence for each default and the setting of the literal reading.
+map-wise doubles the core. docs/fidelity.md gives the evidence for what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, removed_in
@@ -27,19 +25,18 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import (
-    BY_HEAD,
     Features,
     LinearAttention,
     LinearConfig,
     Normalizer,
+    linear_parts,
 )
 from attnzoo.layers.router import Router, as_numbers
-from attnzoo.layers.streaming import linear_parts
 from attnzoo.layers.token_difference import fused_forward, unserved_option
-from attnzoo.ops.dispatch import Impl, choose
+from attnzoo.ops.dispatch import Impl, choose, is_few
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.precision import in_wide_range, operand_dtype
-from attnzoo.ops.routed_linear import Route, balance_loss
+from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
+from attnzoo.ops.token_difference.native import focused_difference
 from attnzoo.registry import register_attention
 
 
@@ -105,9 +102,7 @@ class MapConfig(Config):
     differential: Literal["token", "map", "none"] = "map"
 
 
-_PLAIN: dict[str, Any] = {
-    "projection": "none", "kernel": "relu", "differential": "none", "conv": "none",
-}  # fmt: skip
+_PLAIN: dict = {"projection": "none", "kernel": "relu", "differential": "none", "conv": "none"}
 
 # The ablation steps of the paper's Table 4, in its order: options of "dydila".
 ABLATION_STEPS: dict[str, dict[str, Any]] = {
@@ -122,7 +117,7 @@ ABLATION_STEPS: dict[str, dict[str, Any]] = {
 
 @register_attention("dydila")
 class DyDiLA(LinearAttention):
-    """Dynamic differential linear attention, token-wise by default."""
+    """Linear attention with routed projections and kernels, and differences of tokens."""
 
     Config = Config
     shared: nn.Linear
@@ -136,7 +131,7 @@ class DyDiLA(LinearAttention):
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
-        dim, gradient = self.dim, config.router_gradient
+        dim = self.dim
         self.normalizer = config.normalizer
         # Nothing but the difference reads Q' and K'.
         is_unread = (config.projection, config.differential) == ("redundancy", "none")
@@ -152,7 +147,7 @@ class DyDiLA(LinearAttention):
                 for projector in weight:
                     nn.init.xavier_uniform_(projector)
                 self.projectors[z] = nn.Parameter(weight)
-                self.projector_routers[z] = Router(dim, config.n_projectors, gradient)
+                self.projector_routers[z] = Router(dim, config.n_projectors)
         # What the kernel is applied to; a prime marks the redundancy.
         sides = ["query", "key"]
         if config.differential != "none":
@@ -161,7 +156,7 @@ class DyDiLA(LinearAttention):
             spread = torch.linspace(-1, 1, config.n_kernel_factors) * config.gamma_jitter
             self.gamma = nn.Parameter(config.gamma_init + spread[None])
             self.kernel_routers = nn.ModuleDict(
-                {z: Router(dim, config.n_kernel_factors, gradient) for z in sides}
+                {z: Router(dim, config.n_kernel_factors) for z in sides}
             )
         if config.differential != "none":
             start = config.lambda_init
@@ -171,7 +166,7 @@ class DyDiLA(LinearAttention):
             self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
             sides = ["query", "key"] if config.differential == "token" else ["map"]
             self.differential_routers = nn.ModuleDict(
-                {z: Router(2 * dim, config.n_differential_factors, gradient) for z in sides}
+                {z: Router(2 * dim, config.n_differential_factors) for z in sides}
             )
         if config.conv != "none":
             self.conv = DepthwiseConv(dim, config.conv)
@@ -184,7 +179,7 @@ class DyDiLA(LinearAttention):
         """See ``LinearAttention``."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("token_difference", "auto", x, operand_dtype(x), self.unserved_option)
+        return choose("token_difference", "auto", x, None, self.unserved_option)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention``."""
@@ -217,7 +212,7 @@ class DyDiLA(LinearAttention):
         return linear_parts(self.shared, x, self.dim, slice(1, None))
 
     def queries(self, query: Tensor | None, x: Tensor) -> Features:
-        """Queries, from the tokens to what the core multiplies."""
+        """See ``LinearAttention``."""
         return self._features(query, x, "query")
 
     def keys(
@@ -227,51 +222,57 @@ class DyDiLA(LinearAttention):
         return self._features(key, x, "key")
 
     def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
-        config, routes = self.config, {}
+        config, routes, gradient = self.config, {}, self.config.router_gradient
         # The fused kernels report no decisions; the parts they stand for do.
         impl: Impl = "auto" if config.impl == "triton" else config.impl
         pair = [] if shared is None else [shared]
         if self.projection != "none":
-            routed, routes[f"projector.{side}"] = self.projector_routers[side].project(
-                x, self.projectors[side], impl
-            )
-            pair.append(routed)
-        for i, z in enumerate(pair):
-            name = side if i == 0 else f"{side}_prime"
-            pair[i], chosen = self._kernel(z, name, impl)
-            routes |= {f"kernel.{name}": chosen} if chosen else {}
-        needs_sums = config.normalizer in ("base", "diff")
-        if config.differential == "token":
-            # The token differential operator, Eq. 8.
-            factor, routes[f"differential.{side}"] = self.differential_routers[side].pick(
-                *pair, scalars=self.lambda_[0], impl=impl
-            )
-            pair[1] = torch.addcmul(pair[0], factor.to(pair[0].dtype), pair[1], value=-1)
-            difference = rearrange(pair[1], BY_HEAD, h=self.num_heads)
-            is_base = config.normalizer == "base"
-            norm = rearrange(pair[0], BY_HEAD, h=self.num_heads) if is_base else difference
-            return Features([difference], [norm] if needs_sums else [], None, routes)
-        factor = None
-        if config.differential == "map" and side == "query":
-            is_global = config.map_router == "image"
-            read = [z.mean(1, keepdim=True) for z in pair] if is_global else pair
-            factor, routes["differential.map"] = self.differential_routers["map"].pick(
-                *read, scalars=self.lambda_[0], impl=impl
-            )
-            factor = factor.unsqueeze(1)
-        terms = [rearrange(z, BY_HEAD, h=self.num_heads) for z in pair]
-        return Features(terms, terms if needs_sums else [], factor, routes)
+            routed = decide(self.projector_routers[side].weight, [x], gradient)
+            pair.append(routed_linear(x, self.projectors[side], routed.index, impl=impl))
+            pair[-1] = gated(pair[-1], routed, gradient, impl=impl)
+            routes[f"projector.{side}"] = routed
+        is_token, has_sums = config.differential == "token", config.normalizer in ("base", "diff")
+        factor, weights = None, []
+        if is_token and config.kernel == "routed":
+            weights = [self.kernel_routers[z].weight for z in (side, f"{side}_prime")]
+            weights += [self.differential_routers[side].weight, self.gammas(), self.lambda_]
+        if weights and is_few("focused_difference", impl, *pair, *weights):
+            *pair, chosen = focused_difference([*pair, *weights])
+            names = f"kernel.{side}", f"kernel.{side}_prime", f"differential.{side}"
+            routes |= dict(zip(names, map(Route, chosen, (None,) * 3), strict=True))
+        else:
+            for i, z in enumerate(pair):
+                name = side if i == 0 else f"{side}_prime"
+                pair[i], decided = self._kernel(z, name, impl)
+                routes |= {f"kernel.{name}": decided} if decided else {}
+            if is_token or (config.differential == "map" and side == "query"):
+                kind, read = side if is_token else "map", pair
+                if not is_token and config.map_router == "image":
+                    read = [z.mean(1, keepdim=True) for z in pair]
+                weight, lambdas = self.differential_routers[kind].weight, self.lambda_[0]
+                factor, decided = pick(weight, read, lambdas, gradient, impl)
+                routes[f"differential.{kind}"] = decided
+                if is_token:  # the token differential operator, Eq. 8
+                    factor = factor.to(pair[0].dtype)
+                    pair[1] = torch.addcmul(pair[0], factor, pair[1], value=-1)
+        terms = norms = [z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in pair]
+        if is_token:
+            terms, norms = terms[1:], terms[:1] if config.normalizer == "base" else terms[1:]
+        factor = None if is_token or factor is None else factor.unsqueeze(1)
+        return Features(terms, norms if has_sums else [], factor, routes)
 
     def _kernel(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
         """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and the choices."""
-        z, kernel = in_wide_range(z), self.config.kernel
-        if kernel == "relu":
+        # Beyond float16's range a gradient of what comes next may be, and be small again.
+        z, chosen = z.float() if z.dtype is torch.float16 else z, None
+        if self.config.kernel == "relu":
             return F.relu(z), None
-        if kernel == "fixed":
+        if self.config.kernel == "fixed":
             gamma = torch.full((1,), self.config.gamma_init, device=z.device)
-            return power_map(z, gamma, impl=impl), None
-        gamma, routed = self.kernel_routers[name].pick(z, scalars=self.gammas()[0], impl=impl)
-        return power_map(z, gamma, impl=impl), routed
+        else:
+            router, gradient = self.kernel_routers[name].weight, self.config.router_gradient
+            gamma, chosen = pick(router, [z], self.gammas()[0], gradient, impl)
+        return power_map(z, gamma, impl=impl), chosen
 
     def gammas(self) -> Tensor:
         """The powers as they are used, (1, n_F)."""
@@ -323,7 +324,7 @@ class DyDiLA(LinearAttention):
 
 @register_attention("dydila-map")
 class MapWiseDyDiLA(DyDiLA):
-    """Dynamic differential linear attention that subtracts attention maps (Eq. 10)."""
+    """DyDiLA with differences of attention maps (Eq. 10)."""
 
     Config = MapConfig
     plot_style = ("#CC79A7", "^")

@@ -42,7 +42,7 @@ class Config(LinearConfig):
 
 @register_attention("edit")
 class EDiTAttention(LinearAttention):
-    """EDiT's linear compressed attention."""
+    """Linear attention with convolved queries, and compressed keys and values."""
 
     Config = Config
     paper = "EDiT, 2503.16726"

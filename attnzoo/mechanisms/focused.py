@@ -20,8 +20,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, ValueConv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
-from attnzoo.layers.streaming import linear_parts
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear_parts
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
@@ -56,7 +55,7 @@ class Config(LinearConfig):
 
 @register_attention("focused")
 class FocusedAttention(LinearAttention):
-    """Focused linear attention."""
+    """Linear attention with a norm-preserving power of queries and keys."""
 
     Config = Config
     paper = "FLatten, 2308.00442"

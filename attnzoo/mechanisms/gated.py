@@ -41,7 +41,7 @@ class Config(GatedLinearConfig):
 
 @register_attention("gated")
 class GatedAttention(Attention):
-    """Gated linear attention."""
+    """Gated linear attention, scanned in any directions."""
 
     Config = Config
     config: Config

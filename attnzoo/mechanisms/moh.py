@@ -28,7 +28,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routed_linear import router_logits
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -87,7 +87,7 @@ class Config(AttentionConfig):
 
 @register_attention("moh")
 class MixtureOfHeadAttention(Attention):
-    """Mixture-of-head attention.
+    """Softmax attention whose heads each token weighs, with a load-balancing loss.
 
     Attributes:
         shared_heads: Heads of this layer that every token uses.
@@ -170,7 +170,7 @@ class MixtureOfHeadAttention(Attention):
         n = grid[0] * grid[1]
         return {
             "projections": 4 * self.dim**2 * n,
-            "core": 2 * n * n * self.dim,
+            "core": softmax_macs(n, n, self.dim, self.dim),
             "routing": sum(self._rows) * self.dim * n,
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -69,4 +69,4 @@ class SoftmaxAttention(Attention):
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n = grid[0] * grid[1]
-        return {"projections": 4 * self.dim**2 * n, "core": 2 * n * n * self.dim}
+        return {"projections": 4 * self.dim**2 * n, "core": softmax_macs(n, n, self.dim, self.dim)}

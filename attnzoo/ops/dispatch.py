@@ -31,6 +31,9 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
+    "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
+    "branch_conv": ("native", "torch", "reference"),  # likewise
+    "linear_core": ("native", "torch", "reference"),  # likewise
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
@@ -60,14 +63,15 @@ def operator(declaration: Declaration) -> Declaration:
         if impl not in _LAZY:
             _load(package, impl, name)
     limits = declaration.__globals__.get("unserved")
+    is_settled = TABLE[name][0] == "torch"
     on_cpu: dict[torch.dtype, Callable[..., Any]] = {}  # what "auto" is there
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
-        if impl == "auto" and TABLE[name][0] == "torch":
+        if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
         x = operands[0]
-        is_cached = impl == "auto" and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        is_cached = impl == "auto" and x.is_cpu and not torch.compiler.is_compiling()
         if is_cached and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
         unserved = None if limits is None else functools.partial(limits, *operands)
@@ -178,8 +182,7 @@ class CustomOp:
         device_types: str | None = None,
     ) -> None:
         self.name = name
-        self.function = function
-        self.differentiable = function
+        self.function = self.differentiable = self.inference = function
         self.operator = torch.library.custom_op(
             f"attnzoo::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
@@ -211,6 +214,10 @@ class CustomOp:
         function = type(f"attnzoo::{self.name}", (torch.autograd.Function,), methods)
         self.differentiable = function.apply  # type: ignore[attr-defined]
 
+    def register_inference(self, function: Callable[..., Any]) -> None:
+        """What runs in place of the function where nothing is differentiated or watched."""
+        self.inference = function
+
     def __call__(self, *operands: Any) -> Any:
         # The compiler knows neither of the other questions, and is not asked them.
         if (
@@ -219,7 +226,7 @@ class CustomOp:
             or torch._C._get_tracing_state()
         ):
             return self.operator(*operands)
-        return (self.differentiable if torch.is_grad_enabled() else self.function)(*operands)
+        return (self.differentiable if torch.is_grad_enabled() else self.inference)(*operands)
 
 
 def custom_op(
@@ -227,6 +234,14 @@ def custom_op(
 ) -> Callable[[Callable[..., Any]], CustomOp]:
     """Decorates the function of a ``CustomOp``."""
     return lambda function: CustomOp(name, function, schema, device_types)
+
+
+def is_watched() -> bool:
+    """Whether a tracer or a mode, such as a counter's, looks at torch's operators."""
+    # The compiler knows neither question, and is not asked them.
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
+    )
 
 
 def is_plain(*operands: Tensor) -> bool:
@@ -237,6 +252,23 @@ def is_plain(*operands: Tensor) -> bool:
     device_type = operands[0].device.type
     # Without autocast; asking torch for its breaks a graph in torch 2.11.
     return device_type == "meta" or not torch.is_autocast_enabled(device_type)
+
+
+def is_few(name: str, impl: str, *operands: Tensor) -> bool:
+    """Whether an operator runs in C because its tokens are few: calls cost more than numbers.
+
+    Few, in float32, on a CPU, with nothing differentiated, compiled or watched.
+    """
+    x = operands[0]
+    # Beyond, one thread and a plain product lose against many and a tuned one.
+    if not x.is_cpu or x.numel() > 1 << 15 or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
+        return False
+    for z in operands:  # a subclass may keep its numbers elsewhere
+        if z.dtype is not torch.float32 or type(z) not in (Tensor, torch.nn.Parameter):
+            return False
+    return choose(name, impl, x) == "native"
 
 
 def has_wide_product(x: Tensor) -> bool:
@@ -318,7 +350,7 @@ def _try_flash() -> bool:
 def _try_native() -> bool:
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return False
-    from attnzoo.ops.power_map.build import library
+    from attnzoo.ops.native_build import library
 
     return library() is not None
 

@@ -33,6 +33,8 @@ def launched(name: str, schema: str | None = None) -> Callable[[Callable[..., An
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def on_its_device(first: Tensor, *args: Any) -> Any:
+            if not first.is_cuda or first.device.index == torch.cuda.current_device():
+                return function(first, *args)
             with torch.cuda.device_of(first):
                 return function(first, *args)
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import build_attention
+from attnzoo.layers.depthwise_conv import DepthwiseConv
 from tests.attnzoo.formulas import GRIDS, assert_near, assert_same, build, tokens
 
 OPTIONS: dict[str, list[dict]] = {
@@ -145,3 +146,25 @@ def test_attention_map_is_what_the_output_sums(name: str) -> None:
     value = layer.qkv(x).chunk(3, -1)[2].unflatten(-1, (2, 32)).transpose(1, 2)
     out = layer.proj((weights @ value).transpose(1, 2).flatten(2))
     assert_near([out], [layer(x, (7, 13))])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 4), (40, 40)])  # few tokens and many
+@pytest.mark.parametrize("is_added", [False, True])
+def test_branches_in_eval_mode_are_their_sum(grid: tuple[int, int], is_added: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = DepthwiseConv(24, "acnet"), torch.randn(2, grid[0] * grid[1], 24)
+    added = torch.randn_like(x) if is_added else None
+    for norm in conv.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    conv.eval()
+    exact = copy.deepcopy(conv).double()
+    wide = [None if z is None else z.double() for z in (x, added)]
+    expected = exact(wide[0], grid, wide[1], impl="reference")
+    torch.testing.assert_close(exact(wide[0], grid, wide[1]), expected)
+    for is_differentiated in (False, True):
+        with torch.set_grad_enabled(is_differentiated):
+            out = conv(x, grid, added)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

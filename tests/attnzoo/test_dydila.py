@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from attnzoo import build_attention
 from attnzoo.mechanisms.dydila import ABLATION_STEPS
+from attnzoo.ops import dispatch
 from attnzoo.testing import (
     DIM,
     build_scrambled,
@@ -173,3 +174,31 @@ def test_compiles_into_one_graph_that_outlives_a_change_of_routing(name):
         x = tokens((6, 6), seed=seed)
         torch.testing.assert_close(compiled(x, (6, 6)), layer(x, (6, 6)))
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not dispatch._native_works(), reason="no C compiler, or ATTNZOO_NATIVE=0")
+@pytest.mark.parametrize("options", [{}, {"normalizer": "diff"}, {"n_differential_factors": 1}])
+def test_a_few_tokens_in_c_are_their_reference(options):
+    layer = build_scrambled("dydila", gamma_jitter=0.3, **options)
+    with torch.no_grad():
+        layer.gamma[0, ::3] *= -1
+    x, grid = tokens((5, 7)), (5, 7)
+    pair = [layer.shared(x)[..., :DIM]] * 2
+    with torch.no_grad():
+        assert dispatch.is_few("focused_difference", "auto", *pair)
+        assert not dispatch.is_few("focused_difference", "reference", *pair)
+        out, routes = layer(x, grid), layer.routes(x, grid)
+    assert not dispatch.is_few("focused_difference", "auto", *pair), "it has no gradient"
+    torch.testing.assert_close(out, reference_of(layer)(x, grid), rtol=1e-5, atol=1e-5)
+    with torch.enable_grad():
+        expected = reference_of(layer).routes(x, grid)
+    assert routes.keys() == expected.keys()
+    assert all(torch.equal(routes[name], expected[name]) for name in routes)
+
+
+def test_a_nan_among_a_few_tokens_stays_in_its_image():
+    layer, x = build_scrambled("dydila"), tokens((4, 4))
+    x[0, 3, 5] = float("nan")
+    with torch.no_grad():
+        out = layer(x, (4, 4))
+    assert out[0].isnan().any() and out[1].isfinite().all()

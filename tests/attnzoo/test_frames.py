@@ -15,7 +15,7 @@ import attnzoo
 
 ROOT = Path(attnzoo.__file__).parent
 # By mechanism, the most files and frames of a forward on a CPU.
-MOST = {"dydila": (12, 120), "sana": (5, 25)}
+MOST = {"dydila": (8, 120), "sana": (5, 25)}
 
 
 def frames(call):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from attnzoo.ops import dispatch
-from attnzoo.ops.power_map import build, native, power_map
-from attnzoo.ops.power_map.build import library
+from attnzoo.ops import native_build as build
+from attnzoo.ops.native_build import library
+from attnzoo.ops.power_map import native, power_map
 
 pytestmark = pytest.mark.skipif(
     not dispatch._native_works(), reason="no C compiler, or ATTNZOO_NATIVE=0"

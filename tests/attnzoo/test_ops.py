@@ -7,14 +7,15 @@ from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import dispatch
 from attnzoo.ops.depthwise_conv import depthwise_conv
 from attnzoo.ops.linear_core import linear_attention
+from attnzoo.ops.linear_core.native import linear_core
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import (
     Route,
     balance_loss,
     decide,
     gated,
+    pick,
     routed_linear,
-    routed_scalar,
 )
 
 HAS_NATIVE = dispatch._native_works()
@@ -160,6 +161,19 @@ def test_linear_attention_is_its_reference_in_either_order(tokens):
     torch.testing.assert_close(linear_attention(q, k, v), expected)
 
 
+@needs_native
+@pytest.mark.parametrize("tokens", [1, 4, 30])
+def test_a_few_tokens_linear_attention_in_c_is_its_reference(tokens):
+    torch.manual_seed(0)
+    q, k, v = torch.rand(3, 2, tokens, 3, 8).transpose(2, 3).unbind(0)
+    strided = q.mT.contiguous().mT
+    for query in (q, strided, q.double()):
+        found = linear_core(query, query, k, k, v, 1e-15)
+        torch.testing.assert_close(found, linear_attention(q, k, v, impl="reference"))
+    with pytest.raises(InvalidValue, match="one width"):
+        linear_core(q, q, k[..., :4], k[..., :4], v, 1e-15)
+
+
 @pytest.mark.parametrize("counts", [[5, 0, 9], [14, 0, 0], [1, 12, 1]])
 def test_routed_linear_is_its_reference_with_empty_and_full_projectors(counts):
     torch.manual_seed(0)
@@ -175,6 +189,8 @@ def test_routed_linear_is_its_reference_with_empty_and_full_projectors(counts):
         torch.autograd.grad(fast, (x, weight), cotangent),
         torch.autograd.grad(expected, (x, weight), cotangent),
     )
+    with torch.no_grad():  # a few tokens meet every projector then
+        torch.testing.assert_close(routed_linear(x, weight, index), expected)
 
 
 def test_routed_linear_is_a_sound_custom_operator():
@@ -205,11 +221,12 @@ def test_router_gradients(gradient):
     scalars = torch.arange(4, dtype=torch.float64).requires_grad_()
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     cotangents = torch.randn(2, 3, 1).double(), torch.randn(2, 3, 5).double()
-    routed = decide(torch.eye(4, dtype=torch.float64), [logits], gradient)
+    router = torch.eye(4, dtype=torch.float64)
+    picked, routed = pick(router, [logits], scalars, gradient)
     assert torch.equal(routed.index, logits.argmax(-1))
-    fast = routed_scalar(routed, scalars, gradient), gated(x, routed, gradient)
+    fast = picked, gated(x, routed, gradient)
     plain = (
-        routed_scalar(routed, scalars, gradient, impl="reference"),
+        pick(router, [logits], scalars, gradient, impl="reference")[0],
         gated(x, routed, gradient, impl="reference"),
     )
     assert torch.equal(fast[0], routed.index.unsqueeze(-1).double()), "exactly the argmax"
@@ -260,8 +277,9 @@ class TestDispatch:
         assert dispatch.choose("power_map", "auto", x) == ("native" if HAS_NATIVE else "torch")
         assert dispatch.choose("power_map", "auto", x.double()) == "torch"
         assert dispatch.choose("power_map", "auto", x.to("meta")) == "torch"
-        for name in set(dispatch.TABLE) - {"power_map"}:
-            assert dispatch.choose(name, "auto", x) == "torch"
+        for name, offered in dispatch.TABLE.items():
+            best = "native" if "native" in offered and HAS_NATIVE else "torch"
+            assert dispatch.choose(name, "auto", x) == best
 
     def test_an_explicit_choice_is_taken_or_refused_with_every_reason(self):
         x = torch.ones(1)

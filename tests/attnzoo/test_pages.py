@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from attnzoo import get_attention, list_attention
+from attnzoo.__main__ import table
 
-PAGES = Path(__file__).parents[2] / "docs" / "mechanisms"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "mechanisms"
 # Not of the mechanism's own config: the context's, and the backbone's.
 ELSEWHERE = {"num_heads", "position"}
 
@@ -27,6 +29,16 @@ def tables(page: str) -> list[list[list[str]]]:
         for block in blocks
     ]
     return [table for table in rows if "option" in table[0]]
+
+
+def test_the_readme_has_the_table_of_the_classes():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(
+        r"<!-- python -m attnzoo --table -->\n(.*?)\n<!-- end -->", readme, re.DOTALL
+    )
+    assert block is not None
+    assert block[1] == table(), "put what `python -m attnzoo --table` prints there"
+    assert all(f"| `{name}` |" in block[1] for name in ("softmax", "dydila-map"))
 
 
 def test_every_mechanism_has_a_page():

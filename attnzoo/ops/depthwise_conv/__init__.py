@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv.torch import to_image, to_tokens, widened
+from attnzoo.ops.depthwise_conv.torch import to_image, to_tokens
 from attnzoo.ops.dispatch import MACS, Impl, operator
 
-__all__ = ["depthwise_conv", "depthwise_conv_macs", "to_image", "to_tokens", "widened"]
+__all__ = ["depthwise_conv", "depthwise_conv_macs", "to_image", "to_tokens"]
 
 
 def unserved(x: Tensor, grid: Any, weight: Tensor, *_: Any) -> str | None:

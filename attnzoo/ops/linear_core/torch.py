@@ -200,29 +200,3 @@ def linear_tokens(
     sums = key_sum(key) if is_normalized else None
     out = read(query, state) if sums is None else normalized_read(query, state, sums, eps)
     return out.transpose(1, 2).flatten(2).to(dtype)
-
-
-@in_float32
-def projected_linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> Tensor:
-    """``linear_attention`` of all heads and the output projection, folded into the heads' states.
-
-    The small products of every head with its state and the projection become one large product.
-
-    Args:
-        query: (b, h, n, d), after a non-negative kernel function.
-        key: (b, h, m, d), likewise.
-        value: (b, h, m, e).
-        weight: Of the projection, (out, h * e).
-        bias: (out,).
-        eps: See ``linear_attention``.
-
-    Returns:
-        (b, n, out).
-    """
-    heads = weight.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0)  # (h, e, out)
-    state = (key.transpose(-2, -1) @ value @ heads).flatten(1, 2)  # (b, h * d, out)
-    query = query / (read(query, key_sum(key)) + eps)
-    out = query.transpose(1, 2).flatten(2) @ state
-    return out if bias is None else out + bias

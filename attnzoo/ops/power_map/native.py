@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.dispatch import custom_op
-from attnzoo.ops.power_map.build import library
+from attnzoo.ops.native_build import library
 
 # Elements that are worth a thread of their own.
 _BLOCK = 1 << 16
@@ -57,24 +57,31 @@ def _(grad: Tensor, z: Tensor, gamma: Tensor, *_: Tensor) -> tuple[Tensor, Tenso
 
 def _run(kernel: str, strided: list[Tensor], packed: list[Tensor]) -> None:
     """Calls the C kernel on each thread's rows; ctypes lets go of the interpreter's lock."""
-    (rows, width), dtype = strided[0].shape, _DTYPES[strided[0].dtype]
-    function = getattr(library(), f"power_map_{kernel}_{dtype}")
+    (rows, width), function = strided[0].shape, _function(kernel, strided[0].dtype)
     threads = max(1, min(torch.get_num_threads(), rows, rows * width // _BLOCK))
     calls, start = [], 0
     for thread in range(1, threads + 1):
         stop, arguments = rows * thread // threads, []
         for x in strided:
-            first = x.data_ptr() + start * x.stride(0) * x.itemsize
-            arguments += [ctypes.c_void_p(first), ctypes.c_long(x.stride(0))]
+            spacing = x.stride(0)
+            arguments += [x.data_ptr() + start * spacing * x.itemsize, spacing]
         for x in packed:
-            first = x.data_ptr() + start * x.stride(0) * x.itemsize
-            arguments.append(ctypes.c_void_p(first))
-        calls.append([*arguments, ctypes.c_long(stop - start), ctypes.c_long(width)])
+            arguments.append(x.data_ptr() + start * x.stride(0) * x.itemsize)
+        calls.append([*arguments, stop - start, width])
         start = stop
     if threads == 1:
         function(*calls[0])
     else:
         list(_pool(os.getpid(), threads).map(lambda call: function(*call), calls))
+
+
+@functools.cache
+def _function(kernel: str, dtype: torch.dtype) -> Any:
+    function = getattr(library(), f"power_map_{kernel}_{_DTYPES[dtype]}")
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    strided, packed = {"forward": (1, 4), "backward": (2, 6)}[kernel]
+    function.argtypes = [*[pointer, number] * strided, *[pointer] * packed, number, number]
+    return function
 
 
 @functools.cache
@@ -96,5 +103,8 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
-    gamma = gamma.float().expand(*z.shape[:-1], 1).reshape(-1, 1).contiguous()
-    return _forward(z.reshape(-1, z.shape[-1]), gamma)[0].view(z.shape)
+    rows = z.reshape(-1, z.shape[-1])
+    if gamma.numel() != rows.shape[0]:
+        gamma = gamma.expand(*z.shape[:-1], 1)
+    gamma = gamma.float().reshape(-1, 1).contiguous()
+    return _forward(rows, gamma)[0].view(z.shape)

@@ -43,6 +43,15 @@ def _exp2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _raised(x, gamma, pivot, FAST: tl.constexpr):
+    """(x over the pivot, power) of ``_unit_power``, where nothing reads the logarithm."""
+    unit = x * (1.0 / pivot)[:, None]
+    # Not tl.maximum, which would hide a NaN. An exponent below 0 makes 0 of an infinite unit.
+    log_unit = _log2(tl.where(unit < _NORMAL, _NORMAL, unit), FAST)
+    return unit, tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
+
+
+@triton.jit
 def _unit_power(x, gamma, pivot, FAST: tl.constexpr):
     """(x over the pivot, its logarithm, power); x is ReLU(z), and powers of 0 are 0."""
     # One division a row; what its rounding adds to all entries alike, their norm takes away.
@@ -68,7 +77,7 @@ def _power(x, gamma, FAST: tl.constexpr):
     """(unnormalised power, pivot, norm of the power, factor that restores the norm)."""
     peak = tl.maximum(tl.max(x, 1), _NORMAL)
     pivot = _pivot(gamma, tl.min(tl.where(x > _NORMAL, x, _LARGEST), 1), peak)
-    _, _, power = _unit_power(x, gamma, pivot, FAST)
+    _, power = _raised(x, gamma, pivot, FAST)
     norm = tl.maximum(tl.sqrt(tl.sum(power * power, 1)), _NORMAL)
     ratio = x * (1.0 / peak)[:, None]
     return power, pivot, norm, peak * tl.sqrt(tl.sum(ratio * ratio, 1)) / norm

@@ -12,7 +12,7 @@ from attnzoo.ops.routed_linear.torch import (
     balance_loss,
     decide,
     gated,
-    routed_scalar,
+    pick,
     router_logits,
     usage_of,
 )
@@ -24,8 +24,8 @@ __all__ = [
     "decide",
     "gated",
     "grouped_linear",
+    "pick",
     "routed_linear",
-    "routed_scalar",
     "router_logits",
     "usage_of",
 ]

@@ -14,6 +14,9 @@ from attnzoo.ops.precision import autocast_operands, in_float32
 from attnzoo.ops.routed_linear import reference
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
 
+# Multiply-accumulates that cost less than sorting tokens.
+_FEW = 1 << 20
+
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
@@ -46,6 +49,26 @@ def decide(weight: Tensor, parts: Sequence[Tensor], gradient: RouterGradient) ->
     needs_logits = gradient != "none" and torch.is_grad_enabled() and logits.requires_grad
     # On CPU several times faster than argmax, and as sure of the first among equals.
     return Route(logits.detach().max(-1).indices, logits if needs_logits else None)
+
+
+def pick(
+    weight: Tensor,
+    parts: Sequence[Tensor],
+    scalars: Tensor,
+    gradient: RouterGradient,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Route]:
+    """The scalar of (experts,) that each token chooses, (..., 1), and its choice: see ``decide``.
+
+    With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
+    scalars differ.
+    """
+    routed = decide(weight, parts, gradient)
+    if impl == "reference":
+        return reference.routed_scalar(routed, scalars, gradient), routed
+    if routed.logits is None:
+        return scalars.take(routed.index.unsqueeze(-1)), routed
+    return _StraightThroughScalar.apply(routed.logits, scalars, routed.index), routed
 
 
 class _StraightThroughGate(torch.autograd.Function):
@@ -84,7 +107,7 @@ class _StraightThroughScalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, scalars: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(logits, scalars, index)
-        return scalars.index_select(0, index.reshape(-1)).view(*index.shape, 1)
+        return scalars.take(index.unsqueeze(-1))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
@@ -94,22 +117,6 @@ class _StraightThroughScalar(torch.autograd.Function):
         grad_logits = probability * (scalars - mean) * grad
         grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
         return grad_logits, grad_scalars, None
-
-
-def routed_scalar(
-    routed: Route, scalars: Tensor, gradient: RouterGradient, *, impl: Impl = "auto"
-) -> Tensor:
-    """The scalar that each token chose: (experts,) -> (..., 1).
-
-    With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
-    scalars differ.
-    """
-    if impl == "reference":
-        return reference.routed_scalar(routed, scalars, gradient)
-    if gradient == "none" or routed.logits is None:
-        chosen = scalars.index_select(0, routed.index.reshape(-1))
-        return chosen.view(*routed.index.shape, 1)
-    return _StraightThroughScalar.apply(routed.logits, scalars, routed.index)
 
 
 def usage_of(index: Tensor, experts: int) -> Tensor:
@@ -165,6 +172,16 @@ def _routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Te
 def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     plan = index.new_empty(2 * x.shape[0] + weight.shape[0])
     return x.new_empty(x.shape[0], weight.shape[2]), plan
+
+
+@_routed_linear.register_inference
+def _(x: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    experts, n = weight.shape[0], x.shape[0]
+    if n * weight.numel() > _FEW or not x.is_cpu:
+        return _routed_linear.function(x, weight, index)
+    everything = torch.bmm(x.expand(experts, -1, -1), weight).flatten(0, 1)
+    place = torch.arange(n, device=x.device).add_(index, alpha=n)
+    return everything.index_select(0, place), None
 
 
 @custom_op("routed_linear_backward")

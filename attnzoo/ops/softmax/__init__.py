@@ -51,7 +51,7 @@ def softmax_attention(
 
 
 def softmax_macs(queries: int, keys: int, key_dim: int, value_dim: int) -> int:
-    """Multiply-accumulates of one head of ``softmax_attention``."""
+    """Multiply-accumulates of ``softmax_attention``; heads add up as their widths do."""
     return queries * keys * (key_dim + value_dim)
 
 

@@ -12,8 +12,8 @@ from attnzoo.ops.routed_linear import (
     RouterGradient,
     decide,
     gated,
+    pick,
     routed_linear,
-    routed_scalar,
 )
 from attnzoo.ops.token_difference.operands import Weights
 
@@ -31,11 +31,9 @@ def focused_difference(
     """phi(Z) - lambda phi(Z'), and phi(Z); phi is the power map whose power a token chooses."""
     powered = []
     for z, router, powers in zip((tokens, redundant), kernel_routers, gammas, strict=True):
-        chosen = decide(router, [z], gradient)
-        gamma = routed_scalar(chosen, powers, gradient, impl=impl)
+        gamma, _ = pick(router, [z], powers, gradient, impl)
         powered.append(power_map(z, gamma, impl=impl))
-    chosen = decide(difference_router, powered, gradient)
-    factor = routed_scalar(chosen, lambdas, gradient, impl=impl)
+    factor, _ = pick(difference_router, powered, lambdas, gradient, impl)
     return powered[0] - factor * powered[1], powered[0]
 
 

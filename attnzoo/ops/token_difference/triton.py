@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.linear_core.torch import half_attention
-from attnzoo.ops.power_map.triton import _pivot, _unit_power
+from attnzoo.ops.power_map.triton import _pivot, _raised
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
@@ -38,6 +38,21 @@ from attnzoo.ops.triton_common import (
     _width,
     launched,
 )
+
+
+@triton.jit
+def _falling(line, is_row, gamma, peak, d, R: tl.constexpr, C: tl.constexpr):
+    """(pivot, norm of ReLU(z)) of rows, where the smallest positive entry may be the pivot."""
+    low = tl.full((R, C), _LARGEST, tl.float32)
+    squares = tl.zeros((R, C), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        mask = is_row[:, None] & (column < d)[None, :]
+        x = tl.load(line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.where(x > _NORMAL, x, _LARGEST))
+        ratio = tl.where(x <= 0, 0.0, x) * (1.0 / peak)[:, None]
+        squares += ratio * ratio
+    return _pivot(gamma, tl.min(low, 1), peak), peak * tl.sqrt(tl.sum(squares, 1))
 
 
 @triton.jit
@@ -87,9 +102,7 @@ def _difference_kernel(
     line2 = z2 + row[:, None] * z2_row
 
     peak_tile1 = tl.zeros((R, C), tl.float32)
-    low_tile1 = tl.full((R, C), _LARGEST, tl.float32)
     peak_tile2 = tl.zeros((R, C), tl.float32)
-    low_tile2 = tl.full((R, C), _LARGEST, tl.float32)
     logits1 = tl.zeros((R, G), tl.float32)
     logits2 = tl.zeros((R, G), tl.float32)
     for first in range(0, d, C):
@@ -98,21 +111,20 @@ def _difference_kernel(
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
         w = _weights(r1, d, d, n_gamma, column, G)
         logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
-        x = x.to(tl.float32)
-        peak_tile1 = tl.maximum(peak_tile1, x)
-        low_tile1 = tl.minimum(low_tile1, tl.where(x > _NORMAL, x, _LARGEST))
+        peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
         w = _weights(r2, d, d, n_gamma, column, G)
         logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
-        x = x.to(tl.float32)
-        peak_tile2 = tl.maximum(peak_tile2, x)
-        low_tile2 = tl.minimum(low_tile2, tl.where(x > _NORMAL, x, _LARGEST))
+        peak_tile2 = tl.maximum(peak_tile2, x.to(tl.float32))
     gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
     gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
     peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
-    pivot1 = _pivot(gamma1, tl.min(low_tile1, 1), peak1)
     peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
-    pivot2 = _pivot(gamma2, tl.min(low_tile2, 1), peak2)
+    pivot1, length1, pivot2, length2 = peak1, peak1, peak2, peak2
+    # Rare enough for a walk of its own: it would slow down the others.
+    if tl.min(tl.minimum(gamma1, gamma2), 0) < 0.0:
+        pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
+        pivot2, length2 = _falling(line2, is_row, gamma2, peak2, d, R, C)
 
     squares1 = tl.zeros((R, C), tl.float32)
     squares2 = tl.zeros((R, C), tl.float32)
@@ -129,10 +141,9 @@ def _difference_kernel(
         mask = is_row[:, None] & is_column
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
-        ratio = x * (1.0 / peak1)[:, None]
+        unit, power = _raised(x, gamma1, pivot1, FAST)
         squares1 += power * power
-        units1 += ratio * ratio
+        units1 += unit * unit
         w = _weights(rd, 2 * d, d, n_lambda, column, L)
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
         if NORMALIZE:
@@ -144,16 +155,17 @@ def _difference_kernel(
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
-        ratio = x * (1.0 / peak2)[:, None]
+        unit, power = _raised(x, gamma2, pivot2, FAST)
         squares2 += power * power
-        units2 += ratio * ratio
+        units2 += unit * unit
         w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
         logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
     norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
     norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
-    scale1 = peak1 * tl.sqrt(tl.sum(units1, 1)) / norm1
-    scale2 = peak2 * tl.sqrt(tl.sum(units2, 1)) / norm2
+    length = peak1 * tl.sqrt(tl.sum(units1, 1))
+    scale1 = tl.where(gamma1 < 0.0, length1, length) / norm1
+    length = peak2 * tl.sqrt(tl.sum(units2, 1))
+    scale2 = tl.where(gamma2 < 0.0, length2, length) / norm2
     logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
     factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
     if NORMALIZE:
@@ -167,14 +179,14 @@ def _difference_kernel(
         mask = is_row[:, None] & is_column
         x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma1, pivot1, FAST)
+        _, power = _raised(x, gamma1, pivot1, FAST)
         result = (power * scale1[:, None]).to(dtype).to(tl.float32)
         if not NORMALIZE:
             place = tl.program_id(0).to(tl.int64) * d + column
             tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
         x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.where(x <= 0, 0.0, x)
-        _, _, power = _unit_power(x, gamma2, pivot2, FAST)
+        _, power = _raised(x, gamma2, pivot2, FAST)
         redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
         result -= factor[:, None] * redundant
         if NORMALIZE:

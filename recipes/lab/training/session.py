@@ -19,7 +19,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
-from attnzoo.ops.power_map import build
+from attnzoo.ops import native_build as build
 from recipes.lab.console import DONE, Progress, UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder

@@ -1,4 +1,4 @@
-"""The C code of ``native.py``, built by the system's compiler when first asked for.
+"""The C code of every operator's ``native.py``, built when first asked for.
 
 The build takes a second and needs nothing but a C compiler (CC, else cc); where there is none,
 ``library`` returns None. It is cached in a folder that only the user can write to (attnzoo
@@ -77,6 +77,9 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
         float norm = norms[row] < TINY ? TINY : norms[row], inverse = 1 / peaks[row];
         float slope = gamma[row] * inverse, dot = 0, by_gamma = 0;
         slope = slope > FLT_MAX ? FLT_MAX : slope < -FLT_MAX ? -FLT_MAX : slope;
+        /* From exponent 1 on a power over its unit is at most 1, and divides first, as ever.
+           Below, it may overflow, unless a small slope comes before. */
+        float before = gamma[row] >= 1 ? 1 : slope, after = gamma[row] >= 1 ? slope : 1;
         _Pragma("omp simd reduction(+:dot)") EACH dot += LOAD(grad[i]) * LOAD(out[i]);
         float along = dot / norm / norm;
         _Pragma("omp simd reduction(+:by_gamma)") EACH {
@@ -84,7 +87,7 @@ void NAME(backward)(const T *grad, long grad_stride, const T *z, long stride, co
             unit = unit > TINY ? unit : TINY;
             float shared = (LOAD(grad[i]) - y * along) * y;
             by_gamma += shared * natural_log(unit);
-            float slant = shared * slope / unit + x * along;
+            float slant = shared * before / unit * after + x * along;
             grad_z[i] = STORE(x <= TINY ? 0 : slant);
         }
         grad_gamma[row] = by_gamma;
@@ -148,6 +151,96 @@ KERNEL
 #define LOAD(x) widen(x)
 #define STORE(x) narrow(x)
 KERNEL
+
+/* The first of the largest products of a row, which may be in two parts, with a router's rows. */
+static long largest(const float *x, const float *y, const float *router, long choices, long d) {
+    long best = 0;
+    float most = -INFINITY;
+    for (long e = 0; e < choices; e++) {
+        float sum = 0;
+        _Pragma("omp simd reduction(+:sum)") for (long i = 0; i < d; i++) sum += x[i] * *router++;
+        if (y) {
+            _Pragma("omp simd reduction(+:sum)")
+            for (long i = 0; i < d; i++) sum += y[i] * *router++;
+        }
+        if (sum > most) { most = sum; best = e; }
+    }
+    return best;
+}
+
+void focused_difference(const float *z1, const float *z2, const float *r1, const float *r2,
+                        const float *rd, const float *gammas, const float *lambdas, float *base,
+                        float *out, int64_t *chosen, long rows, long d, long n_gamma,
+                        long n_lambda) {
+    for (long row = 0; row < rows; row++, z1 += d, z2 += d, base += d, out += d) {
+        float peak, norm;
+        long first = largest(z1, 0, r1, n_gamma, d), second = largest(z2, 0, r2, n_gamma, d);
+        power_map_forward_float32(z1, d, gammas + first, base, &peak, &norm, 1, d);
+        power_map_forward_float32(z2, d, gammas + second, out, &peak, &norm, 1, d);
+        long third = largest(base, out, rd, n_lambda, d);
+        for (long i = 0; i < d; i++) out[i] = base[i] - lambdas[third] * out[i];
+        chosen[row] = first, chosen[rows + row] = second, chosen[2 * rows + row] = third;
+    }
+}
+
+/* ``strides`` of samples, heads and tokens, of each of the six tensors before it. */
+void linear_core(const float *q, const float *qn, const float *k, const float *kn, const float *v,
+                 float *out, const long *strides, float *state, float eps, long batch, long heads,
+                 long n, long m, long d, long e) {
+#define AT(z, t, place) \
+    (z + b * strides[3 * t] + head * strides[3 * t + 1] + place * strides[3 * t + 2])
+    float *sums = state + d * e;
+    for (long b = 0; b < batch; b++)
+        for (long head = 0; head < heads; head++) {
+            for (long i = 0; i < d * (e + 1); i++) state[i] = 0;
+            for (long j = 0; j < m; j++) {
+                const float *key = AT(k, 2, j), *norm = AT(kn, 3, j), *value = AT(v, 4, j);
+                for (long i = 0; i < d; i++) {
+                    sums[i] += norm[i];
+                    _Pragma("omp simd") for (long c = 0; c < e; c++)
+                        state[i * e + c] += key[i] * value[c];
+                }
+            }
+            for (long j = 0; j < n; j++) {
+                const float *query = AT(q, 0, j), *norm = AT(qn, 1, j);
+                float *result = AT(out, 5, j), total = 0;
+                for (long c = 0; c < e; c++) result[c] = 0;
+                for (long i = 0; i < d; i++) {
+                    total += norm[i] * sums[i];
+                    _Pragma("omp simd") for (long c = 0; c < e; c++)
+                        result[c] += query[i] * state[i * e + c];
+                }
+                for (long c = 0; c < e; c++) result[c] /= total + eps;
+            }
+        }
+}
+
+/* ``branches``: of 3x3, 3x1 and 1x3, each kernel, mean, variance, weight, bias. ``merged``: nine
+   taps and the bias, channels side by side. */
+void branch_conv(const float *x, const float *const *branches, float eps, float *merged,
+                 const float *added, float *out, long b, long h, long w, long c) {
+    const long firsts[] = {0, 1, 3}, steps[] = {1, 3, 1}, taps[] = {9, 3, 3};
+    for (long i = 0; i < 10 * c; i++) merged[i] = 0;
+    for (long k = 0; k < 3; k++, branches += 5)
+        for (long i = 0; i < c; i++) {
+            float scale = branches[3][i] / sqrtf(branches[2][i] + eps);
+            for (long t = 0; t < taps[k]; t++)
+                merged[(firsts[k] + t * steps[k]) * c + i] += branches[0][i * taps[k] + t] * scale;
+            merged[9 * c + i] += branches[4][i] - branches[1][i] * scale;
+        }
+    for (long place = 0; place < b * h * w; place++, out += c) {
+        long row = place / w % h, column = place % w;
+        for (long i = 0; i < c; i++)
+            out[i] = merged[9 * c + i] + (added ? added[place * c + i] : 0);
+        for (long t = 0; t < 9; t++) {
+            long down = t / 3 - 1, right = t % 3 - 1;
+            if (row + down < 0 || row + down >= h || column + right < 0 || column + right >= w)
+                continue;
+            const float *near = x + (place + down * w + right) * c, *tap = merged + t * c;
+            _Pragma("omp simd") for (long i = 0; i < c; i++) out[i] += near[i] * tap[i];
+        }
+    }
+}
 """
 
 _FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
