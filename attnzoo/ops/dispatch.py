@@ -32,7 +32,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "token_difference": ("triton", "torch", "reference"),
     "linear_attention": ("torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
-    "gated_linear_attention": ("torch", "reference", "fla"),
+    "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.
