@@ -93,6 +93,8 @@ def unserved(query: Tensor, value: Tensor) -> str | None:
     for name, z in (("keys", query), ("values", value)):
         if z.shape[-1] > MOST_CHANNELS:
             return f"{name} of {z.shape[-1]} channels a head, more than {MOST_CHANNELS}"
+    if max(z[:1].numel() for z in (query, value)) >= 2**31:
+        return "images of 2^31 numbers"
     return None
 
 

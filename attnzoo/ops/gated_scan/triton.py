@@ -16,6 +16,7 @@ that one product gives the weights of both directions and no exponent is positiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,15 @@ from torch import Tensor
 
 from attnzoo.ops.gated_scan.triton_backward import _gated_gradient_kernel, _put
 from attnzoo.ops.gated_scan.triton_common import (
+    _MILD,
     _are_pairs,
+    _is_mine,
     _join,
+    _level_factor,
     _log2_gate,
+    _mild_factors,
+    _mild_sums,
     _places,
-    _scaled,
     _tile,
 )
 from attnzoo.ops.triton_common import _add_dot, _ceil, _dot, _precision, _width, launched
@@ -39,12 +44,12 @@ from attnzoo.ops.triton_common import _add_dot, _ceil, _dot, _precision, _width,
 def _gated_update_kernel(
     x, y, gate, left, right, totals, n, heads, dk, dv, chunks, height, width,
     x_image, x_token, x_head, y_image, y_token, y_head, g_image, g_token, g_head, per_gate,
-    QUERY: tl.constexpr, MAPPED: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
+    levels, QUERY: tl.constexpr, MAPPED: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    FAST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # left: x^T y with x decayed until the end of the chunk, for what comes from the left of the
     # next; right: until its start. QUERY: x decays by its own gate as well.
-    C: tl.constexpr = 1 << LEVELS
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
@@ -57,12 +62,16 @@ def _gated_update_kernel(
     mask_v = is_token[:, None] & (wide < dv)[None, :]
     b = _tile(y, image, head, token, wide, mask_v, y_image, y_token, y_head)
     b = b.to(x.dtype.element_ty)
-    total = _log2_gate(g, mask, per_gate, MAPPED)
+    g = _log2_gate(g, mask, per_gate, MAPPED)
     if QUERY:
-        a *= tl.exp2(total)
-    before, after = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    for level in range(LEVELS):
-        before, after, total = _join(before, after, total, row, level)
+        a *= tl.exp2(g)
+    total = tl.sum(g, 0)
+    if tl.min(total, 0) > _MILD if FAST else False:
+        before, after = _mild_sums(g)
+    else:
+        before, after = tl.zeros_like(g), tl.zeros_like(g)
+        for level in range(0, levels):
+            before, after = _join(before, after, g, row, level)
     at = image_head.to(tl.int64) * chunks + chunk
     spot = at * dk * dv + column[:, None] * dv + wide[None, :]
     mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
@@ -73,8 +82,7 @@ def _gated_update_kernel(
         update = _dot(tl.trans((a * tl.exp2(before)).to(b.dtype)), b, P)
         tl.store(right + spot, update, mask=mask_s)
     if tl.program_id(2) == 0:
-        everything = tl.max(total, 0)  # the same in every row
-        tl.store(totals + at * dk + column, everything, mask=column < dk)
+        tl.store(totals + at * dk + column, total, mask=column < dk)
 
 
 @triton.jit
@@ -104,17 +112,22 @@ def _gated_carry_kernel(
 
 @triton.jit
 def _gated_output_kernel(
-    query, key, value, gate, left, right, out, added, n, heads, dk, dv, chunks, height, width,
+    query, key, value, gate, left, right, totals, out, added,
+    n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, per_gate, scale,
+    g_image, g_token, g_head, per_gate, scale, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    CARRIED: tl.constexpr, ADD: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr,
-    TILES: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
+    CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
+    MILD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = 1 << LEVELS
+    # TURNED: queries are keys and keys queries, so that the transposed weights are taken.
     dtype: tl.constexpr = query.dtype.element_ty
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
+    at = image_head.to(tl.int64) * chunks + chunk
+    if WIDE and not _is_mine(totals + at * dk, dk, WIDE, MILD):
+        return
     image, head = (image_head // heads).to(tl.int64), image_head % heads
     token, is_token = _places(chunk, n, height, width, C, COLUMNS)
     row, wide = tl.arange(0, C), tl.arange(0, V)
@@ -128,21 +141,33 @@ def _gated_output_kernel(
         k = _tile(key, image, head, token, column, mask, k_image, k_token, k_head)
         g = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
         q, k = q.to(tl.float32), k.to(tl.float32)
-        total = _log2_gate(g, mask, per_gate, MAPPED)
+        g = _log2_gate(g, mask, per_gate, MAPPED)
         own = both * tl.sum(q * k, 1)[:, None]
         weights += tl.where(row[:, None] == row[None, :], own, 0.0)
-        q *= tl.exp2(total)
-        before, after = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-        for level in range(LEVELS):
-            ql, kl, _, _ = _scaled(q, k, before, after, row, level)
-            product = _dot(ql.to(dtype), tl.trans(kl.to(dtype)), P)
-            are_pairs = _are_pairs(row, level, FORWARD, BACKWARD)
-            weights += tl.where(are_pairs, product, 0.0)
-            before, after, total = _join(before, after, total, row, level)
+        if TURNED:
+            k *= tl.exp2(g)
+        else:
+            q *= tl.exp2(g)
+        if MILD:
+            before, after = _mild_sums(g)
+            down, up = _mild_factors(before, after, g)
+            if FORWARD:
+                product = _dot((q * down).to(dtype), tl.trans((k * up).to(dtype)), P)
+                weights += tl.where(row[:, None] > row[None, :], product, 0.0)
+            if BACKWARD:
+                product = _dot((q * up).to(dtype), tl.trans((k * down).to(dtype)), P)
+                weights += tl.where(row[:, None] < row[None, :], product, 0.0)
+        else:
+            before, after = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+            for level in range(0, levels):
+                factor, _ = _level_factor(before, after, row, level)
+                product = _dot((q * factor).to(dtype), tl.trans((k * factor).to(dtype)), P)
+                are_pairs = _are_pairs(row, level, FORWARD, BACKWARD)
+                weights += tl.where(are_pairs, product, 0.0)
+                before, after = _join(before, after, g, row, level)
         if CARRIED:
             mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-            spot = (image_head.to(tl.int64) * chunks + chunk) * dk * dv
-            spot += column[:, None] * dv + wide[None, :]
+            spot = at * dk * dv + column[:, None] * dv + wide[None, :]
             if FORWARD:
                 state = tl.load(left + spot, mask=mask_s, other=0.0)
                 result = _add_dot(result, (q * tl.exp2(before)).to(dtype), state, P)
@@ -151,18 +176,44 @@ def _gated_output_kernel(
                 result = _add_dot(result, (q * tl.exp2(after)).to(dtype), state, P)
     mask_v = is_token[:, None] & (wide < dv)[None, :]
     v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    result = _add_dot(result, weights.to(dtype), v, P)
-    place = ((image * n + token) * heads + head)[:, None] * dv + wide[None, :]
-    _put(out, added, place, mask_v, scale * result, ADD)
+    result = _add_dot(result, weights.to(dtype), v.to(dtype), P)
+    _put(out, added, image, head, token, wide, mask_v, scale * result, n, heads, dv, ADD)
 
 
-CHUNK = 64  # tokens, at most
-KEYS = 32  # channels of a tile of keys, at most
-# Warps and stages.
-UPDATE_BLOCK = (4, 1)
-OUTPUT_BLOCK = (4, 1)
-GRADIENT_BLOCK = (8, 1)
-CARRY_BLOCK = (256, 2, 4)  # entries of a state, warps, stages
+class _Launch(NamedTuple):
+    num_warps: int
+    num_stages: int = 1
+    maxnreg: int | None = None  # registers of a thread
+
+
+class Blocks(NamedTuple):
+    """Sizes of the kernels for one type of operands."""
+
+    chunk: int  # tokens, at most
+    # Channels of a tile of keys (and of values), at most.
+    update: tuple[int, int, _Launch]
+    # Of mild gates, where they have a kernel of their own, and of any gates.
+    output: dict[bool, tuple[int, _Launch]]
+    gradient: dict[bool, tuple[int, _Launch]]
+    carry: tuple[int, int, int]  # entries of a state, warps, stages
+
+
+BLOCKS = {
+    torch.bfloat16: Blocks(
+        64,
+        (32, 64, _Launch(4)),
+        {True: (32, _Launch(4)), False: (32, _Launch(8))},
+        {True: (32, _Launch(8)), False: (16, _Launch(8))},
+        (256, 2, 4),
+    ),
+    torch.float32: Blocks(
+        32,
+        (32, 64, _Launch(4)),
+        {False: (32, _Launch(4))},
+        {False: (16, _Launch(4))},
+        (256, 2, 4),
+    ),
+}
 
 
 class _Order(NamedTuple):
@@ -207,7 +258,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(query: Tensor, value: Tensor) -> _Sizes:
     images, n, heads, dk = query.shape
-    chunk = min(CHUNK, _width(n))
+    chunk = min(BLOCKS[query.dtype].chunk, _width(n))
     sizes = images, n, heads, dk, value.shape[-1]
     return _Sizes(*sizes, chunk.bit_length() - 1, _ceil(n, chunk))
 
@@ -220,40 +271,124 @@ def _strides(*operands: Tensor) -> tuple[int, ...]:
     return tuple(stride for z in operands for stride in z.stride()[:3])
 
 
-def _per_gate(normalizer: float) -> float:
-    return 1.0 / normalizer if normalizer else 1.0
+class _Call(NamedTuple):
+    """What the launches of one call share."""
+
+    sizes: _Sizes
+    grid: tuple[int, int]
+    normalizer: float
+    scale: float
+    dtype: torch.dtype
+
+    @property
+    def per_gate(self) -> float:
+        return 1.0 / self.normalizer if self.normalizer else 1.0
+
+    @property
+    def forms(self) -> tuple[tuple[bool, int], ...]:
+        """The kernels by which chunks are computed, each its own: MILD and WIDE."""
+        # What two factors of both signs lose is more than float32 may.
+        if self.dtype == torch.float32:
+            return ((False, 0),)
+        wide = _width(self.sizes.dk)
+        return ((True, wide), (False, wide))
+
+    def new(self, like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=like.device)
 
 
-def _states(
-    x: Tensor, y: Tensor, gate: Tensor, normalizer: float, order: _Order, sizes: _Sizes,
-    grid: tuple[int, int], is_query: bool,
-) -> Tensor:  # fmt: skip
-    """What enters each chunk from the left, then from the right, (directions, rows, chunks, ...).
+class _Carried(NamedTuple):
+    """What chunks have from others: states, (directions, rows, chunks, dk, dv); and their gates.
 
-    Of the forward scan and the backward scan; with queries and the gradient of the output, the
-    gradients of what leaves the chunk in the backward scan and the forward scan.
+    States are there if there are several chunks, first those that enter a chunk from the left,
+    then those from the right. Gates are sums over each chunk, (rows, chunks, dk).
     """
+
+    states: Tensor | None
+    totals: Tensor | None
+
+    def or_else(self, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States from the left and from the right and totals, for a launch."""
+        states = (other, other) if self.states is None else (self.states[0], self.states[-1])
+        return *states, other if self.totals is None else self.totals
+
+
+def _carry(
+    call: _Call, order: _Order, is_query: bool, x: Tensor, y: Tensor, gate: Tensor
+) -> _Carried:
+    """Of the forward scan from the left, and of the backward scan from the right.
+
+    With queries and the gradient of the output, the gradients of the states that leave a chunk:
+    those of the backward scan from the left, and those of the forward scan from the right.
+    """
+    sizes, blocks = call.sizes, BLOCKS[call.dtype]
+    _, n, heads, dk, dv, levels, chunks = sizes
+    is_alone, is_checked = chunks == 1, call.forms[0][1] > 0
+    if is_alone and not is_checked:
+        return _Carried(None, None)
     is_left, is_right = order.is_forward, order.is_backward
     if is_query:
         is_left, is_right = is_right, is_left
-    updates = torch.empty(order.count, *sizes.tail, dtype=torch.float32, device=x.device)
-    states = torch.empty_like(updates, dtype=x.dtype)
-    totals = torch.empty(*sizes.tail[:3], dtype=torch.float32, device=x.device)
-    _, n, heads, dk, dv, levels, chunks = sizes
-    keys, values = min(KEYS, _width(dk)), min(64, _width(dv))
-    warps, stages = UPDATE_BLOCK
+    totals = call.new(x, *sizes.tail[:3])
+    updates = totals if is_alone else call.new(x, order.count, *sizes.tail)
+    keys, values, launch = blocks.update
+    keys, values = min(keys, _width(dk)), min(values, _width(dv))
     _gated_update_kernel[(sizes.rows * chunks, _ceil(dk, keys), _ceil(dv, values))](
-        x, y, gate, updates[0], updates[-1], totals, n, heads, dk, dv, chunks, *grid,
-        *_strides(x, y, gate), _per_gate(normalizer), is_query, normalizer != 0,
-        order.is_columns, is_left, is_right, levels, keys, values, _precision(x.dtype),
-        num_warps=warps, num_stages=stages,
+        x, y, gate, updates[0], updates[-1], totals, n, heads, dk, dv, chunks, *call.grid,
+        *_strides(x, y, gate), call.per_gate, levels, is_query, call.normalizer != 0,
+        order.is_columns, is_left and not is_alone, is_right and not is_alone, 1 << levels, keys,
+        values, is_checked, _precision(call.dtype), **launch._asdict(),
     )  # fmt: skip
-    entries, warps, stages = CARRY_BLOCK
+    if is_alone:
+        return _Carried(None, totals)
+    states = call.new(x, order.count, *sizes.tail, dtype=call.dtype)
+    entries, warps, stages = blocks.carry
     _gated_carry_kernel[(order.count * sizes.rows, _ceil(dk * dv, entries))](
         updates, totals, states, sizes.rows, chunks, dk, dv, is_left, entries, stages,
         num_warps=warps,
-    )
-    return states
+    )  # fmt: skip
+    return _Carried(states, totals)
+
+
+def _output(
+    call: _Call, order: _Order, is_turned: bool, operands: Sequence[Tensor], carried: _Carried,
+    out: Tensor, added: Tensor | None,
+) -> None:  # fmt: skip
+    """Outputs of queries, keys, values and gates; turned, gradients of values.
+
+    Those are outputs of keys, queries and the gradient of the output, with the scans turned.
+    """
+    if is_turned:
+        order = order._replace(is_forward=order.is_backward, is_backward=order.is_forward)
+    _, n, heads, dk, dv, levels, chunks = call.sizes
+    for is_mild, wide in call.forms:
+        keys, launch = BLOCKS[call.dtype].output[is_mild]
+        keys = min(keys, _width(dk))
+        _gated_output_kernel[(call.sizes.rows * chunks,)](
+            *operands, *carried.or_else(out), out, out if added is None else added,
+            n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale,
+            levels, call.normalizer != 0, *order, carried.states is not None, added is not None,
+            is_turned, 1 << levels, keys, _ceil(dk, keys), _width(dv), wide, is_mild,
+            _precision(call.dtype), **launch._asdict(),
+        )  # fmt: skip
+
+
+def _gradient(
+    call: _Call, order: _Order, operands: Sequence[Tensor], entering: _Carried, leaving: _Carried,
+    outs: Sequence[Tensor], added: Sequence[Tensor] | None,
+) -> None:  # fmt: skip
+    """Gradients of queries, keys and gates; the operands end with that of the output."""
+    _, n, heads, dk, dv, levels, chunks = call.sizes
+    for is_mild, wide in call.forms:
+        keys, launch = BLOCKS[call.dtype].gradient[is_mild]
+        keys = min(keys, _width(dk))
+        _gated_gradient_kernel[(call.sizes.rows * chunks, _ceil(dk, keys))](
+            *operands, *entering.or_else(outs[0])[:2], *leaving.or_else(outs[0]), *outs,
+            *(outs if added is None else added), n, heads, dk, dv, chunks, *call.grid,
+            *_strides(*operands), call.per_gate, call.scale, levels, call.normalizer != 0, *order,
+            leaving.states is not None, added is not None, 1 << levels, keys, _width(dv), wide,
+            is_mild, _precision(call.dtype), **launch._asdict(),
+        )  # fmt: skip
 
 
 @launched(
@@ -282,31 +417,19 @@ def gated_scans_forward(
     Returns:
         (b, n, h, dv) in the dtype of ``query``, and what the backward needs of the states.
     """
-    query, key, value, gate = map(_strided, (query, key, value, gate))
-    sizes = _sizes(query, value)
-    images, n, heads, dk, dv, levels, chunks = sizes
-    orders = _orders(directions)
-    out = torch.empty(images, n, heads, dv, dtype=query.dtype, device=query.device)
-    is_carried, kept = chunks > 1, []
-    partial = out if len(orders) == 1 else torch.empty_like(out, dtype=torch.float32)
+    operands = query, key, value, gate = [_strided(z) for z in (query, key, value, gate)]
+    orders, sizes = _orders(directions), _sizes(query, value)
     scale /= sum(order.count for order in orders)
-    warps, stages = OUTPUT_BLOCK
+    call = _Call(sizes, (height, width), normalizer, scale, query.dtype)
+    out = torch.empty(value.shape, dtype=query.dtype, device=query.device)
+    kept, partial = [], None
     for order in orders if out.numel() else ():
-        states = partial
-        if is_carried:
-            states = _states(
-                key, value, gate, normalizer, order, sizes, (height, width), is_query=False
-            )
-            kept.append(states)
-        is_last = order is orders[-1]
-        keys = min(KEYS, _width(dk))
-        _gated_output_kernel[(sizes.rows * chunks,)](
-            query, key, value, gate, states[0], states[-1], out if is_last else partial, partial,
-            n, heads, dk, dv, chunks, height, width, *_strides(query, key, value, gate),
-            _per_gate(normalizer), scale, normalizer != 0, *order, is_carried,
-            order is not orders[0], levels, keys, _ceil(dk, keys), _width(dv),
-            _precision(query.dtype), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        carried = _carry(call, order, False, key, value, gate)
+        if carried.states is not None:
+            kept.append(carried.states)
+        to = out if order is orders[-1] else torch.empty_like(out, dtype=torch.float32)
+        _output(call, order, False, operands, carried, to, partial)
+        partial = to
     if not (save and kept):
         return out, query.new_empty(0, *sizes.tail)
     return out, kept[0] if len(kept) == 1 else torch.cat(kept)
@@ -332,36 +455,30 @@ def gated_scans_backward(
     normalizer: float, scale: float, height: int, width: int, directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys, values and gates, in their dtypes."""
-    grad, *operands = map(_strided, (grad, query, key, value, gate))
-    sizes = _sizes(query, value)
-    _, n, heads, dk, dv, levels, chunks = sizes
-    orders = _orders(directions)
+    grad, query, key, value, gate = map(_strided, (grad, query, key, value, gate))
+    orders, sizes = _orders(directions), _sizes(query, value)
     scale /= sum(order.count for order in orders)
-    outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in operands]
-    partials = outs
-    if len(orders) > 1:
-        partials = [torch.empty_like(z, dtype=torch.float32) for z in outs]
-    warps, stages = GRADIENT_BLOCK
-    keys, done = min(KEYS, _width(dk)), 0
+    call = _Call(sizes, (height, width), normalizer, scale, query.dtype)
+    outs = [
+        torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (query, key, gate, value)
+    ]
+    partial, done = None, 0
     for order in orders if value.numel() else ():
-        entering = leaving = states
-        if chunks > 1:
-            entering = states[done : done + order.count]
-            leaving = _states(
-                operands[0], grad, operands[3], normalizer, order, sizes, (height, width), True
-            )
+        part = states[done : done + order.count]
+        entering = _Carried(part if sizes.chunks > 1 else None, None)
+        leaving = _carry(call, order, True, query, grad, gate)
         done += order.count
-        first, last = (
-            (z[0], z[-1]) if chunks > 1 else (z, z) for z in (entering, leaving)
-        )
-        _gated_gradient_kernel[(sizes.rows * chunks,)](
-            *operands, grad, *first, *last, *(outs if order is orders[-1] else partials),
-            *partials, n, heads, dk, dv, chunks, height, width, *_strides(*operands, grad),
-            _per_gate(normalizer), scale, normalizer != 0, *order, chunks > 1,
-            order is not orders[0], levels, keys, _ceil(dk, keys), _width(dv),
-            _precision(query.dtype), num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return tuple(outs)
+        to = outs
+        if order is not orders[-1]:
+            to = [torch.empty_like(z, dtype=torch.float32) for z in outs]
+        operands = query, key, value, gate, grad
+        added = None if partial is None else partial[:3]
+        _gradient(call, order, operands, entering, leaving, to[:3], added)
+        added = None if partial is None else partial[3]
+        _output(call, order, True, (key, query, grad, gate), leaving, to[3], added)
+        partial = to
+    grad_query, grad_key, grad_gate, grad_value = outs
+    return grad_query, grad_key, grad_value, grad_gate
 
 
 @gated_scans_backward.register_fake

@@ -1,7 +1,6 @@
 """What the kernels of gated linear attention share: tiles of a scan, and the decays in a chunk.
 
-A scan is cut into chunks of C tokens, a power of two. Decays are summed as log2, each over the
-very gates that it spans: nothing is a difference of two sums, so that no gate is too strong.
+A scan is cut into chunks of C tokens, a power of two. Gates are log2 of decays here.
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -13,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The least log2 of a chunk's decay for which its half, as an exponent, is left to bfloat16.
+_MILD = tl.constexpr(-80.0)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -21,7 +22,7 @@ def _places(chunk, n, height, width, C: tl.constexpr, COLUMNS: tl.constexpr):
     """The tokens of a chunk in the order of the rows or of the columns, and which there are."""
     place = chunk * C + tl.arange(0, C)
     token = (place % height) * width + place // height if COLUMNS else place
-    return token.to(tl.int64), place < n
+    return token, place < n
 
 
 @triton.jit
@@ -49,30 +50,54 @@ def _log2_gate(gate, mask, per_gate, MAPPED: tl.constexpr):
 
 
 @triton.jit
-def _join(before, after, total, row, level):
+def _join(before, after, gate, row, level):
     """From blocks of 2^level tokens to blocks twice as long.
 
-    ``before`` and ``after`` hold the gates of a block before and after each token, without its
-    own; ``total`` all of the block.
+    ``before`` and ``after`` are the sums of the gates of a block before and after each token,
+    without its own. Nothing is a difference of two sums, so that no gate is too strong.
     """
     shift = 1 << level
     is_second = ((row & shift) != 0)[:, None]
-    other = tl.gather(total, (row ^ shift)[:, None] + tl.zeros_like(total).to(tl.int32), 0)
-    before += tl.where(is_second, other, 0.0)
-    after += tl.where(is_second, 0.0, other)
-    return before, after, total + other
+    place = (row ^ shift)[:, None] + tl.zeros_like(gate).to(tl.int32)
+    other = tl.gather(before + gate + after, place, 0)
+    return before + tl.where(is_second, other, 0.0), after + tl.where(is_second, 0.0, other)
 
 
 @triton.jit
-def _scaled(query, key, before, after, row, level):
-    """Queries, with their own gate, and keys for the products between the two halves of pairs.
+def _is_mine(total, dk, WIDE: tl.constexpr, MILD: tl.constexpr):
+    """Whether a chunk is for the kernels of mild gates, or for the others.
 
-    Each decays to the border between two blocks of 2^level tokens: forward for a query of the
-    second block and a key of the first, backward for the others. One product serves both.
+    Mild: it forgets so little that a factor each, of both signs, is exact enough. In one kernel
+    the two forms would take each other's registers.
+    """
+    column = tl.arange(0, WIDE)
+    is_mild = tl.min(tl.load(total + column, mask=column < dk, other=0.0), 0) > _MILD
+    return is_mild if MILD else is_mild == 0
+
+
+@triton.jit
+def _mild_sums(gate):
+    """``before`` and ``after`` of a whole chunk, as differences."""
+    until = tl.cumsum(gate, 0)
+    return until - gate, tl.sum(gate, 0)[None, :] - until
+
+
+@triton.jit
+def _mild_factors(before, after, gate):
+    """2^(sum before - c) and 2^(c - sum up to the token), with c half of the chunk's decay."""
+    lead = 0.5 * (before - after - gate)
+    return tl.exp2(lead), tl.exp2(-lead - gate)
+
+
+@triton.jit
+def _level_factor(before, after, row, level):
+    """Decays to the border between two blocks of 2^level tokens, and who is in the second.
+
+    They lead forward for a query of the second block and a key of the first, and backward for the
+    others, so that one product serves both directions. Queries have their own gate on top.
     """
     is_second = ((row & (1 << level)) != 0)[:, None]
-    factor = tl.exp2(tl.where(is_second, before, after))
-    return query * factor, key * factor, factor, is_second
+    return tl.exp2(tl.where(is_second, before, after)), is_second
 
 
 @triton.jit
