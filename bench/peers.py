@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -185,6 +186,9 @@ def _fla(module: str, function: str, gate: str) -> Callable[[Any], nn.Module]:
             _refuse_cuda(layer)
         elif next(layer.parameters()).device.type != "cuda":
             raise NotImplementedError("Triton kernels need a CUDA device")
+        # Our kernels would take the place of the scan that is replaced.
+        scans = layer.layer
+        scans.config = dataclasses.replace(scans.config, impl="torch")
         # Where the scale cannot be given it is that of softmax attention.
         has_scale = "scale" in inspect.signature(kernel).parameters
 

@@ -20,7 +20,7 @@ from attnzoo.ops.gated_scan.triton_common import (
     _places,
     _tile,
 )
-from attnzoo.ops.triton_common import _dot
+from attnzoo.ops.triton_common import _add_dot, _dot
 
 
 @triton.jit
@@ -34,6 +34,29 @@ def _put(out, added, image, head, token, column, mask, value, n, heads, d, ADD: 
 
 
 @triton.jit
+def _of_states(
+    state, state_grad, value_rows, grad_rows, is_token, at, column, dk, dv, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys, not yet decayed, and of the gate of what only passes by."""
+    from_state, from_grad = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+    through = tl.zeros((K,), tl.float32)
+    for part in range(TILES):
+        wide = part * V + tl.arange(0, V)
+        mask = is_token[:, None] & (wide < dv)[None, :]
+        v = tl.load(value_rows + wide[None, :], mask=mask, other=0.0)
+        d = tl.load(grad_rows + wide[None, :], mask=mask, other=0.0).to(v.dtype)
+        mask = (column < dk)[:, None] & (wide < dv)[None, :]
+        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
+        s = tl.load(state + spot, mask=mask, other=0.0)
+        s_grad = tl.load(state_grad + spot, mask=mask, other=0.0)
+        through += tl.sum(s.to(tl.float32) * s_grad.to(tl.float32), 1)
+        from_state = _add_dot(from_state, d, tl.trans(s), P)
+        from_grad = _add_dot(from_grad, v, tl.trans(s_grad), P)
+    return from_state, from_grad, through
+
+
+@triton.jit
 def _gated_gradient_kernel(
     query, key, value, gate, grad, left, right, grad_left, grad_right, totals,
     grad_query, grad_key, grad_gate, added_query, added_key, added_gate,
@@ -42,7 +65,8 @@ def _gated_gradient_kernel(
     g_image, g_token, g_head, d_image, d_token, d_head, per_gate, scale, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, WIDE: tl.constexpr, MILD: tl.constexpr, P: tl.constexpr,
+    V: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, MILD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     # left and right are the states that enter the chunk; grad_left and grad_right the gradients
     # of those that leave it there: of what the forward scan takes on, grad_right.
@@ -54,12 +78,17 @@ def _gated_gradient_kernel(
         return
     image, head = (image_head // heads).to(tl.int64), image_head % heads
     token, is_token = _places(chunk, n, height, width, C, COLUMNS)
-    row, wide = tl.arange(0, C), tl.arange(0, V)
-    mask_v = is_token[:, None] & (wide < dv)[None, :]
-    v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    d = _tile(grad, image, head, token, wide, mask_v, d_image, d_token, d_head)
-    d = d.to(dtype)
-    weight_grad = _dot(d, tl.trans(v), P)
+    row = tl.arange(0, C)
+    value_rows = value + image * v_image + head.to(tl.int64) * v_head + token[:, None] * v_token
+    grad_rows = grad + image * d_image + head.to(tl.int64) * d_head + token[:, None] * d_token
+    weight_grad, own_grad = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+    for part in range(TILES):
+        wide = part * V + tl.arange(0, V)
+        mask = is_token[:, None] & (wide < dv)[None, :]
+        v = tl.load(value_rows + wide[None, :], mask=mask, other=0.0)
+        d = tl.load(grad_rows + wide[None, :], mask=mask, other=0.0).to(dtype)
+        weight_grad = _add_dot(weight_grad, d, tl.trans(v), P)
+        own_grad += tl.sum(d.to(tl.float32) * v.to(tl.float32), 1)
 
     column = tl.program_id(1) * K + tl.arange(0, K)
     mask = is_token[:, None] & (column < dk)[None, :]
@@ -114,31 +143,33 @@ def _gated_gradient_kernel(
             before, after = _join(before, after, g, row, level)
     if CARRIED:
         to_end, to_start = tl.exp2(after), tl.exp2(before)
-        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
         through = tl.zeros((K,), tl.float32)
         if FORWARD:
-            state = tl.load(left + spot, mask=mask_s, other=0.0)
-            state_grad = tl.load(grad_right + spot, mask=mask_s, other=0.0)
-            through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), 1)
-            found = _dot(d, tl.trans(state), P) * to_start
-            dq += found
-            until += gated * found
-            found = _dot(v, tl.trans(state_grad), P) * to_end
-            dk_tile += found
-            since += k * found
-            own += k * found
+            from_state, from_grad, passing = _of_states(
+                left, grad_right, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
+                TILES, P,
+            )  # fmt: skip
+            from_state *= to_start
+            from_grad *= to_end
+            dq += from_state
+            dk_tile += from_grad
+            until += gated * from_state
+            since += k * from_grad
+            own += k * from_grad
+            through += passing
         if BACKWARD:
-            state = tl.load(right + spot, mask=mask_s, other=0.0)
-            state_grad = tl.load(grad_left + spot, mask=mask_s, other=0.0)
-            through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), 1)
-            found = _dot(d, tl.trans(state), P) * to_end
-            dq += found
-            since += gated * found
-            found = _dot(v, tl.trans(state_grad), P) * to_start
-            dk_tile += found
-            until += k * found
-            own += k * found
+            from_state, from_grad, passing = _of_states(
+                right, grad_left, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
+                TILES, P,
+            )  # fmt: skip
+            from_state *= to_end
+            from_grad *= to_start
+            dq += from_state
+            dk_tile += from_grad
+            since += gated * from_state
+            until += k * from_grad
+            own += k * from_grad
+            through += passing
         own -= tl.exp2(before + after + g) * through[None, :]
     dg = tl.cumsum(until, 0, reverse=True) - own
     if CARRIED:
@@ -146,9 +177,9 @@ def _gated_gradient_kernel(
     if MAPPED:
         dg *= 1.0 / (1.0 + tl.exp(raw.to(tl.float32)))
     both: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
-    own_grad = both * tl.sum(d.to(tl.float32) * v.to(tl.float32), 1)[:, None]
-    dq = dq * tl.exp2(g) + own_grad * k
-    dk_tile += own_grad * q.to(tl.float32)
+    own_grad = both * own_grad
+    dq = dq * tl.exp2(g) + own_grad[:, None] * k
+    dk_tile += own_grad[:, None] * q.to(tl.float32)
     dq *= scale
     _put(grad_query, added_query, image, head, token, column, mask, dq, n, heads, dk, ADD)
     dk_tile *= scale
