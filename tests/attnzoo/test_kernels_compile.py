@@ -125,9 +125,9 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 
 KERNELS = {
-    "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
-    "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_output_kernel",
-    "_gated_update_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel",
+    "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_gated_carry_kernel",
+    "_gated_gradient_kernel", "_gated_output_kernel", "_gated_update_kernel", "_grouped_kernel",
+    "_grouped_weight_kernel", "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel",
     "_router_gradient_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
 }  # fmt: skip
 

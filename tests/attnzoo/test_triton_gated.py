@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -58,24 +59,19 @@ def operands(n, key_dim=16, value_dim=24, dtype=torch.float32, images=2):
     return [random(images, n, 2, d, seed=s, dtype=dtype) for s, d in enumerate(widths)]
 
 
-def kernels(query, key, value, logit, normalizer, grid, directions):
-    return mean_of_scans_by_kernels(
-        query, key, value, logit, normalizer, grid, directions, "triton"
-    )
+def kernels(*inputs: Any) -> Any:
+    return mean_of_scans_by_kernels(*inputs, impl="triton")
 
 
-def reference(query, key, value, logit, normalizer, grid, directions):
+def reference(*inputs: Any, impl: Any = "reference") -> Any:
+    query, key, value, logit, normalizer, grid, directions = inputs
     logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
-    out = _mean_of_scans(
-        logit, query, key, value, normalizer, grid, directions, "reference", query.dtype
-    )
+    out = _mean_of_scans(logit, query, key, value, normalizer, grid, directions, impl, query.dtype)
     return out.to(query.dtype)
 
 
-def torch_path(query, key, value, logit, normalizer, grid, directions):
-    return _mean_of_scans(
-        logit, query, key, value, normalizer, grid, directions, "torch", query.dtype
-    )
+def torch_path(*inputs: Any) -> Any:
+    return reference(*inputs, impl="torch")
 
 
 def with_gradients(function, inputs, *options):
@@ -89,7 +85,8 @@ def with_gradients(function, inputs, *options):
 
 
 def errors(found, exact):
-    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in zip(found, exact)]  # noqa: B905
+    pairs = zip(found, exact, strict=True)
+    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
 
 
 if CAN_RUN:
@@ -202,8 +199,8 @@ if CAN_RUN:
     def test_whole_layer(name, options):
         grid = (5, 8)
         results = []
-        layer = build_scrambled(name, impl="triton", **options).to(DEVICE)
-        exact = build_scrambled(name, impl="reference", **options).to(DEVICE).double()
+        layer: Any = build_scrambled(name, impl="triton", **options).to(DEVICE)
+        exact: Any = build_scrambled(name, impl="reference", **options).to(DEVICE).double()
         for module in (layer, exact):
             x = tokens(grid).to(DEVICE, next(module.parameters()).dtype).requires_grad_()
             out = module(x, grid)
@@ -221,13 +218,14 @@ if CAN_RUN:
         monkeypatch.setattr(
             module, "gated_scans_forward", lambda *z: taken.append(1) or forward(*z)
         )
+        auto: Any = mean_of_scans_by_kernels
         inputs = operands(4)[:4]
         monkeypatch.setattr("attnzoo.ops.dispatch._IS_FORCED", DEVICE == "cpu")
-        assert mean_of_scans_by_kernels(*inputs, 16.0, (2, 2), FOUR) is not None
+        assert auto(*inputs, 16.0, (2, 2), FOUR) is not None
         wide = [z.double() for z in inputs]
-        assert mean_of_scans_by_kernels(*wide, 16.0, (2, 2), FOUR) is None
+        assert auto(*wide, 16.0, (2, 2), FOUR) is None
         broad = operands(4, 16, 144)[:4]
-        assert mean_of_scans_by_kernels(*broad, 16.0, (2, 2), FOUR) is None
+        assert auto(*broad, 16.0, (2, 2), FOUR) is None
         assert taken == [1]
         with pytest.raises(RuntimeError, match="values of 144 channels a head, more than 128"):
             kernels(*broad, 16.0, (2, 2), FOUR)

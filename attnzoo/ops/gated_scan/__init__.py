@@ -68,7 +68,8 @@ def gated_linear_attention(
 
         by_token = (z.transpose(1, 2) for z in (query, key, value, log_gate))
         grid = query.shape[2], 1
-        return gated_scans(*by_token, grid, ("forward",)).transpose(1, 2).to(query.dtype)
+        out = gated_scans(*by_token, grid=grid, directions=("forward",))
+        return out.transpose(1, 2).to(query.dtype)
     if chosen == "reference":
         return _recurrence(query, key, value, log_gate)
     if chosen == "fla":
