@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -163,6 +164,9 @@ def _fla(module: str, function: str, gate: str, device: str, reason: str) -> Bui
     def build(layer: Any) -> nn.Module:
         kernel = optional(function, module)
         _require_device(layer, device, reason)
+        # Our kernels would take the place of the scan that is replaced.
+        scans = layer.layer
+        scans.config = dataclasses.replace(scans.config, impl="torch")
         # Where the scale cannot be given it is that of softmax attention.
         has_scale = "scale" in inspect.signature(kernel).parameters
 

@@ -20,6 +20,7 @@ from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
     gated_linear_block,
+    mean_of_scans_by_kernels,
     scan,
     unscan,
 )
@@ -35,7 +36,7 @@ class GatedLinearConfig(StreamConfig):
     expand_k: float = 0.5  # width of queries and keys over dim
     expand_v: float = 1.0  # width of values and output gate over dim
     gate_normalizer: float = 16.0  # divides the log gate: a larger one remembers longer
-    impl: Literal["auto", "reference", "torch", "fla"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +48,8 @@ class GatedLinearConfig(StreamConfig):
 class GatedLinear(nn.Module):
     """Projections, forget gate, scans, and the gated norm of their mean.
 
-    All directions share the projections, the gates and the norm, and run as one batch.
+    All directions share the projections, the gates and the norm, and run as one batch, or by
+    kernels that read the tokens once for both directions of an order.
 
     Args:
         dim: Width of the tokens.
@@ -117,24 +119,28 @@ class GatedLinear(nn.Module):
         directions: Sequence[Direction],
         impl: Impl | None = None,
     ) -> Tensor:
-        """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
+        """Mean of the scans' outputs, (b, n, h, dv), in float32 or better; by kernels in x's."""
+        impl, normalizer = impl or self.config.impl, self.config.gate_normalizer
         gate_logit, query, key = self._gate_query_key(x)
+        operands = query, key, value, gate_logit
+        mixed = mean_of_scans_by_kernels(*operands, normalizer, grid, directions, impl)
+        if mixed is not None:
+            return mixed
         return _mean_of_scans(
-            gate_logit,
+            # In half precision a slow gate would round to none and a long sum overflow.
+            gate_logit.to(torch.promote_types(x.dtype, torch.float32)),
             query,
             key,
             value,
-            self.config.gate_normalizer,
+            normalizer,
             grid,
             directions,
-            impl or self.config.impl,
+            impl,
             query.dtype,
         )
 
     def _gate_query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # In half precision a slow gate would round to none and a long sum overflow.
-        gate = self.forget_gate(x).to(torch.promote_types(x.dtype, torch.float32))
-        return self._heads(gate), self._heads(self.query(x)), self._heads(self.key(x))
+        return tuple(self._heads(f(x)) for f in (self.forget_gate, self.query, self.key))
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b n h d", h=self.num_heads)

@@ -37,7 +37,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
-    "gated_linear_attention": ("torch", "reference", "fla"),
+    "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.

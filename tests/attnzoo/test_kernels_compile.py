@@ -129,10 +129,21 @@ def launch_the_rest(dtype, width=384):
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16), 5)
 
 
+def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
+    from attnzoo.ops.gated_scan import triton as kernels
+
+    key, value = (torch.ones(1, 256, 2, d, dtype=dtype) for d in (key_dim, value_dim))
+    options = 16.0, 1.0, 16, 16, directions
+    out, states = kernels.gated_scans_forward(key, key, value, key, *options, True)
+    kernels.gated_scans_backward(out, key, key, value, key, states, *options)
+
+
 KERNELS = {
     "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_fold_kernel",
-    "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel", "_place_kernel",
-    "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel", "_read_kernel",
+    "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_output_kernel",
+    "_gated_update_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel",
+    "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
+    "_read_kernel",
     "_router_gradient_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
     "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
@@ -150,7 +161,18 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_difference(dtype, choices=21, heads=6)
     launch_linear(dtype)
     launch_the_rest(dtype)
+    launch_gated(dtype)
     assert set(found) == KERNELS
+    assert {name: size for name, size in found.items() if size > SPILL} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_the_widest_gated_heads_fit(compiled, capability, dtype):
+    found = compiled(capability)
+    launch_gated(dtype, 128, 128)
+    launch_gated(dtype, 16, 16, 0b1101)  # one direction of an order, and a sum of two orders
     assert {name: size for name, size in found.items() if size > SPILL} == {}
 
 

@@ -5,14 +5,15 @@ S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t and o_t = q_t S_t.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor, compiler
+from torch import Tensor, compiler, float16, float32
 
-from attnzoo.ops.dispatch import Impl, choose
+from attnzoo.ops.dispatch import MACS, Impl, choose
 from attnzoo.ops.gated_scan.reference import gated_linear_attention as _recurrence
 from attnzoo.ops.gated_scan.torch import gated_linear_block
 
@@ -22,11 +23,14 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_macs",
     "gated_linear_block",
+    "mean_of_scans_by_kernels",
     "scan",
     "unscan",
 ]
 
 Direction = Literal["forward", "backward", "columns-forward", "columns-backward"]
+
+MOST_CHANNELS = 128  # of a head, in the kernels
 
 _is_counting: ContextVar[bool] = ContextVar("_is_counting", default=False)
 
@@ -46,7 +50,9 @@ def gated_linear_attention(
         impl: "torch" is exact for any gates and never looks at the data. "auto" looks at the gates
             and takes the fastest form that is exact for them, but is "torch" while compiling and
             everywhere but on a CPU: on the meta device there is nothing to look at, and a GPU
-            would have to be waited for. "fla" is flash-linear-attention's kernel, on a GPU.
+            would have to be waited for. There it takes "triton", kernels that are exact for any
+            gates, for float32 and bfloat16 and up to 128 channels a head. "fla" is
+            flash-linear-attention's kernel, on a GPU.
 
     Returns:
         (b, h, n, dv), in the dtype of ``query``; the state stays in float32 or better.
@@ -56,7 +62,14 @@ def gated_linear_attention(
     """
     if not compiler.is_compiling() and _is_counting.get():
         return (query * log_gate.exp()) @ (key.transpose(-2, -1) @ value)
-    chosen = choose("gated_linear_attention", impl, query)
+    chosen = _choose(impl, query, value)
+    if chosen == "triton":
+        from attnzoo.ops.gated_scan.triton import gated_scans
+
+        by_token = (z.transpose(1, 2) for z in (query, key, value, log_gate))
+        grid = query.shape[2], 1
+        out = gated_scans(*by_token, grid=grid, directions=("forward",))
+        return out.transpose(1, 2).to(query.dtype)
     if chosen == "reference":
         return _recurrence(query, key, value, log_gate)
     if chosen == "fla":
@@ -74,6 +87,84 @@ def gated_linear_attention_macs(tokens: int, key_dim: int, value_dim: int) -> in
     for products inside each chunk and do more: 64 (key_dim + value_dim) per token on top.
     """
     return 2 * tokens * key_dim * value_dim
+
+
+def unserved(query: Tensor, value: Tensor) -> str | None:
+    """What the Triton kernels do not serve."""
+    for name, z in (("keys", query), ("values", value)):
+        if z.shape[-1] > MOST_CHANNELS:
+            return f"{name} of {z.shape[-1]} channels a head, more than {MOST_CHANNELS}"
+    if max(z[:1].numel() for z in (query, value)) >= 2**31:
+        return "images of 2^31 numbers"
+    return None
+
+
+def _choose(impl: Impl, query: Tensor, value: Tensor) -> Impl:
+    # float16 is computed in float32. Autocast would lower other operands, the kernels do not.
+    dtype = float32 if query.dtype == float16 else query.dtype
+    return choose(
+        "gated_linear_attention", impl, query, dtype, functools.partial(unserved, query, value)
+    )
+
+
+def mean_of_scans_by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_logit: Tensor,
+    normalizer: float,
+    grid: tuple[int, int],
+    directions: Sequence[Direction],
+    impl: Impl = "auto",
+) -> Tensor | None:
+    """The mean of ``gated_linear_attention`` over scans of an image, by the Triton kernels.
+
+    Both directions of an order of the tokens are computed from one read of the operands.
+
+    Args:
+        query: (b, height * width, h, dk); scaled here by dk^-0.5.
+        key: (b, height * width, h, dk).
+        value: (b, height * width, h, dv).
+        gate_logit: (b, height * width, h, dk); log_gate is logsigmoid(gate_logit) / normalizer.
+        normalizer: See ``gate_logit``.
+        grid: (height, width).
+        directions: Without repetition.
+        impl: See ``gated_linear_attention``.
+
+    Returns:
+        (b, height * width, h, dv) in the dtype of ``query``; None where ``impl`` means another
+        implementation here.
+
+    Raises:
+        Unavailable: "triton" was asked for and cannot run here.
+    """
+    is_counted = not compiler.is_compiling() and _is_counting.get()
+    if is_counted or _choose(impl, query, value) != "triton":
+        return None
+    from attnzoo.ops.gated_scan.triton import gated_scans
+
+    operands = query, key, value, gate_logit
+    scale = query.shape[-1] ** -0.5
+    return gated_scans(*operands, grid, directions, scale, normalizer).to(query.dtype)
+
+
+def _kernel_macs(query: Tensor, value: Tensor, directions: int) -> int:
+    images, n, heads, dk = query.shape
+    scans = images * heads * bin(directions).count("1")
+    return scans * gated_linear_attention_macs(n, dk, value.shape[-1])
+
+
+def _forward_macs(query: Tensor, _: Tensor, value: Tensor, *options: Any, **__: Any) -> int:
+    return _kernel_macs(query, value, options[-2])
+
+
+def _backward_macs(
+    _: Tensor, query: Tensor, __: Tensor, value: Tensor, *options: Any, **___: Any
+) -> int:
+    return 2 * _kernel_macs(query, value, options[-1])
+
+
+MACS |= {"gated_scans": _forward_macs, "gated_scans_backward": _backward_macs}
 
 
 @contextmanager

@@ -1,0 +1,263 @@
+"""The kernels of gated linear attention equal its reference, on a GPU or interpreted.
+
+As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnzoo import build_attention
+from attnzoo.layers.gated_linear import _mean_of_scans
+from attnzoo.ops.gated_scan import (
+    gated_linear_attention,
+    gated_linear_attention_macs,
+    mean_of_scans_by_kernels,
+)
+from attnzoo.testing import DIM, build_scrambled, tokens
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
+FOUR = ("forward", "backward", "columns-forward", "columns-backward")
+# 16 times the default gates, by which a chunk still forgets little, and what shuts most of them.
+STRENGTHS = {"default": 1.0, "strong": 16.0, "shut": 1e6}
+
+
+def test_kernels_in_a_process_of_their_own():
+    if HAS_TRITON and not CAN_RUN:
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1", "ATTNZOO_TRITON": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
+def test_asking_for_triton_where_it_does_not_serve():
+    with pytest.raises(RuntimeError, match=r"runs on a GPU, not on 'cpu'"):
+        build_attention("gated", 48, impl="triton")(torch.ones(1, 4, 48), (2, 2))
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def operands(n, key_dim=16, value_dim=24, dtype=torch.float32, images=2):
+    """Queries, keys, values and gate logits, and a cotangent."""
+    widths = (key_dim, key_dim, value_dim, key_dim, value_dim)
+    return [random(images, n, 2, d, seed=s, dtype=dtype) for s, d in enumerate(widths)]
+
+
+def kernels(*inputs: Any) -> Any:
+    return mean_of_scans_by_kernels(*inputs, impl="triton")
+
+
+def reference(*inputs: Any, impl: Any = "reference") -> Any:
+    query, key, value, logit, normalizer, grid, directions = inputs
+    logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+    out = _mean_of_scans(logit, query, key, value, normalizer, grid, directions, impl, query.dtype)
+    return out.to(query.dtype)
+
+
+def torch_path(*inputs: Any) -> Any:
+    return reference(*inputs, impl="torch")
+
+
+def with_gradients(function, inputs, *options):
+    """The output and the gradients of queries, keys, values and gate logits, in float64."""
+    *inputs, cotangent = inputs
+    inputs = [z.detach().clone().requires_grad_() for z in inputs]
+    out = function(*inputs, *options)
+    assert out.dtype == inputs[0].dtype
+    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
+    return [z.detach().double() for z in found]
+
+
+def errors(found, exact):
+    pairs = zip(found, exact, strict=True)
+    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
+
+
+if CAN_RUN:
+
+    @pytest.mark.parametrize("strength", STRENGTHS)
+    @pytest.mark.parametrize(
+        ("grid", "directions"),
+        [
+            ((1, 1), FOUR), ((1, 7), FOUR[:2]), ((1, 7), FOUR[3:]), ((7, 13), FOUR[:1]),
+            ((7, 13), FOUR[1:2]), ((7, 13), FOUR[:2]), ((7, 13), FOUR),
+        ],
+    )  # fmt: skip
+    def test_equals_the_reference(grid, directions, strength):
+        inputs = operands(grid[0] * grid[1])
+        options = 16 / STRENGTHS[strength], grid, directions
+        exact = with_gradients(reference, [z.double() for z in inputs], *options)
+        found = with_gradients(kernels, inputs, *options)
+        assert all(z.isfinite().all() for z in found)
+        for which, error in enumerate(errors(found, exact)):
+            # Of shut gates the gradients are differences of what is left.
+            is_left_over = which == 4 and (strength == "shut" or grid == (1, 1))
+            assert error < (1 if is_left_over else 1e-6), which
+
+    @pytest.mark.parametrize("strength", STRENGTHS)
+    def test_half_precision(strength):
+        inputs = operands(91, dtype=torch.bfloat16)
+        options = 16 / STRENGTHS[strength], (7, 13), FOUR
+        exact = with_gradients(reference, [z.double() for z in inputs], *options)
+        own = errors(with_gradients(reference, inputs, *options), exact)
+        found = errors(with_gradients(kernels, inputs, *options), exact)
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        budget = 8 if IS_INTERPRETED else 2
+        which = 4 if strength == "shut" else 5
+        assert all(f < budget * o for f, o in zip(found[:which], own[:which], strict=True))
+
+    def test_larger_image():
+        inputs = operands(16 * 24, value_dim=16, images=1)
+        options = 16.0, (16, 24), FOUR[:2]
+        exact = with_gradients(torch_path, [z.double() for z in inputs], *options)
+        assert max(errors(with_gradients(kernels, inputs, *options), exact)) < 1e-6
+
+    @pytest.mark.parametrize(("key_dim", "value_dim"), [(5, 3), (40, 72)])
+    def test_any_width(key_dim, value_dim):
+        inputs = operands(35, key_dim, value_dim, images=1)
+        options = 16.0, (5, 7), FOUR
+        exact = with_gradients(reference, [z.double() for z in inputs], *options)
+        assert max(errors(with_gradients(kernels, inputs, *options), exact)) < 1e-6
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gates_of_any_strength_side_by_side(dtype):
+        """Shut, open and ordinary gates in one chunk, and -inf."""
+        inputs = operands(70, dtype=dtype)
+        inputs[3] = (random(70, 1, 1, seed=7, dtype=dtype) * 3).exp() * inputs[3] * 10
+        inputs[3][:, 3::17] = -torch.inf
+        inputs[3][:, 5::11] = 90.0
+        options = 2.0, (10, 7), FOUR[:2]
+        found = with_gradients(kernels, inputs, *options)
+        exact = with_gradients(reference, [z.double() for z in inputs], *options)
+        assert all(z.isfinite().all() for z in found)
+        budget = 1e-6 if dtype == torch.float32 else (2e-2 if IS_INTERPRETED else 5e-3)
+        assert max(errors(found[:4], exact[:4])) < budget
+        assert errors(found, exact)[4] < 10 * budget
+
+    def test_a_gate_of_no_decay_is_remembered():
+        """A logit of 20 forgets 1e-10 per token: the sum of 1 and that would be 1."""
+        logit = torch.full((1, 64, 1, 16), 20.0, device=DEVICE, requires_grad=True)
+        ones = torch.ones(1, 64, 1, 16, device=DEVICE)
+        out = kernels(ones, ones, ones, logit, 1e-6, (64, 1), ("forward",))
+        exact = reference(*(z.double() for z in (ones, ones, ones, logit)), 1e-6, (64, 1),
+                          ("forward",))  # fmt: skip
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_nan_stays_in_its_image(dtype):
+        inputs = operands(35, dtype=dtype)
+        options = 16.0, (5, 7), FOUR
+        clean = with_gradients(kernels, inputs, *options)
+        for z in inputs[:4]:
+            z[0, 17, 0, 3] = torch.nan
+        found = with_gradients(kernels, inputs, *options)
+        assert found[0][0].isnan().any()
+        for mine, before in zip(found, clean, strict=True):
+            assert torch.equal(mine[1], before[1])
+
+    def test_operands_in_any_layout():
+        """Views of one projection, an expanded cotangent, and heads before tokens."""
+        joint = random(2, 12, 2, 16 + 16 + 24 + 16).requires_grad_()
+        results = []
+        for layout in (lambda z: z, torch.Tensor.contiguous):
+            parts = [layout(z) for z in joint.split((16, 16, 24, 16), -1)]
+            out = kernels(*parts, 16.0, (3, 4), FOUR[:2])
+            results.append([out, *torch.autograd.grad(out.sum(), joint)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_one_scan_of_heads_before_tokens(dtype):
+        query, key, value, logit, _ = (z.transpose(1, 2).to(dtype) for z in operands(37))
+        log_gate = F.logsigmoid(logit)
+        found = gated_linear_attention(query, key, value, log_gate, impl="triton")
+        wide = (z.double() for z in (query, key, value, log_gate))
+        expected = gated_linear_attention(*wide, impl="reference")
+        assert found.dtype == dtype
+        assert errors([found.double()], [expected])[0] < (1e-6 if dtype == torch.float32 else 1e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [("gated", {}), ("gated", {"direction": "four"}), ("dig", {"schedule": "two"})],
+    )
+    def test_whole_layer(name, options):
+        grid = (5, 8)
+        results = []
+        layer: Any = build_scrambled(name, impl="triton", **options).to(DEVICE)
+        exact: Any = build_scrambled(name, impl="reference", **options).to(DEVICE).double()
+        for module in (layer, exact):
+            x = tokens(grid).to(DEVICE, next(module.parameters()).dtype).requires_grad_()
+            out = module(x, grid)
+            weights = [x, *module.layer.parameters()]
+            grads = torch.autograd.grad(out.square().sum(), weights)
+            results.append([z.double() for z in (out, *grads)])
+        assert max(errors(*results)) < 3e-6
+        assert layer(tokens(grid, batch=0).to(DEVICE), grid).shape == (0, 40, DIM)
+
+    def test_auto_takes_the_kernels(monkeypatch):
+        from attnzoo.ops.gated_scan import triton as module
+
+        taken = []
+        forward = module.gated_scans_forward
+        monkeypatch.setattr(
+            module, "gated_scans_forward", lambda *z: taken.append(1) or forward(*z)
+        )
+        auto: Any = mean_of_scans_by_kernels
+        inputs = operands(4)[:4]
+        monkeypatch.setattr("attnzoo.ops.dispatch._IS_FORCED", DEVICE == "cpu")
+        assert auto(*inputs, 16.0, (2, 2), FOUR) is not None
+        wide = [z.double() for z in inputs]
+        assert auto(*wide, 16.0, (2, 2), FOUR) is None
+        broad = operands(4, 16, 144)[:4]
+        assert auto(*broad, 16.0, (2, 2), FOUR) is None
+        assert taken == [1]
+        with pytest.raises(RuntimeError, match="values of 144 channels a head, more than 128"):
+            kernels(*broad, 16.0, (2, 2), FOUR)
+
+    def test_counted_as_the_recurrence():
+        inputs = [z.requires_grad_() for z in operands(6)[:4]]
+        with FlopCounterMode(display=False) as counter:
+            out = kernels(*inputs, 16.0, (2, 3), FOUR)
+            forward = counter.get_total_flops()
+            out.sum().backward()
+        one = 2 * gated_linear_attention_macs(6, 16, 24)
+        assert forward == 2 * 2 * 4 * one
+        assert counter.get_total_flops() == 3 * forward
+
+    def test_compiles_whole():
+        torch._dynamo.reset()
+        inputs = operands(70, images=1)
+        compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
+        options = 16.0, (7, 10), FOUR
+        expected = with_gradients(kernels, inputs, *options)
+        for found, before in zip(
+            with_gradients(compiled, inputs, *options), expected, strict=True
+        ):
+            torch.testing.assert_close(found, before)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_65537_tokens(dtype):
+    grid = (65537, 1)
+    inputs = operands(65537, 32, 64, images=1, dtype=dtype)
+    options = 16.0, grid, FOUR[:2]
+    exact = with_gradients(torch_path, [z.double() for z in inputs], *options)
+    found = errors(with_gradients(kernels, inputs, *options), exact)
+    assert max(found) < (3e-6 if dtype == torch.float32 else 5e-3)
