@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -23,6 +24,8 @@ from backbones.dit import DiT
 
 # Twelve blocks with a constant of their own each, in training and inference, for a few sizes.
 _RECOMPILE_LIMIT = 64
+
+Result = TypeVar("Result")
 
 
 def why_not_recorded(model: nn.Module, device: torch.device | str | None = None) -> str | None:
@@ -60,6 +63,90 @@ def refuse_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(
+    call: Callable[[], Result],
+    pool: Any = None,
+    *,
+    warm_up: Callable[[], object] | None = None,
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Records a call as a CUDA graph on the current GPU, after three calls that are not recorded.
+
+    Whatever still holds the autograd graph of an earlier call on the default stream makes the
+    recording of a backward fail: drop losses and outputs first. Garbage is collected here.
+
+    Args:
+        call: Without arguments. It reads and writes the same tensors in every replay.
+        pool: Of ``torch.cuda.graph_pool_handle``, to share memory with other graphs.
+        warm_up: What to call before, if not the call itself.
+
+    Returns:
+        The graph, and what the call gave: valid after a replay, and until the next.
+
+    Raises:
+        RuntimeError: The call waits for the GPU, or does what else cannot be recorded. Others can
+            be recorded afterwards; graphs of before go on, but with random numbers of their own
+            that no later seed reaches.
+    """
+    device, graph = torch.cuda.current_device(), torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    # One stream for all: a weight's node in an autograd graph keeps to the stream that it was made
+    # on, and a library's workspace to the stream that it was first used on.
+    aside, before = _aside(device), torch.cuda.current_stream()
+    is_collecting = gc.isenabled()
+    gc.collect()
+    aside.wait_stream(before)
+    with torch.cuda.stream(aside):
+        try:
+            # Libraries allocate and compilers compile on the first calls, which a graph may not.
+            (warm_up or call)()
+            (warm_up or call)()
+            with refuse_waits():
+                (warm_up or call)()
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+            gc.disable()  # it might free what a recording must not
+            result = _capture(graph, call, pool)
+        finally:
+            if is_collecting:
+                gc.enable()
+            before.wait_stream(aside)
+    return graph, result
+
+
+@functools.cache
+def _aside(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _capture(graph: torch.cuda.CUDAGraph, call: Callable[[], Result], pool: Any) -> Result:
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    state = generator.clone_state()
+    # Other threads may go on, as those that pin memory for batches.
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        result = call()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the first error says more
+            _end(graph, device, pool, state)
+        raise
+    _end(graph, device, pool, state)
+    return result
+
+
+def _end(graph: torch.cuda.CUDAGraph, device: int, pool: Any, state: torch.Generator) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # PyTorch leaves generator and allocator believing that the recording goes on.
+        torch.cuda.default_generators[device].graphsafe_set_state(state)
+        with contextlib.suppress(RuntimeError):  # it got so far after all
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        raise
 
 
 def record(
@@ -119,7 +206,6 @@ class RecordedForward:
         )
         self._times = torch.zeros(batch, device=weight.device)
         self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self._graph = torch.cuda.CUDAGraph()
         self._addresses = _addresses(model)
 
         def forward() -> Tensor:
@@ -131,7 +217,7 @@ class RecordedForward:
 
         with torch.cuda.device(weight.device):
             try:
-                self._sample = _captured(self._graph, forward)
+                self._graph, self._sample = captured(forward)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -140,6 +226,8 @@ class RecordedForward:
                     f"the forward of attention {model.config.attn!r} cannot be recorded: "
                     f"{reason}; call the model directly"
                 ) from error
+        # What modules cache for the last size or type is read at its address from now on.
+        self._held = [dict(vars(module)) for module in model.modules()]
 
     def __call__(
         self,
@@ -174,20 +262,6 @@ class RecordedForward:
             self._graph.replay()
             sample = self._sample.clone()  # the next replay writes into the same memory
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-
-def _captured(graph: torch.cuda.CUDAGraph, call: Callable[[], Tensor]) -> Tensor:
-    # Libraries allocate and compilers compile on the first calls, which a recording may not.
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        call()
-        call()
-        with refuse_waits():
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
-        return call()
 
 
 def _require_eval(model: DiT) -> None:

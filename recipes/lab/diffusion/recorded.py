@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.recorded import refuse_waits, why_not_recorded
+from backbones.recorded import captured, why_not_recorded
 from recipes.lab.console import UserError
 
 MODES = ("auto", "on", "off")
@@ -112,7 +112,7 @@ class Steps:
         self._labels = torch.full((batch,), null_label, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._weights_read: list[Tensor] = []
+        self._read: list[Any] = []
 
     @torch.no_grad()
     def record(self) -> None:
@@ -121,24 +121,10 @@ class Steps:
         Raises:
             RuntimeError: Something in it waits for the host, or the memory does not suffice.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            # Libraries allocate and compilers compile on the first calls, which a recording may
-            # not.
-            aside = torch.cuda.Stream()
-            with contextlib.ExitStack() as stack:
-                try:
-                    aside.wait_stream(torch.cuda.current_stream())
-                    with torch.cuda.stream(aside):
-                        self._weights_read = stack.enter_context(cast_once(self._model, self._try))
-                        self._try()
-                        with refuse_waits():
-                            self._try()
-                finally:
-                    torch.cuda.current_stream().wait_stream(aside)
-                with torch.cuda.graph(graph):
-                    self._advance()
-        self._graph = graph
+        with torch.cuda.device(self._device), cast_once(self._model, self._try) as weights:
+            self._graph, _ = captured(self._advance, warm_up=self._try)
+        # What modules cache for the last size or type is read at its address from now on.
+        self._read = [weights, [dict(vars(module)) for module in self._model.modules()]]
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, labels: Tensor, tick: Callable[[], Any]) -> Tensor:

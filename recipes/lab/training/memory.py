@@ -62,14 +62,15 @@ def _saved_bytes(trainer: Trainer, count: int) -> int:
     weights = [local(t) for t in [*model.parameters(), *model.buffers()]]
     own = {tensor.untyped_storage().data_ptr() for tensor in weights}
     kept: dict[int, int] = {}
-    alive: list[Tensor] = []
+    alive: list[torch.UntypedStorage] = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
         storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # else another tensor could get its address
-        return tensor
+            # Else another tensor could get its address. The tensor itself, here or returned, would
+            # hold the autograd graph that calls this, forever.
+            alive.append(storage)
 
     side = trainer.dataset.resolution
     images = torch.zeros(count, trainer.dataset.channels, side, side, device=device)
@@ -81,7 +82,7 @@ def _saved_bytes(trainer: Trainer, count: int) -> int:
             if trainer.settings.compile:  # for other sizes
                 stack.enter_context(uncompiled())
             stack.enter_context(trainer.accelerator.autocast())
-            stack.enter_context(saved_tensors_hooks(note, lambda tensor: tensor))
+            stack.enter_context(saved_tensors_hooks(note, lambda nothing: nothing))
             model(images, timestep=zeros, class_labels=zeros)
     finally:
         attnzoo.auxiliary_loss(model)  # clears them, and with them what they keep alive

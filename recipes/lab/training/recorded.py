@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.recorded import refuse_waits
+from backbones.recorded import captured
 from recipes.lab.training.ema import WeightAverage
 
 Numbers = Callable[[], list[float]]
@@ -95,33 +95,16 @@ class RecordedStep:
         """
         self.is_tried = True
         self._inputs = [tensor.to(self.device).clone() for tensor in batch]
-        generator = torch.cuda.default_generators[self.device.index or 0]
-        state = generator.clone_state()
         before = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
         self._is_idle.fill_(1.0)
         try:
-            # Libraries allocate and compilers compile on the first calls, which a graph may not.
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(3):
-                    self.step_on_device(self._inputs)
-                with refuse_waits():
-                    self.step_on_device(self._inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # The thread that makes batches pins memory meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._numbers = self.step_on_device(self._inputs)
+            with torch.cuda.device(self.device):
+                graph, self._numbers = captured(lambda: self.step_on_device(self._inputs))
             # What they cache for the last size or device is read at its address from now on.
             self._held = [dict(vars(s)) for s in (*self.model.modules(), *self.sources)]
             self._graph = graph
         except RuntimeError as error:
-            # A recording that breaks off leaves the generator believing that it goes on, and a
-            # forward that does has updated some statistics.
-            torch.cuda.synchronize()
-            generator.graphsafe_set_state(state)
-            for tensor, old in before:
+            for tensor, old in before:  # a forward that broke off has updated some statistics
                 tensor.copy_(old)
             self.optimizer.zero_grad()
             return " ".join(str(error).split())[:200]
