@@ -1,5 +1,6 @@
 """Steps decided on the device, and recorded: the numbers of the eager loop, nothing lost."""
 
+import gc
 import json
 import sys
 
@@ -12,6 +13,7 @@ from attnzoo import registry
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, UserError
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.memory import step_bytes
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
 from recipes.train import train
@@ -178,6 +180,25 @@ def test_too_many_steps_that_are_not_finite_stop_a_run_ahead(on_device, tmp_path
     assert train(Settings(**SMALL, attn="sana", steps=20, skip_limit=3), run) == 3
     assert [entry["step"] for entry in run.read_log()] == list(range(1, 9))
     assert run.newest_checkpoint(warn=pytest.fail)[0] == 4
+
+
+@pytest.mark.parametrize("options", [{"attn": "softmax"}, {"attn": "dydila", "accumulate": 2}])
+def test_an_estimate_of_memory_keeps_no_autograd_graph(options):
+    """A weight's node of the default stream would break a recording."""
+    trainer = Trainer(Settings(**SMALL | options, steps=9))
+    weights = [*trainer.model.parameters()]
+
+    def nodes():
+        return [torch.autograd.graph.get_gradient_edge(weight).node.metadata for weight in weights]
+
+    def mark(*_):
+        for metadata in nodes():
+            metadata["of the estimate"] = True
+
+    trainer.model.register_forward_hook(mark)
+    assert step_bytes(trainer) > 0
+    gc.collect()
+    assert not any(nodes())
 
 
 @on_cpu

@@ -55,7 +55,27 @@ class Unrecorded(Recorder):
         return make()
 
 
+TOLERANCES = pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 5e-2)])
+
+
+def images_are_the_eager_ones(model, recorder, precision, bound):
+    device = model.class_embedding.weight.device
+    options = {"device": device, "steps": 6, "cfg": 2.0, "precision": precision}
+    for diffusion in (Diffusion("v_prediction"), Diffusion("flow")):
+        more = options | {"sampler": diffusion.default_sampler}
+        wanted = drawn(model, diffusion, 7, **more)
+        for size in (64, 4):
+            found = drawn(model, diffusion, 7, recorder=recorder, batch_size=size, **more)
+            # Rounding may send a token to another expert.
+            assert (found - wanted).abs().mean() < bound * wanted.abs().mean()
+
+
 class TestTheStepsOfARecording:
+    @pytest.mark.parametrize("name", ["softmax", "dydila"])
+    @TOLERANCES
+    def test_they_give_the_images_of_a_model(self, name, precision, bound):
+        images_are_the_eager_ones(model_of(name), Unrecorded(), precision, bound)
+
     @pytest.mark.parametrize("steps", [1, 2, 7, 20])
     @pytest.mark.parametrize(("prediction", "sampler"), SOLVERS)
     def test_they_are_those_of_the_scheduler(self, prediction, sampler, steps):
@@ -193,7 +213,7 @@ class TestFlags:
 
 def model_of(name):
     model = build_backbone(name, "tiny", in_channels=3, num_classes=CLASSES, resolution=8,
-                           latent_factor=1, patch_size=2)  # fmt: skip
+                           latent_factor=1, patch_size=2, learn_sigma=False)  # fmt: skip
     generator = generator_for(1)
     for parameter in model.parameters():
         with torch.no_grad():
@@ -236,17 +256,9 @@ class TestOnAGpu:
         torch.set_float32_matmul_precision(before)
 
     @pytest.mark.parametrize("name", MECHANISMS)
-    @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 5e-2)])
+    @TOLERANCES
     def test_recorded_images_are_the_eager_ones(self, name, precision, bound):
-        model, recorder = model_of(name).cuda(), Recorder("on")
-        options = {"device": "cuda", "steps": 6, "cfg": 2.0, "precision": precision}
-        for diffusion in (Diffusion("v_prediction"), Diffusion("flow")):
-            more = options | {"sampler": diffusion.default_sampler}
-            wanted = drawn(model, diffusion, 7, **more)
-            for size in (64, 4):
-                found = drawn(model, diffusion, 7, recorder=recorder, batch_size=size, **more)
-                # Rounding may send a token to another expert.
-                assert (found - wanted).abs().mean() < bound * wanted.abs().mean()
+        images_are_the_eager_ones(model_of(name).cuda(), Recorder("on"), precision, bound)
 
     def test_nothing_waits_for_the_gpu_between_steps(self):
         model = model_of("softmax").cuda()
