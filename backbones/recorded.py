@@ -125,9 +125,9 @@ def _capture(graph: torch.cuda.CUDAGraph, call: Callable[[], Result], pool: Any)
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
     state = generator.clone_state()
-    # Other threads may go on, as those that pin memory for batches.
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
+        # Other threads may go on, as those that pin memory for batches.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         result = call()
     except BaseException:
         with contextlib.suppress(RuntimeError):  # the first error says more
