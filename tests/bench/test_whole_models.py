@@ -2,12 +2,23 @@
 
 import json
 import math
+import os
+import time
 
 import pytest
 import torch
 
 from bench import whole_figures, whole_models
-from bench.whole_models import Case, Setup, main, measure_launch, measure_layer, planned
+from bench.whole_models import (
+    Case,
+    Elsewhere,
+    Job,
+    Setup,
+    main,
+    measure_launch,
+    measure_layer,
+    planned,
+)
 from recipes.lab.console import UserError
 
 TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
@@ -90,8 +101,78 @@ def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "whole.json").read_text())["cases"]) == 1
 
 
+def test_a_second_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    first = run(tmp_path, "--mechanisms", "softmax", "--skip-compiled", "softmax")
+    for row in first["cases"]:
+        assert row["seconds"].keys() == {"eager"}
+        assert row["missing"] == {"compiled": "left out by --skip-compiled"}
+    second = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
+    assert second["datetime"] == first["datetime"] and len(second["cases"]) == 4
+    assert all(row["seconds"].keys() == {"eager", "compiled"} for row in second["cases"])
+    monkeypatch.setattr(whole_models, "measure_case", None)  # nothing is measured twice
+    third = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
+    assert third["cases"] == second["cases"] and not third["missed"]
+    out = tmp_path / "whole.json"
+    out.write_text(json.dumps(third | {"commit": "another"}))
+    with pytest.raises(UserError, match=r"another.*without --resume"):
+        run(tmp_path, "--resume")
+
+
+def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(tmp_path):
+    report = run(tmp_path, "--mechanisms", "softmax,sana", "--skip-compiled", "sana")
+    for row in report["cases"]:
+        if row["mechanism"] == "sana":
+            assert row["over_softmax"].keys() == {"eager"}
+            assert row["over_fastest"]["ours"] == "eager"
+            assert row["over_fastest"]["softmax"] in ("eager", "compiled")
+            assert whole_figures.over_fastest(row)[0] > 0
+        else:
+            assert row["over_fastest"] is None and whole_figures.over_fastest(row) is None
+
+
+def answers(connection, *_):
+    """Breaks at "peaks", sleeps at "check" and dies at "launches"."""
+    while True:
+        job = connection.recv()
+        if job.part == "check":
+            time.sleep(60)
+        if job.part == "launches":
+            os._exit(3)
+        connection.send(({"process": os.getpid()}, "", job.part != "peaks"))
+        if job.part == "peaks":
+            return
+
+
+def test_what_breaks_a_process_breaks_no_other_job():
+    bench = Elsewhere(ON_CPU, None, answers)
+    try:
+        found = [bench.answer(Job(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
+        first, second, third = (row["process"] for row in found if row is not None)
+        assert first == second != third != os.getpid()
+        row, reason = bench.answer(Job("launches"), 30.0)
+        assert row is None and "exit code 3" in reason
+        row, reason = bench.answer(Job("check"), 1.0)
+        assert row is None and reason == "took longer than 1 s"
+        assert bench.answer(Job("layers"), 30.0)[0] is not None
+    finally:
+        bench.close()
+
+
+def test_a_failing_job_says_why_and_what_follows_is_measured():
+    bench = Elsewhere(ON_CPU, None)
+    try:
+        row, reason = bench.answer(Job("layers", "softmin", tokens=16, mode="forward"), 120.0)
+        assert row is None and reason.startswith("InvalidValue") and "softmin" in reason
+        peaks = {"float32": 1.0, "copy": 1.0}
+        job = Job("layers", "sana", tokens=16, mode="forward", peaks=peaks)
+        assert bench.answer(job, 120.0)[0]["seconds"] > 0
+    finally:
+        bench.close()
+
+
 def test_goals_come_first_and_small_before_large():
-    cases = planned(["agent", "sana", "softmax"], ["S", "L"], [256, 1024, 4096, 16384], "cuda")
+    models = dict.fromkeys(("S", "L"), (256, 1024, 4096, 16384))
+    cases = planned(["agent", "sana", "softmax"], models, "cuda")
     assert len(cases) == len(set(cases)) == 3 * 8 * 2
     places = {case: index for index, case in enumerate(cases)}
     assert cases[0] == Case("softmax", "S", 4096, "forward")
@@ -99,6 +180,9 @@ def test_goals_come_first_and_small_before_large():
     assert Case("sana", "L", 16384, "train").batch == 2
     assert Case("sana", "S", 256, "train").batch == 64
     assert Case("sana", "S", 576, "forward").resolution == 384
+    some = planned(["agent", "sana", "softmax"], models, "cuda", ("sana",))
+    assert {case.mechanism for case in some if case.size == "L"} == {"sana"}
+    assert len(some) == 3 * 4 * 2 + 4 * 2
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
