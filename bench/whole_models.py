@@ -165,7 +165,8 @@ class Subject:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        lerp(self.average, self.parameters, 1e-4)
+        with torch.no_grad():  # else the averages hold every step's graph
+            lerp(self.average, self.parameters, 1e-4)
         return loss.detach()
 
     def found(self, out: Any) -> Tensor:

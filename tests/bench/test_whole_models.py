@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import gc
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from bench.whole_models import (
     Elsewhere,
     Job,
     Setup,
+    Subject,
     main,
     measure_launch,
     measure_layer,
@@ -141,6 +143,27 @@ def answers(connection, *_):
         connection.send(({"process": os.getpid()}, "", job.part != "peaks"))
         if job.part == "peaks":
             return
+
+
+def test_a_training_step_leaves_no_graph_behind():
+    step = Subject(Case("moh", "tiny", 16, "train"), ON_CPU)
+    marked = []
+
+    def mark(module, inputs, output):
+        nodes = [output.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and "marked" not in node.metadata:
+                node.metadata["marked"] = True
+                marked.append(node.name())
+                nodes += [following for following, _ in node.next_functions]
+
+    with step.model.final_projection.register_forward_hook(mark):
+        step.step()
+    gc.collect()
+    left = [p.expand_as(p).grad_fn.next_functions[0][0].metadata for p in step.parameters]
+    assert any("AccumulateGrad" in name for name in marked)
+    assert not any(left) and not any(average.requires_grad for average in step.average)
 
 
 def test_what_breaks_a_process_breaks_no_other_job():
