@@ -38,9 +38,9 @@ from bench import machine
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import SIBLING_SIDE, check_layer, relative_error
 from bench.timing import interleave, ratio
-from bench.whole_figures import MODES, TREATMENTS, tables
+from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
 from recipes.lab.console import DONE, UserError, run_script, whole
-from recipes.lab.files import read_json, require_writable, write_json
+from recipes.lab.files import require_writable, write_json
 
 # Images of a training step and of a forward, by tokens of one; size L takes half of them.
 BATCHES = {256: (64, 16), 1024: (32, 16), 4096: (16, 8), 16384: (4, 2)}
@@ -941,19 +941,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError(f"--tokens {options.tokens} must be squares, such as 256,1024,4096,16384")
     options.models = {size: [int(count) for count in counts] for size in options.sizes}
     return options
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """A file that this module has written.
-
-    Raises:
-        UserError: It is no such file.
-    """
-    report = read_json(path, "JSON of whole models")
-    parts = ("cases", "layers", "launches", "missed", "versions", "device_name", "commit")
-    if not isinstance(report, dict) or not all(part in report for part in parts):
-        raise UserError(f"{path} is no file of python -m bench.whole_models --out")
-    return report
 
 
 def main(arguments: list[str]) -> int:

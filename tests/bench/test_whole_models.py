@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench import whole_figures, whole_models
+from bench import plot, recommend, whole_figures, whole_models
 from bench.whole_models import (
     Case,
     Elsewhere,
@@ -289,3 +289,54 @@ def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"no file of python -m bench\.whole_models"):
         main(["--table", str(tmp_path / "x.json")])
+
+
+def whole_report():
+    rows = []
+    for mode in ("forward", "train"):
+        for tokens, factor in ((256, 2.0), (4096, 0.5)):
+            seconds = {"eager": 9.0, "recorded": tokens / 256, "compiled": tokens / 128}
+            rows.append(case("softmax", tokens, {}, mode=mode, **seconds))
+            mine = {name: factor * value for name, value in seconds.items()}
+            over = {"recorded": factor, "compiled": factor}
+            rows.append(case("sana", tokens, over, mode=mode, **mine))
+            rows[-1]["over_fastest"] = {"median": factor, "ours": "recorded",
+                                        "softmax": "recorded"}  # fmt: skip
+    layer = {"mechanism": "sana", "mode": "forward", "tokens": 4096, "seconds": 3.0,
+             "floor": 2.0, "bound": "memory"}  # fmt: skip
+    return {
+        "device_name": "a device", "versions": {"torch": "2"}, "commit": "abc",
+        "datetime": "2030-01-02T03:04", "cases": rows, "layers": [layer], "launches": [],
+        "missed": [],
+    }  # fmt: skip
+
+
+def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
+    path, page = tmp_path / "whole.json", tmp_path / "page.md"
+    path.write_text(json.dumps(whole_report()))
+    page.write_text("before\n<!-- whole -->\nold\n<!-- /whole -->\nafter\n")
+    assert plot.main([str(path), "--out", str(tmp_path), "--into", str(page)]) == 0
+    assert (tmp_path / "whole-models.png").stat().st_size > 10_000
+    said = page.read_text()
+    assert "old" not in said and said.startswith("before") and said.endswith("after\n")
+    assert "a device, torch 2, commit abc" in said and "1.5 (memory)" in said
+    cells = next(line for line in said.splitlines() if line.startswith("| sana "))
+    assert "2e+03 (2.00)" in cells and cells.count(" 512 ") == 2
+    ring = [line.get_xdata()[0] for line in plot.whole_curves(whole_report(), "S").axes[0].lines
+            if line.get_markersize() == 13]  # fmt: skip
+    assert ring == [pytest.approx(512)]
+
+
+def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(whole_report()))
+    assert recommend.main([str(path), "--resolution", "1024"]) == 0
+    said = capsys.readouterr().out
+    assert "sana: the fastest" in said and "2.00 x faster than softmax" in said
+    assert "| recorded " in said and "whole model of size S" in said
+    assert recommend.main([str(path), "--resolution", "1024", "--launched"]) == 0
+    assert "4.5 s" in capsys.readouterr().out
+    assert recommend.main([str(path), "--resolution", "512", "--memory", "1GiB"]) == 0
+    assert "estimated" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no L forward; it has S forward, S train"):
+        recommend.main([str(path), "--size", "L"])
