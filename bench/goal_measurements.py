@@ -393,9 +393,9 @@ def _both_scans(goal: Recorder, c: Contestant) -> Step:
         function = functools.partial(gated_linear_attention, impl="reference")
         return _swapped(function, query * query.shape[-1] ** -0.5, *others)
 
-    def by_kernels(*operands: Tensor) -> Tensor:
-        grid = operands[0].shape[1], 1
-        found = mean_of_scans_by_kernels(*operands, 16.0, grid, ("forward", "backward"), "triton")
+    def by_kernels(query: Tensor, key: Tensor, value: Tensor, logit: Tensor) -> Tensor:
+        grid, both = (query.shape[1], 1), ("forward", "backward")
+        found = mean_of_scans_by_kernels(query, key, value, logit, 16.0, grid, both, "triton")
         assert found is not None
         return found
 

@@ -129,7 +129,7 @@ def curves(cases: pd.DataFrame, column: str, axis: str, scale: float, title: str
 def whole_curves(report: dict[str, Any], size: str) -> Figure:
     """Time of whole models against resolution, a panel for the forward and one for training."""
     with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
-        figure = Figure(figsize=(13.0, 5.6), layout="constrained")
+        figure = Figure(figsize=(15.0, 5.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2)
     figure.suptitle(literal(
@@ -157,8 +157,7 @@ def whole_curves(report: dict[str, Any], size: str) -> Figure:
         sizes = sorted({row["resolution"] for row in rows})
         ax.set_xticks(sizes, [str(px) for px in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.legend(frameon=False, fontsize=8, title="ring: from here on below softmax",
-                  title_fontsize=8, loc="upper left")  # fmt: skip
+        _legend(ax, "ring: from here on\nbelow softmax")
     return figure
 
 
@@ -409,7 +408,10 @@ def _draw_whole(options: argparse.Namespace) -> int:
         with whole_file(options.out / f"whole-models.{ending}") as path:
             figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
     if options.into:
-        put_into(options.into, "whole", whole_figures.page(report))
+        picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)
+        words = "Time of one image of the whole model against resolution"
+        page = f"![{words}]({Path(picture).as_posix()})\n\n{whole_figures.page(report)}"
+        put_into(options.into, "whole", page)
     print(printable(f"whole-models (PNG and SVG) in {options.out}"))
     return DONE
 

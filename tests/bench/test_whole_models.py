@@ -319,6 +319,7 @@ def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
     assert (tmp_path / "whole-models.png").stat().st_size > 10_000
     said = page.read_text()
     assert "old" not in said and said.startswith("before") and said.endswith("after\n")
+    assert "](whole-models.png)" in said
     assert "a device, torch 2, commit abc" in said and "1.5 (memory)" in said
     cells = next(line for line in said.splitlines() if line.startswith("| sana "))
     assert "2e+03 (2.00)" in cells and cells.count(" 512 ") == 2
