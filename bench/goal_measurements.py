@@ -394,8 +394,9 @@ def _both_scans(goal: Recorder, c: Contestant) -> Step:
         return _swapped(function, query * query.shape[-1] ** -0.5, *others)
 
     def by_kernels(query: Tensor, key: Tensor, value: Tensor, logit: Tensor) -> Tensor:
-        grid, both = (query.shape[1], 1), ("forward", "backward")
-        found = mean_of_scans_by_kernels(query, key, value, logit, 16.0, grid, both, "triton")
+        found = mean_of_scans_by_kernels(
+            query, key, value, logit, 16.0, (query.shape[1], 1), ("forward", "backward"), "triton"
+        )
         assert found is not None
         return found
 
