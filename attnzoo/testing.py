@@ -46,7 +46,11 @@ def reference_of(layer: Attention) -> Attention | None:
     if not hasattr(layer.config, "impl"):
         return None
     reference = copy.deepcopy(layer)
-    reference.config = dataclasses.replace(layer.config, **{"impl": "reference"})
+    for module in reference.modules():  # parts have settings of their own
+        config: Any = getattr(module, "config", None)
+        if dataclasses.is_dataclass(config) and hasattr(config, "impl"):
+            replaced: Any = dataclasses.replace(config, **{"impl": "reference"})  # pyright: ignore
+            module.config = replaced
     return reference
 
 

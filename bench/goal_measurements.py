@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.ops.gated_scan import gated_linear_attention
+from attnzoo.ops.gated_scan import gated_linear_attention, mean_of_scans_by_kernels
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import grouped_linear, routed_linear
 from bench.cases import PIXELS_PER_TOKEN, Case, is_quadratic
@@ -377,6 +377,40 @@ def _scan(goal: Recorder, c: Contestant) -> Step:
     return step_of(function, operands, c.mode)
 
 
+def _both_scans(goal: Recorder, c: Contestant) -> Step:
+    """The mean of both directions, from gates before their sigmoid."""
+
+    def tensor(width: int) -> Tensor:
+        return goal.tensor(c, c.batch, c.tokens, c.heads, width)
+
+    def twice(scan: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+        *others, logit = operands
+        log_gate = F.logsigmoid(logit.to(torch.promote_types(logit.dtype, torch.float32))) / 16
+        forward = scan(*others, log_gate)
+        return (forward + scan(*(z.flip(1) for z in (*others, log_gate))).flip(1)) / 2
+
+    def plain(query: Tensor, *others: Tensor) -> Tensor:
+        function = functools.partial(gated_linear_attention, impl="reference")
+        return _swapped(function, query * query.shape[-1] ** -0.5, *others)
+
+    def by_kernels(query: Tensor, key: Tensor, value: Tensor, logit: Tensor) -> Tensor:
+        found = mean_of_scans_by_kernels(
+            query, key, value, logit, 16.0, (query.shape[1], 1), ("forward", "backward"), "triton"
+        )
+        assert found is not None
+        return found
+
+    operands = tensor(32), tensor(32), tensor(c.value_dim), tensor(32)
+    function: Callable[..., Tensor] = by_kernels
+    if c.impl == "library":
+        kernel = functools.partial(optional("chunk_gla", "fla.ops.gla"), scale=32**-0.5)
+        function = functools.partial(twice, functools.partial(_first, kernel))
+    few = [z[:, :256].detach() for z in operands]
+    exact = twice(plain, *(z.double() for z in few))
+    goal.check_operator(f"both scans, {c.impl}", function(*few), exact)
+    return step_of(function, operands, c.mode)
+
+
 def _first(function: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> Tensor:
     return function(*operands)[0]
 
@@ -389,7 +423,7 @@ def _swapped(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
 BUILDERS: dict[str, Callable[[Recorder, Contestant], Step]] = {
     "layer": _layer, "peer": _peer, "linear": _linear, "routed": _routed, "grouped": _grouped,
     "power": _power, "copy": _copy, "tensor": _tensor, "convolution": _convolution,
-    "compression": _compression, "scan": _scan,
+    "compression": _compression, "scan": _scan, "both scans": _both_scans,
 }  # fmt: skip
 
 

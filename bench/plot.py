@@ -25,12 +25,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from bench import whole_figures
 from bench.cases import PIXELS_PER_TOKEN
-from bench.fits import crossover, exponent
+from bench.fits import crossover, exponent, value_at
 from bench.results import common_of, device_of, families, frame, read_cases, subset
 from bench.tables import amount, memory, parts_around, put_into
 from bench.thresholds import HEADING, figures_of
-from recipes.lab.console import DONE, printable, run_script
+from recipes.lab.console import DONE, UserError, printable, run_script
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.files import require_writable, whole_file, write_text
 from recipes.lab.pages import html_image, html_page, html_table, html_text, markdown_table
@@ -122,6 +123,41 @@ def curves(cases: pd.DataFrame, column: str, axis: str, scale: float, title: str
     tokens = sorted({int(n) for n in cases["tokens"]})
     ax.set_xticks(tokens, [f"{math.isqrt(n) * PIXELS_PER_TOKEN}\n{n:,}" for n in tokens])
     _legend(ax, "ring: from here on below softmax")
+    return figure
+
+
+def whole_curves(report: dict[str, Any], size: str) -> Figure:
+    """Time of whole models against resolution, a panel for the forward and one for training."""
+    with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
+        figure = Figure(figsize=(15.0, 5.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 2)
+    figure.suptitle(literal(
+        f"whole model, size {size}, bfloat16, recorded or compiled and recorded, whichever is "
+        f"faster\n{report['device_name']}"
+    ), fontsize=10)  # fmt: skip
+    for ax, (mode, title) in zip(
+        panels, (("forward", "forward"), ("train", "training step")), strict=True
+    ):
+        rows = [r for r in report["cases"] if r["size"] == size and r["mode"] == mode]
+        since = whole_figures.crossovers(report, size, mode)
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if found := whole_figures.fastest(row):
+                point = row["resolution"], found[0] / row["batch"] * 1e3
+                curves.setdefault(row["mechanism"], []).append(point)
+        for name, curve in sorted(curves.items(), key=lambda item: -max(item[1])[1]):
+            label, px = literal(name), since.get(name, math.inf)
+            if px < math.inf and (value := value_at(sorted(curve), px)):
+                label += f", from {px:.0f} px"
+                ax.plot(px, value[0], "o", ms=13, mfc="none", mec=_style(name)["color"], mew=1.3)
+            ax.plot(*zip(*sorted(curve), strict=True), label=label, **_style(name))
+        ax.set(title=title, xlabel="resolution (px)", ylabel="time of one image (ms)",
+               xscale="log", yscale="log")  # fmt: skip
+        sizes = sorted({row["resolution"] for row in rows})
+        ax.set_xticks(sizes, [str(px) for px in sizes])
+        ax.xaxis.set_minor_locator(NullLocator())
+        _legend(ax, "ring: from here on\nbelow softmax")
     return figure
 
 
@@ -359,13 +395,39 @@ def _counts(cases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns | {n: _shown(chosen, k, amount) for k, n in names.items()})
 
 
+def _draw_whole(options: argparse.Namespace) -> int:
+    report = whole_figures.read_whole(options.report)
+    require_writable(options.out / "whole-models.png")
+    if options.into:
+        parts_around(options.into, "whole")
+    sizes = [row["size"] for row in report["cases"]]
+    if not sizes:
+        raise UserError(f"{options.report} has no whole models")
+    figure = whole_curves(report, sizes[0])
+    for ending in ("png", "svg"):
+        with whole_file(options.out / f"whole-models.{ending}") as path:
+            figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
+    if options.into:
+        picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)
+        words = "Time of one image of the whole model against resolution"
+        page = f"![{words}]({Path(picture).as_posix()})\n\n{whole_figures.page(report)}"
+        put_into(options.into, "whole", page)
+    print(printable(f"whole-models (PNG and SVG) in {options.out}"))
+    return DONE
+
+
 def main(arguments: list[str]) -> int:
     """Draws everything."""
     parser = argparse.ArgumentParser(prog="python bench/plot.py", description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of pytest bench/ --benchmark-json")
+    parser.add_argument("report", type=Path, help="JSON of pytest bench/, or of whole models")
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
-    parser.add_argument("--into", type=Path, help="file whose <!-- where --> part is replaced")
+    parser.add_argument(
+        "--into", type=Path,
+        help="file whose <!-- where --> part, or of whole models <!-- whole -->, is replaced",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    if whole_figures.is_whole(options.report):
+        return _draw_whole(options)
     report = read_cases(options.report)
     require_writable(options.out / "report.html")
     if options.into:

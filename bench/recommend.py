@@ -1,13 +1,15 @@
 """``python -m bench.recommend out.json --resolution 1024 --memory 8GiB``: which mechanism to take.
 
 Names the mechanisms that no other beats in time, memory and, where --quality names the folder of a
-comparison, quality; says what each costs and how far the figures can be trusted.
+comparison, quality; says what each costs and how far the figures can be trusted. A JSON of
+``bench.whole_models`` tells it of whole models as a user runs them: recorded, compiled or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from bench.options import parse_bytes
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
 from bench.tables import amount, memory
+from bench.whole_figures import fastest, is_whole, read_whole
 from recipes.lab.console import DONE, UserError, printable, run_script, whole
 from recipes.lab.pages import markdown_table
 
@@ -123,6 +126,8 @@ def main(arguments: list[str]) -> int:
             f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
         )
     quality, metric, lower, source = _quality(options.quality)
+    if is_whole(options.report):
+        return _of_whole_models(options, limit, quality, metric, lower, source)
     report = read_cases(options.report)
     family = _family(frame(report), options)
     chosen = subset(frame(report), "layer", **family)
@@ -172,9 +177,106 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
+def whole_choices(
+    report: dict[str, Any], size: str, mode: str, tokens: int, quality: dict[str, float],
+    is_launched: bool = False,
+) -> tuple[list[Choice], dict[str, str], int, list[str]]:  # fmt: skip
+    """What one image costs in every whole model.
+
+    Returns:
+        Choices, whose peak is that of a batch; how each is run where it was measured nearest to
+        ``tokens``; the images of that batch; and the names that cannot be told.
+    """
+    rows = [r for r in report["cases"] if r["size"] == size and r["mode"] == mode]
+    nearest = min(rows, key=lambda r: abs(math.log(r["tokens"] / tokens)))
+    batch = nearest["batch"]
+    found, treatments, unknown = [], {}, []
+    for name in sorted({row["mechanism"] for row in rows}):
+        points: dict[str, list[tuple[float, float]]] = {"fastest": [], "eager": [], "peak": []}
+        of_name = sorted(
+            (row for row in rows if row["mechanism"] == name),
+            key=lambda row: abs(math.log(row["tokens"] / tokens)),
+        )
+        for row in of_name:
+            best, n, images = fastest(row), row["tokens"], row["batch"]
+            if best is None:
+                continue
+            treatments.setdefault(name, best[1])
+            points["fastest"].append((n, best[0] / images))
+            points["peak"].append((n, row["peak_memory"] / images))
+            if "eager" in row["seconds"]:
+                points["eager"].append((n, row["seconds"]["eager"]["median"] / images))
+        spent, launched, peak = (value_at(points[key], tokens) for key in points)
+        if spent is None or peak is None or (is_launched and launched is None):
+            unknown.append(name)
+            continue
+        eager = math.nan if launched is None else launched[0]
+        seconds = eager if is_launched else spent[0]
+        found.append(Choice(name, seconds, eager, peak[0] * batch, spent[1], quality.get(name)))
+    return found, treatments, batch, unknown
+
+
+def _of_whole_models(
+    options: argparse.Namespace, limit: float | None, quality: dict[str, float],
+    metric: str | None, lower: bool, source: str,
+) -> int:  # fmt: skip
+    report = read_whole(options.report)
+    there = list(dict.fromkeys((row["size"], row["mode"]) for row in report["cases"]))
+    sizes = [size for size, mode in there if mode == options.mode]
+    size: str = options.size or next(iter(sizes), "")
+    if size not in sizes:
+        shown = ", ".join(f"{size} {mode}" for size, mode in there)
+        asked = f"{options.size or 'models'} {options.mode}"
+        raise UserError(f"{options.report} has no {asked}; it has {shown or 'none'}")
+    tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
+    found, treatments, batch, unknown = whole_choices(
+        report, size, options.mode, tokens, quality, options.launched
+    )
+    if not found:
+        raise UserError(
+            f"{options.report} cannot tell of {options.resolution} px: it needs this resolution, "
+            f"or two others"
+        )
+    print(printable(
+        f"{options.resolution} px ({tokens:,} tokens), {options.mode}, the whole model of size "
+        f"{size}, one image of a batch of {batch}, on {report['device_name']}:\n"
+    ))  # fmt: skip
+    print(printable("\n".join(advise(found, limit, metric, lower))) + "\n")
+    rows = [
+        [c.label, treatments[c.label], amount(c.seconds, "s"),
+         "" if math.isnan(c.launched) else amount(c.launched, "s"), memory(c.peak),
+         "" if c.quality is None else f"{c.quality:.4g}",
+         "measured" if c.is_measured else "estimated"]
+        for c in sorted(found, key=lambda c: c.seconds)
+    ]  # fmt: skip
+    heading = ["mechanism", "fastest", "time", "eager", "memory of the batch",
+               metric or "quality", ""]  # fmt: skip
+    print(printable(markdown_table(heading, rows, padded=True)) + "\n")
+    caveats = (
+        (True, "Times are those of the model recorded as a CUDA graph, or compiled and recorded, "
+         "whichever is faster; --launched ranks by eager ones."),
+        (True, "Memory is of one eager step, above weights and optimizer states."),
+        (not all(c.is_measured for c in found), "What is called estimated lies on the line "
+         "through the two nearest sizes in log-log."),
+        (not source, "Nothing is said of quality, and mechanisms differ in it: train them with "
+         "python recipes/compare.py and name its folder with --quality."),
+        (source, f"{source}, not at yours; its report says which differences are more than "
+         f"noise. Mechanisms without a result are left out of the choice."),
+        (True, "Another device, dtype or batch gives another order: measure on your own."),
+        (unknown, f"Too few sizes to tell: {', '.join(unknown)}."),
+    )  # fmt: skip
+    lines = ["What to keep in mind:", *(f"- {text}" for applies, text in caveats if applies)]
+    print(printable("\n".join(lines)))
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.recommend", description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of pytest bench/ --benchmark-json")
+    parser.add_argument(
+        "report",
+        type=Path,
+        help="JSON of pytest bench/ --benchmark-json, or of bench.whole_models --out",
+    )
     parser.add_argument("--resolution", type=whole(PIXELS_PER_TOKEN), default=1024, help="pixels")
     parser.add_argument("--memory", default=None, help="what must suffice, such as 8GiB")
     parser.add_argument("--quality", default=None, help="folder of recipes/compare.py")
@@ -184,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launched", action="store_true", help="rank by what the host takes, too, on a GPU"
     )
+    parser.add_argument("--size", default=None, help="of whole models (default: the first there)")
     parser.add_argument("--depth", type=whole(1), default=12, help="blocks (default: 12)")
     return parser
 

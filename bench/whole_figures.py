@@ -4,15 +4,53 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from bench.fits import crossover
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
+from recipes.lab.console import UserError
+from recipes.lab.files import read_json
 from recipes.lab.pages import markdown_table
 
-# The last that a case has is the one by which models are compared.
+# Models under one treatment are compared by the last that both have.
 TREATMENTS = ("eager", "recorded", "compiled")
 MODES = ("forward", "train")
+
+
+_KEYS = ("cases", "layers", "launches", "missed", "versions", "device_name", "commit")
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """A file that ``bench.whole_models`` has written.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    report = read_json(path, "JSON of whole models")
+    if not isinstance(report, dict) or not all(key in report for key in _KEYS):
+        raise UserError(f"{path} is no file of python -m bench.whole_models --out")
+    return report
+
+
+def is_whole(path: Path) -> bool:
+    """Whether ``read_whole`` can read a file."""
+    try:
+        read_whole(path)
+    except UserError:
+        return False
+    return True
+
+
+def fastest(row: dict[str, Any]) -> tuple[float, str] | None:
+    """Seconds of a case as a user runs it, and the treatment; None if it ran in none.
+
+    That is recorded, or compiled and recorded, whichever is faster; eager where neither ran.
+    """
+    spent = {name: found["median"] for name, found in row["seconds"].items()}
+    names = [name for name in spent if name != "eager"] or list(spent)
+    best = min(names, key=lambda name: spent[name], default=None)
+    return None if best is None else (spent[best], best)
 
 
 def figures(report: dict[str, Any]) -> list[GoalFigure]:
@@ -38,8 +76,21 @@ def _launches(report: dict[str, Any]) -> Values:
 
 
 def _best(row: dict[str, Any]) -> str | None:
-    """The treatment by which both models of a case are compared."""
+    """The treatment by which both models of a case are compared alike."""
     return next((name for name in reversed(TREATMENTS) if name in row["over_softmax"]), None)
+
+
+def over_fastest(row: dict[str, Any]) -> tuple[float, str] | None:
+    """A model's time over softmax's, each as fast as it can be run, and by which treatments.
+
+    None where softmax has not been measured beside it.
+    """
+    found = row.get("over_fastest")
+    if found is None:
+        best = _best(row)
+        return None if best is None else (row["over_softmax"][best]["median"], best)
+    ours, theirs = found["ours"], found["softmax"]
+    return found["median"], ours if ours == theirs else f"{ours}, softmax {theirs}"
 
 
 def _over_softmax(report: dict[str, Any], mode: str) -> Values:
@@ -64,9 +115,9 @@ def _crossovers(report: dict[str, Any]) -> Values:
         values = {}
         for size, mode in itertools.product(("S", "L"), MODES):
             points = [
-                (row["resolution"], row["over_softmax"][best]["median"], best)
+                (row["resolution"], *found)
                 for row in _rows(report, mechanism=name, size=size, mode=mode)
-                if (best := _best(row)) is not None
+                if (found := over_fastest(row)) is not None
             ]
             if points:
                 treatment = ", ".join(dict.fromkeys(best for *_, best in sorted(points)))
@@ -86,8 +137,8 @@ def first_faster(points: Iterable[tuple[float, float]]) -> float:
 def _times_faster(report: dict[str, Any]) -> Values:
     for mode in MODES:
         for row in _rows(report, mechanism="dydila", size="L", tokens=16384, mode=mode):
-            if (name := _best(row)) is not None:
-                yield mode, {"": (1 / row["over_softmax"][name]["median"], name)}
+            if (found := over_fastest(row)) is not None:
+                yield mode, {"": (1 / found[0], found[1])}
 
 
 def _floors(report: dict[str, Any]) -> Values:
@@ -120,11 +171,76 @@ def _rows(report: dict[str, Any], **equal: Any) -> list[dict[str, Any]]:
     return [row for row in report["cases"] if all(row[k] == v for k, v in equal.items())]
 
 
+def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]:
+    """By mechanism the px from which its model is faster than softmax's; infinite if never."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in _rows(report, size=size, mode=mode):
+        if (over := over_fastest(row)) is not None:
+            found.setdefault(row["mechanism"], []).append((row["resolution"], over[0]))
+    return {name: first_faster(points) for name, points in found.items()}
+
+
+def _where(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    return (
+        f"{report['device_name']}, {versions}, commit {report['commit']}, "
+        f"{report['datetime'][:10]}"
+    )
+
+
+def page(report: dict[str, Any]) -> str:
+    """For ``docs/gpu.md``: the goals, models against resolution, layers over floors; Markdown."""
+    parts = [_where(report)]
+    goals = [figure.row for figure in figures(report) if figure.goal != "E9"]
+    if goals:
+        parts.append(markdown_table(HEADING, goals, padded=True))
+    for size in dict.fromkeys(row["size"] for row in report["cases"]):
+        columns = [
+            (mode, px)
+            for mode in MODES
+            for px in sorted({row["resolution"] for row in _rows(report, size=size, mode=mode)})
+        ]
+        points = {mode: crossovers(report, size, mode) for mode in MODES}
+        rows = []
+        for name in dict.fromkeys(row["mechanism"] for row in report["cases"]):
+            cells = []
+            for mode, px in columns:
+                here = _rows(report, size=size, mode=mode, resolution=px, mechanism=name)
+                found = fastest(here[0]) if here else None
+                over = over_fastest(here[0]) if here else None
+                text = "" if found is None else f"{found[0] / here[0]['batch'] * 1e3:.3g}"
+                cells.append(text if over is None else f"{text} ({over[0]:.2f})")
+            since = [
+                "" if name not in points[mode] else
+                f"{points[mode][name]:.0f}".replace("inf", "never") for mode in MODES
+            ]  # fmt: skip
+            if any(cells):
+                rows.append([name, *cells, *since])
+        heading = ["model", *(f"{_WORDS[mode]}, {px} px" for mode, px in columns)]
+        heading += [f"faster from, {_WORDS[mode]}" for mode in MODES]
+        title = f"**Size {size}: milliseconds an image as a user runs it (over softmax's)**"
+        parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
+    columns = sorted({(row["mode"], row["tokens"]) for row in report["layers"]})
+    layers = {(z["mechanism"], z["mode"], z["tokens"]): z for z in report["layers"]}
+    rows = []
+    for name in dict.fromkeys(row["mechanism"] for row in report["layers"]):
+        here = [layers.get((name, *column)) for column in columns]
+        cells = ["" if z is None else f"{z['seconds'] / z['floor']:.1f} ({z['bound']})"
+                 for z in here]  # fmt: skip
+        rows.append([name, *cells])
+    if rows:
+        heading = ["layer", *(f"{_WORDS[mode]}, n={tokens}" for mode, tokens in columns)]
+        title = "**One layer: device time over its floor (what the floor is bound by), E9**"
+        parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
+    return "\n\n".join(parts)
+
+
+_WORDS = {"forward": "forward", "train": "training step"}
+
+
 def tables(report: dict[str, Any]) -> str:
     """Where the figures come from, the goals, every whole model and every layer, as Markdown."""
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    parts = [f"{report['device_name']}, {versions}, commit {report['commit']}, "
-             f"{report['datetime'][:10]}"]  # fmt: skip
+    parts = [_where(report)]
     if rows := [figure.row for figure in figures(report)]:
         parts.append(markdown_table(HEADING, rows, padded=True))
     heading = ["model", "size", "px", "batch", "step", *(f"{name}, ms" for name in TREATMENTS),

@@ -8,18 +8,21 @@ same treatment; what launching one layer costs the host; and how far one layer i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
-import functools
 import gc
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +38,24 @@ from bench import machine
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import SIBLING_SIDE, check_layer, relative_error
 from bench.timing import interleave, ratio
-from bench.whole_figures import MODES, TREATMENTS, tables
+from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
 from recipes.lab.console import DONE, UserError, run_script, whole
-from recipes.lab.files import read_json, require_writable, write_json
+from recipes.lab.files import require_writable, write_json
 
 # Images of a training step and of a forward, by tokens of one; size L takes half of them.
 BATCHES = {256: (64, 16), 1024: (32, 16), 4096: (16, 8), 16384: (4, 2)}
 # Those that goals name come first.
 FIRST = ("softmax", "sana", "dydila", "focused")
+LARGE = FIRST[:3]
+DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 4096, 16384)}
 LAYER_WIDTH, LAYER_TOKENS = 768, (4096, 16384)
 # Norm of a difference over the norm: what bfloat16 explains where another expert is chosen.
 ALLOWED = {"cuda": 1e-1, "cpu": 1e-3}
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
-_AHEAD = 0.45  # of the time, at most, goes to compiling in other processes
+_AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
+PARTS = ("cases", "layers", "launches")
+TOO_SLOW = "took longer than"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +165,8 @@ class Subject:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        lerp(self.average, self.parameters, 1e-4)
+        with torch.no_grad():  # else the averages hold every step's graph
+            lerp(self.average, self.parameters, 1e-4)
         return loss.detach()
 
     def found(self, out: Any) -> Tensor:
@@ -179,16 +187,20 @@ class Subject:
 
 def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     """A call without arguments as a CUDA graph, in memory shared with others of the same pool."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    # Nodes of an earlier backward that still live would run on the stream of that step.
+    gc.collect()
+    before = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if before == torch.cuda.default_stream() else before
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
         call()
         with refuse_waits():
             call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = call()
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            out = call()
+    before.wait_stream(stream)
 
     def replay() -> Any:
         graph.replay()
@@ -215,6 +227,7 @@ def compile_ahead(case: Case, setup: Setup) -> str:
     """Compiles a block of a case, so that the compiler's cache on disk has it."""
     from torch._inductor import config
 
+    _quiet()
     config.compile_threads = 1  # the other cores have cases of their own
     model = compile_blocks(_model(case, setup.device, depth=2), backend=setup.backend)
     Subject(case, setup, model).step()
@@ -273,21 +286,34 @@ def measure_case(
         softmax: The same case of softmax; None where it is this one.
     """
     ours = Calls(case, setup, pool)
+    if not ours.steps:
+        raise WrongStep("; ".join(f"{name}: {why}" for name, why in ours.missing.items()))
     contestants = dict(ours.steps)
     if softmax is not None:
         contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
     rounds = interleave(contestants, _stopwatch(setup.device), 15, setup.seconds)
     shared = [name for name in ours.steps if f"softmax {name}" in rounds]
+    best = _fastest(rounds, ours.steps)
+    over_fastest = None
+    if softmax is not None and softmax.steps:
+        theirs = _fastest(rounds, [f"softmax {name}" for name in softmax.steps])
+        over_fastest = {"ours": best, "softmax": theirs.removeprefix("softmax "),
+                        **ratio(rounds[best], rounds[theirs])}  # fmt: skip
     return {
         **dataclasses.asdict(case),
         "resolution": case.resolution,
         "batch": case.batch,
         "seconds": {name: _spread(rounds[name]) for name in ours.steps},
         "over_softmax": {name: ratio(rounds[name], rounds[f"softmax {name}"]) for name in shared},
+        "over_fastest": over_fastest,
         "errors": ours.errors,
         "missing": ours.missing,
         "peak_memory": ours.peak_memory,
     }
+
+
+def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:
+    return min(names, key=lambda name: statistics.median(rounds[name]))
 
 
 # --- one layer ----------------------------------------------------------------------------------
@@ -384,20 +410,188 @@ def _layer_step(
 # --- the whole run ------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing to measure.
+
+    Attributes:
+        part: Of the report: "cases", "layers" or "launches"; or "peaks" or "check".
+        mechanism: Whose.
+        case: Of a whole model.
+        softmax: The same case of softmax, where ``case`` is of another mechanism.
+        tokens: Of a layer.
+        mode: Of a layer.
+        peaks: Of the machine, for a layer's floor.
+    """
+
+    part: str
+    mechanism: str = ""
+    case: Case | None = None
+    softmax: Case | None = None
+    tokens: int = 0
+    mode: str = ""
+    peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        if self.case is not None:
+            return self.case.name
+        if self.part == "layers":
+            return f"layer {self.mechanism} n={self.tokens} {self.mode}"
+        return {"launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}"}.get(
+            self.part, self.part
+        )
+
+
+class Bench:
+    """Measures jobs one after the other in this process, and keeps softmax for the next one."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._group: Case | None = None  # of softmax, which the others are compared with
+        self._softmax: Calls | None = None
+        self._pool: Any = None
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        """What the report has of a job."""
+        device = self.setup.device
+        if job.part == "check":
+            check_layer(job.mechanism, {}, 384, _dtype(device), device, SIBLING_SIDE)
+            return {}
+        if job.part == "peaks":
+            return machine.measure_peaks(device, (_dtype(device),), torch.get_num_threads())
+        if job.part == "launches":
+            return measure_launch(job.mechanism, self.setup)
+        if job.part == "layers":
+            return measure_layer(job.mechanism, job.tokens, job.mode, self.setup, job.peaks)
+        assert job.case is not None
+        group = job.softmax or job.case
+        if group != self._group:
+            self._softmax = None
+            _free()
+            self._group, self._pool = group, None
+            if device == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+        if job.softmax is None:
+            return measure_case(job.case, self.setup, self._pool)
+        if self._softmax is None:
+            self._softmax = Calls(group, self.setup, self._pool)
+        return measure_case(job.case, self.setup, self._pool, self._softmax)
+
+    def answer(self, job: Job) -> tuple[dict[str, Any] | None, str]:
+        """What ``measure`` returns, or None and what was raised."""
+        try:
+            return self.measure(job), ""
+        except Exception as error:  # of a mechanism or a compiler, anything
+            return None, f"{type(error).__name__}: {_one_line(error)}"
+        finally:
+            _free()
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _serve(connection: Connection, setup: Setup, compile_threads: int | None) -> None:
+    """Answers jobs until one has left the device unusable, or the other side hangs up."""
+    _quiet()
+    if compile_threads is not None:
+        from torch._inductor import config
+
+        config.compile_threads = compile_threads
+    # Everything of this process runs on one stream, recordings too: what an eager backward has
+    # left alive then belongs to no other.
+    is_gpu = setup.device == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream()) if is_gpu else contextlib.nullcontext():
+        bench = Bench(setup)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                row, reason = bench.answer(connection.recv())
+                is_whole = row is not None and not row.get("missing")
+                is_sound = is_whole or usable(setup)
+                connection.send((row, reason, is_sound))
+                if not is_sound:
+                    return
+
+
+def usable(setup: Setup) -> bool:
+    """Whether the process can still record: a recording that failed may have left it unable to."""
+    if setup.device == "cpu":
+        return True
+    try:
+        graph = torch.cuda.CUDAGraph()
+        torch.rand(1, device="cuda")
+        with torch.cuda.graph(graph):
+            torch.rand(1, device="cuda")
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception:  # whatever it is
+        return False
+    return True
+
+
+class Elsewhere:
+    """``Bench`` in a process of its own, started again where a job has broken it.
+
+    Args:
+        setup: Of the bench.
+        compile_threads: Of the compiler there; None for its own choice.
+        serve: What runs there.
+    """
+
+    def __init__(
+        self, setup: Setup, compile_threads: int | None, serve: Callable[..., None] = _serve
+    ) -> None:
+        self._arguments = setup, compile_threads
+        self._serve = serve
+        self._process: Any = None
+        self._connection: Any = None
+
+    def answer(self, job: Job, seconds: float) -> tuple[dict[str, Any] | None, str]:
+        """See ``Bench.answer``; after ``seconds`` the process is ended."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, other = context.Pipe()
+            self._process = context.Process(
+                target=self._serve, args=(other, *self._arguments), daemon=False
+            )
+            self._process.start()
+            other.close()
+        is_sound = False
+        try:
+            self._connection.send(job)
+            if not self._connection.poll(max(0.0, seconds)):
+                return None, f"{TOO_SLOW} {seconds:.0f} s"
+            row, reason, is_sound = self._connection.recv()
+            return row, reason
+        except (EOFError, OSError):
+            self._process.join(5)
+            return None, f"the process died with exit code {self._process.exitcode}"
+        finally:
+            if not is_sound:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._connection.close()
+            self._process.join(0.5)
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
 class Run:
     """Measures in the order of importance, and writes what it has after every case.
 
     Args:
         options: Of the command line.
+        report: Of an earlier run, which this one continues.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
         self.options = options
         self.end = time.monotonic() + options.seconds
-        self.setup = Setup(options.device, options.backend)
-        self._group: Case | None = None  # of softmax, which the others are compared with
-        self._softmax: Calls | None = None
-        self._pool: Any = None
+        self.setup = Setup(options.device, options.backend, options.round_seconds)
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         self.report: dict[str, Any] = {
             "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -409,116 +603,180 @@ class Run:
             "launches": [],
             "missed": [],
         }
+        if report is not None:
+            self._continue(report)
+        # On a CPU nothing that fails breaks what follows.
+        self._bench: Bench | Elsewhere = Bench(self.setup)
+        if options.device == "cuda":
+            self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
+
+    def _continue(self, report: dict[str, Any]) -> None:
+        for what in ("device_name", "versions", "commit"):
+            if report[what] != self.report[what]:
+                raise UserError(
+                    f"{self.options.out} has {what} {report[what]!r}, and this run "
+                    f"{self.report[what]!r}; write into another --out, or run without --resume"
+                )
+        self.report |= {"missed": [], **{name: report[name] for name in (*PARTS, "datetime")}}
+        if "peaks" in report:
+            self.report["peaks"] = report["peaks"]
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
         options = self.options
-        cases = planned(options.mechanisms, options.sizes, options.tokens, options.device)
-        self._compile_ahead(cases)
-        if not options.no_layers:
-            self.report["peaks"] = machine.measure_peaks(
-                options.device, (_dtype(options.device),), torch.get_num_threads()
-            )
-        # The layers' figures come after the first size, and before what may take all the time.
-        last = sum(case.size == cases[0].size and case.mechanism in FIRST for case in cases)
-        for case in cases[:last]:
-            self._case(case)
-        if not options.no_layers:
-            self._layers()
-        for case in cases[last:]:
-            self._case(case)
+        cases = planned(options.mechanisms, options.models, options.device, options.large)
+        complete = {
+            _name_of_row(row) for row in self.report["cases"]
+            if set(row["treatments"]) <= row["seconds"].keys()
+        }  # fmt: skip
+        begun = {_name_of_row(row) for row in self.report["cases"]}
+        cases = [case for case in cases if case.name not in complete]
+        # What an earlier run could not do in full comes after what it has not begun.
+        cases.sort(key=lambda case: case.name in begun)
+        late = self._compile_ahead(cases)
+        try:
+            if not options.no_layers and "peaks" not in self.report:
+                peaks, reason = self._answer(Job("peaks"), 60.0)
+                if peaks is None:
+                    raise UserError(f"the peaks of this device could not be measured: {reason}")
+                self.report["peaks"] = peaks
+            # The layers' figures come after the first size, and before what may take all the time.
+            last = sum(
+                case.size == next(iter(options.models)) and case.mechanism in FIRST
+                and case.name not in begun for case in cases
+            )  # fmt: skip
+            for case in cases[:last]:
+                self._case(case, late)
+            if not options.no_layers:
+                self._layers()
+            for case in cases[last:]:
+                self._case(case, late)
+        finally:
+            self._bench.close()
+        write_json(self.options.out, _rounded(self.report), indent=None)
         return self.report
 
-    def _case(self, case: Case) -> None:
-        group = dataclasses.replace(case, mechanism="softmax")
-        if group != self._group:
-            self._softmax = None
-            _free()
-            self._group, self._pool = group, None
-            if self.setup.device == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
+    def _case(self, case: Case, late: dict[str, str]) -> None:
+        def without(case: Case) -> Case:
+            kept = tuple(name for name in case.treatments if name != "compiled")
+            return dataclasses.replace(case, treatments=kept) if case.name in late else case
 
-        def measure() -> dict[str, Any]:
-            if case.mechanism == "softmax":
-                return measure_case(case, self.setup, self._pool)
-            if self._softmax is None:
-                self._softmax = Calls(group, self.setup, self._pool)
-            return measure_case(case, self.setup, self._pool, self._softmax)
-
-        self._note("cases", case.name, case.mechanism, measure)
+        softmax = dataclasses.replace(case, mechanism="softmax")
+        theirs = None if case.mechanism == "softmax" else without(softmax)
+        job = Job("cases", case.mechanism, without(case), theirs)
+        row, reason = self._measured(job)
+        if row is None and reason.startswith(TOO_SLOW) and case.name not in late:
+            late[case.name] = reason
+            row, reason = self._measured(dataclasses.replace(job, case=without(case)))
+        if row is None:
+            self._miss(case.name, reason)
+            return
+        row["treatments"] = case.treatments
+        if case.name in late:
+            row["missing"]["compiled"] = late[case.name]
+        self._keep("cases", row, _name_of_row)
 
     def _layers(self) -> None:
-        peaks, setup = self.report["peaks"], self.setup
+        peaks = self.report["peaks"]
         for name in self.options.mechanisms:
-            measure: Callable[[], Any] = functools.partial(measure_launch, name, setup)
-            self._note("launches", f"launch {name}", name, measure)
-            for tokens, mode in itertools.product(LAYER_TOKENS, MODES):
-                measure = functools.partial(measure_layer, name, tokens, mode, setup, peaks)
-                self._note("layers", f"layer {name} n={tokens} {mode}", name, measure)
+            jobs = [Job("launches", name)]
+            jobs += [Job("layers", name, tokens=tokens, mode=mode, peaks=peaks)
+                     for tokens, mode in itertools.product(LAYER_TOKENS, MODES)]  # fmt: skip
+            for job in jobs:
+                if job.name in {_name_of_layer(row) for row in self.report[job.part]}:
+                    continue
+                row, reason = self._measured(job)
+                if row is None:
+                    self._miss(job.name, reason)
+                else:
+                    self._keep(job.part, row, _name_of_layer)
 
-    def _note(
-        self, part: str, what: str, mechanism: str, measure: Callable[[], dict[str, Any]]
+    def _keep(
+        self, part: str, row: dict[str, Any], name_of: Callable[[dict[str, Any]], str]
     ) -> None:
+        kept = [old for old in self.report[part] if name_of(old) != name_of(row)]
+        self.report[part] = [*kept, row]
+        write_json(self.options.out, _rounded(self.report), indent=None)
+
+    def _measured(self, job: Job) -> tuple[dict[str, Any] | None, str]:
         start = time.monotonic()
         if start >= self.end:
-            self._miss(what, "the time was spent; raise --seconds")
-        elif reason := self._why_wrong(mechanism):
-            self._miss(what, reason)
-        else:
-            try:
-                self.report[part].append(measure())
-                print(f"{what}: {time.monotonic() - start:.1f} s", flush=True)
-            except Exception as error:  # of a mechanism or a compiler, anything
-                self._miss(what, f"{type(error).__name__}: {_one_line(error)}")
-            _free()
-        write_json(self.options.out, _rounded(self.report), indent=None)
+            return None, "the time was spent; raise --seconds, or go on with --resume"
+        if reason := self._why_wrong(job.mechanism):
+            return None, reason
+        row, reason = self._answer(job, self.options.patience)
+        if row is not None:
+            lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
+            print(f"{job.name}: {time.monotonic() - start:.1f} s{lacking}", flush=True)
+        return row, reason
+
+    def _answer(self, job: Job, seconds: float) -> tuple[dict[str, Any] | None, str]:
+        if isinstance(self._bench, Bench):
+            return self._bench.answer(job)
+        return self._bench.answer(job, max(1.0, min(seconds, self.end - time.monotonic())))
 
     def _why_wrong(self, mechanism: str) -> str | None:
         if mechanism not in self._wrong:
-            device = self.options.device
-            try:
-                check_layer(mechanism, {}, 384, _dtype(device), device, SIBLING_SIDE)
-                self._wrong[mechanism] = None
-            except Exception as error:  # whatever it is, nothing is timed
-                self._wrong[mechanism] = f"{type(error).__name__}: {_one_line(error)}"
+            row, reason = self._answer(Job("check", mechanism), self.options.patience)
+            self._wrong[mechanism] = None if row is not None else reason
         return self._wrong[mechanism]
 
     def _miss(self, what: str, reason: str) -> None:
         print(f"{what}: {reason}", flush=True)
         self.report["missed"].append({"what": what, "reason": reason})
+        write_json(self.options.out, _rounded(self.report), indent=None)
 
-    def _compile_ahead(self, cases: Sequence[Case]) -> None:
+    def _compile_ahead(self, cases: Sequence[Case]) -> dict[str, str]:
+        """Compiles in other processes; by name of a case, why it is measured without."""
+        skipped = {case.name: "left out by --skip-compiled" for case in cases
+                   if case.mechanism in self.options.skip_compiled}  # fmt: skip
+        cases = [case for case in cases if case.name not in skipped]
         processes = min(self.options.processes, len(cases))
         if processes < 2:
-            return
-        start, done = time.monotonic(), 0
+            return skipped
+        # Those that are compared with softmax need softmax's from the compiler's cache, too.
+        start, late = time.monotonic(), dict(skipped)
         context = multiprocessing.get_context("spawn")
-        pool = context.Pool(processes)
+        pool = context.Pool(processes, _quiet)
+        finished = False
         try:
             found = [pool.apply_async(compile_ahead, (case, self.setup)) for case in cases]
-            for result in found:
+            for case, result in zip(cases, found, strict=True):
                 left = start + _AHEAD * self.options.seconds - time.monotonic()
                 try:
                     result.get(max(0.0, left))
-                    done += 1
-                except Exception:  # of a compiler; the case itself will say it
-                    continue
+                except multiprocessing.TimeoutError:
+                    late[case.name] = "was not compiled in time; go on with --resume"
+                except Exception as error:  # of a compiler, anything
+                    late[case.name] = f"{type(error).__name__}: {_one_line(error)}"
+            finished = all(result.ready() for result in found)
         finally:
-            pool.terminate()
+            pool.close() if finished else pool.terminate()
             pool.join()
-        print(
-            f"{done} of {len(cases)} compiled ahead, {time.monotonic() - start:.0f} s", flush=True
-        )
+        done = len(cases) + len(skipped) - len(late)
+        taken = time.monotonic() - start
+        print(f"{done} of {len(cases)} compiled ahead, {taken:.0f} s", flush=True)
+        return late
 
 
 def planned(
-    mechanisms: Sequence[str], sizes: Sequence[str], tokens: Sequence[int], device: str
+    mechanisms: Sequence[str],
+    models: Mapping[str, Sequence[int]],
+    device: str,
+    large: Sequence[str] | None = None,
 ) -> list[Case]:
-    """Every case, the most important first: those of the goals, then the other mechanisms."""
+    """Every case, the most important first: those of the goals, then the other mechanisms.
+
+    Args:
+        mechanisms: Names.
+        models: Tokens of one image, by size of the backbone.
+        device: "cuda" or "cpu".
+        large: Mechanisms that have more than the first size; None is all.
+    """
     treatments = TREATMENTS if device == "cuda" else ("eager", "compiled")
     first = [name for name in FIRST if name in mechanisms]
     others = [name for name in mechanisms if name not in first]
-    wanted = list(itertools.product(sizes, tokens))
+    wanted = [(size, count) for size, counts in models.items() for count in counts]
     wanted.sort(key=lambda pair: _ORDER.index(pair) if pair in _ORDER else len(_ORDER))
     return [
         Case(name, size, count, mode, treatments)
@@ -526,6 +784,7 @@ def planned(
         for size, count in wanted
         for mode in MODES
         for name in names
+        if large is None or name in large or size == next(iter(models))
     ]
 
 
@@ -549,6 +808,25 @@ def _stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
         return begin.elapsed_time(end) / 1e3 / repeats
 
     return watch
+
+
+def _quiet() -> None:
+    """Leaves out, in a process of this module, warnings of what is known and meant."""
+    for message in (
+        "TensorFloat32 tensor cores", "Synchronization debug mode", "The AccumulateGrad node",
+        "Online softmax is disabled", "Logical operators 'and' and 'or' are deprecated",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", f".*{message}")
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+
+
+def _name_of_row(row: dict[str, Any]) -> str:
+    return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
+
+
+def _name_of_layer(row: dict[str, Any]) -> str:
+    part = "layers" if "mode" in row else "launches"
+    return Job(part, row["mechanism"], tokens=row["tokens"], mode=row.get("mode", "")).name
 
 
 def _dtype(device: str) -> str:
@@ -606,15 +884,32 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON to write, after every case")
     parser.add_argument("--table", type=Path, help="JSON to print instead of measuring")
     parser.add_argument("--mechanisms", default="", help="names, by default all of the zoo")
-    parser.add_argument("--tokens", default="256,1024,4096,16384", help="of one image")
-    parser.add_argument("--sizes", default="S,L", help="of the backbone: tiny, S, B, L")
+    parser.add_argument(
+        "--tokens", default=None, help="of one image (default: those that the goals need)"
+    )
+    parser.add_argument(
+        "--sizes", default="S,L", help="of the backbone: tiny, S, B, L; without --mechanisms "
+        f"only {', '.join(LARGE)} have more than the first",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument(
         "--processes", type=whole(1), default=None,
-        help="that compile ahead, before anything is timed (default: half the cores; 1 is none)",
+        help="that compile ahead, before anything is timed (default: all cores but two)",
     )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what the JSON of --out lacks"
+    )
+    parser.add_argument(
+        "--skip-compiled", default="", help="mechanisms measured without compiled blocks"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds of one case, on a GPU"
+    )
+    parser.add_argument(
+        "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
+    )
     parser.add_argument(
         "--no-layers", action="store_true", help="whole models only, as always on a CPU"
     )
@@ -624,36 +919,28 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.no_layers |= options.device == "cpu"
     if options.processes is None:
-        options.processes = (os.cpu_count() or 2) // 2 if options.device == "cuda" else 1
+        options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
     options.sizes, known = _listed(options.sizes), attnzoo.list_attention()
+    options.large = None if options.mechanisms else LARGE
     options.mechanisms = _listed(options.mechanisms) or known
-    for name in options.mechanisms:
+    options.skip_compiled = _listed(options.skip_compiled)
+    for name in options.mechanisms + options.skip_compiled:
         if name not in known:
             raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
                             f"{', '.join(known)}")  # fmt: skip
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
+    if options.tokens is None:
+        options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
+        return options
     counts = _listed(options.tokens)
     if not all(
         count.isdigit() and round(int(count) ** 0.5) ** 2 == int(count) for count in counts
     ):
         raise UserError(f"--tokens {options.tokens} must be squares, such as 256,1024,4096,16384")
-    options.tokens = [int(count) for count in counts]
+    options.models = {size: [int(count) for count in counts] for size in options.sizes}
     return options
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """A file that this module has written.
-
-    Raises:
-        UserError: It is no such file.
-    """
-    report = read_json(path, "JSON of whole models")
-    parts = ("cases", "layers", "launches", "missed", "versions", "device_name", "commit")
-    if not isinstance(report, dict) or not all(part in report for part in parts):
-        raise UserError(f"{path} is no file of python -m bench.whole_models --out")
-    return report
 
 
 def main(arguments: list[str]) -> int:
@@ -663,7 +950,9 @@ def main(arguments: list[str]) -> int:
         print(tables(read_whole(options.table)))
         return DONE
     require_writable(options.out)
-    report = Run(options).measure()
+    _quiet()
+    earlier = read_whole(options.out) if options.resume and options.out.exists() else None
+    report = Run(options, earlier).measure()
     print(tables(json.loads(json.dumps(_rounded(report)))))
     return DONE
 

@@ -140,7 +140,8 @@ class GatedLinear(nn.Module):
         )
 
     def _gate_query_key(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(self._heads(f(x)) for f in (self.forget_gate, self.query, self.key))
+        gate_logit, query, key = (f(x) for f in (self.forget_gate, self.query, self.key))
+        return self._heads(gate_logit), self._heads(query), self._heads(key)
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b n h d", h=self.num_heads)

@@ -3,10 +3,17 @@
 import pytest
 
 from attnzoo import list_attention
-from attnzoo.testing import CHECKS
+from attnzoo.testing import CHECKS, build_scrambled, reference_of
 
 
 @pytest.mark.parametrize("name", list_attention())
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check, name):
     check(name)
+
+
+@pytest.mark.parametrize("name", ["gated", "dig"])
+def test_the_reference_of_a_layer_is_one_in_its_parts_too(name):
+    layer = build_scrambled(name)
+    assert reference_of(layer).layer.config.impl == "reference"
+    assert layer.layer.config.impl == layer.config.impl == "auto"

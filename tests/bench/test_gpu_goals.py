@@ -52,8 +52,9 @@ def test_the_goal_of_a_triton_kernel_is_measured_by_its_interpreter():
 
 def test_what_cannot_start_loses_its_own_figures_only(eager):
     rows = goal_measurements.measure("U5", "cpu", SMALL).figures
-    assert len(rows) == 8 and all(row.value is None for row in rows)
+    assert len(rows) == 16 and all(row.value is None for row in rows)
     assert all("theirs: " in row.note for row in rows)
+    assert sum("two of theirs: " in row.note for row in rows) == 4
 
 
 def test_a_compiler_that_fails_loses_the_compiled_figures_only(monkeypatch):

@@ -1,13 +1,26 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import gc
 import json
 import math
+import os
+import time
 
 import pytest
 import torch
 
-from bench import whole_figures, whole_models
-from bench.whole_models import Case, Setup, main, measure_launch, measure_layer, planned
+from bench import plot, recommend, whole_figures, whole_models
+from bench.whole_models import (
+    Case,
+    Elsewhere,
+    Job,
+    Setup,
+    Subject,
+    main,
+    measure_launch,
+    measure_layer,
+    planned,
+)
 from recipes.lab.console import UserError
 
 TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
@@ -90,8 +103,99 @@ def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "whole.json").read_text())["cases"]) == 1
 
 
+def test_a_second_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    first = run(tmp_path, "--mechanisms", "softmax", "--skip-compiled", "softmax")
+    for row in first["cases"]:
+        assert row["seconds"].keys() == {"eager"}
+        assert row["missing"] == {"compiled": "left out by --skip-compiled"}
+    second = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
+    assert second["datetime"] == first["datetime"] and len(second["cases"]) == 4
+    assert all(row["seconds"].keys() == {"eager", "compiled"} for row in second["cases"])
+    monkeypatch.setattr(whole_models, "measure_case", None)  # nothing is measured twice
+    third = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
+    assert third["cases"] == second["cases"] and not third["missed"]
+    out = tmp_path / "whole.json"
+    out.write_text(json.dumps(third | {"commit": "another"}))
+    with pytest.raises(UserError, match=r"another.*without --resume"):
+        run(tmp_path, "--resume")
+
+
+def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(tmp_path):
+    report = run(tmp_path, "--mechanisms", "softmax,sana", "--skip-compiled", "sana")
+    for row in report["cases"]:
+        if row["mechanism"] == "sana":
+            assert row["over_softmax"].keys() == {"eager"}
+            assert row["over_fastest"]["ours"] == "eager"
+            assert row["over_fastest"]["softmax"] in ("eager", "compiled")
+            assert whole_figures.over_fastest(row)[0] > 0
+        else:
+            assert row["over_fastest"] is None and whole_figures.over_fastest(row) is None
+
+
+def answers(connection, *_):
+    """Breaks at "peaks", sleeps at "check" and dies at "launches"."""
+    while True:
+        job = connection.recv()
+        if job.part == "check":
+            time.sleep(60)
+        if job.part == "launches":
+            os._exit(3)
+        connection.send(({"process": os.getpid()}, "", job.part != "peaks"))
+        if job.part == "peaks":
+            return
+
+
+def test_a_training_step_leaves_no_graph_behind():
+    step = Subject(Case("moh", "tiny", 16, "train"), ON_CPU)
+    marked = []
+
+    def mark(module, inputs, output):
+        nodes = [output.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and "marked" not in node.metadata:
+                node.metadata["marked"] = True
+                marked.append(node.name())
+                nodes += [following for following, _ in node.next_functions]
+
+    with step.model.final_projection.register_forward_hook(mark):
+        step.step()
+    gc.collect()
+    left = [p.expand_as(p).grad_fn.next_functions[0][0].metadata for p in step.parameters]
+    assert any("AccumulateGrad" in name for name in marked)
+    assert not any(left) and not any(average.requires_grad for average in step.average)
+
+
+def test_what_breaks_a_process_breaks_no_other_job():
+    bench = Elsewhere(ON_CPU, None, answers)
+    try:
+        found = [bench.answer(Job(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
+        first, second, third = (row["process"] for row in found if row is not None)
+        assert first == second != third != os.getpid()
+        row, reason = bench.answer(Job("launches"), 30.0)
+        assert row is None and "exit code 3" in reason
+        row, reason = bench.answer(Job("check"), 1.0)
+        assert row is None and reason == "took longer than 1 s"
+        assert bench.answer(Job("layers"), 30.0)[0] is not None
+    finally:
+        bench.close()
+
+
+def test_a_failing_job_says_why_and_what_follows_is_measured():
+    bench = Elsewhere(ON_CPU, None)
+    try:
+        row, reason = bench.answer(Job("layers", "softmin", tokens=16, mode="forward"), 120.0)
+        assert row is None and reason.startswith("InvalidValue") and "softmin" in reason
+        peaks = {"float32": 1.0, "copy": 1.0}
+        job = Job("layers", "sana", tokens=16, mode="forward", peaks=peaks)
+        assert bench.answer(job, 120.0)[0]["seconds"] > 0
+    finally:
+        bench.close()
+
+
 def test_goals_come_first_and_small_before_large():
-    cases = planned(["agent", "sana", "softmax"], ["S", "L"], [256, 1024, 4096, 16384], "cuda")
+    models = dict.fromkeys(("S", "L"), (256, 1024, 4096, 16384))
+    cases = planned(["agent", "sana", "softmax"], models, "cuda")
     assert len(cases) == len(set(cases)) == 3 * 8 * 2
     places = {case: index for index, case in enumerate(cases)}
     assert cases[0] == Case("softmax", "S", 4096, "forward")
@@ -99,6 +203,9 @@ def test_goals_come_first_and_small_before_large():
     assert Case("sana", "L", 16384, "train").batch == 2
     assert Case("sana", "S", 256, "train").batch == 64
     assert Case("sana", "S", 576, "forward").resolution == 384
+    some = planned(["agent", "sana", "softmax"], models, "cuda", ("sana",))
+    assert {case.mechanism for case in some if case.size == "L"} == {"sana"}
+    assert len(some) == 3 * 4 * 2 + 4 * 2
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
@@ -182,3 +289,55 @@ def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"no file of python -m bench\.whole_models"):
         main(["--table", str(tmp_path / "x.json")])
+
+
+def whole_report():
+    rows = []
+    for mode in ("forward", "train"):
+        for tokens, factor in ((256, 2.0), (4096, 0.5)):
+            seconds = {"eager": 9.0, "recorded": tokens / 256, "compiled": tokens / 128}
+            rows.append(case("softmax", tokens, {}, mode=mode, **seconds))
+            mine = {name: factor * value for name, value in seconds.items()}
+            over = {"recorded": factor, "compiled": factor}
+            rows.append(case("sana", tokens, over, mode=mode, **mine))
+            rows[-1]["over_fastest"] = {"median": factor, "ours": "recorded",
+                                        "softmax": "recorded"}  # fmt: skip
+    layer = {"mechanism": "sana", "mode": "forward", "tokens": 4096, "seconds": 3.0,
+             "floor": 2.0, "bound": "memory"}  # fmt: skip
+    return {
+        "device_name": "a device", "versions": {"torch": "2"}, "commit": "abc",
+        "datetime": "2030-01-02T03:04", "cases": rows, "layers": [layer], "launches": [],
+        "missed": [],
+    }  # fmt: skip
+
+
+def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
+    path, page = tmp_path / "whole.json", tmp_path / "page.md"
+    path.write_text(json.dumps(whole_report()))
+    page.write_text("before\n<!-- whole -->\nold\n<!-- /whole -->\nafter\n")
+    assert plot.main([str(path), "--out", str(tmp_path), "--into", str(page)]) == 0
+    assert (tmp_path / "whole-models.png").stat().st_size > 10_000
+    said = page.read_text()
+    assert "old" not in said and said.startswith("before") and said.endswith("after\n")
+    assert "](whole-models.png)" in said
+    assert "a device, torch 2, commit abc" in said and "1.5 (memory)" in said
+    cells = next(line for line in said.splitlines() if line.startswith("| sana "))
+    assert "2e+03 (2.00)" in cells and cells.count(" 512 ") == 2
+    ring = [line.get_xdata()[0] for line in plot.whole_curves(whole_report(), "S").axes[0].lines
+            if line.get_markersize() == 13]  # fmt: skip
+    assert ring == [pytest.approx(512)]
+
+
+def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(whole_report()))
+    assert recommend.main([str(path), "--resolution", "1024"]) == 0
+    said = capsys.readouterr().out
+    assert "sana: the fastest" in said and "2.00 x faster than softmax" in said
+    assert "| recorded " in said and "whole model of size S" in said
+    assert recommend.main([str(path), "--resolution", "1024", "--launched"]) == 0
+    assert "4.5 s" in capsys.readouterr().out
+    assert recommend.main([str(path), "--resolution", "512", "--memory", "1GiB"]) == 0
+    assert "estimated" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no L forward; it has S forward, S train"):
+        recommend.main([str(path), "--size", "L"])
