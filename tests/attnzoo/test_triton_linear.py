@@ -125,10 +125,10 @@ if CAN_RUN:
         times, least = (10 if IS_INTERPRETED else 2, 0.0) if is_half else (2, 1e-6)
         for mine, theirs, true, size in zip(found, own, exact, sizes, strict=True):
             assert mine.shape == true.shape and mine.dtype == theirs.dtype
-            error, other = ((z.double() - true).norm() / size for z in (mine, theirs))
-            if is_half:  # the reference of one token is exact; the state of one is rounded
-                other = max(other, 2**-9)
-            assert error <= max(times * other, least), (error.item(), other.item())
+            error, other = (((z.double() - true).norm() / size).item() for z in (mine, theirs))
+            if is_half:  # the reference of few tokens is nearly exact; their state is rounded too
+                other = max(other, 2**-8)
+            assert error <= max(times * other, least), (error, other)
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize("is_packed", [True, False])

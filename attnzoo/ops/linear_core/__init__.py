@@ -17,7 +17,7 @@ from attnzoo.ops.linear_core.torch import (
     wide_read,
 )
 
-FASTER_UP_TO = 128  # width of a head
+FASTER_UP_TO = 384  # width of a head
 
 __all__ = [
     "fold",

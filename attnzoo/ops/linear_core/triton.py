@@ -354,12 +354,12 @@ class Block(NamedTuple):
 
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
-    "fold": (Block(64, 64, 528, 4, 2), Block(128, 64, 264, 8, 2), Block(128, 64, 264, 8, 3)),
-    "read": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2), Block(128, 128, 0, 8, 3)),
-    "query_gradient": (Block(64, 32, 528, 4, 2), Block(128, 64, 264, 8, 1),
-                       Block(128, 128, 0, 8, 2)),
-    "key_gradient": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2),
-                     Block(128, 128, 0, 8, 2)),
+    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 264, 4, 2)),
+    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
+    "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
+                       Block(128, 64, 0, 4, 2)),
+    "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
+                     Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
 NARROW, MEDIUM = 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
