@@ -29,6 +29,7 @@ Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
 TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
+    "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens

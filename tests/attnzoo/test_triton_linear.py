@@ -16,6 +16,7 @@ from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops.linear_core import linear_tokens
+from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -271,6 +272,23 @@ if CAN_RUN:
         assert counter.frame_count == 1
         graphs = str([graph.code for graph in counter.graphs])
         assert "attnzoo.linear_core" in graphs
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (70, 768)])
+    def test_scaled_power_map(n, d, dtype):
+        z = random(2, n, 3 * d, dtype=dtype)[..., d : 2 * d]  # rows of a longer row
+        z[0, 0] = -1.0  # all its entries are the offset
+        scale, cotangent = random(d, seed=1).abs().add(0.1).to(dtype), random(2, n, d, seed=2)
+        results = []
+        for impl, wide in (("reference", torch.float64), ("triton", dtype)):
+            operands = [x.to(wide).requires_grad_() for x in (z, scale)]
+            out = scaled_power_map(*operands, 3.0, 1e-6, impl=impl)
+            assert out.dtype == wide
+            grads = torch.autograd.grad(out, operands, cotangent.to(wide))
+            results.append([out, *grads])
+        for exact, found in zip(*results, strict=True):
+            budget = 2e-6 if dtype == torch.float32 else 2**-7
+            assert (found - exact).norm() <= budget * exact.norm()
 
     def test_results_are_the_same_every_time():
         whole = random(2, 300, 96, dtype=HALF).requires_grad_()
