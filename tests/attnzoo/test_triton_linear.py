@@ -16,6 +16,7 @@ from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops.linear_core import linear_tokens
+from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 
@@ -288,6 +289,28 @@ if CAN_RUN:
             results.append([out, *grads])
         for exact, found in zip(*results, strict=True):
             budget = 2e-6 if dtype == torch.float32 else 2**-7
+            assert (found - exact).norm() <= budget * exact.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (300, 128)])
+    def test_normed_difference(n, d, dtype):
+        heads = 3
+        first = random(2, n, heads, d, dtype=dtype).transpose(1, 2)
+        second = random(2, heads, n, d, seed=1, dtype=dtype)
+        factor, weight = random(1, seed=2).squeeze(), random(d, seed=3, dtype=dtype)
+        cotangent = random(2, n, heads * d, seed=4)
+        results = []
+        for impl, wide in (("reference", torch.float64), ("triton", dtype)):
+            tokens_ = [z.to(wide).requires_grad_() for z in (first, second)]
+            numbers = [factor.to(torch.promote_types(wide, torch.float32)), weight.to(wide)]
+            operands = [*tokens_, *(z.requires_grad_() for z in numbers)]
+            out = normed_difference(*operands, 1e-5, 0.4, impl=impl)
+            assert out.dtype == wide
+            grads = torch.autograd.grad(out, operands, cotangent.to(wide))
+            results.append([out, *grads])
+        for exact, found in zip(*results, strict=True):
+            budget = 2e-6 if dtype == torch.float32 else 2**-7
+            assert found.shape == exact.shape
             assert (found - exact).norm() <= budget * exact.norm()
 
     def test_results_are_the_same_every_time():
