@@ -142,6 +142,10 @@ class LinearAttention(Attention):
         """Q, K and V of all tokens, (b, n or m, dim)."""
         return self.qkv(x).chunk(3, dim=-1)
 
+    def project_together(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        """``project`` for kernels that read rows with any spacing."""
+        return self.project(x, grid)
+
     def project_query(self, x: Tensor) -> Any:
         """Q of some tokens."""
         return linear_parts(self.qkv, x, self.dim, slice(1))[0]
@@ -217,7 +221,7 @@ class LinearAttention(Attention):
         if self.is_packed:
             operands = self.qkv(x), None, None
         else:
-            query, key, value = self.project(x, grid)
+            query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
                 key = self.key_position(key, grid, slice(None))
             operands = self.query_kernel(query), self.key_kernel(key), value

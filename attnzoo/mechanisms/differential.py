@@ -28,6 +28,7 @@ from attnzoo.contract import (
 )
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -97,16 +98,19 @@ class DifferentialAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         query, key, value = self._query_key_value(x, grid)
+        norm = self.norm.weight, 1e-5, 1 - self.lambda_init
         if self.config.impl == "reference":
             out = _reference(value, query, key, self.lambda_vectors, self.lambda_init)
-        else:
-            first, second = (
-                softmax_attention(q, k, value, impl=self.config.impl)
-                for q, k in zip(query, key, strict=True)
-            )
-            out = _subtract(first, second, self.lambda_vectors, self.lambda_init)
-        out = _scaled_norm(out, self.norm.weight, 1e-5, 1 - self.lambda_init)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+            return self.proj(rearrange(_scaled_norm(out, *norm), "b h n d -> b n (h d)"))
+        first, second = (
+            softmax_attention(q, k, value, impl=self.config.impl)
+            for q, k in zip(query, key, strict=True)
+        )
+        impl = "torch" if self.config.impl == "torch" else "auto"
+        vectors = self.lambda_vectors
+        wide = torch.promote_types(vectors.dtype, torch.float32)  # no factor is rounded to half
+        factor = _factor(vectors.to(wide), self.lambda_init)
+        return self.proj(normed_difference(first, second, factor, *norm, impl=impl))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Q and K, (2, b, h, n, d / 2), the first dimension by map; V, (b, h, n, d)."""
@@ -139,11 +143,6 @@ class DifferentialAttention(Attention):
 def _factor(lambda_vectors: Tensor, lambda_init: float) -> Tensor:
     first, second = (lambda_vectors[:, 0] * lambda_vectors[:, 1]).sum(-1).exp()
     return first - second + lambda_init
-
-
-@in_float32
-def _subtract(first: Tensor, second: Tensor, lambda_vectors: Tensor, lambda_init: float) -> Tensor:
-    return first - _factor(lambda_vectors, lambda_init) * second
 
 
 @in_float32

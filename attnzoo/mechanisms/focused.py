@@ -21,7 +21,7 @@ from attnzoo.layers.depthwise_conv import ConvKind, ValueConv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear_parts
-from attnzoo.ops.power_map import power_map
+from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
 
@@ -82,6 +82,10 @@ class FocusedAttention(LinearAttention):
         """Q, K and V, (b, n, dim) each."""
         return linear_parts(self.qkv, x, self.dim)
 
+    def project_together(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
+        """See ``LinearAttention``."""
+        return self.qkv(x).chunk(3, dim=-1)
+
     def query_kernel(self, query: Tensor) -> Tensor:
         """f(Q)."""
         return self._focus(query)
@@ -91,6 +95,6 @@ class FocusedAttention(LinearAttention):
         return self._focus(key)
 
     def _focus(self, z: Tensor) -> Tensor:
-        activated = (F.relu(in_wide_range(z)) + RELU_OFFSET) / F.softplus(self.scale)
-        power = torch.full((1,), self.config.focusing_factor, device=z.device)
-        return power_map(activated, power, impl=self.config.impl)
+        factor, scale = self.config.focusing_factor, F.softplus(self.scale)
+        impl = self.config.impl
+        return scaled_power_map(in_wide_range(z), scale, factor, RELU_OFFSET, impl=impl)

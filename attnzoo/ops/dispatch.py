@@ -29,6 +29,7 @@ Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
 TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
+    "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
@@ -36,6 +37,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_core": ("native", "torch", "reference"),  # likewise
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
+    "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),

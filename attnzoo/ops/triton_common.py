@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attnzoo.ops.dispatch import custom_op
 
+_IS_INTERPRETED = triton.knobs.runtime.interpret  # fixed when kernels are declared
 _NORMAL = tl.constexpr(1.1754943508222875e-38)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -54,14 +55,14 @@ def _width(n: int) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """float32 operands stay float32-accurate unless the user has allowed TF32."""
-    if triton.knobs.runtime.interpret:
+    if _IS_INTERPRETED:
         return "ieee"
-    is_allowed = torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if dtype != torch.float32 or is_allowed else "tf32x3"
+    is_exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "tf32x3" if is_exact else "tf32"
 
 
 def _is_fast() -> bool:
-    return not triton.knobs.runtime.interpret and torch.version.hip is None
+    return not _IS_INTERPRETED and torch.version.hip is None
 
 
 def _rows(z: Tensor) -> tuple[Tensor, int]:

@@ -117,11 +117,17 @@ def launch_linear(dtype, width=384):
 
 def launch_the_rest(dtype, width=384):
     from attnzoo.ops.depthwise_conv import triton as kernels
-    from attnzoo.ops.power_map.triton import power_map_backward, power_map_forward
+    from attnzoo.ops.normed_difference import triton as differences
+    from attnzoo.ops.power_map import triton as maps
 
     z, gamma = torch.ones(256, width, dtype=dtype), torch.ones(256)
-    _, stats = power_map_forward(z, gamma)
-    power_map_backward(z, z, gamma, stats)
+    _, stats = maps.power_map_forward(z, gamma)
+    maps.power_map_backward(z, z, gamma, stats)
+    _, stats = maps._scaled_forward(z, z[0], 3.0, 1e-6)
+    maps._scaled_backward(z, z, z[0], stats, 3.0, 1e-6)
+    by_head, factor = z.view(1, 256, 3, -1).transpose(1, 2), gamma[0]
+    differences._backward(z, by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
+    differences._forward(by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
@@ -142,9 +148,12 @@ KERNELS = {
     "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_fold_kernel",
     "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_output_kernel",
     "_gated_update_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel",
+
+    "_normed_difference_backward_kernel", "_normed_difference_kernel",
     "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
     "_read_kernel",
-    "_router_gradient_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
+    "_router_gradient_kernel", "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel",
+    "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
     "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
 

@@ -152,20 +152,20 @@ def _pixel(image, h, w, column, height, width, row_stride, is_column):
 
 
 @triton.jit
-def _tap(tap, place: tl.constexpr, is_tap):
-    return tl.load(tap + place, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+def _tap(tap, place: tl.constexpr, c, is_tap):
+    return tl.load(tap + place * c, mask=is_tap, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _add_taps(total, x0, x1, x2, x3, x4, tap, row: tl.constexpr, is_tap, FLIP: tl.constexpr):
+def _add_taps(total, x0, x1, x2, x3, x4, tap, c, row: tl.constexpr, is_tap, FLIP: tl.constexpr):
     """Adds one row of the kernel times five columns; a tap is loaded where it is used."""
     o: tl.constexpr = 24 - 5 * row if FLIP else 5 * row
     s: tl.constexpr = -1 if FLIP else 1
-    total += x0 * _tap(tap, o, is_tap)
-    total += x1 * _tap(tap, o + s, is_tap)
-    total += x2 * _tap(tap, o + 2 * s, is_tap)
-    total += x3 * _tap(tap, o + 3 * s, is_tap)
-    return total + x4 * _tap(tap, o + 4 * s, is_tap)
+    total += x0 * _tap(tap, o, c, is_tap)
+    total += x1 * _tap(tap, o + s, c, is_tap)
+    total += x2 * _tap(tap, o + 2 * s, c, is_tap)
+    total += x3 * _tap(tap, o + 3 * s, c, is_tap)
+    return total + x4 * _tap(tap, o + 4 * s, c, is_tap)
 
 
 @triton.jit
@@ -174,14 +174,14 @@ def _wide_stencil_kernel(
     W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLIP: tl.constexpr,
 ):  # fmt: skip
-    """5x5. Each row of pixels is loaded once and adds to the five rows of outputs around it."""
+    """5x5, of weights (25, c). Each row of pixels adds to the five rows of outputs around it."""
     sample = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
     w = tl.program_id(1) * W + tl.arange(0, W)
     column = tl.program_id(2) * C + tl.arange(0, C)
     is_tap = column < c
     is_column = is_tap[None, :]
-    tap = weight + column * 25
+    tap = weight + column
     image = x + sample * height * width * x_row
     s0 = tl.zeros((W, C), tl.float32)
     s1 = tl.zeros((W, C), tl.float32)
@@ -194,11 +194,11 @@ def _wide_stencil_kernel(
         x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
         x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
         x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
-        total = _add_taps(s0, x0, x1, x2, x3, x4, tap, 4, is_tap, FLIP)
-        s0 = _add_taps(s1, x0, x1, x2, x3, x4, tap, 3, is_tap, FLIP)
-        s1 = _add_taps(s2, x0, x1, x2, x3, x4, tap, 2, is_tap, FLIP)
-        s2 = _add_taps(s3, x0, x1, x2, x3, x4, tap, 1, is_tap, FLIP)
-        s3 = _add_taps(tl.zeros_like(s3), x0, x1, x2, x3, x4, tap, 0, is_tap, FLIP)
+        total = _add_taps(s0, x0, x1, x2, x3, x4, tap, c, 4, is_tap, FLIP)
+        s0 = _add_taps(s1, x0, x1, x2, x3, x4, tap, c, 3, is_tap, FLIP)
+        s1 = _add_taps(s2, x0, x1, x2, x3, x4, tap, c, 2, is_tap, FLIP)
+        s2 = _add_taps(s3, x0, x1, x2, x3, x4, tap, c, 1, is_tap, FLIP)
+        s3 = _add_taps(tl.zeros_like(s3), x0, x1, x2, x3, x4, tap, c, 0, is_tap, FLIP)
         done = h - 2
         if BIAS:
             total += tl.load(bias + column, mask=is_tap, other=0.0).to(tl.float32)[None, :]
@@ -215,48 +215,116 @@ def _wide_stencil_weight_kernel(
     x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
     W: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """5x5: of one row of taps, and of the bias with the middle one."""
-    line = tl.program_id(0) % 5
-    part = tl.program_id(0) // 5
-    sample = (part // strips).to(tl.int64)
-    first = (part % strips) * ROWS
+    """5x5. Each row of pixels meets the five rows of gradients around it."""
+    sample = (tl.program_id(0) // strips).to(tl.int64)
+    first = (tl.program_id(0) % strips) * ROWS
+    last = tl.minimum(first + ROWS, height)
     w = tl.program_id(1) * W + tl.arange(0, W)
     column = tl.program_id(2) * C + tl.arange(0, C)
     is_c = column < c
     is_column = is_c[None, :]
     image = x + sample * height * width * x_row
     slopes = grad + sample * height * width * g_row
-    t0 = tl.zeros((W, C), tl.float32)
-    t1 = tl.zeros((W, C), tl.float32)
-    t2 = tl.zeros((W, C), tl.float32)
-    t3 = tl.zeros((W, C), tl.float32)
-    t4 = tl.zeros((W, C), tl.float32)
+    g1 = tl.zeros((W, C), tl.float32)
+    g2 = tl.zeros((W, C), tl.float32)
+    g3 = tl.zeros((W, C), tl.float32)
+    g4 = tl.zeros((W, C), tl.float32)
+    t00 = tl.zeros((W, C), tl.float32)
+    t01 = tl.zeros((W, C), tl.float32)
+    t02 = tl.zeros((W, C), tl.float32)
+    t03 = tl.zeros((W, C), tl.float32)
+    t04 = tl.zeros((W, C), tl.float32)
+    t10 = tl.zeros((W, C), tl.float32)
+    t11 = tl.zeros((W, C), tl.float32)
+    t12 = tl.zeros((W, C), tl.float32)
+    t13 = tl.zeros((W, C), tl.float32)
+    t14 = tl.zeros((W, C), tl.float32)
+    t20 = tl.zeros((W, C), tl.float32)
+    t21 = tl.zeros((W, C), tl.float32)
+    t22 = tl.zeros((W, C), tl.float32)
+    t23 = tl.zeros((W, C), tl.float32)
+    t24 = tl.zeros((W, C), tl.float32)
+    t30 = tl.zeros((W, C), tl.float32)
+    t31 = tl.zeros((W, C), tl.float32)
+    t32 = tl.zeros((W, C), tl.float32)
+    t33 = tl.zeros((W, C), tl.float32)
+    t34 = tl.zeros((W, C), tl.float32)
+    t40 = tl.zeros((W, C), tl.float32)
+    t41 = tl.zeros((W, C), tl.float32)
+    t42 = tl.zeros((W, C), tl.float32)
+    t43 = tl.zeros((W, C), tl.float32)
+    t44 = tl.zeros((W, C), tl.float32)
     tb = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS):
-        h = first + turn
-        g = _pixel(slopes, h, w, column, height, width, g_row, is_column)
-        near = h + line - 2
-        t0 += g * _pixel(image, near, w - 2, column, height, width, x_row, is_column)
-        t1 += g * _pixel(image, near, w - 1, column, height, width, x_row, is_column)
-        t2 += g * _pixel(image, near, w, column, height, width, x_row, is_column)
-        t3 += g * _pixel(image, near, w + 1, column, height, width, x_row, is_column)
-        t4 += g * _pixel(image, near, w + 2, column, height, width, x_row, is_column)
-        tb += g
-    partial += (part.to(tl.int64) * blocks_w + tl.program_id(1)) * 26 * c + column
-    place = partial + line * 5 * c
-    tl.store(place, tl.sum(t0, 0), mask=is_c)
-    tl.store(place + c, tl.sum(t1, 0), mask=is_c)
-    tl.store(place + 2 * c, tl.sum(t2, 0), mask=is_c)
-    tl.store(place + 3 * c, tl.sum(t3, 0), mask=is_c)
-    tl.store(place + 4 * c, tl.sum(t4, 0), mask=is_c)
-    tl.store(partial + 25 * c, tl.sum(tb, 0), mask=is_c & (line == 2))
+    for turn in range(ROWS + 4):
+        h = first + turn - 2
+        g0 = _pixel(slopes, h + 2, w, column, last, width, g_row, is_column)
+        x0 = _pixel(image, h, w - 2, column, height, width, x_row, is_column)
+        x1 = _pixel(image, h, w - 1, column, height, width, x_row, is_column)
+        x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
+        x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
+        x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
+        t00 += g0 * x0
+        t01 += g0 * x1
+        t02 += g0 * x2
+        t03 += g0 * x3
+        t04 += g0 * x4
+        t10 += g1 * x0
+        t11 += g1 * x1
+        t12 += g1 * x2
+        t13 += g1 * x3
+        t14 += g1 * x4
+        t20 += g2 * x0
+        t21 += g2 * x1
+        t22 += g2 * x2
+        t23 += g2 * x3
+        t24 += g2 * x4
+        t30 += g3 * x0
+        t31 += g3 * x1
+        t32 += g3 * x2
+        t33 += g3 * x3
+        t34 += g3 * x4
+        t40 += g4 * x0
+        t41 += g4 * x1
+        t42 += g4 * x2
+        t43 += g4 * x3
+        t44 += g4 * x4
+        tb += g0
+        g1, g2, g3, g4 = g0, g1, g2, g3
+    place = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 26 * c
+    place += column
+    tl.store(place, tl.sum(t00, 0), mask=is_c)
+    tl.store(place + c, tl.sum(t01, 0), mask=is_c)
+    tl.store(place + 2 * c, tl.sum(t02, 0), mask=is_c)
+    tl.store(place + 3 * c, tl.sum(t03, 0), mask=is_c)
+    tl.store(place + 4 * c, tl.sum(t04, 0), mask=is_c)
+    tl.store(place + 5 * c, tl.sum(t10, 0), mask=is_c)
+    tl.store(place + 6 * c, tl.sum(t11, 0), mask=is_c)
+    tl.store(place + 7 * c, tl.sum(t12, 0), mask=is_c)
+    tl.store(place + 8 * c, tl.sum(t13, 0), mask=is_c)
+    tl.store(place + 9 * c, tl.sum(t14, 0), mask=is_c)
+    tl.store(place + 10 * c, tl.sum(t20, 0), mask=is_c)
+    tl.store(place + 11 * c, tl.sum(t21, 0), mask=is_c)
+    tl.store(place + 12 * c, tl.sum(t22, 0), mask=is_c)
+    tl.store(place + 13 * c, tl.sum(t23, 0), mask=is_c)
+    tl.store(place + 14 * c, tl.sum(t24, 0), mask=is_c)
+    tl.store(place + 15 * c, tl.sum(t30, 0), mask=is_c)
+    tl.store(place + 16 * c, tl.sum(t31, 0), mask=is_c)
+    tl.store(place + 17 * c, tl.sum(t32, 0), mask=is_c)
+    tl.store(place + 18 * c, tl.sum(t33, 0), mask=is_c)
+    tl.store(place + 19 * c, tl.sum(t34, 0), mask=is_c)
+    tl.store(place + 20 * c, tl.sum(t40, 0), mask=is_c)
+    tl.store(place + 21 * c, tl.sum(t41, 0), mask=is_c)
+    tl.store(place + 22 * c, tl.sum(t42, 0), mask=is_c)
+    tl.store(place + 23 * c, tl.sum(t43, 0), mask=is_c)
+    tl.store(place + 24 * c, tl.sum(t44, 0), mask=is_c)
+    tl.store(place + 25 * c, tl.sum(tb, 0), mask=is_c)
 
 
 # Rows a program walks down, pixels and channels of its tile, warps.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
-WIDE_STENCIL_BLOCK = (8, 16, 64, 4)
-WIDE_STENCIL_WEIGHT_BLOCK = (16, 16, 64, 4)
+WIDE_STENCIL_BLOCK = (8, 8, 128, 4)
+WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
 
 
 def stencil(
@@ -287,9 +355,11 @@ def stencil(
     kernel = _wide_stencil_kernel if is_wide else _stencil_kernel
     rows, w, channels, warps = WIDE_STENCIL_BLOCK if is_wide else STENCIL_BLOCK
     strips = _ceil(grid[0], rows)
+    # The wide kernel loads its taps where it uses them, of neighboring channels together.
+    weight = weight.flatten(1).t().contiguous() if is_wide else weight.contiguous()
     if out.numel():
         kernel[(b * strips, _ceil(grid[1], w), _ceil(c, channels))](
-            x, weight.contiguous(), weight if bias is None else bias,
+            x, weight, weight if bias is None else bias,
             out if added is None else added.contiguous(), out, *grid, c, spacing, strips, rows, w,
             channels, bias is not None, added is not None, is_transposed, num_warps=warps,
         )  # fmt: skip
@@ -308,7 +378,7 @@ def stencil_weight_gradient(
     strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
     partial = torch.empty(b * strips * blocks, taps + 1, c, dtype=torch.float32, device=x.device)
     if partial.numel():
-        kernel[(b * strips * (5 if is_wide else 1), blocks, _ceil(c, channels))](
+        kernel[(b * strips, blocks, _ceil(c, channels))](
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
             num_warps=warps,
         )  # fmt: skip

@@ -17,7 +17,8 @@ from attnzoo.ops.linear_core.torch import (
     wide_read,
 )
 
-FASTER_UP_TO = 128  # width of a head
+FASTER_UP_TO = 384  # width of a head
+PLAIN_FASTER_UP_TO = 128  # without a normalizer, which leaves PyTorch two products
 
 __all__ = [
     "fold",
@@ -83,9 +84,10 @@ def linear_tokens(
     ...
 
 
-def slower(width: int) -> str | None:
+def slower(width: int, is_normalized: bool = True) -> str | None:
     """Heads for which the Triton kernels, which serve any, lose to PyTorch's products."""
-    return f"heads of width {width} faster than PyTorch" if width > FASTER_UP_TO else None
+    most = FASTER_UP_TO if is_normalized else PLAIN_FASTER_UP_TO
+    return f"heads of width {width} faster than PyTorch" if width > most else None
 
 
 def linear_attention_macs(

@@ -15,6 +15,7 @@ launch adds them up, always in the same order.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -354,12 +355,12 @@ class Block(NamedTuple):
 
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
-    "fold": (Block(64, 64, 528, 4, 2), Block(128, 64, 264, 8, 2), Block(128, 64, 264, 8, 3)),
-    "read": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2), Block(128, 128, 0, 8, 3)),
-    "query_gradient": (Block(64, 32, 528, 4, 2), Block(128, 64, 264, 8, 1),
-                       Block(128, 128, 0, 8, 2)),
-    "key_gradient": (Block(64, 64, 1056, 4, 2), Block(128, 64, 528, 8, 2),
-                     Block(128, 128, 0, 8, 2)),
+    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 264, 4, 2)),
+    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
+    "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
+                       Block(128, 64, 0, 4, 2)),
+    "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
+                     Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
 NARROW, MEDIUM = 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
@@ -397,13 +398,24 @@ def _launch(
     kernel: str, dtype: torch.dtype, device: torch.device, b: int, n: int, heads: int, width: int
 ) -> _Launch:
     kind = 2 if _is_wide(dtype, width) else 0 if width <= NARROW else 1
-    block = BLOCKS[kernel][kind]
+    room = _shared_memory(device)
+    is_small = bool(room and room < ROOMY)
+    sizes = b, n, heads, width
+    return _sizes(BLOCKS[kernel][kind], kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    block: Block, kind: int, dtype: torch.dtype, is_small: bool, float32_rows: int, kernel: str,
+    b: int, n: int, heads: int, width: int,
+) -> _Launch:  # fmt: skip
+    """Of a launch; asked anew for every one, it took the host as long as the launch."""
     columns, rows, warps, stages = block.width, block.rows, block.warps, block.stages
     if dtype == torch.float32:
         # Products of float32 take several registers for one number of theirs.
-        rows, warps, stages = FLOAT32_ROWS, 4, 1
+        rows, warps, stages = float32_rows, 4, 1
         columns = 64 if width > 32 else 32
-    elif kind and (room := _shared_memory(device)) and room < ROOMY:
+    elif kind and is_small:
         rows, columns = (32, columns) if kind == 1 else (64, 64)
         stages = min(stages, 2)
     group, tiles = (max(1, columns // width), 1) if kind < 2 else (1, _ceil(width, columns))

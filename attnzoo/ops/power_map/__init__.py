@@ -27,3 +27,22 @@ def power_map(z: Tensor, gamma: Tensor, *, impl: Impl = "auto") -> Tensor:
         (..., d), computed in float32 or better.
     """
     ...
+
+
+@operator
+def scaled_power_map(
+    z: Tensor, scale: Tensor, gamma: float, offset: float, *, impl: Impl = "auto"
+) -> Tensor:
+    """``power_map`` of (ReLU(z) + offset) / scale, FLatten's kernel function in one pass.
+
+    Args:
+        z: (..., d).
+        scale: (d,), positive.
+        gamma: The one exponent.
+        offset: Added to every entry, at least 0.
+        impl: See ``attnzoo.ops.dispatch``; "triton" rounds the result only, to the dtype of z.
+
+    Returns:
+        (..., d).
+    """
+    ...

@@ -108,3 +108,9 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
         gamma = gamma.expand(*z.shape[:-1], 1)
     gamma = gamma.float().reshape(-1, 1).contiguous()
     return _forward(rows, gamma)[0].view(z.shape)
+
+
+def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
+    """See ``attnzoo.ops.power_map``."""
+    power = torch.full((1,), gamma, device=z.device)
+    return power_map((z.relu() + offset) / scale, power)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnzoo.ops.precision import in_float32
@@ -22,3 +23,9 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     direction = powered / powered.norm(dim=-1, keepdim=True)
     norm = wide.masked_fill(is_empty, 1).norm(dim=-1, keepdim=True)
     return (direction * norm).masked_fill(is_empty, 0).to(z.dtype)
+
+
+def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
+    """See ``attnzoo.ops.power_map``."""
+    power = torch.full((1,), gamma, device=z.device)
+    return power_map((z.relu() + offset) / scale, power)

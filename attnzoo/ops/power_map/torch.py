@@ -116,3 +116,9 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
     gamma = gamma.to(_working_dtype(z.dtype)).expand(*z.shape[:-1], 1).reshape(-1, 1)
     return _PowerMap.apply(z.reshape(-1, z.shape[-1]), gamma.contiguous()).view(z.shape)
+
+
+def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
+    """See ``attnzoo.ops.power_map``."""
+    power = torch.full((1,), gamma, device=z.device)
+    return power_map((z.relu() + offset) / scale, power)

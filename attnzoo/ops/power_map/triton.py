@@ -23,6 +23,8 @@ from attnzoo.ops.triton_common import (
     launched,
 )
 
+_TURNS = 4  # tiles of rows of a program whose sums over rows leave together
+
 
 @triton.jit
 def _log2(x, FAST: tl.constexpr):
@@ -137,6 +139,62 @@ def _power_map_backward_kernel(
     tl.store(grad_gamma + row, gamma_slope, mask=is_row)
 
 
+@triton.jit
+def _scaled(z, row, z_row, column, scale, offset, mask):
+    """(ReLU(z) + offset) over the scale of its column."""
+    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = (tl.where(x <= 0, 0.0, x) + offset) / scale[None, :]
+    return tl.where(mask, x, 0.0)
+
+
+@triton.jit
+def _scaled_power_map_kernel(
+    z, scale, out, stats, rows, d, z_row, gamma, offset, R: tl.constexpr, D: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, D)
+    is_row = row < rows
+    mask = is_row[:, None] & (column < d)[None, :]
+    divisor = tl.load(scale + column, mask=column < d, other=1.0).to(tl.float32)
+    x = _scaled(z, row, z_row, column, divisor, offset, mask)
+    power, pivot, norm, factor = _power(x, tl.zeros((R,), tl.float32) + gamma, FAST)
+    result = (power * factor[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * d + column[None, :], result, mask=mask)
+    tl.store(stats + row, pivot, mask=is_row)
+    tl.store(stats + rows + row, norm, mask=is_row)
+    tl.store(stats + 2 * rows + row, factor, mask=is_row)
+
+
+@triton.jit
+def _scaled_power_map_backward_kernel(
+    grad, z, scale, stats, grad_z, partial, rows, d, g_row, z_row, gamma, offset,
+    TURNS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, D)
+    is_column = column < d
+    divisor = tl.load(scale + column, mask=is_column, other=1.0).to(tl.float32)
+    total = tl.zeros((R, D), tl.float32)
+    for turn in range(TURNS):
+        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
+        is_row = row < rows
+        mask = is_row[:, None] & is_column[None, :]
+        x = _scaled(z, row, z_row, column, divisor, offset, mask)
+        g = tl.load(grad + row[:, None] * g_row + column[None, :], mask=mask, other=0.0)
+        pivot = tl.load(stats + row, mask=is_row, other=1.0)
+        norm = tl.load(stats + rows + row, mask=is_row, other=1.0)
+        factor = tl.load(stats + 2 * rows + row, mask=is_row, other=0.0)
+        power = tl.zeros((R,), tl.float32) + gamma
+        slope, _ = _power_backward(g.to(tl.float32), x, power, pivot, norm, factor, FAST)
+        slope = tl.where(x == 0, 0.0, slope) / divisor[None, :]
+        total += tl.where(mask, slope * x, 0.0)
+        line = z + row[:, None] * z_row + column[None, :]
+        slope = tl.where(tl.load(line, mask=mask, other=0.0) <= 0, 0.0, slope)
+        here = grad_z + row[:, None] * d + column[None, :]
+        tl.store(here, slope.to(grad_z.dtype.element_ty), mask=mask)
+    tl.store(partial + tl.program_id(0) * d + column, -tl.sum(total, 0), mask=is_column)
+
+
 def _row_block(d: int) -> tuple[int, int]:
     """Rows and warps of a program that holds whole rows."""
     width = triton.next_power_of_2(d)
@@ -198,6 +256,82 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
 
 
 power_map_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@launched(
+    "scaled_power_map", "(Tensor z, Tensor scale, float gamma, float offset) -> (Tensor, Tensor)"
+)
+def _scaled_forward(
+    z: Tensor, scale: Tensor, gamma: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Power map of (ReLU(z) + offset) / scale: (t, d), (d,) -> (t, d) and statistics, (3, t)."""
+    z, spacing = _rows(z)
+    rows, d = z.shape
+    out = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    block, warps = _row_block(d)
+    if rows:
+        _scaled_power_map_kernel[(_ceil(rows, block),)](
+            z, scale, out, stats, rows, d, spacing, gamma, offset, block,
+            triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return out, stats
+
+
+@launched(
+    "scaled_power_map_backward",
+    "(Tensor grad, Tensor z, Tensor scale, Tensor stats, float gamma, float offset) "
+    "-> (Tensor, Tensor)",
+)
+def _scaled_backward(
+    grad: Tensor, z: Tensor, scale: Tensor, stats: Tensor, gamma: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to z, (t, d), and scale, (d,)."""
+    (z, spacing), (grad, grad_spacing) = _rows(z), _rows(grad)
+    rows, d = z.shape
+    grad_z = torch.empty(rows, d, dtype=z.dtype, device=z.device)
+    block, warps = _row_block(d)
+    programs = _ceil(rows, block * _TURNS)
+    partial = torch.empty(programs, d, dtype=torch.float32, device=z.device)
+    if rows:
+        _scaled_power_map_backward_kernel[(programs,)](
+            grad, z, scale, stats, grad_z, partial, rows, d, grad_spacing, spacing, gamma, offset,
+            _TURNS, block, triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+        )  # fmt: skip
+    return grad_z, partial.sum(0).to(scale.dtype)
+
+
+@_scaled_forward.register_fake
+def _(z: Tensor, scale: Tensor, gamma: float, offset: float) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(3, z.shape[0], dtype=torch.float32)
+
+
+@_scaled_backward.register_fake
+def _(
+    grad: Tensor, z: Tensor, scale: Tensor, stats: Tensor, gamma: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), scale.new_empty(scale.shape)
+
+
+def _scaled_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    z, scale, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, scale, output[1])
+
+
+def _scaled_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    return *_scaled_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+
+_scaled_forward.register_autograd(_scaled_gradients, setup_context=_scaled_setup)
+
+
+def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
+    """See ``attnzoo.ops.power_map``; computed in float32, the result in the dtype of z."""
+    rows = z.reshape(-1, z.shape[-1])
+    return _scaled_forward(rows, scale.contiguous(), gamma, offset)[0].view(z.shape)
 
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:

@@ -363,7 +363,7 @@ def dynamic_differential_attention(
         query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
-    if slower(query.shape[-1] // heads) is None:
+    if slower(query.shape[-1] // heads, is_normalized=False) is None:
         return linear_tokens(query, key, value, heads, is_normalized=False)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     return half_attention(query, key, value).transpose(1, 2).flatten(2)
