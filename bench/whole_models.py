@@ -202,7 +202,8 @@ def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
             out = call()
     before.wait_stream(stream)
 
-    def replay() -> Any:
+    # A graph reads its inputs where they lay, so that whoever replays it must hold their owner.
+    def replay(_owner: Callable[[], Any] = call) -> Any:
         graph.replay()
         return out
 
