@@ -131,7 +131,7 @@ class RecordedForward:
 
         with torch.cuda.device(weight.device):
             try:
-                self._sample = _captured(self._graph, forward)
+                self._sample = captured(self._graph, forward)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -176,7 +176,12 @@ class RecordedForward:
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-def _captured(graph: torch.cuda.CUDAGraph, call: Callable[[], Tensor]) -> Tensor:
+def captured(graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> Any:
+    """Records a call into a graph; returns what it returned, in memory that a replay fills.
+
+    Raises:
+        RuntimeError: It cannot be recorded: it waits for the GPU, for instance.
+    """
     # Libraries allocate and compilers compile on the first calls, which a recording may not.
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
