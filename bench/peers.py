@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnzoo.contract import Attention
 from attnzoo.ops.gated_scan import scan, unscan
 from attnzoo.testing import reference_of
 from bench.isolate import Unsupported, one_line
@@ -31,28 +30,6 @@ class Peer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.function(x, grid)
-
-
-def contestants_of(
-    layer: Attention, names: Iterable[str]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The peers of these names that could be built, and why others could not.
-
-    Whether a peer runs is found by calling it: a package that imports may have no kernel here,
-    and one in a state that nobody foresaw may raise anything.
-
-    Args:
-        layer: A layer of a mechanism in ``PEERS``, on its device and in its dtype.
-        names: Of ``PEERS``.
-    """
-    peers: dict[str, nn.Module] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            peers[name] = PEERS[layer.name][name](layer)
-        except (Exception, SystemExit) as error:
-            missing[name] = one_line(error)
-    return peers, missing
 
 
 def optional(function: str, *modules: str) -> Callable[..., Any]:

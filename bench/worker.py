@@ -19,7 +19,7 @@ from bench.cases import SIZES, Case, Conditions
 from bench.checks import WrongResult, check_layer, require_close
 from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
-from bench.peers import PEERS, contestants_of
+from bench.peers import PEERS
 from bench.timing import race, ratio, spread, stopwatch_for
 from recipes.lab.imports import import_all
 
@@ -219,6 +219,9 @@ def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Call
 def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Steps, dict[str, Any]]:
     """Steps of these peers of a layer, on its weights, each compared with it.
 
+    Whether a peer runs is found by calling it: a package that imports may have no kernel here,
+    and one in a state that nobody foresaw may raise anything.
+
     Returns:
         The steps, and for the record "peer_errors" and, with reasons, "peers_missing".
 
@@ -226,13 +229,14 @@ def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Step
         WrongResult: A peer computes something else.
         Unsupported: None of them runs here.
     """
-    peers, missing = contestants_of(layer, names)
     inputs, side = _inputs(case, layer), min(case.side, 8)
     x = inputs[0][:, : side**2].detach()
     calls: Steps = {}
-    errors = {}
-    for name, peer in peers.items():
+    errors: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name in names:
         try:
+            peer = PEERS[layer.name][name](layer)
             with torch.no_grad():
                 found, expected = (model(x, (side, side)) for model in (peer, layer))
             errors[name] = require_close(name, found, expected)
@@ -240,7 +244,7 @@ def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Step
             step()
         except WrongResult:
             raise
-        except Exception as error:  # of other people's packages, anything
+        except (Exception, SystemExit) as error:
             missing[name] = one_line(error)
         else:
             calls[name] = step
