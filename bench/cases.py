@@ -48,6 +48,7 @@ _CUDA: _Plan = (
     ("layer", "train", "compiled", (1024,), ()),
     ("layer", "forward", "few", (), (256, 2048)),
 )
+_COUNTED = (256, 512, 1024, 2048, 4096)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,31 @@ def is_quadratic(mechanism: str) -> bool:
 
 def table(request: Request) -> list[Case]:
     """Every case of a request; ids are unique."""
-    rows = _cuda(request) if request.device == "cuda" else _cpu(request)
+    is_gpu, is_full = request.device == "cuda", request.profile == "full"
+    usual = (768, 384) if is_gpu else (384, 768)
+    widths = request.widths or (usual if is_full else usual[:1])
+    main = request.widths or usual[:1]
+    halves = ("bfloat16",) if is_gpu else ("float32", "bfloat16")
+    timed: list[Case] = []
+    for width in widths:
+        for dtype in request.dtypes or (halves if is_full else halves[:1]):
+            common = {"width": width, "dtype": dtype, "device": request.device}
+            is_first = width in main if is_gpu else not is_full
+            timed += _planned(request, is_first, common)
+            if not is_gpu and not request.resolutions:
+                timed += _large(request.named, is_full, common)
+    counts = [
+        case
+        for width in widths
+        for case in _cases("count", request.named, request.resolutions or _COUNTED, width=width)
+    ]
+    others = _goals_and_quality(request)
+    if is_gpu:  # what matters most comes first, for a run that ends early
+        # flash-linear-attention tries blocks for a minute and a half before it computes.
+        tuned = [case for case in timed if case.kind == "peers" and case.mechanism == "gated"]
+        timed = [case for case in timed if case not in tuned]
+        timed += [case for case in tuned if case.width in main]
+    rows = [*counts, *others, *timed] if is_gpu else [*timed, *counts, *others]
     # Equal cases keep the first place; a compiled one may fall together with one asked for.
     return list({case.id: case for case in dict.fromkeys(rows)}.values())
 
@@ -193,35 +218,21 @@ def _cases(kind: Kind, names: Named, resolutions: Sequence[int], **common: Any) 
                        against=against, **common)  # fmt: skip
 
 
-def _groups(request: Request) -> dict[str, Named]:
-    names = request.named
+def _planned(request: Request, is_first: bool, common: dict[str, Any]) -> Iterator[Case]:
+    """The cases of a device's plan, with the first or the second of its resolutions."""
+    names, is_gpu = request.named, request.device == "cuda"
     few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
-    return {"all": names, "few": few, "compiled": [n for n in few if n[0] != "softmax"]}
-
-
-def _planned(plan: _Plan, request: Request, is_first: bool, **common: Any) -> Iterator[Case]:
-    """The cases of a plan, with the first or the second of its resolutions."""
-    groups = _groups(request)
-    for kind, mode, group, *sizes in plan:
+    groups = {"all": names, "few": few, "compiled": [n for n in few if n[0] != "softmax"]}
+    for kind, mode, group, *sizes in _CUDA if is_gpu else _CPU:
         resolutions = sizes[0] if is_first else sizes[1]
         if resolutions and (kind != "backbone" or common["width"] in SIZES):
-            pace = {"seconds": 2.0 if kind == "peers" else 1.0} | common
+            pace: dict[str, Any] = {"seconds": 2.0 if kind == "peers" else 1.0}
+            pace = {"seconds": 0.25, "rounds": 25} if is_gpu else pace
             yield from _cases(kind, groups[group], request.resolutions or resolutions, mode=mode,
-                              compiled=group == "compiled", **pace)  # fmt: skip
+                              compiled=group == "compiled", **pace, **common)  # fmt: skip
 
 
-def _cpu(request: Request) -> Iterator[Case]:
-    is_full = request.profile == "full"
-    for width in request.widths or ((384, 768) if is_full else (384,)):
-        for dtype in request.dtypes or (("float32", "bfloat16") if is_full else ("float32",)):
-            yield from _planned(_CPU, request, not is_full, width=width, dtype=dtype)
-            if not request.resolutions:
-                yield from _large(request.named, is_full, width=width, dtype=dtype)
-        yield from _counts(request, width)
-    yield from _goals_and_quality(request)
-
-
-def _large(names: Named, is_full: bool, **common: Any) -> Iterator[Case]:
+def _large(names: Named, is_full: bool, common: dict[str, Any]) -> Iterator[Case]:
     """Where softmax is too slow to run beside each mechanism: memory, and few rounds of time."""
     for resolution in (1536, 2048, 4096) if is_full else (2048,):
         for name, options in names:
@@ -232,31 +243,6 @@ def _large(names: Named, is_full: bool, **common: Any) -> Iterator[Case]:
             seconds = 0.0 if is_quadratic(name) or resolution > 2048 else 0.6
             yield Case(mechanism=name, options=options, resolution=resolution, seconds=seconds,
                        **common)  # fmt: skip
-
-
-def _cuda(request: Request) -> Iterator[Case]:
-    """What matters most comes first, for a run that ends early."""
-    widths = request.widths or ((768, 384) if request.profile == "full" else (768,))
-    main = request.widths or widths[:1]
-    pace: dict[str, Any] = {"seconds": 0.25, "rounds": 25, "device": "cuda"}
-    for width in widths:
-        yield from _counts(request, width)
-    yield from _goals_and_quality(request)
-    rows = [
-        case
-        for width in widths
-        for dtype in request.dtypes or ("bfloat16",)
-        for case in _planned(_CUDA, request, width in main, width=width, dtype=dtype, **pace)
-    ]
-    # flash-linear-attention tries blocks for a minute and a half before it computes.
-    tuned = [case for case in rows if case.kind == "peers" and case.mechanism == "gated"]
-    yield from (case for case in rows if case not in tuned)
-    yield from (case for case in tuned if case.width in main)
-
-
-def _counts(request: Request, width: int) -> Iterator[Case]:
-    sizes = request.resolutions or (256, 512, 1024, 2048, 4096)
-    return _cases("count", request.named, sizes, width=width)
 
 
 def _goals_and_quality(request: Request) -> Iterator[Case]:

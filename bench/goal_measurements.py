@@ -145,7 +145,8 @@ class Recorder:
                 note = f"{upper}; {note}"
             match figure.get("of"):
                 case "memory" if upper in calls and lower in calls:
-                    peaks = [peak_memory(calls[n], self.device).bytes for n in (upper, lower)]
+                    peaks = [peak_memory(calls[name], self.device)["peak_memory"]
+                             for name in (upper, lower)]  # fmt: skip
                     value, note = peaks[0] / peaks[1], " and ".join(map(memory, peaks))
                 case "time per MAC" if value is not None:
                     macs = [build(contestants[n].case).macs((at.side,) * 2)
@@ -360,19 +361,19 @@ def _scan(goal: Recorder, c: Contestant) -> Step:
     gate = F.logsigmoid(tensor(32).float()) / 16
     operands = (tensor(32), tensor(32), tensor(c.value_dim), gate.detach())
     gate = operands[3].requires_grad_(c.mode == "train")
-    if c.impl == "library":
-        kernel = optional("chunk_gla", "fla.ops.gla")
-        function = functools.partial(_first, functools.partial(kernel, scale=1.0))
-    else:
-        function = functools.partial(gated_linear_attention, impl=c.impl)  # pyright: ignore
-        if c.by_token:
-            function = functools.partial(_swapped, function)
+    kernel: Any = optional("chunk_gla", "fla.ops.gla") if c.impl == "library" else None
+
+    def function(*operands: Tensor, impl: Any = c.impl) -> Tensor:
+        if impl == "library":
+            return kernel(*operands, scale=1.0)[0]
+        if not c.by_token:
+            return gated_linear_attention(*operands, impl=impl)
+        by_head = [z.transpose(1, 2) for z in operands]
+        return gated_linear_attention(*by_head, impl=impl).transpose(1, 2)
+
     if c.impl != "reference":
-        few = [z[:, : 256 if c.by_token else None].detach() for z in operands]
-        few = [z if c.by_token else z[:, :, :256] for z in few]
-        reference: Any = functools.partial(gated_linear_attention, impl="reference")
-        reference = functools.partial(_swapped, reference) if c.by_token else reference
-        exact = reference(*(z.double() for z in few))
+        few = [z.detach().narrow(1 if c.by_token else 2, 0, min(c.tokens, 256)) for z in operands]
+        exact = function(*(z.double() for z in few), impl="reference")
         goal.check_operator(f"scan, {c.impl}", function(*few), exact)
     return step_of(function, operands, c.mode)
 
@@ -467,7 +468,7 @@ def exponents(goal: Recorder) -> None:
         slopes = [slope(rounds) for rounds in zip(*times.values(), strict=True)]
         goal.add("time", spread(slopes), mechanism=name, mode=mode)
         if mode == "forward":
-            peaks = [peak_memory(call, goal.device).bytes for call in calls.values()]
+            peaks = [peak_memory(call, goal.device)["peak_memory"] for call in calls.values()]
             goal.add("memory", slope(peaks), mechanism=name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +16,16 @@ _TELLING = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """What one call took."""
-
-    bytes: int  # largest sum of live tensors, above what lived before the call
-    allocated: int  # bytes of all tensors that the call made, one after the other
-    method: str  # how it was found
-    operators: tuple[str, ...]  # attention kernels and custom operators among those that ran
-
-
-def peak_memory(call: Callable[[], Any], device: str) -> Peak:
-    """Runs ``call`` once.
+def peak_memory(call: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Runs ``call`` once, on CUDA twice.
 
     On CPU the profiler reports every allocation of every operator, which is exact to the byte and
     free of the noise of resident memory; on CUDA the caching allocator keeps the maximum itself.
+
+    Returns:
+        "peak_memory": the largest sum of live tensors, above what lived before, in bytes;
+        "allocated": bytes of all tensors that were made, one after the other; "memory_method";
+        "operators": attention kernels and custom operators among those that ran.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -44,7 +38,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
         total = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - total
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             call()
-        return Peak(peak, total, "torch.cuda.max_memory_allocated", _operators(profiler))
+        return _found(peak, total, "torch.cuda.max_memory_allocated", profiler)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [e for e in _events(profiler) if e.name() == "[memory]"]
@@ -53,7 +47,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
         now += event.nbytes()
         peak = max(peak, now)
         total += max(0, event.nbytes())
-    return Peak(peak, total, "profiler, every allocation", _operators(profiler))
+    return _found(peak, total, "profiler, every allocation", profiler)
 
 
 def _events(profiler: profile) -> list[Any]:
@@ -61,8 +55,9 @@ def _events(profiler: profile) -> list[Any]:
     return profiler.profiler.kineto_results.events()
 
 
-def _operators(profiler: profile) -> tuple[str, ...]:
+def _found(peak: int, total: int, method: str, profiler: profile) -> dict[str, Any]:
     names = {event.name().removeprefix("aten::") for event in _events(profiler)}
-    telling = {name for name in names if _TELLING.fullmatch(name)}
-    telling.discard("scaled_dot_product_attention")  # the front door, not what ran
-    return tuple(sorted(telling))
+    # The first is the front door, not what ran.
+    telling = {n for n in names - {"scaled_dot_product_attention"} if _TELLING.fullmatch(n)}
+    return {"peak_memory": peak, "allocated": total, "memory_method": method,
+            "operators": sorted(telling)}  # fmt: skip

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnzoo.contract import Attention
-from attnzoo.layers.gated_linear import GatedLinear
+from attnzoo.ops.gated_scan import scan, unscan
 from attnzoo.testing import reference_of
 from bench.isolate import Unsupported, one_line
 
@@ -33,28 +30,6 @@ class Peer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.function(x, grid)
-
-
-def contestants_of(
-    layer: Attention, names: Iterable[str]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The peers of these names that could be built, and why others could not.
-
-    Whether a peer runs is found by calling it: a package that imports may have no kernel here,
-    and one in a state that nobody foresaw may raise anything.
-
-    Args:
-        layer: A layer of a mechanism in ``PEERS``, on its device and in its dtype.
-        names: Of ``PEERS``.
-    """
-    peers: dict[str, nn.Module] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            peers[name] = PEERS[layer.name][name](layer)
-        except (Exception, SystemExit) as error:
-            missing[name] = one_line(error)
-    return peers, missing
 
 
 def optional(function: str, *modules: str) -> Callable[..., Any]:
@@ -159,41 +134,33 @@ def _multihead(layer: Any) -> nn.Module:
 
 
 def _fla(module: str, function: str, gate: str, device: str, reason: str) -> Builder:
-    """Our layer with flash-linear-attention's scan in place of ours; ``gate`` is its argument."""
+    """The layer of GLA around flash-linear-attention's scan, whose gates are named ``gate``."""
 
     def build(layer: Any) -> nn.Module:
-        kernel = optional(function, module)
+        kernel, gla = optional(function, module), layer.layer
         _require_device(layer, device, reason)
-        # Our kernels would take the place of the scan that is replaced.
-        scans = layer.layer
-        scans.config = dataclasses.replace(scans.config, impl="torch")
-        # Where the scale cannot be given it is that of softmax attention.
-        has_scale = "scale" in inspect.signature(kernel).parameters
-
-        def scan(query: Tensor, *others: Tensor, **_: Any) -> Tensor:
-            query = query if has_scale else query * query.shape[-1] ** 0.5
-            operands = [rearrange(z, "b h n d -> b n h d") for z in (query, *others[:3])]
-            given = dict(zip(("q", "k", "v", gate), operands, strict=True))
-            out = kernel(**given, **({"scale": 1.0} if has_scale else {}))
-            return rearrange(out[0] if isinstance(out, tuple) else out, "b n h d -> b h n d")
 
         def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
-            with _scan_replaced(scan):
-                return layer(x, grid)
+            query, key, value, logit, output_gate = (
+                rearrange(project(x), "b n (h d) -> b n h d", h=gla.num_heads)
+                for project in (gla.query, gla.key, gla.value, gla.forget_gate, gla.output_gate)
+            )
+            # In float32, as the layer has them around its own scans.
+            log_gate = F.logsigmoid(logit.float()) / gla.config.gate_normalizer
+            ordered = (
+                torch.cat([scan(z.float(), grid, direction) for direction in layer.directions])
+                for z in (query, key, value, log_gate)
+            )
+            out = kernel(**dict(zip(("q", "k", "v", gate), ordered, strict=True)))
+            scans = zip(out[0].chunk(len(layer.directions)), layer.directions, strict=True)
+            mean = torch.stack([unscan(z, grid, direction) for z, direction in scans]).mean(0)
+            out = F.rms_norm(mean, mean.shape[-1:], gla.norm.weight.float(), gla.norm_eps)
+            out = (out * F.silu(output_gate.float())).to(x.dtype)
+            return gla.proj(rearrange(out, "b n h d -> b n (h d)"))
 
         return Peer(run, layer)
 
     return build
-
-
-@contextlib.contextmanager
-def _scan_replaced(scan: Callable[..., Tensor]) -> Iterator[None]:
-    module: Any = importlib.import_module(GatedLinear.__module__)
-    before, module.gated_linear_attention = module.gated_linear_attention, scan
-    try:
-        yield
-    finally:
-        module.gated_linear_attention = before
 
 
 def _recurrence(layer: Any) -> Any:

@@ -67,12 +67,7 @@ _CAPTIONS = {
 
 
 def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of every picture that the report's cases allow."""
-    for kind, suffix, figure in _figures(report):
-        yield f"{kind}-{suffix}", _CAPTIONS[kind], figure
-
-
-def _figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
+    """Every picture that the report's cases allow: a key of ``_CAPTIONS``, of what, and it."""
     cases, info = frame(report), report["machine_info"]["attnzoo"]
     place = device_of(report)
     # Pictures of a CPU and of a GPU may lie in one folder.
@@ -284,12 +279,13 @@ def where(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
     """Writes every picture; returns name, caption and the PNG's path."""
     drawn = []
-    for name, caption, figure in figures(report):
+    for kind, suffix, figure in figures(report):
+        name = f"{kind}-{suffix}"
         plain = re.sub(r"[^\w.-]|^\.", "_", name)
         for ending in ("png", "svg"):
             with whole_file(out / f"{plain}.{ending}") as path:
                 figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
-        drawn.append((name, caption, out / f"{plain}.png"))
+        drawn.append((name, _CAPTIONS[kind], out / f"{plain}.png"))
     return drawn
 
 

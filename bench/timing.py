@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from backbones.recorded import captured
+
 # A round shorter than this repeats its call, so that the clock's own cost vanishes.
 SHORTEST_ROUND = 2e-3
 
@@ -61,33 +63,14 @@ def recorded(contestants: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str
     missing: dict[str, str] = {}
     for name, call in contestants.items():
         try:
-            replays[name] = _recorded(call)
+            graph, _ = captured(call)
+            graph.replay()
+            torch.cuda.synchronize()
         except RuntimeError as error:
             missing[name] = " ".join(str(error).split())[:120] or type(error).__name__
+        else:
+            replays[name] = graph.replay
     return replays, missing
-
-
-def _recorded(call: Callable[[], Any]) -> Callable[[], Any]:
-    # Libraries allocate on first use, which a recording may not; it runs on a stream of its own.
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        call()
-        call()
-        # Recording a call that waits for the device fails too, but leaves PyTorch's random
-        # numbers unusable.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph.replay
 
 
 def interleave(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from bench.cases import SIZES, Case, Conditions
 from bench.checks import WrongResult, check_layer, require_close
 from bench.isolate import Unsupported, one_line
 from bench.peak_memory import peak_memory
-from bench.peers import PEERS, contestants_of
+from bench.peers import PEERS
 from bench.timing import race, ratio, spread, stopwatch_for
 from recipes.lab.imports import import_all
 
@@ -58,11 +57,7 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
         WrongResult: A fast path differs from its reference; nothing was timed.
     """
     allocator = prepare(conditions)
-    options, is_gpu = dict(case.options), case.device == "cuda"
-    if "impl" in options:  # once on few tokens
-        few = dataclasses.replace(case, kind="layer", resolution=min(case.resolution, 64))
-        with _naming_impl(case, f"{case.device} with torch.{case.dtype}"):
-            subject(dataclasses.replace(few, compiled=False))[1]()
+    is_gpu = case.device == "cuda"
     check = conditions.checked.get(case.check_key) or check_layer(
         case.mechanism, layer_options(case), case.width, case.dtype, case.device, case.side
     )
@@ -97,12 +92,9 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
         **_costs(model, case),
         "rounds": ours,
         "ratios": {name: ratio(ours, theirs) for name, theirs in rounds.items()},
-        "peak_memory": peak.bytes,
-        "allocated": peak.allocated,
+        **peak,
         "parameter_memory": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "memory_method": peak.method,
         "impl": getattr(layer.config, "impl", "only one"),
-        "operators": list(peak.operators),
         "timer": stopwatch_for(case.device, conditions.threads)[1],
         "allocator": allocator,
         "cell_cpu_seconds": time.process_time(),
@@ -132,35 +124,12 @@ def _best(ratios: dict[str, dict[str, float]]) -> str:
     return max(ratios, key=lambda name: ratios[name]["median"])
 
 
-@contextlib.contextmanager
-def _naming_impl(case: Case, where: str) -> Iterator[None]:
-    """Whatever a named implementation raises where it cannot run becomes one line with its name.
-
-    Raises:
-        Unsupported: It cannot run.
-    """
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        impl, text = dict(case.options).get("impl"), " ".join(str(error).split())
-        if impl is None:
-            raise
-        if not text.startswith("impl="):
-            text = f"{impl=} cannot run on {where}: {one_line(error)}"
-        raise Unsupported(text) from error
-
-
 def count(case: Case, conditions: Conditions) -> dict[str, Any]:
     """Counts a layer's multiply-accumulates; nothing runs."""
     prepare(conditions)
     start = time.process_time()
-    layer = _on_meta(case)
-    with _naming_impl(case, "the meta device"):
-        costs = _costs(layer, case)
     return {
-        **costs,
+        **_costs(_on_meta(case), case),
         "rounds": [time.process_time() - start],
         "timer": "process CPU time",
         **machine.describe("cpu", conditions.threads),
@@ -250,6 +219,9 @@ def step_of(run: Callable[..., Any], inputs: tuple[Any, ...], mode: str) -> Call
 def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Steps, dict[str, Any]]:
     """Steps of these peers of a layer, on its weights, each compared with it.
 
+    Whether a peer runs is found by calling it: a package that imports may have no kernel here,
+    and one in a state that nobody foresaw may raise anything.
+
     Returns:
         The steps, and for the record "peer_errors" and, with reasons, "peers_missing".
 
@@ -257,13 +229,14 @@ def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Step
         WrongResult: A peer computes something else.
         Unsupported: None of them runs here.
     """
-    peers, missing = contestants_of(layer, names)
     inputs, side = _inputs(case, layer), min(case.side, 8)
     x = inputs[0][:, : side**2].detach()
     calls: Steps = {}
-    errors = {}
-    for name, peer in peers.items():
+    errors: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name in names:
         try:
+            peer = PEERS[layer.name][name](layer)
             with torch.no_grad():
                 found, expected = (model(x, (side, side)) for model in (peer, layer))
             errors[name] = require_close(name, found, expected)
@@ -271,7 +244,7 @@ def peer_steps(case: Case, layer: Attention, names: Iterable[str]) -> tuple[Step
             step()
         except WrongResult:
             raise
-        except Exception as error:  # of other people's packages, anything
+        except (Exception, SystemExit) as error:
             missing[name] = one_line(error)
         else:
             calls[name] = step

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.testing import build_scrambled, tokens
+from attnzoo.testing import build_scrambled
 from bench import compare, goals, isolate, machine, peers, plot, recommend, results, worker
 from bench.cases import Case
 from bench.isolate import Unsupported, run_isolated
@@ -179,6 +179,13 @@ def test_an_implementation_that_cannot_run_here_is_unsupported(mechanism, impl, 
     assert f"impl={impl!r}" in outcome.reason
 
 
+def peer_steps(mechanism, *names):
+    """All peers of a layer, or these, on few tokens; see ``worker.peer_steps``."""
+    case = Case(kind="peers", mechanism=mechanism, resolution=64, width=96)
+    layer = build_scrambled(mechanism, 96)
+    return worker.peer_steps(case, layer, names or peers.PEERS[mechanism])
+
+
 def broken(name, error):
     """A module that raises when anything is taken from it."""
 
@@ -202,8 +209,9 @@ def test_peers_survive_whatever_an_optional_package_raises(monkeypatch, error):
         monkeypatch.setitem(sys.modules, name, broken(name, error))
     both = {"softmax": ("flash-attn", "xformers"), "gated": ("fla chunk_gla",)}
     for mechanism, lost in both.items():
-        found, missing = peers.contestants_of(build_scrambled(mechanism), peers.PEERS[mechanism])
-        assert found, mechanism
+        calls, found = peer_steps(mechanism)
+        assert calls, mechanism
+        missing = found["peers_missing"]
         for name in lost:
             assert name in missing and "\n" not in missing[name]
             assert type(error).__name__ in missing[name]
@@ -219,11 +227,7 @@ def test_flash_attn_4_serves_as_the_peer_where_it_is_what_is_there(monkeypatch):
     package.cute = types.SimpleNamespace(flash_attn_func=flash_attn_func)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", package.cute)
-    ours = build_scrambled("softmax")
-    found, _ = peers.contestants_of(ours, ["flash-attn"])
-    x = tokens((4, 4))
-    difference = found["flash-attn"](x, (4, 4)) - ours(x, (4, 4))
-    assert difference.abs().max() < 1e-5
+    assert peer_steps("softmax", "flash-attn")[1]["peer_errors"]["flash-attn"] < 1e-5
 
 
 def test_a_peer_that_fails_when_it_is_called_is_named_and_the_others_are_timed(monkeypatch):
@@ -233,9 +237,7 @@ def test_a_peer_that_fails_when_it_is_called_is_named_and_the_others_are_timed(m
     module = types.SimpleNamespace(memory_efficient_attention=explode)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
-    cell = Case(kind="peers", mechanism="softmax", resolution=64, width=96)
-    layer = build_scrambled("softmax", 96)
-    calls, found = worker.peer_steps(cell, layer, peers.PEERS["softmax"])
+    calls, found = peer_steps("softmax")
     assert "no operator here" in found["peers_missing"]["xformers"]
     assert "bare SDPA" in calls and "xformers" not in calls
 

@@ -22,7 +22,7 @@ from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
 from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cases import Case, Request, table
-from bench.peers import contestants_of
+from bench.peers import PEERS
 from bench.thresholds import GOALS, GoalFigure, figures_of
 from recipes.lab.console import UserError
 
@@ -427,12 +427,18 @@ def test_flas_recurrence_gets_its_own_arguments(monkeypatch):
     found = {"fla": module, "fla.ops": module, "fla.ops.gla": kernels, "fla.ops.gla.naive": module}
     for name, fake in found.items():
         monkeypatch.setitem(sys.modules, name, fake)
-    ours = build_scrambled("gated")
-    theirs, _ = contestants_of(ours, ["fla naive_recurrent_gla"])
-    x = tokens((4, 4))
+    ours, case = build_scrambled("gated", 96), Case(kind="peers", mechanism="gated", width=96)
+    (name,) = (name for name in PEERS["gated"] if "naive" in name)
+    assert worker.peer_steps(case, ours, [name])[1]["peer_errors"][name] < 1e-5
     with torch.no_grad():
-        found, expected = theirs["fla naive_recurrent_gla"](x, (4, 4)), ours(x, (4, 4))
-    torch.testing.assert_close(found, expected)
+        for direction in ("forward", "columns-backward", "four"):
+            ours = build_scrambled("gated", 96, direction=direction)
+            found, expected = (
+                layer(tokens((4, 6), dim=96), (4, 6))
+                for layer in (PEERS["gated"][name](ours), ours)
+            )
+            torch.testing.assert_close(found, expected)
+            assert ours.layer.config.impl == "auto"  # it is timed as it would be without peers
 
 
 def test_runs_of_one_machine_are_joined(quick, tmp_path):
