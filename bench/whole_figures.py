@@ -110,18 +110,16 @@ def _softmax_itself(report: dict[str, Any]) -> Values:
 
 
 def _crossovers(report: dict[str, Any]) -> Values:
-    names = dict.fromkeys(row["mechanism"] for row in report["cases"])
-    for name in names:
+    settings = list(itertools.product(("S", "L"), MODES))
+    found = {setting: crossovers(report, *setting) for setting in settings}
+    for name in dict.fromkeys(row["mechanism"] for row in report["cases"]):
         values = {}
-        for size, mode in itertools.product(("S", "L"), MODES):
-            points = [
-                (row["resolution"], *found)
-                for row in _rows(report, mechanism=name, size=size, mode=mode)
-                if (found := over_fastest(row)) is not None
-            ]
-            if points:
-                treatment = ", ".join(dict.fromkeys(best for *_, best in sorted(points)))
-                values[f"{size}, {mode}"] = (first_faster([p[:2] for p in points]), treatment)
+        for size, mode in settings:
+            if name in found[size, mode]:
+                rows = _rows(report, mechanism=name, size=size, mode=mode)
+                best = [over_fastest(row) for row in sorted(rows, key=lambda z: z["resolution"])]
+                treatment = ", ".join(dict.fromkeys(one[1] for one in best if one))
+                values[f"{size}, {mode}"] = (found[size, mode][name], treatment)
         yield name, values
 
 
@@ -172,12 +170,21 @@ def _rows(report: dict[str, Any], **equal: Any) -> list[dict[str, Any]]:
 
 
 def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]:
-    """By mechanism the px from which its model is faster than softmax's; infinite if never."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in _rows(report, size=size, mode=mode):
+    """By mechanism the px from which its model is faster than softmax's; infinite if never.
+
+    Those that lack a resolution of softmax's are left out: its curve bends between two others.
+    """
+    rows = _rows(report, size=size, mode=mode)
+    wanted = {row["resolution"] for row in rows if row["mechanism"] == "softmax"}
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
         if (over := over_fastest(row)) is not None:
-            found.setdefault(row["mechanism"], []).append((row["resolution"], over[0]))
-    return {name: first_faster(points) for name, points in found.items()}
+            found.setdefault(row["mechanism"], {})[row["resolution"]] = over[0]
+    return {
+        name: first_faster(points.items())
+        for name, points in found.items()
+        if points.keys() >= wanted
+    }
 
 
 def _where(report: dict[str, Any]) -> str:
