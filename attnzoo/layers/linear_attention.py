@@ -209,6 +209,7 @@ class LinearAttention(Attention):
             # little else is stored any more.
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x)
+            del query
             out = read_features(queries, state, self, x.shape[1])
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
