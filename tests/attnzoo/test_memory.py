@@ -78,6 +78,10 @@ def test_dydila_keeps_to_the_goal(train):
     assert _peak("dydila", (), 64, train) < (17 if train else 10.5)
 
 
+def test_edit_lets_go_of_queries_whose_features_are_made():
+    assert _peak("edit", (), 64, False) < 4  # 4.5 with them
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sana", "focused", "lit", "dydila", "dydila-map"])
 def test_peak_memory_grows_with_n_alone(name):
