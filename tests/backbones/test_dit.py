@@ -495,6 +495,6 @@ def test_positions_are_computed_once_for_a_size_and_shared_by_no_copy(monkeypatc
     assert len(calls) == 1 and torch.equal(out, wide)
     tall = model(*inputs(12, 8), labels).sample
     assert len(calls) == 2 and tall.shape != wide.shape
-    twin = copy.deepcopy(model).double()
-    twin(*(z.double() for z in inputs(12, 8)), labels)
+    exact = copy.deepcopy(model).double()
+    exact(*(z.double() for z in inputs(12, 8)), labels)
     assert len(calls) == 3
