@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--extractor", choices=["smallcnn", "inception"], default="smallcnn")
     flag("--inception-weights", dest="weights_file", type=Path,
          help="local file; nothing is ever downloaded")  # fmt: skip
+    flag("--held-out", type=whole(0), default=1024,
+         help="images for the held-out loss; 0 leaves it out")  # fmt: skip
     flag("--real", type=Path, help="folder of real images by class (default: what was trained on)")
     flag("--reference", type=Path, help="ADM-style .npz instead of the test images")
     flag("--images", type=Path, help="measure the images of this .npz instead of generating")

@@ -19,11 +19,11 @@ from recipes.train import train
 
 COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 CASES = {
-    "softmax": {"attn": "softmax"},
+    "softmax": {"attn": "softmax", "held_out_every": 4},
     "dydila": {"attn": "dydila", "diagnose_every": 2},
     "dydila-accumulate": {"attn": "dydila", "accumulate": 2},
     "checkpointing": {"attn": "dydila", "gradient_checkpointing": True},
-    "sharded": {"attn": "dydila", "sharded": True},
+    "sharded": {"attn": "dydila", "sharded": True, "held_out_every": 4},
 }
 
 

@@ -176,6 +176,48 @@ class ImageDataset:
             raise IndexError(f"index {bad} is out of range 0 to {last} of {self.name}")
 
 
+class Part(ImageDataset):
+    """Some images of a data set, in an order of their own.
+
+    Args:
+        whole: The data set.
+        indices: (n,) int64, of its images.
+    """
+
+    def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
+        self._whole, self._indices = whole, indices
+        for name in ("name", "resolution", "channels", "class_names", "horizontal_flip",
+                     "latent_factor"):  # fmt: skip
+            setattr(self, name, getattr(whole, name))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def identity(self) -> dict[str, Any]:
+        whole = self._whole.identity()
+        part = hashlib.sha256(whole["sha256"].encode() + self._indices.numpy().tobytes())
+        return self._identity(f"part of {whole['kind']}", part.hexdigest())
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_range(indices)
+        return self._whole.batch(self._indices[indices])
+
+
+def divided(length: int, share: float) -> tuple[Tensor, Tensor]:
+    """Divides the images of a set that has no test split; the same way for every run.
+
+    Args:
+        length: Number of images, at least 2.
+        share: Of them that are left out, at least one and not all.
+
+    Returns:
+        (length - m,) and (m,) int64: indices to train on, and those left out.
+    """
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+    cut = min(max(1, round(share * length)), length - 1)
+    return order[cut:], order[:cut]
+
+
 DATASETS: dict[str, type[ImageDataset]] = {}  # by the name that ``--data`` takes
 _KINDS: dict[str, type[ImageDataset]] = {}  # all of them, with the folder, which has no name
 Class = TypeVar("Class", bound=type[ImageDataset])

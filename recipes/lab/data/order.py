@@ -13,7 +13,9 @@ from recipes.lab.data.checks import DataError, check_seed, is_integer
 from recipes.lab.data.datasets import ImageDataset
 
 
-def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) -> Tensor:
+def batch_indices(
+    dataset: ImageDataset, seed: int, step: int, batch_size: int, kept: Tensor | None = None
+) -> Tensor:
     """Return the indices of the images of one training step, a pure function of the arguments.
 
     A finite set is passed through in a new order each epoch, without a gap between epochs: a
@@ -25,6 +27,7 @@ def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) 
         seed: of the order, in [0, 2**64).
         step: from 0.
         batch_size: at least 1.
+        kept: (n,) the images of a finite set to draw from; None draws from all.
 
     Returns:
         (batch_size,) int64.
@@ -41,10 +44,11 @@ def batch_indices(dataset: ImageDataset, seed: int, step: int, batch_size: int) 
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     if dataset.infinite:
         return torch.from_numpy(positions)
-    length = len(dataset)
+    length = len(dataset) if kept is None else len(kept)
     epochs, places = np.divmod(positions, length)
     parts = [permutation(length, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-    return torch.from_numpy(np.concatenate(parts))
+    chosen = torch.from_numpy(np.concatenate(parts))
+    return chosen if kept is None else kept[chosen]
 
 
 @functools.lru_cache(maxsize=4)

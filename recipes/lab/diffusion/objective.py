@@ -89,6 +89,20 @@ class Diffusion:
             self.num_train_timesteps, (batch_size,), generator=generator, device=device
         )
 
+    def timesteps_at(self, places: Tensor) -> Tensor:
+        """Training times at places of the time axis.
+
+        Args:
+            places: (b,) float32 in [0, 1).
+
+        Returns:
+            (b,) as from ``sample_timesteps``.
+        """
+        if self.prediction == "flow":
+            return places
+        last = self.num_train_timesteps - 1  # a place just below 1 may round up
+        return (places * self.num_train_timesteps).long().clamp(max=last)
+
     def noised(
         self, images: Tensor, noise: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

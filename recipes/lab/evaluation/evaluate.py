@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from recipes.lab.console import UserError, warn
 from recipes.lab.data.datasets import ImageDataset, entry_of
+from recipes.lab.data.latents import is_latent_folder
 from recipes.lab.distributed import make_accelerator, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
 from recipes.lab.evaluation.features import Extractor, Features, SmallCNN, smallcnn_of
@@ -33,6 +34,15 @@ from recipes.lab.files import refuse_links, require_writable, write_json
 from recipes.lab.provenance import code_digest, provenance
 from recipes.lab.sampling import RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.held_out import IMAGES as HELD_OUT_IMAGES
+from recipes.lab.training.held_out import (
+    NAMES,
+    TIMES,
+    held_out_losses,
+    held_out_numbers,
+    open_held_out,
+)
+from recipes.lab.training.settings import resumed_settings
 
 
 def evaluate(
@@ -48,6 +58,7 @@ def evaluate(
     npz: Path | None = None,
     cache: Path | None = None,
     vae: str | None = None,
+    held_out: int = HELD_OUT_IMAGES,
     imports: Sequence[str] = (),
     device: str | None = None,
     cuda_graph: str = "auto",
@@ -71,6 +82,7 @@ def evaluate(
         npz: Folder to write the images to.
         cache: Folder of trained evaluators.
         vae: Folder or hub id of the VAE that decodes; None takes the one the run remembers.
+        held_out: Images for the held-out loss; 0 leaves it out.
         imports: What the caller has imported already.
         device: Where images are generated; None takes the process' own.
         cuda_graph: See ``RunSampler``.
@@ -160,6 +172,13 @@ def evaluate(
     # All processes take part in generating and in looking; the first one puts it together.
     results: dict[str, dict[str, Any]] = {}
     unmeasured: dict[str, dict[str, str]] = {}
+    losses: dict[str, float] = {}
+    held_out_facts: dict[str, Any] | None = None
+    if draw is not None and held_out:
+        try:
+            losses, held_out_facts = _held_out(config, draw, held_out, accelerator)
+        except UserError as error:  # what the images score does not depend on it
+            unmeasured["model"] = {label_of(NAMES[0], plan.weights): str(error)}
     for name, cfg in names.items() or [("images", None)]:
         started = time.perf_counter()
         if given is not None:
@@ -169,7 +188,8 @@ def evaluate(
             pictures, features = _look(run, shown, draw, see, accelerator, progress)
         if not accelerator.is_main_process:
             continue
-        results[name], found, unmeasured[name] = measure(pictures, features)
+        numbers, found, unmeasured[name] = measure(pictures, features)
+        results[name] = {**numbers, **losses}
         results[name]["seconds"] = round(time.perf_counter() - started, 3)
         warnings += [line for line in found if line not in warnings]
         if npz is not None:
@@ -196,6 +216,7 @@ def evaluate(
         "results": results,
         "real_floor": real_floor,
         "not_measured": {name: reasons for name, reasons in unmeasured.items() if reasons},
+        "held_out": held_out_facts,
         "warnings": warnings + _lines_of(unmeasured),
         "evaluator": _describe_extractor(see, source),
         "real": described,
@@ -211,6 +232,29 @@ def evaluate(
     }
     write_json(run.metrics_file, result)
     return result
+
+
+def _held_out(
+    config: Mapping[str, Any], draw: RunSampler, images: int, accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The model's held-out loss by reported name, and what it is of."""
+    settings, _ = resumed_settings(config["settings"], {})
+    encoder = None if is_latent_folder(settings.data) else draw.vae
+    dataset = open_held_out(settings, encoder)
+    found = held_out_losses(
+        draw.model, draw.diffusion, dataset, images, accelerator, device=draw.device
+    )
+    by_image = found.mean(dim=1)
+    facts = {
+        "weights": draw.checkpoint.weights,
+        "images": len(found),
+        "times": TIMES,
+        "error": by_image.std().item() / len(found) ** 0.5,
+        "sha256": dataset.identity()["sha256"],
+        "by_image": [float(f"{loss:.7g}") for loss in by_image.tolist()],
+    }
+    names = held_out_numbers(found).items()
+    return {label_of(name, draw.checkpoint.weights): loss for name, loss in names}, facts
 
 
 def _names_of_scales(cfgs: Sequence[float]) -> dict[str, float]:
@@ -369,7 +413,7 @@ def _lines_of(unmeasured: Mapping[str, Mapping[str, str]]) -> list[str]:
     for column, reasons in unmeasured.items():
         for reason in dict.fromkeys(reasons.values()):
             metrics = ", ".join(name for name, why in reasons.items() if why == reason)
-            where = column if column in ("images", "real images") else f"cfg {column}"
+            where = column if column in ("images", "model", "real images") else f"cfg {column}"
             lines.append(f"{where}: {metrics} not measured: {reason}")
     return lines
 

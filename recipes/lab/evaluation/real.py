@@ -8,7 +8,6 @@ names another.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,21 @@ from torch import Tensor
 
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
-from recipes.lab.data.datasets import ImageDataset, Request, entry_of, kind_of, load_dataset
+from recipes.lab.data.datasets import (
+    ImageDataset,
+    Part,
+    Request,
+    divided,
+    entry_of,
+    kind_of,
+    load_dataset,
+)
 from recipes.lab.data.images import find_images, training_folder
 from recipes.lab.data.latents import CachedDataset, encoded_identity, is_latent_folder
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.training.checkpoint import Run
 
-HELD_OUT = 0.2  # of a folder, which has no test split
+HELD_OUT = 0.2  # of a folder, which has no test split, where the run leaves out none
 # Far beyond any training run, so that these pictures of the infinite stream are new.
 FRESH = 2**40
 
@@ -39,11 +46,13 @@ class RealImages(Request):
         encoded_by: Facts of the VAE and side of its latents, where the identity is of the
             images together with them.
         class_names: Classes that the images must have; None knows none.
+        held_out: Share of the images to compare with, where there is no test split.
     """
 
     identity: str | None = None
     encoded_by: tuple[Mapping[str, Any], int] | None = None
     class_names: tuple[str, ...] | None = None
+    held_out: float = HELD_OUT
 
     @property
     def kind(self) -> str:
@@ -54,8 +63,8 @@ class RealImages(Request):
         """Real images to train an evaluator on, and others to compare with.
 
         They do not depend on a run's seed, so that every run is measured with one rule. The
-        second part of a folder, which has no test split, is a fixed fifth of it: the run has seen
-        those images, the evaluator has not.
+        second part of a folder, which has no test split, is what the run has left out, or a fixed
+        fifth of it that the run has seen and the evaluator has not.
 
         Raises:
             UserError: They are missing, too few, or others than the run was trained on.
@@ -82,30 +91,8 @@ class RealImages(Request):
             raise UserError(
                 f"{self.data!r} has one image, and one is compared with others: give at least 2"
             )
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        cut = max(1, round(HELD_OUT * len(train)))
-        return _Part(train, order[cut:]), _Part(train, order[:cut])
-
-
-class _Part(ImageDataset):
-    """Some images of a data set, in an order of their own."""
-
-    def __init__(self, whole: ImageDataset, indices: Tensor) -> None:
-        self._whole, self._indices = whole, indices
-        for name in ("name", "resolution", "channels", "class_names", "horizontal_flip"):
-            setattr(self, name, getattr(whole, name))
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def identity(self) -> dict[str, Any]:
-        whole = self._whole.identity()
-        part = hashlib.sha256(whole["sha256"].encode() + self._indices.numpy().tobytes())
-        return self._identity(f"part of {whole['kind']}", part.hexdigest())
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_range(indices)
-        return self._whole.batch(self._indices[indices])
+        kept, left_out = divided(len(train), self.held_out)
+        return Part(train, kept), Part(train, left_out)
 
 
 def real_images(
@@ -133,6 +120,7 @@ def real_images(
     }
     if real is not None:
         return _given(str(real), choice), ""
+    choice["held_out"] = settings.get("hold_out") or HELD_OUT
     if latent is None or settings.get("vae"):  # its own images, encoded on the fly or as they are
         identity = data.get("identity") or {}
         is_of_images = latent is None or identity.get("kind", "").startswith("encoded ")

@@ -20,6 +20,7 @@ from recipes.lab.evaluation import metrics
 from recipes.lab.evaluation.features import Extractor, Features
 from recipes.lab.evaluation.metrics import Moments, NotMeasured
 from recipes.lab.evaluation.reference import Seen
+from recipes.lab.training.held_out import NAMES as HELD_OUT_NAMES
 
 FEWEST = 10  # images of which a run is measured at all
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -45,9 +46,11 @@ class Comparison:
     moments: Mapping[str, Moments]
 
     def has(self, need: str) -> bool:
-        """Whether there is what a metric needs: "images", "statistics" or "labels"."""
+        """Whether there is what a metric needs: "images", "statistics", "labels"; no "model"."""
         if need == "labels":
             return self.labels is not None
+        if need == "model":
+            return False
         return self.reference is not None or (need == "statistics" and bool(self.moments))
 
     def pair(self, kind: str) -> tuple[Tensor, Tensor]:
@@ -64,7 +67,7 @@ class Metric:
         names: Of its numbers, as they are reported; the first one is the metric's.
         measure: What gives them.
         lower_is_better: Whether smaller numbers are.
-        needs: "images" or "statistics" of real ones, "labels".
+        needs: "images" or "statistics" of real ones, "labels"; "model" is measured apart.
         fewest: Least number of images, also of real ones where it needs them.
         prepare: What works out the part that sees only real images and the number of generated
             ones, which is cached; None knows no such part.
@@ -90,6 +93,10 @@ def register_metric(*names: str, **options: Any) -> Callable[[Function], Functio
         return measure
 
     return register
+
+
+# What a model scores without drawing an image: see ``recipes.lab.training.held_out``.
+register_metric(*HELD_OUT_NAMES, lower_is_better=True, needs={"model"})(lambda seen: ())
 
 
 def _frechet(kind: str, seen: Comparison) -> list[float]:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, divided
 from recipes.lab.data.latents import LatentDataset
 from recipes.lab.data.order import batch_indices
 from recipes.lab.diffusion import Diffusion, generator_for
@@ -46,6 +46,8 @@ class Batches:
     ) -> None:
         self.settings, self.dataset, self.diffusion = settings, dataset, diffusion
         self.rank, self.world, self.device = rank, world, device
+        share = settings.hold_out
+        self.kept = divided(len(dataset), share)[0] if share else None
         self.ahead = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "batches", self._choose_device)
         self._next: tuple[int, Future[Batch]] | None = None
@@ -73,7 +75,7 @@ class Batches:
     def at(self, step: int) -> Batch:
         """Makes the batch of ``step``."""
         settings, dataset = self.settings, self.dataset
-        indices = batch_indices(dataset, settings.seed, step, settings.batch_size)
+        indices = batch_indices(dataset, settings.seed, step, settings.batch_size, self.kept)
         generator = generator_for(settings.seed, step)
         batch = len(indices)
         flipped = torch.zeros(batch, dtype=torch.bool)

@@ -120,6 +120,7 @@ class Loop:
         """Whether the state after ``step`` is saved, drawn or diagnosed."""
         settings = self.trainer.settings
         every = (settings.checkpoint_every, settings.sample_every, settings.diagnose_every)
+        every += (settings.held_out_every or settings.steps,)
         return step >= settings.steps or any(step % number == 0 for number in every)
 
     def _has_diverged(self) -> bool:

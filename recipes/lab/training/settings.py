@@ -189,6 +189,15 @@ class Settings:
         None, _optional(_whole()), "never delete checkpoints at multiples of this"
     )
     sample_every: int = _setting(500, _whole(), "steps between sample grids")
+    # Of data without a test split: a folder, or latents of one.
+    hold_out: float = _setting(
+        0.0,
+        _real("from 0 to less than 1", lambda value: 0 <= value < 1),
+        "share of a folder's images to leave out of training, for the held-out loss",
+    )
+    held_out_every: int | None = _setting(
+        None, _optional(_whole()), "steps between held-out losses, which go into the log"
+    )
     diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
 
     def __post_init__(self) -> None:

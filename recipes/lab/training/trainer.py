@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import attnzoo
 from backbones.recorded import compile_blocks, why_not_recorded
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
-from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
@@ -37,7 +39,13 @@ from recipes.lab.training.batches import Batch, Batches
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
 from recipes.lab.training.ema import WeightAverage
-from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums
+from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums, uncompiled
+from recipes.lab.training.held_out import (
+    check_enough,
+    held_out_losses,
+    held_out_numbers,
+    open_held_out,
+)
 from recipes.lab.training.recorded import Numbers, RecordedStep
 from recipes.lab.training.settings import Settings
 
@@ -67,6 +75,13 @@ class Trainer:
         )
         self._check_division()
         self.dataset, self.vae = self._load_data()
+        self._check_hold_out()
+        self._held_out: ImageDataset | None = None
+        if settings.held_out_every is not None:
+            # Refused now, not after hours.
+            encoder = None if is_latent_folder(settings.data) else self.vae
+            self._held_out = open_held_out(settings, encoder)
+            check_enough(self._held_out)
         self._undecodable: str | None = None  # why previews show latents
         self.diffusion = DIFFUSION_PRESETS[settings.preset]
         if self.accelerator.device.type == "cuda":
@@ -124,6 +139,17 @@ class Trainer:
             return dataset, open_vae(dataset.facts, settings.vae, device)
         vae = load_vae(settings.vae, device)
         return load_training_data(settings, vae), vae
+
+    def _check_hold_out(self) -> None:
+        settings = self.settings
+        if not settings.hold_out:
+            return
+        if not is_latent_folder(settings.data):
+            kind = kind_of(settings.data)
+            if "test" in entry_of(kind).splits:
+                raise UserError(f"{kind} has held-out images of its own: drop --hold-out")
+        if len(self.dataset) < 2:
+            raise UserError(f"--hold-out leaves nothing of one image in {settings.data!r}")
 
     def _check_division(self) -> None:
         settings, processes = self.settings, self.accelerator.num_processes
@@ -242,7 +268,34 @@ class Trainer:
                 self.model.reshard()  # type: ignore[operator]
             if said:
                 entry["blocks"] = said
+        every = self.settings.held_out_every
+        if every and (self.step % every == 0 or self.step == self.settings.steps):
+            entry |= self.held_out()
         return entry, stop > 0
+
+    def held_out(self) -> dict[str, float]:
+        """The held-out loss of the average, by quarter of the time axis too, and of the model."""
+        assert self._held_out is not None
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with uncompiled() if self.settings.compile else contextlib.nullcontext():
+                measure = functools.partial(
+                    held_out_losses,
+                    diffusion=self.diffusion,
+                    dataset=self._held_out,
+                    # Gathering weights takes all processes at once.
+                    accelerator=None if self.is_sharded else self.accelerator,
+                    device=self.accelerator.device,
+                )
+                entry = {"held_out_loss_model": measure(self.model).mean().item()}
+                with self.average.applied():
+                    entry = held_out_numbers(measure(self.model)) | entry
+        finally:
+            self.model.train(was_training)
+            if self.is_sharded:
+                self.model.reshard()  # type: ignore[operator]
+        return entry
 
     def _gradients(self, batch: Sequence[Tensor], wants_stop: Tensor) -> Tensor:
         """Leaves the gradients of a step, averaged and clipped; asks the device for no value.

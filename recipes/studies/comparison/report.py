@@ -101,12 +101,13 @@ def _by_scale(done: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, float]]:
 
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     yield (
-        "<p>Mean ± standard deviation over seeds; lower is better for FID, sFID, KID, sKID, "
-        "higher for the rest. [judge] is the exact classifier of the procedural shapes. The last "
-        "row is what as many real images score.</p>"
+        "<p>Mean ± standard deviation over seeds; lower is better for losses, FID, sFID, KID, "
+        "sKID, higher for the rest. [judge] is the exact classifier of the procedural shapes. The "
+        "last row is what as many real images score.</p>"
     )
     # Spreads over subsets and second estimates are in the CSV.
-    metrics = [m for m in metric_columns(done) if not metric_of(m).endswith(("_std", "_full"))]
+    more = ("_std", "_full", *(f"_quarter_{number}" for number in range(1, 5)))
+    metrics = [m for m in metric_columns(done) if not metric_of(m).endswith(more)]
     for heading, group, _ in _by_scale(done):
         table = means_table(group, metrics, 4).astype(object)
         table.insert(0, "MMACs", scaled_mean(group, "macs", 1e-6))

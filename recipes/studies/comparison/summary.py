@@ -16,7 +16,9 @@ from recipes.studies.comparison.planned import PlannedRun, read_result
 from recipes.studies.comparison.verdicts import at_chance, winner_digits
 
 # What the sentences and the pictures show; everything else is in the tables.
-HEADLINES = ("FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement")
+HEADLINES = (
+    "held_out_loss", "FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement",
+)  # fmt: skip
 SETTING = ["data", "level", "resolution", "protocol"]
 COSTS = ["macs", "training_macs", "parameters", "depth", "forward_seconds", "training_seconds"]
 
