@@ -65,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("--samples", type=whole(10), default=1000, help="images per guidance scale")
     flag("--labels", choices=["balanced", "random"], default="balanced", help="classes to ask for")
     flag("--shard-size", type=whole(1), default=250, help="images per resumable shard")
-    flag("--extractor", choices=["smallcnn", "inception"], default="smallcnn")
-    flag("--inception-weights", dest="weights_file", type=Path,
+    flag("--extractor", choices=["smallcnn", "efficientnet-lite0", "inception"],
+         default="smallcnn")  # fmt: skip
+    flag("--extractor-weights", "--inception-weights", dest="weights_file", type=Path,
          help="local file; nothing is ever downloaded")  # fmt: skip
     flag("--held-out", type=whole(0), default=1024,
          help="images for the held-out loss; 0 leaves it out")  # fmt: skip

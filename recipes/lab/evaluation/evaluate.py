@@ -74,8 +74,9 @@ def evaluate(
         run: A trained run.
         cfgs: Guidance scales, each measured apart.
         plan: What to generate; its own scale is not used.
-        extractor: "smallcnn", "inception", or an object like ``features.Extractor``.
-        weights_file: Of Inception.
+        extractor: "smallcnn", "efficientnet-lite0", "inception", or an object like
+            ``features.Extractor``.
+        weights_file: Of Inception, or of EfficientNet-Lite0.
         reference: ADM-style file to compare with; None takes the test images.
         real: Folder of real images; None takes those that the run remembers.
         images: ADM-style file to measure instead of the run's images.
@@ -342,16 +343,25 @@ def _extractor(
     cache: Path,
     progress: bool,
 ) -> Extractor:
-    if name != "inception" and weights_file is not None:
-        raise UserError("--inception-weights is for --extractor inception; pass both or neither")
+    if name not in ("inception", "efficientnet-lite0") and weights_file is not None:
+        raise UserError(
+            "--extractor-weights is for --extractor inception or efficientnet-lite0; pass both or "
+            "neither"
+        )
     if not isinstance(name, str):
         return name
     if name == "inception":
         from recipes.lab.evaluation.inception import load_inception
 
         return load_inception(weights_file)
+    if name == "efficientnet-lite0":
+        from recipes.lab.evaluation.efficientnet import load_efficientnet
+
+        return load_efficientnet(weights_file)
     if name != "smallcnn":
-        raise UserError(f"extractor {name!r} is unknown; there are smallcnn and inception")
+        raise UserError(
+            f"extractor {name!r} is unknown; there are smallcnn, efficientnet-lite0 and inception"
+        )
     assert source is not None and train is not None and test is not None
     return smallcnn_of(train, test, source.kind, cache=cache, progress=progress)
 
