@@ -60,18 +60,26 @@ class FolderDataset(ImageDataset):
                 f"data {request.data!r} is a file: give a folder with one sub-folder of images "
                 f"for each class"
             )
-        strict = request.strict
         self.name = folder.resolve().name
         self.resolution = request.resolution_of(self, f"folder {str(folder)!r}")
-        folder = training_folder(folder)
+        self._open(training_folder(folder), request)
+
+    def _takes(self, path: Path) -> bool:
+        """Whether an image of the folder belongs to the set."""
+        return True
+
+    def _open(self, folder: Path, request: Request) -> None:
+        """Reads the classes and images of ``folder``."""
+        strict = request.strict
         found = find_images(folder, request.class_count, request.class_seed)
+        images = [(path, label) for path, label in found.images if self._takes(path)]
         self.class_names, self.skipped = found.classes, found.skipped
-        self._root, self._found = folder, found.images
+        self._root, self._found = folder, images
         for line in found.notes + ([] if strict else found.doubtful):
             _warn(line)
         if strict and found.doubtful:
             raise DataError(f"{found.doubtful[0]}: rename one, or drop the strict option")
-        self._read(folder, found.images)
+        self._read(folder, images)
         if self.skipped:
             self._report(folder, strict)
         found.check_classes(folder, self._labels.tolist())
