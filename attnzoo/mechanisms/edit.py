@@ -100,7 +100,7 @@ class EDiTAttention(LinearAttention):
         *state, moments = state
         squeezed = cached[:, span, : self.fusion.squeeze.out_channels]
         query = self.query(self.fusion.expanded(x[:, span], squeezed, moments))
-        return self.proj(self.read(self.queries(query, x), state, x))
+        return self.proj(self.read(self.queries(query, x, grid, span), state, x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.

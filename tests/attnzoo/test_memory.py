@@ -15,11 +15,14 @@ CLOSED_FORM = {
     ("lit", ()): (8, 10.5),
     ("dydila", ()): (7, 15.5),
     ("dydila-map", ()): (9, 16.5),
+    ("linfusion", ()): (6, 22),
+    ("efficient", ()): (6, 9),
 }
 CLOSED_FORM |= {
     (name, (("stream", 1024),)): (budget, None)
     for budget, names in (
         (1.4, ("sana", "focused", "lit", "edit", "agent")),
+        (1.4, ("linfusion", "efficient")),
         (1.6, ("gated", "dig", "dydila", "dydila-map")),
     )
     for name in names
@@ -83,7 +86,7 @@ def test_edit_lets_go_of_queries_whose_features_are_made():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sana", "focused", "lit", "dydila", "dydila-map"])
+@pytest.mark.parametrize("name", [name for name, options in CLOSED_FORM if not options])
 def test_peak_memory_grows_with_n_alone(name):
     small, large = (_peak(name, (), side, False) * side**2 for side in (32, 128))
     assert math.log(large / small) / math.log(16) < 1.02

@@ -13,6 +13,8 @@ EQUIVARIANT = {
     "sana": {},
     "focused": {"conv": "none"},
     "lit": {"conv": "none"},
+    "linfusion": {},
+    "efficient": {},
     "moh": {},
     "differential": {},
     "dydila": {"conv": "none"},

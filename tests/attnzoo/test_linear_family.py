@@ -1,0 +1,166 @@
+"""Linear attention's further forms: each beside its formulas written out, and what these imply."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnzoo import build_attention
+from attnzoo.counting import measure_macs
+from attnzoo.testing import reference_of
+from tests.attnzoo.formulas import (
+    GRIDS,
+    assert_near,
+    build,
+    grads,
+    head_slices,
+    tokens,
+)
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def positive(z: Tensor) -> Tensor:
+    """ELU + 1."""
+    return torch.where(z > 0, z + 1, z.clamp_max(0).exp())
+
+
+def linfusion(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, query by query."""
+
+    def doubled(network: Any) -> Tensor:
+        z = linear(network.first, x)
+        z = (z - z.mean(-1, True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        z = z * network.norm.weight + network.norm.bias
+        return x + linear(network.second, torch.where(z > 0, z, 0.01 * z))
+
+    query = positive(linear(layer.query, doubled(layer.query_network)))
+    key = positive(linear(layer.key, doubled(layer.key_network)))
+    value = linear(layer.value, x)
+    heads = []
+    for part in head_slices(layer.dim, layer.num_heads):
+        q, k, v = query[:, part], key[:, part], value[:, part]
+        rows = []
+        for i in range(len(x)):
+            z = (q[i] * k.mean(0)).sum() + 1e-4
+            rows.append(((k * q[i]).sum(-1, True) * v).mean(0) / z)
+        heads.append(torch.stack(rows))
+    return linear(layer.proj, torch.cat(heads, -1))
+
+
+def efficient(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, channel by channel of the keys."""
+    query, key, value = linear(layer.qkv, x).chunk(3, -1)
+    heads = []
+    for part in head_slices(layer.dim, layer.num_heads):
+        q = query[:, part].exp() / query[:, part].exp().sum(-1, keepdim=True)
+        out = torch.zeros_like(q)
+        for c in range(q.shape[1]):
+            weight = key[:, part][:, c].exp()
+            context = (weight[:, None] * value[:, part]).sum(0) / weight.sum()
+            out = out + q[:, c, None] * context
+        heads.append(out)
+    return linear(layer.proj, torch.cat(heads, -1))
+
+
+# Mechanisms with options, and the formula of one image.
+CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
+    ("linfusion", {}, linfusion),
+    ("linfusion", {"middle_dim": 24, "num_heads": 4}, linfusion),
+    ("efficient", {}, efficient),
+    ("efficient", {"num_heads": 8}, efficient),
+]
+NAMES = sorted({name for name, _, _ in CASES})
+IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "options", "formula"), CASES, ids=IDS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_formula(name, options, formula, grid):
+    """Outputs and gradients in float64, of the fast path and of the reference, and in float32."""
+    layer = build(name, dim=32, **options)
+    for batch in (1, 3) if grid != (16, 24) else (1,):
+        x = tokens(grid, batch, dim=32)
+        wanted = torch.stack([formula(layer, image, grid) for image in x])
+        expected = [wanted, *grads(wanted, x, layer)]
+        for one in (layer, reference_of(layer)):
+            out = one(x, grid)
+            assert_near([out], expected[:1])
+            assert_near(grads(out, x, one), expected[1:])
+        single, y = copy.deepcopy(layer).float(), x.detach().float().requires_grad_()
+        out = single(y, grid)
+        assert_near([out.double()], expected[:1], 2e-5)
+        found = [gradient.double() for gradient in grads(out, y, single)]
+        assert_near(found, expected[1:], 2e-4)
+
+
+@pytest.mark.parametrize(("name", "options", "_"), CASES, ids=IDS)
+def test_rows_of_the_map_times_the_values_are_the_output(name, options, _):
+    layer = build(name, dim=32, **options)
+    for grid in GRIDS[:4]:
+        x = tokens(grid, 2, dim=32)
+        weights = layer.attention_map(x, grid)
+        value = layer.project(x, grid)[2]
+        out = weights @ value.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+        out = out.transpose(1, 2).flatten(2)
+        if layer.conv is not None:
+            out = out + layer.conv(value, grid)
+        assert_near([layer.finish(out, x)], [layer(x, grid)])
+
+
+@pytest.mark.parametrize(("name", "options", "_"), CASES, ids=IDS)
+def test_the_closed_form_is_what_runs(name, options, _):
+    layer = build_attention(name, 48, **options)
+    for grid in ((1, 1), (1, 7), (7, 13), (32, 32)):
+        counted = {part: macs for part, macs in layer.macs_parts(grid).items() if macs}
+        assert counted == measure_macs(layer, grid=grid).parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_grows_with_the_tokens_alone(name):
+    from torch.profiler import ProfilerActivity, profile
+
+    layer = build_attention(name, 64)
+    peaks = []
+    for side in (32, 96):
+        x = torch.randn(1, side * side, 64)
+        with (
+            torch.no_grad(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+        ):
+            layer(x, (side, side))
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        peaks.append(peak)
+    assert math.log(peaks[1] / peaks[0]) / math.log(9) <= 1.02, peaks
+
+
+def test_linfusion_sees_twice_the_token_where_its_network_is_the_identity() -> None:
+    """The official ``projection_mid_dim=-1``: the same as a projection of twice the start."""
+    layer = build("linfusion", dim=32)
+    x = tokens((3, 5), dim=32)
+    layer.query_network = layer.key_network = nn.Identity()
+    once = layer(2 * x, (3, 5))
+    with torch.no_grad():
+        layer.query.weight.mul_(2)
+        layer.key.weight.mul_(2)
+        layer.value.weight.mul_(2)
+    assert_near([layer(x, (3, 5))], [once])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 1}])
+def test_rows_of_efficient_attention_sum_to_1(options) -> None:
+    layer = build("efficient", dim=32, **options)
+    weights = layer.attention_map(tokens((7, 13), 2, dim=32), (7, 13))
+    assert (weights.sum(-1) - 1).abs().max() < 1e-12 and weights.min() > 0
