@@ -8,6 +8,7 @@ from attnzoo.mechanisms import (  # noqa: F401
     dydila,
     edit,
     efficient,
+    fixation,
     focused,
     gated,
     linfusion,

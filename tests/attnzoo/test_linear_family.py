@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attnzoo import build_attention
 from attnzoo.counting import measure_macs
+from attnzoo.mechanisms.fixation import shifted
 from attnzoo.testing import reference_of
 from tests.attnzoo.formulas import (
     GRIDS,
@@ -71,12 +72,58 @@ def efficient(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     return linear(layer.proj, torch.cat(heads, -1))
 
 
+STEPS = [(1, 0), (-1, 0), (0, 1), (0, -1), (-1, -1), (1, 1), (-1, 1), (1, -1)]  # y, x
+
+
+def associated(z: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The channel shift of (n, c), token by token."""
+    height, width = grid
+    fold = z.shape[1] // 16
+    image = z.reshape(height, width, -1)
+    rows = []
+    for y in range(height):
+        for x in range(width):
+            parts = []
+            for i, (down, right) in enumerate(STEPS):
+                part = slice(i * fold, (i + 1) * fold)
+                is_inside = 0 <= y + down < height and 0 <= x + right < width
+                if is_inside:
+                    parts.append(image[y + down, x + right, part])
+                else:
+                    parts.append(image[y, x, part] * (1 if i >= 4 else 0))
+            rows.append(torch.cat([*parts, image[y, x, 8 * fold :]]))
+    return torch.stack(rows)
+
+
+def fixation(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, query by query."""
+    query, key, value = linear(layer.qkv, x).chunk(3, -1)
+    if layer.config.shift:
+        key, value = associated(key, grid), associated(value, grid)
+    width = layer.dim // layer.num_heads
+    heads = []
+    for part in head_slices(layer.dim, layer.num_heads):
+        q, k = (z[:, part].clamp_min(0) + 1 / math.sqrt(width) for z in (query, key))
+        v = value[:, part]
+        gate = 1 / (1 + (-linear(layer.gate, torch.cat([q, k, v], -1))).exp())
+        q, k = q * gate[:, :width], k * gate[:, -width:]
+        rows = []
+        for i in range(len(x)):
+            similarity = (k * q[i]).sum(-1, keepdim=True)
+            rows.append((similarity * v).sum(0) / (similarity.sum() + 1e-6))
+        heads.append(torch.stack(rows))
+    return linear(layer.proj, torch.cat(heads, -1))
+
+
 # Mechanisms with options, and the formula of one image.
 CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("linfusion", {}, linfusion),
     ("linfusion", {"middle_dim": 24, "num_heads": 4}, linfusion),
     ("efficient", {}, efficient),
     ("efficient", {"num_heads": 8}, efficient),
+    ("fixation", {}, fixation),
+    ("fixation", {"share_gate": False, "num_heads": 4}, fixation),
+    ("fixation", {"shift": False, "num_heads": 2}, fixation),
 ]
 NAMES = sorted({name for name, _, _ in CASES})
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
@@ -148,7 +195,7 @@ def test_memory_grows_with_the_tokens_alone(name):
 
 def test_linfusion_sees_twice_the_token_where_its_network_is_the_identity() -> None:
     """The official ``projection_mid_dim=-1``: the same as a projection of twice the start."""
-    layer = build("linfusion", dim=32)
+    layer: Any = build("linfusion", dim=32)
     x = tokens((3, 5), dim=32)
     layer.query_network = layer.key_network = nn.Identity()
     once = layer(2 * x, (3, 5))
@@ -164,3 +211,30 @@ def test_rows_of_efficient_attention_sum_to_1(options) -> None:
     layer = build("efficient", dim=32, **options)
     weights = layer.attention_map(tokens((7, 13), 2, dim=32), (7, 13))
     assert (weights.sum(-1) - 1).abs().max() < 1e-12 and weights.min() > 0
+
+
+def test_the_shift_is_zero_beyond_the_straight_borders_and_itself_beyond_the_diagonal() -> None:
+    image = torch.arange(1.0, 7).reshape(1, 6, 1).repeat(1, 1, 16)  # 1 2 3 / 4 5 6
+    found = shifted(image, (2, 3))[0].reshape(2, 3, 16)
+    assert found[0, 0].tolist() == [4, 0, 2, 0, 1, 5, 1, 1, *[1] * 8]
+    assert found[1, 2].tolist() == [0, 3, 0, 5, 2, 6, 6, 6, *[6] * 8]
+    assert found[0, 1].tolist() == [5, 0, 3, 1, 2, 6, 2, 4, *[2] * 8]
+
+
+def test_a_narrow_token_is_not_shifted() -> None:
+    image = torch.randn(1, 6, 15)
+    assert torch.equal(shifted(image, (2, 3)), image)
+
+
+def test_open_gates_leave_linear_attention() -> None:
+    layer: Any = build("fixation", dim=32, shift=False, num_heads=4, eps=0)
+    x = tokens((5, 7), dim=32)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+        layer.gate.bias.fill_(50)
+    query, key, value = (
+        z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.qkv(x).chunk(3, -1)
+    )
+    weights = (query.relu() + 8**-0.5) @ (key.relu() + 8**-0.5).mT
+    out = (weights / weights.sum(-1, keepdim=True)) @ value
+    assert_near([layer(x, (5, 7))], [layer.proj(out.transpose(1, 2).flatten(2))])

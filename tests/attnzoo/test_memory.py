@@ -17,12 +17,13 @@ CLOSED_FORM = {
     ("dydila-map", ()): (9, 16.5),
     ("linfusion", ()): (6, 22),
     ("efficient", ()): (6, 9),
+    ("fixation", ()): (8, 16),
 }
 CLOSED_FORM |= {
     (name, (("stream", 1024),)): (budget, None)
     for budget, names in (
         (1.4, ("sana", "focused", "lit", "edit", "agent")),
-        (1.4, ("linfusion", "efficient")),
+        (1.4, ("linfusion", "efficient", "fixation")),
         (1.6, ("gated", "dig", "dydila", "dydila-map")),
     )
     for name in names

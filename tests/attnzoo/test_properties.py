@@ -15,13 +15,15 @@ EQUIVARIANT = {
     "lit": {"conv": "none"},
     "linfusion": {},
     "efficient": {},
+    "fixation": {"shift": False},
     "moh": {},
     "differential": {},
     "dydila": {"conv": "none"},
     "dydila-map": {"conv": "none"},
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
-ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map")
+ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
+    "fixation")
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 
