@@ -206,7 +206,7 @@ class LinearAttention(Attention):
         if self.config.impl == "reference":
             local = None if self.conv is None else self.conv(value, grid, impl="reference")
             queries = self.queries(query, x, grid)
-            out = reference_read(queries, keys, by_head, self, x.shape[1])
+            out = reference_read(queries, keys, by_head, self, grid)
         elif self._is_few(keys, by_head):
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x, grid)
@@ -215,14 +215,14 @@ class LinearAttention(Attention):
             out = linear_core(*operands, eps)
         else:
             # What only the keys need is gone before the queries come.
-            state = self.fold(keys, value, x.shape[1])
+            state = self.fold(keys, value, grid, queries=x.shape[1])
             del key, keys
             # Before the queries too: the backward goes the other way, and then this comes when
             # little else is stored any more.
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
             queries = self.queries(query, x, grid)
             del query
-            out = self.attended(queries, state, x.shape[1])
+            out = self.attended(queries, state, grid)
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
@@ -273,7 +273,7 @@ class LinearAttention(Attention):
     def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
         """What a block caches for its own and its neighbors' outputs, and its keys' state."""
         key, value = self.project_key_value(x[:, span])
-        state = self.fold(self.keys(key, x[:, span], grid, span), value)
+        state = self.fold(self.keys(key, x[:, span], grid, span), value, grid, span)
         return (None if self.conv is None else value), state
 
     def decode(
@@ -281,16 +281,23 @@ class LinearAttention(Attention):
     ) -> Tensor:
         """The output of a block, of what ``encode`` cached of all and the sum of all states."""
         queries = self.queries(self.project_query(x[:, span]), x[:, span], grid, span)
-        out = self.read(queries, state, x)
+        out = self.read(queries, state, x, grid, span)
         if self.conv is not None and cached is not None:
             conv, impl = self.conv, self.config.impl
             out = out + convolve(cached, span, grid[1], conv, conv.reach, impl).to(out.dtype)
         return self.finish(out, x[:, span])
 
-    def fold(self, keys: Features, value: Tensor, queries: int | None = None) -> State:
-        """The state of keys and their values, (b, m, dim), for that many queries.
+    def fold(
+        self,
+        keys: Features,
+        value: Tensor,
+        grid: tuple[int, int],
+        span: slice = slice(None),
+        queries: int | None = None,
+    ) -> State:
+        """The state of keys and their values, (b, m, dim), a part of the grid.
 
-        None stands for the keys of one block of several, whose states ``merge`` joins.
+        It is for that many queries, or for any where several states are yet to be joined.
         """
         return fold_features(keys, self._by_head(value), queries)
 
@@ -298,17 +305,21 @@ class LinearAttention(Attention):
         """The state of both states' keys."""
         return summed(whole, part)
 
-    def attended(self, queries: Features, state: State, tokens: int) -> Tensor:
-        """The output, (b, h, n, d_head), of the state of ``tokens`` keys."""
-        return read_features(queries, state, self, tokens)
+    def attended(
+        self, queries: Features, state: State, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Tensor:
+        """The output of a part of the grid, (b, h, n, d_head), of the state of all keys."""
+        return read_features(queries, state, self, grid[0] * grid[1])
 
-    def weights(self, queries: Features, keys: Features, tokens: int) -> Tensor:
+    def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
         """The weight of every key in every query's output, (b, h, n, m), as it is written."""
-        return reference_weights(queries, keys, self, tokens)
+        return reference_weights(queries, keys, self, grid[0] * grid[1])
 
-    def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
+    def read(
+        self, queries: Features, state: State, x: Tensor, grid: tuple[int, int], span: slice
+    ) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
-        out = self.attended(queries, state, x.shape[1])
+        out = self.attended(queries, state, grid, span)
         return out.transpose(1, 2).flatten(2).to(operand_dtype(x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -316,7 +327,7 @@ class LinearAttention(Attention):
         self.check_tokens(x, grid)
         query, key, _ = self.project(x, grid)
         keys = self.keys(key, x, grid)
-        return self.weights(self.queries(query, x, grid), keys, x.shape[1])
+        return self.weights(self.queries(query, x, grid), keys, grid)
 
     def decisions(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Route]:
         """What the features of all tokens decide on the way, by router."""
@@ -397,10 +408,14 @@ def reference_weights(
 
 @in_float32
 def reference_read(
-    queries: Features, keys: Features, value: Tensor, layer: LinearAttention, tokens: int
+    queries: Features,
+    keys: Features,
+    value: Tensor,
+    layer: LinearAttention,
+    grid: tuple[int, int],
 ) -> Tensor:
     """What ``fold_features`` and ``read_features`` give, by the n x m weights."""
-    return layer.weights(queries, keys, tokens) @ value
+    return layer.weights(queries, keys, grid) @ value
 
 
 def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from attnzoo.mechanisms import (  # noqa: F401
     gated,
     linfusion,
     lit,
+    mhla,
     moh,
     sana,
     softmax,

@@ -81,7 +81,7 @@ class FixationAttention(LinearAttention):
     def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
         """See ``LinearAttention.encode``."""
         _, key, value = self._project_part(x, grid, span)
-        return None, self.fold(self.keys(key, x[:, span], grid, span), value)
+        return None, self.fold(self.keys(key, x[:, span], grid, span), value, grid, span)
 
     def decode(
         self, x: Tensor, grid: tuple[int, int], span: slice, cached: Tensor | None, state: State
@@ -89,7 +89,7 @@ class FixationAttention(LinearAttention):
         """See ``LinearAttention.decode``."""
         query, _, _ = self._project_part(x, grid, span)
         queries = self.queries(query, x[:, span], grid, span)
-        return self.finish(self.read(queries, state, x), x[:, span])
+        return self.finish(self.read(queries, state, x, grid, span), x[:, span])
 
     def _project_part(self, x: Tensor, grid: tuple[int, int], span: slice) -> Sequence[Tensor]:
         """``project`` of some rows, which look at one more above and below."""

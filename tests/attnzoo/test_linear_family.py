@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnzoo import build_attention
+from attnzoo import InvalidValue, build_attention
 from attnzoo.counting import measure_macs
 from attnzoo.mechanisms.fixation import shifted
+from attnzoo.mechanisms.mhla import start_of_mixing
 from attnzoo.testing import reference_of
 from tests.attnzoo.formulas import (
     GRIDS,
     assert_near,
     build,
+    depthwise,
     grads,
     head_slices,
     tokens,
@@ -115,6 +117,41 @@ def fixation(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     return linear(layer.proj, torch.cat(heads, -1))
 
 
+def mhla(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, query by query; blocks as a grid of ``side`` cells of whole tokens."""
+    query, key, value = linear(layer.qkv, x).chunk(3, -1)
+    side = math.isqrt(layer.config.n_blocks)
+    down, across = (math.ceil(length / side) for length in grid)
+    # Block, and place in the block, of every token.
+    where = [
+        (r // down * side + c // across, (r % down, c % across))
+        for r in range(grid[0])
+        for c in range(grid[1])
+    ]
+    mixing = layer.mixing
+    heads = []
+    for part in head_slices(layer.dim, layer.num_heads):
+        q, k = query[:, part].clamp_min(0) + 1e-6, key[:, part].clamp_min(0) + 1e-6
+        share = torch.stack([mixing[:, c] for c, _ in where], 1)  # (block, n)
+        own = torch.stack([
+            sum((q[i] * k[j]).sum() for j in range(len(x)) if where[j][0] == where[i][0])
+            for i in range(len(x))
+        ]) if layer.config.normalizer == "official" else None  # fmt: skip
+        rows = []
+        for i, (b, place) in enumerate(where):
+            similarity = (k * q[i]).sum(-1) * share[b]
+            norm = similarity.sum()
+            if own is not None:
+                norm = sum(mixing[b, c] * own[j] for j, (c, p) in enumerate(where) if p == place)
+            rows.append((similarity[:, None] * value[:, part]).sum(0) / (norm + 1e-6))
+        heads.append(torch.stack(rows))
+    out = torch.cat(heads, -1)
+    if layer.conv is not None:
+        conv = layer.conv.branches[0]
+        out = out + depthwise(value.reshape(*grid, -1), conv.weight, conv.bias).flatten(0, 1)
+    return linear(layer.proj, out)
+
+
 # Mechanisms with options, and the formula of one image.
 CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("linfusion", {}, linfusion),
@@ -124,6 +161,9 @@ CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("fixation", {}, fixation),
     ("fixation", {"share_gate": False, "num_heads": 4}, fixation),
     ("fixation", {"shift": False, "num_heads": 2}, fixation),
+    ("mhla", {}, mhla),
+    ("mhla", {"n_blocks": 9, "num_heads": 4, "mixing": "cosine", "conv": "none"}, mhla),
+    ("mhla", {"n_blocks": 1, "conv": "5x5"}, mhla),
 ]
 NAMES = sorted({name for name, _, _ in CASES})
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
@@ -134,6 +174,8 @@ IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 def test_formula(name, options, formula, grid):
     """Outputs and gradients in float64, of the fast path and of the reference, and in float32."""
     layer = build(name, dim=32, **options)
+    if name == "mhla":  # a sum of both signs would come near 0
+        layer.mixing.data.abs_()
     for batch in (1, 3) if grid != (16, 24) else (1,):
         x = tokens(grid, batch, dim=32)
         wanted = torch.stack([formula(layer, image, grid) for image in x])
@@ -238,3 +280,68 @@ def test_open_gates_leave_linear_attention() -> None:
     weights = (query.relu() + 8**-0.5) @ (key.relu() + 8**-0.5).mT
     out = (weights / weights.sum(-1, keepdim=True)) @ value
     assert_near([layer(x, (5, 7))], [layer.proj(out.transpose(1, 2).flatten(2))])
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (16, 24)], ids=str)
+def test_the_official_normalizer_of_mhla(grid) -> None:
+    layer: Any = build("mhla", dim=16, normalizer="official")
+    layer.mixing.data.abs_()
+    x = tokens(grid, dim=16)
+    wanted = mhla(layer, x[0], grid)[None]
+    expected = [wanted, *grads(wanted, x, layer)]
+    for one in (layer, reference_of(layer)):
+        out = one(x, grid)
+        assert_near([out], expected[:1])
+        assert_near(grads(out, x, one), expected[1:])
+    for wide in (grid, (32, 32)):
+        assert layer.macs_parts(wide) == measure_macs(layer, grid=wide).parts
+
+
+def test_rows_of_mhla_sum_to_1_and_those_of_its_official_code_do_not() -> None:
+    torch.manual_seed(0)
+    exact: Any = build_attention("mhla", 64, num_heads=1).double()
+    official: Any = build_attention("mhla", 64, num_heads=1, normalizer="official").double()
+    official.load_state_dict(exact.state_dict())
+    for grid in ((16, 16), (7, 13), (3, 5)):
+        assert (exact.attention_map(tokens(grid), grid).sum(-1) - 1).abs().max() < 1e-6
+    sums = official.attention_map(tokens((16, 16)), (16, 16)).sum(-1)
+    assert sums.min() < 0.8 and sums.max() > 1.2
+
+
+def test_the_start_of_mixing_falls_with_the_distance_of_blocks() -> None:
+    far = math.hypot(3, 3)
+    for kind, at in {
+        "linear": lambda z: 1 - z / far,
+        "cosine": lambda z: math.cos(math.pi / 4 * z / far),
+        "exponential": lambda z: math.exp(-z / 3),
+        "local": lambda z: float(z <= 1.5),
+    }.items():
+        start = start_of_mixing(4, kind)
+        assert (start.sum(0) - 1).abs().max() < 1e-6
+        for block, distance in ((0, 0), (5, math.sqrt(2)), (6, math.hypot(1, 2)), (15, far)):
+            assert float(start[block, 0] / start[0, 0]) == pytest.approx(at(distance), abs=1e-6)
+
+
+def test_one_block_is_linear_attention() -> None:
+    layer: Any = build("mhla", dim=32, n_blocks=1, conv="none", eps=1e-8)
+    with torch.no_grad():
+        layer.mixing.fill_(1)
+    state = layer.state_dict()
+    del state["mixing"]
+    lit: Any = build_attention("lit", 32, num_heads=1, conv="none").double()
+    lit.load_state_dict(state)
+    x = tokens((7, 13), dim=32)
+    assert_near([layer(x, (7, 13))], [lit(x, (7, 13))], 1e-4)  # the offset of ReLU is left
+
+
+def test_errors_of_mhla_name_the_remedy() -> None:
+    with pytest.raises(InvalidValue, match="n_blocks=10 must be a square number; choose 9 or 16"):
+        build_attention("mhla", 48, n_blocks=10)
+    with pytest.raises(InvalidValue, match="set stream=None or normalizer='exact'"):
+        build_attention("mhla", 48, normalizer="official", stream=64)
+    with pytest.raises(
+        InvalidValue, match="sides that 4 divides, got 8x6; set normalizer='exact'"
+    ):
+        build_attention("mhla", 48, normalizer="official")(torch.zeros(1, 48, 48), (8, 6))
+    with pytest.raises(InvalidValue, match="impl='triton' does not serve"):
+        build_attention("mhla", 48, impl="triton")

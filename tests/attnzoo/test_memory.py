@@ -18,13 +18,14 @@ CLOSED_FORM = {
     ("linfusion", ()): (6, 22),
     ("efficient", ()): (6, 9),
     ("fixation", ()): (8, 16),
+    ("mhla", ()): (8, 14),
 }
 CLOSED_FORM |= {
     (name, (("stream", 1024),)): (budget, None)
     for budget, names in (
         (1.4, ("sana", "focused", "lit", "edit", "agent")),
         (1.4, ("linfusion", "efficient", "fixation")),
-        (1.6, ("gated", "dig", "dydila", "dydila-map")),
+        (1.6, ("gated", "dig", "dydila", "dydila-map", "mhla")),
     )
     for name in names
 }

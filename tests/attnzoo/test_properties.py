@@ -23,7 +23,7 @@ EQUIVARIANT = {
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
 ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
-    "fixation")
+    "fixation", "mhla")
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 
