@@ -13,8 +13,10 @@ from attnzoo.mechanisms import (  # noqa: F401
     gated,
     linfusion,
     lit,
+    mala,
     mhla,
     moh,
+    rala,
     sana,
     softmax,
 )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from attnzoo import InvalidValue, build_attention
 from attnzoo.counting import measure_macs
+from attnzoo.layers.linear_attention import Features
+from attnzoo.layers.rotary import rotated
 from attnzoo.mechanisms.fixation import shifted
 from attnzoo.mechanisms.mhla import start_of_mixing
 from attnzoo.testing import reference_of
@@ -152,6 +154,65 @@ def mhla(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     return linear(layer.proj, out)
 
 
+def turned(z: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Two-axis rotary positions of (n, d_head), pairs as complex numbers."""
+    pairs = z.shape[1] // 4
+    speeds = [10000 ** -(p / max(pairs - 1, 1)) for p in range(pairs)]
+    rows = []
+    for i in range(len(z)):
+        angles = [(i // grid[1]) * speed for speed in speeds]
+        angles += [(i % grid[1]) * speed for speed in speeds]
+        unit = torch.polar(
+            torch.ones(2 * pairs, dtype=z.dtype), torch.tensor(angles, dtype=z.dtype)
+        )
+        pair = torch.view_as_complex(z[i, : 4 * pairs].reshape(-1, 2))
+        rows.append(torch.cat([torch.view_as_real(pair * unit).flatten(), z[i, 4 * pairs :]]))
+    return torch.stack(rows)
+
+
+def gated(layer: Any, x: Tensor, grid: tuple[int, int], heads: list[Tensor]) -> Tensor:
+    """The convolution of the values, the gate and the projection of MALA and RALA."""
+    out = torch.cat(heads, -1)
+    if layer.conv is not None:
+        conv, value = layer.conv.branches[0], linear(layer.qkv, x).chunk(3, -1)[2]
+        out = out + depthwise(value.reshape(*grid, -1), conv.weight, conv.bias).flatten(0, 1)
+    return linear(layer.proj, out * linear(layer.gate, x))
+
+
+def mala(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, query by query."""
+    query, key, value = linear(layer.qkv, x).chunk(3, -1)
+    heads, n, scale = [], len(x), (layer.dim // layer.num_heads) ** -0.5
+    for part in head_slices(layer.dim, layer.num_heads):
+        q, k, v = positive(query[:, part]), positive(key[:, part]), value[:, part]
+        near, far = (turned(q, grid), turned(k, grid)) if layer.config.rope else (q, k)
+        rows = []
+        for i in range(n):
+            z = scale * (q[i] * k.mean(0)).sum()
+            similarity = scale * (far * near[i]).sum(-1, keepdim=True)
+            weights = similarity / n * (1 + 1 / (z + 1e-6)) - z / n
+            rows.append((weights * v).sum(0))
+        heads.append(torch.stack(rows))
+    return gated(layer, x, grid, heads)
+
+
+def rala(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One image, query by query."""
+    query, key, value = linear(layer.qkv, x).chunk(3, -1)
+    heads, n, scale = [], len(x), (layer.dim // layer.num_heads) ** -0.5
+    for part in head_slices(layer.dim, layer.num_heads):
+        q, k, v = positive(query[:, part]), positive(key[:, part]), value[:, part]
+        seen = (scale * (k * q.mean(0)).sum(-1)).exp()
+        k = n * (seen / seen.sum())[:, None] * k
+        near, far = (turned(q, grid), turned(k, grid)) if layer.config.rope else (q, k)
+        rows = []
+        for i in range(n):
+            norm = (q[i] * k.mean(0)).sum() + 1e-6
+            rows.append(((far * near[i]).sum(-1, keepdim=True) * v).mean(0) / norm)
+        heads.append(torch.stack(rows))
+    return gated(layer, x, grid, heads)
+
+
 # Mechanisms with options, and the formula of one image.
 CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("linfusion", {}, linfusion),
@@ -161,6 +222,12 @@ CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("fixation", {}, fixation),
     ("fixation", {"share_gate": False, "num_heads": 4}, fixation),
     ("fixation", {"shift": False, "num_heads": 2}, fixation),
+    ("mala", {}, mala),
+    ("mala", {"rope": False, "num_heads": 4, "conv": "3x3"}, mala),
+    ("mala", {"num_heads": 8, "conv": "none"}, mala),
+    ("rala", {}, rala),
+    ("rala", {"rope": False, "num_heads": 4, "conv": "3x3"}, rala),
+    ("rala", {"num_heads": 8, "conv": "none"}, rala),
     ("mhla", {}, mhla),
     ("mhla", {"n_blocks": 9, "num_heads": 4, "mixing": "cosine", "conv": "none"}, mhla),
     ("mhla", {"n_blocks": 1, "conv": "5x5"}, mhla),
@@ -345,3 +412,71 @@ def test_errors_of_mhla_name_the_remedy() -> None:
         build_attention("mhla", 48, normalizer="official")(torch.zeros(1, 48, 48), (8, 6))
     with pytest.raises(InvalidValue, match="impl='triton' does not serve"):
         build_attention("mhla", 48, impl="triton")
+
+
+@pytest.mark.parametrize("name", ["mala", "rala"])
+def test_rows_sum_to_1_without_rotary_positions(name) -> None:
+    for num_heads in (1, 8):
+        layer = build(name, dim=32, rope=False, num_heads=num_heads, eps=0)
+        weights = layer.attention_map(tokens((7, 13), 2, dim=32), (7, 13))
+        assert (weights.sum(-1) - 1).abs().max() < 1e-12
+
+
+def test_weights_of_mala_grow_negative_with_the_scale_and_those_of_rala_never() -> None:
+    shares = {}
+    for name in ("mala", "rala"):
+        torch.manual_seed(0)
+        layer = build_attention(name, 64, rope=False)
+        x = tokens((16, 16)).float()
+        maps = (layer.attention_map(scale * x, (16, 16)) for scale in (1, 1.5, 4))
+        shares[name] = [(weights < 0).double().mean().item() for weights in maps]
+    assert shares["rala"] == [0, 0, 0]
+    first, second, last = shares["mala"]
+    assert 0.05 < first < 0.15 < second < 0.25 and 0.4 < last < 0.5  # a fifth, in the sources
+
+
+def test_a_longer_query_makes_rows_of_mala_steeper() -> None:
+    layer: Any = build("mala", dim=32, rope=False, num_heads=1, eps=0)
+    query, key = (positive(z[:, None]) for z in tokens((16, 16), 2, dim=32).chunk(2))
+
+    def spread(length: float) -> float:
+        one, other = Features([query * length], [query * length]), Features([key], [key])
+        weights = layer.weights(one, other, (16, 16))
+        assert (weights.sum(-1) - 1).abs().max() < 1e-12
+        return weights.std(-1).mean().item()
+
+    assert spread(4.0) > 2 * spread(1.0)
+    assert spread(4.0) < 4 * spread(1.0)
+
+
+def test_a_query_that_is_similar_to_no_key_is_finite() -> None:
+    for name in ("mala", "rala"):
+        layer: Any = build_attention(name, 32)
+        with torch.no_grad():
+            layer.qkv.bias.fill_(-500.0)
+        x = tokens((4, 4), dim=32).detach().float().requires_grad_()
+        out = layer(x, (4, 4))
+        assert all(z.isfinite().all() for z in (out, *grads(out, x, layer)))
+
+
+def test_a_rotated_product_depends_on_the_distance_alone() -> None:
+    grid = (5, 7)
+    one, other = (torch.randn(8, dtype=torch.float64) for _ in range(2))
+    query, key = (rotated(z.expand(1, 1, 35, 8), grid)[0, 0] for z in (one, other))
+    products = (query @ key.T).reshape(*grid, *grid)
+    for down, right in ((0, 0), (1, 0), (0, 1), (2, 3)):
+        found = [
+            products[r, c, r + down, c + right] for r in range(5 - down) for c in range(7 - right)
+        ]
+        assert max(found) - min(found) < 1e-12
+    assert abs(products[0, 0, 1, 0] - products[0, 0, 0, 1]) > 1e-3
+    assert products[0, 0, 0, 0] == one @ other
+
+
+def test_a_part_of_a_grid_is_rotated_as_the_whole() -> None:
+    z = torch.randn(2, 3, 35, 10)  # two channels more than pairs of two axes
+    whole = rotated(z, (5, 7))
+    torch.testing.assert_close(rotated(z[:, :, 14:28], (5, 7), slice(14, 28)), whole[:, :, 14:28])
+    assert torch.equal(whole[..., 8:], z[..., 8:]) and torch.equal(whole[:, :, 0], z[:, :, 0])
+    narrow = torch.randn(1, 1, 35, 3)
+    assert torch.equal(rotated(narrow, (5, 7)), narrow)

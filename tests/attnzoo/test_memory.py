@@ -19,12 +19,14 @@ CLOSED_FORM = {
     ("efficient", ()): (6, 9),
     ("fixation", ()): (8, 16),
     ("mhla", ()): (8, 14),
+    ("mala", ()): (9, 18),
+    ("rala", ()): (9, 21),
 }
 CLOSED_FORM |= {
     (name, (("stream", 1024),)): (budget, None)
     for budget, names in (
         (1.4, ("sana", "focused", "lit", "edit", "agent")),
-        (1.4, ("linfusion", "efficient", "fixation")),
+        (1.4, ("linfusion", "efficient", "fixation", "mala", "rala")),
         (1.6, ("gated", "dig", "dydila", "dydila-map", "mhla")),
     )
     for name in names
