@@ -158,7 +158,7 @@ def start_of_mixing(side: int, kind: Mixing) -> Tensor:
     places = torch.arange(side, dtype=torch.float32)
     centers = torch.stack(torch.meshgrid(places, places, indexing="ij"), -1).flatten(0, 1)
     distance = (centers[:, None] - centers).norm(dim=-1)
-    relative = distance / max(1.0, distance.max().item())
+    relative = distance / max(1.0, math.hypot(side - 1, side - 1))
     start = {
         "linear": 1 - relative,
         "cosine": (math.pi / 4 * relative).cos(),
@@ -171,7 +171,7 @@ def start_of_mixing(side: int, kind: Mixing) -> Tensor:
 @in_float32
 def mixed(state: Tensor, weight: Tensor) -> Tensor:
     """sum_c W_bc of every block's (d, e): (b, h, c, d, e) and (b', c) -> (b, h, b', d, e)."""
-    return (weight @ state.flatten(3)).unflatten(3, state.shape[3:])
+    return (state.flatten(3).mT @ weight.T).mT.unflatten(3, state.shape[3:])
 
 
 @in_float32

@@ -11,22 +11,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnzoo import InvalidValue, build_attention
-from attnzoo.counting import measure_macs
+import attnzoo
+from attnzoo import InvalidValue, testing
+from attnzoo.counting import fvcore_macs, measure_macs
 from attnzoo.layers.linear_attention import Features
 from attnzoo.layers.rotary import rotated
 from attnzoo.mechanisms.fixation import shifted
 from attnzoo.mechanisms.mhla import start_of_mixing
-from attnzoo.testing import reference_of
+from tests.attnzoo import formulas
 from tests.attnzoo.formulas import (
     GRIDS,
     assert_near,
-    build,
     depthwise,
     grads,
     head_slices,
     tokens,
 )
+
+# Of layers whose parts differ by mechanism.
+build: Callable[..., Any] = formulas.build
+build_attention: Callable[..., Any] = attnzoo.build_attention
+reference_of: Callable[..., Any] = testing.reference_of
 
 
 def linear(layer: Any, x: Tensor) -> Tensor:
@@ -135,15 +140,13 @@ def mhla(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     for part in head_slices(layer.dim, layer.num_heads):
         q, k = query[:, part].clamp_min(0) + 1e-6, key[:, part].clamp_min(0) + 1e-6
         share = torch.stack([mixing[:, c] for c, _ in where], 1)  # (block, n)
-        own = torch.stack([
-            sum((q[i] * k[j]).sum() for j in range(len(x)) if where[j][0] == where[i][0])
-            for i in range(len(x))
-        ]) if layer.config.normalizer == "official" else None  # fmt: skip
+        block = torch.tensor([c for c, _ in where])
+        own = ((q @ k.T) * (block[:, None] == block)).sum(-1)  # similarity with its own block
         rows = []
         for i, (b, place) in enumerate(where):
             similarity = (k * q[i]).sum(-1) * share[b]
             norm = similarity.sum()
-            if own is not None:
+            if layer.config.normalizer == "official":
                 norm = sum(mixing[b, c] * own[j] for j, (c, p) in enumerate(where) if p == place)
             rows.append((similarity[:, None] * value[:, part]).sum(0) / (norm + 1e-6))
         heads.append(torch.stack(rows))
@@ -230,7 +233,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
     ("rala", {"num_heads": 8, "conv": "none"}, rala),
     ("mhla", {}, mhla),
     ("mhla", {"n_blocks": 9, "num_heads": 4, "mixing": "cosine", "conv": "none"}, mhla),
-    ("mhla", {"n_blocks": 1, "conv": "5x5"}, mhla),
+    ("mhla", {"n_blocks": 1, "conv": "5x5", "num_heads": 2}, mhla),
 ]
 NAMES = sorted({name for name, _, _ in CASES})
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
@@ -278,6 +281,7 @@ def test_the_closed_form_is_what_runs(name, options, _):
     for grid in ((1, 1), (1, 7), (7, 13), (32, 32)):
         counted = {part: macs for part, macs in layer.macs_parts(grid).items() if macs}
         assert counted == measure_macs(layer, grid=grid).parts
+    assert fvcore_macs(layer, grid=(7, 13)) == layer.macs((7, 13))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,7 +297,8 @@ def test_memory_grows_with_the_tokens_alone(name):
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
         ):
             layer(x, (side, side))
-        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        results: Any = profiled.profiler
+        events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
         now = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
             now += event.nbytes()
@@ -304,7 +309,7 @@ def test_memory_grows_with_the_tokens_alone(name):
 
 def test_linfusion_sees_twice_the_token_where_its_network_is_the_identity() -> None:
     """The official ``projection_mid_dim=-1``: the same as a projection of twice the start."""
-    layer: Any = build("linfusion", dim=32)
+    layer = build("linfusion", dim=32)
     x = tokens((3, 5), dim=32)
     layer.query_network = layer.key_network = nn.Identity()
     once = layer(2 * x, (3, 5))
@@ -336,7 +341,7 @@ def test_a_narrow_token_is_not_shifted() -> None:
 
 
 def test_open_gates_leave_linear_attention() -> None:
-    layer: Any = build("fixation", dim=32, shift=False, num_heads=4, eps=0)
+    layer = build("fixation", dim=32, shift=False, num_heads=4, eps=0)
     x = tokens((5, 7), dim=32)
     with torch.no_grad():
         layer.gate.weight.zero_()
@@ -351,7 +356,7 @@ def test_open_gates_leave_linear_attention() -> None:
 
 @pytest.mark.parametrize("grid", [(8, 8), (16, 24)], ids=str)
 def test_the_official_normalizer_of_mhla(grid) -> None:
-    layer: Any = build("mhla", dim=16, normalizer="official")
+    layer = build("mhla", dim=16, normalizer="official")
     layer.mixing.data.abs_()
     x = tokens(grid, dim=16)
     wanted = mhla(layer, x[0], grid)[None]
@@ -366,8 +371,8 @@ def test_the_official_normalizer_of_mhla(grid) -> None:
 
 def test_rows_of_mhla_sum_to_1_and_those_of_its_official_code_do_not() -> None:
     torch.manual_seed(0)
-    exact: Any = build_attention("mhla", 64, num_heads=1).double()
-    official: Any = build_attention("mhla", 64, num_heads=1, normalizer="official").double()
+    exact = build_attention("mhla", 64, num_heads=1).double()
+    official = build_attention("mhla", 64, num_heads=1, normalizer="official").double()
     official.load_state_dict(exact.state_dict())
     for grid in ((16, 16), (7, 13), (3, 5)):
         assert (exact.attention_map(tokens(grid), grid).sum(-1) - 1).abs().max() < 1e-6
@@ -377,12 +382,13 @@ def test_rows_of_mhla_sum_to_1_and_those_of_its_official_code_do_not() -> None:
 
 def test_the_start_of_mixing_falls_with_the_distance_of_blocks() -> None:
     far = math.hypot(3, 3)
-    for kind, at in {
+    starts: dict[Any, Callable[[float], float]] = {
         "linear": lambda z: 1 - z / far,
         "cosine": lambda z: math.cos(math.pi / 4 * z / far),
         "exponential": lambda z: math.exp(-z / 3),
         "local": lambda z: float(z <= 1.5),
-    }.items():
+    }
+    for kind, at in starts.items():
         start = start_of_mixing(4, kind)
         assert (start.sum(0) - 1).abs().max() < 1e-6
         for block, distance in ((0, 0), (5, math.sqrt(2)), (6, math.hypot(1, 2)), (15, far)):
@@ -390,12 +396,12 @@ def test_the_start_of_mixing_falls_with_the_distance_of_blocks() -> None:
 
 
 def test_one_block_is_linear_attention() -> None:
-    layer: Any = build("mhla", dim=32, n_blocks=1, conv="none", eps=1e-8)
+    layer = build("mhla", dim=32, n_blocks=1, conv="none", eps=1e-8)
     with torch.no_grad():
         layer.mixing.fill_(1)
     state = layer.state_dict()
     del state["mixing"]
-    lit: Any = build_attention("lit", 32, num_heads=1, conv="none").double()
+    lit = build_attention("lit", 32, num_heads=1, conv="none").double()
     lit.load_state_dict(state)
     x = tokens((7, 13), dim=32)
     assert_near([layer(x, (7, 13))], [lit(x, (7, 13))], 1e-4)  # the offset of ReLU is left
@@ -436,7 +442,7 @@ def test_weights_of_mala_grow_negative_with_the_scale_and_those_of_rala_never() 
 
 
 def test_a_longer_query_makes_rows_of_mala_steeper() -> None:
-    layer: Any = build("mala", dim=32, rope=False, num_heads=1, eps=0)
+    layer = build("mala", dim=32, rope=False, num_heads=1, eps=0)
     query, key = (positive(z[:, None]) for z in tokens((16, 16), 2, dim=32).chunk(2))
 
     def spread(length: float) -> float:
@@ -451,7 +457,7 @@ def test_a_longer_query_makes_rows_of_mala_steeper() -> None:
 
 def test_a_query_that_is_similar_to_no_key_is_finite() -> None:
     for name in ("mala", "rala"):
-        layer: Any = build_attention(name, 32)
+        layer = build_attention(name, 32)
         with torch.no_grad():
             layer.qkv.bias.fill_(-500.0)
         x = tokens((4, 4), dim=32).detach().float().requires_grad_()

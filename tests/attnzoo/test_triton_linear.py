@@ -217,6 +217,7 @@ if CAN_RUN:
     LAYERS = [
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
         ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
+        ("linfusion", {}), ("efficient", {}), ("fixation", {}),
         ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
     ]  # fmt: skip
 
