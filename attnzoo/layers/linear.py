@@ -1,8 +1,11 @@
-"""Linear layers as diffusion transformers initialise them."""
+"""Linear layers as diffusion transformers initialise them, and a kernel function of several."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.ops.precision import in_wide_range
 
 
 def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -12,3 +15,12 @@ def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def elu_plus_one(z: Tensor) -> Tensor:
+    """ELU(z) + 1, the positive kernel function of Linear Transformers (arXiv 2006.16236).
+
+    As ReLU(z) + exp(min(z, 0)): -1 + 1 would leave nothing of a small exponential.
+    """
+    z = in_wide_range(z)
+    return F.relu(z) + z.clamp_max(0).exp()

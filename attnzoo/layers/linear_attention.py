@@ -19,6 +19,7 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv
 from attnzoo.layers.key_position import KeyPosition
+from attnzoo.layers.rotary import rotated
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -26,6 +27,7 @@ from attnzoo.layers.streaming import (
     first_pass,
     second_pass,
     spans_of,
+    summed,
 )
 from attnzoo.ops.dispatch import choose, is_few, require_triton
 from attnzoo.ops.linear_core import (
@@ -77,8 +79,9 @@ class LinearAttention(Attention):
     """Kernelised attention with a convolution of the values added, if there is one.
 
     A mechanism defines ``qkv``, ``proj``, ``query_kernel`` and ``key_kernel``; it may set
-    ``conv`` and ``key_position``. One that makes its features otherwise overrides ``project``,
-    ``queries`` and ``keys``.
+    ``conv``, ``key_position`` and ``is_rotated``. One that makes its features otherwise overrides
+    ``project``, ``queries`` and ``keys``; one that combines them otherwise ``fold``, ``attended``
+    and ``weights``; one that gates its output ``finish``.
 
     Attributes:
         normalizer: How maps are normalized: by the sum over the keys ("base"), by the difference
@@ -86,6 +89,7 @@ class LinearAttention(Attention):
         divides_by_mean: Whether ``eps`` belongs to the mean over the keys and not to their sum.
         activation: The last step of both kernels, which a fused core applies as it loads.
         is_packed: Whether a fused core may read Q, K and V where ``qkv`` wrote them.
+        is_rotated: Whether features carry rotary positions, where they are not summed.
     """
 
     config: Any
@@ -104,6 +108,7 @@ class LinearAttention(Attention):
         self.key_position = None
         self.normalizer = "base"
         self.is_packed = False
+        self.is_rotated = False
         if getattr(config, "impl", None) == "triton":
             require_triton()
             if reason := self.unserved_option():
@@ -125,8 +130,10 @@ class LinearAttention(Attention):
         """What the fused core does not serve of the layer, or None."""
         here = type(self)
         makes_own = (here.queries, here.keys) != (LinearAttention.queries, LinearAttention.keys)
-        if makes_own:
+        if makes_own or here.attended is not LinearAttention.attended:
             return f"features as {here.__name__} makes them"
+        if self.is_rotated:
+            return "rotary positions"
         return f"normalizer={self.normalizer!r}" if self.normalizer == "diff" else None
 
     def implementation(self, x: Tensor) -> str:
@@ -154,10 +161,11 @@ class LinearAttention(Attention):
         """K and V of some tokens."""
         return linear_parts(self.qkv, x, self.dim, slice(1, None))
 
-    def queries(self, query: Any, x: Tensor) -> Features:
-        """What the core multiplies, of Q and of the tokens it was made from."""
-        features = [self._by_head(self.activated(self.query_kernel(query)))]
-        return Features(features, features)
+    def queries(
+        self, query: Any, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Features:
+        """What the core multiplies, of Q and the tokens it was made from, a part of the grid."""
+        return self._features(self.query_kernel(query), grid, span)
 
     def keys(
         self, key: Any, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
@@ -165,8 +173,12 @@ class LinearAttention(Attention):
         """What the core multiplies, of K and the tokens it was made from, a part of the grid."""
         if self.key_position is not None:
             key = self.key_position(key, grid, span)
-        features = [self._by_head(self.activated(self.key_kernel(key)))]
-        return Features(features, features)
+        return self._features(self.key_kernel(key), grid, span)
+
+    def _features(self, z: Tensor, grid: tuple[int, int], span: slice) -> Features:
+        features = self._by_head(self.activated(z))
+        term = rotated(features, grid, span) if self.is_rotated else features
+        return Features([term], [features] if self.normalizer in ("base", "diff") else [])
 
     def _by_head(self, z: Tensor) -> Tensor:
         """(b, n, dim) -> (b, heads, n, d_head); einops would cost small inputs another product."""
@@ -193,28 +205,28 @@ class LinearAttention(Attention):
         routes = keys.routes
         if self.config.impl == "reference":
             local = None if self.conv is None else self.conv(value, grid, impl="reference")
-            queries = self.queries(query, x)
-            out = reference_read(queries, keys, by_head, self, x.shape[1])
+            queries = self.queries(query, x, grid)
+            out = reference_read(queries, keys, by_head, self, grid)
         elif self._is_few(keys, by_head):
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
-            queries = self.queries(query, x)
+            queries = self.queries(query, x, grid)
             eps = self.config.eps * (x.shape[1] if self.divides_by_mean else 1)
             operands = queries.terms[0], queries.norms[0], keys.terms[0], keys.norms[0], by_head
             out = linear_core(*operands, eps)
         else:
             # What only the keys need is gone before the queries come.
-            state = fold_features(keys, by_head, x.shape[1])
+            state = self.fold(keys, value, grid, queries=x.shape[1])
             del key, keys
             # Before the queries too: the backward goes the other way, and then this comes when
             # little else is stored any more.
             local = None if self.conv is None else self.conv(value, grid, impl=self.config.impl)
-            queries = self.queries(query, x)
+            queries = self.queries(query, x, grid)
             del query
-            out = read_features(queries, state, self, x.shape[1])
+            out = self.attended(queries, state, grid)
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
-        return self.proj(out), {**routes, **queries.routes}
+        return self.finish(out, x), {**routes, **queries.routes}
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The output of all tokens at once, by Triton's kernels."""
@@ -233,18 +245,24 @@ class LinearAttention(Attention):
             out = out / tokens
         if self.conv is not None and value is not None:
             out = self.conv(value, grid, out, impl=self.config.impl)
+        return self.finish(out, x)
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, of what some tokens ``x`` attended to and their convolution."""
         return self.proj(out)
 
     def _is_few(self, keys: Features, value: Tensor) -> bool:
         """Whether one call of C multiplies sooner than a few products start."""
         if self.normalizer != "base" or len(keys.terms) > 1:
             return False
+        if type(self).attended is not LinearAttention.attended:
+            return False
         is_small = value.numel() * value.shape[-1] <= 1 << 18
         return is_small and is_few("linear_core", self.config.impl, keys.terms[0], value)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         spans = spans_of(grid, block, self.rows_together)
-        cached, state = first_pass(x, spans, lambda span: self.encode(x, grid, span))
+        cached, state = first_pass(x, spans, lambda span: self.encode(x, grid, span), self.merge)
         return second_pass(cached, spans, lambda span: self.decode(x, grid, span, cached, state))
 
     @property
@@ -255,27 +273,53 @@ class LinearAttention(Attention):
     def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
         """What a block caches for its own and its neighbors' outputs, and its keys' state."""
         key, value = self.project_key_value(x[:, span])
-        state = self.fold(self.keys(key, x[:, span], grid, span), value)
+        state = self.fold(self.keys(key, x[:, span], grid, span), value, grid, span)
         return (None if self.conv is None else value), state
 
     def decode(
         self, x: Tensor, grid: tuple[int, int], span: slice, cached: Tensor | None, state: State
     ) -> Tensor:
         """The output of a block, of what ``encode`` cached of all and the sum of all states."""
-        queries = self.queries(self.project_query(x[:, span]), x[:, span])
-        out = self.read(queries, state, x)
+        queries = self.queries(self.project_query(x[:, span]), x[:, span], grid, span)
+        out = self.read(queries, state, x, grid, span)
         if self.conv is not None and cached is not None:
             conv, impl = self.conv, self.config.impl
             out = out + convolve(cached, span, grid[1], conv, conv.reach, impl).to(out.dtype)
-        return self.proj(out)
+        return self.finish(out, x[:, span])
 
-    def fold(self, keys: Features, value: Tensor) -> State:
-        """The state of a block's keys and values; those of several blocks add up."""
-        return fold_features(keys, self._by_head(value), None)
+    def fold(
+        self,
+        keys: Features,
+        value: Tensor,
+        grid: tuple[int, int],
+        span: slice = slice(None),
+        queries: int | None = None,
+    ) -> State:
+        """The state of keys and their values, (b, m, dim), a part of the grid.
 
-    def read(self, queries: Features, state: State, x: Tensor) -> Tensor:
+        It is for that many queries, or for any where several states are yet to be joined.
+        """
+        return fold_features(keys, self._by_head(value), queries)
+
+    def merge(self, whole: State, part: State) -> State:
+        """The state of both states' keys."""
+        return summed(whole, part)
+
+    def attended(
+        self, queries: Features, state: State, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Tensor:
+        """The output of a part of the grid, (b, h, n, d_head), of the state of all keys."""
+        return read_features(queries, state, self, grid[0] * grid[1])
+
+    def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
+        """The weight of every key in every query's output, (b, h, n, m), as it is written."""
+        return reference_weights(queries, keys, self, grid[0] * grid[1])
+
+    def read(
+        self, queries: Features, state: State, x: Tensor, grid: tuple[int, int], span: slice
+    ) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
-        out = read_features(queries, state, self, x.shape[1])
+        out = self.attended(queries, state, grid, span)
         return out.transpose(1, 2).flatten(2).to(operand_dtype(x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -283,15 +327,14 @@ class LinearAttention(Attention):
         self.check_tokens(x, grid)
         query, key, _ = self.project(x, grid)
         keys = self.keys(key, x, grid)
-        queries = self.queries(query, x)
-        return reference_weights(queries, keys, self, x.shape[1])
+        return self.weights(self.queries(query, x, grid), keys, grid)
 
     def decisions(self, x: Tensor, grid: tuple[int, int]) -> dict[str, Route]:
         """What the features of all tokens decide on the way, by router."""
         self.check_tokens(x, grid)
         query, key, _ = self.project(x, grid)
         keys = self.keys(key, x, grid)
-        return {**keys.routes, **self.queries(query, x).routes}
+        return {**keys.routes, **self.queries(query, x, grid).routes}
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
@@ -365,10 +408,14 @@ def reference_weights(
 
 @in_float32
 def reference_read(
-    queries: Features, keys: Features, value: Tensor, layer: LinearAttention, tokens: int
+    queries: Features,
+    keys: Features,
+    value: Tensor,
+    layer: LinearAttention,
+    grid: tuple[int, int],
 ) -> Tensor:
     """What ``fold_features`` and ``read_features`` give, by the n x m weights."""
-    return reference_weights(queries, keys, layer, tokens) @ value
+    return layer.weights(queries, keys, grid) @ value
 
 
 def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, tokens: int) -> Tensor:

@@ -49,7 +49,8 @@ class StreamConfig(AttentionConfig):
         return None if is_whole else self.stream
 
 
-def _sum(whole: State, part: State) -> State:
+def summed(whole: State, part: State) -> State:
+    """The state of both states' keys, where states add up."""
     return [
         tuple(a + b for a, b in zip(one, other, strict=True))
         for one, other in zip(whole, part, strict=True)
@@ -67,7 +68,7 @@ def first_pass(
     x: Tensor,
     spans: list[slice],
     encode: Callable[[slice], tuple[Tensor | None, State]],
-    merge: Callable[[State, State], State] = _sum,
+    merge: Callable[[State, State], State] = summed,
 ) -> tuple[Tensor | None, State]:
     """Encodes every block.
 
@@ -136,11 +137,25 @@ def softmax_fold(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None)
         weighted sum, (b, h, m, d), in float32 or better.
     """
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-    if bias is not None:
-        scores = scores + bias
+    return weighted(scores if bias is None else scores + bias, value)
+
+
+@in_float32
+def weighted(scores: Tensor, *values: Tensor) -> State:
+    """State of values under the exponentials of scores; ``softmax_merge`` joins two.
+
+    Args:
+        scores: (..., m, n).
+        values: (..., n, d) each.
+
+    Returns:
+        Largest score and sum of exponentials, both (..., m, 1), and the values' weighted sums,
+        (..., m, d) each, in float32 or better.
+    """
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top).exp_()
-    return [(top, weights.sum(-1, keepdim=True), weights @ value)]
+    sums = (weights @ value for value in values)
+    return [(top, weights.sum(-1, keepdim=True), *sums)]
 
 
 def softmax_merge(whole: State, part: State) -> State:

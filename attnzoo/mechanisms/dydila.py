@@ -211,17 +211,19 @@ class DyDiLA(LinearAttention):
             return None, self.shared(x)
         return linear_parts(self.shared, x, self.dim, slice(1, None))
 
-    def queries(self, query: Tensor | None, x: Tensor) -> Features:
+    def queries(
+        self, query: Tensor | None, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Features:
         """See ``LinearAttention``."""
-        return self._features(query, x, "query")
+        return self._routed_features(query, x, "query")
 
     def keys(
         self, key: Tensor | None, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
     ) -> Features:
         """Keys, from the tokens to what the core multiplies."""
-        return self._features(key, x, "key")
+        return self._routed_features(key, x, "key")
 
-    def _features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
+    def _routed_features(self, shared: Tensor | None, x: Tensor, side: str) -> Features:
         config, routes, gradient = self.config, {}, self.config.router_gradient
         # The fused kernels report no decisions; the parts they stand for do.
         impl: Impl = "auto" if config.impl == "triton" else config.impl

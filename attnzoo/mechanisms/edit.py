@@ -90,7 +90,7 @@ class EDiTAttention(LinearAttention):
         coarse = first // stride, -(-stop // stride)
         windows = rows_of(self.compress.conv, x, grid, *coarse, before=self.key_value)
         key, value = windows.chunk(2, dim=-1)
-        return squeezed, [*self.fold(self.keys(key, x, grid), value), moments]
+        return squeezed, [*self.fold(self.keys(key, x, grid), value, grid), moments]
 
     def decode(
         self, x: Tensor, grid: tuple[int, int], span: slice, cached: Tensor | None, state: State
@@ -100,7 +100,8 @@ class EDiTAttention(LinearAttention):
         *state, moments = state
         squeezed = cached[:, span, : self.fusion.squeeze.out_channels]
         query = self.query(self.fusion.expanded(x[:, span], squeezed, moments))
-        return self.proj(self.read(self.queries(query, x), state, x))
+        queries = self.queries(query, x, grid, span)
+        return self.proj(self.read(queries, state, x, grid, span))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.

@@ -30,7 +30,7 @@ def tokens(grid: tuple[int, int], batch: int = 1, dim: int = 64) -> Tensor:
 def grads(out: Tensor, x: Tensor, layer: Attention) -> list[Tensor]:
     """Gradients of a fixed random sum of ``out`` by the input and by every parameter."""
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     return list(torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()]))
 
 

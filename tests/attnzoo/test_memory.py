@@ -15,12 +15,19 @@ CLOSED_FORM = {
     ("lit", ()): (8, 10.5),
     ("dydila", ()): (7, 15.5),
     ("dydila-map", ()): (9, 16.5),
+    ("linfusion", ()): (6, 22),
+    ("efficient", ()): (6, 9),
+    ("fixation", ()): (8, 16),
+    ("mhla", ()): (8, 14),
+    ("mala", ()): (9, 18),
+    ("rala", ()): (9, 21),
 }
 CLOSED_FORM |= {
     (name, (("stream", 1024),)): (budget, None)
     for budget, names in (
         (1.4, ("sana", "focused", "lit", "edit", "agent")),
-        (1.6, ("gated", "dig", "dydila", "dydila-map")),
+        (1.4, ("linfusion", "efficient", "fixation", "mala", "rala")),
+        (1.6, ("gated", "dig", "dydila", "dydila-map", "mhla")),
     )
     for name in names
 }
@@ -83,7 +90,7 @@ def test_edit_lets_go_of_queries_whose_features_are_made():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sana", "focused", "lit", "dydila", "dydila-map"])
+@pytest.mark.parametrize("name", [name for name, options in CLOSED_FORM if not options])
 def test_peak_memory_grows_with_n_alone(name):
     small, large = (_peak(name, (), side, False) * side**2 for side in (32, 128))
     assert math.log(large / small) / math.log(16) < 1.02

@@ -13,13 +13,32 @@ EQUIVARIANT = {
     "sana": {},
     "focused": {"conv": "none"},
     "lit": {"conv": "none"},
+    "linfusion": {},
+    "efficient": {},
+    "fixation": {"shift": False},
+    "mala": {"conv": "none", "rope": False},
+    "rala": {"conv": "none", "rope": False},
     "moh": {},
     "differential": {},
     "dydila": {"conv": "none"},
     "dydila-map": {"conv": "none"},
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
-ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map")
+ORDERED = (
+    "focused",
+    "lit",
+    "compressed",
+    "edit",
+    "agent",
+    "gated",
+    "dig",
+    "dydila",
+    "dydila-map",
+    "fixation",
+    "mhla",
+    "mala",
+    "rala",
+)
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 

@@ -58,8 +58,8 @@ def test_tokens_are_heads_side_by_side(impl, is_normalized, is_packed):
 
 
 class OwnFeatures(LinearAttention):
-    def queries(self, query, x):
-        return super().queries(query, x)
+    def queries(self, query, x, grid, span=slice(None)):
+        return super().queries(query, x, grid, span)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -217,6 +217,7 @@ if CAN_RUN:
     LAYERS = [
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
         ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
+        ("linfusion", {}), ("efficient", {}), ("fixation", {}),
         ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
     ]  # fmt: skip
 

@@ -12,7 +12,8 @@ TOKENS, DIM = 16384, 384
 # up; DyDiLA's and Sana's are goal G7's and what the operators of the layer add up to.
 TENSORS = {
     "agent": 6, "dig": 13, "dydila": 10, "dydila-map": 14, "edit": 5, "focused": 10, "gated": 23,
-    "lit": 8, "sana": 7,
+    "lit": 8, "sana": 7, "linfusion": 7, "efficient": 7, "fixation": 9, "mhla": 9,
+    "mala": 10, "rala": 10,
 }  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""Rank-augmented linear attention (RALA, arXiv 2411.07635).
+
+With phi = ELU + 1 and s = 1 / sqrt(d_head), keys are weighed by what the mean query sees in them,
+k_j = n softmax_j(s mean_i phi(Q_i) phi(K_j)^T) phi(K_j), and so is the state that they add up to:
+O = (phi(Q) (k^T V) / (phi(Q) sum_j k_j^T + n eps) + DWC(V)) * W_G X per head, a gate that raises
+the rank of the output. Rotary positions turn the product of Q and k, not the normalizer.
+Cost per sample: 5 d^2 n + 2 n d d_head + 2 n d + 25 n d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attnzoo.contract import AttentionContext, heads_of_width
+from attnzoo.layers.depthwise_conv import DepthwiseConv
+from attnzoo.layers.linear import elu_plus_one, xavier_linear
+from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
+from attnzoo.layers.rotary import rotated
+from attnzoo.layers.streaming import State, first_pass, second_pass, softmax_merge, spans_of
+from attnzoo.ops.linear_core import fold, key_sum
+from attnzoo.ops.precision import in_float32
+from attnzoo.registry import register_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LinearConfig):
+    """Options of RALA."""
+
+    rope: bool = True  # RALA; rows sum to 1 without it only
+    conv: Literal["3x3", "5x5", "none"] = "5x5"  # RALA
+    eps: float = 1e-6  # RALA; added to the mean over the keys, not to their sum
+
+
+@register_attention("rala")
+class RALAttention(LinearAttention):
+    """Linear attention with keys weighed by the mean query, and a gated output."""
+
+    Config = Config
+    config: Config
+    paper = "RALA, 2411.07635"
+    divides_by_mean = True
+    plot_style = ("#1F77B4", ">")
+    tensors_crossed = 8.0  # also the gate, and the weighed keys
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        self.is_rotated = config.rope
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)
+        self.gate = xavier_linear(self.dim, self.dim, bias=True)
+        if config.conv != "none":
+            self.conv = DepthwiseConv(self.dim, config.conv)
+        self.proj = xavier_linear(self.dim, self.dim, bias=True)
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Heads of 32, as Sana's, which is RALA's order of width."""
+        return heads_of_width(dim, 32)
+
+    def query_kernel(self, query: Tensor) -> Tensor:
+        """ELU(Q) + 1."""
+        return elu_plus_one(query)
+
+    def key_kernel(self, key: Tensor) -> Tensor:
+        """ELU(K) + 1, not yet weighed."""
+        return elu_plus_one(key)
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
+        """Q; K and the mean query, (b, heads, 1, d_head); V."""
+        query, key, value = super().project(x, grid)
+        anchor = self._query_sum(query) / query.shape[1]
+        return query, (key, anchor), value
+
+    def _query_sum(self, query: Tensor) -> Tensor:
+        features = self._by_head(self.query_kernel(query))
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return features.sum(2, keepdim=True, dtype=wide)
+
+    def keys(
+        self, key: Any, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Features:
+        """Keys, weighed over all positions."""
+        features, scores = self._scored(*key)
+        return self._weighed(features, scores.softmax(-1) * scores.shape[-1], grid, span)
+
+    def _scored(self, key: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of keys and what the mean query sees in them, (b, heads, 1, m)."""
+        features = self._by_head(self.key_kernel(key))
+        return features, similarity(anchor * anchor.shape[-1] ** -0.5, features)
+
+    def _weighed(
+        self, features: Tensor, weight: Tensor, grid: tuple[int, int], span: slice
+    ) -> Features:
+        keys = (features * weight.mT).to(features.dtype)
+        return Features([rotated(keys, grid, span) if self.is_rotated else keys], [keys])
+
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        spans = spans_of(grid, block, self.rows_together)
+        tokens = x.shape[1]
+        sums = [self._query_sum(self.project_query(x[:, span])) for span in spans]
+        anchor = torch.stack(sums).sum(0) / tokens
+
+        def encode(span: slice) -> tuple[Tensor | None, State]:
+            key, value = self.project_key_value(x[:, span])
+            features, scores = self._scored(key, anchor)
+            top = scores.amax(-1, keepdim=True)
+            weight = (scores - top).exp()
+            keys = self._weighed(features, weight, grid, span)
+            [product] = fold(keys.terms[0], self._by_head(value), None)
+            state = top, weight.sum(-1, keepdim=True), product, *key_sum(keys.norms[0])
+            return (None if self.conv is None else value), [state]
+
+        cached, [(_, total, product, keys)] = first_pass(x, spans, encode, softmax_merge)
+        state: State = [(product * (tokens / total),), (keys * (tokens / total),)]
+        return second_pass(cached, spans, lambda span: self.decode(x, grid, span, cached, state))
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """See ``LinearAttention.finish``: the gate, which has no activation."""
+        return self.proj(out * self.gate(x))
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n, parts = grid[0] * grid[1], super().macs_parts(grid)
+        scores = n * self.dim
+        return parts | {"projections": 5 * self.dim**2 * n, "core": parts["core"] + scores}
+
+
+@in_float32
+def similarity(query: Tensor, key: Tensor) -> Tensor:
+    """Q K^T, (b, h, n, m)."""
+    return query @ key.mT
