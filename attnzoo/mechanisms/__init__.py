@@ -4,7 +4,9 @@ from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
     differential,
+    diffussm,
     dig,
+    dis,
     dydila,
     edit,
     focused,
@@ -13,4 +15,5 @@ from attnzoo.mechanisms import (  # noqa: F401
     moh,
     sana,
     softmax,
+    zigma,
 )
