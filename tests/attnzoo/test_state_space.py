@@ -13,6 +13,7 @@ from torch import Tensor
 from attnzoo import InvalidType, InvalidValue, build_attention
 from attnzoo.mechanisms.zigma import zigzag
 from attnzoo.ops.selective_scan import mamba, selective_scan
+from attnzoo.ops.selective_scan import torch as chunked
 from attnzoo.ops.ssd_scan import fla, ssd_scan
 from attnzoo.testing import CHECKS, build_scrambled, tokens
 
@@ -59,11 +60,13 @@ SCANS = {
 }
 
 
-def with_gradients(function, operands, **options) -> list[Tensor]:
+def with_gradients(function, operands, weight=None, **options) -> list[Tensor]:
     leaves = [z.clone().requires_grad_() for z in operands]
     out = function(*leaves, **options)
-    draw = torch.Generator().manual_seed(9)
-    (out * torch.randn(out.shape, generator=draw, dtype=torch.float64)).sum().backward()
+    if weight is None:
+        draw = torch.Generator().manual_seed(9)
+        weight = torch.randn(out.shape, generator=draw, dtype=torch.float64)
+    (out * weight).sum().backward()
     return [out.detach(), *(z.grad for z in leaves)]
 
 
@@ -157,6 +160,18 @@ class TestScans:
         with torch.autograd.graph.saved_tensors_hooks(stored.append, lambda z: z):
             selective_scan(*operands, impl="torch")
         assert sum(z.numel() for z in stored) == sum(z.numel() for z in operands) + 10 * 6 * 5
+
+    @pytest.mark.parametrize("n", [64, 65, 300, 640])
+    def test_chunks_side_by_side_change_nothing(self, n):
+        """As an accelerator computes them."""
+        x, dt, a, b, c = operands = [z.double() for z in selective_operands(n, 2)]
+        weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).double()
+        exact = with_gradients(loop_selective, operands, weight=weight)
+        for chunks in (2, 4, 100):
+            y, _, starts = chunked._run(x, dt, a.T, b, c, None, chunks)
+            grads = chunked._differentiate(weight, x, dt, a.T, b, c, starts, chunks)
+            found = [y, *grads[:2], grads[2].T, *grads[3:]]
+            assert largest_error(found, exact) < 1e-12
 
     @pytest.mark.parametrize("kind", SCANS)
     def test_autocast_lowers_nothing(self, kind):
