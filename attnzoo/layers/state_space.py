@@ -66,10 +66,10 @@ class SelectiveScan(nn.Module):
         self.input_proj = nn.Linear(width, rank + 2 * STATE, bias=False)
         self.step_proj = nn.Linear(rank, width)
         nn.init.uniform_(self.step_proj.weight, -(rank**-0.5), rank**-0.5)
-        self.step_proj.bias = _without_decay(_start_of_steps(width))
+        self.step_proj.bias = nn.Parameter(_start_of_steps(width))
         rates = torch.arange(1.0, STATE + 1).expand(width, -1)
-        self.log_rates = _without_decay(rates.log())
-        self.skip = _without_decay(torch.ones(width))
+        self.log_rates = nn.Parameter(rates.log())
+        self.skip = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, impl: Impl = "auto") -> Tensor:
         """(b, n, width) -> (b, n, width), each token's output of it and those before.
@@ -85,7 +85,8 @@ class SelectiveScan(nn.Module):
         before, state = carried or (None, None)
         if self.conv is not None:
             x, before = self.conv(x, before), self.conv.last(x, before)
-        out, state = selective_block(x, *self._operands(x), state)
+        step, rates, b, c = self._operands(x)
+        out, state = selective_block(x, step, rates, b, c, state)
         x = in_wide_range(x)
         return _add_skip(out.to(x.dtype), x, self.skip), (before, state)
 
@@ -139,8 +140,8 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, Carried]:
         """One direction's part of ``forward``, of tokens that follow others in its order."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        out, carried = self.scans[direction].advance(x, carried)
-        return self.out_proj(_gated(out, z).to(z.dtype)), carried
+        out, after = self.scans[direction].advance(x, carried)
+        return self.out_proj(_gated(out, z).to(z.dtype)), after
 
     def macs_parts(self, tokens: int) -> dict[str, int]:
         """Multiply-accumulates per sample; the core as the recurrence does it."""
@@ -163,9 +164,9 @@ class Mamba2(nn.Module):
         self.width = EXPAND * dim
         self.in_proj = nn.Linear(dim, 2 * self.width + 2 * SSD_STATE + num_heads, bias=False)
         self.conv = CausalConv(self.width + 2 * SSD_STATE)
-        self.step_bias = _without_decay(_start_of_steps(num_heads))
-        self.log_rates = _without_decay(torch.empty(num_heads).uniform_(1, 16).log())
-        self.skip = _without_decay(torch.ones(num_heads, 1))
+        self.step_bias = nn.Parameter(_start_of_steps(num_heads))
+        self.log_rates = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(num_heads, 1))
         self.norm_weight = nn.Parameter(torch.ones(self.width))
         self.out_proj = nn.Linear(self.width, dim, bias=False)
 
@@ -180,8 +181,8 @@ class Mamba2(nn.Module):
         before, state = carried or (None, None)
         z, x, step = self._split(x)
         after = self.conv.last(x, before)
-        x, *operands = self._operands(self.conv(x, before), step)
-        out, state = ssd_block(*operands, state)
+        x, taken, log_decay, b, c = self._operands(self.conv(x, before), step)
+        out, state = ssd_block(taken, log_decay, b, c, state)
         return self._finish(out, x, z), (after, state)
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -249,10 +250,3 @@ def _start_of_steps(count: int) -> Tensor:
     low, high = map(math.log, _STEPS)
     steps = torch.empty(count).uniform_(low, high).exp().clamp_min(1e-4)
     return steps + torch.log(-torch.expm1(-steps))
-
-
-def _without_decay(start: Tensor) -> nn.Parameter:
-    """A parameter that weight decay would pull off its scale, marked for optimisers that look."""
-    parameter = nn.Parameter(start.clone())
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter

@@ -79,7 +79,8 @@ class DiffuSSMAttention(Attention):
         means = _means(x, size)
         deviation = x - _repeat(means, size, x.shape[1])
         if x.shape[-1] > self.dim:  # both directions' deviations
-            deviation = sum(deviation.split(self.dim, dim=-1))
+            forth, back = deviation.chunk(2, dim=-1)
+            deviation = forth + back
         out = _repeat(dense(means), size, x.shape[1])
         return out + deviation.to(out.dtype)
 

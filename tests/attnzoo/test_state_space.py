@@ -437,13 +437,6 @@ class TestLayers:
         assert rates.min() >= 1 and rates.max() <= 16 and rates.std() > 1
         assert steps.min() > 1e-3 * 0.999 and steps.max() < 0.1 * 1.001
 
-    def test_what_weight_decay_would_spoil_is_marked(self):
-        for name, options in (("dis", {}), ("zigma", {"state": "ssd"})):
-            layer = build_attention(name, 32, **options)
-            marked = {key.rpartition(".")[2] for key, p in layer.named_parameters()
-                      if getattr(p, "_no_weight_decay", False)}  # fmt: skip
-            assert marked == {"log_rates", "skip", "step_bias" if options else "bias"}
-
     def test_parameters_are_those_of_mamba(self):
         d, rank = 64, 4
         one = 2 * d * (rank + 32) + rank * 2 * d + 2 * d * 5 + 2 * d * 16 + 2 * 2 * d

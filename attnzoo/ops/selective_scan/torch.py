@@ -56,8 +56,8 @@ def _run(
         done = [
             _run(x, dt, a, b, c, h, chunks) for x, dt, b, c, h in zip(*parts, before, strict=True)
         ]
-        y, state, starts = map(list, zip(*done, strict=True))
-        return torch.cat(y), torch.cat(state), torch.cat(starts, dim=1)
+        outs, lasts, befores = map(list, zip(*done, strict=True))
+        return torch.cat(outs), torch.cat(lasts), torch.cat(befores, dim=1)
     y, starts = torch.empty_like(x), []
     state = x.new_zeros(x.shape[0], *a.shape) if state is None else state
     spans = _spans(x.shape[1], chunks or most)
@@ -210,7 +210,7 @@ def _differentiate(
         rates = torch.mul(slopes, a, out=states).sum(-2)
         grad_dt[:, span] = _tokens(rates.addcmul_(taken, x_), like)
         grad_a += slopes.mul_(dt_.unsqueeze(-2)).sum((0, 1))
-    return grads
+    return grads  # type: ignore[return-value]
 
 
 def _descend(slopes: Tensor, decays: Tensor, later: Tensor) -> Tensor:
