@@ -20,6 +20,7 @@ from attnzoo.contract import Attention
 from attnzoo.ops import softmax
 from attnzoo.ops.gated_scan import fla
 from attnzoo.ops.optional import load
+from attnzoo.ops.selective_scan import mamba
 from attnzoo.registry import offered
 
 DIM = 384
@@ -32,6 +33,7 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-4",
     "fla-core",
+    "mamba-ssm",
     "triton",
 )
 
@@ -105,6 +107,7 @@ def backends() -> None:
             _report(impl, softmax.why_unavailable(impl, device, dtype))
         print("other backends:")
         _report("fla", fla.why_unavailable(device))
+        _report("mamba", mamba.why_unavailable(device))
         _report("triton", _why_no_triton(device))
 
 

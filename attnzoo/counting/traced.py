@@ -67,6 +67,7 @@ def _handles() -> dict[str, Any]:
         "aten::scaled_dot_product_attention": handle(fused_attention, 3),
         "aten::_scaled_dot_product_flash_attention_for_cpu": handle(fused_attention, 3),
         "attnzoo::routed_linear": handle(MACS["routed_linear"]),
+        "attnzoo::selective_scan": handle(MACS["selective_scan"], 3),
         "aten::_grouped_mm": handle(grouped_product),
         "aten::baddbmm": handle(lambda _, left, right: left.numel() * right.shape[-1], 3),
         "aten::einsum": _einsum,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,3 +210,33 @@ def stream_scans(
                 cached = out.new_empty(*image.shape[:-1], max(out.shape[-1], x.shape[-1]))
             cached.narrow(axis, start, size)[..., : out.shape[-1]] = out.unflatten(1, shape)
     return cached[..., : x.shape[-1]].to(dtype).flatten(1, 2)
+
+
+def stream_orders(
+    x: Tensor,
+    orders: Sequence[Tensor],
+    block: int,
+    advance: Callable[[Tensor, Any, int], tuple[Tensor, Any]],
+) -> Tensor:
+    """Sums scans in several orders, one after the other, block by block.
+
+    Args:
+        x: (b, n, d).
+        orders: Of the tokens, each a permutation of their n indices.
+        block: Tokens per block.
+        advance: Tokens of a block in an order, what the block before left, and the number of the
+            order -> the scan's part of the outputs, (b, m, e), and what is left.
+
+    Returns:
+        (b, n, e).
+    """
+    total = None
+    for number, order in enumerate(orders):
+        carried = None
+        for places in order.split(block):
+            out, carried = advance(x[:, places], carried, number)
+            if total is None:
+                total = out.new_zeros(out.shape[0], x.shape[1], out.shape[2])
+            total[:, places] += out
+    assert total is not None
+    return total

@@ -4,7 +4,9 @@ from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
     differential,
+    diffussm,
     dig,
+    dis,
     dydila,
     edit,
     efficient,
@@ -19,4 +21,5 @@ from attnzoo.mechanisms import (  # noqa: F401
     rala,
     sana,
     softmax,
+    zigma,
 )

@@ -23,7 +23,9 @@ from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import optional
 from attnzoo.ops.precision import operand_dtype
 
-Impl = Literal["auto", "reference", "torch", "native", "triton", "fla", "flash", "xformers"]
+Impl = Literal[
+    "auto", "reference", "torch", "native", "triton", "fla", "flash", "mamba", "xformers"
+]
 Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 
 # Implementations of each operator. "auto" takes the first that fits, and none behind "torch".
@@ -40,6 +42,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
+    "selective_scan": ("torch", "reference", "mamba"),
+    "ssd_scan": ("torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.
@@ -48,7 +52,7 @@ _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
-_LAZY = ("triton", "fla", "flash", "xformers")  # need packages that may be missing
+_LAZY = ("triton", "fla", "flash", "mamba", "xformers")  # need packages that may be missing
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
 

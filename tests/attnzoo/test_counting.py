@@ -41,6 +41,9 @@ VARIANTS = [
     ("dydila", {"projection": "replace", "differential": "none", "kernel": "fixed"}),
     ("dydila", {"normalizer": "diff", "conv": "3x3"}),
     ("dydila-map", {"map_router": "image", "conv": "none"}),
+    ("zigma", {"state": "ssd"}),
+    ("dis", {"impl": "reference"}),
+    ("diffussm", {"reduction": 3}),
 ]
 
 
@@ -362,7 +365,8 @@ def test_macs_are_frozen():
 
 
 def test_an_implementation_that_this_device_lacks_is_counted():
-    for name, impls in (("softmax", ("flash", "xformers")), ("gated", ("fla",))):
+    libraries = {"softmax": ("flash", "xformers"), "gated": ("fla",), "dis": ("mamba",)}
+    for name, impls in libraries.items():
         for impl in impls:
             layer = build_attention(name, 48, impl=impl)
             assert count_macs(layer, grid=(4, 4)).total == layer.macs((4, 4))

@@ -25,20 +25,9 @@ EQUIVARIANT = {
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
 ORDERED = (
-    "focused",
-    "lit",
-    "compressed",
-    "edit",
-    "agent",
-    "gated",
-    "dig",
-    "dydila",
-    "dydila-map",
-    "fixation",
-    "mhla",
-    "mala",
-    "rala",
-)
+    "focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
+    "fixation", "mhla", "mala", "rala", "zigma", "dis", "diffussm",
+)  # fmt: skip
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 

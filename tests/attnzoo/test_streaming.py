@@ -59,6 +59,11 @@ STREAMED = [
     ("dydila", {"projection": "none", "differential": "none", "conv": "none"}),
     ("dydila-map", {}),
     ("dydila-map", {"normalizer": "mean"}),
+    ("zigma", {}),
+    ("zigma", {"state": "ssd", "paths": 1}),
+    ("dis", {}),
+    ("diffussm", {}),
+    ("diffussm", {"reduction": 5}),
 ]  # fmt: skip
 LINEAR = [name for name in list_attention() if "n²" not in get_attention(name).complexity]
 

@@ -23,6 +23,7 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_macs",
     "gated_linear_block",
+    "is_counted",
     "mean_of_scans_by_kernels",
     "scan",
     "unscan",
@@ -60,7 +61,7 @@ def gated_linear_attention(
     Raises:
         Unavailable: The library cannot be imported, or not run on these tensors.
     """
-    if not compiler.is_compiling() and _is_counting.get():
+    if is_counted():
         return (query * log_gate.exp()) @ (key.transpose(-2, -1) @ value)
     chosen = _choose(impl, query, value)
     if chosen == "triton":
@@ -138,8 +139,7 @@ def mean_of_scans_by_kernels(
     Raises:
         Unavailable: "triton" was asked for and cannot run here.
     """
-    is_counted = not compiler.is_compiling() and _is_counting.get()
-    if is_counted or _choose(impl, query, value) != "triton":
+    if is_counted() or _choose(impl, query, value) != "triton":
         return None
     from attnzoo.ops.gated_scan.triton import gated_scans
 
@@ -179,6 +179,11 @@ def counted_as_recurrence() -> Iterator[None]:
         yield
     finally:
         _is_counting.reset(token)
+
+
+def is_counted() -> bool:
+    """Whether the code runs inside ``counted_as_recurrence``."""
+    return not compiler.is_compiling() and _is_counting.get()
 
 
 def scan(x: Tensor, grid: tuple[int, int], direction: Direction) -> Tensor:
