@@ -10,6 +10,7 @@ from attnzoo.mechanisms import (  # noqa: F401
     focused,
     gated,
     lit,
+    local,
     moh,
     sana,
     softmax,
