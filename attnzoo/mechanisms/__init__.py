@@ -3,15 +3,18 @@
 from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
+    conv,
     differential,
     dig,
     dydila,
     edit,
     focused,
     gated,
+    linformer,
     lit,
     local,
     moh,
+    pvt,
     sana,
     softmax,
 )
