@@ -214,7 +214,11 @@ class LinearAttention(Attention):
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
-        return self.proj(out), {**routes, **queries.routes}
+        return self.finish(out, x), {**routes, **queries.routes}
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the layer returns of what all heads read, (b, n, dim), and of the tokens ``x``."""
+        return self.proj(out)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The output of all tokens at once, by Triton's kernels."""
@@ -267,7 +271,7 @@ class LinearAttention(Attention):
         if self.conv is not None and cached is not None:
             conv, impl = self.conv, self.config.impl
             out = out + convolve(cached, span, grid[1], conv, conv.reach, impl).to(out.dtype)
-        return self.proj(out)
+        return self.finish(out, x[:, span])
 
     def fold(self, keys: Features, value: Tensor) -> State:
         """The state of a block's keys and values; those of several blocks add up."""

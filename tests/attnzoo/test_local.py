@@ -187,8 +187,8 @@ def test_flex_attentions_blocks_hold_every_pair_and_no_block_in_vain(window) -> 
     plan = flex.plan_of((33, 20), window, torch.device("cpu"))
     mask = flex.mask_of(window.radius**2, *plan.blocks, *plan.bounds)
     place = torch.arange(len(plan.order))
-    pairs = mask.mask_mod(place[0], place[0], place[:, None], place).unflatten(1, (-1, 64))
-    needed = pairs.any(2).unflatten(0, (-1, 64)).any(1)
+    pairs = mask.mask_mod(place[0], place[0], place[:, None], place).unflatten(1, (-1, 128))
+    needed = pairs.any(2).unflatten(0, (-1, 128)).any(1)
     met, indices = plan.blocks[0][0, 0], plan.blocks[1][0, 0]
     for row, count, order in zip(needed, met, indices, strict=True):
         assert set(order[:count].tolist()) == set(row.nonzero().flatten().tolist())

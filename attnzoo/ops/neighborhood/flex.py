@@ -17,7 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
 
-_TILE = 8, 8  # whose tokens are a block
+# Whose tokens are a block: kernels want 128.
+_TILE = 8, 16
+_OPTIONS = None
 
 
 class Plan:
@@ -55,7 +57,9 @@ def _attend(
     *plan: Tensor,
 ) -> Tensor:  # fmt: skip
     query, key, value = (z.index_select(2, order) for z in (query, key, value))
-    out = flex_attention(query, key, value, block_mask=mask_of(limit, *plan))
+    out = flex_attention(
+        query, key, value, block_mask=mask_of(limit, *plan), kernel_options=_OPTIONS
+    )
     assert isinstance(out, Tensor)
     return out.index_select(2, place)
 
@@ -94,7 +98,7 @@ def plan_of(grid: Grid, window: tuple[int, ...], device: torch.device) -> Plan:
 plan_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache  # for good: a recorded CUDA graph goes on reading it
 def _plan(grid: Grid, window: Window, device: torch.device) -> Plan:
     rows, columns = (_Side(*z, window) for z in zip(grid, _TILE, strict=True))
     order = _tiled(rows.order[:, None] * grid[1] + columns.order)

@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
         return bias.masked_fill_(hidden, float("-inf")).flatten(0, 1)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache  # for good: a recorded CUDA graph goes on reading it
 def _plan(grid: Grid, window: Window, device: torch.device) -> _Plan:
     height, width = grid
     rows, columns = tiles_of(height, width, window), tiles_of(width, height, window)
