@@ -19,7 +19,10 @@ EQUIVARIANT = {
     "dydila-map": {"conv": "none"},
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
-ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map")
+ORDERED = (
+    "focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
+    "local", "pvt", "linformer", "conv",
+)  # fmt: skip
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 
