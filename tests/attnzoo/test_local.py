@@ -182,13 +182,14 @@ def test_flex_attention_on_a_cpu_is_the_reference(grid, window) -> None:
 
 
 @pytest.mark.parametrize("window", [Window(7), Window(3, 2), Window(5, 3), Window(1, 1, 5)])
-def test_flex_attentions_blocks_hold_every_pair_and_no_block_in_vain(window) -> None:
+@pytest.mark.parametrize("block", [64, 128])
+def test_flex_attentions_blocks_hold_every_pair_and_few_in_vain(window, block) -> None:
     # On a CPU the blocks are ignored, on a GPU what is not in them is not seen.
-    plan = flex.plan_of((33, 20), window, torch.device("cpu"))
+    plan = flex.plan_of((33, 20), window, block, torch.device("cpu"))
     mask = flex.mask_of(window.radius**2, *plan.blocks, *plan.bounds)
     place = torch.arange(len(plan.order))
-    pairs = mask.mask_mod(place[0], place[0], place[:, None], place).unflatten(1, (-1, 128))
-    needed = pairs.any(2).unflatten(0, (-1, 128)).any(1)
+    pairs = mask.mask_mod(place[0], place[0], place[:, None], place).unflatten(1, (-1, block))
+    needed = pairs.any(2).unflatten(0, (-1, block)).any(1)
     met, indices = plan.blocks[0][0, 0], plan.blocks[1][0, 0]
     for row, count, order in zip(needed, met, indices, strict=True):
         assert set(order[:count].tolist()) == set(row.nonzero().flatten().tolist())

@@ -17,9 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
 
-# Whose tokens are a block: kernels want 128.
-_TILE = 8, 16
-_OPTIONS = None
+# Tokens of a tile, which is a block of the kernels. The backward has none for less than 128.
+_FEW, _MANY = 64, 128
 
 
 class Plan:
@@ -43,12 +42,18 @@ def neighborhood_attention(
     """See ``attnzoo.ops.neighborhood``."""
     if not query.numel():
         return value.clone()
-    plan = plan_of(grid, tuple(window), query.device)
+    is_trained = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    )
+    # Small blocks hold fewer keys in vain, but wide heads leave no room to have several in flight.
+    is_wide = query.shape[-1] * query.dtype.itemsize > 256
+    block = _MANY if is_trained or is_wide else _FEW
+    plan = plan_of(grid, tuple(window), block, query.device)
     operands = query, key, value, plan.order, plan.place, *plan.blocks, *plan.bounds
     limit = window.radius**2
     if torch.compiler.is_compiling() or not query.is_cuda:
         return _attend(limit, *operands)
-    shapes = (query.shape, query.dtype, query.requires_grad, torch.is_grad_enabled())
+    shapes = query.shape, query.dtype, is_trained
     return _compiled(grid, window, query.device, *shapes)(limit, *operands)
 
 
@@ -57,9 +62,9 @@ def _attend(
     *plan: Tensor,
 ) -> Tensor:  # fmt: skip
     query, key, value = (z.index_select(2, order) for z in (query, key, value))
-    out = flex_attention(
-        query, key, value, block_mask=mask_of(limit, *plan), kernel_options=_OPTIONS
-    )
+    mask = mask_of(limit, *plan)
+    sides: Any = None if mask.BLOCK_SIZE[0] == _MANY else {"BLOCK_M": _FEW, "BLOCK_N": _FEW}
+    out = flex_attention(query, key, value, block_mask=mask, kernel_options=sides)
     assert isinstance(out, Tensor)
     return out.index_select(2, place)
 
@@ -67,6 +72,7 @@ def _attend(
 def mask_of(limit: int, *plan: Tensor) -> BlockMask:
     """The mask of blocks and of tokens, of a plan's blocks and bounds."""
     keys_met, keys_of, queries_met, queries_of, y, x, top, bottom, left, right = plan
+    block = len(y) // keys_met.shape[-1]
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         inside = (y[k] >= top[q]) & (y[k] < bottom[q]) & (x[k] >= left[q]) & (x[k] < right[q])
@@ -85,32 +91,36 @@ def mask_of(limit: int, *plan: Tensor) -> BlockMask:
         q_indices=queries_of,
         full_q_num_blocks=None,
         full_q_indices=None,
-        BLOCK_SIZE=(_TILE[0] * _TILE[1], _TILE[0] * _TILE[1]),
+        BLOCK_SIZE=(block, block),
         mask_mod=sees,
     )
 
 
-def plan_of(grid: Grid, window: tuple[int, ...], device: torch.device) -> Plan:
-    """The order of the tokens and who meets whom."""
-    return _plan(grid, Window(*window), device)
+def plan_of(grid: Grid, window: tuple[int, ...], block: int, device: torch.device) -> Plan:
+    """The order of the tokens and who meets whom, of tiles of ``block`` tokens."""
+    return _plan(grid, Window(*window), block, device)
 
 
 plan_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch
 
 
 @functools.cache  # for good: a recorded CUDA graph goes on reading it
-def _plan(grid: Grid, window: Window, device: torch.device) -> Plan:
-    rows, columns = (_Side(*z, window) for z in zip(grid, _TILE, strict=True))
-    order = _tiled(rows.order[:, None] * grid[1] + columns.order)
-    is_real = _tiled(rows.is_real[:, None] & columns.is_real)
+def _plan(grid: Grid, window: Window, block: int, device: torch.device) -> Plan:
+    # Of all shapes of a tile, the one of which a query meets the fewest keys.
+    shapes = [(block // width, width) for width in (8, 16, 32, 64, 128) if width <= block]
+    cut = [[_Side(*z, window) for z in zip(grid, shape, strict=True)] for shape in shapes]
+    rows, columns = min(cut, key=lambda sides: sides[0].met() * sides[1].met())
+    tile = rows.side, columns.side
+    order = _tiled(rows.order[:, None] * grid[1] + columns.order, tile)
+    is_real = _tiled(rows.is_real[:, None] & columns.is_real, tile)
     place = torch.empty(grid[0] * grid[1], dtype=torch.int64)
     place[order[is_real]] = torch.arange(len(order))[is_real]
     meets = (rows.meets[:, None, :, None] & columns.meets[None, :, None]).flatten(2).flatten(0, 1)
     blocks = [z for seen in (meets, meets.t()) for z in (seen.sum(-1), _first(seen))]
     # A token that fills a tile up sees what the one it repeats sees, and is seen by none.
     nowhere = -1 - 2 * max(window.radius, 1)
-    across = [_tiled(z[:, None].expand(len(z), len(columns.order))) for z in rows.bounds]
-    down = [_tiled(z.expand(len(rows.order), len(z))) for z in columns.bounds]
+    across = [_tiled(z[:, None].expand(len(z), len(columns.order)), tile) for z in rows.bounds]
+    down = [_tiled(z.expand(len(rows.order), len(z)), tile) for z in columns.bounds]
     y, x = (z[0].masked_fill(~is_real, nowhere) for z in (across, down))
     bounds = [y, x, *across[1:], *down[1:]]
     return Plan(
@@ -126,6 +136,7 @@ class _Side:
 
     def __init__(self, length: int, side: int, window: Window) -> None:
         axis, tiles = axis_of(length, window), -(-length // side)
+        self.side = side
         place = torch.arange(tiles * side)
         self.is_real = place < length
         place = place.clamp(max=length - 1)
@@ -135,10 +146,14 @@ class _Side:
         tile = torch.arange(tiles)
         self.meets = (first[:, None] // side <= tile) & (tile <= (stop[:, None] - 1) // side)
 
+    def met(self) -> int:
+        """Pairs of tiles that see each other, of as many tokens each."""
+        return int(self.meets.sum()) * self.side
 
-def _tiled(z: Tensor) -> Tensor:
+
+def _tiled(z: Tensor, tile: Grid) -> Tensor:
     """Rows and columns, row by row, tile by tile: (tiled h, tiled w) -> (m,)."""
-    return z.unflatten(1, (-1, _TILE[1])).unflatten(0, (-1, _TILE[0])).transpose(1, 2).flatten()
+    return z.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).transpose(1, 2).flatten()
 
 
 def _first(seen: Tensor) -> Tensor:
@@ -163,3 +178,5 @@ def works() -> None:
     query = torch.zeros(1, 1, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     with torch.enable_grad():
         neighborhood_attention(query, query, query, (8, 8), Window(3)).sum().backward()
+    with torch.no_grad():
+        neighborhood_attention(query, query, query, (8, 8), Window(3))
