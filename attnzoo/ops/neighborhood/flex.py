@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from attnzoo.ops.neighborhood import torch as tiles
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
 
 # Tokens of a tile, which is a block of the kernels. The backward has none for less than 128.
@@ -46,7 +47,7 @@ def neighborhood_attention(
         query.requires_grad or key.requires_grad or value.requires_grad
     )
     # Small blocks hold fewer keys in vain, but wide heads leave no room to have several in flight.
-    is_wide = query.shape[-1] * query.dtype.itemsize > 256
+    is_wide = query.shape[-1] * query.dtype.itemsize > 128
     block = _MANY if is_trained or is_wide else _FEW
     plan = plan_of(grid, tuple(window), block, query.device)
     operands = query, key, value, plan.order, plan.place, *plan.blocks, *plan.bounds
@@ -174,9 +175,25 @@ def _compiled(*_: Any) -> Callable[..., Any]:
 
 
 def works() -> None:
-    """Calls it once on a few tokens; raises whatever it lacks."""
-    query = torch.zeros(1, 1, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    """Calls it once on a few tokens, as in inference and as in training.
+
+    Raises:
+        RuntimeError: It computes something else than tiles do. What it raises itself, otherwise.
+    """
+    grid, window = (12, 20), Window(7)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 1, grid[0] * grid[1], 32, generator=generator)
+    query = query.to("cuda", torch.bfloat16).requires_grad_()
+    operands = query, query, query, grid, window
     with torch.enable_grad():
-        neighborhood_attention(query, query, query, (8, 8), Window(3)).sum().backward()
+        expected, trained = (
+            tiles.neighborhood_attention(*operands),
+            neighborhood_attention(*operands),
+        )
+        [slope] = torch.autograd.grad(expected.float().square().sum(), query)
+        [found] = torch.autograd.grad(trained.float().square().sum(), query)
     with torch.no_grad():
-        neighborhood_attention(query, query, query, (8, 8), Window(3))
+        inferred = neighborhood_attention(*operands)
+    for one, other in ((trained, expected), (inferred, expected), (found, slope)):
+        if not (one - other).float().norm() < 0.05 * other.float().norm():
+            raise RuntimeError("it differs from the products of tiles")
