@@ -373,9 +373,7 @@ def _try_flash() -> bool:
 @functools.cache
 def _try_flex() -> bool:
     try:  # FlexAttention is young, and made of what the compiler makes of it
-        from attnzoo.ops.neighborhood.flex import works
-
-        works()
+        importlib.import_module("attnzoo.ops.neighborhood.flex").works()
     except optional.ANYTHING as error:
         warnings.warn(
             f"PyTorch's FlexAttention cannot run here ({optional.reason(error)}), so that "
