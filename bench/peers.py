@@ -52,10 +52,19 @@ def _require_device(layer: Any, device: str, reason: str) -> None:
         raise NotImplementedError(reason)
 
 
+def _require_plain(layer: Any) -> None:
+    """Refuses a layer with parts that no rival has beside its projections."""
+    extra = {name.split(".")[0] for name, _ in layer.named_parameters()} - {"qkv", "proj"}
+    if extra:
+        raise NotImplementedError(f"rivals have no {', '.join(sorted(extra))}")
+
+
 def _by(attend: Callable[..., Tensor]) -> Builder:
     """A softmax layer's two projections around a function of (b, heads, n, d) operands."""
 
     def build(layer: Any) -> nn.Module:
+        _require_plain(layer)
+
         def run(x: Tensor, grid: tuple[int, int]) -> Tensor:
             batch, n, dim = x.shape
             qkv = F.linear(x, layer.qkv.weight, layer.qkv.bias)
@@ -104,10 +113,11 @@ def _diffusers(processor: str | None = None) -> Builder:
     def build(layer: Any) -> nn.Module:
         from diffusers.models import attention_processor as library
 
+        _require_plain(layer)
         given = {}
         if processor:
-            if layer.qkv.bias is not None or layer.config.qk_norm:
-                raise NotImplementedError("diffusers' Sana block has neither qkv_bias nor qk_norm")
+            if layer.qkv.bias is not None:
+                raise NotImplementedError("diffusers' Sana block has no qkv_bias")
             given["processor"] = getattr(library, processor)()
         dim, heads = layer.dim, layer.num_heads
         peer: Any = library.Attention(dim, heads=heads, dim_head=dim // heads,
@@ -124,6 +134,7 @@ def _diffusers(processor: str | None = None) -> Builder:
 
 
 def _multihead(layer: Any) -> nn.Module:
+    _require_plain(layer)
     peer = nn.MultiheadAttention(layer.dim, layer.num_heads, batch_first=True)
     peer.load_state_dict({
         "in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias,

@@ -15,7 +15,9 @@ from attnzoo.counting.result import Grid
 from attnzoo.errors import InvalidType, InvalidValue
 
 # Ways to compute the same that count otherwise, or that do not run on every device.
-_REPLACED = ("reference", "triton", "flash", "xformers", "fla", "mamba")
+_REPLACED = (
+    "reference", "triton", "flex", "flash", "xformers", "fla", "mamba", "natten",
+)  # fmt: skip
 
 
 def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:

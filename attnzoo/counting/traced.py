@@ -68,6 +68,7 @@ def _handles() -> dict[str, Any]:
         "aten::_scaled_dot_product_flash_attention_for_cpu": handle(fused_attention, 3),
         "attnzoo::routed_linear": handle(MACS["routed_linear"]),
         "attnzoo::selective_scan": handle(MACS["selective_scan"], 3),
+        "attnzoo::neighborhood": _neighborhood,
         "aten::_grouped_mm": handle(grouped_product),
         "aten::baddbmm": handle(lambda _, left, right: left.numel() * right.shape[-1], 3),
         "aten::einsum": _einsum,
@@ -79,6 +80,11 @@ def _handles() -> dict[str, Any]:
 
 def _stand_in(value: Any) -> torch.Tensor:
     return torch.empty(value.type().sizes(), device="meta")
+
+
+def _neighborhood(inputs: list[Any], outputs: list[Any]) -> int:
+    tensors, options = inputs[:3], inputs[3:]
+    return MACS["neighborhood"](*map(_stand_in, tensors), *(z.toIValue() for z in options))
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> int:

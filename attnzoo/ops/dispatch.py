@@ -24,7 +24,17 @@ from attnzoo.ops import optional
 from attnzoo.ops.precision import operand_dtype
 
 Impl = Literal[
-    "auto", "reference", "torch", "native", "triton", "fla", "flash", "mamba", "xformers"
+    "auto",
+    "reference",
+    "torch",
+    "native",
+    "triton",
+    "flex",
+    "fla",
+    "flash",
+    "mamba",
+    "xformers",
+    "natten",
 ]
 Declaration = TypeVar("Declaration", bound=Callable[..., Any])
 
@@ -45,6 +55,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "selective_scan": ("torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
+    "neighborhood_attention": ("flex", "torch", "reference", "natten"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.
 MACS: dict[str, Callable[..., int]] = {}
@@ -52,7 +63,8 @@ _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
-_LAZY = ("triton", "fla", "flash", "mamba", "xformers")  # need packages that may be missing
+# Those that need packages that may be missing.
+_LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
 
@@ -146,7 +158,9 @@ def _why_not(
         if x.dtype not in _KERNEL_DTYPES:
             return f"takes float32 or bfloat16, not {x.dtype}"
         return None if _native_works() else "has no C compiler, or ATTNZOO_NATIVE=0 is set"
-    if impl != "triton":
+    if impl == "flex" and not x.is_cuda:
+        return f"runs on a GPU, not on {x.device.type!r}"
+    if impl not in ("triton", "flex"):
         return None
     if not (x.is_cuda or _IS_FORCED or (is_asked and _IS_INTERPRETED)):
         if is_asked and not _is_installed():
@@ -157,9 +171,19 @@ def _why_not(
     dtype = dtype or operand_dtype(x)
     if dtype not in _KERNEL_DTYPES and not (is_asked and dtype == torch.float16):
         return f"takes float32 or bfloat16, not {dtype}"
+    if impl == "flex":
+        return _why_no_flex(is_asked)
     if is_asked or _IS_FORCED:
         return None if _is_installed() else _MISSING
     return None if _triton_works() else "cannot run here"
+
+
+def _why_no_flex(is_asked: bool) -> str | None:
+    if not _is_installed():
+        return _MISSING
+    if is_asked:  # it says itself what it lacks
+        return None
+    return None if _triton_works() and _flex_works() else "cannot run here"
 
 
 _MISSING = "needs Triton, which is not installed (pip install 'attnzoo[triton]')"
@@ -353,6 +377,20 @@ def _try_flash() -> bool:
 
 
 @functools.cache
+def _try_flex() -> bool:
+    try:  # FlexAttention is young, and made of what the compiler makes of it
+        importlib.import_module("attnzoo.ops.neighborhood.flex").works()
+    except optional.ANYTHING as error:
+        warnings.warn(
+            f"PyTorch's FlexAttention cannot run here ({optional.reason(error)}), so that "
+            "attention to neighborhoods stays with products of tiles",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
 def _try_native() -> bool:
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return False
@@ -370,6 +408,10 @@ def flash_works() -> bool:
     return _try_flash()
 
 
+def _flex_works() -> bool:
+    return _try_flex()
+
+
 def _native_works() -> bool:
     return _try_native()
 
@@ -383,5 +425,7 @@ def _load(package: str, impl: str, name: str) -> None:
 
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
-for _constant in (_triton_works, _native_works, flash_works, _load, _is_installed):
+for _constant in (
+    _triton_works, _flex_works, _native_works, flash_works, _load, _is_installed,
+):  # fmt: skip
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

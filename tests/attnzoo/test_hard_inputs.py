@@ -11,6 +11,9 @@ from attnzoo.testing import build_scrambled, deviations, tokens
 
 GRID, DIM = (4, 6), 48
 SCALES = (1e-4, 1.0, 1e4)
+STEEP = (
+    "softmax", "agent", "moh", "differential", "compressed", "local", "pvt", "linformer",
+)  # fmt: skip
 
 
 def hard_inputs():
@@ -59,7 +62,7 @@ def test_outputs_and_gradients_are_finite(name, dtype, mixed):
             assert not not_finite(layer, x_here, **options), (kind, scale)
 
 
-@pytest.mark.parametrize("name", ["softmax", "agent", "moh", "differential", "compressed"])
+@pytest.mark.parametrize("name", STEEP)
 @pytest.mark.parametrize("scale", [1e4, 1e5])
 def test_steep_softmax_has_finite_gradients(name, scale):
     # Of many seeds, because an overflow is a matter of how the scores round.

@@ -27,6 +27,7 @@ EQUIVARIANT = {
 ORDERED = (
     "focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
     "fixation", "mhla", "mala", "rala", "zigma", "dis", "diffussm",
+    "local", "pvt", "linformer", "conv",
 )  # fmt: skip
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}

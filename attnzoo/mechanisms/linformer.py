@@ -1,0 +1,141 @@
+"""Softmax attention over learned landmarks (Linformer, arXiv 2006.04768).
+
+O = softmax(Q (E K)^T / sqrt(d_head)) (F V) per head, where the r rows of E and of F weigh all
+tokens, and all heads share them. Each row is a map on the grid, and is resized for other grids
+with its sum kept. Cost per sample: 4 d^2 n + 4 r n d.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.precision import in_float32
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
+from attnzoo.ops.softmax.reference import softmax_map
+from attnzoo.registry import register_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttentionConfig):
+    """Options of Linformer's attention."""
+
+    landmarks: int = 64  # r; a quarter of 256 tokens, as the paper's 256 of 1024
+    map_grid: tuple[int, ...] = (16, 16)  # of E and F: 256 px at patch 2 of a latent
+    shares_maps: bool = False  # E = F, the paper's key-value sharing
+    impl: SoftmaxImpl = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "landmarks")
+        if len(self.map_grid) != 2 or min(self.map_grid) < 1:
+            raise InvalidValue(f"map_grid must be (height, width), got {self.map_grid}")
+
+
+@register_attention("linformer")
+class LinformerAttention(Attention):
+    """Softmax attention over learned weighted sums of all keys and values."""
+
+    Config = Config
+    config: Config
+    paper = "Linformer, 2006.04768"
+    complexity = "O(n landmarks d)"
+    plot_style = ("#661100", ">")
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=False)
+        shape, bound = (config.landmarks, *config.map_grid), config.landmarks**-0.5
+        self.key_maps = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        if not config.shares_maps:
+            self.value_maps = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.proj = xavier_linear(self.dim, self.dim, bias=True)
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Heads of 64, as every DiT has them."""
+        return heads_of_width(dim, 64)
+
+    def maps(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """E and F for a grid: (landmarks, height * width)."""
+        key = _resized(self.key_maps, grid)
+        return key, key if self.config.shares_maps else _resized(self.value_maps, grid)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        query, key, value = self._query_key_value(x, grid)
+        of_keys, of_values = self.maps(grid)
+        if self.config.impl == "reference":
+            out = _weights(query, key, of_keys, of_values).to(value.dtype) @ value
+        else:
+            # A product of any type with maps in its own type, as autocast would make them.
+            key, value = of_keys.to(key.dtype) @ key, of_values.to(value.dtype) @ value
+            out = softmax_attention(query, key, value, impl=self.config.impl)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        self.check_tokens(x, grid)
+        query, key, value = rearrange(
+            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
+        return query, key, value
+
+    def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.attention_map``; its rows have any sum."""
+        query, key, _ = self._query_key_value(x, grid)
+        return _weights(query, key, *self.maps(grid))
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``."""
+        n, landmarks = grid[0] * grid[1], self.config.landmarks
+        compress = 2 * landmarks * n * self.dim
+        return {
+            "projections": 4 * self.dim**2 * n,
+            "core": compress + softmax_macs(n, landmarks, self.dim, self.dim),
+        }
+
+
+@in_float32
+def _weights(query: Tensor, key: Tensor, of_keys: Tensor, of_values: Tensor) -> Tensor:
+    """The weight of each value in each output, (b, h, n, n)."""
+    return softmax_map(query, of_keys @ key) @ of_values
+
+
+@in_float32
+def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps for another grid, by linear interpolation: (r, h0, w0) -> (r, h * w).
+
+    What one of their tokens had is shared by those that take it over, so that each map keeps its
+    sum: more tokens are not more weight.
+    """
+    rows, columns = (
+        _shares(before, after, maps.dtype, maps.device)
+        for before, after in zip(maps.shape[1:], grid, strict=True)
+    )
+    maps = maps / (rows[:, None] * columns)
+    if maps.shape[1:] != grid:
+        maps = F.interpolate(maps[None], grid, mode="bilinear", antialias=True)[0]
+    return maps.flatten(1)
+
+
+def _shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How much of all weights along an axis falls on each old place: (before,)."""
+    return _made_shares(before, after, dtype, device)
+
+
+_shares._dynamo_marked_constant = True  # type: ignore[attr-defined] # else it traces the making
+
+
+@functools.lru_cache(maxsize=64)
+def _made_shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
+    resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
+    return resized.sum(0).to(dtype).to(device)
