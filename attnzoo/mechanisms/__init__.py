@@ -3,6 +3,7 @@
 from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
+    deltanet,
     differential,
     dig,
     dydila,

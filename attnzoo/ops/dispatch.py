@@ -40,6 +40,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
+    "gated_delta_rule": ("torch", "reference", "fla"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.

@@ -19,7 +19,18 @@ EQUIVARIANT = {
     "dydila-map": {"conv": "none"},
 }
 # By default the neighbourhood on the grid, or the order of a scan, matters.
-ORDERED = ("focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map")
+ORDERED = (
+    "deltanet",
+    "focused",
+    "lit",
+    "compressed",
+    "edit",
+    "agent",
+    "gated",
+    "dig",
+    "dydila",
+    "dydila-map",
+)
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}
 

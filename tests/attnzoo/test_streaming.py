@@ -38,6 +38,8 @@ STREAMED = [
     ("gated", {"expand_v": 0.5, "gate_normalizer": 0.1}),
     ("dig", {}),
     ("dig", {"schedule": "two"}),
+    *(("deltanet", {"direction": direction}) for direction in ("both", "four")),
+    *(("deltanet", {"conv": conv}) for conv in ("causal", "none")),
     ("dydila", {}),
     ("dydila", {"num_heads": 3, "normalizer": "diff", "qkv_bias": True}),
     ("dydila", {"conv": "5x5"}),

@@ -18,17 +18,28 @@ from attnzoo.ops.gated_scan.reference import gated_linear_attention as _recurren
 from attnzoo.ops.gated_scan.torch import gated_linear_block
 
 __all__ = [
+    "DIRECTIONS",
     "Direction",
     "counted_as_recurrence",
     "gated_linear_attention",
     "gated_linear_attention_macs",
     "gated_linear_block",
+    "is_counted_as_recurrence",
     "mean_of_scans_by_kernels",
     "scan",
     "unscan",
 ]
 
 Direction = Literal["forward", "backward", "columns-forward", "columns-backward"]
+# What the options of the mechanisms call several scans together.
+DIRECTIONS: dict[str, tuple[Direction, ...]] = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "columns-forward": ("columns-forward",),
+    "columns-backward": ("columns-backward",),
+    "both": ("forward", "backward"),
+    "four": ("forward", "backward", "columns-forward", "columns-backward"),
+}
 
 MOST_CHANNELS = 128  # of a head, in the kernels
 
@@ -179,6 +190,11 @@ def counted_as_recurrence() -> Iterator[None]:
         yield
     finally:
         _is_counting.reset(token)
+
+
+def is_counted_as_recurrence() -> bool:
+    """Whether the code runs inside ``counted_as_recurrence``; compilers are not to ask."""
+    return _is_counting.get()
 
 
 def scan(x: Tensor, grid: tuple[int, int], direction: Direction) -> Tensor:
