@@ -14,4 +14,5 @@ from attnzoo.mechanisms import (  # noqa: F401
     moh,
     sana,
     softmax,
+    ttt,
 )

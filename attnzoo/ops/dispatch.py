@@ -41,6 +41,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "gated_delta_rule": ("torch", "reference", "fla"),
+    "trained_unit": ("torch", "reference"),
+    "trained_conv": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.

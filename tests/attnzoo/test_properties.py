@@ -14,6 +14,7 @@ EQUIVARIANT = {
     "focused": {"conv": "none"},
     "lit": {"conv": "none"},
     "moh": {},
+    "ttt": {"conv": False},
     "differential": {},
     "dydila": {"conv": "none"},
     "dydila-map": {"conv": "none"},
@@ -30,6 +31,7 @@ ORDERED = (
     "dig",
     "dydila",
     "dydila-map",
+    "ttt",
 )
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}

@@ -40,6 +40,8 @@ STREAMED = [
     ("dig", {"schedule": "two"}),
     *(("deltanet", {"direction": direction}) for direction in ("both", "four")),
     *(("deltanet", {"conv": conv}) for conv in ("causal", "none")),
+    ("ttt", {}),
+    ("ttt", {"conv": False, "rate": 0.5}),
     ("dydila", {}),
     ("dydila", {"num_heads": 3, "normalizer": "diff", "qkv_bias": True}),
     ("dydila", {"conv": "5x5"}),
