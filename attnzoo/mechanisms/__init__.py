@@ -13,6 +13,7 @@ from attnzoo.mechanisms import (  # noqa: F401
     lit,
     moh,
     sana,
+    sla,
     softmax,
     ttt,
 )

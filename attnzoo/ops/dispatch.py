@@ -43,6 +43,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_delta_rule": ("torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),
     "trained_conv": ("torch", "reference"),
+    "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
 }
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.

@@ -41,6 +41,9 @@ VARIANTS = [
     ("dydila", {"projection": "replace", "differential": "none", "kernel": "fixed"}),
     ("dydila", {"normalizer": "diff", "conv": "3x3"}),
     ("dydila-map", {"map_router": "image", "conv": "none"}),
+    ("deltanet", {"direction": "four", "conv": "causal"}),
+    ("sla", {"linear": "all", "block": 16}),
+    ("ttt", {"conv": False}),
 ]
 
 

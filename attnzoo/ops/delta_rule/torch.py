@@ -7,14 +7,18 @@ in u. Its solution is W - Y S, of which W and Y are found for all chunks at once
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.ops.gated_scan import is_counted_as_recurrence
 from attnzoo.ops.precision import in_float32
 
 _CHUNK = 64
+_TOGETHER = 16  # chunks, which bound what is in memory at a time
 
 
 def gated_delta_rule(
@@ -50,42 +54,67 @@ def gated_delta_block(
     n, size = len(range(query.shape[2])), 1
     while size < min(n, _CHUNK):
         size *= 2
+    if state is None:
+        state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
+    operands, outs = (query, key, value, log_decay, strength), []
+    for start in range(0, n, size * _TOGETHER):
+        part = [z.narrow(2, start, min(size * _TOGETHER, n - start)) for z in operands]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A dozen tensors of the operands' size: cheaper to compute again than to store.
+            recompute = {"use_reentrant": False, "preserve_rng_state": False}
+            out, state = cast(Any, checkpoint(_chunks, *part, state, size, **recompute))
+        else:
+            out, state = _chunks(*part, state, size)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2), state
+
+
+def _chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    strength: Tensor,
+    state: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """``gated_delta_block`` by chunks of ``size`` tokens, all at once but for the state."""
+    n, width = query.shape[2], value.shape[-1]
     # A token of strength 0 writes nothing, and without a decay the state passes by.
-    pad = -n % size
-    query, key, value = (
-        F.pad(z.narrow(2, 0, n), (0, 0, 0, pad)).unflatten(2, (-1, size))
-        for z in (query, key, value)
-    )  # (b, h, chunks, size, d)
-    log_decay, strength = (
-        F.pad(z.narrow(2, 0, n), (0, pad)).unflatten(2, (-1, size)) for z in (log_decay, strength)
-    )
+    if pad := -n % size:
+        query, key, value = (F.pad(z, (0, 0, 0, pad)) for z in (query, key, value))
+        log_decay, strength = (F.pad(z, (0, pad)) for z in (log_decay, strength))
+    query, key, value, log_decay, strength = (
+        z.unflatten(2, (-1, size)) for z in (query, key, value, log_decay, strength)
+    )  # (b, h, chunks, size, ...)
     strength = strength.unsqueeze(-1)
 
     # Entry (t, s) is the sum of the decays after s up to t. Summed and not subtracted, because
     # after a strong decay a difference of sums would have forgotten the weak ones; masked before
     # the exponential, because infinity times 0 in its gradient is NaN.
     is_later = torch.ones(size, size, dtype=torch.bool, device=query.device).tril(-1)
-    between = log_decay.unsqueeze(-1).expand(*log_decay.shape, size)
-    between = between.masked_fill(~is_later, 0).cumsum(-2)
-    decay = between.masked_fill(is_later.mT, -torch.inf).exp()
-    since = log_decay.cumsum(-1).exp().unsqueeze(-1)
+    between = torch.where(is_later, log_decay.unsqueeze(-1), 0).cumsum(-2)
     until = between[..., -1, :].exp().unsqueeze(-1)
+    decay = between.masked_fill(is_later.mT, -torch.inf).exp()
+    del between
+    since = log_decay.cumsum(-1).exp().unsqueeze(-1)
     total = log_decay.sum(-1).exp()[..., None, None]
 
-    scores = (query @ key.mT) * decay
-    system = (strength * (key @ key.mT) * decay).tril(-1)
     right = strength * torch.cat([value, since * key], -1)
+    # Of the system only what is below the diagonal is read.
+    system = strength * (key @ key.mT) * decay
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    written, erased = solved.split([value.shape[-1], key.shape[-1]], -1)
+    del system, right
+    written, erased = solved.split([width, key.shape[-1]], -1)
 
     # What chunks hand on.
     kept = (until * key).mT
-    if state is None:
-        state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
     states, corrections = [], []
     for z, y, k, a in zip(*(z.unbind(2) for z in (written, erased, kept, total)), strict=True):
         states.append(state)
         corrections.append(z - y @ state)
         state = a * state + k @ corrections[-1]
-    out = scores @ torch.stack(corrections, 2) + (since * query) @ torch.stack(states, 2)
+    del solved, written, erased, kept
+    out = ((query @ key.mT) * decay) @ torch.stack(corrections, 2)
+    out = out + (since * query) @ torch.stack(states, 2)
     return out.flatten(2, 3)[:, :, :n], state
