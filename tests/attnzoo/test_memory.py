@@ -83,7 +83,9 @@ def test_edit_lets_go_of_queries_whose_features_are_made():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sana", "focused", "lit", "dydila", "dydila-map"])
+@pytest.mark.parametrize(
+    "name", ["sana", "focused", "lit", "dydila", "dydila-map", "deltanet", "ttt"]
+)
 def test_peak_memory_grows_with_n_alone(name):
     small, large = (_peak(name, (), side, False) * side**2 for side in (32, 128))
     assert math.log(large / small) / math.log(16) < 1.02

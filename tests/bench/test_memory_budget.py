@@ -11,8 +11,8 @@ TOKENS, DIM = 16384, 384
 # Tensors of n x d alive at the peak of a forward, as measured when the budget was set and rounded
 # up; DyDiLA's and Sana's are goal G7's and what the operators of the layer add up to.
 TENSORS = {
-    "agent": 6, "dig": 13, "dydila": 10, "dydila-map": 14, "edit": 5, "focused": 10, "gated": 23,
-    "lit": 8, "sana": 7,
+    "agent": 6, "deltanet": 26, "dig": 13, "dydila": 10, "dydila-map": 14, "edit": 5,
+    "focused": 10, "gated": 23, "lit": 8, "sana": 7, "ttt": 11,
 }  # fmt: skip
 
 

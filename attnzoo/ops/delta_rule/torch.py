@@ -7,7 +7,7 @@ in u. Its solution is W - Y S, of which W and Y are found for all chunks at once
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,17 +56,22 @@ def gated_delta_block(
         size *= 2
     if state is None:
         state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
-    operands, outs = (query, key, value, log_decay, strength), []
+    is_stored = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    left, outs = state, []
     for start in range(0, n, size * _TOGETHER):
-        part = [z.narrow(2, start, min(size * _TOGETHER, n - start)) for z in operands]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A dozen tensors of the operands' size: cheaper to compute again than to store.
-            recompute = {"use_reentrant": False, "preserve_rng_state": False}
-            out, state = cast(Any, checkpoint(_chunks, *part, state, size, **recompute))
+        length = min(size * _TOGETHER, n - start)
+        q, k, v, g, b = (
+            z.narrow(2, start, length) for z in (query, key, value, log_decay, strength)
+        )
+        if is_stored:  # a dozen tensors as large as the operands: cheaper to compute them again
+            found: Any = checkpoint(
+                _chunks, q, k, v, g, b, left, size, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            out, state = _chunks(*part, state, size)
+            found = _chunks(q, k, v, g, b, left, size)
+        out, left = found
         outs.append(out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 2), state
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2), left
 
 
 def _chunks(

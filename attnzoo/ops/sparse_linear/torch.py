@@ -61,9 +61,10 @@ def sparse_linear_attention(
     """See ``attnzoo.ops.sparse_linear``."""
     n, size = query.shape[2], block_size(query.shape[2], block)
     kept = kept_blocks(query, key, size, share)
-    blocks = [_blocks(z, size) for z in (query, key, value)]
-    near = _softmax_part(*blocks, kept, n)[:, :, :n]
-    return near, _linear_part(*blocks, kept, n, is_rest_only, eps)[:, :, :n].to(near.dtype)
+    query, key, value = (_blocks(z, size) for z in (query, key, value))
+    near = _softmax_part(query, key, value, kept, n)[:, :, :n]
+    far = _linear_part(query, key, value, kept, n, is_rest_only, eps)[:, :, :n]
+    return near, far.to(near.dtype)
 
 
 def _softmax_part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, n: int) -> Tensor:
