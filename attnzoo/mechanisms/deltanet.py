@@ -138,11 +138,9 @@ class DeltaNet(Attention):
         qkv, *gates = x.split([3 * self.dim, self.num_heads, self.num_heads], -1)
         before, state = (None, None) if state is None else state
         dtype = self.proj.weight.dtype
-        query, key, value = _operands(
-            self._convolved(qkv.to(dtype), before).to(x.dtype), self.num_heads
-        )
-        operands = (z.transpose(1, 2) for z in (query, key, value, *gates))
-        out, state = gated_delta_block(*operands, state=state)
+        convolved = self._convolved(qkv.to(dtype), before).to(x.dtype)
+        operands = (*_operands(convolved, self.num_heads), *gates)
+        out, state = gated_delta_block(*(z.transpose(1, 2) for z in operands), state=state)
         last = qkv.to(dtype) if before is None else torch.cat([before, qkv.to(dtype)], 1)
         last = F.pad(last, (0, 0, max(0, _TAPS - 1 - last.shape[1]), 0))[:, 1 - _TAPS :]
         return out.transpose(1, 2), (last, state)
