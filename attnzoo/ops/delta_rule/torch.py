@@ -112,14 +112,15 @@ def _chunks(
     del system, right
     written, erased = solved.split([width, key.shape[-1]], -1)
 
-    # What chunks hand on.
+    # What a chunk makes of the state is a matrix times it, and what it adds: one product each.
     kept = (until * key).mT
-    states, corrections = [], []
-    for z, y, k, a in zip(*(z.unbind(2) for z in (written, erased, kept, total)), strict=True):
-        states.append(state)
-        corrections.append(z - y @ state)
-        state = a * state + k @ corrections[-1]
-    del solved, written, erased, kept
-    out = ((query @ key.mT) * decay) @ torch.stack(corrections, 2)
-    out = out + (since * query) @ torch.stack(states, 2)
-    return out.flatten(2, 3)[:, :, :n], state
+    keeps = total * torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) - kept @ erased
+    pairs = ((kept @ written).flatten(0, 1), keeps.flatten(0, 1))
+    states, left = [], state.flatten(0, 1)
+    for added, keep in zip(*(z.unbind(1) for z in pairs), strict=True):
+        states.append(left)
+        left = torch.baddbmm(added, keep, left)
+    entering = torch.stack(states, 1).unflatten(0, state.shape[:2])
+    corrections = written - erased @ entering
+    out = ((query @ key.mT) * decay) @ corrections + (since * query) @ entering
+    return out.flatten(2, 3)[:, :, :n], left.unflatten(0, state.shape[:2])
