@@ -18,7 +18,7 @@ from attnzoo.ops.gated_scan import is_counted_as_recurrence
 from attnzoo.ops.precision import in_float32
 
 _CHUNK = 64
-_TOGETHER = 16  # chunks, which bound what is in memory at a time
+_TOGETHER = 32  # chunks, which bound what is in memory at a time
 
 
 def gated_delta_rule(
