@@ -208,7 +208,33 @@ def _check_items(name: str, value: tuple[Any, ...], hints: tuple[Any, ...]) -> N
         check_option(f"{name}[{index}]", item, hint)
 
 
-class Attention(nn.Module, ABC):
+class WithAuxiliaryLoss(nn.Module):
+    """A module whose training forward may want a scalar added to the loss.
+
+    Attributes:
+        auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
+            A module sets it in ``forward``, always or in training only: what is no training
+            forward (eval mode, no gradients, the recomputation of a checkpointed backward)
+            leaves it as it is. A second forward replaces the first's; copies have none.
+    """
+
+    _auxiliary_loss: Tensor | None = None
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        return self._auxiliary_loss
+
+    @auxiliary_loss.setter
+    def auxiliary_loss(self, loss: Tensor | None) -> None:
+        if loss is None or (self.training and torch.is_grad_enabled() and not _in_backward()):
+            self._auxiliary_loss = loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loss in the middle of a graph cannot be copied, and belongs to one step of one model.
+        return {k: v for k, v in vars(self).items() if k != "_auxiliary_loss"}
+
+
+class Attention(WithAuxiliaryLoss, ABC):
     """Base class of every mechanism: tokens on a grid in, tokens of the same shape out.
 
     A subclass defines ``forward``, may define ``Config`` (its options), ``default_num_heads``,
@@ -227,10 +253,7 @@ class Attention(nn.Module, ABC):
             gets one that depends on its name.
         tensors_crossed: Tensors of height * width tokens of width ``dim`` that a forward moves
             through memory if every product is a kernel of its own and all else is joined to it.
-        auxiliary_loss: A scalar that the last training forward wants added to the loss, or None.
-            A mechanism sets it in ``forward``, always or in training only: what is no training
-            forward (eval mode, no gradients, the recomputation of a checkpointed backward)
-            leaves it as it is. A second forward replaces the first's; copies have none.
+        auxiliary_loss: See ``WithAuxiliaryLoss``.
     """
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
@@ -239,7 +262,6 @@ class Attention(nn.Module, ABC):
     complexity: ClassVar[str] = ""
     plot_style: ClassVar[tuple[str, str] | None] = None
     tensors_crossed: ClassVar[float] = 6.0  # tokens, queries, keys, values, attended, result
-    _auxiliary_loss: Tensor | None = None
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__()
@@ -247,19 +269,6 @@ class Attention(nn.Module, ABC):
         self.config = config
         self.dim = context.dim
         self.num_heads = context.num_heads or self.default_num_heads(context.dim)
-
-    @property
-    def auxiliary_loss(self) -> Tensor | None:
-        return self._auxiliary_loss
-
-    @auxiliary_loss.setter
-    def auxiliary_loss(self, loss: Tensor | None) -> None:
-        if loss is None or (self.training and torch.is_grad_enabled() and not _in_backward()):
-            self._auxiliary_loss = loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A loss in the middle of a graph cannot be copied, and belongs to one step of one model.
-        return {k: v for k, v in vars(self).items() if k != "_auxiliary_loss"}
 
     @classmethod
     def default_num_heads(cls, dim: int) -> int:
@@ -370,16 +379,16 @@ def heads_of_width(dim: int, head_dim: int) -> int:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sums and clears what the mechanisms of ``model`` want added to the training loss.
+    """Sums and clears what the parts of ``model`` want added to the training loss.
 
     Call it once after each training forward.
 
     Returns:
-        A scalar, or None if no mechanism has an auxiliary loss.
+        A scalar, or None if nothing has an auxiliary loss.
     """
     losses = []
     for module in model.modules():
-        if isinstance(module, Attention) and module.auxiliary_loss is not None:
+        if isinstance(module, WithAuxiliaryLoss) and module.auxiliary_loss is not None:
             losses.append(module.auxiliary_loss)
             module.auxiliary_loss = None
     return torch.stack(losses).sum() if losses else None

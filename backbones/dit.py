@@ -38,12 +38,14 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.feedforward = feedforward
 
-    def forward(self, x: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (b, n, dim) and condition (b, dim) -> tokens (b, n, dim)."""
+    def forward(
+        self, x: Tensor, condition: Tensor, grid: tuple[int, int], time: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (b, n, dim), condition (b, dim) and time (b,) -> tokens (b, n, dim)."""
         modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
         x = torch.addcmul(x, gate[:, None], self.attention(modulated, grid))
         modulated = torch.addcmul(shift_ff[:, None], self.norm(x), 1 + scale_ff[:, None])
-        x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid))
+        x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid, time))
         return self.attention.after_block(x, grid)
 
 
@@ -65,7 +67,7 @@ class DiT(ModelMixin, ConfigMixin):
         dim: Width of the tokens.
         depth: Number of blocks.
         num_heads: Heads of the attention; None takes the mechanism's own default.
-        feedforward: "mlp", "mix-ffn" or "swiglu".
+        feedforward: "mlp", "mix-ffn", "swiglu", "diffmoe" or "time-experts".
         feedforward_ratio: Hidden width of the feed-forward over ``dim``.
         patch_size: Side of a patch, in pixels of the model's input.
         in_channels: Channels of the input.
@@ -143,7 +145,7 @@ class DiT(ModelMixin, ConfigMixin):
             Block(
                 dim,
                 build_attention(attn, dim, num_heads, index, depth, **(attn_options or {})),
-                build_feedforward(feedforward, dim, feedforward_ratio),
+                build_feedforward(feedforward, dim, feedforward_ratio, index, depth),
             )
             for index in range(depth)
         )
@@ -179,8 +181,8 @@ class DiT(ModelMixin, ConfigMixin):
         are those of one forward, as without.
 
         Args:
-            gradient_checkpointing_func: Called as ``func(block, x, condition, grid)`` instead of
-                ``torch.utils.checkpoint``; what it leaves is its own affair.
+            gradient_checkpointing_func: Called as ``func(block, x, condition, grid, time)``
+                instead of ``torch.utils.checkpoint``; what it leaves is its own affair.
         """
         super().enable_gradient_checkpointing(gradient_checkpointing_func or _checkpoint)
 
@@ -218,9 +220,9 @@ class DiT(ModelMixin, ConfigMixin):
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 assert self._gradient_checkpointing_func is not None
-                x = self._gradient_checkpointing_func(block, x, condition, grid)
+                x = self._gradient_checkpointing_func(block, x, condition, grid, timestep)
             else:
-                x = block(x, condition, grid)
+                x = block(x, condition, grid, timestep)
         x = self.final_projection(self.final_norm(x, condition))
         sample = rearrange(
             x,

@@ -132,6 +132,8 @@ class _Tally:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name))
             module.register_forward_hook(leave)
+            if unused := getattr(module, "inactive_parameters", 0):
+                self.inactive.setdefault(block_of(model, name), {})[name] = unused
 
     def mapping(self) -> dict[Any, Callable[..., int]]:
         """For ``FlopCounterMode``: FLOPs by operator, two for a multiply-accumulate."""

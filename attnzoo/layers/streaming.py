@@ -172,8 +172,9 @@ def stream_scans(
     grid: tuple[int, int],
     block: int,
     directions: Sequence[Direction],
-    advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    advance: Callable[[Tensor, Any], tuple[Tensor, Any]],
     finish: Callable[[Tensor, Tensor], Tensor],
+    prepare: Callable[[Tensor, int, int, int, Direction], Tensor] | None = None,
 ) -> Tensor:
     """Runs scans in several directions one after the other, block by block, and means them.
 
@@ -185,6 +186,9 @@ def stream_scans(
         advance: Tokens of a block in the order of a scan, and the state that the last one left,
             if there was one -> outputs of the scan, (b, m, heads, e), and the state that is left.
         finish: Tokens of a block and the mean of the scans' outputs -> (b, m, d).
+        prepare: What ``advance`` gets in place of the tokens, (b, m, ...), where it needs more
+            than them: of the image, (b, h, w, d), the axis, first and number of a block's rows or
+            columns, and the direction.
 
     Returns:
         (b, h * w, d).
@@ -199,7 +203,8 @@ def stream_scans(
             size = min(max(1, block // length), lines - start)
             here = image.narrow(axis, start, size)
             tokens, shape = here.flatten(1, 2), (here.shape[1], here.shape[2])
-            out, state = advance(scan(tokens, shape, direction), state)
+            fed = tokens if prepare is None else prepare(image, axis, start, size, direction)
+            out, state = advance(scan(fed, shape, direction), state)
             out, heads = unscan(out, shape, direction).flatten(2), out.shape[2:]
             if passed > 1:
                 out = out + cached.narrow(axis, start, size)[..., : out.shape[-1]].flatten(1, 2)

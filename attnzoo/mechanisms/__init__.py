@@ -4,6 +4,7 @@ from attnzoo.mechanisms import (  # noqa: F401
     agent,
     compressed,
     conv,
+    deltanet,
     differential,
     diffussm,
     dig,
@@ -24,6 +25,8 @@ from attnzoo.mechanisms import (  # noqa: F401
     pvt,
     rala,
     sana,
+    sla,
     softmax,
+    ttt,
     zigma,
 )

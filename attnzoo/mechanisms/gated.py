@@ -14,17 +14,8 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.gated_linear import GatedLinear, GatedLinearConfig
-from attnzoo.ops.gated_scan import Direction
+from attnzoo.ops.gated_scan import DIRECTIONS
 from attnzoo.registry import register_attention
-
-_DIRECTIONS: dict[str, tuple[Direction, ...]] = {
-    "forward": ("forward",),
-    "backward": ("backward",),
-    "columns-forward": ("columns-forward",),
-    "columns-backward": ("columns-backward",),
-    "both": ("forward", "backward"),
-    "four": ("forward", "backward", "columns-forward", "columns-backward"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +43,7 @@ class GatedAttention(Attention):
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
-        self.directions = _DIRECTIONS[config.direction]
+        self.directions = DIRECTIONS[config.direction]
         self.layer = GatedLinear(self.dim, self.num_heads, config)
 
     @classmethod

@@ -54,6 +54,10 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "selective_scan": ("torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
+    "gated_delta_rule": ("torch", "reference", "fla"),
+    "trained_unit": ("torch", "reference"),
+    "trained_conv": ("torch", "reference"),
+    "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("flex", "torch", "reference", "natten"),
 }

@@ -44,6 +44,9 @@ VARIANTS = [
     ("zigma", {"state": "ssd"}),
     ("dis", {"impl": "reference"}),
     ("diffussm", {"reduction": 3}),
+    ("deltanet", {"direction": "four", "conv": "causal"}),
+    ("sla", {"linear": "all", "block": 16}),
+    ("ttt", {"conv": False}),
 ]
 
 

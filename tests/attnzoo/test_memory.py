@@ -92,7 +92,10 @@ def test_edit_lets_go_of_queries_whose_features_are_made():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [*(name for name, options in CLOSED_FORM if not options), "zigma", "dis", "diffussm"],
+    [
+        *(name for name, options in CLOSED_FORM if not options),
+        *("zigma", "dis", "diffussm", "deltanet", "ttt"),
+    ],
 )
 def test_peak_memory_grows_with_n_alone(name):
     small, large = (_peak(name, (), side, False) * side**2 for side in (32, 128))

@@ -19,6 +19,7 @@ EQUIVARIANT = {
     "mala": {"conv": "none", "rope": False},
     "rala": {"conv": "none", "rope": False},
     "moh": {},
+    "ttt": {"conv": False},
     "differential": {},
     "dydila": {"conv": "none"},
     "dydila-map": {"conv": "none"},
@@ -27,7 +28,7 @@ EQUIVARIANT = {
 ORDERED = (
     "focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
     "fixation", "mhla", "mala", "rala", "zigma", "dis", "diffussm",
-    "local", "pvt", "linformer", "conv",
+    "local", "pvt", "linformer", "conv", "deltanet", "ttt",
 )  # fmt: skip
 # A data-dependent choice between two exact forms breaks the graph; this form has none.
 COMPILABLE = {"gated": {"impl": "torch"}, "dig": {"impl": "torch"}}

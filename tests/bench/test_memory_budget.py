@@ -11,9 +11,9 @@ TOKENS, DIM = 16384, 384
 # Tensors of n x d alive at the peak of a forward, as measured when the budget was set and rounded
 # up; DyDiLA's and Sana's are goal G7's and what the operators of the layer add up to.
 TENSORS = {
-    "agent": 6, "diffussm": 11, "dig": 13, "dis": 17, "dydila": 10, "dydila-map": 14, "edit": 5,
-    "efficient": 7, "fixation": 9, "focused": 10, "gated": 23, "linfusion": 7, "lit": 8,
-    "mala": 10, "mhla": 9, "rala": 10, "sana": 7, "zigma": 14,
+    "agent": 6, "deltanet": 26, "diffussm": 11, "dig": 13, "dis": 17, "dydila": 10,
+    "dydila-map": 14, "edit": 5, "efficient": 7, "fixation": 9, "focused": 10, "gated": 23,
+    "linfusion": 7, "lit": 8, "mala": 10, "mhla": 9, "rala": 10, "sana": 7, "ttt": 11, "zigma": 14,
 }  # fmt: skip
 
 

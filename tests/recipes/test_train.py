@@ -59,9 +59,13 @@ def test_thirty_steps_lower_the_loss_and_leave_a_run(trained):
     assert kept == ["step-00000020", "step-00000030"]
 
 
-@pytest.mark.parametrize("attn", ["softmax", "dydila"])
-def test_a_resumed_run_equals_an_uninterrupted_one(attn, tmp_path):
-    settings = Settings(attn=attn, steps=12, **SMALL | {"checkpoint_every": 4})
+@pytest.mark.parametrize(
+    ("attn", "feedforward"),
+    [("softmax", None), ("dydila", None), ("sana", "diffmoe"), ("sana", "time-experts")],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(attn, feedforward, tmp_path):
+    every = SMALL | {"checkpoint_every": 4}
+    settings = Settings(attn=attn, feedforward=feedforward, steps=12, **every)
     whole, parts = Run(tmp_path / "whole"), Run(tmp_path / "parts")
     assert train(settings, whole) == 0
     assert train(settings, parts, should_stop=lambda step: step == 5) == INTERRUPTED

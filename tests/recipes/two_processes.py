@@ -24,6 +24,8 @@ CASES = {
     "dydila-accumulate": {"attn": "dydila", "accumulate": 2},
     "checkpointing": {"attn": "dydila", "gradient_checkpointing": True},
     "sharded": {"attn": "dydila", "sharded": True, "held_out_every": 4},
+    # A process of four images leaves experts without a gradient.
+    "time-experts": {"attn": "sana", "feedforward": "time-experts"},
 }
 
 

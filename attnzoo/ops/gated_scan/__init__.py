@@ -18,6 +18,7 @@ from attnzoo.ops.gated_scan.reference import gated_linear_attention as _recurren
 from attnzoo.ops.gated_scan.torch import gated_linear_block
 
 __all__ = [
+    "DIRECTIONS",
     "Direction",
     "counted_as_recurrence",
     "gated_linear_attention",
@@ -30,6 +31,15 @@ __all__ = [
 ]
 
 Direction = Literal["forward", "backward", "columns-forward", "columns-backward"]
+# What the options of the mechanisms call several scans together.
+DIRECTIONS: dict[str, tuple[Direction, ...]] = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "columns-forward": ("columns-forward",),
+    "columns-backward": ("columns-backward",),
+    "both": ("forward", "backward"),
+    "four": ("forward", "backward", "columns-forward", "columns-backward"),
+}
 
 MOST_CHANNELS = 128  # of a head, in the kernels
 

@@ -62,6 +62,7 @@ def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
         attnzoo.UsageError: An option cannot be used.
     """
     is_latent = dataset.latent_factor > 1
+    chosen = {} if settings.feedforward is None else {"feedforward": settings.feedforward}
     patch_size = settings.patch_size or (2 if is_latent or dataset.resolution <= 16 else 4)
     try:
         return build_backbone(
@@ -75,6 +76,7 @@ def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
             num_classes=dataset.num_classes,
             learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
             attn_options=settings.attn_options,
+            **chosen,
         )
     except InvalidValue as error:
         if str(error).startswith("unknown attention"):

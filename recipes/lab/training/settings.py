@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from attnzoo.contract import nearest
+from backbones.feedforward import FEEDFORWARDS
 from backbones.presets import PROTOCOLS, SIZES
 from recipes.lab.console import UserError, whole
 from recipes.lab.data.datasets import DATASETS, known_levels
@@ -127,6 +128,11 @@ class Settings:
         "controlled",
         _choice(PROTOCOLS),
         "controlled (same depth and feed-forward for all) or paper",
+    )
+    feedforward: str | None = _setting(
+        None,
+        _optional(_choice(FEEDFORWARDS)),
+        f"instead of the protocol's: {', '.join(FEEDFORWARDS)}",
     )
     data: str = _setting(
         "digits",

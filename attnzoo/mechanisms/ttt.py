@@ -1,0 +1,140 @@
+"""Test-time training as attention: the inner loop of ViT3 (arXiv 2512.01643).
+
+Keys and values train a small model, queries are read by it. Per head f(z) = (z W_1) * SiLU(z W_2)
+takes one step on L = -sum_i f(k_i) v_i / (3 n), W <- W - eta g / (|g| + 1) by columns, and
+o_i = f(q_i) with the new weights. A head more does likewise with a 3x3 depthwise convolution.
+out = [o, o_conv] W_o. Cost per sample, e = d_head: (4 d^2 + 4 d e) n + 6 n d e + 18 n e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attnzoo.contract import Attention, AttentionContext, heads_of_width
+from attnzoo.errors import InvalidValue
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import linear_parts
+from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.inner_loop import stepped, trained_conv, trained_unit, unit_gradients
+from attnzoo.registry import register_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StreamConfig):
+    """Options of test-time training."""
+
+    rate: float = 1.0  # eta; ViT3's best of 0.1 to 10
+    conv: bool = True  # the head with the 3x3 depthwise convolution; ViT3
+    impl: Literal["auto", "reference", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rate <= 0:
+            raise InvalidValue(f"rate must be positive, got {self.rate}")
+
+
+@register_attention("ttt")
+class InnerLoop(Attention):
+    """A small model that keys and values train by one step of descent, and queries are read by."""
+
+    Config = Config
+    config: Config
+    paper = "ViT3, 2512.01643"
+    complexity = "O(n d d_head)"
+
+    def __init__(self, context: AttentionContext, config: Config) -> None:
+        super().__init__(context, config)
+        dim, self.head_dim = self.dim, self.dim // self.num_heads
+        width = dim + (self.head_dim if config.conv else 0)
+        self.qkv = xavier_linear(dim, 3 * dim, bias=True)
+        self.first = nn.Parameter(torch.empty(self.num_heads, self.head_dim, self.head_dim))
+        self.second = nn.Parameter(torch.empty_like(self.first))
+        started = [self.first, self.second]
+        if config.conv:
+            self.local_qkv = xavier_linear(dim, 3 * self.head_dim, bias=True)
+            self.taps = nn.Parameter(torch.empty(self.head_dim, 1, 3, 3))
+            started.append(self.taps)
+        for weight in started:
+            nn.init.trunc_normal_(weight, std=0.02)
+        self.proj = xavier_linear(width, dim, bias=True)
+
+    @classmethod
+    def default_num_heads(cls, dim: int) -> int:
+        """Heads of 64, as every DiT has them."""
+        return heads_of_width(dim, 64)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``Attention.forward``."""
+        self.check_tokens(x, grid)
+        if not len(x):  # a convolution has no kernels of no images
+            return x
+        local = self._local(x, grid)
+        if (block := self.config.block(self.training)) is not None:
+            return self._stream(x, grid, block, local)
+        query, key, value = (self._by_head(z) for z in self.qkv(x).chunk(3, dim=-1))
+        rate, impl = self.config.rate, self.config.impl
+        weights = trained_unit(key, value, self.first, self.second, rate, impl=impl)
+        return self._read(query, *weights, local)
+
+    def _by_head(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
+
+    def _read(self, query: Tensor, first: Tensor, second: Tensor, local: Tensor | None) -> Tensor:
+        """The output of queries, (b, h, m, d), read by the trained model; (b, m, dim)."""
+        first, second = (w.to(query.dtype) for w in (first, second))
+        out = rearrange(query @ first * F.silu(query @ second), "b h n d -> b n (h d)")
+        return self.proj(out if local is None else torch.cat([out, local.to(out.dtype)], -1))
+
+    def _local(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """The head of the convolution, (b, n, d_head)."""
+        if not self.config.conv:
+            return None
+        query, key, value = to_image(self.local_qkv(x), grid).chunk(3, dim=1)
+        taps = trained_conv(key, value, self.taps, self.config.rate, impl=self.config.impl)
+        # Every image has kernels of its own: as channels of one image they are one call.
+        images = query.flatten(0, 1)[None]
+        kernels = taps.to(query.dtype).flatten(0, 1)[:, None]
+        out = F.conv2d(images, kernels, padding=1, groups=len(kernels))
+        return to_tokens(out.view_as(query))
+
+    def _stream(
+        self, x: Tensor, grid: tuple[int, int], block: int, local: Tensor | None
+    ) -> Tensor:
+        """As ``forward``; the gradients of blocks add up, and only then queries are made."""
+        spans, weights = spans_of(grid, block), (self.first, self.second)
+
+        def encode(span: slice) -> tuple[None, State]:
+            parts = linear_parts(self.qkv, x[:, span], self.dim, slice(1, None))
+            key, value = (self._by_head(z) for z in parts)
+            return None, [unit_gradients(key, value, *weights, tokens=x.shape[1])]
+
+        _, [gradients] = first_pass(x, spans, encode)
+        trained = [
+            stepped(w, g, self.config.rate) for w, g in zip(weights, gradients, strict=True)
+        ]
+
+        def decode(span: slice) -> Tensor:
+            [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
+            return self._read(
+                self._by_head(query), *trained, None if local is None else local[:, span]
+            )
+
+        return second_pass(None, spans, decode)
+
+    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
+        """See ``Attention.macs_parts``; k W_1 and k W_2 are products with parameters."""
+        n, dim, head_dim = grid[0] * grid[1], self.dim, self.head_dim
+        taps = 9 * head_dim * n if self.config.conv else 0
+        local = 4 * head_dim * dim * n if self.config.conv else 0
+        return {
+            "projections": 4 * dim**2 * n + local + 2 * dim * head_dim * n,
+            "core": 4 * dim * head_dim * n + taps,
+            "conv": taps,
+        }
