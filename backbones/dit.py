@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo import InvalidType, InvalidValue, build_attention
+from attnzoo import InvalidType, InvalidValue
 from attnzoo.contract import Attention, as_tuples, check_option, nearest
 from backbones.feedforward import FeedForward, build_feedforward
+from backbones.pattern import canonical_pattern, parse_pattern
 
 
 class Block(nn.Module):
@@ -60,11 +61,13 @@ class DiT(ModelMixin, ConfigMixin):
     Use ``build_backbone`` for the sizes and presets.
 
     Args:
-        attn: Name of a registered mechanism.
-        attn_options: Its options.
+        attn: Name of a registered mechanism, or a pattern of several over the blocks, such as
+            "sana*3+softmax"; see ``backbones.pattern``.
+        attn_options: Its options; those of a pattern by mechanism.
         dim: Width of the tokens.
         depth: Number of blocks.
-        num_heads: Heads of the attention; None takes the mechanism's own default.
+        num_heads: Heads of the attention, for a pattern also by mechanism; None takes the
+            mechanism's own default.
         feedforward: "mlp", "mix-ffn" or "swiglu".
         feedforward_ratio: Hidden width of the feed-forward over ``dim``.
         patch_size: Side of a patch, in pixels of the model's input.
@@ -103,7 +106,7 @@ class DiT(ModelMixin, ConfigMixin):
         attn_options: dict[str, Any] | None = None,
         dim: int = 384,
         depth: int = 9,
-        num_heads: int | None = None,
+        num_heads: int | dict[str, Any] | None = None,
         feedforward: str = "mlp",
         feedforward_ratio: float = 4.0,
         patch_size: int = 2,
@@ -119,8 +122,9 @@ class DiT(ModelMixin, ConfigMixin):
         for name, value in self.config.items():
             if name in hints:
                 check_option(name, value, hints[name])
+        pattern = parse_pattern(attn)
         # A config file holds a tuple as a list, which would then differ from what was given.
-        self.register_to_config(attn_options=as_tuples(attn_options))
+        self.register_to_config(attn=pattern.text, attn_options=as_tuples(attn_options))
         for name, value in (
             ("dim", dim),
             ("depth", depth),
@@ -131,6 +135,7 @@ class DiT(ModelMixin, ConfigMixin):
         ):
             if value < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {value}")
+        pattern.check(depth)
         if position not in ("sincos", "none"):
             raise InvalidValue(f"position={position!r} is not valid; choose 'sincos' or 'none'")
         if position == "sincos" and dim % 4:
@@ -142,7 +147,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.blocks = Blocks(
             Block(
                 dim,
-                build_attention(attn, dim, num_heads, index, depth, **(attn_options or {})),
+                pattern.build(index, dim, num_heads, depth, attn_options),
                 build_feedforward(feedforward, dim, feedforward_ratio),
             )
             for index in range(depth)
@@ -331,11 +336,16 @@ class DiT(ModelMixin, ConfigMixin):
         Returns:
             The model itself.
         """
-        changed: dict[str, Any] = {}
-        for block in self.blocks:
-            changed |= block.attention.fuse()
+        pattern = parse_pattern(self.config.attn)
+        options = pattern.options_of(self.config.attn_options)
+        changed = False
+        for index, block in enumerate(self.blocks):
+            folded = block.attention.fuse()
+            options[pattern.name_of(index)] |= folded
+            changed = changed or bool(folded)
         if changed:
-            self.register_to_config(attn_options={**(self.config.attn_options or {}), **changed})
+            flat = options if pattern.is_mixture else options[pattern.text]
+            self.register_to_config(attn_options=flat)
         return self
 
     @classmethod
@@ -356,7 +366,8 @@ class DiT(ModelMixin, ConfigMixin):
         try:
             # It ignores what concerns the weights only.
             saved = cls._saved_attention(folder, cls.load_config(folder, **kwargs))
-            if (wanted := kwargs.get("attn", saved)) != saved:
+            wanted = kwargs.get("attn", saved)
+            if canonical_pattern(wanted) != canonical_pattern(saved):
                 raise InvalidValue(
                     f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
                     f"leave attn out to load what is there"
