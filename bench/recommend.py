@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from attnzoo.contract import nearest
+from backbones.pattern import Pattern, parse_pattern
 from bench.cases import PIXELS_PER_TOKEN
 from bench.fits import pareto, value_at
 from bench.options import parse_bytes
@@ -23,7 +26,7 @@ from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
 from bench.tables import amount, memory
 from bench.whole_figures import fastest, is_whole, read_whole
-from recipes.lab.console import DONE, UserError, printable, run_script, whole
+from recipes.lab.console import DONE, UserError, numbers, printable, run_script, whole
 from recipes.lab.pages import markdown_table
 
 
@@ -41,14 +44,52 @@ class Choice:
     quality: float | None = None  # of the comparison
 
 
+class Layer(NamedTuple):
+    """One layer at the resolution asked for."""
+
+    seconds: float
+    launched: float
+    peak: float
+    weights: float
+    is_measured: bool
+
+
 def choices(
-    cases: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time"
-) -> tuple[list[Choice], list[str]]:
+    cases: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time",
+    mixtures: Sequence[str] = (),
+) -> tuple[list[Choice], list[str]]:  # fmt: skip
     """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told.
 
-    ``time`` is the column of ``frame`` that counts.
+    ``time`` is the column of ``frame`` that counts. Mixtures are sums of their mechanisms' layers.
     """
-    found, unknown = [], []
+    layers, unknown = _layers(cases, tokens, time)
+    keeps_all = not cases.empty and cases["mode"].iloc[0] == "train"
+    found = []
+    for label in [*layers, *mixtures]:
+        pattern = Pattern(((label, 1),)) if label in layers else parse_pattern(label)
+        for name in pattern.names:
+            if name not in layers:
+                raise UserError(
+                    f"block {pattern.first_of(name)} of {label!r}: there are no figures of "
+                    f"{name!r}{nearest(name, layers)} There are of {', '.join(layers)}"
+                )
+        counts = Counter(map(pattern.name_of, range(depth)))
+        parts = [(layers[name], count) for name, count in counts.items()]
+        peaks = [layer.peak * (count if keeps_all else 1) for layer, count in parts]
+        peak = sum(peaks) if keeps_all else max(peaks)
+        found.append(Choice(
+            label,
+            sum(layer.seconds * count for layer, count in parts),
+            sum(layer.launched * count for layer, count in parts),
+            peak + sum(layer.weights * count for layer, count in parts),
+            all(layer.is_measured for layer, _ in parts),
+            quality.get(label),
+        ))  # fmt: skip
+    return found, unknown
+
+
+def _layers(cases: pd.DataFrame, tokens: int, time: str) -> tuple[dict[str, Layer], list[str]]:
+    found, unknown = {}, []
     for label, rows in cases.groupby("label", sort=True):
         name = str(label)
         # Where a case for time and one for memory fall together, the one with more rounds counts.
@@ -60,10 +101,8 @@ def choices(
         if spent is None or launched is None or peak is None:
             unknown.append(name)
             continue
-        peak_of_all = peak[0] * (depth if rows["mode"].iloc[0] == "train" else 1)
-        peak_of_all += rows["parameter_memory"].iloc[0] * depth
-        found.append(Choice(name, spent[0] * depth, launched[0] * depth, peak_of_all, spent[1],
-                            quality.get(name)))  # fmt: skip
+        weights = rows["parameter_memory"].iloc[0]
+        found[name] = Layer(spent[0], launched[0], peak[0], weights, spent[1])
     return found, unknown
 
 
@@ -126,14 +165,21 @@ def main(arguments: list[str]) -> int:
             f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
         )
     quality, metric, lower, source = _quality(options.quality)
+    for text in options.attn:
+        parse_pattern(text).check(options.depth)
     if is_whole(options.report):
+        if options.attn:
+            raise UserError(
+                f"{options.report} is of whole models: measure a mixture with python -m "
+                f"bench.whole_models --mechanisms, and leave --attn out"
+            )
         return _of_whole_models(options, limit, quality, metric, lower, source)
     report = read_cases(options.report)
     family = _family(frame(report), options)
     chosen = subset(frame(report), "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
     time = "seconds" if options.launched else "time"
-    found, unknown = choices(chosen, tokens, options.depth, quality, time)
+    found, unknown = choices(chosen, tokens, options.depth, quality, time, options.attn)
     if not found:
         raise UserError(
             f"{options.report} cannot tell of {options.resolution} px: it needs this resolution, "
@@ -280,6 +326,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=whole(PIXELS_PER_TOKEN), default=1024, help="pixels")
     parser.add_argument("--memory", default=None, help="what must suffice, such as 8GiB")
     parser.add_argument("--quality", default=None, help="folder of recipes/compare.py")
+    parser.add_argument(
+        "--attn", type=numbers(str), default=[], metavar="PATTERN,...",
+        help="mixtures to weigh too, such as sana*3+softmax, from their mechanisms' figures",
+    )  # fmt: skip
     parser.add_argument("--mode", choices=("forward", "train"), default="forward")
     parser.add_argument("--width", type=whole(1), default=None, help="of the tokens")
     parser.add_argument("--dtype", default=None, help="such as bfloat16")

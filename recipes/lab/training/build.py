@@ -77,6 +77,6 @@ def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
             attn_options=settings.attn_options,
         )
     except InvalidValue as error:
-        if str(error).startswith("unknown attention"):
+        if "unknown attention" in str(error):
             raise UserError(f"{error}; one of your own needs --import FILE|MODULE") from error
         raise

@@ -20,6 +20,7 @@ import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from attnzoo.ops import native_build as build
+from backbones.pattern import file_name
 from recipes.lab.console import DONE, Progress, UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
@@ -347,7 +348,7 @@ def _already_done(run: Run, step: int) -> str:
 def default_folder(given: Mapping[str, Any]) -> Path:
     """Where a run of these settings goes if the caller does not say."""
     data = Path(given.get("data", Settings.data)).name
-    return Path("runs") / f"{data}-{given.get('attn', Settings.attn).replace('/', '-')}"
+    return Path("runs") / f"{data}-{file_name(given.get('attn', Settings.attn))}"
 
 
 def refuse_pixels(settings: Settings) -> None:

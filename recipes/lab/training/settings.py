@@ -118,7 +118,12 @@ class Settings:
         UserError: A value is of the wrong type, out of range, or no choice of its setting.
     """
 
-    attn: str = _setting("dydila", _TEXT, "one of the mechanisms above, or a model of the paper")
+    attn: str = _setting(
+        "dydila",
+        _TEXT,
+        "one of the mechanisms above, a pattern over the blocks such as 'sana*3+softmax', or a "
+        "model of the paper",
+    )
     attn_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"rule": _OPTIONS, "help": None}
     )
