@@ -3,11 +3,13 @@
 import contextlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 import attnzoo
+from attnzoo import registry
 from attnzoo.counting import count_macs
 from attnzoo.mechanisms.agent import agents
 from backbones import DiT, build_backbone, compile_blocks, parse_pattern
@@ -34,8 +36,12 @@ def inputs(batch=2, side=8):
     return images, torch.arange(batch) * 100 + 7, torch.arange(batch) % 3
 
 
+def layers_of(model) -> Any:
+    return [block.attention for block in model.blocks]
+
+
 def names_of(model):
-    return [block.attention.name for block in model.blocks]
+    return [layer.name for layer in layers_of(model)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_each_mechanism_has_its_own_options_and_heads():
 def test_the_papers_protocol_gives_each_its_models_heads_and_options():
     with torch.device("meta"):
         model = build_backbone("dydila*3+compressed", "B")
-    of_dydila, of_compressed = model.blocks[0].attention, model.blocks[3].attention
+    of_dydila, of_compressed = (layers_of(model)[index] for index in (0, 3))
     assert len(model.blocks) == 9 and model.config.feedforward == "mix-ffn"  # DyDi-LiT's
     assert (of_dydila.num_heads, of_compressed.num_heads) == (1, 8)
     assert of_dydila.config.n_projectors == 5 and of_compressed.config.ratio == 4
@@ -226,12 +232,12 @@ def test_a_mechanism_of_ones_own_is_part_of_a_pattern():
 
     try:
         assert names_of(mixture("odd+name", depth=2)) == ["odd+name"] * 2
-        attnzoo.registry._REGISTRY["odd"] = Odd
+        registry._REGISTRY["odd"] = Odd
         assert len(mixture("odd*2+sana").blocks) == 6
     finally:
         for name in ("odd", "odd+name"):
             with contextlib.suppress(KeyError):
-                del attnzoo.registry._REGISTRY[name]
+                del registry._REGISTRY[name]
 
 
 def test_options_are_nested_by_their_dots():
