@@ -32,11 +32,13 @@ from backbones.pattern import canonical_pattern, parse_pattern
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, dim: int, attention: Attention, feedforward: FeedForward) -> None:
+    def __init__(
+        self, dim: int, attention: Attention, feedforward: FeedForward, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.modulation = AdaLayerNormZero(dim)
         self.attention = attention
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.feedforward = feedforward
 
     def forward(self, x: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -76,6 +78,9 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: Classes; index ``num_classes`` is the null class of guidance.
         position: "sincos" adds 2-D sine-cosine positions, "none" adds nothing.
         sample_size: Side of the input it was made for; other sizes work too.
+        norm_eps: Of the norm before the feed-forward; 1e-5 in diffusers' DiT.
+        frequency_shift: The 128 frequencies of the time fall from 1 by equal factors to 1e-4 times
+            one factor more (0, DiT) or to 1e-4 (1, diffusers' DiT).
         provenance: Where the numbers come from; saved in the config, not used.
 
     Raises:
@@ -115,6 +120,8 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         position: str = "sincos",
         sample_size: int = 32,
+        norm_eps: float = 1e-6,
+        frequency_shift: int = 0,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -136,12 +143,18 @@ class DiT(ModelMixin, ConfigMixin):
             if value < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {value}")
         pattern.check(depth)
+        if norm_eps <= 0 or frequency_shift not in (0, 1):
+            raise InvalidValue(
+                f"norm_eps={norm_eps} must be above 0 and frequency_shift={frequency_shift} 0 or 1"
+            )
         if position not in ("sincos", "none"):
             raise InvalidValue(f"position={position!r} is not valid; choose 'sincos' or 'none'")
         if position == "sincos" and dim % 4:
             raise InvalidValue(f"dim={dim} must be a multiple of 4 for 2-D sine-cosine positions")
         self.patch_embedding = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_frequencies = Timesteps(
+            256, flip_sin_to_cos=True, downscale_freq_shift=frequency_shift
+        )
         self.timestep_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
         self.blocks = Blocks(
@@ -149,6 +162,7 @@ class DiT(ModelMixin, ConfigMixin):
                 dim,
                 pattern.build(index, dim, num_heads, depth, attn_options),
                 build_feedforward(feedforward, dim, feedforward_ratio),
+                norm_eps,
             )
             for index in range(depth)
         )

@@ -120,7 +120,7 @@ def _model_config(file: Path, content: bytes) -> dict[str, Any]:
     return options
 
 
-def _build(
+def restored_model(
     run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str]
 ) -> DiT:
     """The model of a checkpoint that was read, in eval mode on the CPU."""
@@ -221,7 +221,7 @@ class RunSampler:
                     f"{run.folder} was trained with {name}={impl}, which needs a GPU, and there "
                     f"is none"
                 )
-        model: Any = _build(run, config, checkpoint, imports)
+        model: Any = restored_model(run, config, checkpoint, imports)
         if self.device.type == "cuda":
             model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)

@@ -75,6 +75,7 @@ def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
             num_classes=dataset.num_classes,
             learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
             attn_options=settings.attn_options,
+            **(settings.backbone or {}),
         )
     except InvalidValue as error:
         if "unknown attention" in str(error):

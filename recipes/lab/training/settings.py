@@ -74,6 +74,7 @@ _DECAY = _real("at least 0 and less than 1", lambda value: 0 <= value < 1)
 _POSITIVE = _real("a finite number above 0", lambda value: value > 0)
 _LEVEL = Rule("a level of a data set, such as easy", lambda v: v in known_levels())
 _OPTIONS = Rule("options by name that JSON can hold", _is_options)
+_MAYBE_OPTIONS = {"rule": _optional(_OPTIONS), "help": None}
 
 
 # What a preset changes: "tiny" is for a CPU. "flow" is the same with rectified flow and times
@@ -195,6 +196,11 @@ class Settings:
     )
     sample_every: int = _setting(500, _whole(), "steps between sample grids")
     diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
+    # Of a run that recipes/convert.py began: the trained model that it began with, the arguments
+    # of the backbone that it has from it, and how much of a teacher that model is.
+    start: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
+    backbone: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
+    distil: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
