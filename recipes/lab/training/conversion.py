@@ -139,7 +139,8 @@ def converted_settings(
         options = {**options, "softmax": own} if pattern.is_mixture else own
         if pattern.is_mixture and not own:
             del options["softmax"]
-    heads: Any = source.model.blocks[0].attention.num_heads
+    first: Any = source.model.blocks[0]
+    heads: Any = first.attention.num_heads
     if "softmax" not in pattern.names:
         heads = None  # each mechanism's own: LiT's are few
     elif pattern.is_mixture:
