@@ -142,7 +142,8 @@ class DiT(ModelMixin, ConfigMixin):
         ):
             if value < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {value}")
-        pattern.check(depth)
+        pattern.check()
+        pattern.check_depth(depth)
         if norm_eps <= 0 or frequency_shift not in (0, 1):
             raise InvalidValue(
                 f"norm_eps={norm_eps} must be above 0 and frequency_shift={frequency_shift} 0 or 1"

@@ -76,18 +76,25 @@ class Pattern:
         """Blocks that a model needs for every mechanism to come."""
         return 1 + max(map(self.first_of, self.names))
 
-    def check(self, depth: int | None = None) -> None:
-        """Looks whether every mechanism exists, and has its place in a model of this depth.
+    def check(self) -> None:
+        """Looks whether every mechanism exists.
 
         Raises:
-            InvalidValue: A name is unknown, or the model too shallow; a mixture's names the block.
+            InvalidValue: A name is unknown; a mixture's error names the block.
         """
         for name in self.names:
             try:
                 get_attention(name)
             except UsageError as error:
                 raise self._at(self.first_of(name), error) from error
-        if self.is_mixture and depth is not None and depth < self.least_depth:
+
+    def check_depth(self, depth: int) -> None:
+        """Looks whether every mechanism comes in a model of this depth.
+
+        Raises:
+            InvalidValue: It is too shallow for one of them.
+        """
+        if self.is_mixture and depth < self.least_depth:
             last = max(self.names, key=self.first_of)
             raise InvalidValue(
                 f"{self.text!r} has its first {last!r} in block {self.first_of(last)}, which a "

@@ -11,17 +11,17 @@ import argparse
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from attnzoo.contract import nearest
-from backbones.pattern import Pattern, parse_pattern
-from bench.cases import PIXELS_PER_TOKEN
+from backbones.pattern import parse_pattern
+from bench.cases import PIXELS_PER_TOKEN, Case, parts_of
 from bench.fits import pareto, value_at
-from bench.options import parse_bytes
+from bench.options import parse_bytes, parse_mechanism
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
 from bench.tables import amount, memory
@@ -65,15 +65,9 @@ def choices(
     layers, unknown = _layers(cases, tokens, time)
     keeps_all = not cases.empty and cases["mode"].iloc[0] == "train"
     found = []
-    for label in [*layers, *mixtures]:
-        pattern = Pattern(((label, 1),)) if label in layers else parse_pattern(label)
-        for name in pattern.names:
-            if name not in layers:
-                raise UserError(
-                    f"block {pattern.first_of(name)} of {label!r}: there are no figures of "
-                    f"{name!r}{nearest(name, layers)} There are of {', '.join(layers)}"
-                )
-        counts = Counter(map(pattern.name_of, range(depth)))
+    counted = {label: Counter({label: depth}) for label in layers}
+    counted |= {label: _labels_of(label, depth, layers) for label in mixtures}
+    for label, counts in counted.items():
         parts = [(layers[name], count) for name, count in counts.items()]
         peaks = [layer.peak * (count if keeps_all else 1) for layer, count in parts]
         peak = sum(peaks) if keeps_all else max(peaks)
@@ -86,6 +80,20 @@ def choices(
             quality.get(label),
         ))  # fmt: skip
     return found, unknown
+
+
+def _labels_of(mixture: str, depth: int, layers: Iterable[str]) -> Counter[str]:
+    """How many blocks of a mixture have each label."""
+    text, options = parse_mechanism(mixture)
+    pattern = parse_pattern(text)
+    labels = {n: Case(mechanism=n, options=own).label for n, own in parts_of(text, options)}
+    for name, label in labels.items():
+        if label not in layers:
+            raise UserError(
+                f"block {pattern.first_of(name)} of {mixture!r}: there are no figures of "
+                f"{label!r}{nearest(label, layers)} There are of {', '.join(layers)}"
+            )
+    return Counter(labels[pattern.name_of(index)] for index in range(depth))
 
 
 def _layers(cases: pd.DataFrame, tokens: int, time: str) -> tuple[dict[str, Layer], list[str]]:
@@ -166,7 +174,7 @@ def main(arguments: list[str]) -> int:
         )
     quality, metric, lower, source = _quality(options.quality)
     for text in options.attn:
-        parse_pattern(text).check(options.depth)
+        parse_pattern(parse_mechanism(text)[0]).check_depth(options.depth)
     if is_whole(options.report):
         if options.attn:
             raise UserError(
@@ -211,6 +219,7 @@ def main(arguments: list[str]) -> int:
         (not all(c.is_measured for c in found), f"{options.resolution} px was not measured for "
          f"what is called estimated: the value lies on the line through the two nearest sizes in "
          f"log-log. Measure it with pytest bench/ --resolutions {options.resolution}."),
+        (options.attn, "A mixture's figures are added up from its mechanisms' layers."),
         (not source, "Nothing is said of quality, and mechanisms differ in it: train them with "
          "python recipes/compare.py and name its folder with --quality."),
         (source, f"{source}, not at yours; its report says which differences are more than "
@@ -328,7 +337,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quality", default=None, help="folder of recipes/compare.py")
     parser.add_argument(
         "--attn", type=numbers(str), default=[], metavar="PATTERN,...",
-        help="mixtures to weigh too, such as sana*3+softmax, from their mechanisms' figures",
+        help="mixtures to weigh too, such as sana*3+softmax or with options "
+        "sana*3+softmax:sana.qk_norm=true, from their mechanisms' figures",
     )  # fmt: skip
     parser.add_argument("--mode", choices=("forward", "train"), default="forward")
     parser.add_argument("--width", type=whole(1), default=None, help="of the tokens")
