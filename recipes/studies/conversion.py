@@ -2,8 +2,8 @@
 
     python -m recipes.studies.conversion --data fashion-mnist --steps 600 --batch-size 32
 
-For each seed a softmax model and one of the target attention are trained, and the first is
-converted for several shares of their steps, with and without it as teacher. Quality is the loss of
+For each seed a softmax model and ones of the target attention are trained, and the first is
+converted for several shares of its steps, with and without it as teacher. Quality is the loss of
 the averaged weights on held-out images, at the same times and noise for all. The same command goes
 on where it was stopped; the table is written to OUT/conversion.md, its numbers to conversion.json.
 """
@@ -60,9 +60,12 @@ def _runs(given: argparse.Namespace, out: Path, seed: int) -> Iterator[tuple[str
     # With the heads that a conversion gives it.
     frame = converted_settings(source, {"attn": given.attn}, {})
     kept = {"attn": frame.attn, "attn_options": frame.attn_options, "backbone": frame.backbone}
-    scratch = Run(out / f"{file_name(given.attn)}-seed-{seed}")
-    _finish(scratch, Settings(steps=given.steps, **kept, **common))  # type: ignore[arg-type]
-    yield f"{given.attn}, from scratch", scratch, given.steps
+    for share in (1.0, *given.shares):
+        steps = max(1, round(share * given.steps))
+        tail = "" if share == 1 else f"-{steps}-scratch"
+        scratch = Run(out / f"{file_name(given.attn)}{tail}-seed-{seed}")
+        _finish(scratch, Settings(steps=steps, **kept, **common))  # type: ignore[arg-type]
+        yield f"{given.attn}, from scratch", scratch, steps
     for share in given.shares:
         for terms in given.distil:
             steps = max(1, round(share * given.steps))
@@ -118,8 +121,8 @@ def _rows(losses: Mapping[tuple[str, int], list[float]]) -> list[dict[str, Any]]
 def _table(losses: Mapping[tuple[str, int], list[float]], steps: int) -> str:
     (scratch,) = (
         of_seeds
-        for (name, _), of_seeds in losses.items()
-        if name.endswith("from scratch") and not name.startswith("softmax")
+        for (name, taken), of_seeds in losses.items()
+        if name.endswith("from scratch") and not name.startswith("softmax") and taken == steps
     )
     rows = []
     for (name, taken), of_seeds in losses.items():
