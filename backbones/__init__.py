@@ -1,6 +1,7 @@
 """The backbone that every mechanism of the zoo plugs into."""
 
 from backbones.dit import DiT
+from backbones.pattern import Pattern, parse_pattern
 from backbones.presets import build_backbone, list_presets
 from backbones.recorded import (
     RecordedForward,
@@ -12,10 +13,12 @@ from backbones.recorded import (
 
 __all__ = [
     "DiT",
+    "Pattern",
     "RecordedForward",
     "build_backbone",
     "compile_blocks",
     "list_presets",
+    "parse_pattern",
     "record",
     "refuse_waits",
     "why_not_recorded",

@@ -23,19 +23,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo import InvalidType, InvalidValue, build_attention
+from attnzoo import InvalidType, InvalidValue
 from attnzoo.contract import Attention, as_tuples, check_option, nearest
 from backbones.feedforward import FeedForward, build_feedforward
+from backbones.pattern import canonical_pattern, parse_pattern
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each modulated and gated by the condition (adaLN-Zero)."""
 
-    def __init__(self, dim: int, attention: Attention, feedforward: FeedForward) -> None:
+    def __init__(
+        self, dim: int, attention: Attention, feedforward: FeedForward, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.modulation = AdaLayerNormZero(dim)
         self.attention = attention
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.feedforward = feedforward
 
     def forward(
@@ -62,11 +65,13 @@ class DiT(ModelMixin, ConfigMixin):
     Use ``build_backbone`` for the sizes and presets.
 
     Args:
-        attn: Name of a registered mechanism.
-        attn_options: Its options.
+        attn: Name of a registered mechanism, or a pattern of several over the blocks, such as
+            "sana*3+softmax"; see ``backbones.pattern``.
+        attn_options: Its options; those of a pattern by mechanism.
         dim: Width of the tokens.
         depth: Number of blocks.
-        num_heads: Heads of the attention; None takes the mechanism's own default.
+        num_heads: Heads of the attention, for a pattern also by mechanism; None takes the
+            mechanism's own default.
         feedforward: "mlp", "mix-ffn", "swiglu", "diffmoe" or "time-experts".
         feedforward_ratio: Hidden width of the feed-forward over ``dim``.
         patch_size: Side of a patch, in pixels of the model's input.
@@ -75,6 +80,9 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: Classes; index ``num_classes`` is the null class of guidance.
         position: "sincos" adds 2-D sine-cosine positions, "none" adds nothing.
         sample_size: Side of the input it was made for; other sizes work too.
+        norm_eps: Of the norm before the feed-forward; 1e-5 in diffusers' DiT.
+        frequency_shift: The 128 frequencies of the time fall from 1 by equal factors to 1e-4 times
+            one factor more (0, DiT) or to 1e-4 (1, diffusers' DiT).
         provenance: Where the numbers come from; saved in the config, not used.
 
     Raises:
@@ -105,7 +113,7 @@ class DiT(ModelMixin, ConfigMixin):
         attn_options: dict[str, Any] | None = None,
         dim: int = 384,
         depth: int = 9,
-        num_heads: int | None = None,
+        num_heads: int | dict[str, Any] | None = None,
         feedforward: str = "mlp",
         feedforward_ratio: float = 4.0,
         patch_size: int = 2,
@@ -114,6 +122,8 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         position: str = "sincos",
         sample_size: int = 32,
+        norm_eps: float = 1e-6,
+        frequency_shift: int = 0,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -121,8 +131,9 @@ class DiT(ModelMixin, ConfigMixin):
         for name, value in self.config.items():
             if name in hints:
                 check_option(name, value, hints[name])
+        pattern = parse_pattern(attn)
         # A config file holds a tuple as a list, which would then differ from what was given.
-        self.register_to_config(attn_options=as_tuples(attn_options))
+        self.register_to_config(attn=pattern.text, attn_options=as_tuples(attn_options))
         for name, value in (
             ("dim", dim),
             ("depth", depth),
@@ -133,19 +144,28 @@ class DiT(ModelMixin, ConfigMixin):
         ):
             if value < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {value}")
+        pattern.check()
+        pattern.check_depth(depth)
+        if norm_eps <= 0 or frequency_shift not in (0, 1):
+            raise InvalidValue(
+                f"norm_eps={norm_eps} must be above 0 and frequency_shift={frequency_shift} 0 or 1"
+            )
         if position not in ("sincos", "none"):
             raise InvalidValue(f"position={position!r} is not valid; choose 'sincos' or 'none'")
         if position == "sincos" and dim % 4:
             raise InvalidValue(f"dim={dim} must be a multiple of 4 for 2-D sine-cosine positions")
         self.patch_embedding = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_frequencies = Timesteps(
+            256, flip_sin_to_cos=True, downscale_freq_shift=frequency_shift
+        )
         self.timestep_embedding = TimestepEmbedding(256, dim)
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
         self.blocks = Blocks(
             Block(
                 dim,
-                build_attention(attn, dim, num_heads, index, depth, **(attn_options or {})),
+                pattern.build(index, dim, num_heads, depth, attn_options),
                 build_feedforward(feedforward, dim, feedforward_ratio, index, depth),
+                norm_eps,
             )
             for index in range(depth)
         )
@@ -333,11 +353,16 @@ class DiT(ModelMixin, ConfigMixin):
         Returns:
             The model itself.
         """
-        changed: dict[str, Any] = {}
-        for block in self.blocks:
-            changed |= block.attention.fuse()
+        pattern = parse_pattern(self.config.attn)
+        options = pattern.options_of(self.config.attn_options)
+        changed = False
+        for index, block in enumerate(self.blocks):
+            folded = block.attention.fuse()
+            options[pattern.name_of(index)] |= folded
+            changed = changed or bool(folded)
         if changed:
-            self.register_to_config(attn_options={**(self.config.attn_options or {}), **changed})
+            flat = options if pattern.is_mixture else options[pattern.text]
+            self.register_to_config(attn_options=flat)
         return self
 
     @classmethod
@@ -358,7 +383,8 @@ class DiT(ModelMixin, ConfigMixin):
         try:
             # It ignores what concerns the weights only.
             saved = cls._saved_attention(folder, cls.load_config(folder, **kwargs))
-            if (wanted := kwargs.get("attn", saved)) != saved:
+            wanted = kwargs.get("attn", saved)
+            if canonical_pattern(wanted) != canonical_pattern(saved):
                 raise InvalidValue(
                     f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
                     f"leave attn out to load what is there"

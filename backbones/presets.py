@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 
-from attnzoo import InvalidType, InvalidValue, get_attention, list_attention
+from attnzoo import InvalidType, InvalidValue
 from attnzoo.contract import Attention, check_option, nearest
 from attnzoo.counting import count_macs
 from backbones.dit import DiT
+from backbones.pattern import Pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,21 @@ def build_backbone(
     """Builds the shared backbone with one mechanism of the zoo.
 
     Args:
-        attn: A registered mechanism ("sana"), or a model of the paper with its size and patch
+        attn: A registered mechanism ("sana"), a pattern of several over the blocks
+            ("sana*3+softmax"), or a model of the paper with its size and patch
             ("DyDi-LiT-S/2"), see ``list_presets``.
         size: "tiny", "S", "B" or "L".
         protocol: "paper" gives each mechanism the depth, feed-forward and heads of its model in
-            the paper; a mechanism that the paper does not measure gets DiT's. "controlled" gives
+            the paper; a mechanism that the paper does not measure gets DiT's. A pattern gets
+            depth and feed-forward of the mechanism with the most blocks, the first of equals,
+            and each of its mechanisms has its own heads and options. "controlled" gives
             every mechanism the same depth, MLP, heads and positions. "matched" is "paper" with
             the depth whose true multiply-accumulates come nearest to those of DiT at this size
             and resolution; the residual is in the provenance.
         resolution: In image pixels.
         latent_factor: Image pixels per latent pixel; 1 for a model of pixels.
-        **overrides: Any argument of ``DiT``; ``attn_options`` are merged into the preset's.
+        **overrides: Any argument of ``DiT``; ``attn_options``, of a pattern by mechanism, are
+            merged into the preset's.
 
     Returns:
         A freshly initialised model. Its config records where the numbers came from.
@@ -142,7 +148,7 @@ def build_backbone(
         ("patch_size", overrides.get("patch_size", 2), int),
     ):  # fmt: skip
         check_option(name, value, hint)
-    row, size, patch = _find_row(attn, size)
+    pattern, row, size, patch = _find_row(attn, size)
     _one_of("size", size, SIZES)
     _one_of("protocol", protocol, PROTOCOLS)
     known = [name for name in inspect.signature(DiT.__init__).parameters if name != "self"]
@@ -167,10 +173,10 @@ def build_backbone(
     scale = SIZES[size]
     is_controlled = protocol == "controlled"
     fields: dict[str, Any] = {
-        "attn": row.attn,
+        "attn": pattern.text,
         "dim": scale.dim,
         "depth": scale.depth if is_controlled else row.depth.get(size, scale.depth),
-        "num_heads": scale.dim // scale.head_dim if is_controlled else row.num_heads,
+        "num_heads": scale.dim // scale.head_dim if is_controlled else _heads(pattern, row),
         "feedforward": "mlp" if is_controlled else row.feedforward,
         "patch_size": patch,
         "in_channels": 4,
@@ -185,19 +191,33 @@ def build_backbone(
             "overridden": sorted(overrides),
         },
     }
-    options = scale.options.get(row.attn, {}) | ({} if is_controlled else row.options)
     given = overrides.pop("attn_options", None) or {}
     check_option("attn_options", given, dict)
-    options |= given
-    fields |= overrides | {"attn_options": options}
+    options = {
+        name: scale.options.get(name, {}) | ({} if is_controlled else _options(row, name)) | own
+        for name, own in pattern.options_of(given).items()
+    }
+    merged = {name: own for name, own in options.items() if own}
+    fields |= overrides
+    fields["attn_options"] = merged if pattern.is_mixture else options[row.attn]
     if protocol == "matched" and "depth" not in overrides:
-        depth, match = _matched_depth(fields, scale, resolution)
+        depth, match = _matched_depth(fields, scale, resolution, pattern.least_depth)
         fields |= {"depth": depth, "provenance": fields["provenance"] | {"match": match}}
     return DiT(**fields)
 
 
+def _heads(pattern: Pattern, row: PaperModel) -> int | dict[str, int | None] | None:
+    if not pattern.is_mixture:
+        return row.num_heads
+    return {name: _row_of(name).num_heads for name in pattern.names}
+
+
+def _options(row: PaperModel, name: str) -> dict[str, Any]:
+    return row.options if name == row.attn else _row_of(name).options
+
+
 def _matched_depth(
-    fields: dict[str, Any], scale: Size, resolution: int
+    fields: dict[str, Any], scale: Size, resolution: int, least: int
 ) -> tuple[int, dict[str, Any]]:
     """The depth nearest to DiT's multiply-accumulates, and how near it is."""
 
@@ -207,7 +227,8 @@ def _matched_depth(
         with torch.device("meta"):
             model = DiT(**(fields | changed))
         grid = model.token_grid(latent, latent)
-        if get_attention(model.config.attn).macs_parts is Attention.macs_parts:
+        layers = [block.attention for block in model.blocks]
+        if any(type(layer).macs_parts is Attention.macs_parts for layer in layers):
             return count_macs(model, grid=grid).total
         return sum(sum(parts.values()) for parts in model.macs_parts(grid).values())
 
@@ -224,8 +245,9 @@ def _matched_depth(
         return abs(found[depth] - target)
 
     # Blocks cost about the same, so that the first guess is one or two off.
-    depth = max(1, round(scale.depth * target / macs(depth=scale.depth)))
-    while depth > 1 and misses_by(depth - 1) < misses_by(depth):
+    first = max(least, scale.depth)
+    depth = max(least, round(first * target / macs(depth=first)))
+    while depth > least and misses_by(depth - 1) < misses_by(depth):
         depth -= 1
     while misses_by(depth + 1) < misses_by(depth):
         depth += 1
@@ -237,19 +259,28 @@ def _matched_depth(
     }
 
 
-def _find_row(attn: str, size: str) -> tuple[PaperModel, str, int]:
+def _find_row(attn: str, size: str) -> tuple[Pattern, PaperModel, str, int]:
     match = re.fullmatch(r"(?P<model>.+)-(?P<size>[A-Za-z]+)/(?P<patch>\d+)", attn)
     if match:
         _one_of("model", match["model"], PAPER_MODELS)
-        return PAPER_MODELS[match["model"]], match["size"], int(match["patch"])
-    if attn in PAPER_MODELS:
-        return PAPER_MODELS[attn], size, 2
-    for row in PAPER_MODELS.values():
-        if row.attn == attn:
-            return row, size, 2
-    if attn not in list_attention():
-        get_attention(attn)  # raises, naming the nearest
-    return PaperModel(attn, "mlp", source="not a model of the paper: DiT's depth and MLP"), size, 2
+        row, size, patch = PAPER_MODELS[match["model"]], match["size"], int(match["patch"])
+    elif attn in PAPER_MODELS:
+        row, patch = PAPER_MODELS[attn], 2
+    else:
+        pattern = parse_pattern(attn)
+        pattern.check()
+        leading = max(pattern.names, key=pattern.share_of)
+        row = _row_of(leading)
+        if pattern.is_mixture:
+            row = dataclasses.replace(row, source=f"depth and feed-forward of {leading}'s model")
+        return pattern, row, size, 2
+    return parse_pattern(row.attn), row, size, patch
+
+
+def _row_of(name: str) -> PaperModel:
+    """The first model of the paper that has a mechanism."""
+    of_none = PaperModel(name, "mlp", source="not a model of the paper: DiT's depth and MLP")
+    return next((row for row in PAPER_MODELS.values() if row.attn == name), of_none)
 
 
 def _one_of(kind: str, value: str, choices: Any) -> None:

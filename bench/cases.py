@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import attnzoo
 from attnzoo.contract import nearest
+from backbones.pattern import nested, parse_pattern
 from bench.checks import SIBLING_SIDE
 from bench.peers import PEERS
 from recipes.lab.console import UserError
@@ -58,7 +59,8 @@ class Case:
     # One attention layer, the whole backbone, a layer against its peers, a count of
     # multiply-accumulates, a short training, or a goal of ``bench.goals``.
     kind: Kind = "layer"
-    mechanism: str = "softmax"  # the goal's name if ``kind`` is "goal"
+    # Of a whole backbone also a pattern over its blocks; the goal's name if ``kind`` is "goal".
+    mechanism: str = "softmax"
     options: Options = ()  # of the mechanism, as sorted (name, value) pairs
     resolution: int = 256  # side of the image of a latent model, in pixels
     width: int = 384  # of the tokens
@@ -137,7 +139,9 @@ class Request:
     def __post_init__(self) -> None:
         for name, options in self.mechanisms:
             try:
-                attnzoo.get_attention(name).Config.from_options(name, dict(options))
+                parse_pattern(name).check()
+                for part, own in parts_of(name, options):
+                    attnzoo.get_attention(part).Config.from_options(part, dict(own))
             except (ValueError, TypeError) as error:
                 raise UserError(" ".join(str(error).split())) from error
         for resolution in self.resolutions:
@@ -157,6 +161,12 @@ class Request:
         """The mechanisms: those asked for, or all."""
         return self.mechanisms or [(name, ()) for name in attnzoo.list_attention()]
 
+    @property
+    def layers(self) -> Named:
+        """The same, with the mechanisms of a mixture in its place: a layer is of one only."""
+        found = (part for name, options in self.named for part in parts_of(name, options))
+        return list(dict.fromkeys(found))
+
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
@@ -169,6 +179,16 @@ class Conditions:
     # references, by ``Case.check_key``.
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
     checked: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def parts_of(mechanism: str, options: Options) -> list[tuple[str, Options]]:
+    """The mechanisms of a pattern, each with its options; a single mechanism is its only part.
+
+    Raises:
+        attnzoo.UsageError: The pattern cannot be read, or an option is of no part.
+    """
+    by_name = parse_pattern(mechanism).options_of(nested(dict(options)))
+    return [(name, tuple(sorted(own.items()))) for name, own in by_name.items()]
 
 
 def is_quadratic(mechanism: str) -> bool:
@@ -190,11 +210,11 @@ def table(request: Request) -> list[Case]:
             is_first = width in main if is_gpu else not is_full
             timed += _planned(request, is_first, common)
             if not is_gpu and not request.resolutions:
-                timed += _large(request.named, is_full, common)
+                timed += _large(request.layers, is_full, common)
     counts = [
         case
         for width in widths
-        for case in _cases("count", request.named, request.resolutions or _COUNTED, width=width)
+        for case in _cases("count", request.layers, request.resolutions or _COUNTED, width=width)
     ]
     others = _goals_and_quality(request)
     if is_gpu:  # what matters most comes first, for a run that ends early
@@ -220,15 +240,20 @@ def _cases(kind: Kind, names: Named, resolutions: Sequence[int], **common: Any) 
 
 def _planned(request: Request, is_first: bool, common: dict[str, Any]) -> Iterator[Case]:
     """The cases of a device's plan, with the first or the second of its resolutions."""
-    names, is_gpu = request.named, request.device == "cuda"
-    few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
-    groups = {"all": names, "few": few, "compiled": [n for n in few if n[0] != "softmax"]}
+    is_gpu = request.device == "cuda"
+
+    def members(names: Named, group: str) -> Named:
+        few = [n for n in names if request.mechanisms or n[0] in ("softmax", "sana", "dydila")]
+        compiled = [n for n in few if n[0] != "softmax"]
+        return {"all": names, "few": few, "compiled": compiled}[group]
+
     for kind, mode, group, *sizes in _CUDA if is_gpu else _CPU:
+        names = members(request.named if kind == "backbone" else request.layers, group)
         resolutions = sizes[0] if is_first else sizes[1]
         if resolutions and (kind != "backbone" or common["width"] in SIZES):
             pace: dict[str, Any] = {"seconds": 2.0 if kind == "peers" else 1.0}
             pace = {"seconds": 0.25, "rounds": 25} if is_gpu else pace
-            yield from _cases(kind, groups[group], request.resolutions or resolutions, mode=mode,
+            yield from _cases(kind, names, request.resolutions or resolutions, mode=mode,
                               compiled=group == "compiled", **pace, **common)  # fmt: skip
 
 

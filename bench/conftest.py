@@ -33,7 +33,7 @@ GOAL_TIMEOUT = 1200.0
 _SEVERAL = "; several by comma, all of the profile by default"
 # Name, default and help of the flags that take text.
 _TEXTS = (
-    ("mechanisms", "", f"sana or sana:impl=reference{_SEVERAL}"),
+    ("mechanisms", "", f"sana, sana:impl=reference or sana*3+softmax{_SEVERAL}"),
     ("resolutions", "", f"pixels of a latent model{_SEVERAL}"),
     ("widths", "", f"of the tokens{_SEVERAL}"),
     ("dtypes", "", f"float32, bfloat16, float16{_SEVERAL}"),

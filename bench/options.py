@@ -14,7 +14,7 @@ import torch
 
 import attnzoo
 from attnzoo.errors import UsageError
-from bench.cases import Case, Conditions, Options, Request, table
+from bench.cases import Case, Conditions, Options, Request, parts_of, table
 from bench.machine import commit
 from bench.quality import read_quality
 from bench.thresholds import chosen_goals
@@ -75,9 +75,11 @@ def options_from(**texts: Any) -> SuiteRun:
     )
     # What a named implementation lacks here is an outcome of its cases, not a mistake.
     layers = {
-        (case.mechanism, case.options, case.width)
+        (name, options, case.width)
         for case in run.cases.values()
-        if case.kind not in ("goal", "quality") and "impl" not in dict(case.options)
+        if case.kind not in ("goal", "quality")
+        for name, options in parts_of(case.mechanism, case.options)
+        if "impl" not in dict(options)
     }
     for mechanism, given, width in sorted(layers, key=str):
         try:
@@ -111,7 +113,10 @@ def _one(option: str, text: str, default: int) -> int:
 
 
 def parse_mechanism(text: str) -> tuple[str, Options]:
-    """ "sana:impl=reference:eps=0" -> ("sana", (("eps", 0), ("impl", "reference")))."""
+    """ "sana:impl=reference:eps=0" -> ("sana", (("eps", 0), ("impl", "reference"))).
+
+    Options of a pattern name their mechanism: "sana*3+softmax:sana.eps=0".
+    """
     name, *pairs = text.split(":")
     return name, tuple(sorted(parse_options(pairs).items()))
 

@@ -244,7 +244,7 @@ def literal(text: str) -> str:
 
 def _style(label: str) -> dict[str, Any]:
     """How a mechanism is drawn; dashed with options of its own."""
-    name = re.split(r"[\[+]", label, maxsplit=1)[0]
+    name = label.removesuffix("+compile").partition("[")[0]
     return {
         "color": color_of(name), "marker": marker_of(name), "markersize": 6,
         "linestyle": "-" if name == label else "--",

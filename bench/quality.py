@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from backbones.pattern import nested
 from bench import machine
 from bench.cases import Case, Conditions
 from bench.isolate import Unsupported
@@ -90,7 +91,8 @@ def _short_training(case: Case) -> dict[str, Any]:
     scratch = tempfile.TemporaryDirectory(dir=util.get_temp_dir())
     with scratch as folder, contextlib.redirect_stdout(io.StringIO()):
         run, start = Run(Path(folder) / "run"), time.perf_counter()
-        settings = Settings(attn=case.mechanism, attn_options=dict(case.options), data="shapes",
+        options = nested(dict(case.options))
+        settings = Settings(attn=case.mechanism, attn_options=options, data="shapes",
                             resolution=case.resolution, steps=STEPS)  # fmt: skip
         status = train(settings, run)
         seconds = time.perf_counter() - start

@@ -10,20 +10,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from bench.cases import PIXELS_PER_TOKEN
+from attnzoo.contract import nearest
+from backbones.pattern import parse_pattern
+from bench.cases import PIXELS_PER_TOKEN, Case, parts_of
 from bench.fits import pareto, value_at
-from bench.options import parse_bytes
+from bench.options import parse_bytes, parse_mechanism
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
 from bench.tables import amount, memory
 from bench.whole_figures import fastest, is_whole, read_whole
-from recipes.lab.console import DONE, UserError, printable, run_script, whole
+from recipes.lab.console import DONE, UserError, numbers, printable, run_script, whole
 from recipes.lab.pages import markdown_table
 
 
@@ -41,14 +44,60 @@ class Choice:
     quality: float | None = None  # of the comparison
 
 
+class Layer(NamedTuple):
+    """One layer at the resolution asked for."""
+
+    seconds: float
+    launched: float
+    peak: float
+    weights: float
+    is_measured: bool
+
+
 def choices(
-    cases: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time"
-) -> tuple[list[Choice], list[str]]:
+    cases: pd.DataFrame, tokens: int, depth: int, quality: dict[str, float], time: str = "time",
+    mixtures: Sequence[str] = (),
+) -> tuple[list[Choice], list[str]]:  # fmt: skip
     """What every mechanism costs at ``tokens`` tokens, and the names that cannot be told.
 
-    ``time`` is the column of ``frame`` that counts.
+    ``time`` is the column of ``frame`` that counts. Mixtures are sums of their mechanisms' layers.
     """
-    found, unknown = [], []
+    layers, unknown = _layers(cases, tokens, time)
+    keeps_all = not cases.empty and cases["mode"].iloc[0] == "train"
+    found = []
+    counted = {label: Counter({label: depth}) for label in layers}
+    counted |= {label: _labels_of(label, depth, layers) for label in mixtures}
+    for label, counts in counted.items():
+        parts = [(layers[name], count) for name, count in counts.items()]
+        peaks = [layer.peak * (count if keeps_all else 1) for layer, count in parts]
+        peak = sum(peaks) if keeps_all else max(peaks)
+        found.append(Choice(
+            label,
+            sum(layer.seconds * count for layer, count in parts),
+            sum(layer.launched * count for layer, count in parts),
+            peak + sum(layer.weights * count for layer, count in parts),
+            all(layer.is_measured for layer, _ in parts),
+            quality.get(label),
+        ))  # fmt: skip
+    return found, unknown
+
+
+def _labels_of(mixture: str, depth: int, layers: Iterable[str]) -> Counter[str]:
+    """How many blocks of a mixture have each label."""
+    text, options = parse_mechanism(mixture)
+    pattern = parse_pattern(text)
+    labels = {n: Case(mechanism=n, options=own).label for n, own in parts_of(text, options)}
+    for name, label in labels.items():
+        if label not in layers:
+            raise UserError(
+                f"block {pattern.first_of(name)} of {mixture!r}: there are no figures of "
+                f"{label!r}{nearest(label, layers)} There are of {', '.join(layers)}"
+            )
+    return Counter(labels[pattern.name_of(index)] for index in range(depth))
+
+
+def _layers(cases: pd.DataFrame, tokens: int, time: str) -> tuple[dict[str, Layer], list[str]]:
+    found, unknown = {}, []
     for label, rows in cases.groupby("label", sort=True):
         name = str(label)
         # Where a case for time and one for memory fall together, the one with more rounds counts.
@@ -60,10 +109,8 @@ def choices(
         if spent is None or launched is None or peak is None:
             unknown.append(name)
             continue
-        peak_of_all = peak[0] * (depth if rows["mode"].iloc[0] == "train" else 1)
-        peak_of_all += rows["parameter_memory"].iloc[0] * depth
-        found.append(Choice(name, spent[0] * depth, launched[0] * depth, peak_of_all, spent[1],
-                            quality.get(name)))  # fmt: skip
+        weights = rows["parameter_memory"].iloc[0]
+        found[name] = Layer(spent[0], launched[0], peak[0], weights, spent[1])
     return found, unknown
 
 
@@ -126,14 +173,21 @@ def main(arguments: list[str]) -> int:
             f"--resolution {options.resolution} is no multiple of {PIXELS_PER_TOKEN} pixels"
         )
     quality, metric, lower, source = _quality(options.quality)
+    for text in options.attn:
+        parse_pattern(parse_mechanism(text)[0]).check_depth(options.depth)
     if is_whole(options.report):
+        if options.attn:
+            raise UserError(
+                f"{options.report} is of whole models: measure a mixture with python -m "
+                f"bench.whole_models --mechanisms, and leave --attn out"
+            )
         return _of_whole_models(options, limit, quality, metric, lower, source)
     report = read_cases(options.report)
     family = _family(frame(report), options)
     chosen = subset(frame(report), "layer", **family)
     tokens = (options.resolution // PIXELS_PER_TOKEN) ** 2
     time = "seconds" if options.launched else "time"
-    found, unknown = choices(chosen, tokens, options.depth, quality, time)
+    found, unknown = choices(chosen, tokens, options.depth, quality, time, options.attn)
     if not found:
         raise UserError(
             f"{options.report} cannot tell of {options.resolution} px: it needs this resolution, "
@@ -165,6 +219,7 @@ def main(arguments: list[str]) -> int:
         (not all(c.is_measured for c in found), f"{options.resolution} px was not measured for "
          f"what is called estimated: the value lies on the line through the two nearest sizes in "
          f"log-log. Measure it with pytest bench/ --resolutions {options.resolution}."),
+        (options.attn, "A mixture's figures are added up from its mechanisms' layers."),
         (not source, "Nothing is said of quality, and mechanisms differ in it: train them with "
          "python recipes/compare.py and name its folder with --quality."),
         (source, f"{source}, not at yours; its report says which differences are more than "
@@ -280,6 +335,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=whole(PIXELS_PER_TOKEN), default=1024, help="pixels")
     parser.add_argument("--memory", default=None, help="what must suffice, such as 8GiB")
     parser.add_argument("--quality", default=None, help="folder of recipes/compare.py")
+    parser.add_argument(
+        "--attn", type=numbers(str), default=[], metavar="PATTERN,...",
+        help="mixtures to weigh too, such as sana*3+softmax or with options "
+        "sana*3+softmax:sana.qk_norm=true, from their mechanisms' figures",
+    )  # fmt: skip
     parser.add_argument("--mode", choices=("forward", "train"), default="forward")
     parser.add_argument("--width", type=whole(1), default=None, help="of the tokens")
     parser.add_argument("--dtype", default=None, help="such as bfloat16")

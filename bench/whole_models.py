@@ -34,6 +34,7 @@ import attnzoo
 from attnzoo.contract import nearest
 from attnzoo.counting import count_macs
 from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits
+from backbones.pattern import names_in
 from bench import machine
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import SIBLING_SIDE, check_layer, relative_error
@@ -457,7 +458,8 @@ class Bench:
         """What the report has of a job."""
         device = self.setup.device
         if job.part == "check":
-            check_layer(job.mechanism, {}, 384, _dtype(device), device, SIBLING_SIDE)
+            for name in names_in(job.mechanism):
+                check_layer(name, {}, 384, _dtype(device), device, SIBLING_SIDE)
             return {}
         if job.part == "peaks":
             return machine.measure_peaks(device, (_dtype(device),), torch.get_num_threads())
@@ -679,7 +681,8 @@ class Run:
 
     def _layers(self) -> None:
         peaks = self.report["peaks"]
-        for name in self.options.mechanisms:
+        names = [part for name in self.options.mechanisms for part in names_in(name)]
+        for name in dict.fromkeys(names):
             jobs = [Job("launches", name)]
             jobs += [Job("layers", name, tokens=tokens, mode=mode, peaks=peaks)
                      for tokens, mode in itertools.product(LAYER_TOKENS, MODES)]  # fmt: skip
@@ -925,7 +928,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.large = None if options.mechanisms else LARGE
     options.mechanisms = _listed(options.mechanisms) or known
     options.skip_compiled = _listed(options.skip_compiled)
-    for name in options.mechanisms + options.skip_compiled:
+    named = options.mechanisms + options.skip_compiled
+    for name in (part for pattern in named for part in names_in(pattern)):
         if name not in known:
             raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
                             f"{', '.join(known)}")  # fmt: skip

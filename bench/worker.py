@@ -13,7 +13,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
-from backbones import build_backbone
+from backbones import build_backbone, parse_pattern
+from backbones.pattern import names_in, nested
 from bench import machine
 from bench.cases import SIZES, Case, Conditions
 from bench.checks import WrongResult, check_layer, require_close
@@ -58,9 +59,7 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
     """
     allocator = prepare(conditions)
     is_gpu = case.device == "cuda"
-    check = conditions.checked.get(case.check_key) or check_layer(
-        case.mechanism, layer_options(case), case.width, case.dtype, case.device, case.side
-    )
+    check = conditions.checked.get(case.check_key) or check_layers(case)
     model, call = subject(case)
     calls, found = {"attnzoo": call}, {}
     if case.kind == "peers":
@@ -153,12 +152,29 @@ def subject(case: Case) -> tuple[Any, Callable[[], Any]]:
     return model, step_of(run, _inputs(case, model), case.mode)
 
 
-def layer_options(case: Case) -> dict[str, Any]:
-    """The options of the layer that a case times, with those that a backbone's size brings."""
+def check_layers(case: Case) -> dict[str, Any]:
+    """``check_layer`` for the layer that a case times; of a mixture the worst of each figure."""
+    found: dict[str, Any] = {}
+    for name in names_in(case.mechanism):
+        options = layer_options(case, name)
+        one = check_layer(name, options, case.width, case.dtype, case.device, case.side)
+        found |= {key: max(z, found[key]) if key in found else z for key, z in one.items()}
+    return found
+
+
+def layer_options(case: Case, name: str | None = None) -> dict[str, Any]:
+    """The options of the layer that a case times, with those that a backbone's size brings.
+
+    Args:
+        case: Which.
+        name: Of a mixture, the mechanism.
+    """
     if case.kind != "backbone":
         return dict(case.options)
     config = _on_meta(case).config
-    return {**config.attn_options, "num_heads": config.num_heads}
+    pattern, name = parse_pattern(config.attn), name or case.mechanism
+    own = pattern.options_of(config.attn_options)[name]
+    return {**own, "num_heads": pattern.heads_of(config.num_heads)[name]}
 
 
 def _on_meta(case: Case) -> Any:
@@ -168,7 +184,7 @@ def _on_meta(case: Case) -> Any:
 
 def build(case: Case) -> Any:
     """A layer, or the shared backbone of the controlled protocol: equal depth, heads and MLP."""
-    options = dict(case.options)
+    options = nested(dict(case.options))
     if case.kind != "backbone":
         return attnzoo.build_attention(case.mechanism, case.width, **options)
     model = build_backbone(

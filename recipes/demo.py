@@ -1,4 +1,4 @@
-"""Trains DyDiLA and softmax attention on digits, draws both side by side: make demo."""
+"""Trains DyDiLA and softmax attention, or others, on digits and draws them: make demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from backbones.pattern import file_name, parse_pattern
 from recipes.lab.console import DONE, UserError, printable, run_script, whole
 from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
@@ -33,13 +34,21 @@ def main(arguments: list[str]) -> int:
         prog="python recipes/demo.py", description="Train, sample and draw two mechanisms."
     )
     flag = parser.add_argument
+    flag("--attn", default=",".join(MECHANISMS),
+         help="two or more mechanisms or patterns (default: dydila,softmax)")  # fmt: skip
     flag("--steps", type=whole(1), default=1500, help="optimizer steps of each")
-    flag("--out", default="runs/demo", help="folder of both runs and the picture")
+    flag("--out", default="runs/demo", help="folder of the runs and the picture")
     flag("--overwrite", action="store_true", help="replace other runs in --out")
     given = parser.parse_args(arguments)
     out = Path(given.out)
-    wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in MECHANISMS}
-    is_other = {attn: _is_other(settings, Run(out / attn)) for attn, settings in wanted.items()}
+    mechanisms = list(dict.fromkeys(name.strip() for name in given.attn.split(",")))
+    for attn in mechanisms:
+        parse_pattern(attn).check()
+    if len(mechanisms) < 2:
+        raise UserError(f"--attn takes two mechanisms or more, got {given.attn!r}")
+    runs = {attn: Run(out / file_name(attn)) for attn in mechanisms}
+    wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in mechanisms}
+    is_other = {attn: _is_other(settings, runs[attn]) for attn, settings in wanted.items()}
     if any(is_other.values()) and not given.overwrite:
         raise UserError(
             f"{printable(str(out))} holds runs of other settings, which are not replaced unasked: "
@@ -47,13 +56,13 @@ def main(arguments: list[str]) -> int:
         )
     picture = require_writable(out / "demo.png")
     for attn, settings in wanted.items():
-        status = _train_once(settings, Run(out / attn), is_other[attn])
+        status = _train_once(settings, runs[attn], is_other[attn])
         if status != DONE:
             return status
-    _draw(out, picture)
+    _draw(runs, picture)
     print(
-        f"\n{printable(str(picture))} shows both.\nWhat next:\n"
-        f"  python recipes/sample.py {out / MECHANISMS[0]} --classes 3,7 --cfg 4.0\n"
+        f"\n{printable(str(picture))} shows them.\nWhat next:\n"
+        f"  python recipes/sample.py {runs[mechanisms[0]].folder} --classes 3,7 --cfg 4.0\n"
         f"  python recipes/train.py --attn sana --data shapes\n"
         f"with the environment that make has made: source .venv/bin/activate"
     )
@@ -78,13 +87,11 @@ def _train_once(settings: Settings, run: Run, overwrite: bool) -> int:
     return train(settings, run, resume=exists, overwrite=overwrite)
 
 
-def _draw(out: Path, picture: Path) -> None:
-    figure = new_figure(15, 6.4)
-    axes = figure.subplot_mosaic(
-        [[MECHANISMS[0], "loss"], [MECHANISMS[1], "loss"]], width_ratios=[1.6, 1]
-    )
-    for attn in MECHANISMS:
-        run, axis = Run(out / attn), axes[attn]
+def _draw(runs: Mapping[str, Run], picture: Path) -> None:
+    figure = new_figure(15, 3.2 * len(runs))
+    axes = figure.subplot_mosaic([[attn, "loss"] for attn in runs], width_ratios=[1.6, 1])
+    for attn, run in runs.items():
+        axis = axes[attn]
         verdict = classify(run)
         images = RunSampler(run)(torch.arange(10).repeat(3), cfg=2.0)
         axis.imshow(image_grid(images, columns=10))

@@ -1,6 +1,7 @@
 """Trains the shared backbone with one attention of the zoo.
 
     python recipes/train.py --attn sana
+    python recipes/train.py --attn 'sana*3+softmax' --set sana.qk_norm=true
     torchrun --standalone --nproc_per_node 8 recipes/train.py --preset dit --data latents
     accelerate launch --num_processes 8 recipes/train.py --preset dit --data latents
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 import attnzoo
+from backbones.pattern import nested
 from recipes.lab.console import DONE, UserError, parse_options, run_script
 from recipes.lab.data.latents import canonical_settings
 from recipes.lab.imports import add_import_flag, import_all
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
     options = {name: given.pop(name) for name in ("trackers", "imports", "ignore_memory")}
     import_all(options["imports"])
     if "set" in given:
-        given["attn_options"] = parse_options(given.pop("set"))
+        given["attn_options"] = nested(parse_options(given.pop("set")))
     given = canonical_settings(given)
     run = Run(out or default_folder(given))
     if resume == "always":
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add_import_flag(parser)
     add_setting_flags(parser)
     flag("--set", action="append", metavar="OPTION=VALUE",
-         help="an option of the mechanism; repeat")  # fmt: skip
+         help="an option of the mechanism, of a pattern MECHANISM.OPTION; repeat")  # fmt: skip
     flag("--pixels", action="store_true", default=False, help="let --preset dit train on pixels")
     flag("--ignore-memory", action="store_true", default=False,
          help="go on where a step seems too large for the memory")  # fmt: skip

@@ -8,10 +8,13 @@ import pytest
 
 from attnzoo import list_attention, registry
 from bench import paper_table
-from recipes import evaluate, sample, train
+from recipes import convert, evaluate, sample, train
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
-SCRIPTS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
+SCRIPTS = {
+    "train": train.main, "sample": sample.main, "evaluate": evaluate.main, "convert": convert.main,
+}  # fmt: skip
+SHORTER = ("train", "sample", "convert")
 
 
 def blocks(language):
@@ -32,7 +35,7 @@ def test_commands_run_in_their_order(tmp_path, monkeypatch):
     try:
         for _, script, *arguments in commands:
             name = Path(script).stem
-            shorter = {"train": ["--steps", "2"], "sample": ["--steps", "2"]}.get(name, [])
+            shorter = ["--steps", "2"] if name in SHORTER else []
             assert SCRIPTS[name]([*arguments, *shorter]) == 0, (name, arguments)
     finally:
         for name in set(registry._REGISTRY) - before:

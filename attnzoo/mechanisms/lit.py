@@ -2,7 +2,7 @@
 
 O = ReLU(Q) (ReLU(K)^T V) / (ReLU(Q) sum_j ReLU(K_j)^T) + DWC(V) per head, with few heads: wider
 heads mean a larger state K^T V. Cost per sample: 4 d^2 n + 2 n d d_head + 25 n d. Its training
-recipe (weights and distillation from a softmax DiT) is not part of the mechanism.
+recipe (weights and distillation from a softmax DiT) is recipes/convert.py.
 """
 
 from __future__ import annotations

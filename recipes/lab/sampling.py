@@ -19,6 +19,7 @@ import attnzoo
 from attnzoo.contract import check_option
 from attnzoo.errors import UsageError
 from backbones import DiT
+from backbones.pattern import dotted, names_in
 from backbones.recorded import compile_blocks
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
@@ -119,17 +120,17 @@ def _model_config(file: Path, content: bytes) -> dict[str, Any]:
     return options
 
 
-def _build(
+def restored_model(
     run: Run, config: Mapping[str, Any], checkpoint: Checkpoint, imports: Sequence[str]
 ) -> DiT:
     """The model of a checkpoint that was read, in eval mode on the CPU."""
     import_remembered(run.folder, config.get("imports", {}), imports)
-    attn = checkpoint.config.get("attn", config["settings"]["attn"])
-    if attn not in attnzoo.list_attention():
-        raise UserError(
-            f"{run.folder} was trained with attention {attn!r}, which is not registered: pass the "
-            f"file or module that registers it with --import FILE|MODULE"
-        )
+    for attn in names_in(checkpoint.config.get("attn", config["settings"]["attn"])):
+        if attn not in attnzoo.list_attention():
+            raise UserError(
+                f"{run.folder} was trained with attention {attn!r}, which is not registered: pass "
+                f"the file or module that registers it with --import FILE|MODULE"
+            )
     with torch.random.fork_rng(devices=[]):  # initial weights, which are then replaced
         model: Any = DiT.from_config(checkpoint.config)
     data = config["data"]
@@ -212,13 +213,15 @@ class RunSampler:
         self._recorder = Recorder(cuda_graph, say)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
-        impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
-        is_interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        if self.device.type == "cpu" and impl in _ON_GPUS and not is_interpreted:
-            raise UserError(
-                f"{run.folder} was trained with impl={impl}, which needs a GPU, and there is none"
-            )
-        model: Any = _build(run, config, checkpoint, imports)
+        for name, impl in dotted(checkpoint.config.get("attn_options") or {}).items():
+            is_interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+            is_bound = name.rpartition(".")[2] == "impl" and impl in _ON_GPUS
+            if self.device.type == "cpu" and is_bound and not is_interpreted:
+                raise UserError(
+                    f"{run.folder} was trained with {name}={impl}, which needs a GPU, and there "
+                    f"is none"
+                )
+        model: Any = restored_model(run, config, checkpoint, imports)
         if self.device.type == "cuda":
             model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)

@@ -222,6 +222,16 @@ def test_recommend(quick, tmp_path, capsys):
     assert "was not measured" in shown and "Nothing is said of quality" in shown
     assert recommend.main([str(quick[0]), "--resolution", "256", "--memory", "1MiB"]) == 0
     assert "Nothing fits. The smallest is" in capsys.readouterr().out
+    mixed = [str(quick[0]), "--resolution", "256", "--depth", "8", "--attn", "sana*3+softmax"]
+    assert recommend.main(mixed) == 0
+    rows = re.findall(
+        r"^\| (\S+) +\| +([\d.]+) (\w+)", capsys.readouterr().out.replace("\\", ""), re.MULTILINE
+    )
+    seconds = {n: float(z) * {"s": 1, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}[u] for n, z, u in rows}
+    mixture = (6 * seconds["sana"] + 2 * seconds["softmax"]) / 8
+    assert seconds["sana*3+softmax"] == pytest.approx(mixture, rel=0.01)
+    with pytest.raises(UserError, match=r"block 1 of 'sana\+lit': there are no figures of 'lit'"):
+        recommend.main([*mixed[:-1], "sana+lit"])
     quality = tmp_path / "summary.csv"
     quality.write_text(
         "data,level,resolution,protocol,cfg,variant,metric,mean,std,seeds\n"
@@ -413,6 +423,27 @@ def test_a_backbone_is_checked_with_the_layer_that_it_has():
         "n_projectors": 7, "n_kernel_factors": 21, "n_differential_factors": 21, "num_heads": 12,
     }  # fmt: skip
     assert layer.check_key != backbone.check_key
+
+
+def test_layers_of_a_mixture_are_those_of_its_parts():
+    options = (("sana.qk_norm", True),)
+    cells = table(Request(mechanisms=(("sana*3+softmax", options),)))
+    layers = {(c.mechanism, c.options) for c in cells if c.kind in ("layer", "count", "peers")}
+    assert layers == {("sana", (("qk_norm", True),)), ("softmax", ())}
+    whole = [cell for cell in cells if cell.kind == "backbone"]
+    assert {cell.mechanism for cell in whole} == {"sana*3+softmax"}
+    assert whole[0].label == "sana*3+softmax[sana.qk_norm=True]"
+    small = dataclasses.replace(whole[0], width=96, resolution=64)
+    model = worker.build(small)
+    assert [b.attention.name for b in model.blocks] == ["sana", "sana", "sana", "softmax"]
+    assert model.blocks[0].attention.config.qk_norm
+    assert worker.layer_options(small, "sana") == {"qk_norm": True, "num_heads": 3}
+    check = worker.check_layers(small)
+    assert check["output"] <= check["allowed output"] and worker.subject(small)[1]() is not None
+    with pytest.raises(UserError, match=r"block 3 of 'sana\*3\+softmxa': unknown attention"):
+        Request(mechanisms=(("sana*3+softmxa", ()),))
+    with pytest.raises(UserError, match="has no 'lit'"):
+        Request(mechanisms=(("sana*3+softmax", (("lit.eps", 1),)),))
 
 
 def test_flas_recurrence_gets_its_own_arguments(monkeypatch):

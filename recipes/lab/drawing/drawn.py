@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.contract import Attention
+from backbones.pattern import dotted
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import EncodedDataset
@@ -67,7 +68,7 @@ class Drawn:
     @property
     def label(self) -> str:
         """Mechanism and options, as a picture may show them."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        options = ", ".join(f"{name}={value}" for name, value in dotted(self.options).items())
         return plain(f"{self.attn}{f' ({options})' if options else ''}")
 
     @property
@@ -80,6 +81,19 @@ class Drawn:
     def layers(self) -> list[Attention]:
         """The attention of every block."""
         return [block.attention for block in self.model.blocks]  # pyright: ignore
+
+    def blocks_with(self, attribute: str) -> list[int]:
+        """The blocks whose attention has an attribute: of a mixture not all."""
+        return [index for index, layer in enumerate(self.layers) if hasattr(layer, attribute)]
+
+    @property
+    def middle_blocks(self) -> list[int]:
+        """The block of each mechanism that lies nearest to the middle, in their order."""
+        middle = len(self.layers) // 2
+        nearest: dict[str, int] = {}
+        for index in sorted(range(len(self.layers)), key=lambda index: abs(index - middle)):
+            nearest.setdefault(self.layers[index].name, index)
+        return sorted(nearest.values())
 
     def noisy_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Real images, the same in noise as the model sees them, and their labels.

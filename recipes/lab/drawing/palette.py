@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 from attnzoo import get_attention, list_attention
+from backbones.pattern import canonical_pattern
 
 # From https://jfly.uni-koeln.de/color/ and https://personal.sron.nl/~pault/.
 _STYLES = {
@@ -41,8 +42,8 @@ def color_of(name: str) -> str:
     """The color of a mechanism, of a model of the paper, or of any other name, as "#RRGGBB".
 
     Args:
-        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or another name, whose color depends on the
-            name alone.
+        name: "sana", "DyDi-LiT", "DyDi-LiT-S/2", or another name, such as a pattern's, whose
+            color depends on the name alone.
     """
     return _style(name)[0]
 
@@ -66,7 +67,7 @@ def _mechanism(name: str) -> str:
     model, dash, size = name.rpartition("-")
     if dash and "/" in size:
         name = model
-    return _MODELS.get(name, name)
+    return _MODELS.get(name, canonical_pattern(name))
 
 
 def _number(name: str) -> int:

@@ -76,9 +76,9 @@ def build_model(settings: Settings, dataset: ImageDataset) -> DiT:
             num_classes=dataset.num_classes,
             learn_sigma=DIFFUSION_PRESETS[settings.preset].learn_sigma,
             attn_options=settings.attn_options,
-            **chosen,
+            **{**chosen, **(settings.backbone or {})},
         )
     except InvalidValue as error:
-        if str(error).startswith("unknown attention"):
+        if "unknown attention" in str(error):
             raise UserError(f"{error}; one of your own needs --import FILE|MODULE") from error
         raise

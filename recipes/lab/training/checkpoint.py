@@ -6,6 +6,8 @@ log.held.jsonl                       lines that log.jsonl had no room for when t
 status.json                          where it stands, see recipes/lab/training/status.py
 .lock                                held while a process trains
 samples/step-00000100.png            sample grids on the way
+teacher/  conversion.json            of a run that recipes/convert.py began: whom it learns from,
+                                     and what it has of the trained model
 evaluation/step-00000100-cfg-1-.../  generated images, see recipes/lab/evaluation/shards.py
 metrics.json                         what these score, see recipes/lab/evaluation/evaluate.py
 classifier.json                      how many of them a classifier accepts
@@ -44,6 +46,7 @@ TRACKER_FOLDERS = ("attnzoo", "wandb", "trackio")
 # What a run holds besides its configuration: of training, of evaluation, of trackers.
 _MADE = (
     *("checkpoints", "samples", "log.jsonl", "log.held.jsonl", "status.json"),
+    *("teacher", "conversion.json"),
     *("evaluation", "metrics.json", "classifier.json", "judge.json", *TRACKER_FOLDERS),
 )
 

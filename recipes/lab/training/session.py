@@ -20,13 +20,16 @@ import attnzoo
 from attnzoo.contract import Attention
 from attnzoo.counting import count_macs
 from attnzoo.ops import native_build as build
+from backbones.pattern import file_name
 from recipes.lab.console import DONE, Progress, UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
 from recipes.lab.distributed import on_main
-from recipes.lab.files import check_unlocked, refuse_links
+from recipes.lab.files import check_unlocked, refuse_links, write_json
 from recipes.lab.imports import import_remembered, origins
 from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
+from recipes.lab.training.conversion import Source
+from recipes.lab.training.distillation import write_teacher
 from recipes.lab.training.loop import Loop
 from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
 from recipes.lab.training.settings import Settings, resumed_settings
@@ -122,6 +125,50 @@ def train(
         return Loop(trainer, run, should_stop, resume, progress).run_to_end()
 
 
+def start_from(
+    source: Source, settings: Settings, run: Run, overwrite: bool, ignore_memory: bool = False
+) -> list[str]:
+    """Makes a run of step 0 that has a trained model's weights; ``train`` goes on from there.
+
+    Args:
+        source: The trained model.
+        settings: Of ``converted_settings``.
+        run: Where it goes.
+        overwrite: Whether to replace a run that is there.
+        ignore_memory: Whether to go on where a step will not fit into the memory.
+
+    Returns:
+        What was taken, what is new and what was dropped, a line each; conversion.json lists it.
+
+    Raises:
+        UserError: The settings or the folder cannot be used; nothing in it has changed.
+    """
+    run.check_links()
+    run.check_new(overwrite)
+    trainer = Trainer(settings, folder=run.folder, source=source.model)
+    inherited = trainer.inherited
+    assert inherited is not None
+    if not ignore_memory:
+        check_memory(*_memory(trainer, step_bytes(trainer)), settings)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(claimed(run))
+            run.sweep()
+            run.create(_describe(trainer), overwrite)
+            if settings.distil:
+                write_teacher(run.folder, source.model, source.content)
+            listed = {name: getattr(inherited, name) for name in ("taken", "new", "dropped")}
+            write_json(run.folder / "conversion.json", {**(settings.start or {}), **listed})
+
+        on_main(trainer.accelerator, begin)
+        problem = trainer.save(run)
+    trainer.batches.close()
+    if problem is not None:
+        raise UserError(f"no checkpoint could be written ({problem}); make room for {run.folder}")
+    return inherited.lines() if trainer.accelerator.is_main_process else []
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What a run will begin with, found out without changing anything."""
@@ -153,6 +200,11 @@ def _look(
     found = run.newest_checkpoint(warn=warn)
     if found is None and run.checkpoint_names():
         raise UserError(f"{run.folder} holds no whole checkpoint; start again with --overwrite")
+    if found is None and trainer.settings.start is not None:
+        raise UserError(
+            f"{run.folder} was begun from {trainer.settings.start.get('source')} and holds no "
+            f"checkpoint: convert again, with recipes/convert.py --overwrite"
+        )
     step, folder = found or (0, None)
     run.read_log()  # a damaged one is named before anything changes
     config, said = _continued(trainer, run, step, allowed)
@@ -347,7 +399,7 @@ def _already_done(run: Run, step: int) -> str:
 def default_folder(given: Mapping[str, Any]) -> Path:
     """Where a run of these settings goes if the caller does not say."""
     data = Path(given.get("data", Settings.data)).name
-    return Path("runs") / f"{data}-{given.get('attn', Settings.attn).replace('/', '-')}"
+    return Path("runs") / f"{data}-{file_name(given.get('attn', Settings.attn))}"
 
 
 def refuse_pixels(settings: Settings) -> None:

@@ -75,6 +75,7 @@ _DECAY = _real("at least 0 and less than 1", lambda value: 0 <= value < 1)
 _POSITIVE = _real("a finite number above 0", lambda value: value > 0)
 _LEVEL = Rule("a level of a data set, such as easy", lambda v: v in known_levels())
 _OPTIONS = Rule("options by name that JSON can hold", _is_options)
+_MAYBE_OPTIONS = {"rule": _optional(_OPTIONS), "help": None}
 
 
 # What a preset changes: "tiny" is for a CPU. "flow" is the same with rectified flow and times
@@ -119,7 +120,12 @@ class Settings:
         UserError: A value is of the wrong type, out of range, or no choice of its setting.
     """
 
-    attn: str = _setting("dydila", _TEXT, "one of the mechanisms above, or a model of the paper")
+    attn: str = _setting(
+        "dydila",
+        _TEXT,
+        "one of the mechanisms above, a pattern over the blocks such as 'sana*3+softmax', or a "
+        "model of the paper",
+    )
     attn_options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"rule": _OPTIONS, "help": None}
     )
@@ -205,6 +211,11 @@ class Settings:
         None, _optional(_whole()), "steps between held-out losses, which go into the log"
     )
     diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
+    # Of a run that recipes/convert.py began: the trained model that it began with, the arguments
+    # of the backbone that it has from it, and how much of a teacher that model is.
+    start: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
+    backbone: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
+    distil: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import attnzoo
+from backbones import DiT
 from backbones.recorded import compile_blocks, why_not_recorded
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
-from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
+from recipes.lab.diffusion import DIFFUSION_PRESETS, Diffusion, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
 from recipes.lab.distributed import (
     average_gradients,
@@ -38,6 +39,8 @@ from recipes.lab.files import CannotWrite, refuse_links
 from recipes.lab.training.batches import Batch, Batches
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run, read_manifest
+from recipes.lab.training.conversion import inherit
+from recipes.lab.training.distillation import Distillation, read_teacher
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums, uncompiled
 from recipes.lab.training.held_out import (
@@ -59,7 +62,11 @@ class Trainer:
     Args:
         settings: What to compute.
         trackers: Names of Accelerate's trackers.
-        folder: Where trackers write.
+        folder: Of the run: where trackers write, and a teacher lies.
+        source: A trained model whose weights a new run begins with, and which may be its teacher.
+
+    Attributes:
+        inherited: What became of its tensors.
 
     Raises:
         UserError: The data cannot be used, or the settings do not fit it or each other.
@@ -67,7 +74,11 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: Settings, trackers: Sequence[str] = (), folder: Path | None = None
+        self,
+        settings: Settings,
+        trackers: Sequence[str] = (),
+        folder: Path | None = None,
+        source: DiT | None = None,
     ) -> None:
         self.settings = settings
         self.accelerator = make_accelerator(
@@ -87,7 +98,10 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as DiT
         torch.manual_seed(settings.seed)
-        self.model = build_model(settings, self.dataset).to(self.accelerator.device).train()
+        self.model = build_model(settings, self.dataset)
+        self.inherited = None if source is None else inherit(source, self.model)
+        self.model.to(self.accelerator.device).train()
+        self.objective = self._objective(folder, source)
         if self.accelerator.num_processes > 1:
             share_batch_statistics(self.model)
         if settings.gradient_checkpointing:
@@ -128,6 +142,18 @@ class Trainer:
             self.decide_on_device()
         elif settings.cuda_graph == "on":
             raise self._not_possible()
+
+    def _objective(self, folder: Path | None, source: DiT | None) -> Diffusion | Distillation:
+        settings = self.settings
+        if settings.distil is None:
+            return self.diffusion
+        if "features" in settings.distil and settings.compile:
+            raise UserError("--distil features looks into blocks, which --compile hides: drop one")
+        if source is None:
+            assert folder is not None and settings.start is not None
+            source = read_teacher(folder, settings.start["sha256"])
+        teacher: Any = source.to(self.accelerator.device)  # pyright: ignore
+        return Distillation(self.diffusion, self.model, teacher, settings.distil)
 
     def _load_data(self) -> tuple[ImageDataset, Any]:
         settings, device = self.settings, self.accelerator.device
@@ -176,8 +202,11 @@ class Trainer:
             self.model.parameters(), fused=True, capturable=True, **options
         )
         schedule = forward_process(self.diffusion.num_train_timesteps)
+        sources: list[object] = [schedule]
+        if isinstance(self.objective, Distillation):
+            sources += self.objective.teacher.modules()
         self.recorded = RecordedStep(
-            self.model, self.optimizer, self.average, self._gradients, [schedule]
+            self.model, self.optimizer, self.average, self._gradients, sources
         )
 
     def record(self) -> None:
@@ -326,7 +355,7 @@ class Trainer:
                 is_last = index == settings.accumulate - 1
                 self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             with self.accelerator.autocast():
-                losses = self.diffusion.training_losses(
+                losses = self.objective.training_losses(
                     model,  # type: ignore[arg-type]
                     images,
                     labels,

@@ -18,6 +18,7 @@ import torch
 
 from attnzoo.contract import nearest
 from attnzoo.errors import UsageError
+from backbones.pattern import nested
 from backbones.presets import PROTOCOLS
 from recipes.lab.console import UserError, parse_options
 from recipes.lab.data.datasets import DATASETS
@@ -47,7 +48,7 @@ class Variant:
 
     Attributes:
         label: Its name.
-        attn: A registered mechanism, or a model of the paper.
+        attn: A registered mechanism, a pattern of several, or a model of the paper.
         options: Of the mechanism.
         paper: (table, model) of docs/paper_results.csv that it corresponds to, or None.
     """
@@ -73,7 +74,8 @@ def parse_variants(text: str) -> list[Variant]:
 def parse_variant(text: str) -> Variant:
     """ "dydila" or "dydila:lambda_init=increasing:conv=none" -> a variant of that name.
 
-    Values are Python's, such as ``(1,2)`` or ``'a:b'``, or else plain words.
+    Options of a pattern name their mechanism: "sana*3+softmax:sana.qk_norm=true". Values are
+    Python's, such as ``(1,2)`` or ``'a:b'``, or else plain words.
 
     Raises:
         UserError: An option has no ``=``, is given twice, or its value is nothing that a file of
@@ -89,7 +91,7 @@ def parse_variant(text: str) -> Variant:
         raise UserError(f"--attn {text!r} has a value that cannot be saved: {error}") from error
     if len(options) < len(pairs):
         raise UserError(f"--attn {text!r} gives an option twice")
-    return Variant(text.strip(), attn, options)
+    return Variant(text.strip(), attn, nested(options))
 
 
 def _split(text: str, separator: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from backbones.pattern import names_in
 from recipes.lab.console import printable
 from recipes.lab.files import read_json, refuse_links, write_json
 from recipes.lab.imports import origins
@@ -80,8 +81,10 @@ class PlannedRun:
         # Where a file lies does not count, and what it holds counts for its own mechanisms.
         files = [source for source in self.imports if is_file(source)]
         key["imports"] = [source for source in self.imports if source not in files]
-        if files and (own := origins([settings.attn])):
-            key["code"] = own[settings.attn]["sha256"]
+        names = names_in(settings.attn)
+        if files and (own := origins(names)):
+            hashes = {name: origin["sha256"] for name, origin in own.items()}
+            key["code"] = hashes if len(names) > 1 else hashes[settings.attn]
         text = json.dumps(key, sort_keys=True, default=list)
         parts = [Path(data).name, settings.level, str(settings.resolution or "native")]
         if settings.protocol != "controlled":

@@ -76,11 +76,12 @@ def cost_figure(runs: Sequence[Drawn]) -> Figure:
 
 def projector_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 5: the projector that most tokens choose, over all steps of sampling."""
-    drawn = next((one for one in runs if hasattr(one.layers[0], "projectors")), None)
+    drawn = next((one for one in runs if one.blocks_with("projectors")), None)
     if drawn is None:
         raise NotWithoutRun("it needs a run of dydila")
     classes = min(10, len(drawn.class_names))
-    layers = drawn.layers
+    blocks = drawn.blocks_with("projectors")
+    layers = [drawn.layers[block] for block in blocks]
     experts = layers[0].config.n_projectors  # type: ignore[attr-defined]
     counts = torch.zeros(2, classes, len(layers), experts)
 
@@ -107,7 +108,7 @@ def projector_figure(runs: Sequence[Drawn]) -> Figure:
             cmap=ListedColormap(sns.color_palette("colorblind", experts)), vmin=-0.5,
             vmax=experts - 0.5, linewidths=1, annot_kws={"size": 10},
             xticklabels=[plain(name) for name in drawn.class_names[:classes]],
-            yticklabels=[str(index + 1) for index in range(len(layers))],
+            yticklabels=[str(block + 1) for block in blocks],
         )  # fmt: skip
         axis.set(title=f"{name}: most used projector, its share", ylabel="block")
         axis.tick_params(axis="y", rotation=0)
@@ -118,27 +119,31 @@ def projector_figure(runs: Sequence[Drawn]) -> Figure:
 def map_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 6: where one query looks, in runs without and with the components of DyDiLA.
 
-    Every given run shows its own map; a DyDiLA run shows it after each of its components too,
-    with the others taken out of the very same weights.
+    Every given run shows its own map, a mixture that of each mechanism, from the block nearest to
+    the middle; DyDiLA's is shown after each of its components too, with the others taken out of
+    the very same weights.
     """
     if not runs:
         raise NotWithoutRun("it needs a run")
     shown: list[tuple[str, np.ndarray, int]] = []
     for drawn in runs:
         images, noisy, labels = drawn.noisy_images(1)
-        layer_index = len(drawn.layers) // 2
-        layer = drawn.layers[layer_index]
-        x, grid = drawn.inputs_of_layers(noisy, labels)[layer_index]
+        inputs = drawn.inputs_of_layers(noisy, labels)
         # The token that lies on the lightest part of the image.
-        light = torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), grid)
+        light = torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), inputs[0][1])
         query = int(light[0, 0].flatten().argmax())
-        if type(layer).attention_map is Attention.attention_map:
-            print(f"maps: {drawn.label} is left out, it has no attention map")
-            continue
-        for stage, config in stages(layer):
-            weights = map_with(layer, config, x, grid)[0].mean(0)[query]
-            name = f"{drawn.label}\n{stage}" if stage else drawn.label
-            shown.append((name, weights.reshape(grid).numpy(), query))
+        for index in drawn.middle_blocks:
+            layer, (x, grid) = drawn.layers[index], inputs[index]
+            label = drawn.label
+            if len(drawn.middle_blocks) > 1:
+                label = f"{label}, block {index + 1}: {layer.name}"
+            if type(layer).attention_map is Attention.attention_map:
+                print(f"maps: {label} is left out, it has no attention map")
+                continue
+            for stage, config in stages(layer):
+                weights = map_with(layer, config, x, grid)[0].mean(0)[query]
+                name = f"{label}\n{stage}" if stage else label
+                shown.append((name, weights.reshape(grid).numpy(), query))
     if not shown:
         raise NotWithoutRun("it needs a run whose mechanism has an attention map")
     figure, axes = panels(1, len(shown) + 1, width=2.9, height=3.0)
@@ -184,11 +189,13 @@ def factor_figure(runs: Sequence[Drawn]) -> Figure:
     """Fig. 7: the mean factor that tokens choose, block by block."""
     rows = []
     for drawn in runs:
-        if not hasattr(drawn.layers[0], "lambda_"):
+        blocks = drawn.blocks_with("lambda_")
+        if not blocks:
             continue
         _, noisy, labels = drawn.noisy_images(16)
-        for index, (x, grid) in enumerate(drawn.inputs_of_layers(noisy, labels)):
-            layer = drawn.layers[index]
+        inputs = drawn.inputs_of_layers(noisy, labels)
+        for index in blocks:
+            layer, (x, grid) = drawn.layers[index], inputs[index]
             for name, route in layer.routes(x, grid).items():  # type: ignore[operator]
                 kind, _, side = name.partition(".")
                 if kind == "differential":

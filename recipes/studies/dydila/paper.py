@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from attnzoo import get_attention
 from attnzoo.mechanisms.dydila import ABLATION_STEPS
+from backbones.pattern import parse_pattern
 from backbones.presets import PAPER_MODELS
 from recipes.lab.console import UserError
 from recipes.studies.comparison.plan import Variant, parse_variants
@@ -99,7 +99,7 @@ def chosen_variants(
     variants = parse_variants(attn or "")
     for variant in variants:
         if variant.attn not in PAPER_MODELS:
-            get_attention(variant.attn)
+            parse_pattern(variant.attn).check()
     return variants, protocols or ["controlled"]
 
 
