@@ -13,7 +13,7 @@ from attnzoo.contract import WithAuxiliaryLoss, nearest
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.depthwise_conv import depthwise_conv
-from attnzoo.ops.gated_scan import is_counted_as_recurrence
+from attnzoo.ops.gated_scan import is_counted
 from attnzoo.ops.routed_linear import routed_linear, router_logits
 
 
@@ -121,7 +121,7 @@ class DiffMoE(FeedForward):
         gates = router_logits(tokens, self.router).softmax(-1)
         # The predictor learns of the choice and has no part in it.
         predicted = self.predictor(tokens.detach()).to(gates.dtype)
-        is_counted = not torch.compiler.is_compiling() and is_counted_as_recurrence()
+        is_counted = not torch.compiler.is_compiling() and is_counted()
         if self.training or is_counted:
             return self._by_capacity(tokens, gates, predicted).view_as(x)
         return self._by_threshold(tokens, gates, predicted).view_as(x)
