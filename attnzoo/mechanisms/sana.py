@@ -65,7 +65,9 @@ class SanaAttention(LinearAttention):
         """K, of which the base takes the ReLU."""
         return self.key_norm(key)
 
-    def queries(self, query: Tensor, x: Tensor) -> Features:
+    def queries(
+        self, query: Tensor, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
+    ) -> Features:
         """See ``LinearAttention.queries``; where it is gated, the terms keep their signs."""
         query = self.query_norm(query)
         features = [self._by_head(F.relu(query))]
