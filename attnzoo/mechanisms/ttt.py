@@ -113,7 +113,7 @@ class InnerLoop(Attention):
         def encode(span: slice) -> tuple[None, State]:
             parts = linear_parts(self.qkv, x[:, span], self.dim, slice(1, None))
             key, value = (self._by_head(z) for z in parts)
-            return None, [unit_gradients(key, value, *weights, tokens=x.shape[1])]
+            return None, [unit_gradients(key, value, self.first, self.second, x.shape[1])]
 
         _, [gradients] = first_pass(x, spans, encode)
         trained = [
