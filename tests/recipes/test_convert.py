@@ -26,6 +26,21 @@ from recipes.train import Settings, train
 
 SMALL = {"batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 FLAGS = ["--steps", "4"]
+OWN = """
+import attnzoo
+import torch.nn as nn
+
+
+@attnzoo.register_attention("convert-mean")
+class MeanAttention(attnzoo.Attention):
+    def __init__(self, context, config):
+        super().__init__(context, config)
+        self.value = nn.Linear(self.dim, self.dim)
+
+    def forward(self, x, grid):
+        self.check_tokens(x, grid)
+        return self.value(x).mean(1, keepdim=True).expand_as(x)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +143,16 @@ def test_a_mixture_keeps_the_softmax_blocks_whole(softmax, tmp_path):
     begun, trained = first_weights(Run(out)), read_checkpoint(softmax)
     name = "blocks.3.attention.qkv.weight"
     torch.testing.assert_close(begun.tensors[name], trained.tensors[name], rtol=0, atol=0)
+
+
+def test_a_mechanism_of_ones_own_is_a_target(softmax, tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    file.write_text(OWN)
+    flags = ["--import", str(file), "--attn", "convert-mean+softmax", "--steps", "1"]
+    assert convert_module.main([str(softmax.folder), *flags, "--out", str(out)]) == 0
+    assert Run(out).config()["imports"].keys() == {"convert-mean"}
+    names = [block.attention.name for block in RunSampler(Run(out)).model.blocks]
+    assert names == ["convert-mean", "softmax"] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 import attnzoo
 from attnzoo import registry
+from recipes import demo as demo_module
 from recipes import figures as figures_module
 from recipes import sample as sample_module
 from recipes import train as train_module
@@ -157,6 +158,17 @@ def test_variants_of_a_comparison_may_be_mixtures():
     assert runs[0].settings.attn == "sana*3+softmax"
     assert runs[0].name.startswith("digits-easy-native-sana-3-softmax-sana-qk-norm-true-seed-0-")
     assert not set("*+?[]'\" ") & set("".join(run.name for run in runs))
+
+
+def test_the_demo_shows_mixtures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(demo_module, "_draw", lambda runs, picture: drawn.append(runs))
+    flags = ["--steps", "1", "--out", str(tmp_path)]
+    assert demo_module.main(["--attn", "sana*3+softmax,sana", *flags]) == 0
+    assert [run.folder.name for run in drawn[0].values()] == ["sana-3-softmax", "sana"]
+    for text, words in (("sana*3+softmx,sana", "block 3 of"), ("sana", "two mechanisms")):
+        with pytest.raises((UserError, attnzoo.UsageError), match=words):
+            demo_module.main(["--attn", text, *flags])
 
 
 def test_what_is_saved_is_what_was_asked_for(mixed):

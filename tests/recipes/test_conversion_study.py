@@ -1,0 +1,26 @@
+"""The study of conversions: its runs, its table, and that it goes on where it was stopped."""
+
+import json
+
+import pytest
+
+from recipes.lab.console import UserError
+from recipes.studies import conversion
+
+
+def test_it_measures_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(conversion, "_BATCHES", 1)
+    arguments = ["--data", "digits", "--steps", "4", "--batch-size", "4", "--seeds", "1",
+                 "--shares", "0.5", "--distil", "noise", "--out", str(tmp_path)]  # fmt: skip
+    assert conversion.main(arguments) == 0
+    first = json.loads((tmp_path / "conversion.json").read_text())
+    assert [(row["run"], row["steps"]) for row in first] == [
+        ("softmax, from scratch", 4), ("lit, from scratch", 4), ("lit, from scratch", 2),
+        ("converted, noise", 2),
+    ]  # fmt: skip
+    table = (tmp_path / "conversion.md").read_text()
+    assert table.strip() in capsys.readouterr().out and table.count("\n") == 6
+    assert conversion.main(arguments) == 0
+    assert json.loads((tmp_path / "conversion.json").read_text()) == first
+    with pytest.raises(UserError, match="holds a run of other settings"):
+        conversion.main([*arguments, "--batch-size", "8"])
