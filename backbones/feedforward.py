@@ -121,8 +121,7 @@ class DiffMoE(FeedForward):
         gates = router_logits(tokens, self.router).softmax(-1)
         # The predictor learns of the choice and has no part in it.
         predicted = self.predictor(tokens.detach()).to(gates.dtype)
-        is_counted = not torch.compiler.is_compiling() and is_counted()
-        if self.training or is_counted:
+        if self.training or is_counted():
             return self._by_capacity(tokens, gates, predicted).view_as(x)
         return self._by_threshold(tokens, gates, predicted).view_as(x)
 

@@ -69,7 +69,13 @@ STREAMED = [
     ("diffussm", {}),
     ("diffussm", {"reduction": 5}),
 ]  # fmt: skip
-LINEAR = [name for name in list_attention() if "n²" not in get_attention(name).complexity]
+# Their forward reads tokens where they lie, and stores a few tensors of the tokens' size anyway.
+UNSTREAMED = {"conv", "linformer", "local"}
+LINEAR = [
+    name
+    for name in list_attention()
+    if "n²" not in get_attention(name).complexity and name not in UNSTREAMED
+]
 
 
 def _streamed(layer, block):
