@@ -34,7 +34,7 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     query, key, value = F.linear(x, weight, bias).split(layer.dim, dim=-1)
 
     def cast(*weights: Tensor) -> list[Tensor]:
-        return [z.to(x.dtype) for z in weights]
+        return [z if z.dtype is x.dtype else z.to(x.dtype) for z in weights]
 
     weights = Weights(
         projector_routers=cast(*(layer.projector_routers[z].weight for z in sides)),
