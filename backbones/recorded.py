@@ -301,6 +301,13 @@ def compile_blocks(model: DiT, **options: Any) -> DiT:
     return model
 
 
+def uncompile_blocks(model: DiT) -> DiT:
+    """Undoes ``compile_blocks``."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    return model
+
+
 def _call(block: nn.Module, *args: Any) -> Any:
     return block._call_impl(*args)
 

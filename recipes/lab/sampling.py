@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ import attnzoo
 from attnzoo.contract import check_option
 from attnzoo.errors import UsageError
 from backbones import DiT
-from backbones.recorded import compile_blocks
+from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
@@ -177,7 +179,8 @@ class RunSampler:
         imports: What the caller has imported already.
         checkpoint: What to load; None reads the run's newest.
         cuda_graph: Whether to record sampling steps as a CUDA graph, see ``Recorder``.
-        compile: Whether to compile the model's blocks.
+        compile: Whether to compile the model's blocks, see ``Compiling``.
+        calls: How often the model will be called in all, if more often than by one call.
         say: See ``Recorder``.
 
     Attributes:
@@ -203,7 +206,8 @@ class RunSampler:
         imports: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
         cuda_graph: str = "auto",
-        compile: bool = False,
+        compile: str = "auto",
+        calls: int = 0,
         say: Callable[[str], None] | None = None,
     ) -> None:
         config = run.config()
@@ -222,8 +226,8 @@ class RunSampler:
         if self.device.type == "cuda":
             model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)
-        if compile:
-            compile_blocks(self.model)
+        self._compile, self._calls, self._say = compile, calls, say or (lambda line: None)
+        self._compiling: Compiling | None = None
         self.checkpoint = checkpoint._replace(tensors={})
         channels, side = self.data["channels"], self.data["resolution"]
         self.vae: Any = None
@@ -272,24 +276,41 @@ class RunSampler:
             UserError: An argument is out of range.
         """
         data = self.data
+        indices = torch.arange(len(labels)) if indices is None else indices
+        options |= {
+            "seed": seed,
+            "num_classes": len(data["class_names"]),
+            "shape": (data["channels"], data["resolution"], data["resolution"]),
+            "sampler": sampler or self.diffusion.default_sampler,
+            "device": self.device,
+        }
+        if self._compiling is None:
+            self._begin_to_compile(labels, indices, options)
         drawn = sample(
-            self.model,
-            self.diffusion,
-            labels=labels,
-            indices=torch.arange(len(labels)) if indices is None else indices,
-            seed=seed,
-            num_classes=len(data["class_names"]),
-            shape=(data["channels"], data["resolution"], data["resolution"]),
-            sampler=sampler or self.diffusion.default_sampler,
-            device=self.device,
-            recorder=self._recorder,
+            self.model, self.diffusion, labels=labels, indices=indices, recorder=self._recorder,
             **options,
-        )
+        )  # fmt: skip
         if self.vae is None:
             return drawn.cpu()
         parts = [decode(self.vae, part).cpu() for part in drawn.split(_DECODED_AT_ONCE)]
         # No images: split gives one empty part, which no VAE takes.
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
+
+    def _begin_to_compile(self, labels: Tensor, indices: Tensor, options: dict[str, Any]) -> None:
+        """Compiles the blocks, if at all, by two steps of a batch that nobody records."""
+        names = {field.name for field in dataclasses.fields(Sampling)} & options.keys()
+        how = Sampling(**{name: options[name] for name in names})
+        batches = math.ceil(len(labels) / max(1, how.batch_size))
+        calls = max(self._calls, batches * how.steps)
+        self._compiling = Compiling(self.model, self._compile, calls, self._say)
+        if self._compiling.is_on and batches:
+            few = slice(math.ceil(len(labels) / batches))
+            options = {**options, "steps": 2, "progress": False}
+            self._compiling.attempt(
+                lambda: sample(
+                    self.model, self.diffusion, labels=labels[few], indices=indices[few], **options
+                )
+            )
 
 
 class NotFinite(UserError):

@@ -102,8 +102,8 @@ def _by_scale(done: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, float]]:
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     yield (
         "<p>Mean ± standard deviation over seeds; lower is better for FID, sFID, KID, sKID, "
-        "higher for the rest. [judge] is the exact classifier of the procedural shapes. The last "
-        "row is what as many real images score.</p>"
+        "higher for the rest. [classifier] is the exact classifier of the procedural shapes. The "
+        "last row is what as many real images score.</p>"
     )
     # Spreads over subsets and second estimates are in the CSV.
     metrics = [m for m in metric_columns(done) if not metric_of(m).endswith(("_std", "_full"))]
