@@ -73,13 +73,17 @@ def operator(declaration: Declaration) -> Declaration:
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
         if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
-        x, is_cached, kind = operands[0], not torch.compiler.is_compiling(), None
+        x, is_cached, kind = operands[0], not torch.compiler.is_dynamo_compiling(), None
         on_this_cpu = is_cached and impl == "auto" and x.is_cpu and not _IS_FORCED
         if on_this_cpu and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
         unserved = None if limits is None else limits(*operands)
         if is_cached and not on_this_cpu and unserved is None:
-            kind = impl, kind_of(x)
+            if x.is_cuda:
+                is_lowered = torch.is_autocast_enabled("cuda")
+                kind = impl, x.dtype, torch.get_autocast_dtype("cuda") if is_lowered else None
+            else:
+                kind = impl, *kind_of(x)
             if kind in elsewhere:
                 return elsewhere[kind](*operands, **options)
         chosen = choose(name, impl, x, None, lambda: unserved)
@@ -102,7 +106,7 @@ def kind_of(x: Tensor) -> tuple[Any, ...]:
 
 def choose_once(layer: Any, name: str, x: Tensor, unserved: Callable[[], str | None]) -> Impl:
     """``choose`` of "auto", asked once for a layer's ``config`` and a kind of tensor."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return choose(name, "auto", x, None, unserved)
     # On a CPU nothing but the type decides.
     kind = x.dtype if x.is_cpu and not _IS_FORCED else kind_of(x)
@@ -248,7 +252,7 @@ class CustomOp:
     def __call__(self, *operands: Any) -> Any:
         # The compiler knows neither of the other questions, and is not asked them.
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._get_tracing_state()
         ):

@@ -69,44 +69,44 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
     if not _CAN_SKIP or not args[0].is_cuda:
         kernel[grid](*args, **options)
         return
-    device = args[0].get_device()
-    pointers: list[int] = []
-    kinds: list[Any] = []
-    for z in args:
-        if not isinstance(z, Tensor):
-            break
-        pointer = z.data_ptr()
-        pointers.append(pointer)
-        kinds.append(z.dtype)
-        kinds.append(pointer & 15 == 0 if z.get_device() == device else None)
-    numbers = args[len(pointers) :]
+    device, count = args[0].get_device(), 1
+    while isinstance(args[count], Tensor):
+        count += 1
+    tensors, numbers = args[:count], args[count:]
+    pointers = [z.data_ptr() for z in tensors]
+    places = [z.get_device() for z in tensors]
+    aligned = [not pointer & 15 for pointer in pointers]
     # 1, 1.0 and True are equal, and compiled apart.
-    key = id(kernel), device, *kinds, *numbers, *map(type, numbers), *options.items()
+    kinds = *[z.dtype for z in tensors], *map(type, numbers)
+    key = id(kernel), *places, *aligned, *kinds, *numbers, *options.items()
     found = _COMPILED.get(key)
     hook = triton.knobs.runtime.launch_enter_hook
     if found is None or getattr(hook, "calls", hook):
         compiled = kernel[grid](*args, **options)
-        if None not in kinds and compiled is not None:
+        if compiled is not None and places.count(device) == count:
             if len(_COMPILED) >= _MOST_COMPILED:
                 _COMPILED.clear()
             # With the kernel, whose number no other gets while it is held.
             _COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata, kernel
         return
     run, function, metadata, _ = found
-    x, y, z = (*grid, 1, 1)[:3]
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers)
 
 
+@functools.lru_cache(maxsize=4096)  # cheaper than a call
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(maxsize=4096)
 def _power_of_2(n: int) -> int:
     """The next one; Triton's own function takes a host ten times as long."""
     return 1 << max(0, n - 1).bit_length()
 
 
+@functools.lru_cache(maxsize=4096)
 def _width(n: int) -> int:
     """The next power of two a dot product accepts."""
     return max(16, _power_of_2(n))

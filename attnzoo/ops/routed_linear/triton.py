@@ -517,7 +517,8 @@ def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
     """See ``attnzoo.ops.routed_linear``."""
-    return _grouped_linear(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
+    out = _grouped_linear(x, first, second, index)[0]
+    return out.view(2, x.shape[0], out.shape[1])
 
 
 def routed_pair(
@@ -539,6 +540,6 @@ def routed_pair(
     """
     tokens = x.flatten(0, 1)
     gates, index, _ = _routed_gates(tokens, *routers)
-    out = grouped_linear(tokens, *projectors, index)
     shape = (2, *x.shape[:2])
-    return out.unflatten(1, x.shape[:2]), index.view(shape), gates.view(shape)
+    out = grouped_linear(tokens, *projectors, index)
+    return out.view(*shape, out.shape[2]), index.view(shape), gates.view(shape)

@@ -237,7 +237,7 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, _, save = Operands(*operands)
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
-    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
+    r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
     size, chunk, warps, stages = DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
@@ -332,8 +332,10 @@ def focused_difference(
         tokens, (b, d) in float32.
     """
     # Only a call that may be differentiated keeps what its backward needs.
-    operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
-    save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
+    save = torch.is_grad_enabled()
+    if save:
+        operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
+        save = any(z.requires_grad for z in operands)
     return difference_forward(
         tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
         lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
@@ -374,5 +376,7 @@ def dynamic_differential_attention(
     )  # fmt: skip
     if slower(query.shape[-1] // heads, is_normalized=False) is None:
         return linear_tokens(query, key, value, heads, is_normalized=False)
+    if heads == 1:
+        return half_attention(query, key, value)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     return half_attention(query, key, value).transpose(1, 2).flatten(2)
