@@ -213,7 +213,7 @@ class RunSampler:
         config = run.config()
         self.run, self.data = run, config["data"]
         self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._recorder = Recorder(cuda_graph, say)
+        self._recorder = Recorder(cuda_graph, say, self._compiles_no_more)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
         impl = (checkpoint.config.get("attn_options") or {}).get("impl", "auto")
@@ -285,10 +285,16 @@ class RunSampler:
             "device": self.device,
         }
         if self._compiling is None:
-            self._begin_to_compile(labels, indices, options)
-        drawn = sample(
-            self.model, self.diffusion, labels=labels, indices=indices, recorder=self._recorder,
-            **options,
+            names = {field.name for field in dataclasses.fields(Sampling)} & options.keys()
+            how = Sampling(**{name: options[name] for name in names})
+            calls = how.steps * math.ceil(len(labels) / max(1, how.batch_size))
+            calls = max(self._calls, calls)
+            self._compiling = Compiling(self.model, self._compile, calls, self._say)
+        drawn = self._compiling.attempt(
+            lambda: sample(
+                self.model, self.diffusion, labels=labels, indices=indices,
+                recorder=self._recorder, **options,
+            )
         )  # fmt: skip
         if self.vae is None:
             return drawn.cpu()
@@ -296,21 +302,8 @@ class RunSampler:
         # No images: split gives one empty part, which no VAE takes.
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
 
-    def _begin_to_compile(self, labels: Tensor, indices: Tensor, options: dict[str, Any]) -> None:
-        """Compiles the blocks, if at all, by two steps of a batch that nobody records."""
-        names = {field.name for field in dataclasses.fields(Sampling)} & options.keys()
-        how = Sampling(**{name: options[name] for name in names})
-        batches = math.ceil(len(labels) / max(1, how.batch_size))
-        calls = max(self._calls, batches * how.steps)
-        self._compiling = Compiling(self.model, self._compile, calls, self._say)
-        if self._compiling.is_on and batches:
-            few = slice(math.ceil(len(labels) / batches))
-            options = {**options, "steps": 2, "progress": False}
-            self._compiling.attempt(
-                lambda: sample(
-                    self.model, self.diffusion, labels=labels[few], indices=indices[few], **options
-                )
-            )
+    def _compiles_no_more(self, reason: str) -> bool:
+        return self._compiling is not None and self._compiling.gives_up(reason)
 
 
 class NotFinite(UserError):
