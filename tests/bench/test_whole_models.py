@@ -240,7 +240,7 @@ def test_a_recipe_is_started_as_a_user_starts_it(monkeypatch):
     row = measure_recipe("train", "sana", "compiled", ON_CPU)
     assert row["images_per_second"] > 0 and row["way"] == "compiled"
     assert commands[0][-4:] == ["--cuda-graph", "on", "--compile", "on"]
-    monkeypatch.setattr(whole_cases.subprocess, "run", lambda *_, **__: real(["false"]))
+    monkeypatch.setattr(whole_cases.subprocess, "run", lambda _, **how: real(["false"], **how))
     with pytest.raises(whole_cases.WrongStep, match=r"train\.py ended with 1"):
         measure_recipe("train", "sana", "eager", ON_CPU)
     if torch.cuda.device_count() < 2:
