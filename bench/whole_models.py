@@ -368,8 +368,9 @@ class Run:
             return None, "the time was spent; raise --seconds, or go on with --resume"
         if reason := self._why_wrong(job.mechanism):
             return None, reason
-        patience = self.options.patience
-        row, reason = self._answer(job, patience if job.part != "recipes" else 3 * patience)
+        # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
+        patience = self.options.patience * (3 if job.part in ("recipes", "scans") else 1)
+        row, reason = self._answer(job, patience)
         if row is not None:
             lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
             print(f"{job.name}: {time.monotonic() - start:.1f} s{lacking}", flush=True)
