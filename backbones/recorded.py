@@ -89,11 +89,9 @@ def captured(
             be recorded afterwards; graphs of before go on, but with random numbers of their own
             that no later seed reaches.
     """
-    device, graph = torch.cuda.current_device(), torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    # One stream for all: a weight's node in an autograd graph keeps to the stream that it was made
-    # on, and a library's workspace to the stream that it was first used on.
-    aside, before = _aside(device), torch.cuda.current_stream()
+    aside, before = recording_stream(), torch.cuda.current_stream()
     is_collecting = gc.isenabled()
     gc.collect()
     aside.wait_stream(before)
@@ -116,8 +114,17 @@ def captured(
     return graph, result
 
 
+def recording_stream() -> torch.cuda.Stream:
+    """On which everything is recorded on the current GPU.
+
+    One stream for all: a weight's node in an autograd graph keeps to the stream that it was made
+    on, and a library's workspace to the stream that it was first used on.
+    """
+    return _stream(torch.cuda.current_device())
+
+
 @functools.cache
-def _aside(device: int) -> torch.cuda.Stream:
+def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -298,6 +305,13 @@ def compile_blocks(model: DiT, **options: Any) -> DiT:
     for block in model.blocks:
         # Where Module.compile puts it, so that hooks run, and copies and files are without.
         block._compiled_call_impl = functools.partial(call, block)  # type: ignore[assignment]
+    return model
+
+
+def uncompile_blocks(model: DiT) -> DiT:
+    """Undoes ``compile_blocks``."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
     return model
 
 

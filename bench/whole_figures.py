@@ -75,6 +75,25 @@ def _launches(report: dict[str, Any]) -> Values:
         yield row["mechanism"], {"": (row["launches"]["median"], note)}
 
 
+def _speeds(report: dict[str, Any], recipe: str, base: str) -> Values:
+    """Images per second of a recipe over those of its base way, by mechanism."""
+    found: dict[str, dict[str, float]] = {}
+    for row in report.get("recipes", []):
+        if row["recipe"] == recipe:
+            found.setdefault(row["mechanism"], {})[row["way"]] = row["images_per_second"]
+    for name, speeds in found.items():
+        others = [way for way in speeds if way != base]
+        if base in speeds and others:
+            best = max(others, key=lambda way: speeds[way])
+            said = f"{best} {speeds[best]:.0f} images/s, {base} {speeds[base]:.0f}"
+            yield name, {"": (speeds[best] / speeds[base], said)}
+
+
+def _scans(report: dict[str, Any]) -> Values:
+    for row in report.get("scans", []):
+        yield row["mode"], {"": (row["over_fla"]["median"], "")}
+
+
 def _best(row: dict[str, Any]) -> str | None:
     """The treatment by which both models of a case are compared alike."""
     return next((name for name in reversed(TREATMENTS) if name in row["over_softmax"]), None)
@@ -156,6 +175,10 @@ def _floors(report: dict[str, Any]) -> Values:
 
 _VALUES: dict[str, Callable[[dict[str, Any]], Values]] = {
     "launches": _launches,
+    "training": lambda report: _speeds(report, "train", "eager"),
+    "sampling": lambda report: _speeds(report, "sample", "eager"),
+    "gpus": lambda report: _speeds(report, "train on GPUs", "one GPU"),
+    "scans": _scans,
     "over_softmax_forward": lambda report: _over_softmax(report, "forward"),
     "over_softmax_train": lambda report: _over_softmax(report, "train"),
     "softmax_itself": _softmax_itself,

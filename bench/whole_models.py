@@ -9,407 +9,56 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
-import gc
 import itertools
 import json
-import logging
 import multiprocessing
 import os
-import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.contract import nearest
-from attnzoo.counting import count_macs
-from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits
 from backbones.pattern import names_in
+from backbones.recorded import recording_stream
 from bench import machine
-from bench.cases import PIXELS_PER_TOKEN
-from bench.checks import SIBLING_SIDE, check_layer, relative_error
-from bench.timing import interleave, ratio
+from bench.checks import SIBLING_SIDE, check_layer
+from bench.whole_cases import (
+    LAYER_TOKENS,
+    RECIPES,
+    Calls,
+    Case,
+    Setup,
+    compile_ahead,
+    dtype_of,
+    free,
+    measure_case,
+    measure_launch,
+    measure_layer,
+    measure_recipe,
+    measure_scans,
+    one_line,
+    quiet,
+)
 from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
 from recipes.lab.console import DONE, UserError, run_script, whole
 from recipes.lab.files import require_writable, write_json
 
-# Images of a training step and of a forward, by tokens of one; size L takes half of them.
-BATCHES = {256: (64, 16), 1024: (32, 16), 4096: (16, 8), 16384: (4, 2)}
 # Those that goals name come first.
 FIRST = ("softmax", "sana", "dydila", "focused")
 LARGE = FIRST[:3]
 DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 4096, 16384)}
-LAYER_WIDTH, LAYER_TOKENS = 768, (4096, 16384)
-# Norm of a difference over the norm: what bfloat16 explains where another expert is chosen.
-ALLOWED = {"cuda": 1e-1, "cpu": 1e-3}
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
 _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
-PARTS = ("cases", "layers", "launches")
+PARTS = ("cases", "layers", "launches", "recipes", "scans")
 TOO_SLOW = "took longer than"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A training step, or a forward, of one whole model.
-
-    Attributes:
-        mechanism: Its attention.
-        size: Of the backbone, in the controlled protocol.
-        tokens: Of one image.
-        mode: "forward" or "train".
-        treatments: What is timed, of ``TREATMENTS``: launched eagerly; recorded as a CUDA graph;
-            or its blocks compiled first, and then recorded where there is a GPU.
-    """
-
-    mechanism: str
-    size: str
-    tokens: int
-    mode: str
-    treatments: tuple[str, ...] = TREATMENTS
-
-    @property
-    def side(self) -> int:
-        """Tokens along one side."""
-        return round(self.tokens**0.5)
-
-    @property
-    def resolution(self) -> int:
-        """Pixels along one side, of a latent model."""
-        return self.side * PIXELS_PER_TOKEN
-
-    @property
-    def batch(self) -> int:
-        """Images of a step."""
-        known = [BATCHES[n] for n in sorted(BATCHES) if n <= self.tokens] or [BATCHES[256]]
-        images = known[-1][self.mode == "forward"]
-        return max(1, images // (2 if self.size == "L" else 1)) if self.size != "tiny" else 2
-
-    @property
-    def name(self) -> str:
-        return f"{self.mechanism} {self.size} {self.resolution}px {self.mode}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What all cases of a run share.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        backend: Of torch.compile.
-        seconds: Of the rounds of a case.
-    """
-
-    device: str
-    backend: str
-    seconds: float = 1.5
-
-
-class Subject:
-    """A model in one state of treatment, with one step of it that takes no arguments.
-
-    Args:
-        case: What to build.
-        setup: Where.
-        model: Its weights; None draws them anew.
-    """
-
-    def __init__(self, case: Case, setup: Setup, model: DiT | None = None) -> None:
-        self.case, self.setup = case, setup
-        self.model = _model(case, setup.device) if model is None else model
-        generator = torch.Generator().manual_seed(1)
-        shape = (case.batch, 4, 2 * case.side, 2 * case.side)
-        self.images, self.noise = (
-            torch.randn(shape, generator=generator).to(setup.device) for _ in range(2)
-        )
-        self.times = torch.linspace(1, 999, case.batch).to(setup.device)
-        self.labels = (torch.arange(case.batch) % 1000).to(setup.device)
-        self.step: Callable[[], Any] = self._forward
-        if case.mode == "train":
-            self._prepare_training()
-            self.step = self._train
-
-    def _autocast(self) -> torch.autocast:
-        is_gpu = self.setup.device == "cuda"
-        return torch.autocast(self.setup.device, torch.bfloat16, is_gpu, cache_enabled=False)
-
-    def _forward(self) -> Tensor:
-        with torch.no_grad(), self._autocast():
-            return self.model(self.images, self.times, self.labels, return_dict=False)[0]
-
-    def _prepare_training(self) -> None:
-        is_gpu = self.setup.device == "cuda"
-        self.parameters = list(self.model.parameters())
-        # A rate that moves no weight visibly: every round sees the same model.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-9, weight_decay=0.0, fused=True, capturable=is_gpu
-        )
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
-
-    def _train(self) -> Tensor:
-        self.optimizer.zero_grad()
-        with self._autocast():
-            out = self.model(self.images, self.times, self.labels, return_dict=False)[0]
-        loss = F.mse_loss(out.chunk(2, dim=1)[0].float(), self.noise)
-        auxiliary = attnzoo.auxiliary_loss(self.model)
-        (loss if auxiliary is None else loss + auxiliary).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        with torch.no_grad():  # else the averages hold every step's graph
-            lerp(self.average, self.parameters, 1e-4)
-        return loss.detach()
-
-    def found(self, out: Any) -> Tensor:
-        """What a step has computed: the output, or all gradients."""
-        if self.case.mode == "forward":
-            return out.detach().float().flatten()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.cat([grad.flatten() for grad in grads])
-
-    def recorded(self, pool: Any) -> Callable[[], Any]:
-        """The step as one launch."""
-        if self.case.mode == "forward":
-            side = self.images.shape[-1]
-            replay = record(self.model, self.case.batch, side, dtype=torch.bfloat16)
-            return lambda: replay(self.images, self.times, self.labels, return_dict=False)[0]
-        return recorded(self.step, pool)
-
-
-def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
-    """A call without arguments as a CUDA graph, in memory shared with others of the same pool."""
-    # Nodes of an earlier backward that still live would run on the stream of that step.
-    gc.collect()
-    before = torch.cuda.current_stream()
-    stream = torch.cuda.Stream() if before == torch.cuda.default_stream() else before
-    stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        call()
-        with refuse_waits():
-            call()
-        gc.collect()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            out = call()
-    before.wait_stream(stream)
-
-    # A graph reads its inputs where they lay, so that whoever replays it must hold their owner.
-    def replay(_owner: Callable[[], Any] = call) -> Any:
-        graph.replay()
-        return out
-
-    return replay
-
-
-def _model(case: Case, device: str, **changed: Any) -> DiT:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = build_backbone(case.mechanism, case.size, "controlled", case.resolution, **changed)
-        with torch.no_grad():  # zeroed gates would make every block the identity
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.02)
-    model.train(case.mode == "train")
-    if case.mode == "forward":
-        model.fuse()  # as whoever only samples does
-    return model
-
-
-def compile_ahead(case: Case, setup: Setup) -> str:
-    """Compiles a block of a case, so that the compiler's cache on disk has it."""
-    from torch._inductor import config
-
-    _quiet()
-    config.compile_threads = 1  # the other cores have cases of their own
-    model = compile_blocks(_model(case, setup.device, depth=2), backend=setup.backend)
-    Subject(case, setup, model).step()
-    return case.name
-
-
-class WrongStep(Exception):
-    """A treatment computes something else than the eager step."""
-
-
-class Calls:
-    """Every treatment of a case that works here, checked; and why others do not."""
-
-    def __init__(self, case: Case, setup: Setup, pool: Any) -> None:
-        self.steps: dict[str, Callable[[], Any]] = {}
-        self.errors: dict[str, float] = {}
-        self.missing: dict[str, str] = {}
-        plain = Subject(case, setup)
-        self.peak_memory = _peak_of(plain.step, setup.device)
-        wanted = plain.found(plain.step()).clone()
-        compiled: Subject | None = None
-        for treatment in case.treatments:
-            try:
-                if treatment == "eager":
-                    step: Callable[[], Any] = plain.step
-                elif treatment == "recorded":
-                    step = plain.recorded(pool)
-                    self._check(treatment, plain.found(step()), wanted, setup)
-                else:
-                    model = compile_blocks(copy.deepcopy(plain.model), backend=setup.backend)
-                    compiled = Subject(case, setup, model)
-                    compiled.step()
-                    step = compiled.step if setup.device == "cpu" else compiled.recorded(pool)
-                    self._check(treatment, compiled.found(step()), wanted, setup)
-                self.steps[treatment] = step
-            except Exception as error:  # of a compiler, anything
-                self.missing[treatment] = f"{type(error).__name__}: {_one_line(error)}"
-                _free()
-
-    def _check(self, treatment: str, found: Tensor, wanted: Tensor, setup: Setup) -> None:
-        error = relative_error(found, wanted)
-        self.errors[treatment] = error
-        if not error <= ALLOWED[setup.device]:
-            raise WrongStep(f"differs from the eager step by {error:.1e}")
-
-
-def measure_case(
-    case: Case, setup: Setup, pool: Any = None, softmax: Calls | None = None
-) -> dict[str, Any]:
-    """Times a case, and softmax under the same treatments in the same rounds.
-
-    Args:
-        case: The case.
-        setup: Where.
-        pool: Memory of recordings.
-        softmax: The same case of softmax; None where it is this one.
-    """
-    ours = Calls(case, setup, pool)
-    if not ours.steps:
-        raise WrongStep("; ".join(f"{name}: {why}" for name, why in ours.missing.items()))
-    contestants = dict(ours.steps)
-    if softmax is not None:
-        contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
-    rounds = interleave(contestants, _stopwatch(setup.device), 15, setup.seconds)
-    shared = [name for name in ours.steps if f"softmax {name}" in rounds]
-    best = _fastest(rounds, ours.steps)
-    over_fastest = None
-    if softmax is not None and softmax.steps:
-        theirs = _fastest(rounds, [f"softmax {name}" for name in softmax.steps])
-        over_fastest = {"ours": best, "softmax": theirs.removeprefix("softmax "),
-                        **ratio(rounds[best], rounds[theirs])}  # fmt: skip
-    return {
-        **dataclasses.asdict(case),
-        "resolution": case.resolution,
-        "batch": case.batch,
-        "seconds": {name: _spread(rounds[name]) for name in ours.steps},
-        "over_softmax": {name: ratio(rounds[name], rounds[f"softmax {name}"]) for name in shared},
-        "over_fastest": over_fastest,
-        "errors": ours.errors,
-        "missing": ours.missing,
-        "peak_memory": ours.peak_memory,
-    }
-
-
-def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:
-    return min(names, key=lambda name: statistics.median(rounds[name]))
-
-
-# --- one layer ----------------------------------------------------------------------------------
-
-
-def measure_layer(
-    mechanism: str, tokens: int, mode: str, setup: Setup, peaks: dict[str, float],
-    width: int = LAYER_WIDTH,
-) -> dict[str, Any]:  # fmt: skip
-    """Times one layer of one image on the device, over the least that its work can take there."""
-    layer, step = _layer_step(mechanism, tokens, mode, setup, width)
-    grid = (round(tokens**0.5),) * 2
-    macs = count_macs(layer, grid=grid)
-    products = macs.training_step if mode == "train" else macs.total
-    dtype = next(layer.parameters()).dtype
-    # A backward reads every tensor again and moves a gradient of each.
-    crossing = layer.bytes_crossed(grid, dtype) * (3 if mode == "train" else 1)
-    kind = str(dtype).removeprefix("torch.")
-    assert products is not None
-    floors = {
-        "products": 2 * products / peaks[kind] / 1e9,
-        "memory": crossing / peaks["copy"] / 1e9,
-    }
-    bound = max(floors, key=lambda name: floors[name])
-    step()
-    replay = recorded(step) if setup.device == "cuda" else step
-    rounds = interleave({"layer": replay}, _stopwatch(setup.device), 9, setup.seconds / 3)
-    return {
-        "mechanism": mechanism, "tokens": tokens, "width": width, "mode": mode,
-        "seconds": statistics.median(rounds["layer"]), "floor": floors[bound], "bound": bound,
-        "macs": products, "bytes": crossing,
-    }  # fmt: skip
-
-
-def measure_launch(
-    mechanism: str, setup: Setup, tokens: int = LAYER_TOKENS[0], width: int = LAYER_WIDTH
-) -> dict[str, Any]:
-    """Times what the host takes to launch a layer's forward, in launches of a ``torch.bmm``."""
-    layer, step = _layer_step(mechanism, tokens, "forward", setup, width)
-    left = torch.randn(1, 64, 64, device=setup.device, dtype=next(layer.parameters()).dtype)
-
-    def product() -> None:
-        torch.bmm(left, left)
-
-    for _ in range(3):
-        step()
-        product()
-    rounds: dict[str, list[float]] = {"layer": [], "bmm": []}
-    for _ in range(15):
-        for name, call, repeats in (("layer", step, 4), ("bmm", product, 50)):
-            _wait(setup.device)
-            start = time.perf_counter()
-            for _ in range(repeats):  # few enough for the queue to take without waiting
-                call()
-            rounds[name].append((time.perf_counter() - start) / repeats)
-    _wait(setup.device)
-    return {
-        "mechanism": mechanism, "tokens": tokens, "width": width,
-        "seconds": statistics.median(rounds["layer"]),
-        "bmm_seconds": statistics.median(rounds["bmm"]),
-        "launches": ratio(rounds["layer"], rounds["bmm"]),
-    }  # fmt: skip
-
-
-def _layer_step(
-    mechanism: str, tokens: int, mode: str, setup: Setup, width: int
-) -> tuple[attnzoo.Attention, Callable[[], Any]]:
-    torch.manual_seed(0)
-    dtype = getattr(torch, _dtype(setup.device))
-    layer = attnzoo.build_attention(mechanism, width).to(setup.device, dtype)
-    layer.train(mode == "train")
-    grid = (round(tokens**0.5),) * 2
-    x = torch.randn(1, tokens, width, device=setup.device, dtype=dtype)
-    if mode == "forward":
-        layer.fuse()
-
-        def forward() -> None:
-            with torch.no_grad():
-                layer.after_block(layer(x, grid), grid)
-
-        return layer, forward
-    x.requires_grad_()
-    cotangent = torch.randn_like(x)
-
-    def train() -> None:
-        for tensor in (x, *layer.parameters()):
-            tensor.grad = None
-        layer.after_block(layer(x, grid), grid).backward(cotangent)
-        layer.auxiliary_loss = None
-
-    return layer, train
-
-
-# --- the whole run ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,12 +66,13 @@ class Job:
     """One thing to measure.
 
     Attributes:
-        part: Of the report: "cases", "layers" or "launches"; or "peaks" or "check".
+        part: Of the report; or "peaks" or "check".
         mechanism: Whose.
         case: Of a whole model.
         softmax: The same case of softmax, where ``case`` is of another mechanism.
         tokens: Of a layer.
-        mode: Of a layer.
+        mode: Of a layer or of scans.
+        recipe: Its name and the way it is started.
         peaks: Of the machine, for a layer's floor.
     """
 
@@ -432,6 +82,7 @@ class Job:
     softmax: Case | None = None
     tokens: int = 0
     mode: str = ""
+    recipe: tuple[str, str] = ("", "")
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -440,9 +91,10 @@ class Job:
             return self.case.name
         if self.part == "layers":
             return f"layer {self.mechanism} n={self.tokens} {self.mode}"
-        return {"launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}"}.get(
-            self.part, self.part
-        )
+        return {
+            "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
+            "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
+        }.get(self.part, self.part)  # fmt: skip
 
 
 class Bench:
@@ -459,19 +111,23 @@ class Bench:
         device = self.setup.device
         if job.part == "check":
             for name in names_in(job.mechanism):
-                check_layer(name, {}, 384, _dtype(device), device, SIBLING_SIDE)
+                check_layer(name, {}, 384, dtype_of(device), device, SIBLING_SIDE)
             return {}
         if job.part == "peaks":
-            return machine.measure_peaks(device, (_dtype(device),), torch.get_num_threads())
+            return machine.measure_peaks(device, (dtype_of(device),), torch.get_num_threads())
         if job.part == "launches":
             return measure_launch(job.mechanism, self.setup)
         if job.part == "layers":
             return measure_layer(job.mechanism, job.tokens, job.mode, self.setup, job.peaks)
+        if job.part == "recipes":
+            return measure_recipe(job.recipe[0], job.mechanism, job.recipe[1], self.setup)
+        if job.part == "scans":
+            return measure_scans(job.mode, self.setup)
         assert job.case is not None
         group = job.softmax or job.case
         if group != self._group:
             self._softmax = None
-            _free()
+            free()
             self._group, self._pool = group, None
             if device == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
@@ -486,9 +142,9 @@ class Bench:
         try:
             return self.measure(job), ""
         except Exception as error:  # of a mechanism or a compiler, anything
-            return None, f"{type(error).__name__}: {_one_line(error)}"
+            return None, f"{type(error).__name__}: {one_line(error)}"
         finally:
-            _free()
+            free()
 
     def close(self) -> None:
         """Nothing to do."""
@@ -496,7 +152,7 @@ class Bench:
 
 def _serve(connection: Connection, setup: Setup, compile_threads: int | None) -> None:
     """Answers jobs until one has left the device unusable, or the other side hangs up."""
-    _quiet()
+    quiet()
     if compile_threads is not None:
         from torch._inductor import config
 
@@ -504,7 +160,7 @@ def _serve(connection: Connection, setup: Setup, compile_threads: int | None) ->
     # Everything of this process runs on one stream, recordings too: what an eager backward has
     # left alive then belongs to no other.
     is_gpu = setup.device == "cuda"
-    with torch.cuda.stream(torch.cuda.Stream()) if is_gpu else contextlib.nullcontext():
+    with torch.cuda.stream(recording_stream()) if is_gpu else contextlib.nullcontext():
         bench = Bench(setup)
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
@@ -601,10 +257,7 @@ class Run:
             "commit": machine.commit(),
             **machine.describe(options.device, torch.get_num_threads()),
             "device": options.device,
-            "cases": [],
-            "layers": [],
-            "launches": [],
-            "missed": [],
+            **{part: [] for part in (*PARTS, "missed")},
         }
         if report is not None:
             self._continue(report)
@@ -620,7 +273,8 @@ class Run:
                     f"{self.options.out} has {what} {report[what]!r}, and this run "
                     f"{self.report[what]!r}; write into another --out, or run without --resume"
                 )
-        self.report |= {"missed": [], **{name: report[name] for name in (*PARTS, "datetime")}}
+        self.report |= {"missed": [], **{name: report.get(name, []) for name in PARTS},
+                        "datetime": report["datetime"]}  # fmt: skip
         if "peaks" in report:
             self.report["peaks"] = report["peaks"]
 
@@ -651,7 +305,7 @@ class Run:
             for case in cases[:last]:
                 self._case(case, late)
             if not options.no_layers:
-                self._layers()
+                self._measure_others()
             for case in cases[last:]:
                 self._case(case, late)
         finally:
@@ -679,21 +333,30 @@ class Run:
             row["missing"]["compiled"] = late[case.name]
         self._keep("cases", row, _name_of_row)
 
-    def _layers(self) -> None:
-        peaks = self.report["peaks"]
-        names = [part for name in self.options.mechanisms for part in names_in(name)]
-        for name in dict.fromkeys(names):
-            jobs = [Job("launches", name)]
-            jobs += [Job("layers", name, tokens=tokens, mode=mode, peaks=peaks)
-                     for tokens, mode in itertools.product(LAYER_TOKENS, MODES)]  # fmt: skip
-            for job in jobs:
-                if job.name in {_name_of_layer(row) for row in self.report[job.part]}:
-                    continue
-                row, reason = self._measured(job)
-                if row is None:
-                    self._miss(job.name, reason)
-                else:
-                    self._keep(job.part, row, _name_of_layer)
+    def _others(self) -> list[Job]:
+        """Launches, layers, recipes and scans."""
+        names, peaks, jobs = self.options.mechanisms, self.report["peaks"], []
+        layers = dict.fromkeys(part for name in names for part in names_in(name))
+        for name in layers:
+            jobs.append(Job("launches", name))
+            for tokens, mode in itertools.product(LAYER_TOKENS, MODES):
+                jobs.append(Job("layers", name, tokens=tokens, mode=mode, peaks=peaks))
+        for (recipe, compared), ways in RECIPES.items():
+            for name, way in itertools.product(compared, ways):
+                jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
+        for mode in MODES:
+            jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
+        return jobs
+
+    def _measure_others(self) -> None:
+        for job in self._others():
+            if job.name in map(_name_of_other, self.report[job.part]):
+                continue
+            row, reason = self._measured(job)
+            if row is None:
+                self._miss(job.name, reason)
+            else:
+                self._keep(job.part, row, _name_of_other)
 
     def _keep(
         self, part: str, row: dict[str, Any], name_of: Callable[[dict[str, Any]], str]
@@ -708,7 +371,9 @@ class Run:
             return None, "the time was spent; raise --seconds, or go on with --resume"
         if reason := self._why_wrong(job.mechanism):
             return None, reason
-        row, reason = self._answer(job, self.options.patience)
+        # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
+        patience = self.options.patience * (3 if job.part in ("recipes", "scans") else 1)
+        row, reason = self._answer(job, patience)
         if row is not None:
             lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
             print(f"{job.name}: {time.monotonic() - start:.1f} s{lacking}", flush=True)
@@ -741,7 +406,7 @@ class Run:
         # Those that are compared with softmax need softmax's from the compiler's cache, too.
         start, late = time.monotonic(), dict(skipped)
         context = multiprocessing.get_context("spawn")
-        pool = context.Pool(processes, _quiet)
+        pool = context.Pool(processes, quiet)
         finished = False
         try:
             found = [pool.apply_async(compile_ahead, (case, self.setup)) for case in cases]
@@ -752,7 +417,7 @@ class Run:
                 except multiprocessing.TimeoutError:
                     late[case.name] = "was not compiled in time; go on with --resume"
                 except Exception as error:  # of a compiler, anything
-                    late[case.name] = f"{type(error).__name__}: {_one_line(error)}"
+                    late[case.name] = f"{type(error).__name__}: {one_line(error)}"
             finished = all(result.ready() for result in found)
         finally:
             pool.close() if finished else pool.terminate()
@@ -792,79 +457,17 @@ def planned(
     ]
 
 
-# --- small things -------------------------------------------------------------------------------
-
-
-def _stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
-    def watch(call: Callable[[], Any], repeats: int) -> float:
-        if device == "cpu":
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return (time.perf_counter() - start) / repeats
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
-
-    return watch
-
-
-def _quiet() -> None:
-    """Leaves out, in a process of this module, warnings of what is known and meant."""
-    for message in (
-        "TensorFloat32 tensor cores", "Synchronization debug mode", "The AccumulateGrad node",
-        "Online softmax is disabled", "Logical operators 'and' and 'or' are deprecated",
-    ):  # fmt: skip
-        warnings.filterwarnings("ignore", f".*{message}")
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-
-
 def _name_of_row(row: dict[str, Any]) -> str:
     return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
 
 
-def _name_of_layer(row: dict[str, Any]) -> str:
+def _name_of_other(row: dict[str, Any]) -> str:
+    if "recipe" in row:
+        return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
+    if "over_fla" in row:
+        return Job("scans", mode=row["mode"]).name
     part = "layers" if "mode" in row else "launches"
     return Job(part, row["mechanism"], tokens=row["tokens"], mode=row.get("mode", "")).name
-
-
-def _dtype(device: str) -> str:
-    return "bfloat16" if device == "cuda" else "float32"
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak_of(call: Callable[[], Any], device: str) -> int:
-    call()
-    if device == "cpu":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    quarter = [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75)]
-    return {"median": statistics.median(values), "q1": quarter[0], "q3": quarter[1]}
 
 
 def _rounded(value: Any) -> Any:
@@ -873,10 +476,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _listed(text: str) -> list[str]:
@@ -915,7 +514,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
     )
     parser.add_argument(
-        "--no-layers", action="store_true", help="whole models only, as always on a CPU"
+        "--no-layers",
+        action="store_true",
+        help="whole models only, neither layers nor recipes, as always on a CPU",
     )
     options = parser.parse_args(arguments)
     if (options.out is None) == (options.table is None):
@@ -955,7 +556,7 @@ def main(arguments: list[str]) -> int:
         print(tables(read_whole(options.table)))
         return DONE
     require_writable(options.out)
-    _quiet()
+    quiet()
     earlier = read_whole(options.out) if options.resume and options.out.exists() else None
     report = Run(options, earlier).measure()
     print(tables(json.loads(json.dumps(_rounded(report)))))

@@ -22,13 +22,14 @@ from recipes.lab.console import (
     numbers,
     printable,
     run_script,
+    spelled_out,
     whole,
 )
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    given = vars(_parser().parse_args(arguments))
+    given = vars(_parser().parse_args(spelled_out(arguments)))
     import torch  # --help does not wait for it
 
     from recipes.lab.evaluation.evaluate import evaluate, table, verdict

@@ -19,6 +19,7 @@ from recipes.lab.console import (
     numbers,
     printable,
     run_script,
+    spelled_out,
     warn,
     whole,
 )
@@ -26,7 +27,7 @@ from recipes.lab.console import (
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    given = vars(_parser().parse_args(arguments))
+    given = vars(_parser().parse_args(spelled_out(arguments)))
     # --help does not wait for torch.
     from recipes.lab.imports import import_all
     from recipes.lab.sampling import NotFinite, RunSampler, sample_grid

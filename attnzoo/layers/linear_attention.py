@@ -29,7 +29,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose, is_few, require_triton
+from attnzoo.ops.dispatch import choose_once, is_few, require_triton
 from attnzoo.ops.linear_core import (
     fold,
     key_sum,
@@ -122,6 +122,10 @@ class LinearAttention(Attention):
         """phi_k of tokens, (b, m, dim) -> (b, m, dim), but for ``activation``."""
         raise NotImplementedError
 
+    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """``query_kernel`` and ``key_kernel``; what they share need not be computed twice."""
+        return self.query_kernel(query), self.key_kernel(key)
+
     def activated(self, z: Tensor) -> Tensor:
         """The ``activation`` of tokens."""
         return F.relu(z) if self.activation == "relu" else z
@@ -140,7 +144,7 @@ class LinearAttention(Attention):
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("linear_tokens", "auto", x, None, self._why_not_fused)
+        return choose_once(self, "linear_tokens", x, self._why_not_fused)
 
     def _why_not_fused(self) -> str | None:
         return self.unserved_option() or slower(self.dim // self.num_heads)
@@ -237,7 +241,7 @@ class LinearAttention(Attention):
             query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
                 key = self.key_position(key, grid, slice(None))
-            operands = self.query_kernel(query), self.key_kernel(key), value
+            operands = *self.kernels(query, key), value
         eps = self.config.eps * (tokens if self.divides_by_mean else 1)
         options = self.num_heads, self.activation == "relu", self.normalizer == "base", eps
         out = linear_tokens(*operands, *options, impl="triton")

@@ -28,24 +28,30 @@ def unserved_option(layer: Any) -> str | None:
 
 def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the layer computes of tokens, (b, h * w, dim) -> (b, h * w, dim), by the kernels."""
-    config, sides = layer.config, ("query", "key")
-    x, weight = autocast_operands(x, layer.shared.weight)
-    bias = None if layer.shared.bias is None else layer.shared.bias.to(x.dtype)
+    config, shared, projectors = layer.config, layer.shared, layer.projectors
+    x, weight = autocast_operands(x, shared.weight)
+    bias = None if shared.bias is None else shared.bias.to(x.dtype)
     query, key, value = F.linear(x, weight, bias).split(layer.dim, dim=-1)
-
-    def cast(*weights: Tensor) -> list[Tensor]:
-        return [z.to(x.dtype) for z in weights]
-
+    modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
+    # Looking up a module's weight takes a host as long as a view.
+    routers = [router.weight for some in modules for router in some.values()]
+    cast = [
+        z if z.dtype is x.dtype else z.to(x.dtype)
+        for z in (projectors.query, projectors.key, *routers)
+    ]
     weights = Weights(
-        projector_routers=cast(*(layer.projector_routers[z].weight for z in sides)),
-        projectors=cast(*(layer.projectors[z] for z in sides)),
-        kernel_routers=cast(*(router.weight for router in layer.kernel_routers.values())),
+        projectors=cast[:2],
+        projector_routers=cast[2:4],
+        kernel_routers=cast[4:8],
+        difference_routers=cast[8:],
         gammas=layer.gammas().expand(4, -1),
-        difference_routers=cast(*(layer.differential_routers[z].weight for z in sides)),
         lambdas=layer.lambda_.expand(2, -1),
     )
-    out = dynamic_differential_attention(
-        x, query, key, value, weights, config.eps, config.router_gradient == "ste",
-        layer.num_heads, impl="triton",
-    )  # fmt: skip
+    operands = x, query, key, value, weights, config.eps, config.router_gradient == "ste"
+    if config.impl == "auto":  # which has found them able
+        from attnzoo.ops.token_difference import triton
+
+        out = triton.dynamic_differential_attention(*operands, layer.num_heads)
+    else:
+        out = dynamic_differential_attention(*operands, layer.num_heads, impl="triton")
     return layer.proj(out if layer.conv is None else layer.conv(value, grid, out))

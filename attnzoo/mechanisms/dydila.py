@@ -33,7 +33,7 @@ from attnzoo.layers.linear_attention import (
 )
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.token_difference import fused_forward, unserved_option
-from attnzoo.ops.dispatch import Impl, choose, is_few
+from attnzoo.ops.dispatch import Impl, choose_once, is_few
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
 from attnzoo.ops.token_difference.native import focused_difference
@@ -179,7 +179,7 @@ class DyDiLA(LinearAttention):
         """See ``LinearAttention``."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose("token_difference", "auto", x, None, self.unserved_option)
+        return choose_once(self, "token_difference", x, self.unserved_option)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention``."""

@@ -102,8 +102,11 @@ class MHLAttention(LinearAttention):
             )
         blocks = TokenBlocks.of(grid, side)
         rows, columns = blocks.rows, blocks.columns
-        weight = self.mixing.view(side, side, side, side)[:rows, :columns, :rows, :columns]
-        return blocks, weight.reshape(blocks.count, blocks.count)
+        if blocks.count == self.config.n_blocks:
+            return blocks, self.mixing
+        corner = self.mixing.view(side, side, side, side)[:rows, :columns, :rows, :columns]
+        # A copy, also where the corner lies in one piece: counters tell it from a parameter.
+        return blocks, corner.clone().view(blocks.count, blocks.count)
 
     def fold(
         self,
@@ -149,8 +152,10 @@ class MHLAttention(LinearAttention):
         is_exact = self.config.normalizer == "exact"
         normalizers = self.dim if is_exact else n // blocks.count * self.num_heads
         mixing = blocks.count**2 * (self.dim * head_dim + normalizers)
-        parts["projections"] += mixing  # products with a parameter
-        return parts | {"core": n * self.dim * (2 * head_dim + 1)}
+        parts["core"] = n * self.dim * (2 * head_dim + 1)
+        # Products with a parameter; of a small grid, with a copy of its corner.
+        parts["projections" if blocks.count == self.config.n_blocks else "core"] += mixing
+        return parts
 
 
 def start_of_mixing(side: int, kind: Mixing) -> Tensor:

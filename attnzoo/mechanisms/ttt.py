@@ -120,11 +120,12 @@ class InnerLoop(Attention):
             stepped(w, g, self.config.rate) for w, g in zip(weights, gradients, strict=True)
         ]
 
+        first, second = trained
+
         def decode(span: slice) -> Tensor:
             [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
-            return self._read(
-                self._by_head(query), *trained, None if local is None else local[:, span]
-            )
+            own = None if local is None else local[:, span]
+            return self._read(self._by_head(query), first, second, own)
 
         return second_pass(None, spans, decode)
 

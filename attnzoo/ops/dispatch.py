@@ -87,25 +87,54 @@ def operator(declaration: Declaration) -> Declaration:
     limits = declaration.__globals__.get("unserved")
     is_settled = TABLE[name][0] == "torch"
     on_cpu: dict[torch.dtype, Callable[..., Any]] = {}  # what "auto" is there
+    elsewhere: dict[Any, Callable[..., Any]] = {}  # by what was asked of which kind of tensor
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
         if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
-        x = operands[0]
-        is_cached = impl == "auto" and x.is_cpu and not torch.compiler.is_compiling()
-        if is_cached and x.dtype in on_cpu:
+        x, is_cached, kind = operands[0], not torch.compiler.is_dynamo_compiling(), None
+        on_this_cpu = is_cached and impl == "auto" and x.is_cpu and not _IS_FORCED
+        if on_this_cpu and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
-        unserved = None if limits is None else functools.partial(limits, *operands)
-        chosen = choose(name, impl, x, None, unserved)
+        unserved = None if limits is None else limits(*operands)
+        if is_cached and not on_this_cpu and unserved is None:
+            if x.is_cuda:
+                is_lowered = torch.is_autocast_enabled("cuda")
+                kind = impl, x.dtype, torch.get_autocast_dtype("cuda") if is_lowered else None
+            else:
+                kind = impl, *kind_of(x)
+            if kind in elsewhere:
+                return elsewhere[kind](*operands, **options)
+        chosen = choose(name, impl, x, None, lambda: unserved)
         if chosen in _LAZY:
             _load(package, chosen, name)
         implementation = loaded[chosen]
-        if is_cached and not _IS_FORCED:  # no limit of the kernels counts where they never run
+        if on_this_cpu:  # no limit of the kernels counts where they never run
             on_cpu[x.dtype] = implementation
+        elif kind is not None:
+            elsewhere[kind] = implementation
         return implementation(*operands, **options)
 
     return cast(Declaration, run)
+
+
+def kind_of(x: Tensor) -> tuple[Any, ...]:
+    """All that ``choose`` looks at of a tensor."""
+    return x.device.type, x.dtype, operand_dtype(x), _IS_FORCED
+
+
+def choose_once(layer: Any, name: str, x: Tensor, unserved: Callable[[], str | None]) -> Impl:
+    """``choose`` of "auto", asked once for a layer's ``config`` and a kind of tensor."""
+    if torch.compiler.is_dynamo_compiling():
+        return choose(name, "auto", x, None, unserved)
+    # On a CPU nothing but the type decides.
+    kind = x.dtype if x.is_cpu and not _IS_FORCED else kind_of(x)
+    last = vars(layer).get("_chosen")
+    if last is None or last[0] is not layer.config or last[1:3] != (name, kind):
+        last = layer.config, name, kind, choose(name, "auto", x, None, unserved)
+        vars(layer)["_chosen"] = last
+    return last[3]
 
 
 def choose(
@@ -255,7 +284,7 @@ class CustomOp:
     def __call__(self, *operands: Any) -> Any:
         # The compiler knows neither of the other questions, and is not asked them.
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._get_tracing_state()
         ):

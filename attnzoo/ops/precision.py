@@ -72,14 +72,15 @@ def in_wide_range(x: Tensor) -> Tensor:
 
 def operand_dtype(x: Tensor) -> torch.dtype:
     """The dtype to which autocast would cast ``x`` for a matmul; its own where autocast is off."""
-    device_type = x.device.type
+    device_type, dtype = x.device.type, x.dtype
     # The meta device has no autocast, and float64 is never lowered.
-    if device_type == "meta" or x.dtype == torch.float64:
-        return x.dtype
+    if device_type == "meta" or dtype == torch.float64:
+        return dtype
     is_on = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_on else x.dtype
+    return torch.get_autocast_dtype(device_type) if is_on else dtype
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts operands as autocast would for a matmul; custom operators are unknown to it."""
-    return tuple(tensor.to(operand_dtype(tensor)) for tensor in tensors)
+    dtypes = map(operand_dtype, tensors)
+    return tuple(z if z.dtype is t else z.to(t) for z, t in zip(tensors, dtypes, strict=True))

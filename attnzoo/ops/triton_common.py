@@ -28,29 +28,88 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls it on the device of its first tensor: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
+            return function(first, *args)
+        with torch.cuda.device_of(first):
+            return function(first, *args)
+
+    return call
+
+
 def launched(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
-    """``custom_op`` on the device of its first tensor: Triton launches on the current one."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def on_its_device(first: Tensor, *args: Any) -> Any:
-            if not first.is_cuda or first.device.index == torch.cuda.current_device():
-                return function(first, *args)
-            with torch.cuda.device_of(first):
-                return function(first, *args)
-
-        return custom_op(name, schema=schema)(on_its_device)
-
-    return register
+    """``custom_op`` on the device of its first tensor."""
+    return lambda function: custom_op(name, schema=schema)(on_its_device(function))
 
 
+# What was compiled, by all that its choice depends on; see ``launch_kernel``.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_MOST_COMPILED = 4096  # sizes that change with each call would add keys without end
+_CAN_SKIP = not _IS_INTERPRETED and torch.version.hip is None
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)``, which Triton prepares anew for every launch.
+
+    That takes a slow host as long as several products of PyTorch. What it finds depends on the
+    device, on the numbers, on every tensor's type, and on whether 16 divides its address: who
+    comes with the same again starts what was compiled. Triton itself launches whatever else there
+    is: the first of its kind, tensors on the host, profilers' hooks, the interpreter.
+
+    Args:
+        kernel: Of ``triton.jit``.
+        grid: One to three numbers.
+        *args: Tensors on the current device, then what else the kernel takes.
+        **options: Of Triton, such as ``num_warps``.
+    """
+    if not _CAN_SKIP or not args[0].is_cuda:
+        kernel[grid](*args, **options)
+        return
+    device, count = args[0].get_device(), 1
+    while isinstance(args[count], Tensor):
+        count += 1
+    tensors, numbers = args[:count], args[count:]
+    pointers = [z.data_ptr() for z in tensors]
+    places = [z.get_device() for z in tensors]
+    aligned = [not pointer & 15 for pointer in pointers]
+    # 1, 1.0 and True are equal, and compiled apart.
+    kinds = *[z.dtype for z in tensors], *map(type, numbers)
+    key = id(kernel), *places, *aligned, *kinds, *numbers, *options.items()
+    found = _COMPILED.get(key)
+    hook = triton.knobs.runtime.launch_enter_hook
+    if found is None or getattr(hook, "calls", hook):
+        compiled = kernel[grid](*args, **options)
+        if compiled is not None and places.count(device) == count:
+            if len(_COMPILED) >= _MOST_COMPILED:
+                _COMPILED.clear()
+            # With the kernel, whose number no other gets while it is held.
+            _COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata, kernel
+        return
+    run, function, metadata, _ = found
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers)
+
+
+@functools.lru_cache(maxsize=4096)  # cheaper than a call
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(maxsize=4096)
+def _power_of_2(n: int) -> int:
+    """The next one; Triton's own function takes a host ten times as long."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
 def _width(n: int) -> int:
     """The next power of two a dot product accepts."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, _power_of_2(n))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -67,9 +126,10 @@ def _is_fast() -> bool:
 
 def _rows(z: Tensor) -> tuple[Tensor, int]:
     """(b, n, d) or (t, d) with equally spaced rows of unit stride, and their spacing."""
-    spacing = z.stride(-2)
-    is_regular = z.stride(-1) == 1 and (z.dim() == 2 or z.stride(0) == z.shape[1] * spacing)
-    z = z if is_regular or z.numel() == 0 else z.contiguous()
+    *between, spacing, step = z.stride()
+    if (step == 1 and (not between or between[0] == z.shape[1] * spacing)) or z.numel() == 0:
+        return z, spacing
+    z = z.contiguous()
     return z, z.stride(-2)
 
 

@@ -6,9 +6,10 @@ import argparse
 import ast
 import contextlib
 import io
+import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
@@ -252,6 +253,22 @@ def add_import_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+COMPILE_MODES = ("auto", "on", "off")
+COMPILE_HELP = (
+    "compile the model's blocks: auto (on a GPU for a run long enough to win back the minute that "
+    "it takes, where it works), on (the bare flag) or off"
+)
+COMPILE_FLAG: dict[str, Any] = {"nargs": "?", "const": "on"}
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """A bare --compile with its value, which argparse would take from the RUN behind it."""
+    return [
+        "--compile=on" if one == "--compile" and other not in COMPILE_MODES else one
+        for one, other in itertools.zip_longest(arguments, arguments[1:])
+    ]
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how a run's images are computed."""
     flag = parser.add_argument
@@ -267,7 +284,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     flag("--cuda-graph", choices=["auto", "on", "off"], default="auto",
          help="record each step as one CUDA graph: auto (where possible, or says why not), on or "
          "off")  # fmt: skip
-    flag("--compile", action="store_true", help="compile the model's blocks")
+    flag("--compile", default="auto", choices=COMPILE_MODES, help=COMPILE_HELP, **COMPILE_FLAG)
     add_import_flag(parser)
 
 

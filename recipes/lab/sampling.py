@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from attnzoo.contract import check_option
 from attnzoo.errors import UsageError
 from backbones import DiT
 from backbones.pattern import dotted, names_in
-from backbones.recorded import compile_blocks
+from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError, printable
 from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
@@ -178,7 +180,8 @@ class RunSampler:
         imports: What the caller has imported already.
         checkpoint: What to load; None reads the run's newest.
         cuda_graph: Whether to record sampling steps as a CUDA graph, see ``Recorder``.
-        compile: Whether to compile the model's blocks.
+        compile: Whether to compile the model's blocks, see ``Compiling``.
+        calls: How often the model will be called in all, if more often than by one call.
         say: See ``Recorder``.
 
     Attributes:
@@ -204,13 +207,14 @@ class RunSampler:
         imports: Sequence[str] = (),
         checkpoint: Checkpoint | None = None,
         cuda_graph: str = "auto",
-        compile: bool = False,
+        compile: str = "auto",
+        calls: int = 0,
         say: Callable[[str], None] | None = None,
     ) -> None:
         config = run.config()
         self.run, self.data = run, config["data"]
         self.device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._recorder = Recorder(cuda_graph, say)
+        self._recorder = Recorder(cuda_graph, say, self._compiles_no_more)
         self.diffusion = DIFFUSION_PRESETS[config["settings"].get("preset", "tiny")]
         checkpoint = checkpoint or read_checkpoint(run, weights)
         for name, impl in dotted(checkpoint.config.get("attn_options") or {}).items():
@@ -225,8 +229,8 @@ class RunSampler:
         if self.device.type == "cuda":
             model.fuse()  # on a CPU images stay what they have been to the last bit
         self.model: DiT = model.to(self.device)
-        if compile:
-            compile_blocks(self.model)
+        self._compile, self._calls, self._say = compile, calls, say or (lambda line: None)
+        self._compiling: Compiling | None = None
         self.checkpoint = checkpoint._replace(tensors={})
         channels, side = self.data["channels"], self.data["resolution"]
         self.vae: Any = None
@@ -275,24 +279,34 @@ class RunSampler:
             UserError: An argument is out of range.
         """
         data = self.data
-        drawn = sample(
-            self.model,
-            self.diffusion,
-            labels=labels,
-            indices=torch.arange(len(labels)) if indices is None else indices,
-            seed=seed,
-            num_classes=len(data["class_names"]),
-            shape=(data["channels"], data["resolution"], data["resolution"]),
-            sampler=sampler or self.diffusion.default_sampler,
-            device=self.device,
-            recorder=self._recorder,
-            **options,
-        )
+        indices = torch.arange(len(labels)) if indices is None else indices
+        options |= {
+            "seed": seed,
+            "num_classes": len(data["class_names"]),
+            "shape": (data["channels"], data["resolution"], data["resolution"]),
+            "sampler": sampler or self.diffusion.default_sampler,
+            "device": self.device,
+        }
+        if self._compiling is None:
+            names = {field.name for field in dataclasses.fields(Sampling)} & options.keys()
+            how = Sampling(**{name: options[name] for name in names})
+            calls = how.steps * math.ceil(len(labels) / max(1, how.batch_size))
+            calls = max(self._calls, calls)
+            self._compiling = Compiling(self.model, self._compile, calls, self._say)
+        drawn = self._compiling.attempt(
+            lambda: sample(
+                self.model, self.diffusion, labels=labels, indices=indices,
+                recorder=self._recorder, **options,
+            )
+        )  # fmt: skip
         if self.vae is None:
             return drawn.cpu()
         parts = [decode(self.vae, part).cpu() for part in drawn.split(_DECODED_AT_ONCE)]
         # No images: split gives one empty part, which no VAE takes.
         return torch.cat(parts) if len(drawn) else torch.empty(0, *self.image_shape)
+
+    def _compiles_no_more(self, reason: str) -> bool:
+        return self._compiling is not None and self._compiling.gives_up(reason)
 
 
 class NotFinite(UserError):

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from attnzoo import InvalidValue, auxiliary_loss, list_attention
 from attnzoo.errors import Unavailable
 from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits, why_not_recorded
-from backbones.recorded import _aside, captured
+from backbones.recorded import captured, recording_stream
 
 QUICK = ("softmax", "sana", "dydila", "moh")
 TINY = {"dim": 32, "depth": 3, "num_classes": 10, "in_channels": 3, "sample_size": 8}
@@ -203,7 +203,7 @@ class TestRecorded:
         first = replay(*arguments).sample
         with torch.no_grad():
             model(*inputs(1, 8, "cuda", channels=4))
-        with torch.cuda.stream(_aside(torch.cuda.current_device())):  # takes what was freed
+        with torch.cuda.stream(recording_stream()):  # takes what was freed
             junk = [
                 torch.full((64, model.config.dim), torch.nan, device="cuda") for _ in range(99)
             ]

@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import functools
 import gc
 import json
 import math
@@ -9,18 +10,18 @@ import time
 import pytest
 import torch
 
-from bench import plot, recommend, whole_figures, whole_models
-from bench.whole_models import (
+from attnzoo.errors import Unavailable
+from bench import plot, recommend, whole_cases, whole_figures, whole_models
+from bench.whole_cases import (
+    RECIPES,
     Case,
-    Elsewhere,
-    Job,
     Setup,
     Subject,
-    main,
     measure_launch,
     measure_layer,
-    planned,
+    measure_recipe,
 )
+from bench.whole_models import Elsewhere, Job, main, planned
 from recipes.lab.console import UserError
 
 TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
@@ -58,14 +59,14 @@ def test_every_case_is_timed_with_softmax_and_printed(tmp_path, capsys):
 
 
 def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
-    real = whole_models.compile_blocks
+    real = whole_cases.compile_blocks
 
     def broken(model, **options):
         with torch.no_grad():
             model.final_projection.weight.mul_(1.01)
         return real(model, **options)
 
-    monkeypatch.setattr(whole_models, "compile_blocks", broken)
+    monkeypatch.setattr(whole_cases, "compile_blocks", broken)
     for row in run(tmp_path, "--mechanisms", "softmax")["cases"]:
         assert row["seconds"].keys() == {"eager"}
         assert "differs from the eager step" in row["missing"]["compiled"]
@@ -226,6 +227,60 @@ def test_a_launch_is_counted_in_products():
     assert 1 < found["launches"]["median"] < 1000
 
 
+def test_a_recipe_is_started_as_a_user_starts_it(monkeypatch):
+    monkeypatch.setattr(whole_cases, "_STEPS", 3)
+    real, commands = whole_cases.subprocess.run, []
+
+    def run(command, **options):
+        commands.append(command)
+        command = [{"S": "tiny", "64": "16", "on": "off"}.get(word, word) for word in command]
+        return real([*command, "--patch-size", "4"], **options)
+
+    monkeypatch.setattr(whole_cases.subprocess, "run", run)
+    row = measure_recipe("train", "sana", "compiled", ON_CPU)
+    assert row["images_per_second"] > 0 and row["way"] == "compiled"
+    assert commands[0][-4:] == ["--cuda-graph", "on", "--compile", "on"]
+    monkeypatch.setattr(whole_cases.subprocess, "run", lambda _, **how: real(["false"], **how))
+    with pytest.raises(whole_cases.WrongStep, match=r"train\.py ended with 1"):
+        measure_recipe("train", "sana", "eager", ON_CPU)
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(Unavailable, match=r"needs 2 GPUs, and there (is|are)"):
+            measure_recipe("train on GPUs", "dydila", "two GPUs", ON_CPU)
+
+
+def test_sampling_is_checked_and_timed(monkeypatch):
+    monkeypatch.setattr(whole_cases, "_model", functools.partial(whole_cases._model, depth=1))
+    short = functools.partial(whole_cases._sampling, images=1)
+    monkeypatch.setattr(whole_cases, "_sampling", short)
+    row = measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
+    assert row["images_per_second"] > 0
+    monkeypatch.setattr(whole_cases, "relative_error", lambda *_: 0.5)
+    with pytest.raises(whole_cases.WrongStep, match="images differ"):
+        measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
+
+
+def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
+    arguments = ["--out", str(tmp_path / "x.json"), "--device", "cuda", "--mechanisms"]
+    found = {}
+    monkeypatch.setattr(whole_models.machine, "describe", lambda *_: {})
+    for names in ("softmax,dydila,gated", "sana"):
+        run = whole_models.Run(whole_models._options([*arguments, names]))
+        run.report["peaks"] = {}
+        found[names] = [job.name for job in run._others()]
+    names = found["softmax,dydila,gated"]
+    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2
+    assert "train compiled dydila" in names and "scans forward" in names
+    assert len(found["sana"]) == 5
+    rows = [
+        {"recipe": recipe, "mechanism": name, "way": way}
+        for (recipe, ones), ways in RECIPES.items()
+        for name in ones
+        for way in ways
+    ]
+    rows += [{"mode": mode, "over_fla": {}} for mode in ("forward", "train")]
+    assert {whole_models._name_of_other(row) for row in rows} < set(names)
+
+
 def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
     ratio = {name: {"median": value} for name, value in over.items()}
     spent = {name: {"median": value} for name, value in seconds.items()}
@@ -239,6 +294,15 @@ def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
 def test_figures_are_of_the_last_treatment_and_judged():
     report = {
         "launches": [{"mechanism": "sana", "bmm_seconds": 1e-5, "launches": {"median": 12.0}}],
+        "recipes": [
+            {"recipe": recipe, "mechanism": "dydila", "way": way, "images_per_second": speed}
+            for recipe, speeds in {
+                "train": {"eager": 10.0, "recorded": 40.0, "compiled": 60.0},
+                "sample": {"eager": 1.0, "recorded": 19.0},
+                "train on GPUs": {"one GPU": 10.0, "two GPUs": 19.0},
+            }.items() for way, speed in speeds.items()
+        ],
+        "scans": [{"mode": "forward", "over_fla": {"median": 0.3}}],
         "layers": [
             {"mechanism": "lit", "tokens": 4096, "mode": "train", "seconds": 8.0, "floor": 2.0,
              "bound": "memory"},
@@ -254,6 +318,10 @@ def test_figures_are_of_the_last_treatment_and_judged():
     found = {(f.goal, f.what): f for f in whole_figures.figures(report)}
     by_goal = {goal: f for (goal, _), f in found.items()}
     assert by_goal["E1"].verdict == "met" and "10.0 µs" in by_goal["E1"].note
+    assert by_goal["E2"].value == 6.0 and by_goal["E2"].verdict == "met"
+    assert by_goal["E2"].note == "compiled 60 images/s, eager 10"
+    assert by_goal["E3"].value == 19.0 and by_goal["E3"].verdict == "target reached"
+    assert by_goal["E10"].value == 0.3 and by_goal["E11"].value == 1.9
     assert by_goal["E4"].value == 0.5 and by_goal["E4"].note == "compiled; eager 2.00"
     assert by_goal["E4"].verdict == "target reached"
     assert by_goal["E5"].verdict == "NOT MET" and by_goal["E5"].note == "recorded"

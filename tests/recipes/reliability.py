@@ -137,7 +137,7 @@ def memory(steps=1000, warm_up=100):
 def compiled(steps=50):
     """Largest difference of the losses with and without torch.compile."""
     losses = []
-    for compile_it in (False, True):
+    for compile_it in ("off", "on"):
         trainer = Trainer(Settings(attn="sana", batch_size=4, compile=compile_it))
         losses.append([trainer.train_step()[0]["loss"] for _ in range(steps)])
     return max(abs(a - b) for a, b in zip(*losses, strict=True))
@@ -232,9 +232,9 @@ def main():
             "half": "dydila, begun by two processes and ended by one",
             "half-of-one": "dydila, begun by one process and ended by two",
             "sharded": "dydila, FSDP2",
-            "checkpointing": "dydila, DDP with gradient checkpointing",
-            "dydila-accumulate": "dydila, DDP with 2 micro-steps",
-        }.get(name, f"{name}, DDP")
+            "checkpointing": "dydila, the same with gradient checkpointing",
+            "dydila-accumulate": "dydila, the same with 2 micro-steps",
+        }.get(name, f"{name}, one reduction of all gradients")
         rows.append(
             (f"two processes against one: {what}", f"loss {loss:.1e}, weights {weight:.1e}")
         )

@@ -225,6 +225,17 @@ class TestFoldersOfEarlierVersions:
         (tmp_path / "cells.csv").write_text(text, "utf-8")
         assert results_page([tmp_path]) == page
 
+    def test_their_labels_are_written_as_today(self, tmp_path):
+        one = self.made_earlier(tmp_path)
+        file = tmp_path / "cells" / one.name / "result.json"
+        file.write_text(file.read_text("utf-8").replace("FID[smallcnn]", "class_accuracy[judge]"))
+        assert compare_module.main([*self.ARGUMENTS, "--out", str(tmp_path)]) == 0
+        table = tmp_path / "runs.csv"
+        assert read_table(table)["class_accuracy[classifier]"].tolist() == [1.5]
+        text = table.read_text("utf-8")
+        table.write_text(text.replace("[classifier]", "[judge]"), "utf-8")
+        assert "[judge]" not in text and "class_accuracy[classifier]" in read_table(table)
+
     def test_one_that_has_not_ended_goes_on(self, tmp_path):
         one = self.made_earlier(tmp_path)
         folder = tmp_path / "cells" / one.name

@@ -240,19 +240,25 @@ class TestChoice:
         assert train(settings, Run(tmp_path / "run")) == 0
         assert "eagerly" not in capsys.readouterr().out
 
-    def test_a_run_from_before_goes_on_eagerly(self, tmp_path, capsys):
+    @pytest.mark.parametrize("compiled", [None, False])
+    def test_a_run_from_before_goes_on_eagerly(self, compiled, tmp_path, capsys):
         run = Run(tmp_path / "run")
-        assert train(Settings(**SMALL, attn="sana", steps=2, cuda_graph="off"), run) == 0
+        first = Settings(**SMALL, attn="sana", steps=2, cuda_graph="off", compile="off")
+        assert train(first, run) == 0
         config = json.loads(run.config_file.read_text())
-        del config["settings"]["cuda_graph"]
+        del config["settings"]["cuda_graph"], config["settings"]["compile"]
+        if compiled is not None:
+            config["settings"]["compile"] = compiled
         run.config_file.write_text(json.dumps(config))
         more = ["--out", str(run.folder), "--steps", "4", "--allow-change", "steps"]
         assert train_module.main(more) == 0
         assert run.config()["changes"][-1]["changes"] == ["steps: 2 -> 4"]
         assert train(Settings(**SMALL, attn="sana", steps=4), run, resume=True) == 0
         assert "eagerly" not in capsys.readouterr().out
-        with pytest.raises(UserError, match="--allow-change cuda_graph"):
-            train_module.main(["--out", str(run.folder), "--cuda-graph", "on"])
+        assert run.config()["settings"]["compile"] == "off"
+        for flag, name in (("--cuda-graph", "cuda_graph"), ("--compile", "compile")):
+            with pytest.raises(UserError, match=f"--allow-change {name}"):
+                train_module.main(["--out", str(run.folder), flag, "on"])
 
 
 NOISY = """
@@ -332,7 +338,7 @@ class TestGraph:
     @pytest.mark.parametrize(
         "options",
         [{"attn": "softmax"}, {"attn": "dydila"}, {"attn": "sana", "accumulate": 2},
-         {"attn": "softmax", "preset": "dit", "compile": True}, {"attn": "noisy"}],
+         {"attn": "softmax", "preset": "dit", "compile": "on"}, {"attn": "noisy"}],
     )  # fmt: skip
     def test_a_recorded_run_is_resumed_exactly(self, options, noisy, tmp_path):
         noisy("pass")

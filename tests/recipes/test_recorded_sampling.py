@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import attnzoo
-from backbones import build_backbone
+from backbones import build_backbone, compile_blocks
 from recipes import evaluate as evaluate_module
 from recipes import sample as sample_module
 from recipes.lab.console import UserError
@@ -143,11 +143,22 @@ class TestARecorder:
                 raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
         tried, lines = [], []
-        recorder = Recorder("auto", lines.append)
+        recorder = Recorder("auto", lines.append, lambda reason: False)
         assert recorder("a", Waiting) is None and recorder("a", Waiting) is None
         assert len(tried) == 1 and "not permitted when stream is capturing" in lines[0]
         with pytest.raises(UserError, match=r"not possible: operation not .*use auto or off"):
             Recorder("on")("a", Waiting)
+
+    def test_what_fails_is_tried_again_where_that_may_help(self):
+        class FailsOnce:
+            def record(self):
+                tried.append(self)
+                if len(tried) == 1:
+                    raise RuntimeError("no compiler")
+
+        tried, reasons = [], []
+        recorder = Recorder("on", retry=lambda reason: not reasons.append(reason))
+        assert recorder("a", FailsOnce) is tried[1] and reasons == ["no compiler"]
 
     def test_an_equal_call_shares_the_recording(self):
         class Steady:
@@ -238,6 +249,34 @@ class TestWeightsThatAreCastOnce:
             assert torch.equal(call(), wanted)
         assert all(torch.equal(z, own[key]) for key, z in model.state_dict().items())
         assert all(z.dtype == own[key].dtype for key, z in model.state_dict().items())
+
+    def test_a_compiled_model_is_cast_too(self):
+        model = compile_blocks(model_of("softmax"), backend="aot_eager")
+        images, times = torch.randn(2, *SHAPE), torch.tensor([3.0, 700.0])
+
+        def call():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                return model(images, times, torch.tensor([0, 4])).sample
+
+        wanted = call()
+        with cast_once(model, call) as cast:
+            assert len(cast) > 10 and torch.equal(call(), wanted)
+        assert torch.equal(call(), wanted)
+
+    def test_a_weight_that_is_read_otherwise_too_keeps_its_type(self):
+        layer = nn.Linear(8, 8)
+        other = nn.Linear(8, 8)
+        model = nn.ModuleList([layer, other])
+        x = torch.randn(2, 8)
+
+        def call():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                return layer(x) * layer.weight.sum() + other(x)
+
+        wanted = call()
+        with cast_once(model, call) as cast:
+            assert layer.weight.dtype == torch.float32 and other.weight.dtype == torch.bfloat16
+            assert len(cast) == 3 and torch.equal(call(), wanted)
 
     def test_without_autocast_there_is_nothing_to_cast(self):
         model = model_of("sana")

@@ -104,9 +104,17 @@ class TestSettings:
             *((name, value) for name in ("seed", "class_seed") for value in (-1, 2**64, None)),
             *(
                 (name, "no such choice")
-                for name in ("decay", "precision", "preset", "size", "protocol", "level")
+                for name in (
+                    "compile",
+                    "decay",
+                    "precision",
+                    "preset",
+                    "size",
+                    "protocol",
+                    "level",
+                )
             ),
-            *((name, 1) for name in ("strict", "compile", "sharded", "ema_ramp")),
+            *((name, 1) for name in ("strict", "sharded", "ema_ramp")),
             *((name, "") for name in ("attn", "data", "vae")),
             ("attn_options", {"x": float("nan")}),
             ("attn_options", [1]),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.torch import widened
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.triton_common import _ceil, _rows, launched
+from attnzoo.ops.triton_common import _ceil, _rows, launch_kernel, launched
 
 
 @triton.jit
@@ -358,7 +358,7 @@ def stencil(
     # The wide kernel loads its taps where it uses them, of neighboring channels together.
     weight = weight.flatten(1).t().contiguous() if is_wide else weight.contiguous()
     if out.numel():
-        kernel[(b * strips, _ceil(grid[1], w), _ceil(c, channels))](
+        launch_kernel(kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
             x, weight, weight if bias is None else bias,
             out if added is None else added.contiguous(), out, *grid, c, spacing, strips, rows, w,
             channels, bias is not None, added is not None, is_transposed, num_warps=warps,
@@ -378,7 +378,7 @@ def stencil_weight_gradient(
     strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
     partial = torch.empty(b * strips * blocks, taps + 1, c, dtype=torch.float32, device=x.device)
     if partial.numel():
-        kernel[(b * strips, blocks, _ceil(c, channels))](
+        launch_kernel(kernel, (b * strips, blocks, _ceil(c, channels)),
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
             num_warps=warps,
         )  # fmt: skip

@@ -37,7 +37,15 @@ from attnzoo.ops.gated_scan.triton_common import (
     _places,
     _tile,
 )
-from attnzoo.ops.triton_common import _add_dot, _ceil, _dot, _precision, _width, launched
+from attnzoo.ops.triton_common import (
+    _add_dot,
+    _ceil,
+    _dot,
+    _precision,
+    _width,
+    launch_kernel,
+    launched,
+)
 
 
 @triton.jit
@@ -334,7 +342,7 @@ def _carry(
     updates = totals if is_alone else call.new(x, order.count, *sizes.tail)
     keys, values, launch = blocks.update
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
-    _gated_update_kernel[(sizes.rows * chunks, _ceil(dk, keys), _ceil(dv, values))](
+    launch_kernel(_gated_update_kernel, (sizes.rows * chunks, _ceil(dk, keys), _ceil(dv, values)),
         x, y, gate, updates[0], updates[-1], totals, n, heads, dk, dv, chunks, *call.grid,
         *_strides(x, y, gate), call.per_gate, levels, is_query, call.normalizer != 0,
         order.is_columns, is_left and not is_alone, is_right and not is_alone, 1 << levels, keys,
@@ -344,7 +352,7 @@ def _carry(
         return _Carried(None, totals)
     states = call.new(x, order.count, *sizes.tail, dtype=call.dtype)
     entries, warps, stages = blocks.carry
-    _gated_carry_kernel[(order.count * sizes.rows, _ceil(dk * dv, entries))](
+    launch_kernel(_gated_carry_kernel, (order.count * sizes.rows, _ceil(dk * dv, entries)),
         updates, totals, states, sizes.rows, chunks, dk, dv, is_left, entries, stages,
         num_warps=warps,
     )  # fmt: skip
@@ -365,7 +373,7 @@ def _output(
     for is_mild, wide in call.forms:
         keys, launch = BLOCKS[call.dtype].output[is_mild]
         keys = min(keys, _width(dk))
-        _gated_output_kernel[(call.sizes.rows * chunks,)](
+        launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
             *operands, *carried.or_else(out), out, out if added is None else added,
             n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale,
             levels, call.normalizer != 0, *order, carried.states is not None, added is not None,
@@ -383,7 +391,7 @@ def _gradient(
     for is_mild, wide in call.forms:
         keys, values, launch = BLOCKS[call.dtype].gradient[is_mild]
         keys, values = min(keys, _width(dk)), min(values, _width(dv))
-        _gated_gradient_kernel[(call.sizes.rows * chunks, _ceil(dk, keys))](
+        launch_kernel(_gated_gradient_kernel, (call.sizes.rows * chunks, _ceil(dk, keys)),
             *operands, *entering.or_else(outs[0])[:2], *leaving.or_else(outs[0]), *outs,
             *(outs if added is None else added), n, heads, dk, dv, chunks, *call.grid,
             *_strides(*operands), call.per_gate, call.scale, levels, call.normalizer != 0, *order,

@@ -69,6 +69,8 @@ def half_matmul(a: Tensor, b: Tensor, is_wide: bool = True) -> Tensor:
     Returns:
         (..., n, m).
     """
+    if a.dim() == 3:
+        return _half_matmul(a, b, is_wide)
     lead = a.shape[:-2]
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     out = _half_matmul(a, b, is_wide)

@@ -31,6 +31,7 @@ from attnzoo.ops.triton_common import (
     _precision,
     _rows,
     _shared_memory,
+    launch_kernel,
     launched,
 )
 
@@ -458,7 +459,7 @@ def _fold(
         partial.zero_()
     elif partial.numel():
         stand_in = partial if inverse is None else inverse
-        _fold_kernel[(batch * s.splits * s.units * s.tiles**2,)](
+        launch_kernel(_fold_kernel, (batch * s.splits * s.units * s.tiles**2,),
             a, b, stand_in, stand_in if weight is None else weight, partial, m, a_row, b_row,
             heads, width, s.tiles, s.units, s.splits, s.chunk, is_relu, inverse is not None,
             *_tail(s, dtype), **s.options,
@@ -480,7 +481,7 @@ def _read(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
     if out.numel():
-        _read_kernel[(b * s.splits * s.units * s.tiles,)](
+        launch_kernel(_read_kernel, (b * s.splits * s.units * s.tiles,),
             query, state, state.to(dtype) if is_wide else state, out,
             inverse if inverse.numel() else state, n, q_row, out.stride(1), heads, width, s.tiles,
             s.units, s.splits, s.chunk, eps, is_relu, divide, is_wide, *_tail(s, dtype),
@@ -501,7 +502,7 @@ def _wide_gradient(
     weight = torch.empty_like(inverse) if inverse is not None else state
     blocks = _ceil(n, s.tile[0])
     if grad.numel():
-        _wide_gradient_kernel[(b * blocks * s.units * s.tiles,)](
+        launch_kernel(_wide_gradient_kernel, (b * blocks * s.units * s.tiles,),
             x, y, y if out is None else out, state if inverse is None else inverse, state,
             state.to(dtype), grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
             s.units, blocks, is_relu, inverse is not None, divide, *_tail(s, dtype)[1:],
@@ -595,7 +596,7 @@ def _linear_core_backward(
         b, s.splits, heads, width + 1, width, dtype=torch.float32, device=q.device
     )
     if n and partial.numel():
-        _query_gradient_kernel[(b * s.splits * s.units,)](
+        launch_kernel(_query_gradient_kernel, (b * s.splits * s.units,),
             q, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1), heads,
             width, s.units, s.splits, s.chunk, eps, is_relu, divide, *_tail(s, dtype), **s.options,
         )  # fmt: skip
@@ -604,7 +605,7 @@ def _linear_core_backward(
     grad_state = _sum(partial)
     s = _launch("key_gradient", dtype, q.device, b, m, heads, width)
     if grad_key.numel():
-        _key_gradient_kernel[(b * s.splits * s.units,)](
+        launch_kernel(_key_gradient_kernel, (b * s.splits * s.units,),
             k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
             grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, is_relu, divide,
             *_tail(s, dtype), **s.options,

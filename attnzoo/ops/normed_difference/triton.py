@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.triton_common import _ceil, launched
+from attnzoo.ops.triton_common import _ceil, _power_of_2, launch_kernel, launched
 
 _TURNS = 8  # tiles of rows of a program whose sums over rows leave together
 
@@ -76,7 +76,7 @@ def _normed_difference_backward_kernel(
 
 
 def _row_block(d: int) -> int:
-    return max(1, 2048 // triton.next_power_of_2(d))
+    return max(1, 2048 // _power_of_2(d))
 
 
 def _even(z: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ def _forward(
     out = torch.empty(b, n, heads * d, dtype=first.dtype, device=first.device)
     block = _row_block(d)
     if out.numel():
-        _normed_difference_kernel[(_ceil(b * heads * n, block),)](
+        launch_kernel(_normed_difference_kernel, (_ceil(b * heads * n, block),),
             first, second, factor, weight, out, b * heads * n, heads, n, d, eps, scale,
-            *first.stride()[:3], *second.stride()[:3], block, triton.next_power_of_2(d),
+            *first.stride()[:3], *second.stride()[:3], block, _power_of_2(d),
             num_warps=4,
         )  # fmt: skip
     return out
@@ -121,10 +121,10 @@ def _backward(
     programs = _ceil(b * heads * n, block * _TURNS)
     partial = torch.empty(programs, 2, d, dtype=torch.float32, device=first.device)
     if first.numel():
-        _normed_difference_backward_kernel[(programs,)](
+        launch_kernel(_normed_difference_backward_kernel, (programs,),
             grad.contiguous(), first, second, factor, weight, *grads, partial, b * heads * n,
             heads, n, d, eps, scale, *first.stride()[:3], *second.stride()[:3], _TURNS, block,
-            triton.next_power_of_2(d), num_warps=4,
+            _power_of_2(d), num_warps=4,
         )  # fmt: skip
     of_weight, of_factor = partial.sum(0)
     return (

@@ -19,7 +19,9 @@ from attnzoo.ops.triton_common import (
     _NORMAL,
     _ceil,
     _is_fast,
+    _power_of_2,
     _rows,
+    launch_kernel,
     launched,
 )
 
@@ -197,7 +199,7 @@ def _scaled_power_map_backward_kernel(
 
 def _row_block(d: int) -> tuple[int, int]:
     """Rows and warps of a program that holds whole rows."""
-    width = triton.next_power_of_2(d)
+    width = _power_of_2(d)
     return max(1, 2048 // width), 2
 
 
@@ -210,8 +212,8 @@ def power_map_forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
     block, warps = _row_block(d)
     if rows:
-        _power_map_kernel[(_ceil(rows, block),)](
-            z, gamma, out, stats, rows, d, spacing, block, triton.next_power_of_2(d),
+        launch_kernel(_power_map_kernel, (_ceil(rows, block),),
+            z, gamma, out, stats, rows, d, spacing, block, _power_of_2(d),
             _is_fast(), num_warps=warps,
         )  # fmt: skip
     return out, stats
@@ -229,9 +231,9 @@ def power_map_backward(
     grad_gamma = torch.empty(rows, dtype=torch.float32, device=z.device)
     block, warps = _row_block(d)
     if rows:
-        _power_map_backward_kernel[(_ceil(rows, block),)](
+        launch_kernel(_power_map_backward_kernel, (_ceil(rows, block),),
             grad, z, gamma, stats, grad_z, grad_gamma, rows, d, grad_spacing, spacing, block,
-            triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+            _power_of_2(d), _is_fast(), num_warps=warps,
         )  # fmt: skip
     return grad_z, grad_gamma
 
@@ -271,9 +273,9 @@ def _scaled_forward(
     stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
     block, warps = _row_block(d)
     if rows:
-        _scaled_power_map_kernel[(_ceil(rows, block),)](
+        launch_kernel(_scaled_power_map_kernel, (_ceil(rows, block),),
             z, scale, out, stats, rows, d, spacing, gamma, offset, block,
-            triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+            _power_of_2(d), _is_fast(), num_warps=warps,
         )  # fmt: skip
     return out, stats
 
@@ -294,9 +296,9 @@ def _scaled_backward(
     programs = _ceil(rows, block * _TURNS)
     partial = torch.empty(programs, d, dtype=torch.float32, device=z.device)
     if rows:
-        _scaled_power_map_backward_kernel[(programs,)](
+        launch_kernel(_scaled_power_map_backward_kernel, (programs,),
             grad, z, scale, stats, grad_z, partial, rows, d, grad_spacing, spacing, gamma, offset,
-            _TURNS, block, triton.next_power_of_2(d), _is_fast(), num_warps=warps,
+            _TURNS, block, _power_of_2(d), _is_fast(), num_warps=warps,
         )  # fmt: skip
     return grad_z, partial.sum(0).to(scale.dtype)
 

@@ -20,11 +20,14 @@ from attnzoo.ops.precision import autocast_operands
 from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
+    _power_of_2,
     _precision,
     _rows,
     _shared_memory,
     _width,
+    launch_kernel,
     launched,
+    on_its_device,
 )
 
 
@@ -99,21 +102,21 @@ def sort_by_expert(
         Tokens in the order of their experts, (t,), and where each expert's segment ends,
         (experts,); int32 unless the caller brought them.
     """
-    total, slots = index.numel(), max(2, triton.next_power_of_2(experts))
+    total, slots = index.numel(), max(2, _power_of_2(experts))
     if order is None:
         order = torch.empty(total, dtype=torch.int32, device=index.device)
     if ends is None:
         ends = torch.empty(experts, dtype=torch.int32, device=index.device)
     # At most 1024 blocks, each of which reads the counts of all.
-    block = max(512, triton.next_power_of_2(_ceil(total, 1024)))
+    block = max(512, _power_of_2(_ceil(total, 1024)))
     blocks = max(1, _ceil(total, block))
     counts = torch.empty(blocks, slots, dtype=torch.int32, device=index.device)
     # In parts that fit into registers and shared memory.
     chunk = min(block, max(16, SORTED_ENTRIES // slots))
-    _count_kernel[(blocks,)](index, counts, total, slots, chunk, block // chunk)
-    width = max(2, triton.next_power_of_2(blocks))
+    launch_kernel(_count_kernel, (blocks,), index, counts, total, slots, chunk, block // chunk)
+    width = max(2, _power_of_2(blocks))
     table = min(width, 2 * SORTED_ENTRIES // slots)
-    _place_kernel[(blocks,)](
+    launch_kernel(_place_kernel, (blocks,),
         index, counts, order, ends, total, blocks, experts, slots, chunk, block // chunk, table,
         width // table,
     )  # fmt: skip
@@ -280,9 +283,9 @@ def grouped_product(
         return out
     m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
     grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
-    _grouped_kernel[grid](
+    launch_kernel(_grouped_kernel, grid,
         a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
-        spacing, *weight.stride(), experts, total, max(2, triton.next_power_of_2(total)), m, n, k,
+        spacing, *weight.stride(), experts, total, max(2, _power_of_2(total)), m, n, k,
         width % n == 0 and depth % k == 0, _precision(a.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -298,7 +301,7 @@ def grouped_weight_gradient(
     out = torch.empty(experts, a.shape[1], grad.shape[1], dtype=a.dtype, device=a.device)
     m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
     grid = (_ceil(a.shape[1], m) * _ceil(grad.shape[1], n), experts)
-    _grouped_weight_kernel[grid](
+    launch_kernel(_grouped_weight_kernel, grid,
         a, grad, out, order, ends, max(1, a.shape[0]), a.shape[1], grad.shape[1], spacing,
         grad_spacing, m, n, k, _precision(a.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -371,7 +374,7 @@ def top1(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.empty(2 * rows, dtype=torch.int32, device=x.device)
     probability = torch.empty(rows, 2, padded, dtype=torch.float32, device=x.device)
     if rows:
-        _top1_kernel[(_ceil(rows, 64),)](
+        launch_kernel(_top1_kernel, (_ceil(rows, 64),),
             x, first.contiguous(), second.contiguous(), index, probability, rows, d, spacing,
             experts, 64, 64, _width(experts), padded, _precision(first.dtype), num_warps=4,
         )  # fmt: skip
@@ -382,6 +385,14 @@ def top1(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 def _routed_gates(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     index, probability = top1(x, first, second)
     return x.new_ones(2, x.shape[0], dtype=torch.float32), index, probability
+
+
+@_routed_gates.register_inference
+@on_its_device
+def _(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index, probability = top1(x, first, second)
+    # Nothing reads the gates but their gradient.
+    return x.new_empty(2, x.shape[0], dtype=torch.float32), index, probability
 
 
 @_routed_gates.register_fake
@@ -506,7 +517,8 @@ def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
 
 def grouped_linear(x: Tensor, first: Tensor, second: Tensor, index: Tensor) -> Tensor:
     """See ``attnzoo.ops.routed_linear``."""
-    return _grouped_linear(x, first, second, index)[0].unflatten(0, (2, x.shape[0]))
+    out = _grouped_linear(x, first, second, index)[0]
+    return out.view(2, x.shape[0], out.shape[1])
 
 
 def routed_pair(
@@ -528,6 +540,6 @@ def routed_pair(
     """
     tokens = x.flatten(0, 1)
     gates, index, _ = _routed_gates(tokens, *routers)
-    out = grouped_linear(tokens, *projectors, index)
     shape = (2, *x.shape[:2])
-    return out.unflatten(1, x.shape[:2]), index.view(shape), gates.view(shape)
+    out = grouped_linear(tokens, *projectors, index)
+    return out.view(*shape, out.shape[2]), index.view(shape), gates.view(shape)

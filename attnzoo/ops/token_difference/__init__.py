@@ -45,9 +45,9 @@ def dynamic_differential_attention(
     Returns:
         (b, n, d).
     """
-    choices = (*weights.projector_routers, *weights.kernel_routers, *weights.difference_routers)
 
     def limits() -> str | None:
+        choices = *weights.projector_routers, *weights.kernel_routers, *weights.difference_routers
         return unserved(x.shape[-1], heads, max(router.shape[0] for router in choices))
 
     chosen = choose("token_difference", impl, x, x.dtype, limits)

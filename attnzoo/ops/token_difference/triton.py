@@ -33,9 +33,11 @@ from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _is_fast,
+    _power_of_2,
     _precision,
     _rows,
     _width,
+    launch_kernel,
     launched,
 )
 
@@ -235,7 +237,7 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, _, save = Operands(*operands)
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
-    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
+    r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
     size, chunk, warps, stages = DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
@@ -250,14 +252,15 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     stats, choices = new(9 + heads, kept), new(3, kept, dtype=torch.int32)
     probability = new(kept, 2 * n_gamma + n_lambda)
     if rows:
-        _difference_kernel[(b * blocks,)](
+        launch_kernel(_difference_kernel, (b * blocks,),
             z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
             n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
-            triton.next_power_of_2(heads), _width(n_gamma), _width(n_lambda),
+            _power_of_2(heads), _width(n_gamma), _width(n_lambda),
             _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return out, sums.sum(1), stats, choices, probability
+    # Queries, which bring a sum, have none: nothing to launch for.
+    return out, sums.sum(1) if key_sum is None else sums.flatten(1), stats, choices, probability
 
 
 @difference_forward.register_fake
@@ -268,7 +271,7 @@ def _(*operands: Any) -> tuple[Tensor, ...]:
     wide = p.gammas.new_empty
     return (
         p.z1.new_empty(b, n, d),
-        wide(b, d),
+        wide(b, d if p.key_sum is None else 0),
         wide(9 + p.heads, rows),
         wide(3, rows, dtype=torch.int32),
         wide(rows, 2 * p.gammas.shape[1] + p.lambdas.shape[0]),
@@ -329,8 +332,10 @@ def focused_difference(
         tokens, (b, d) in float32.
     """
     # Only a call that may be differentiated keeps what its backward needs.
-    operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
-    save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
+    save = torch.is_grad_enabled()
+    if save:
+        operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
+        save = any(z.requires_grad for z in operands)
     return difference_forward(
         tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
         lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
@@ -354,16 +359,24 @@ def dynamic_differential_attention(
     """
     projector_routers, projectors, kernel_routers, gammas, difference_routers, lambdas = weights
     primes, _, gates = routed_pair(x, projector_routers, projectors)
+    lambdas = lambdas.float()
+    if gammas.stride(0) == 0:  # all share theirs, and one copy serves queries and keys
+        gammas = gammas[:2].float().contiguous()
+        gammas = gammas, gammas
+    else:
+        gammas = gammas[::2], gammas[1::2]
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(
-        key, key_prime, kernel_routers[1::2], gammas[1::2], difference_routers[1], lambdas[1],
+        key, key_prime, kernel_routers[1::2], gammas[1], difference_routers[1], lambdas[1],
         gates[1], learn=learn,
     )  # fmt: skip
     query, _ = focused_difference(
-        query, query_prime, kernel_routers[::2], gammas[::2], difference_routers[0], lambdas[0],
+        query, query_prime, kernel_routers[::2], gammas[0], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
     if slower(query.shape[-1] // heads, is_normalized=False) is None:
         return linear_tokens(query, key, value, heads, is_normalized=False)
+    if heads == 1:
+        return half_attention(query, key, value)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     return half_attention(query, key, value).transpose(1, 2).flatten(2)

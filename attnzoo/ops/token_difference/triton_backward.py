@@ -21,10 +21,12 @@ from attnzoo.ops.triton_common import (
     _ceil,
     _dot,
     _is_fast,
+    _power_of_2,
     _precision,
     _rows,
     _shared_memory,
     _width,
+    launch_kernel,
     launched,
 )
 
@@ -449,18 +451,18 @@ def difference_backward(
     stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
     if rows:
         shared = _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast()
-        _difference_backward_kernel[(b * blocks,)](
+        launch_kernel(_difference_backward_kernel, (b * blocks,),
             grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
             grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
             grad_spacing, n_gamma, n_lambda, blocks, d // heads, is_normalized, learn, size, chunk,
-            triton.next_power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
+            _power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if learn or is_normalized:
             size, chunk = ROUTER_GRADIENT_TILES[itemsize]
             chunk = _columns(chunk, d // heads, heads)
             loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
-            _router_gradient_kernel[(_ceil(d, chunk), parts)](
+            launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), parts),
                 z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
                 n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
                 is_normalized, learn, size, chunk, *shared, num_warps=4,

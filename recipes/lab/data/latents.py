@@ -84,8 +84,13 @@ def canonical_vae(place: str) -> str:
 
 
 def canonical_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings with one spelling of "data" and "vae", good from any working directory."""
+    """A run's settings with one spelling of "data" and "vae", good from any working directory.
+
+    And of "compile", which was true or false before.
+    """
     spelled = dict(given)
+    if isinstance(spelled.get("compile"), bool):
+        spelled["compile"] = "on" if spelled["compile"] else "off"
     for name, canonical in (("data", canonical_data), ("vae", canonical_vae)):
         if isinstance(spelled.get(name), str):
             spelled[name] = canonical(spelled[name])

@@ -218,9 +218,9 @@ class _Guidance(NamedTuple):
             variance = None if variance is None else variance[:num_images]
             conditional, rest = prediction.tensor_split([self.channels], dim=1)
             unconditional = unconditional[:, : self.channels]
-            prediction = torch.cat(
-                [unconditional + self.scale * (conditional - unconditional), rest], dim=1
-            )
+            prediction = unconditional + self.scale * (conditional - unconditional)
+            if rest.shape[1]:
+                prediction = torch.cat([prediction, rest], dim=1)
         return prediction, variance
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from backbones.recorded import captured, why_not_recorded
 from recipes.lab.console import UserError
@@ -36,45 +39,69 @@ def solver_weights(scheduler: Any) -> Tensor:
     return torch.stack(rows)
 
 
+class _Casts(TorchFunctionMode):
+    """Notes which weights are used in no way but by casting them, as autocast does."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._uses = {id(weight): (weight, set[torch.dtype | None]()) for weight in weights}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") != "__get__":  # of a property
+            for z in tree_leaves((args, kwargs)):
+                if id(z) in self._uses:
+                    self._uses[id(z)][1].add(_cast_by(function, z, args, kwargs))
+        return function(*args, **kwargs)
+
+    def found(self) -> list[tuple[Tensor, torch.dtype]]:
+        """Weights that are only cast, each to one type, and that type."""
+        return [
+            (weight, dtype)
+            for weight, uses in self._uses.values()
+            for dtype in uses
+            if len(uses) == 1 and dtype and dtype != weight.dtype
+        ]
+
+
+def _cast_by(function: Any, weight: Tensor, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The type that a call casts a weight to, if that is all that it does with it."""
+    if function is Tensor.to:
+        wanted = args[1] if len(args) == 2 else kwargs.get("dtype")
+        return wanted if isinstance(wanted, torch.dtype) else None
+    kind = weight.device.type
+    if function in (F.linear, F.conv2d) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 @contextlib.contextmanager
 def cast_once(model: nn.Module, call: Callable[[], Any]) -> Iterator[list[Tensor]]:
     """Holds weights in the type that autocast casts them to, inside the with-statement.
 
     Autocast casts every weight in every call, which is a launch for each: in a recording of a
-    small model a good part of the time. The numbers stay the same. A compiled model is left as it
-    is, and so are weights that are used otherwise than by calling their layer under autocast.
+    small model a good part of the time. The numbers stay the same.
 
     Args:
-        model: Afterwards as it was.
+        model: Afterwards as it was; compiled or not.
         call: Calls the model.
 
     Yields:
         The cast weights; they have to live as long as a recording that reads them.
     """
-    lowered: dict[nn.Module, torch.dtype | None] = {}
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kind = inputs[0].device.type
-        is_on = torch.is_autocast_enabled(kind) and lowered.get(layer, True) is not None
-        lowered[layer] = torch.get_autocast_dtype(kind) if is_on else None
-
-    layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        layers = []
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    written = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+    with written, _Casts(model.parameters()) as casts:
         call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    weights = [(z, dtype) for layer, dtype in lowered.items() if dtype for z in layer.parameters()]
-    before = [weight.data for weight, _ in weights]
-    for weight, dtype in weights:
+    before = [(weight, weight.data) for weight, _ in casts.found()]
+    for weight, dtype in casts.found():
         weight.data = weight.data.to(dtype)
     try:
-        yield [weight.data for weight, _ in weights]
+        yield [weight.data for weight, _ in before]
     finally:
-        for (weight, _), own in zip(weights, before, strict=True):
+        for weight, own in before:
             weight.data = own
 
 
@@ -170,15 +197,21 @@ class Recorder:
         mode: "auto" launches eagerly what cannot be recorded, "on" refuses it, "off" records
             nothing.
         say: In "auto", gets in one line why steps are launched eagerly, once; None says nothing.
+        retry: Told why a recording failed, says whether it is worth another try.
 
     Raises:
         UserError: There is no such mode.
     """
 
-    def __init__(self, mode: str = "auto", say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        mode: str = "auto",
+        say: Callable[[str], None] | None = None,
+        retry: Callable[[str], bool] | None = None,
+    ) -> None:
         if mode not in MODES:
             raise UserError(f"--cuda-graph {mode!r} is none of {', '.join(MODES)}")
-        self.mode, self._say = mode, say
+        self.mode, self._say, self._retry = mode, say, retry
         self._said: str | None = None
         self._key: Hashable = None
         self._steps: Steps | None = None
@@ -210,15 +243,22 @@ class Recorder:
         """
         if key != self._key:
             self._steps = None  # frees its memory first
-            steps = make()
+            self._key = key
             try:
-                steps.record()
+                self._steps = self._recorded(make)
             except RuntimeError as error:
                 self._give_up(" ".join(str(error).split())[:200])
-            else:
-                self._steps = steps
-            self._key = key
         return self._steps
+
+    def _recorded(self, make: Callable[[], Steps]) -> Steps:
+        steps = make()
+        try:
+            steps.record()
+        except RuntimeError as error:
+            if self._retry is None or not self._retry(str(error)):
+                raise
+            steps.record()
+        return steps
 
     def _give_up(self, reason: str) -> None:
         if self.mode == "on":

@@ -62,7 +62,7 @@ def evaluate(
     imports: Sequence[str] = (),
     device: str | None = None,
     cuda_graph: str = "auto",
-    compile: bool = False,
+    compile: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Generates images of a run, measures them, and writes metrics.json into the run.
@@ -118,6 +118,7 @@ def evaluate(
             checkpoint=checkpoint,
             cuda_graph=cuda_graph,
             compile=compile,
+            calls=len(names) * -(-plan.samples // plan.batch_size) * plan.steps,
             say=warn if progress and accelerator.is_main_process else None,
         )
         del checkpoint

@@ -16,7 +16,7 @@ from recipes.lab.evaluation.features import Extractor, Features, smallcnn_of
 from recipes.lab.evaluation.metrics import NotMeasured
 from recipes.lab.evaluation.real import RealImages, fresh_images
 from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
-from recipes.lab.evaluation.scores import FEWEST, METRICS, score, warnings_of
+from recipes.lab.evaluation.scores import FEWEST, METRICS, label_of, score, warnings_of
 from recipes.lab.evaluation.shape_classifier import Judgement, classify_shapes, shape_scores
 from recipes.lab.evaluation.shards import Images
 
@@ -94,8 +94,7 @@ class Measure:
             else:
                 judgement = classify_shapes(pixels.numpy(), level)
             scores = shape_scores(judgement, labels.numpy(), self._real_shapes, level)
-            # The label of earlier versions, which saved tables hold.
-            found |= {f"{name}[judge]": value for name, value in scores.items()}
+            found |= {label_of(name, "classifier"): value for name, value in scores.items()}
         return found, warnings, reasons
 
 

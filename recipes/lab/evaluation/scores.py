@@ -173,6 +173,11 @@ def label_of(metric: str, extractor: str) -> str:
     return metric if extractor == "inception" else f"{metric}[{extractor}]"
 
 
+def spelled_today(label: str) -> str:
+    """A label as it is written now, of a file that an earlier version may have written."""
+    return label.replace("[judge]", "[classifier]")
+
+
 def metric_of(label: str) -> str:
     """ "FID[smallcnn]" -> "FID"."""
     return label.partition("[")[0]

@@ -87,6 +87,8 @@ class Loop:
             wants_stop = bool(received) or self.progress.is_deserted
             ahead = not (stopping or self._is_looked_at(trainer.step + 1))
             self.entry, is_told = trainer.train_step(wants_stop, ahead)
+            while trainer.notes:
+                self.progress.say(trainer.notes.pop(0))
             self._record(time.perf_counter() - started)
             if trainer.skipped_in_a_row >= settings.skip_limit:
                 return self._failed(f"not finite {trainer.skipped_in_a_row} times in a row, last")

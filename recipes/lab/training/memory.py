@@ -51,7 +51,7 @@ def step_bytes(trainer: Trainer) -> int:
         one, two = one + block, two + 2 * block
     activations = one + (two - one) * (share - 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Gradients and Adam's two moments; DDP's buckets hold the gradients once more.
+    # Gradients and Adam's two moments; several processes reduce a copy of the gradients.
     copies = 3 + (processes > 1 and not trainer.is_sharded)
     return int(_OVERHEAD * (activations + copies * weights))
 
@@ -79,7 +79,7 @@ def _saved_bytes(trainer: Trainer, count: int) -> int:
     model.eval()  # batch norm would note the statistics of these images
     try:
         with contextlib.ExitStack() as stack:
-            if trainer.settings.compile:  # for other sizes
+            if trainer.compiling.is_on:  # for other sizes
                 stack.enter_context(uncompiled())
             stack.enter_context(trainer.accelerator.autocast())
             stack.enter_context(saved_tensors_hooks(note, lambda nothing: nothing))

@@ -23,7 +23,12 @@ from attnzoo.ops import native_build as build
 from backbones.pattern import file_name
 from recipes.lab.console import DONE, Progress, UserError
 from recipes.lab.data.datasets import kind_of
-from recipes.lab.data.latents import LatentDataset, differing_facts, is_latent_folder
+from recipes.lab.data.latents import (
+    LatentDataset,
+    canonical_settings,
+    differing_facts,
+    is_latent_folder,
+)
 from recipes.lab.distributed import on_main
 from recipes.lab.files import check_unlocked, refuse_links, write_json
 from recipes.lab.imports import import_remembered, origins
@@ -77,8 +82,11 @@ def train(
     if resume:
         config = run.config()
         import_remembered(run.folder, config.get("imports", {}), imports)
-        if settings.cuda_graph == "auto" and "cuda_graph" not in config["settings"]:
-            settings = dataclasses.replace(settings, cuda_graph="off")
+        saved = config["settings"]
+        for name in ("cuda_graph", "compile"):  # a run of before their "auto" goes on as it began
+            if getattr(settings, name) == "auto" and not isinstance(saved.get(name), str):
+                before = canonical_settings(saved).get(name, "off")
+                settings = dataclasses.replace(settings, **{name: before})
     trainer = Trainer(settings, trackers, run.folder)
     accelerator = trainer.accelerator
     progress = Progress(str(run.folder), settings.steps, accelerator.is_main_process)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from attnzoo.contract import nearest
 from backbones.feedforward import FEEDFORWARDS
 from backbones.presets import PROTOCOLS, SIZES
-from recipes.lab.console import UserError, whole
+from recipes.lab.console import COMPILE_FLAG, COMPILE_HELP, COMPILE_MODES, UserError, whole
 from recipes.lab.data.datasets import DATASETS, known_levels
 from recipes.lab.data.latents import canonical_settings
 
@@ -51,9 +51,9 @@ def _real(text: str, fits: Callable[[float], bool]) -> Rule:
     return Rule(text, lambda value: _is_number(value) and fits(value), {"type": float})
 
 
-def _choice(choices: Collection[str]) -> Rule:
+def _choice(choices: Collection[str], **flag: Any) -> Rule:
     text = f"one of {', '.join(choices)}"
-    return Rule(text, lambda value: isinstance(value, str) and value in choices)
+    return Rule(text, lambda value: isinstance(value, str) and value in choices, flag)
 
 
 def _optional(rule: Rule) -> Rule:
@@ -176,15 +176,15 @@ class Settings:
         "of the matrix products, fp32 or bf16; the paper trains DiG in fp32",
     )
     gradient_checkpointing: bool = _setting(False, _SWITCH, "less memory, more time")
-    compile: bool = _setting(False, _SWITCH, "compile the model's blocks")
-    # A run from before this setting goes on as it began: "off".
+    # A run from before this setting, or the next, goes on as it began: "off".
+    compile: str = _setting("auto", _choice(COMPILE_MODES, **COMPILE_FLAG), COMPILE_HELP)
     cuda_graph: str = _setting(
         "auto",
         _choice(("auto", "on", "off")),
         "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
     )
     sharded: bool = _setting(
-        False, _SWITCH, "FSDP2 instead of DDP; equal to DDP on two H100s over NCCL"
+        False, _SWITCH, "FSDP2: each process holds a part of the weights, to the same results"
     )
     learning_rate: float = _setting(3e-3, _POSITIVE, "at the start")
     adam_beta2: float = _setting(0.95, _DECAY)
@@ -265,7 +265,7 @@ def resumed_settings(
         UserError: A setting differs that is not allowed to, a name does not exist, or a value
             saved cannot be; then the message names the file.
     """
-    saved = {"cuda_graph": "off", **canonical_settings(saved)}
+    saved = {"cuda_graph": "off", "compile": "off", **canonical_settings(saved)}
     given = canonical_settings(given)
     for name in allowed:
         if name not in _NAMES:

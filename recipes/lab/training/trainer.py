@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import attnzoo
 from backbones import DiT
-from backbones.recorded import compile_blocks, why_not_recorded
+from backbones.recorded import why_not_recorded
+from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of
@@ -106,9 +107,15 @@ class Trainer:
             share_batch_statistics(self.model)
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if settings.compile:
+        self.notes: list[str] = []  # what there is to say, once
+        self.compiling = Compiling(
+            self.model,
+            settings.compile,
+            settings.steps,
+            self.notes.append,
             # Statistics of a batch that all processes share are a break in the graph.
-            compile_blocks(self.model, fullgraph=self.accelerator.num_processes == 1)
+            fullgraph=self.accelerator.num_processes == 1,
+        )
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
         if self.is_sharded:
             shard(self.model, self.accelerator)
@@ -218,7 +225,10 @@ class Trainer:
         if self.recorded is None or self.recorded.is_tried:
             return
         # Not by the thread, which would go on to the next batch, perhaps on the GPU.
-        reason = self.recorded.record(self.batches.at(self.step))
+        batch = self.batches.at(self.step)
+        reason = self.recorded.record(batch)
+        if reason is not None and self.compiling.gives_up(reason):
+            reason = self.recorded.record(batch)
         if reason is not None:
             self.why_eager = f"the step of {self.settings.attn!r} cannot be recorded ({reason})"
             if self.settings.cuda_graph == "on":
@@ -265,14 +275,18 @@ class Trainer:
         batch = [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
         before = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
         told = torch.zeros((), device=device).fill_(wants_stop)
+
+        def restore() -> None:
+            for tensor, old in before:  # batch-norm statistics have already seen the batch
+                tensor.copy_(old)
+
         # The only wait for the GPU in a step: all of its numbers in one copy.
-        numbers = self._gradients(batch, told).tolist()
+        numbers = self.compiling.attempt(lambda: self._gradients(batch, told).tolist(), restore)
         if _are_finite(numbers):
             self.optimizer.step()
             self.average.move(self.average.share(index + 1))
         else:
-            for tensor, old in before:  # batch-norm statistics have already seen the batch
-                tensor.copy_(old)
+            restore()
         return rate, lambda: numbers
 
     def _finished(self, rate: float, numbers: Numbers) -> tuple[dict[str, Any], bool]:
@@ -292,7 +306,7 @@ class Trainer:
         if self.skipped:
             entry["skipped_in_all"] = self.skipped
         if self.step % self.settings.diagnose_every == 0:
-            said = look_inside(self.model, self._inputs, is_compiled=self.settings.compile)
+            said = look_inside(self.model, self._inputs, is_compiled=self.compiling.is_on)
             if self.is_sharded:
                 self.model.reshard()  # type: ignore[operator]
             if said:
@@ -308,7 +322,7 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         try:
-            with uncompiled() if self.settings.compile else contextlib.nullcontext():
+            with uncompiled() if self.compiling.is_on else contextlib.nullcontext():
                 measure = functools.partial(
                     held_out_losses,
                     diffusion=self.diffusion,

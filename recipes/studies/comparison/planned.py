@@ -18,6 +18,7 @@ from typing import Any
 
 from backbones.pattern import names_in
 from recipes.lab.console import printable
+from recipes.lab.evaluation.scores import spelled_today
 from recipes.lab.files import read_json, refuse_links, write_json
 from recipes.lab.imports import origins
 from recipes.lab.training.settings import Settings
@@ -75,6 +76,9 @@ class PlannedRun:
             for name, value in key["settings"].items()
             if name in _FIRST_SETTINGS or value != _DEFAULTS.get(name)
         }
+        # As it was called when it was a switch.
+        compiled = settings.compile
+        key["settings"]["compile"] = {"auto": False, "on": True}.get(compiled, compiled)
         # The same folder has the same name in every locale.
         data = os.fsencode(settings.data).decode("utf-8", "surrogateescape")
         key["settings"]["data"] = data
@@ -134,6 +138,9 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         print(f"{printable(str(error))}; the run counts as not done", file=sys.stderr)
         return None
+    if metrics := found.get("metrics"):
+        for values in (metrics["real_floor"], *metrics["results"].values()):
+            values |= {spelled_today(label): values.pop(label) for label in [*values]}
     return found
 
 

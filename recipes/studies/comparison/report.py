@@ -102,7 +102,7 @@ def _by_scale(done: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, float]]:
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     yield (
         "<p>Mean ± standard deviation over seeds; lower is better for losses, FID, sFID, KID, "
-        "sKID, higher for the rest. [judge] is the exact classifier of the procedural shapes. The "
+        "sKID, higher for the rest. [classifier] is the exact classifier of the shapes. The "
         "last row is what as many real images score.</p>"
     )
     # Spreads over subsets and second estimates are in the CSV.

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from recipes.lab.console import UserError, one_line
+from recipes.lab.evaluation.scores import spelled_today
 from recipes.lab.files import write_text
 from recipes.studies.comparison.planned import OLD_NAMES
 
@@ -68,7 +69,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"table {str(path)!r} is damaged in row {bad[0]}")
     if len(set(titles)) != len(titles):
         raise UserError(f"table {str(path)!r} is damaged: it names a column twice")
-    named = ["run" if title == OLD_NAMES["run"] else title for title in titles]
+    named = ["run" if title == OLD_NAMES["run"] else spelled_today(title) for title in titles]
     columns: dict[str, Any] = {
         name: [row[n] for row in rows[1:] if row] for n, name in enumerate(named)
     }

@@ -1,0 +1,567 @@
+"""What ``bench.whole_models`` measures: models, layers, launches, recipes and scans."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo.counting import count_macs
+from attnzoo.errors import Unavailable
+from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
+from backbones import DiT, build_backbone, compile_blocks, record
+from backbones.recorded import captured
+from bench.cases import PIXELS_PER_TOKEN
+from bench.checks import relative_error
+from bench.peers import optional
+from bench.timing import interleave, ratio
+from bench.whole_figures import TREATMENTS
+from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, sample
+
+# Images of a training step and of a forward, by tokens of one; size L takes half of them.
+BATCHES = {256: (64, 16), 1024: (32, 16), 4096: (16, 8), 16384: (4, 2)}
+LAYER_WIDTH, LAYER_TOKENS = 768, (4096, 16384)
+# Norm of a difference over the norm: what bfloat16 explains where another expert is chosen.
+ALLOWED = {"cuda": 1e-1, "cpu": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step, or a forward, of one whole model.
+
+    Attributes:
+        mechanism: Its attention.
+        size: Of the backbone, in the controlled protocol.
+        tokens: Of one image.
+        mode: "forward" or "train".
+        treatments: What is timed, of ``TREATMENTS``: launched eagerly; recorded as a CUDA graph;
+            or its blocks compiled first, and then recorded where there is a GPU.
+    """
+
+    mechanism: str
+    size: str
+    tokens: int
+    mode: str
+    treatments: tuple[str, ...] = TREATMENTS
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side."""
+        return round(self.tokens**0.5)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels along one side, of a latent model."""
+        return self.side * PIXELS_PER_TOKEN
+
+    @property
+    def batch(self) -> int:
+        """Images of a step."""
+        known = [BATCHES[n] for n in sorted(BATCHES) if n <= self.tokens] or [BATCHES[256]]
+        images = known[-1][self.mode == "forward"]
+        return max(1, images // (2 if self.size == "L" else 1)) if self.size != "tiny" else 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.mechanism} {self.size} {self.resolution}px {self.mode}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all cases of a run share.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        backend: Of torch.compile.
+        seconds: Of the rounds of a case.
+    """
+
+    device: str
+    backend: str
+    seconds: float = 1.5
+
+
+class Subject:
+    """A model in one state of treatment, with one step of it that takes no arguments.
+
+    Args:
+        case: What to build.
+        setup: Where.
+        model: Its weights; None draws them anew.
+    """
+
+    def __init__(self, case: Case, setup: Setup, model: DiT | None = None) -> None:
+        self.case, self.setup = case, setup
+        self.model = _model(case, setup.device) if model is None else model
+        generator = torch.Generator().manual_seed(1)
+        shape = (case.batch, 4, 2 * case.side, 2 * case.side)
+        self.images, self.noise = (
+            torch.randn(shape, generator=generator).to(setup.device) for _ in range(2)
+        )
+        self.times = torch.linspace(1, 999, case.batch).to(setup.device)
+        self.labels = (torch.arange(case.batch) % 1000).to(setup.device)
+        self.step: Callable[[], Any] = self._forward
+        if case.mode == "train":
+            self._prepare_training()
+            self.step = self._train
+
+    def _autocast(self) -> torch.autocast:
+        is_gpu = self.setup.device == "cuda"
+        return torch.autocast(self.setup.device, torch.bfloat16, is_gpu, cache_enabled=False)
+
+    def _forward(self) -> Tensor:
+        with torch.no_grad(), self._autocast():
+            return self.model(self.images, self.times, self.labels, return_dict=False)[0]
+
+    def _prepare_training(self) -> None:
+        is_gpu = self.setup.device == "cuda"
+        self.parameters = list(self.model.parameters())
+        # A rate that moves no weight visibly: every round sees the same model.
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1e-9, weight_decay=0.0, fused=True, capturable=is_gpu
+        )
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    def _train(self) -> Tensor:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            out = self.model(self.images, self.times, self.labels, return_dict=False)[0]
+        loss = F.mse_loss(out.chunk(2, dim=1)[0].float(), self.noise)
+        auxiliary = attnzoo.auxiliary_loss(self.model)
+        (loss if auxiliary is None else loss + auxiliary).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+        with torch.no_grad():  # else the averages hold every step's graph
+            lerp(self.average, self.parameters, 1e-4)
+        return loss.detach()
+
+    def found(self, out: Any) -> Tensor:
+        """What a step has computed: the output, or all gradients."""
+        if self.case.mode == "forward":
+            return out.detach().float().flatten()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        return torch.cat([grad.flatten() for grad in grads])
+
+    def recorded(self, pool: Any) -> Callable[[], Any]:
+        """The step as one launch."""
+        if self.case.mode == "forward":
+            side = self.images.shape[-1]
+            replay = record(self.model, self.case.batch, side, dtype=torch.bfloat16)
+            return lambda: replay(self.images, self.times, self.labels, return_dict=False)[0]
+        return recorded(self.step, pool)
+
+
+def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
+    """A call without arguments as a CUDA graph, in memory shared with others of the same pool."""
+    graph, out = captured(call, pool)
+
+    # A graph reads its inputs where they lay, so that whoever replays it must hold their owner.
+    def replay(_owner: Callable[[], Any] = call) -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _model(case: Case, device: str, **changed: Any) -> DiT:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_backbone(case.mechanism, case.size, "controlled", case.resolution, **changed)
+        with torch.no_grad():  # zeroed gates would make every block the identity
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+    model.train(case.mode == "train")
+    if case.mode == "forward":
+        model.fuse()  # as whoever only samples does
+    return model
+
+
+def compile_ahead(case: Case, setup: Setup) -> str:
+    """Compiles a block of a case, so that the compiler's cache on disk has it."""
+    from torch._inductor import config
+
+    quiet()
+    config.compile_threads = 1  # the other cores have cases of their own
+    model = compile_blocks(_model(case, setup.device, depth=2), backend=setup.backend)
+    Subject(case, setup, model).step()
+    return case.name
+
+
+class WrongStep(Exception):
+    """A treatment computes something else than the eager step."""
+
+
+class Calls:
+    """Every treatment of a case that works here, checked; and why others do not."""
+
+    def __init__(self, case: Case, setup: Setup, pool: Any) -> None:
+        self.steps: dict[str, Callable[[], Any]] = {}
+        self.errors: dict[str, float] = {}
+        self.missing: dict[str, str] = {}
+        plain = Subject(case, setup)
+        self.peak_memory = _peak_of(plain.step, setup.device)
+        wanted = plain.found(plain.step()).clone()
+        compiled: Subject | None = None
+        for treatment in case.treatments:
+            try:
+                if treatment == "eager":
+                    step: Callable[[], Any] = plain.step
+                elif treatment == "recorded":
+                    step = plain.recorded(pool)
+                    self._check(treatment, plain.found(step()), wanted, setup)
+                else:
+                    model = compile_blocks(copy.deepcopy(plain.model), backend=setup.backend)
+                    compiled = Subject(case, setup, model)
+                    compiled.step()
+                    step = compiled.step if setup.device == "cpu" else compiled.recorded(pool)
+                    self._check(treatment, compiled.found(step()), wanted, setup)
+                self.steps[treatment] = step
+            except Exception as error:  # of a compiler, anything
+                self.missing[treatment] = f"{type(error).__name__}: {one_line(error)}"
+                free()
+
+    def _check(self, treatment: str, found: Tensor, wanted: Tensor, setup: Setup) -> None:
+        error = relative_error(found, wanted)
+        self.errors[treatment] = error
+        if not error <= ALLOWED[setup.device]:
+            raise WrongStep(f"differs from the eager step by {error:.1e}")
+
+
+def measure_case(
+    case: Case, setup: Setup, pool: Any = None, softmax: Calls | None = None
+) -> dict[str, Any]:
+    """Times a case, and softmax under the same treatments in the same rounds.
+
+    Args:
+        case: The case.
+        setup: Where.
+        pool: Memory of recordings.
+        softmax: The same case of softmax; None where it is this one.
+    """
+    ours = Calls(case, setup, pool)
+    if not ours.steps:
+        raise WrongStep("; ".join(f"{name}: {why}" for name, why in ours.missing.items()))
+    contestants = dict(ours.steps)
+    if softmax is not None:
+        contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
+    rounds = interleave(contestants, stopwatch(setup.device), 15, setup.seconds)
+    shared = [name for name in ours.steps if f"softmax {name}" in rounds]
+    best = _fastest(rounds, ours.steps)
+    over_fastest = None
+    if softmax is not None and softmax.steps:
+        theirs = _fastest(rounds, [f"softmax {name}" for name in softmax.steps])
+        over_fastest = {"ours": best, "softmax": theirs.removeprefix("softmax "),
+                        **ratio(rounds[best], rounds[theirs])}  # fmt: skip
+    return {
+        **dataclasses.asdict(case),
+        "resolution": case.resolution,
+        "batch": case.batch,
+        "seconds": {name: _spread(rounds[name]) for name in ours.steps},
+        "over_softmax": {name: ratio(rounds[name], rounds[f"softmax {name}"]) for name in shared},
+        "over_fastest": over_fastest,
+        "errors": ours.errors,
+        "missing": ours.missing,
+        "peak_memory": ours.peak_memory,
+    }
+
+
+def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:
+    return min(names, key=lambda name: statistics.median(rounds[name]))
+
+
+def measure_layer(
+    mechanism: str, tokens: int, mode: str, setup: Setup, peaks: dict[str, float],
+    width: int = LAYER_WIDTH,
+) -> dict[str, Any]:  # fmt: skip
+    """Times one layer of one image on the device, over the least that its work can take there."""
+    layer, step = _layer_step(mechanism, tokens, mode, setup, width)
+    grid = (round(tokens**0.5),) * 2
+    macs = count_macs(layer, grid=grid)
+    products = macs.training_step if mode == "train" else macs.total
+    dtype = next(layer.parameters()).dtype
+    # A backward reads every tensor again and moves a gradient of each.
+    crossing = layer.bytes_crossed(grid, dtype) * (3 if mode == "train" else 1)
+    kind = str(dtype).removeprefix("torch.")
+    assert products is not None
+    floors = {
+        "products": 2 * products / peaks[kind] / 1e9,
+        "memory": crossing / peaks["copy"] / 1e9,
+    }
+    bound = max(floors, key=lambda name: floors[name])
+    step()
+    replay = recorded(step) if setup.device == "cuda" else step
+    rounds = interleave({"layer": replay}, stopwatch(setup.device), 9, setup.seconds / 3)
+    return {
+        "mechanism": mechanism, "tokens": tokens, "width": width, "mode": mode,
+        "seconds": statistics.median(rounds["layer"]), "floor": floors[bound], "bound": bound,
+        "macs": products, "bytes": crossing,
+    }  # fmt: skip
+
+
+def measure_launch(
+    mechanism: str, setup: Setup, tokens: int = LAYER_TOKENS[0], width: int = LAYER_WIDTH
+) -> dict[str, Any]:
+    """Times what the host takes to launch a layer's forward, in launches of a ``torch.bmm``."""
+    layer, step = _layer_step(mechanism, tokens, "forward", setup, width)
+    left = torch.randn(1, 64, 64, device=setup.device, dtype=next(layer.parameters()).dtype)
+
+    def product() -> None:
+        torch.bmm(left, left)
+
+    for _ in range(3):
+        step()
+        product()
+    rounds: dict[str, list[float]] = {"layer": [], "bmm": []}
+    for _ in range(15):
+        for name, call, repeats in (("layer", step, 4), ("bmm", product, 50)):
+            _wait(setup.device)
+            start = time.perf_counter()
+            for _ in range(repeats):  # few enough for the queue to take without waiting
+                call()
+            rounds[name].append((time.perf_counter() - start) / repeats)
+    _wait(setup.device)
+    return {
+        "mechanism": mechanism, "tokens": tokens, "width": width,
+        "seconds": statistics.median(rounds["layer"]),
+        "bmm_seconds": statistics.median(rounds["bmm"]),
+        "launches": ratio(rounds["layer"], rounds["bmm"]),
+    }  # fmt: skip
+
+
+def _layer_step(
+    mechanism: str, tokens: int, mode: str, setup: Setup, width: int
+) -> tuple[attnzoo.Attention, Callable[[], Any]]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype_of(setup.device))
+    layer = attnzoo.build_attention(mechanism, width).to(setup.device, dtype)
+    layer.train(mode == "train")
+    grid = (round(tokens**0.5),) * 2
+    x = torch.randn(1, tokens, width, device=setup.device, dtype=dtype)
+    if mode == "forward":
+        layer.fuse()
+
+        def forward() -> None:
+            with torch.no_grad():
+                layer.after_block(layer(x, grid), grid)
+
+        return layer, forward
+    x.requires_grad_()
+    cotangent = torch.randn_like(x)
+
+    def train() -> None:
+        for tensor in (x, *layer.parameters()):
+            tensor.grad = None
+        layer.after_block(layer(x, grid), grid).backward(cotangent)
+        layer.auxiliary_loss = None
+
+    return layer, train
+
+
+# Of a recipe, by way: --cuda-graph and --compile.
+WAYS = {"eager": ("off", "off"), "recorded": ("on", "off"), "compiled": ("on", "on")}
+GPUS = {"one GPU": 1, "two GPUs": 2}
+# Recipes whose images per second are compared by way, E2, E3 and E11: of which mechanisms.
+RECIPES = {
+    ("train", ("softmax", "dydila")): tuple(WAYS),
+    ("sample", ("softmax", "dydila")): tuple(WAYS),
+    ("train on GPUs", ("dydila",)): tuple(GPUS),
+}
+_STEPS = 60  # of a training, of which the first third does not count
+
+
+def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[str, Any]:
+    """Images per second of a recipe as a user starts it, DiT-S in bfloat16.
+
+    Args:
+        recipe: "train", of 256 tokens; "sample", likewise, with guidance; or "train on GPUs", of
+            4096 tokens and as many images for each GPU.
+        mechanism: The attention.
+        way: Of ``WAYS``, or of ``GPUS``.
+        setup: Where.
+    """
+    if recipe == "sample":
+        speed = _sampling(mechanism, way, setup)
+    elif recipe == "train":
+        graph, compiled = WAYS[way]
+        options = "--resolution", "64", "--cuda-graph", graph, "--compile", compiled
+        speed = _training(mechanism, 64, options)
+    else:
+        if (there := torch.cuda.device_count()) < GPUS[way]:
+            raise Unavailable(
+                f"needs {GPUS[way]} GPUs, and there {'is' if there == 1 else 'are'} {there}"
+            )
+        options = "--resolution", "128", "--patch-size", "2"
+        speed = _training(mechanism, 16 * GPUS[way], options, GPUS[way])
+    return {"recipe": recipe, "mechanism": mechanism, "way": way, "images_per_second": speed}
+
+
+def _training(mechanism: str, batch: int, options: Sequence[str], processes: int = 1) -> float:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    never = [f"--{what}-every={2 * _STEPS}" for what in ("checkpoint", "sample", "diagnose")]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, *(launcher if processes > 1 else ()),
+            str(Path(__file__).parents[1] / "recipes" / "train.py"), "--attn", mechanism,
+            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(_STEPS),
+            "--batch-size", str(batch), "--out", f"{folder}/run", *never, *options,
+        ]  # fmt: skip
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=150)
+        if ended.returncode:
+            raise WrongStep(f"train.py ended with {ended.returncode}: {ended.stderr[-120:]}")
+        lines = Path(folder, "run", "log.jsonl").read_text("utf-8").splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines][_STEPS // 3 :]
+    return batch / statistics.median(seconds)
+
+
+def _sampling(mechanism: str, way: str, setup: Setup, images: int = 16) -> float:
+    case = Case(mechanism, "S", 256, "forward")
+    model, labels, side = _model(case, setup.device), torch.arange(images), 2 * case.side
+    model.requires_grad_(False)
+
+    def draw(recorder: Recorder | None) -> Tensor:
+        return sample(
+            model, DIFFUSION_PRESETS["dit"], labels=labels, indices=labels, seed=0,
+            num_classes=1000, shape=(4, side, side), device=setup.device, recorder=recorder,
+            cfg=4.0, sampler="dpm++", steps=20, batch_size=images, precision="bf16",
+        )  # fmt: skip
+
+    wanted, recorder = draw(None), Recorder("off" if way == "eager" else "on")
+    if way == "compiled":
+        compile_blocks(model, backend=setup.backend)
+    # Twenty steps later a rounding that sent a token to another expert is no longer small.
+    if not (error := relative_error(draw(recorder), wanted)) <= 0.2:
+        raise WrongStep(f"its images differ from the eager ones by {error:.1e}")
+    rounds = interleave({way: lambda: draw(recorder)}, stopwatch(setup.device), 5, setup.seconds)
+    return images / statistics.median(rounds[way])
+
+
+def measure_scans(mode: str, setup: Setup, tokens: int = LAYER_TOKENS[0]) -> dict[str, Any]:
+    """Times gated linear attention in both directions, over two calls of fla's kernel."""
+    heads, key_dim, value_dim, normalizer = 12, 32, 64, 16.0  # of a width of 768
+    grid = (round(tokens**0.5),) * 2
+    chunk_gla = optional("chunk_gla", "fla.ops.gla")
+    generator = torch.Generator(setup.device).manual_seed(0)
+    query, key, gate, value, cotangent = (
+        torch.randn(1, tokens, heads, width, generator=generator, device=setup.device).bfloat16()
+        for width in (key_dim, key_dim, key_dim, value_dim, value_dim)
+    )
+    operands = query, key, value, gate
+    for z in operands:
+        z.requires_grad_(mode == "train")
+
+    def ours() -> Tensor | None:
+        directions = ("forward", "backward")
+        return mean_of_scans_by_kernels(
+            query, key, value, gate, normalizer, grid, directions, "triton"
+        )
+
+    def two_calls() -> Tensor:
+        log_gate = F.logsigmoid(gate.float()) / normalizer
+        there = query, key, value, log_gate
+        back = [z.flip(1) for z in there]
+        scale = key_dim**-0.5
+        out = chunk_gla(*there, scale=scale)[0] + chunk_gla(*back, scale=scale)[0].flip(1)
+        return out / 2
+
+    def stepping(attend: Callable[[], Any]) -> Callable[[], Any]:
+        def step() -> Any:
+            with torch.set_grad_enabled(mode == "train"):
+                out = attend()
+                if mode == "forward":
+                    return (out,)
+                return torch.autograd.grad(out, operands, cotangent.to(out.dtype))
+
+        return step
+
+    contestants = {"ours": stepping(ours), "fla": stepping(two_calls)}
+    for one, other in zip(contestants["ours"](), contestants["fla"](), strict=True):
+        if not (error := relative_error(one.float(), other.float())) <= 0.05:
+            raise WrongStep(f"differs from fla's kernel by {error:.1e}")
+    replayed = {name: recorded(step) for name, step in contestants.items()}
+    rounds = interleave(replayed, stopwatch(setup.device), 15, setup.seconds)
+    return {"mode": mode, "tokens": tokens, "over_fla": ratio(rounds["ours"], rounds["fla"])}
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
+    def watch(call: Callable[[], Any], repeats: int) -> float:
+        if device == "cpu":
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    return watch
+
+
+def quiet() -> None:
+    """Leaves out, in a process of this module, warnings of what is known and meant."""
+    for message in (
+        "TensorFloat32 tensor cores", "Synchronization debug mode", "The AccumulateGrad node",
+        "Online softmax is disabled", "Logical operators 'and' and 'or' are deprecated",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", f".*{message}")
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+
+
+def dtype_of(device: str) -> str:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_of(call: Callable[[], Any], device: str) -> int:
+    call()
+    if device == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    quarter = [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75)]
+    return {"median": statistics.median(values), "q1": quarter[0], "q3": quarter[1]}
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
