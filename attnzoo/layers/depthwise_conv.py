@@ -153,11 +153,8 @@ class ValueConv(nn.Module):
             out = self.conv(parts, grid, impl=impl)
             out = rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
             return out if added is None else added + out.to(added.dtype)
-        # Repeating the kernels is several times cheaper than moving heads to the batch and back.
         [branch] = self.conv.branches
-        weight, bias = branch.weight, branch.bias
-        weight, bias = weight.repeat(self.num_heads, 1, 1, 1), bias.repeat(self.num_heads)
-        return depthwise_conv(value, grid, weight, bias, added, impl=impl)
+        return depthwise_conv(value, grid, branch.weight, branch.bias, added, impl=impl)
 
     @property
     def reach(self) -> int:

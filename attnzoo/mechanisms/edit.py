@@ -67,7 +67,7 @@ class EDiTAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """Q of every token, K and V of every window."""
-        query = self.query(self.fusion(x, grid))
+        query = self.query(self.fusion(x, grid, self.config.impl))
         return query, *self.compress(self.key_value(x), grid, self.config.impl).chunk(2, dim=-1)
 
     def query_kernel(self, query: Tensor) -> Tensor:

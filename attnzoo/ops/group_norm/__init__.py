@@ -10,6 +10,7 @@ from attnzoo.ops.dispatch import Impl, operator
 @operator
 def group_norm(
     x: Tensor,
+    shift: Tensor,
     groups: int,
     weight: Tensor,
     bias: Tensor,
@@ -18,10 +19,11 @@ def group_norm(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """LeakyReLU(GroupNorm(x)), the norm over all tokens and the channels of a group.
+    """LeakyReLU(GroupNorm(x + shift)), the norm over all tokens and the channels of a group.
 
     Args:
         x: (b, n, c).
+        shift: (c,), the bias of what made ``x``.
         groups: Of neighboring channels, a divisor of c.
         weight: (c,).
         bias: (c,).
