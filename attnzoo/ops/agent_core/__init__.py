@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, float32
 
 from attnzoo.ops.dispatch import MACS, Impl, operator
+from attnzoo.ops.precision import operand_dtype
 
 MOST = 128  # agents, and channels of a head, in the kernels
+# Agents times channels of a head, each padded to a power of two, that fit into shared memory.
+MOST_HALF, MOST_FLOAT32 = 8192, 2048
 
 
 def unserved(
@@ -16,10 +19,11 @@ def unserved(
     pooled: tuple[int, int],
 ) -> str | None:  # fmt: skip
     """What the Triton kernels do not serve."""
-    if pooled[0] * pooled[1] > MOST:
-        return f"{pooled[0] * pooled[1]} agents, more than {MOST}"
-    if qkv.shape[-1] // (3 * heads) > MOST:
-        return f"heads of {qkv.shape[-1] // (3 * heads)} channels, more than {MOST}"
+    agents, width = pooled[0] * pooled[1], qkv.shape[-1] // (3 * heads)
+    padded = [max(16, 1 << (size - 1).bit_length()) for size in (agents, width)]
+    most = MOST_FLOAT32 if operand_dtype(qkv) == float32 else MOST_HALF
+    if max(padded) > MOST or padded[0] * padded[1] > most:
+        return f"{agents} agents with heads of {width} channels"
     if grid[0] % pooled[0] or grid[1] % pooled[1]:
         return f"a {grid} grid in cells of unequal sizes"
     if weight is not None and weight.shape[-1] != 3:

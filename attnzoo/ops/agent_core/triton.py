@@ -264,18 +264,20 @@ BLOCKS = {
     "gather": (64, 4), "hand_out": (64, 4), "hand_out_gradient": (64, 4),
     "gather_gradient": (64, 4),
 }  # fmt: skip
-FLOAT32_ROWS = 32
+# Agents times channels beyond which, and in float32, fewer tokens fit into shared memory.
+LARGE, FEW_ROWS = 4096, 16
 
 
 def _launch(kernel: str, qkv: Tensor, heads: int, agents: int) -> tuple[Any, ...]:
     """Parts of the tokens, tokens of a part; what the kernel is told; what Triton is told."""
     (rows, warps), (b, n, width) = BLOCKS[kernel], qkv.shape
-    if qkv.dtype == torch.float32:
-        rows = FLOAT32_ROWS
+    tile, stages = _width(agents) * _width(width // 3 // heads), 2
+    if qkv.dtype == torch.float32 or tile > LARGE:
+        rows, stages = FEW_ROWS, 1
     splits = max(1, min(_ceil(n, rows), _ceil(PROGRAMS, max(1, b * heads)), 128))
     chunk = _ceil(_ceil(n, splits), rows) * rows
     constants = _width(agents), _width(width // 3 // heads), rows, _precision(qkv.dtype)
-    return _ceil(n, chunk), chunk, constants, {"num_warps": warps, "num_stages": 2}
+    return _ceil(n, chunk), chunk, constants, {"num_warps": warps, "num_stages": stages}
 
 
 SCHEMA = (

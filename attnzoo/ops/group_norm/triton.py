@@ -168,9 +168,9 @@ def _group_norm_backward_kernel(
     sample, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     column = tl.program_id(1) * C + tl.arange(0, C)
     mask = column < c
-    place = means + 2 * (sample * groups + column // (c // groups))
-    alone = tl.load(place, mask=mask, other=0.0)[None, :]
-    along = tl.load(place + 1, mask=mask, other=0.0)[None, :]
+    mean = means + 2 * (sample * groups + column // (c // groups))
+    alone = tl.load(mean, mask=mask, other=0.0)[None, :]
+    along = tl.load(mean + 1, mask=mask, other=0.0)[None, :]
     for turn in range(turns):
         start = split * turns * R
         g, row, is_here = _part(grad, sample, start, n, g_row, turn, column, mask, R)
