@@ -131,7 +131,9 @@ class GatedLinear(nn.Module):
             weight = torch.cat([layer.weight for layer in layers])
             parts = F.linear(x, weight).split([layer.out_features for layer in layers], -1)
             query, key, value, gate, reduced = parts
-        return list(map(self._heads, (query, key, value, high(reduced), gate)))
+        # Rows of two dimensions: of three, with spaces between them, the bias is another pass.
+        logit = high(reduced.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return list(map(self._heads, (query, key, value, logit, gate)))
 
     def attention_map(
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]

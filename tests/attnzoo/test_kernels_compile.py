@@ -130,9 +130,10 @@ def launch_the_rest(dtype, width=384):
     differences._forward(by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
-    kernels.stencil(tokens, torch.ones(width, 1, 5, 5, dtype=dtype), None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), 5)
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+    weight = torch.ones(width, 1, 5, 5, dtype=dtype)
+    kernels.stencil(tokens, weight, None, (16, 16))
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
 
 
 def launch_norms_and_windows(dtype, width=384):
@@ -169,20 +170,21 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 
 KERNELS = {
-    "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
+    "_add_mean_kernel", "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
     "_downsample_gradient_kernel", "_downsample_kernel", "_downsample_weight_kernel",
     "_fold_kernel", "_gated_carry_kernel", "_gated_gradient_kernel",
     "_gated_norm_backward_kernel", "_gated_norm_kernel", "_gated_output_kernel",
     "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
-    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel",
-    "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel", "_means_kernel",
-    "_moments_kernel", "_normed_difference_backward_kernel", "_normed_difference_kernel",
-    "_place_kernel", "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
-    "_read_kernel",
-    "_router_gradient_kernel", "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel",
-    "_spread_kernel", "_statistics_kernel", "_stencil_kernel", "_stencil_weight_kernel",
-    "_sums_kernel", "_top1_kernel", "_turn_kernel",
-    "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
+    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel",
+    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
+    "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
+    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
+    "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel",
+    "_query_gradient_kernel", "_read_kernel", "_router_gradient_kernel",
+    "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel", "_spread_kernel",
+    "_statistics_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_sums_kernel",
+    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_wide_gradient_kernel",
+    "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
 
 

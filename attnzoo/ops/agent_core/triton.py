@@ -258,6 +258,22 @@ def _spread_kernel(
     tl.store(row, total, mask=is_column)
 
 
+@triton.jit
+def _add_mean_kernel(
+    grad_q, of_agent, rows, width, cells_w, cell_h, cell_w, c, gq_row,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Adds to each token what its cell has."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    mask = (row < rows)[:, None] & (column < c)[None, :]
+    cell = row // width // cell_h * cells_w + row % width // cell_w
+    place = grad_q + row.to(tl.int64)[:, None] * gq_row + column[None, :]
+    z = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    z += tl.load(of_agent + cell[:, None] * c + column[None, :], mask=mask, other=0.0)
+    tl.store(place, z.to(grad_q.dtype.element_ty), mask=mask)
+
+
 PROGRAMS = 264
 # Tokens of a tile and warps, in half precision, by kernel.
 BLOCKS = {
@@ -338,7 +354,7 @@ def _backward(
     weight: Tensor | None, bias: Tensor | None, heads: int, height: int, width: int, rows: int,
     columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of tokens, and in float32 of the convolution's kernels and biases."""
+    """Of tokens, and of the convolution's kernels and biases."""
     (qkv, spacing), (grad, g_row) = _rows(qkv), _rows(grad)
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
@@ -351,7 +367,7 @@ def _backward(
     local, of_weight, of_bias = grad, new(0), new(0)
     if weight is not None:
         local = stencil(grad, weight, None, grid, is_transposed=True)
-        of_weight, of_bias = stencil_weight_gradient(value, grad, grid)
+        of_weight, of_bias = stencil_weight_gradient(value, grad, grid, weight)
     if not grads.numel():
         return grads, of_weight, of_bias
     grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
@@ -377,8 +393,10 @@ def _backward(
         of_agent, partial, agents, heads, d, splits, agents / n, triton.next_power_of_2(splits),
         _width(d), num_warps=1,
     )  # fmt: skip
-    cells = grad_q.view(b, rows, height // rows, columns, width // columns, c)
-    cells += of_agent.view(b, rows, 1, columns, 1, c)
+    _add_mean_kernel[(_ceil(b * n, 16), _ceil(c, 128))](
+        grad_q, of_agent, b * n, width, columns, height // rows, width // columns, c, 3 * c, 16,
+        128, num_warps=4,
+    )  # fmt: skip
     return grads, of_weight, of_bias
 
 
@@ -403,7 +421,7 @@ def _(
     if weight is None:
         return qkv.new_empty(qkv.shape), none, none.clone()
     return (
-        qkv.new_empty(qkv.shape), logs.new_empty(weight.shape), logs.new_empty(len(weight)),
+        qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight)),
     )  # fmt: skip
 
 

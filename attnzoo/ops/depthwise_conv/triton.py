@@ -331,6 +331,44 @@ def _wide_stencil_weight_kernel(
     tl.store(place + 25 * c, tl.sum(tb, 0), mask=is_c)
 
 
+@triton.jit
+def _tap_sums_kernel(
+    partial, weight, bias, rows, c, kernels, shared, taps, R: tl.constexpr, K: tl.constexpr
+):
+    """Adds up the parts of one tap, or, behind the last, of the bias, over all that share it."""
+    tap, kernel = tl.program_id(0), tl.program_id(1) * K + tl.arange(0, K)
+    mask = kernel < kernels
+    total = tl.zeros((R, K), tl.float32)
+    for start in range(0, rows, R):
+        row = start + tl.arange(0, R)
+        place = ((row // shared).to(tl.int64) * (taps + 1) + tap) * c + row % shared * kernels
+        place = partial + place[:, None] + kernel[None, :]
+        total += tl.load(place, mask=(row < rows)[:, None] & mask[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    place = weight + kernel * taps + tap
+    tl.store(place, total.to(weight.dtype.element_ty), mask=mask & (tap < taps))
+    tl.store(bias + kernel, total.to(bias.dtype.element_ty), mask=mask & (tap == taps))
+
+
+def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a depthwise convolution's weight, ``like``, and bias, in its type.
+
+    Args:
+        partial: (parts, taps + 1, c), the last of the bias; c a multiple of ``like``'s channels.
+        like: (kernels, 1, rows, columns).
+    """
+    parts, taps, c = partial.shape
+    kernels = len(like)
+    weight = torch.empty(like.shape, dtype=like.dtype, device=partial.device)
+    bias = torch.empty(kernels, dtype=like.dtype, device=partial.device)
+    if kernels:
+        _tap_sums_kernel[(taps, _ceil(kernels, 8))](
+            partial, weight, bias, parts * (c // kernels), c, kernels, c // kernels, taps - 1, 256,
+            8, num_warps=4,
+        )  # fmt: skip
+    return weight, bias
+
+
 # Rows a program walks down, pixels and channels of its tile, warps.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
@@ -391,12 +429,10 @@ def stencil(
 
 
 def stencil_weight_gradient(
-    x: Tensor, grad: Tensor, grid: tuple[int, int], size: int = 3, kernels: int | None = None
+    x: Tensor, grad: Tensor, grid: tuple[int, int], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight, (kernels, 1, size, size), and bias, (kernels,), in float32.
-
-    There are as many kernels as channels, or ``kernels``.
-    """
+    """Gradients of ``weight`` of ``stencil`` and of the bias, in its type."""
+    size = weight.shape[-1]
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
     is_wide, taps = size == 5, size**2
@@ -409,9 +445,7 @@ def stencil_weight_gradient(
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
             num_warps=warps,
         )  # fmt: skip
-    kernels = kernels or c
-    total = partial.view(-1, taps + 1, c // max(kernels, 1), kernels).sum((0, 2))
-    return total[:taps].t().contiguous().view(kernels, 1, size, size), total[taps].clone()
+    return tap_sums(partial, weight)
 
 
 @launched("stencil")
@@ -434,19 +468,14 @@ def _stencil_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = height, width
     grad_x = stencil(grad, weight, None, grid, is_transposed=True)
-    return grad_x, *stencil_weight_gradient(x, grad, grid, weight.shape[-1], len(weight))
+    return grad_x, *stencil_weight_gradient(x, grad, grid, weight)
 
 
 @_stencil_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = weight.new_empty
-    return (
-        x.new_empty(x.shape),
-        wide(weight.shape, dtype=torch.float32),
-        wide(weight.shape[0], dtype=torch.float32),
-    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _stencil_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -460,8 +489,8 @@ def _stencil_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight, grad_bias = _stencil_backward(grad, x, weight, *ctx.grid)
     return (
         grad_x,
-        grad_weight.to(weight.dtype),
-        grad_bias.to(weight.dtype) if ctx.has_bias else None,
+        grad_weight,
+        grad_bias if ctx.has_bias else None,
         grad if ctx.has_added else None,
         None,
         None,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.depthwise_conv.triton import tap_sums
 from attnzoo.ops.downsample import coarse_grid
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import _ceil, _rows, launched
@@ -129,7 +130,7 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of tokens, and in float32 of kernels and biases."""
+    """Of tokens, kernels and biases."""
     (x, x_row), (grad, g_row) = _rows(x), _rows(grad)
     b, n, c = x.shape
     kernels, size = len(weight), weight.shape[-1]
@@ -150,8 +151,7 @@ def _backward(
             x, grad, partial, rows, height, width, high, wide, c, x_row, g_row, turns, *options,
             num_warps=4,
         )  # fmt: skip
-    total = partial.view(-1, taps, c // kernels, kernels).sum((0, 2))
-    return grad_x, total[:-1].t().contiguous().view(weight.shape), total[-1].clone()
+    return grad_x, *tap_sums(partial, weight)
 
 
 @_forward.register_fake
@@ -164,24 +164,16 @@ def _(
 
 @_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, *_: int) -> tuple[Tensor, Tensor, Tensor]:
-    new = weight.new_empty
-    return (
-        x.new_empty(x.shape),
-        new(weight.shape, dtype=torch.float32),
-        new(len(weight), dtype=torch.float32),
-    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.sizes = inputs
+    x, weight, _, *ctx.sizes = inputs
     ctx.save_for_backward(x, weight)
-    ctx.dtypes = weight.dtype, bias.dtype
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    of_x, of_weight, of_bias = _backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    kinds = ctx.dtypes
-    return of_x, of_weight.to(kinds[0]), of_bias.to(kinds[1]), None, None, None, None
+    return *_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -97,55 +97,19 @@ def _gated_carry_kernel(
     from_left = (slot == 0) & LEFT
     first = tl.where(from_left, 0, chunks - 1)
     step = tl.where(from_left, 1, -1)
-    base = (slot * rows + image_head) * chunks
+    spot = ((slot * rows + image_head) * chunks + first) * dk * dv
+    updates += spot
+    states += spot
+    totals += (image_head * chunks + first) * dk
     state = tl.zeros((E,), tl.float32)
-    for turn in tl.range(0, chunks, num_stages=STAGES):
-        chunk = first + turn * step
-        spot = (base + chunk) * dk * dv + entry
-        update = tl.load(updates + spot, mask=mask, other=0.0)
-        total = tl.load(
-            totals + (image_head * chunks + chunk) * dk + entry // dv, mask=mask, other=0.0
-        )
-        tl.store(states + spot, state.to(states.dtype.element_ty), mask=mask)
+    for _ in tl.range(0, chunks, num_stages=STAGES):
+        update = tl.load(updates + entry, mask=mask, other=0.0)
+        total = tl.load(totals + entry // dv, mask=mask, other=0.0)
+        tl.store(states + entry, state.to(states.dtype.element_ty), mask=mask)
         state = state * tl.exp2(total) + update
-
-
-@triton.jit
-def _after(decay, state, next_decay, next_state):
-    return decay * next_decay, state * next_decay + next_state
-
-
-@triton.jit
-def _gated_scan_kernel(
-    updates, totals, states, rows, chunks, dk, dv, LEFT: tl.constexpr, T: tl.constexpr,
-    E: tl.constexpr,
-):  # fmt: skip
-    # Slot 0 is carried from the left if there is a LEFT, every other from the right.
-    slot, image_head = tl.program_id(0) // rows, (tl.program_id(0) % rows).to(tl.int64)
-    row, entry = tl.arange(0, T), tl.program_id(1) * E + tl.arange(0, E)
-    is_entry = entry < dk * dv
-    from_left = (slot == 0) & LEFT
-    first = tl.where(from_left, 0, chunks - 1)
-    step = tl.where(from_left, 1, -1)
-    updates += (slot * rows + image_head) * chunks * dk * dv
-    states += (slot * rows + image_head) * chunks * dk * dv
-    totals += image_head * chunks * dk
-    state = tl.zeros((E,), tl.float32)
-    tl.store(states + first * dk * dv + entry, state.to(states.dtype.element_ty), mask=is_entry)
-    for start in range(0, chunks, T):
-        turn = start + row
-        chunk = first + turn * step
-        mask = (turn < chunks)[:, None] & is_entry[None, :]
-        update = tl.load(updates + chunk[:, None] * dk * dv + entry[None, :], mask=mask, other=0.0)
-        total = tl.load(
-            totals + chunk[:, None] * dk + (entry // dv)[None, :], mask=mask, other=0.0
-        )
-        decay, update = tl.associative_scan((tl.exp2(total), update), 0, _after)
-        update += state[None, :] * decay
-        place = states + (chunk + step)[:, None] * dk * dv + entry[None, :]
-        is_next = (turn + 1 < chunks)[:, None] & is_entry[None, :]
-        tl.store(place, update.to(states.dtype.element_ty), mask=is_next)
-        state = tl.sum(tl.where(row[:, None] == T - 1, update, 0.0), 0)
+        updates += step * dk * dv
+        states += step * dk * dv
+        totals += step * dk
 
 
 @triton.jit
@@ -242,8 +206,8 @@ BLOCKS = {
         64,
         (32, 64, _Launch(4)),
         {True: (32, _Launch(4)), False: (32, _Launch(8))},
-        {True: (32, 64, _Launch(8)), False: (16, 64, _Launch(8))},
-        (256, 2, 4),
+        {True: (32, 64, _Launch(4)), False: (16, 64, _Launch(8))},
+        (64, 2, 8),
     ),
     torch.float32: Blocks(
         32,
@@ -253,9 +217,6 @@ BLOCKS = {
         (256, 2, 4),
     ),
 }
-
-
-SCAN = (64, 32, 4)
 
 
 class _Order(NamedTuple):
@@ -384,13 +345,6 @@ def _carry(
     if is_alone:
         return _Carried(None, totals)
     states = call.new(x, order.count, *sizes.tail, dtype=call.dtype)
-    if SCAN:
-        turns, entries, warps = SCAN
-        _gated_scan_kernel[(order.count * sizes.rows, _ceil(dk * dv, entries))](
-            updates, totals, states, sizes.rows, chunks, dk, dv, is_left,
-            min(turns, triton.next_power_of_2(chunks)), entries, num_warps=warps,
-        )  # fmt: skip
-        return _Carried(states, totals)
     entries, warps, stages = blocks.carry
     _gated_carry_kernel[(order.count * sizes.rows, _ceil(dk * dv, entries))](
         updates, totals, states, sizes.rows, chunks, dk, dv, is_left, entries, stages,

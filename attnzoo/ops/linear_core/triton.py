@@ -54,6 +54,9 @@ def _tokens(base, row, spacing, column, mask, RELU: tl.constexpr):
 @triton.jit
 def _block(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
     """Places of (a, b) in the unit's states, each (head_dim + 1, head_dim), and which exist."""
+    if G == 1:  # neighbors are loaded together where no division hides that they are
+        place = (head * (head_dim + 1) + a)[:, None] * head_dim + b[None, :]
+        return state + place, is_a[:, None] & is_b[None, :]
     place = (head + a // head_dim)[:, None] * (head_dim + 1) + (a % head_dim)[:, None]
     mask = is_a[:, None] & is_b[None, :]
     if G > 1:
@@ -64,6 +67,9 @@ def _block(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
 @triton.jit
 def _block_transposed(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
     """``_block``, as (b, a)."""
+    if G == 1:
+        place = (head * (head_dim + 1) + a)[None, :] * head_dim + b[:, None]
+        return state + place, is_a[None, :] & is_b[:, None]
     place = (head + a // head_dim)[None, :] * (head_dim + 1) + (a % head_dim)[None, :]
     mask = is_a[None, :] & is_b[:, None]
     if G > 1:
@@ -72,8 +78,10 @@ def _block_transposed(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
 
 
 @triton.jit
-def _key_sum(state, head, a, head_dim):
+def _key_sum(state, head, a, head_dim, G: tl.constexpr):
     """Places of the sum of the keys, which is each state's last row."""
+    if G == 1:
+        return state + (head * (head_dim + 1) + head_dim) * head_dim + a
     return state + ((head + a // head_dim) * (head_dim + 1) + head_dim) * head_dim + a % head_dim
 
 
@@ -133,7 +141,7 @@ def _fold_kernel(
     state += part * heads * (head_dim + 1) * head_dim
     place, exists = _block(state, head, a_column, b_column, is_a, is_b, head_dim, G)
     tl.store(place, acc, mask=exists)
-    last = _key_sum(state, head, a_column, head_dim)
+    last = _key_sum(state, head, a_column, head_dim, G)
     tl.store(last, tl.sum(total, 0), mask=is_a & (j == 0))
 
 
@@ -161,7 +169,7 @@ def _read_kernel(
     if not WIDE:
         place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
         block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-        last = _key_sum(state, head, column, head_dim)
+        last = _key_sum(state, head, column, head_dim, G)
         key_sum = tl.load(last, mask=is_column, other=0.0)
         same = _same_head(column, head_dim, DTYPE)
     for begin in range(0, length, R):
@@ -177,7 +185,7 @@ def _read_kernel(
                 tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
                 acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
                 if DIVIDE:
-                    sums = _key_sum(state, head, a, head_dim)
+                    sums = _key_sum(state, head, a, head_dim, G)
                     norm += x * tl.load(sums, mask=is_a, other=0.0)[None, :]
             if DIVIDE:
                 factor = 1 / (tl.sum(norm, 1) + eps)
@@ -216,7 +224,7 @@ def _query_gradient_kernel(
         state, head, column, column, is_column, is_column, head_dim, G
     )
     block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-    last = _key_sum(state, head, column, head_dim)
+    last = _key_sum(state, head, column, head_dim, G)
     key_sum = tl.load(last, mask=is_column, other=0.0)
     same = _same_head(column, head_dim, DTYPE)
     acc = tl.zeros((W, W), tl.float32)
@@ -243,7 +251,7 @@ def _query_gradient_kernel(
     grad_state += part * heads * (head_dim + 1) * head_dim
     place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
     tl.store(place, acc, mask=exists)
-    last = _key_sum(grad_state, head, column, head_dim)
+    last = _key_sum(grad_state, head, column, head_dim, G)
     tl.store(last, tl.sum(total, 0), mask=is_column)
 
 
@@ -267,7 +275,7 @@ def _key_gradient_kernel(
     grad_state += sample * heads * (head_dim + 1) * head_dim
     place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
     block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-    last = _key_sum(grad_state, head, column, head_dim)
+    last = _key_sum(grad_state, head, column, head_dim, G)
     grad_sum = tl.load(last, mask=is_column, other=0.0)
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
@@ -321,7 +329,7 @@ def _wide_gradient_kernel(
         place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
         acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
     if DIVIDE:
-        last = tl.load(_key_sum(state, head, column, head_dim), mask=is_column, other=0.0)
+        last = tl.load(_key_sum(state, head, column, head_dim, 1), mask=is_column, other=0.0)
         if SCALED:
             of_norm = -tl.sum(along, 1) * factor
             tl.store(weight + scales, of_norm, mask=is_row & (i == 0))
