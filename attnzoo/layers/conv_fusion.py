@@ -45,6 +45,12 @@ class ConvFusion(nn.Module):
         hidden = group_norm(hidden, bias, *options, impl=impl)
         return x + F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
 
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Puts the channels of C_1's kernels side by side, as a GPU would in every call."""
+        weight = self.squeeze.weight
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
     def squeezed(
         self, x: Tensor, grid: tuple[int, int], first: int, stop: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -117,6 +117,10 @@ class LinearAttention(Attention):
         """phi_k of tokens, (b, m, dim) -> (b, m, dim), but for ``activation``."""
         raise NotImplementedError
 
+    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both kernels, which may share what they need."""
+        return self.query_kernel(query), self.key_kernel(key)
+
     def activated(self, z: Tensor) -> Tensor:
         """The ``activation`` of tokens."""
         return F.relu(z) if self.activation == "relu" else z
@@ -225,7 +229,7 @@ class LinearAttention(Attention):
             query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
                 key = self.key_position(key, grid, slice(None))
-            operands = self.query_kernel(query), self.key_kernel(key), value
+            operands = *self.kernels(query, key), value
         eps = self.config.eps * (tokens if self.divides_by_mean else 1)
         options = self.num_heads, self.activation == "relu", self.normalizer == "base", eps
         out = linear_tokens(*operands, *options, impl="triton")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -108,6 +108,11 @@ class EDiTAttention(LinearAttention):
         A compressed key's weight is shared evenly by the tokens of its 3x3 window.
         """
         return self.compress.spread(super().attention_map(x, grid), grid)
+
+    def fuse(self) -> dict[str, Any]:
+        """See ``Attention.fuse``: kernels come to lie as their convolution reads them."""
+        self.fusion.lay_out()
+        return super().fuse()
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

@@ -86,15 +86,19 @@ class FocusedAttention(LinearAttention):
         """See ``LinearAttention``."""
         return self.qkv(x).chunk(3, dim=-1)
 
+    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LinearAttention``."""
+        scale = F.softplus(self.scale)
+        return self._focus(query, scale), self._focus(key, scale)
+
     def query_kernel(self, query: Tensor) -> Tensor:
         """f(Q)."""
-        return self._focus(query)
+        return self._focus(query, F.softplus(self.scale))
 
     def key_kernel(self, key: Tensor) -> Tensor:
         """f(K)."""
-        return self._focus(key)
+        return self._focus(key, F.softplus(self.scale))
 
-    def _focus(self, z: Tensor) -> Tensor:
-        factor, scale = self.config.focusing_factor, F.softplus(self.scale)
-        impl = self.config.impl
+    def _focus(self, z: Tensor, scale: Tensor) -> Tensor:
+        factor, impl = self.config.focusing_factor, self.config.impl
         return scaled_power_map(in_wide_range(z), scale, factor, RELU_OFFSET, impl=impl)
