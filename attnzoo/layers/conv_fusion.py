@@ -43,7 +43,10 @@ class ConvFusion(nn.Module):
         hidden = to_tokens(F.conv2d(to_image(x, grid), squeeze, padding=1))
         options = norm.num_groups, norm.weight, norm.bias, norm.eps, SLOPE
         hidden = group_norm(hidden, bias, *options, impl=impl)
-        return x + F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
+        return x + self._expanded(hidden)
+
+    def _expanded(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
 
     @torch.no_grad()
     def lay_out(self) -> None:
@@ -63,11 +66,11 @@ class ConvFusion(nn.Module):
         norm = self.norm
         hidden = _normed(squeezed, moments, norm.weight, norm.bias, norm.eps)
         hidden = F.leaky_relu(hidden, SLOPE, inplace=True)
-        return x + to_tokens(self.expand(to_image(hidden, (1, x.shape[1]))))
+        return x + self._expanded(hidden)
 
     def macs(self, grid: tuple[int, int]) -> int:
-        """Multiply-accumulates per sample."""
-        return (self.squeeze.weight.numel() + self.expand.weight.numel()) * grid[0] * grid[1]
+        """Multiply-accumulates of C_1 per sample; C_2 is a product of each token."""
+        return self.squeeze.weight.numel() * grid[0] * grid[1]
 
 
 @in_float32

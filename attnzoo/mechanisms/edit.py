@@ -120,6 +120,7 @@ class EDiTAttention(LinearAttention):
         height, width = self.compress.coarse_grid(grid)
         core = linear_attention_macs(n, height * width, head_dim, head_dim)
         return super().macs_parts(grid) | {
+            "projections": (4 * self.dim**2 + self.fusion.expand.weight.numel()) * n,
             "core": self.num_heads * core,
             "conv": self.fusion.macs(grid) + self.compress.macs(grid),
         }

@@ -205,9 +205,9 @@ BLOCKS = {
     torch.bfloat16: Blocks(
         64,
         (32, 64, _Launch(4)),
-        {True: (32, _Launch(4)), False: (32, _Launch(8))},
+        {True: (32, _Launch(4, 1, 168)), False: (32, _Launch(8))},
         {True: (32, 64, _Launch(4)), False: (16, 64, _Launch(8))},
-        (64, 2, 8),
+        (128, 2, 8),
     ),
     torch.float32: Blocks(
         32,

@@ -184,7 +184,7 @@ def _group_norm_backward_kernel(
         tl.store(out + place, g.to(out.dtype.element_ty), mask=is_here)
 
 
-_TILE = 16, 128  # tokens and channels
+_TILE = 64, 64  # tokens and channels
 _PROGRAMS = 528
 _SPLITS = 128  # at most: one program joins them
 

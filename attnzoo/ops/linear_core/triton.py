@@ -370,7 +370,9 @@ BLOCKS: dict[str, tuple[Block, Block, Block]] = {
     "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
                      Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
-NARROW, MEDIUM = 64, 128
+# Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
+SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
+SMALL, NARROW, MEDIUM = 32, 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_ROWS = 32
 
@@ -409,7 +411,10 @@ def _launch(
     room = _shared_memory(device)
     is_small = bool(room and room < ROOMY)
     sizes = b, n, heads, width
-    return _sizes(BLOCKS[kernel][kind], kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
+    block = BLOCKS[kernel][kind]
+    if width <= SMALL:
+        block = SMALL_BLOCKS.get(kernel, block)
+    return _sizes(block, kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
 
 
 @functools.lru_cache(maxsize=1024)
