@@ -153,7 +153,8 @@ def launch_norms_and_windows(dtype, width=384):
         out = windows._forward.function(x, weight, ones, 16, 16, 2, padding)
         windows._backward.function(out, x, weight, 16, 16, 2, padding)
     weight = torch.ones(width, 1, 3, 3, dtype=dtype)
-    for heads, cells in ((6, 8), (3, 8), (6, 4)):
+    # Float32 takes as many agents of 32 channels as half precision of 128.
+    for heads, cells in ((12, 8), (12, 4)) if dtype == torch.float32 else ((6, 8), (3, 8)):
         sizes = weight, ones, heads, 16, 16, cells, cells
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
