@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,11 @@ class GatedLinear(nn.Module):
         if (block := self.config.block(self.training)) is not None:
             return stream_scans(x, grid, block, directions, self._advance, self._finish)
         if (parts := self._project_together(x)) is not None:
-            *operands, gate = parts
+            query, key, value, logit, gate = parts
             normalizer, impl = self.config.gate_normalizer, self.config.impl
-            mixed = mean_of_scans_by_kernels(*operands, normalizer, grid, directions, impl)
+            mixed = mean_of_scans_by_kernels(
+                query, key, value, logit, normalizer, grid, directions, impl
+            )
             assert mixed is not None
             return self._gated(gate, mixed)
         mixed = self._scans(x, self._heads(self.value(x)), grid, directions)
@@ -111,20 +113,18 @@ class GatedLinear(nn.Module):
         impl = "auto" if self.config.impl == "fla" else self.config.impl
         return self.proj(gated_norm(mixed, gate, self.norm.weight, self.norm_eps, impl=impl))
 
-    def _project_together(self, x: Tensor) -> list[Tensor] | None:
+    def _project_together(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Q, K, V, logits of the forget gates, and the output gate, per head, by one product.
 
         None where no kernels run, which read rows with any spacing; a CPU pays for the spacing
         more than for products.
         """
-        sizes = self.query.out_features, self.value.out_features
-        sizes = (size // self.num_heads for size in sizes)
-        if not takes_kernels(
-            x, operand_dtype(x), *sizes, x.shape[1] * self.num_heads, self.config.impl
-        ):
+        heads, impl = self.num_heads, self.config.impl
+        key_dim, value_dim = self.query.out_features // heads, self.value.out_features // heads
+        if not takes_kernels(x, operand_dtype(x), key_dim, value_dim, x.shape[1] * heads, impl):
             return None
         low, high = self.forget_gate
-        layers = self.query, self.key, self.value, self.output_gate, low
+        layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
         if any(type(layer) is not nn.Linear for layer in layers):  # an adapter is around one
             query, key, value, gate, reduced = (layer(x) for layer in layers)
         else:
@@ -133,7 +133,7 @@ class GatedLinear(nn.Module):
             query, key, value, gate, reduced = parts
         # Rows of two dimensions: of three, with spaces between them, the bias is another pass.
         logit = high(reduced.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return list(map(self._heads, (query, key, value, logit, gate)))
+        return tuple(map(self._heads, (query, key, value, logit, gate)))
 
     def attention_map(
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]

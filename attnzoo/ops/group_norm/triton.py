@@ -257,9 +257,9 @@ def _backward(
         )
     else:
         totals.zero_()
-    # Copies, which are no views of one another.
-    found = (totals[0] if b == 1 else totals.sum(0)).to(weight.dtype, copy=True)
-    of_bias, of_weight, of_shift = found.unbind(0)
+    found = totals[0] if b == 1 else totals.sum(0)
+    # An operator's results are no views of one another.
+    of_bias, of_weight, of_shift = (z.to(weight.dtype, copy=True) for z in found)
     return out, of_shift, of_weight, of_bias
 
 
