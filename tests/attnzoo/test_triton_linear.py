@@ -380,9 +380,18 @@ if CAN_RUN:
         for parameter in layer.parameters():
             assert parameter.grad.dtype == parameter.dtype and parameter.grad.isfinite().all()
 
-    @pytest.mark.parametrize(("name", "options"), [("sana", {}), ("lit", {})])
-    def test_compiles_into_one_graph(name, options):
-        layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 4)
+    @pytest.mark.parametrize(
+        ("name", "operator"),
+        [
+            ("sana", "linear_core"),
+            ("lit", "linear_core"),
+            ("agent", "agent_core"),
+            ("compressed", "downsample"),
+            ("edit", "group_norm"),
+        ],
+    )
+    def test_compiles_into_one_graph(name, operator):
+        layer, grid = build_scrambled(name).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -394,7 +403,7 @@ if CAN_RUN:
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
         assert counter.frame_count == 1
         graphs = str([graph.code for graph in counter.graphs])
-        assert "attnzoo.linear_core" in graphs
+        assert f"attnzoo.{operator}" in graphs
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (70, 768)])
