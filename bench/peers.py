@@ -159,11 +159,12 @@ def _fla(module: str, function: str, gate: str, device: str, reason: str) -> Bui
             # In float32, as the layer has them around its own scans.
             log_gate = F.logsigmoid(logit.float()) / gla.config.gate_normalizer
             ordered = (
-                torch.cat([scan(z.float(), grid, direction) for direction in layer.directions])
+                torch.cat([scan(z, grid, direction) for direction in layer.directions])
                 for z in (query, key, value, log_gate)
             )
-            out = kernel(**dict(zip(("q", "k", "v", gate), ordered, strict=True)))
-            scans = zip(out[0].chunk(len(layer.directions)), layer.directions, strict=True)
+            # Its kernels sum in float32 themselves; operands in float32 would cost them twice.
+            out = kernel(**dict(zip(("q", "k", "v", gate), ordered, strict=True)))[0].float()
+            scans = zip(out.chunk(len(layer.directions)), layer.directions, strict=True)
             mean = torch.stack([unscan(z, grid, direction) for z, direction in scans]).mean(0)
             out = F.rms_norm(mean, mean.shape[-1:], gla.norm.weight.float(), gla.norm_eps)
             out = (out * F.silu(output_gate.float())).to(x.dtype)

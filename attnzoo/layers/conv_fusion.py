@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from attnzoo.layers.downsample import rows_of
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.precision import in_float32
+
+SLOPE = 0.01  # of the leaky ReLU below 0; PyTorch's
 
 
 class ConvFusion(nn.Module):
@@ -31,10 +35,24 @@ class ConvFusion(nn.Module):
         self.norm = nn.GroupNorm(groups, width)
         self.expand = nn.Conv2d(width, dim, 1)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], impl: Impl = "auto") -> Tensor:
         """(b, h * w, dim) -> (b, h * w, dim)."""
-        hidden = F.leaky_relu(self.norm(self.squeeze(to_image(x, grid))))
-        return x + to_tokens(self.expand(hidden))
+        norm, squeeze, bias = self.norm, self.squeeze.weight, self.squeeze.bias
+        assert bias is not None
+        # The bias comes with the norm: after a convolution on a GPU it would be a pass of its own.
+        hidden = to_tokens(F.conv2d(to_image(x, grid), squeeze, padding=1))
+        options = norm.num_groups, norm.weight, norm.bias, norm.eps, SLOPE
+        hidden = group_norm(hidden, bias, *options, impl=impl)
+        return x + self._expanded(hidden)
+
+    def _expanded(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Puts the channels of C_1's kernels side by side, as a GPU would in every call."""
+        weight = self.squeeze.weight
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def squeezed(
         self, x: Tensor, grid: tuple[int, int], first: int, stop: int
@@ -47,12 +65,12 @@ class ConvFusion(nn.Module):
         """The rest, of any tokens and their C_1(X), with the sum of all rows' moments."""
         norm = self.norm
         hidden = _normed(squeezed, moments, norm.weight, norm.bias, norm.eps)
-        hidden = F.leaky_relu(hidden, inplace=True)
-        return x + to_tokens(self.expand(to_image(hidden, (1, x.shape[1]))))
+        hidden = F.leaky_relu(hidden, SLOPE, inplace=True)
+        return x + self._expanded(hidden)
 
     def macs(self, grid: tuple[int, int]) -> int:
-        """Multiply-accumulates per sample."""
-        return (self.squeeze.weight.numel() + self.expand.weight.numel()) * grid[0] * grid[1]
+        """Multiply-accumulates of C_1 per sample; C_2 is a product of each token."""
+        return self.squeeze.weight.numel() * grid[0] * grid[1]
 
 
 @in_float32

@@ -153,14 +153,8 @@ class ValueConv(nn.Module):
             out = self.conv(parts, grid, impl=impl)
             out = rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
             return out if added is None else added + out.to(added.dtype)
-        # Repeating the kernels is several times cheaper than moving heads to the batch and back.
         [branch] = self.conv.branches
-        heads, taps = self.num_heads, branch.weight.flatten(1)
-        bias = branch.bias.expand(heads, -1).reshape(-1)
-        # Channels last, as a kernel for a GPU reads 5x5: one copy makes both.
-        weight = taps.t().unsqueeze(1).expand(-1, heads, -1).reshape(taps.shape[1], -1).t()
-        weight = weight.view(-1, *branch.weight.shape[1:])
-        return depthwise_conv(value, grid, weight, bias, added, impl=impl)
+        return depthwise_conv(value, grid, branch.weight, branch.bias, added, impl=impl)
 
     @property
     def reach(self) -> int:

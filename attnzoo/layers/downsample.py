@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.downsample import coarse_grid, downsample
 
 
 class DepthwiseDownsample(nn.Module):
@@ -32,22 +34,16 @@ class DepthwiseDownsample(nn.Module):
 
     def coarse_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of what comes out."""
-        return -(-grid[0] // self.stride), -(-grid[1] // self.stride)
+        return coarse_grid(grid, self.stride)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(b, h * w, dim) -> (b, ceil(h / stride) * ceil(w / stride), dim)."""
-        image, stride = to_image(x, grid), self.stride
-        missing = [0 if self.padding else -side % stride for side in grid]
-        if not any(missing):
-            return to_tokens(self.conv(image))
-        image = F.pad(image, (0, missing[1], 0, missing[0]))
-        out = F.conv2d(image, self.conv.weight, stride=stride, groups=self.conv.groups)
-        for side, gap in zip((2, 3), missing, strict=True):
-            scale = out.new_ones(out.shape[side])
-            scale[-1] = stride / (stride - gap)
-            out = out * (scale[:, None] if side == 2 else scale)
+    def forward(self, x: Tensor, grid: tuple[int, int], impl: Impl = "auto") -> Tensor:
+        """(b, h * w, parts * dim) -> (b, ceil(h / stride) * ceil(w / stride), parts * dim).
+
+        All parts share the kernels.
+        """
         assert self.conv.bias is not None
-        return to_tokens(out + self.conv.bias[:, None, None].to(out.dtype))
+        operands = x, grid, self.conv.weight, self.conv.bias, self.stride, self.padding
+        return downsample(*operands, impl=impl)
 
     def spread(self, weights: Tensor, grid: tuple[int, int]) -> Tensor:
         """Shares what falls on a window evenly among its tokens: (..., m) -> (..., h * w)."""

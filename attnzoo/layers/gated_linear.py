@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.streaming import StreamConfig, stream_scans
 from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.gated_scan import (
     Direction,
     gated_linear_attention,
@@ -22,9 +23,10 @@ from attnzoo.ops.gated_scan import (
     gated_linear_block,
     mean_of_scans_by_kernels,
     scan,
+    takes_kernels,
     unscan,
 )
-from attnzoo.ops.precision import in_float32
+from attnzoo.ops.precision import in_float32, operand_dtype
 
 GATE_RANK = 16  # of the forget gate's projection; GLA and DiG
 
@@ -84,6 +86,14 @@ class GatedLinear(nn.Module):
         """(b, height * width, dim) -> (b, height * width, dim)."""
         if (block := self.config.block(self.training)) is not None:
             return stream_scans(x, grid, block, directions, self._advance, self._finish)
+        if (parts := self._project_together(x)) is not None:
+            query, key, value, logit, gate = parts
+            normalizer, impl = self.config.gate_normalizer, self.config.impl
+            mixed = mean_of_scans_by_kernels(
+                query, key, value, logit, normalizer, grid, directions, impl
+            )
+            assert mixed is not None
+            return self._gated(gate, mixed)
         mixed = self._scans(x, self._heads(self.value(x)), grid, directions)
         return self._finish(x, mixed)
 
@@ -97,9 +107,33 @@ class GatedLinear(nn.Module):
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Tokens and their mean of the scans, (b, n, h, dv) -> (b, n, dim)."""
-        gate = self._heads(self.output_gate(x))
-        out = _gated_norm(gate, mixed, self.norm.weight, self.norm_eps)
-        return self.proj(rearrange(out, "b n h d -> b n (h d)"))
+        return self._gated(self._heads(self.output_gate(x)), mixed)
+
+    def _gated(self, gate: Tensor, mixed: Tensor) -> Tensor:
+        impl = "auto" if self.config.impl == "fla" else self.config.impl
+        return self.proj(gated_norm(mixed, gate, self.norm.weight, self.norm_eps, impl=impl))
+
+    def _project_together(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Q, K, V, logits of the forget gates, and the output gate, per head, by one product.
+
+        None where no kernels run, which read rows with any spacing; a CPU pays for the spacing
+        more than for products.
+        """
+        heads, impl = self.num_heads, self.config.impl
+        key_dim, value_dim = self.query.out_features // heads, self.value.out_features // heads
+        if not takes_kernels(x, operand_dtype(x), key_dim, value_dim, x.shape[1] * heads, impl):
+            return None
+        low, high = self.forget_gate
+        layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
+        if any(type(layer) is not nn.Linear for layer in layers):  # an adapter is around one
+            query, key, value, gate, reduced = (layer(x) for layer in layers)
+        else:
+            weight = torch.cat([layer.weight for layer in layers])
+            parts = F.linear(x, weight).split([layer.out_features for layer in layers], -1)
+            query, key, value, gate, reduced = parts
+        # Rows of two dimensions: of three, with spaces between them, the bias is another pass.
+        logit = high(reduced.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return tuple(map(self._heads, (query, key, value, logit, gate)))
 
     def attention_map(
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]
@@ -119,13 +153,9 @@ class GatedLinear(nn.Module):
         directions: Sequence[Direction],
         impl: Impl | None = None,
     ) -> Tensor:
-        """Mean of the scans' outputs, (b, n, h, dv), in float32 or better; by kernels in x's."""
+        """Mean of the scans' outputs, (b, n, h, dv), in float32 or better."""
         impl, normalizer = impl or self.config.impl, self.config.gate_normalizer
         gate_logit, query, key = self._gate_query_key(x)
-        operands = query, key, value, gate_logit
-        mixed = mean_of_scans_by_kernels(*operands, normalizer, grid, directions, impl)
-        if mixed is not None:
-            return mixed
         return _mean_of_scans(
             # In half precision a slow gate would round to none and a long sum overflow.
             gate_logit.to(torch.promote_types(x.dtype, torch.float32)),
@@ -193,12 +223,6 @@ def _operands(
     """What ``gated_linear_attention`` takes, as (b, n, h, d), of which its order is b h n d."""
     log_gate = F.logsigmoid(gate_logit) / gate_normalizer
     return query * query.shape[-1] ** -0.5, key, value, log_gate
-
-
-@in_float32
-def _gated_norm(gate: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm(x) * SiLU(gate) over the last dimension, in the dtype of ``gate``."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps) * F.silu(gate)
 
 
 def _expand(dim: int, name: str, ratio: float, num_heads: int) -> int:

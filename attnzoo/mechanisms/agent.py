@@ -36,6 +36,7 @@ from attnzoo.layers.streaming import (
     softmax_merge,
     spans_of,
 )
+from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.precision import in_float32
@@ -136,11 +137,18 @@ class AgentAttention(Attention):
         """See ``Attention.forward``."""
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block)
+        gather, hand_out = self._biases(grid)
+        if gather is None and self.config.impl in ("auto", "reference", "torch"):
+            self.check_tokens(x, grid)
+            local = (None, None)
+            if self.conv is not None:
+                local = self.conv.branches[0].weight, self.conv.branches[0].bias
+            sizes = self.num_heads, grid, self._pooled_grid(grid)
+            return self.proj(agent_core(self.qkv(x), *local, *sizes, impl=self.config.impl))
         query, agent, key, value, value_tokens = self._operands(x, grid)
         if self.config.impl == "reference":
-            out = _reference(query, agent, key, value, *self._biases(grid))
+            out = _reference(query, agent, key, value, gather, hand_out)
         else:
-            gather, hand_out = self._biases(grid)
             gathered = self._attend(agent, key, value, gather)
             out = self._attend(query, agent, gathered, hand_out)
         out = rearrange(out, "b h n d -> b n (h d)")

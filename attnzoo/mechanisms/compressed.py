@@ -96,13 +96,16 @@ class CompressedAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        dtype = value.dtype
-        if self.compress is not None:
-            key = self.compress_norm(self.compress(key, grid))
-            value = self.compress_norm(self.compress(value, grid))
-        # Autocast norms in float32, which the fused backends do not mix with half precision.
-        return self._heads(query), self._heads(key.to(dtype)), self._heads(value.to(dtype))
+        if self.compress is None:
+            query, key, value = self.qkv(x).chunk(3, dim=-1)
+        else:
+            query, both = self.qkv(x).split([self.dim, 2 * self.dim], dim=-1)
+            # Libraries of attention have no convolution.
+            impl = self.config.impl if self.config.impl in ("reference", "torch") else "auto"
+            both = self.compress(both, grid, impl).unflatten(-1, (2, self.dim))
+            # Autocast norms in float32, which fused attention does not mix with half precision.
+            key, value = self.compress_norm(both).to(query.dtype).unbind(2)
+        return self._heads(query), self._heads(key), self._heads(value)
 
     def _heads(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -67,8 +67,8 @@ class EDiTAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """Q of every token, K and V of every window."""
-        query = self.query(self.fusion(x, grid))
-        return query, *self.compress(self.key_value(x), grid).chunk(2, dim=-1)
+        query = self.query(self.fusion(x, grid, self.config.impl))
+        return query, *self.compress(self.key_value(x), grid, self.config.impl).chunk(2, dim=-1)
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """Q, of which the base takes the ReLU."""
@@ -110,12 +110,18 @@ class EDiTAttention(LinearAttention):
         """
         return self.compress.spread(super().attention_map(x, grid), grid)
 
+    def fuse(self) -> dict[str, Any]:
+        """See ``Attention.fuse``: kernels come to lie as their convolution reads them."""
+        self.fusion.lay_out()
+        return super().fuse()
+
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, head_dim = grid[0] * grid[1], self.dim // self.num_heads
         height, width = self.compress.coarse_grid(grid)
         core = linear_attention_macs(n, height * width, head_dim, head_dim)
         return super().macs_parts(grid) | {
+            "projections": (4 * self.dim**2 + self.fusion.expand.weight.numel()) * n,
             "core": self.num_heads * core,
             "conv": self.fusion.macs(grid) + self.compress.macs(grid),
         }

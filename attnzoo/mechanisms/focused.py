@@ -86,6 +86,11 @@ class FocusedAttention(LinearAttention):
         """See ``LinearAttention``."""
         return self.qkv(x).chunk(3, dim=-1)
 
+    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LinearAttention``."""
+        scale = F.softplus(self.scale)
+        return self._focus(query, scale), self._focus(key, scale)
+
     def query_kernel(self, query: Tensor) -> Tensor:
         """f(Q)."""
         return self._focus(query, F.softplus(self.scale))
@@ -93,11 +98,6 @@ class FocusedAttention(LinearAttention):
     def key_kernel(self, key: Tensor) -> Tensor:
         """f(K)."""
         return self._focus(key, F.softplus(self.scale))
-
-    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``LinearAttention``."""
-        scale = F.softplus(self.scale)
-        return self._focus(query, scale), self._focus(key, scale)
 
     def _focus(self, z: Tensor, scale: Tensor) -> Tensor:
         factor, impl = self.config.focusing_factor, self.config.impl

@@ -49,6 +49,10 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_core": ("native", "torch", "reference"),  # likewise
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
+    "agent_core": ("triton", "torch", "reference"),
+    "downsample": ("triton", "torch", "reference"),
+    "group_norm": ("triton", "torch", "reference"),
+    "gated_norm": ("triton", "torch", "reference"),
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),

@@ -130,9 +130,35 @@ def launch_the_rest(dtype, width=384):
     differences._forward(by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16))
-    kernels.stencil(tokens, torch.ones(width, 1, 5, 5, dtype=dtype), None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), 5)
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+    weight = torch.ones(width, 1, 5, 5, dtype=dtype)
+    kernels.stencil(tokens, weight, None, (16, 16))
+    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+
+
+def launch_norms_and_windows(dtype, width=384):
+    from attnzoo.ops.agent_core import triton as agents
+    from attnzoo.ops.downsample import triton as windows
+    from attnzoo.ops.gated_norm import triton as gates
+    from attnzoo.ops.group_norm import triton as groups
+
+    x = torch.ones(1, 256, width, dtype=dtype)
+    by_head, ones = x.unflatten(-1, (6, -1)), x[0, 0]
+    gates._forward.function(by_head, by_head, ones[:64], 1e-5)
+    gates._backward.function(x, by_head, by_head, ones[:64], 1e-5)
+    _, stats = groups._forward.function(x, ones, 32, ones, ones, 1e-5, 0.01)
+    groups._backward.function(x, stats, x, ones, ones, ones, 32, 0.01)
+    for size, padding in ((2, 0), (3, 1)):
+        weight = torch.ones(width, 1, size, size, dtype=dtype)
+        out = windows._forward.function(x, weight, ones, 16, 16, 2, padding)
+        windows._backward.function(out, x, weight, 16, 16, 2, padding)
+    weight = torch.ones(width, 1, 3, 3, dtype=dtype)
+    # Float32 takes as many agents of 32 channels as half precision of 128.
+    for heads, cells in ((12, 8), (12, 4)) if dtype == torch.float32 else ((6, 8), (3, 8)):
+        sizes = weight, ones, heads, 16, 16, cells, cells
+        qkv = x.repeat(1, 1, 3)
+        out, *saved = agents._forward.function(qkv, *sizes)
+        agents._backward.function(out, *saved, qkv, *sizes)
 
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
@@ -145,16 +171,21 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 
 KERNELS = {
-    "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_fold_kernel",
-    "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_output_kernel",
-    "_gated_update_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel",
-
-    "_normed_difference_backward_kernel", "_normed_difference_kernel",
-    "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
-    "_read_kernel",
-    "_router_gradient_kernel", "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel",
-    "_stencil_kernel", "_stencil_weight_kernel", "_top1_kernel",
-    "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
+    "_add_mean_kernel", "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
+    "_downsample_gradient_kernel", "_downsample_kernel", "_downsample_weight_kernel",
+    "_fold_kernel", "_gated_carry_kernel", "_gated_gradient_kernel",
+    "_gated_norm_backward_kernel", "_gated_norm_kernel", "_gated_output_kernel",
+    "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
+    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel",
+    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
+    "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
+    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
+    "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel",
+    "_query_gradient_kernel", "_read_kernel", "_router_gradient_kernel",
+    "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel", "_spread_kernel",
+    "_statistics_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_sums_kernel",
+    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_wide_gradient_kernel",
+    "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
 
 
@@ -171,6 +202,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_linear(dtype)
     launch_the_rest(dtype)
     launch_gated(dtype)
+    launch_norms_and_windows(dtype)
     assert set(found) == KERNELS
     assert {name: size for name, size in found.items() if size > SPILL} == {}
 

@@ -15,6 +15,11 @@ import torch._dynamo.testing
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention
+from attnzoo.ops.agent_core import agent_core
+from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.downsample import downsample
+from attnzoo.ops.gated_norm import gated_norm
+from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
@@ -40,6 +45,123 @@ def test_kernels_in_a_process_of_their_own():
 def random(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def errors(function, operands, shape, dtype, impl):
+    """Of an operator's output and gradients, against its reference in float64."""
+    generator = torch.Generator().manual_seed(5)
+    cotangent = torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    results = []
+    for name, wide in (("reference", torch.float64), (impl, dtype)):
+        inputs = [z.to(dtype).to(wide).requires_grad_() for z in operands]
+        out = function(*inputs, impl=name)
+        assert out.dtype == wide
+        results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(wide))])
+    for exact, found in zip(*results, strict=True):
+        assert found.shape == exact.shape
+        yield ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+IMPLEMENTATIONS = ["torch"] + ["triton"] * CAN_RUN
+GRIDS = [(4, 6), (1, 1), (16, 8)]
+# The interpreter cuts digits off where a GPU rounds.
+BUDGETS = [(torch.float32, 1e-6), (HALF, 2**-6)]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("has_conv", [True, False])
+def test_agent_core(impl, dtype, budget, grid, has_conv):
+    n, cells = grid[0] * grid[1], (min(2, grid[0]), min(2, grid[1]))
+    operands = [random(2, n, 72, seed=1)]
+    if has_conv:
+        operands += random(24, 1, 3, 3, seed=2), random(24, seed=3)
+
+    def run(qkv, weight=None, bias=None, **options):
+        return agent_core(qkv, weight, bias, 3, grid, cells, **options)
+
+    assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [((4, 6), (2, 2, 0)), ((5, 7), (3, 2, 1)), ((1, 1), (3, 2, 1)), ((6, 9), (3, 3, 0))],
+    ids=str,
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_downsample(impl, dtype, budget, grid, window, parts):
+    size, *steps = window
+    operands = [
+        random(2, grid[0] * grid[1], 20 * parts, seed=1),
+        random(20, 1, size, size, seed=2),
+        random(20, seed=3),
+    ]
+    shape = 2, -(-grid[0] // steps[0]) * -(-grid[1] // steps[0]), 20 * parts
+
+    def run(x, weight, bias, **options):
+        return downsample(x, grid, weight, bias, *steps, **options)
+
+    if impl == "triton" or dtype == torch.float32:  # PyTorch's own in half precision is its own
+        assert max(errors(run, operands, shape, dtype, impl)) < budget
+
+
+def test_a_window_that_hangs_over_the_edge_is_a_mean_of_what_is_there():
+    x = random(1, 35, 4)
+    weight, bias = torch.full((4, 1, 2, 2), 0.25, device=DEVICE), random(4, seed=1)
+    expected = torch.nn.functional.avg_pool2d(
+        x.mT.unflatten(2, (5, 7)), 2, ceil_mode=True, count_include_pad=False
+    )
+    for impl in ("auto", "torch", "reference"):
+        found = downsample(x, (5, 7), weight, bias, 2, 0, impl=impl)
+        torch.testing.assert_close(found, expected.flatten(2).mT + bias)
+    with pytest.raises(RuntimeError, match=r"hang over the edge|Triton|runs on a GPU"):
+        downsample(x, (5, 7), weight, bias, 2, 0, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("n", "width", "groups"), [(37, 48, 4), (300, 130, 5), (1, 8, 2)])
+def test_group_norm(impl, n, width, groups):
+    operands = [random(2, n, width, seed=1) * 2 + 3, *random(3, width, seed=2)]
+
+    def run(x, shift, weight, bias, **options):
+        return group_norm(x, shift, groups, weight, bias, 1e-5, 0.01, **options)
+
+    assert max(errors(run, operands, (2, n, width), torch.float32, impl)) < 1e-6
+    # The shift rounds the sum, and what is near 0 has another slope then.
+    if impl == "triton":
+        assert max(errors(run, operands, (2, n, width), HALF, impl)) < 2**-6
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (300, 64)])
+def test_gated_norm(impl, dtype, budget, n, d):
+    both = random(2, n, 2 * 3 * d).unflatten(-1, (2, 3, d))
+    operands = [*both.unbind(2), random(d, seed=1)]
+
+    def run(x, gate, weight, **options):
+        return gated_norm(x, gate, weight, 1e-5, **options)
+
+    assert max(errors(run, operands, (2, n, 3 * d), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("kernels", [12, 4])
+def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels):
+    operands = [
+        random(2, 54, 12, seed=1),
+        random(kernels, 1, size, size, seed=2),
+        random(kernels, seed=3),
+    ]
+
+    def run(x, weight, bias, **options):
+        return depthwise_conv(x, (9, 6), weight, bias, **options)
+
+    assert max(errors(run, operands, (2, 54, 12), torch.float32, impl)) < 1e-6
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -259,9 +381,18 @@ if CAN_RUN:
         for parameter in layer.parameters():
             assert parameter.grad.dtype == parameter.dtype and parameter.grad.isfinite().all()
 
-    @pytest.mark.parametrize(("name", "options"), [("sana", {}), ("lit", {})])
-    def test_compiles_into_one_graph(name, options):
-        layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 4)
+    @pytest.mark.parametrize(
+        ("name", "operator"),
+        [
+            ("sana", "linear_core"),
+            ("lit", "linear_core"),
+            ("agent", "agent_core"),
+            ("compressed", "downsample"),
+            ("edit", "group_norm"),
+        ],
+    )
+    def test_compiles_into_one_graph(name, operator):
+        layer, grid = build_scrambled(name).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -273,7 +404,7 @@ if CAN_RUN:
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
         assert counter.frame_count == 1
         graphs = str([graph.code for graph in counter.graphs])
-        assert "attnzoo.linear_core" in graphs
+        assert f"attnzoo.{operator}" in graphs
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (70, 768)])

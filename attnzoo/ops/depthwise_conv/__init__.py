@@ -33,8 +33,9 @@ def depthwise_conv(
     Args:
         x: (b, h * w, c).
         grid: (h, w).
-        weight: (c, 1, rows, columns), both odd; the Triton kernels take up to 5 x 5.
-        bias: (c,) or None.
+        weight: (kernels, 1, rows, columns), both odd; the Triton kernels take up to 5 x 5. As
+            many kernels as channels, or fewer, which all parts of the channels share.
+        bias: (kernels,) or None.
         added: (b, h * w, c), to which the result is added, or None.
         impl: See ``attnzoo.ops.dispatch``.
 

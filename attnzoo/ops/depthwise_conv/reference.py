@@ -14,6 +14,8 @@ def depthwise_conv(
     added: Tensor | None = None,
 ) -> Tensor:
     """See ``attnzoo.ops.depthwise_conv``."""
+    parts = x.shape[2] // len(weight)
+    weight, bias = weight.repeat(parts, 1, 1, 1), None if bias is None else bias.repeat(parts)
     image = x.unflatten(1, grid).movedim(3, 1).contiguous()  # (b, c, h, w)
     padding = weight.shape[2] // 2, weight.shape[3] // 2
     out = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))

@@ -33,6 +33,9 @@ def depthwise_conv(
 ) -> Tensor:
     """See ``attnzoo.ops.depthwise_conv``."""
     high, wide = weight.shape[2:]
+    if (parts := x.shape[2] // len(weight)) > 1:
+        # Repeating the kernels is several times cheaper than moving parts to the batch and back.
+        weight, bias = weight.repeat(parts, 1, 1, 1), None if bias is None else bias.repeat(parts)
     image = x.contiguous().unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last
     out = F.conv2d(image, weight, bias, padding=(high // 2, wide // 2), groups=len(weight))
     out = out.permute(0, 2, 3, 1).flatten(1, 2)

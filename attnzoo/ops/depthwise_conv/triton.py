@@ -42,7 +42,7 @@ def _shifted(image, h, w, column, height, width, c, row_stride, is_column):
 
 @triton.jit
 def _stencil_kernel(
-    x, weight, bias, added, out, height, width, c, x_row, strips, ROWS: tl.constexpr,
+    x, weight, bias, added, out, height, width, c, kernels, x_row, strips, ROWS: tl.constexpr,
     W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     FLIP: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _stencil_kernel(
     w = tl.program_id(1) * W + tl.arange(0, W)
     column = tl.program_id(2) * C + tl.arange(0, C)
     is_column = (column < c)[None, :]
-    tap = weight + column * 9
+    tap = weight + column % kernels * 9
     is_tap = column < c
     # The transposed stencil is the stencil turned by half a turn.
     o: tl.constexpr = 8 if FLIP else 0
@@ -74,7 +74,8 @@ def _stencil_kernel(
         total = a0 * k00 + a1 * k01 + a2 * k02 + b0 * k10 + b1 * k11 + b2 * k12
         total += c0 * k20 + c1 * k21 + c2 * k22
         if BIAS:
-            total += tl.load(bias + column, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+            here = bias + column % kernels
+            total += tl.load(here, mask=is_tap, other=0.0).to(tl.float32)[None, :]
         place = ((sample * height + h) * width + w)[:, None] * c + column[None, :]
         here = h + tl.zeros_like(w)
         mask = ((w < width) & (here < height))[:, None] & is_column
@@ -147,46 +148,57 @@ def _pixel(image, h, w, column, height, width, row_stride, is_column):
     """Row ``h`` of the image at columns ``w``; 0 outside."""
     here = h + tl.zeros_like(w)
     mask = (here >= 0) & (here < height) & (w >= 0) & (w < width)
-    place = (h.to(tl.int64) * width + w)[:, None] * row_stride + column[None, :]
-    return tl.load(image + place, mask=mask[:, None] & is_column, other=0.0).to(tl.float32)
+    line = image + h.to(tl.int64) * width * row_stride
+    place = (w * row_stride)[:, None] + column[None, :]
+    return tl.load(line + place, mask=mask[:, None] & is_column, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tap(tap, place: tl.constexpr, c, is_tap):
-    return tl.load(tap + place * c, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _add_taps(total, x0, x1, x2, x3, x4, tap, c, row: tl.constexpr, is_tap, FLIP: tl.constexpr):
-    """Adds one row of the kernel times five columns; a tap is loaded where it is used."""
+def _taps(tap, row: tl.constexpr, c, is_tap, FLIP: tl.constexpr):
+    """One row of the kernels of some channels."""
+    # The transposed stencil is the stencil turned by half a turn.
     o: tl.constexpr = 24 - 5 * row if FLIP else 5 * row
     s: tl.constexpr = -1 if FLIP else 1
-    total += x0 * _tap(tap, o, c, is_tap)
-    total += x1 * _tap(tap, o + s, c, is_tap)
-    total += x2 * _tap(tap, o + 2 * s, c, is_tap)
-    total += x3 * _tap(tap, o + 3 * s, c, is_tap)
-    return total + x4 * _tap(tap, o + 4 * s, c, is_tap)
+    return (
+        tl.load(tap + o * c, mask=is_tap, other=0.0)[None, :],
+        tl.load(tap + (o + s) * c, mask=is_tap, other=0.0)[None, :],
+        tl.load(tap + (o + 2 * s) * c, mask=is_tap, other=0.0)[None, :],
+        tl.load(tap + (o + 3 * s) * c, mask=is_tap, other=0.0)[None, :],
+        tl.load(tap + (o + 4 * s) * c, mask=is_tap, other=0.0)[None, :],
+    )
 
 
-@triton.jit
+# Channels that are known to lie beside one another in fours or more would be loaded so, and a
+# thread had the taps of as many in its registers: more than there are.
+@triton.jit(do_not_specialize=["x_row", "out_row"])
 def _wide_stencil_kernel(
-    x, weight, bias, added, out, height, width, c, x_row, strips, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    FLIP: tl.constexpr,
+    x, taps, bias, added, out, height, width, c, kernels, x_row, out_row, strips,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """5x5, of weights (25, c). Each row of pixels adds to the five rows of outputs around it."""
+    """5x5, of ``taps``, (25, c) in float32; rows are UNIT times as far apart as said.
+
+    Each row of pixels adds to the five rows of outputs around it.
+    """
     sample = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
     w = tl.program_id(1) * W + tl.arange(0, W)
     column = tl.program_id(2) * C + tl.arange(0, C)
     is_tap = column < c
     is_column = is_tap[None, :]
-    tap = weight + column
+    x_row *= UNIT
+    out_row *= UNIT
+    tap = taps + column
+    k00, k01, k02, k03, k04 = _taps(tap, 0, c, is_tap, FLIP)
+    k10, k11, k12, k13, k14 = _taps(tap, 1, c, is_tap, FLIP)
+    k20, k21, k22, k23, k24 = _taps(tap, 2, c, is_tap, FLIP)
+    k30, k31, k32, k33, k34 = _taps(tap, 3, c, is_tap, FLIP)
+    k40, k41, k42, k43, k44 = _taps(tap, 4, c, is_tap, FLIP)
     image = x + sample * height * width * x_row
-    s0 = tl.zeros((W, C), tl.float32)
-    s1 = tl.zeros((W, C), tl.float32)
-    s2 = tl.zeros((W, C), tl.float32)
-    s3 = tl.zeros((W, C), tl.float32)
+    start = tl.zeros((W, C), tl.float32)
+    if BIAS:
+        start += tl.load(bias + column % kernels, mask=is_tap, other=0.0).to(tl.float32)[None, :]
+    s0, s1, s2, s3 = start, start, start, start
     for turn in range(ROWS + 4):
         h = first + turn - 2
         x0 = _pixel(image, h, w - 2, column, height, width, x_row, is_column)
@@ -194,20 +206,19 @@ def _wide_stencil_kernel(
         x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
         x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
         x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
-        total = _add_taps(s0, x0, x1, x2, x3, x4, tap, c, 4, is_tap, FLIP)
-        s0 = _add_taps(s1, x0, x1, x2, x3, x4, tap, c, 3, is_tap, FLIP)
-        s1 = _add_taps(s2, x0, x1, x2, x3, x4, tap, c, 2, is_tap, FLIP)
-        s2 = _add_taps(s3, x0, x1, x2, x3, x4, tap, c, 1, is_tap, FLIP)
-        s3 = _add_taps(tl.zeros_like(s3), x0, x1, x2, x3, x4, tap, c, 0, is_tap, FLIP)
+        total = s0 + x0 * k40 + x1 * k41 + x2 * k42 + x3 * k43 + x4 * k44
+        s0 = s1 + x0 * k30 + x1 * k31 + x2 * k32 + x3 * k33 + x4 * k34
+        s1 = s2 + x0 * k20 + x1 * k21 + x2 * k22 + x3 * k23 + x4 * k24
+        s2 = s3 + x0 * k10 + x1 * k11 + x2 * k12 + x3 * k13 + x4 * k14
+        s3 = start + x0 * k00 + x1 * k01 + x2 * k02 + x3 * k03 + x4 * k04
         done = h - 2
-        if BIAS:
-            total += tl.load(bias + column, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-        place = ((sample * height + done) * width + w)[:, None] * c + column[None, :]
+        line = (sample * height + done) * width * out_row
+        place = (w * out_row)[:, None] + column[None, :]
         here = done + tl.zeros_like(w)
         mask = ((w < width) & (here >= first) & (here < height))[:, None] & is_column
         if ADD:
-            total += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+            total += tl.load(added + line + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + line + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -320,11 +331,49 @@ def _wide_stencil_weight_kernel(
     tl.store(place + 25 * c, tl.sum(tb, 0), mask=is_c)
 
 
+@triton.jit
+def _tap_sums_kernel(
+    partial, weight, bias, rows, c, kernels, shared, taps, R: tl.constexpr, K: tl.constexpr
+):
+    """Adds up the parts of one tap, or, behind the last, of the bias, over all that share it."""
+    tap, kernel = tl.program_id(0), tl.program_id(1) * K + tl.arange(0, K)
+    mask = kernel < kernels
+    total = tl.zeros((R, K), tl.float32)
+    for start in range(0, rows, R):
+        row = start + tl.arange(0, R)
+        place = ((row // shared).to(tl.int64) * (taps + 1) + tap) * c + row % shared * kernels
+        place = partial + place[:, None] + kernel[None, :]
+        total += tl.load(place, mask=(row < rows)[:, None] & mask[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    place = weight + kernel * taps + tap
+    tl.store(place, total.to(weight.dtype.element_ty), mask=mask & (tap < taps))
+    tl.store(bias + kernel, total.to(bias.dtype.element_ty), mask=mask & (tap == taps))
+
+
+def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a depthwise convolution's weight, ``like``, and bias, in its type.
+
+    Args:
+        partial: (parts, taps + 1, c), the last of the bias; c a multiple of ``like``'s channels.
+        like: (kernels, 1, rows, columns).
+    """
+    parts, taps, c = partial.shape
+    kernels = len(like)
+    weight = torch.empty(like.shape, dtype=like.dtype, device=partial.device)
+    bias = torch.empty(kernels, dtype=like.dtype, device=partial.device)
+    if kernels:
+        _tap_sums_kernel[(taps, _ceil(kernels, 8))](
+            partial, weight, bias, parts * (c // kernels), c, kernels, c // kernels, taps - 1, 256,
+            8, num_warps=4,
+        )  # fmt: skip
+    return weight, bias
+
+
 # Rows a program walks down, pixels and channels of its tile, warps.
 STENCIL_BLOCK = (8, 32, 64, 4)
-STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
-WIDE_STENCIL_BLOCK = (8, 8, 128, 4)
-WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 2)
+STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
+WIDE_STENCIL_BLOCK = (8, 32, 64, 4)
+WIDE_STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
 
 
 def stencil(
@@ -339,8 +388,8 @@ def stencil(
 
     Args:
         x: (b, h * w, c).
-        weight: (c, 1, 3, 3) or (c, 1, 5, 5).
-        bias: (c,) or None.
+        weight: (kernels, 1, 3, 3) or (kernels, 1, 5, 5), as in ``depthwise_conv``.
+        bias: (kernels,) or None.
         grid: (h, w).
         added: (b, h * w, c), added to the result, or None.
         is_transposed: Applies the adjoint, for the gradient of x.
@@ -351,25 +400,58 @@ def stencil(
     x, spacing = _rows(x)
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    is_wide = weight.shape[-1] == 5
-    kernel = _wide_stencil_kernel if is_wide else _stencil_kernel
-    rows, w, channels, warps = WIDE_STENCIL_BLOCK if is_wide else STENCIL_BLOCK
+    added = out if added is None else added.contiguous()
+    options = bias is not None, added is not out, is_transposed
+    if weight.shape[-1] == 5:
+        rows, w, channels, warps = WIDE_STENCIL_BLOCK
+        # Loaded where they are used, of neighboring channels together.
+        taps = torch.empty(25, c // len(weight), len(weight), dtype=torch.float32, device=x.device)
+        taps.copy_(weight.flatten(1).t().unsqueeze(1))
+        unit = 1 if spacing % 2 or c % 2 else 2
+        strides = spacing // unit, c // unit
+    else:
+        rows, w, channels, warps = STENCIL_BLOCK
+        taps = weight.contiguous()
     strips = _ceil(grid[0], rows)
-    # The wide kernel loads its taps where it uses them, of neighboring channels together.
-    weight = weight.flatten(1).t().contiguous() if is_wide else weight.contiguous()
-    if out.numel():
-        launch_kernel(kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
-            x, weight, weight if bias is None else bias,
-            out if added is None else added.contiguous(), out, *grid, c, spacing, strips, rows, w,
-            channels, bias is not None, added is not None, is_transposed, num_warps=warps,
-        )  # fmt: skip
+    programs = b * strips, _ceil(grid[1], w), _ceil(c, channels)
+    operands = x, taps, taps if bias is None else bias, added, out, *grid, c, len(weight)
+    if not out.numel():
+        return out
+    if weight.shape[-1] == 5:
+        launch_kernel(
+            _wide_stencil_kernel,
+            programs,
+            *operands,
+            *strides,
+            strips,
+            unit,
+            rows,
+            w,
+            channels,
+            *options,
+            num_warps=warps,
+        )
+    else:
+        launch_kernel(
+            _stencil_kernel,
+            programs,
+            *operands,
+            spacing,
+            strips,
+            rows,
+            w,
+            channels,
+            *options,
+            num_warps=warps,
+        )
     return out
 
 
 def stencil_weight_gradient(
-    x: Tensor, grad: Tensor, grid: tuple[int, int], size: int = 3
+    x: Tensor, grad: Tensor, grid: tuple[int, int], weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight, (c, 1, size, size), and bias, (c,), in float32."""
+    """Gradients of ``weight`` of ``stencil`` and of the bias, in its type."""
+    size = weight.shape[-1]
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
     is_wide, taps = size == 5, size**2
@@ -382,8 +464,7 @@ def stencil_weight_gradient(
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
             num_warps=warps,
         )  # fmt: skip
-    total = partial.sum(0)
-    return total[:taps].t().contiguous().view(c, 1, size, size), total[taps].clone()
+    return tap_sums(partial, weight)
 
 
 @launched("stencil")
@@ -406,19 +487,14 @@ def _stencil_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grid = height, width
     grad_x = stencil(grad, weight, None, grid, is_transposed=True)
-    return grad_x, *stencil_weight_gradient(x, grad, grid, weight.shape[-1])
+    return grad_x, *stencil_weight_gradient(x, grad, grid, weight)
 
 
 @_stencil_backward.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = weight.new_empty
-    return (
-        x.new_empty(x.shape),
-        wide(weight.shape, dtype=torch.float32),
-        wide(weight.shape[0], dtype=torch.float32),
-    )
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _stencil_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -432,8 +508,8 @@ def _stencil_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight, grad_bias = _stencil_backward(grad, x, weight, *ctx.grid)
     return (
         grad_x,
-        grad_weight.to(weight.dtype),
-        grad_bias.to(weight.dtype) if ctx.has_bias else None,
+        grad_weight,
+        grad_bias if ctx.has_bias else None,
         grad if ctx.has_added else None,
         None,
         None,

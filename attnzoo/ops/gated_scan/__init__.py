@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from torch import Tensor, compiler, float16, float32
+from torch import Tensor, compiler, dtype, float16, float32
 
 from attnzoo.ops.dispatch import MACS, Impl, choose
 from attnzoo.ops.gated_scan.reference import gated_linear_attention as _recurrence
@@ -27,6 +27,7 @@ __all__ = [
     "is_counted",
     "mean_of_scans_by_kernels",
     "scan",
+    "takes_kernels",
     "unscan",
 ]
 
@@ -73,7 +74,7 @@ def gated_linear_attention(
     """
     if is_counted():
         return (query * log_gate.exp()) @ (key.transpose(-2, -1) @ value)
-    chosen = _choose(impl, query, value)
+    chosen = _choose(impl, query, query.dtype, *_sizes(query, value))
     if chosen == "triton":
         from attnzoo.ops.gated_scan.triton import gated_scans
 
@@ -100,22 +101,45 @@ def gated_linear_attention_macs(tokens: int, key_dim: int, value_dim: int) -> in
     return 2 * tokens * key_dim * value_dim
 
 
-def unserved(query: Tensor, value: Tensor) -> str | None:
-    """What the Triton kernels do not serve."""
-    for name, z in (("keys", query), ("values", value)):
-        if z.shape[-1] > MOST_CHANNELS:
-            return f"{name} of {z.shape[-1]} channels a head, more than {MOST_CHANNELS}"
-    if max(z[:1].numel() for z in (query, value)) >= 2**31:
+def unserved(key_dim: int, value_dim: int, head_tokens: int) -> str | None:
+    """What the Triton kernels do not serve; ``head_tokens`` are an image's tokens times heads."""
+    for name, channels in (("keys", key_dim), ("values", value_dim)):
+        if channels > MOST_CHANNELS:
+            return f"{name} of {channels} channels a head, more than {MOST_CHANNELS}"
+    if head_tokens * max(key_dim, value_dim) >= 2**31:
         return "images of 2^31 numbers"
     return None
 
 
-def _choose(impl: Impl, query: Tensor, value: Tensor) -> Impl:
+def _choose(impl: Impl, x: Tensor, dtype: dtype, *sizes: int) -> Impl:
     # float16 is computed in float32. Autocast would lower other operands, the kernels do not.
-    dtype = float32 if query.dtype == float16 else query.dtype
-    return choose(
-        "gated_linear_attention", impl, query, dtype, functools.partial(unserved, query, value)
-    )
+    dtype = float32 if dtype == float16 else dtype
+    return choose("gated_linear_attention", impl, x, dtype, functools.partial(unserved, *sizes))
+
+
+def _sizes(query: Tensor, value: Tensor) -> tuple[int, int, int]:
+    return query.shape[-1], value.shape[-1], query.shape[1] * query.shape[2]
+
+
+def takes_kernels(
+    x: Tensor, dtype: dtype, key_dim: int, value_dim: int, head_tokens: int, impl: Impl = "auto"
+) -> bool:
+    """Whether ``mean_of_scans_by_kernels`` computes: asked before there are operands.
+
+    Args:
+        x: A tensor on their device.
+        dtype: Of the operands.
+        key_dim: Channels of a head's queries and keys.
+        value_dim: Channels of a head's values.
+        head_tokens: Tokens of an image times heads.
+        impl: See ``gated_linear_attention``.
+
+    Raises:
+        Unavailable: "triton" was asked for and cannot run here.
+    """
+    if is_counted():
+        return False
+    return _choose(impl, x, dtype, key_dim, value_dim, head_tokens) == "triton"
 
 
 def mean_of_scans_by_kernels(
@@ -149,7 +173,7 @@ def mean_of_scans_by_kernels(
     Raises:
         Unavailable: "triton" was asked for and cannot run here.
     """
-    if is_counted() or _choose(impl, query, value) != "triton":
+    if not takes_kernels(query, query.dtype, *_sizes(query, value), impl):
         return None
     from attnzoo.ops.gated_scan.triton import gated_scans
 

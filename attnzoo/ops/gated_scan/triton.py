@@ -105,17 +105,19 @@ def _gated_carry_kernel(
     from_left = (slot == 0) & LEFT
     first = tl.where(from_left, 0, chunks - 1)
     step = tl.where(from_left, 1, -1)
-    base = (slot * rows + image_head) * chunks
+    spot = ((slot * rows + image_head) * chunks + first) * dk * dv
+    updates += spot
+    states += spot
+    totals += (image_head * chunks + first) * dk
     state = tl.zeros((E,), tl.float32)
-    for turn in tl.range(0, chunks, num_stages=STAGES):
-        chunk = first + turn * step
-        spot = (base + chunk) * dk * dv + entry
-        update = tl.load(updates + spot, mask=mask, other=0.0)
-        total = tl.load(
-            totals + (image_head * chunks + chunk) * dk + entry // dv, mask=mask, other=0.0
-        )
-        tl.store(states + spot, state.to(states.dtype.element_ty), mask=mask)
+    for _ in tl.range(0, chunks, num_stages=STAGES):
+        update = tl.load(updates + entry, mask=mask, other=0.0)
+        total = tl.load(totals + entry // dv, mask=mask, other=0.0)
+        tl.store(states + entry, state.to(states.dtype.element_ty), mask=mask)
         state = state * tl.exp2(total) + update
+        updates += step * dk * dv
+        states += step * dk * dv
+        totals += step * dk
 
 
 @triton.jit
@@ -211,9 +213,9 @@ BLOCKS = {
     torch.bfloat16: Blocks(
         64,
         (32, 64, _Launch(4)),
-        {True: (32, _Launch(4)), False: (32, _Launch(8))},
-        {True: (32, 64, _Launch(8)), False: (16, 64, _Launch(8))},
-        (256, 2, 4),
+        {True: (32, _Launch(4, 1, 168)), False: (32, _Launch(8))},
+        {True: (32, 64, _Launch(4)), False: (16, 64, _Launch(8))},
+        (128, 2, 8),
     ),
     torch.float32: Blocks(
         32,

@@ -55,6 +55,9 @@ def _tokens(base, row, spacing, column, mask, RELU: tl.constexpr):
 @triton.jit
 def _block(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
     """Places of (a, b) in the unit's states, each (head_dim + 1, head_dim), and which exist."""
+    if G == 1:  # neighbors are loaded together where no division hides that they are
+        place = (head * (head_dim + 1) + a)[:, None] * head_dim + b[None, :]
+        return state + place, is_a[:, None] & is_b[None, :]
     place = (head + a // head_dim)[:, None] * (head_dim + 1) + (a % head_dim)[:, None]
     mask = is_a[:, None] & is_b[None, :]
     if G > 1:
@@ -65,6 +68,9 @@ def _block(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
 @triton.jit
 def _block_transposed(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
     """``_block``, as (b, a)."""
+    if G == 1:
+        place = (head * (head_dim + 1) + a)[None, :] * head_dim + b[:, None]
+        return state + place, is_a[None, :] & is_b[:, None]
     place = (head + a // head_dim)[None, :] * (head_dim + 1) + (a % head_dim)[None, :]
     mask = is_a[None, :] & is_b[:, None]
     if G > 1:
@@ -73,8 +79,10 @@ def _block_transposed(state, head, a, b, is_a, is_b, head_dim, G: tl.constexpr):
 
 
 @triton.jit
-def _key_sum(state, head, a, head_dim):
+def _key_sum(state, head, a, head_dim, G: tl.constexpr):
     """Places of the sum of the keys, which is each state's last row."""
+    if G == 1:
+        return state + (head * (head_dim + 1) + head_dim) * head_dim + a
     return state + ((head + a // head_dim) * (head_dim + 1) + head_dim) * head_dim + a % head_dim
 
 
@@ -134,7 +142,7 @@ def _fold_kernel(
     state += part * heads * (head_dim + 1) * head_dim
     place, exists = _block(state, head, a_column, b_column, is_a, is_b, head_dim, G)
     tl.store(place, acc, mask=exists)
-    last = _key_sum(state, head, a_column, head_dim)
+    last = _key_sum(state, head, a_column, head_dim, G)
     tl.store(last, tl.sum(total, 0), mask=is_a & (j == 0))
 
 
@@ -162,7 +170,7 @@ def _read_kernel(
     if not WIDE:
         place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
         block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-        last = _key_sum(state, head, column, head_dim)
+        last = _key_sum(state, head, column, head_dim, G)
         key_sum = tl.load(last, mask=is_column, other=0.0)
         same = _same_head(column, head_dim, DTYPE)
     for begin in range(0, length, R):
@@ -178,7 +186,7 @@ def _read_kernel(
                 tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
                 acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
                 if DIVIDE:
-                    sums = _key_sum(state, head, a, head_dim)
+                    sums = _key_sum(state, head, a, head_dim, G)
                     norm += x * tl.load(sums, mask=is_a, other=0.0)[None, :]
             if DIVIDE:
                 factor = 1 / (tl.sum(norm, 1) + eps)
@@ -217,7 +225,7 @@ def _query_gradient_kernel(
         state, head, column, column, is_column, is_column, head_dim, G
     )
     block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-    last = _key_sum(state, head, column, head_dim)
+    last = _key_sum(state, head, column, head_dim, G)
     key_sum = tl.load(last, mask=is_column, other=0.0)
     same = _same_head(column, head_dim, DTYPE)
     acc = tl.zeros((W, W), tl.float32)
@@ -244,7 +252,7 @@ def _query_gradient_kernel(
     grad_state += part * heads * (head_dim + 1) * head_dim
     place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
     tl.store(place, acc, mask=exists)
-    last = _key_sum(grad_state, head, column, head_dim)
+    last = _key_sum(grad_state, head, column, head_dim, G)
     tl.store(last, tl.sum(total, 0), mask=is_column)
 
 
@@ -268,7 +276,7 @@ def _key_gradient_kernel(
     grad_state += sample * heads * (head_dim + 1) * head_dim
     place, exists = _block(grad_state, head, column, column, is_column, is_column, head_dim, G)
     block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-    last = _key_sum(grad_state, head, column, head_dim)
+    last = _key_sum(grad_state, head, column, head_dim, G)
     grad_sum = tl.load(last, mask=is_column, other=0.0)
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
@@ -322,7 +330,7 @@ def _wide_gradient_kernel(
         place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
         acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
     if DIVIDE:
-        last = tl.load(_key_sum(state, head, column, head_dim), mask=is_column, other=0.0)
+        last = tl.load(_key_sum(state, head, column, head_dim, 1), mask=is_column, other=0.0)
         if SCALED:
             of_norm = -tl.sum(along, 1) * factor
             tl.store(weight + scales, of_norm, mask=is_row & (i == 0))
@@ -363,7 +371,9 @@ BLOCKS: dict[str, tuple[Block, Block, Block]] = {
     "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
                      Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
-NARROW, MEDIUM = 64, 128
+# Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
+SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
+SMALL, NARROW, MEDIUM = 32, 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_ROWS = 32
 
@@ -402,7 +412,10 @@ def _launch(
     room = _shared_memory(device)
     is_small = bool(room and room < ROOMY)
     sizes = b, n, heads, width
-    return _sizes(BLOCKS[kernel][kind], kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
+    block = BLOCKS[kernel][kind]
+    if width <= SMALL:
+        block = SMALL_BLOCKS.get(kernel, block)
+    return _sizes(block, kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,17 @@
+"""The group norm by PyTorch's, on a view of the tokens as an image."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm(
+    x: Tensor, shift: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+    slope: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.group_norm``."""
+    image = (x + shift.to(x.dtype)).unsqueeze(1).permute(0, 3, 1, 2)  # channels-last, one row
+    out = F.group_norm(image, groups, weight, bias, eps)
+    out = F.leaky_relu(out, slope) if slope != 1 else out
+    return out.permute(0, 2, 3, 1).flatten(1, 2)
