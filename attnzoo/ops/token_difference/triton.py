@@ -18,12 +18,16 @@ from torch import Tensor
 
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.linear_core.torch import half_attention
-from attnzoo.ops.power_map.triton import _pivot, _raised
+from attnzoo.ops.power_map.triton import _pivot
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
     _columns,
+    _exponent,
     _of_head,
+    _relu,
+    _risen,
+    _tile,
     _weights,
     difference_backward,
 )
@@ -89,6 +93,7 @@ def _difference_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     # Tokens are walked three times, from memory once: for the exponents, for the norms and the
     # factor, and for the result. With several heads no tile of columns spans two of them.
@@ -107,20 +112,20 @@ def _difference_kernel(
     logits2 = tl.zeros((R, G), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        mask = is_row[:, None] & (column < d)[None, :]
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
+        x = _tile(line1, column, is_row, d, EVEN)
+        y = _tile(line2, column, is_row, d, EVEN)
         w = _weights(r1, d, d, n_gamma, column, G)
         logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
         peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
         w = _weights(r2, d, d, n_gamma, column, G)
-        logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
-        peak_tile2 = tl.maximum(peak_tile2, x.to(tl.float32))
+        logits2 = _add_dot(logits2, y.to(w.dtype), tl.trans(w), P)
+        peak_tile2 = tl.maximum(peak_tile2, y.to(tl.float32))
     gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
     gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
     peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
     peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
     pivot1, length1, pivot2, length2 = peak1, peak1, peak2, peak2
+    power1, power2 = _exponent(gamma1), _exponent(gamma2)
     # Rare enough for a walk of its own: it would slow down the others.
     if tl.min(tl.minimum(gamma1, gamma2), 0) < 0.0:
         pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
@@ -137,12 +142,11 @@ def _difference_kernel(
     logits2 = tl.zeros((R, L), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        unit, power = _raised(x, gamma1, pivot1, FAST)
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+        unit = x * (1.0 / pivot1)[:, None]
+        power = _risen(x, unit, power1, FAST)
         squares1 += power * power
+        unit = _relu(unit)
         units1 += unit * unit
         w = _weights(rd, 2 * d, d, n_lambda, column, L)
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
@@ -153,10 +157,11 @@ def _difference_kernel(
             else:
                 sums_here = tl.sum(power * total[None, :], 1)[:, None]
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        unit, power = _raised(x, gamma2, pivot2, FAST)
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+        unit = x * (1.0 / pivot2)[:, None]
+        power = _risen(x, unit, power2, FAST)
         squares2 += power * power
+        unit = _relu(unit)
         units2 += unit * unit
         w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
         logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
@@ -173,24 +178,24 @@ def _difference_kernel(
             normals = tl.sum(along, 1)[:, None]
         normals = normals * scale1[:, None] + eps
 
+    share = scale2 * factor
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        _, power = _raised(x, gamma1, pivot1, FAST)
-        result = (power * scale1[:, None]).to(dtype).to(tl.float32)
-        if not NORMALIZE:
-            place = tl.program_id(0).to(tl.int64) * d + column
-            tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        _, power = _raised(x, gamma2, pivot2, FAST)
-        redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
-        result -= factor[:, None] * redundant
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+        result = _risen(x, x * (1.0 / pivot1)[:, None], power1, FAST)
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+        redundant = _risen(x, x * (1.0 / pivot2)[:, None], power2, FAST)
         if NORMALIZE:
-            result *= (1.0 / _of_head(normals, first // head_dim, H))[:, None]
+            inverse = 1.0 / _of_head(normals, first // head_dim, H)
+            result *= (scale1 * inverse)[:, None]
+            result -= redundant * (share * inverse)[:, None]
+        else:
+            result *= scale1[:, None]
+            # Rows that are not there are 0.
+            place = tl.program_id(0).to(tl.int64) * d + column
+            tl.store(sums + place, tl.sum(result, 0), mask=column < d)
+            result -= redundant * share[:, None]
+        mask = is_row[:, None] & (column < d)[None, :]
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
@@ -219,9 +224,12 @@ def _difference_kernel(
         tl.store(line + 2 * n_gamma + lam[None, :], pd, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages.
-DIFFERENCE_BLOCK = (16, 64, 2, 3)
+# Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
+# a warp takes: with fewer, several warps would compute the same powers.
+DIFFERENCE_BLOCK = (64, 32, 4, 2)
 
+
+MAXREG=None
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
 def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -255,7 +263,8 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
             n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
             triton.next_power_of_2(heads), _width(n_gamma), _width(n_lambda),
-            _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
+            _precision(r1.dtype), _is_fast(), d % chunk == 0,
+            num_warps=warps, num_stages=stages, maxnreg=MAXREG,
         )  # fmt: skip
     return out, sums.sum(1), stats, choices, probability
 
