@@ -147,7 +147,8 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 KERNELS = {
     "_count_kernel", "_difference_backward_kernel", "_difference_kernel", "_fold_kernel",
     "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_output_kernel",
-    "_gated_update_kernel", "_grouped_kernel", "_grouped_weight_kernel", "_key_gradient_kernel",
+    "_gated_update_kernel", "_grouped_kernel", "_grouped_sum_kernel", "_grouped_weight_kernel",
+    "_key_gradient_kernel",
 
     "_normed_difference_backward_kernel", "_normed_difference_kernel",
     "_place_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",

@@ -130,6 +130,7 @@ def _difference_kernel(
     if tl.min(tl.minimum(gamma1, gamma2), 0) < 0.0:
         pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
         pivot2, length2 = _falling(line2, is_row, gamma2, peak2, d, R, C)
+    inverse1, inverse2 = 1.0 / pivot1, 1.0 / pivot2
 
     squares1 = tl.zeros((R, C), tl.float32)
     squares2 = tl.zeros((R, C), tl.float32)
@@ -143,7 +144,7 @@ def _difference_kernel(
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        unit = x * (1.0 / pivot1)[:, None]
+        unit = x * inverse1[:, None]
         power = _risen(x, unit, power1, FAST)
         squares1 += power * power
         unit = _relu(unit)
@@ -158,7 +159,7 @@ def _difference_kernel(
                 sums_here = tl.sum(power * total[None, :], 1)[:, None]
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        unit = x * (1.0 / pivot2)[:, None]
+        unit = x * inverse2[:, None]
         power = _risen(x, unit, power2, FAST)
         squares2 += power * power
         unit = _relu(unit)
@@ -182,13 +183,13 @@ def _difference_kernel(
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        result = _risen(x, x * (1.0 / pivot1)[:, None], power1, FAST)
+        result = _risen(x, x * inverse1[:, None], power1, FAST)
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        redundant = _risen(x, x * (1.0 / pivot2)[:, None], power2, FAST)
+        redundant = _risen(x, x * inverse2[:, None], power2, FAST)
         if NORMALIZE:
-            inverse = 1.0 / _of_head(normals, first // head_dim, H)
-            result *= (scale1 * inverse)[:, None]
-            result -= redundant * (share * inverse)[:, None]
+            over = 1.0 / _of_head(normals, first // head_dim, H)
+            result *= (scale1 * over)[:, None]
+            result -= redundant * (share * over)[:, None]
         else:
             result *= scale1[:, None]
             # Rows that are not there are 0.
@@ -199,11 +200,11 @@ def _difference_kernel(
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
-        tl.store(stats + rows + row, pivot1, mask=is_row)
+        tl.store(stats + rows + row, inverse1, mask=is_row)
         tl.store(stats + 2 * rows + row, norm1, mask=is_row)
         tl.store(stats + 3 * rows + row, scale1, mask=is_row)
         tl.store(stats + 4 * rows + row, gamma2, mask=is_row)
-        tl.store(stats + 5 * rows + row, pivot2, mask=is_row)
+        tl.store(stats + 5 * rows + row, inverse2, mask=is_row)
         tl.store(stats + 6 * rows + row, norm2, mask=is_row)
         tl.store(stats + 7 * rows + row, scale2, mask=is_row)
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
@@ -226,7 +227,7 @@ def _difference_kernel(
 
 # Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
 # a warp takes: with fewer, several warps would compute the same powers.
-DIFFERENCE_BLOCK = (64, 32, 4, 2)
+DIFFERENCE_BLOCK = (32, 32, 2, 2)
 
 
 MAXREG=None
@@ -298,14 +299,17 @@ def _gradients(
     p = Operands(*saved[4:], None, key_sum, *ctx.options)
     if key_sum is None and grad_sum is None:
         grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
-    z1, z2, gate, *routers, gammas, lambdas, grad_key_sum = difference_backward(
+    z1, z2, gate, routers, scalars, grad_key_sum = difference_backward(
         grad, grad_sum, *saved[:4], *p
     )
     # Without a straight-through gradient routers get none, not 0.
-    learned = [
-        found.to(router.dtype) if p.learn else None
-        for found, router in zip(routers, (p.r1, p.r2, p.rd), strict=True)
-    ]
+    learned = [None] * 3
+    if p.learn:
+        r1, r2, base, redundant = routers.split([len(r) for r in (p.r1, p.r2, p.rd, p.rd)])
+        learned = [r1, r2, torch.cat([base, redundant], 1)]
+        learned = [z.to(r.dtype) for z, r in zip(learned, (p.r1, p.r2, p.rd), strict=True)]
+    n_gamma = p.gammas.numel()
+    gammas, lambdas = scalars[:n_gamma].view_as(p.gammas), scalars[n_gamma:]
     return (
         z1, z2, *learned, gammas, lambdas, gate if p.learn else None,
         None if key_sum is None else grad_key_sum, *[None] * 4,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.power_map.triton import _exp2, _log2, _unit_power
+from attnzoo.ops.power_map.triton import _exp2, _log2
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands
 from attnzoo.ops.triton_common import (
     _LARGEST,
@@ -96,21 +96,21 @@ def _log_unit(unit, FAST: tl.constexpr):
 
 
 @triton.jit
-def _power_and_log(x, gamma, pivot, FAST: tl.constexpr):
+def _power_and_log(x, gamma, inverse, FAST: tl.constexpr):
     """ReLU(x) over the pivot to a power, and the same times its logarithm."""
-    log_unit = _log_unit(x * (1.0 / pivot)[:, None], FAST)
+    log_unit = _log_unit(x * inverse[:, None], FAST)
     power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
     return power, power * log_unit
 
 
 @triton.jit
-def _power_slope(grad, x, gamma, pivot, norm, scale, mean, x_norm, FAST: tl.constexpr):
+def _power_slope(grad, x, gamma, inverse, norm, scale, mean, x_norm, FAST: tl.constexpr):
     """Gradient of x, given <grad, power> / norm of the whole row as ``mean``."""
-    unit = x * (1.0 / pivot)[:, None]
+    unit = x * inverse[:, None]
     # One exponential for the power's slope, and the power is that times the unit.
     slope = _exp2((gamma - 1.0)[:, None] * _log_unit(unit, FAST), FAST)
     grad = grad - slope * unit * (mean / norm)[:, None]
-    grad = grad * slope * (scale * gamma / pivot)[:, None] + x * (mean / x_norm)[:, None]
+    grad = grad * slope * (scale * gamma * inverse)[:, None] + x * (mean / x_norm)[:, None]
     return tl.where(x <= _NORMAL, 0.0, grad)
 
 
@@ -179,11 +179,11 @@ def _difference_backward_kernel(
     g = tl.arange(0, G)
     lam = tl.arange(0, L)
     gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
-    pivot1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    inverse1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
     norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
     scale1 = tl.load(stats + 3 * rows + row, mask=is_row, other=0.0)
     gamma2 = tl.load(stats + 4 * rows + row, mask=is_row, other=1.0)
-    pivot2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
+    inverse2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
     norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
     scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
     factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
@@ -197,8 +197,8 @@ def _difference_backward_kernel(
     nothing = tl.sum(_dot(zeros, tl.zeros((16, 16), dtype), P), 1)
     gamma1 += nothing
     gamma2 += nothing
-    pivot1 += nothing
-    pivot2 += nothing
+    inverse1 += nothing
+    inverse2 += nothing
 
     # One walk for all sums over a row. What the gradients of the factor and of the normalizers
     # add to the gradients of the powers is linear in them, and is added to the sums.
@@ -228,7 +228,7 @@ def _difference_backward_kernel(
                 mine = heads[None, :] == first // head_dim
                 normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma2, pivot2, FAST)
+        power, slope = _power_and_log(x, gamma2, inverse2, FAST)
         along2 += gd * power
         slope2 += gd * slope
         self2 += power * slope
@@ -237,7 +237,7 @@ def _difference_backward_kernel(
             of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
             of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma1, pivot1, FAST)
+        power, slope = _power_and_log(x, gamma1, inverse1, FAST)
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
             if H == 1:
@@ -311,7 +311,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma2, pivot2, norm2, scale2, mean2, x_norm2, FAST)
+        gx = _power_slope(gx, x, gamma2, inverse2, norm2, scale2, mean2, x_norm2, FAST)
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
@@ -327,7 +327,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma1, pivot1, norm1, scale1, mean1, x_norm1, FAST)
+        gx = _power_slope(gx, x, gamma1, inverse1, norm1, scale1, mean1, x_norm1, FAST)
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
@@ -341,14 +341,13 @@ def _difference_backward_kernel(
 
 
 @triton.jit
-def _restored(z, row, rows, stats, first, is_row, dtype: tl.constexpr, FAST: tl.constexpr):
-    """What the forward made of tile ``z``, from the rows' saved statistics."""
-    x = z.to(tl.float32)
+def _restored(x, row, rows, stats, first, is_row, FAST: tl.constexpr):
+    """What the forward made of tile ``x``, from the rows' saved statistics."""
     gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
-    pivot = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
+    inverse = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
     scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
-    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, pivot, FAST)
-    return (power * scale[:, None]).to(dtype)
+    x = x.to(tl.float32)
+    return _risen(x, x * inverse[:, None], _exponent(gamma), FAST) * scale[:, None]
 
 
 @triton.jit
@@ -358,9 +357,7 @@ def _router_gradient_kernel(
     stats,
     grad_logits,
     grad_norm,
-    grad_r1,
-    grad_r2,
-    grad_rd,
+    grad_routers,
     grad_key_sum,
     n,
     rows,
@@ -380,6 +377,7 @@ def _router_gradient_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = (column < d)[None, :]
@@ -399,43 +397,43 @@ def _router_gradient_kernel(
         inside = first + tl.arange(0, R)
         is_row = inside < stop
         row = sample * n + inside
-        mask = is_row[:, None] & is_column
-        z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
-        base = _restored(z, row, rows, stats, 0, is_row, dtype, FAST)
+        x = _tile(z1 + row[:, None] * z1_row, column, is_row, d, EVEN)
+        base = _restored(x, row, rows, stats, 0, is_row, FAST)
         if NORMALIZE:
             head = tl.program_id(0) * C // head_dim
             normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
-            key_total += tl.sum(normal[:, None] * base.to(tl.float32), 0)
+            key_total += tl.sum(normal[:, None] * base, 0)
         if LEARN:
-            line = grad_logits + row[:, None] * (2 * G + L)
-            g1 = tl.load(line + g[None, :], mask=is_row[:, None], other=0.0)
-            g2 = tl.load(line + G + g[None, :], mask=is_row[:, None], other=0.0)
-            gl = tl.load(line + 2 * G + lam[None, :], mask=is_row[:, None], other=0.0)
-            total1 = _add_dot(total1, tl.trans(g1), z, P)
-            base_total = _add_dot(base_total, tl.trans(gl), base, P)
-            z = tl.load(z2 + row[:, None] * z2_row + column[None, :], mask=mask, other=0.0)
-            total2 = _add_dot(total2, tl.trans(g2), z, P)
-            redundant = _restored(z, row, rows, stats, 4, is_row, dtype, FAST)
-            redundant_total = _add_dot(redundant_total, tl.trans(gl), redundant, P)
+            line = grad_logits + row[None, :] * (2 * G + L)
+            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
+            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
+            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
+            total1 = _add_dot(total1, g1, x, P)
+            base_total = _add_dot(base_total, gl, base.to(dtype), P)
+            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
+            total2 = _add_dot(total2, g2, x, P)
+            redundant = _restored(x, row, rows, stats, 4, is_row, FAST)
+            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
     if NORMALIZE:
         tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
     if LEARN:
         is_g = (g[:, None] < n_gamma) & is_column
         is_l = (lam[:, None] < n_lambda) & is_column
-        place = (part * n_gamma + g[:, None]) * d + column[None, :]
-        tl.store(grad_r1 + place, total1, mask=is_g)
-        tl.store(grad_r2 + place, total2, mask=is_g)
-        place = (part * n_lambda + lam[:, None]) * 2 * d + column[None, :]
-        tl.store(grad_rd + place, base_total, mask=is_l)
-        tl.store(grad_rd + place + d, redundant_total, mask=is_l)
+        place = grad_routers + part * (2 * n_gamma + 2 * n_lambda) * d + column[None, :]
+        tl.store(place + g[:, None] * d, total1, mask=is_g)
+        tl.store(place + (n_gamma + g[:, None]) * d, total2, mask=is_g)
+        place += 2 * n_gamma * d
+        tl.store(place + lam[:, None] * d, base_total, mask=is_l)
+        tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
 # Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2).
 MAXREG = None
-DIFFERENCE_BACKWARD_BLOCK = (64, 32, 4, 2)
+DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
 # Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
 # would spill their registers.
 ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
+ROUTER_PROGRAMS = 792
 
 
 def _columns(most: int, head_dim: int, heads: int) -> int:
@@ -461,7 +459,7 @@ def _fitting_stages(operands: int, room: int | None) -> int:
 @launched(
     "focused_difference_backward",
     "(Tensor grad, Tensor? grad_sum, Tensor out, Tensor stats, Tensor choices, "
-    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
 )
 def difference_backward(
     grad: Tensor,
@@ -475,8 +473,9 @@ def difference_backward(
     """Gradients of ``difference_forward``.
 
     Returns:
-        Of z1, z2 (b, n, d); of the gate (b, n); of the three routers; of gammas; of lambdas; of
-        key_sum (b, d) or nothing. Routers get 0 where ``learn`` is off.
+        Of z1, z2 (b, n, d); of the gate (b, n); of the routers r1, r2, and rd's two halves, one
+        below the other, (2 gammas + 2 lambdas, d), 0 where ``learn`` is off; of gammas and
+        lambdas, (2 gammas + lambdas,); of key_sum (b, d) or nothing.
     """
     z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, learn, _ = Operands(*operands)
     b, n, d = z1.shape
@@ -500,12 +499,14 @@ def difference_backward(
         rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype
     )
     tables = new(b * blocks, width)
-    splits = max(1, min(_ceil(n, 256), _ceil(64, max(b, 1))))
+    router_rows, router_columns = ROUTER_GRADIENT_TILES[itemsize]
+    router_columns = _columns(router_columns, d // heads, heads)
+    programs = max(1, b) * _ceil(d, router_columns)
+    splits = max(1, min(_ceil(n, 256), _ceil(ROUTER_PROGRAMS, programs)))
     part = _ceil(_ceil(n, splits), 64) * 64
     splits = max(1, _ceil(n, part))
     parts = b * splits
-    grad_r1, grad_r2 = (new(parts if learn else 0, n_gamma, d) for _ in range(2))
-    grad_rd = new(parts if learn else 0, n_lambda, 2 * d)
+    grad_routers = new(parts if learn else 0, 2 * n_gamma + 2 * n_lambda, d)
     grad_key_sum = new(b, splits if is_normalized else 0, d)
     stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
     if rows:
@@ -519,21 +520,15 @@ def difference_backward(
             num_stages=stages, maxnreg=MAXREG,
         )  # fmt: skip
         if learn or is_normalized:
-            size, chunk = ROUTER_GRADIENT_TILES[itemsize]
-            chunk = _columns(chunk, d // heads, heads)
+            size, chunk = router_rows, router_columns
             loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
             _router_gradient_kernel[(_ceil(d, chunk), parts)](
-                z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
-                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
-                is_normalized, learn, size, chunk, *shared, num_warps=4,
+                z1, z2, stats, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
+                d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
+                is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
                 num_stages=_fitting_stages(loaded, room),
             )  # fmt: skip
-    table = tables.sum(0)
-    return (
-        grad_z1, grad_z2, grad_gate, grad_r1.sum(0), grad_r2.sum(0), grad_rd.sum(0),
-        table[: 2 * n_gamma].reshape(2, n_gamma).clone(), table[2 * n_gamma :].clone(),
-        grad_key_sum.sum(1),
-    )  # fmt: skip
+    return grad_z1, grad_z2, grad_gate, grad_routers.sum(0), tables.sum(0), grad_key_sum.sum(1)
 
 
 @difference_backward.register_fake
@@ -543,7 +538,7 @@ def _(grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probabili
     b, n, d = p.z1.shape
     wide = p.gammas.new_empty
     return (
-        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n), wide(p.r1.shape),
-        wide(p.r2.shape), wide(p.rd.shape), wide(p.gammas.shape), wide(p.lambdas.shape),
+        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n),
+        wide(2 * len(p.r1) + 2 * len(p.rd), d), wide(p.gammas.numel() + p.lambdas.numel()),
         wide(b, d),
     )  # fmt: skip
