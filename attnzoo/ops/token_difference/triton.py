@@ -60,6 +60,12 @@ def _falling(line, is_row, gamma, peak, d, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _is_extreme(peak):
+    """Of rows, whether squares leave float32's range; rows of zeros do not."""
+    return (peak > 1e15) | ((peak < 1e-12) & (peak > _NORMAL))
+
+
+@triton.jit
 def _difference_kernel(
     z1,
     z2,
@@ -108,6 +114,8 @@ def _difference_kernel(
 
     peak_tile1 = tl.zeros((R, C), tl.float32)
     peak_tile2 = tl.zeros((R, C), tl.float32)
+    units1 = tl.zeros((R, C), tl.float32)
+    units2 = tl.zeros((R, C), tl.float32)
     logits1 = tl.zeros((R, G), tl.float32)
     logits2 = tl.zeros((R, G), tl.float32)
     for first in range(0, d, C):
@@ -116,26 +124,30 @@ def _difference_kernel(
         y = _tile(line2, column, is_row, d, EVEN)
         w = _weights(r1, d, d, n_gamma, column, G)
         logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
-        peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
+        x = _relu(x)
+        peak_tile1 = tl.maximum(peak_tile1, x)
+        units1 += x * x
         w = _weights(r2, d, d, n_gamma, column, G)
         logits2 = _add_dot(logits2, y.to(w.dtype), tl.trans(w), P)
-        peak_tile2 = tl.maximum(peak_tile2, y.to(tl.float32))
+        y = _relu(y)
+        peak_tile2 = tl.maximum(peak_tile2, y)
+        units2 += y * y
     gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
     gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
     peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
     peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
-    pivot1, length1, pivot2, length2 = peak1, peak1, peak2, peak2
+    pivot1, pivot2 = peak1, peak2
+    length1, length2 = tl.sqrt(tl.sum(units1, 1)), tl.sqrt(tl.sum(units2, 1))
     power1, power2 = _exponent(gamma1), _exponent(gamma2)
-    # Rare enough for a walk of its own: it would slow down the others.
-    if tl.min(tl.minimum(gamma1, gamma2), 0) < 0.0:
+    # Rare enough for a walk of its own: exponents that fall, and squares out of range.
+    is_rare = (tl.minimum(gamma1, gamma2) < 0.0) | _is_extreme(peak1) | _is_extreme(peak2)
+    if tl.max(is_rare.to(tl.int32), 0) > 0:
         pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
         pivot2, length2 = _falling(line2, is_row, gamma2, peak2, d, R, C)
     inverse1, inverse2 = 1.0 / pivot1, 1.0 / pivot2
 
     squares1 = tl.zeros((R, C), tl.float32)
     squares2 = tl.zeros((R, C), tl.float32)
-    units1 = tl.zeros((R, C), tl.float32)
-    units2 = tl.zeros((R, C), tl.float32)
     along = tl.zeros((R, C), tl.float32)
     normals = tl.zeros((R, H), tl.float32)
     heads = tl.arange(0, H)
@@ -144,11 +156,8 @@ def _difference_kernel(
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        unit = x * inverse1[:, None]
-        power = _risen(x, unit, power1, FAST)
+        power = _risen(x, x * inverse1[:, None], power1, FAST)
         squares1 += power * power
-        unit = _relu(unit)
-        units1 += unit * unit
         w = _weights(rd, 2 * d, d, n_lambda, column, L)
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
         if NORMALIZE:
@@ -159,19 +168,13 @@ def _difference_kernel(
                 sums_here = tl.sum(power * total[None, :], 1)[:, None]
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        unit = x * inverse2[:, None]
-        power = _risen(x, unit, power2, FAST)
+        power = _risen(x, x * inverse2[:, None], power2, FAST)
         squares2 += power * power
-        unit = _relu(unit)
-        units2 += unit * unit
         w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
         logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
     norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
     norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
-    length = peak1 * tl.sqrt(tl.sum(units1, 1))
-    scale1 = tl.where(gamma1 < 0.0, length1, length) / norm1
-    length = peak2 * tl.sqrt(tl.sum(units2, 1))
-    scale2 = tl.where(gamma2 < 0.0, length2, length) / norm2
+    scale1, scale2 = length1 / norm1, length2 / norm2
     logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
     factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
     if NORMALIZE:
@@ -227,7 +230,7 @@ def _difference_kernel(
 
 # Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
 # a warp takes: with fewer, several warps would compute the same powers.
-DIFFERENCE_BLOCK = (32, 32, 2, 2)
+DIFFERENCE_BLOCK = (32, 32, 2, 3)
 
 
 MAXREG=None

@@ -200,33 +200,18 @@ def _difference_backward_kernel(
     inverse1 += nothing
     inverse2 += nothing
 
-    # One walk for all sums over a row. What the gradients of the factor and of the normalizers
-    # add to the gradients of the powers is linear in them, and is added to the sums.
-    norm_tile = tl.zeros((R, C), tl.float32)
-    total_tile = tl.zeros((R, C), tl.float32)
-    normals = tl.zeros((R, H), tl.float32)
-    totals = tl.zeros((R, H), tl.float32)
-    along1 = tl.zeros((R, C), tl.float32)
+    # One walk of each for all sums over its rows. What the gradients of the factor and of the
+    # normalizers add to those of the powers is linear in them, and is added to the sums.
     along2 = tl.zeros((R, C), tl.float32)
-    slope1 = tl.zeros((R, C), tl.float32)
     slope2 = tl.zeros((R, C), tl.float32)
-    self1 = tl.zeros((R, C), tl.float32)
     self2 = tl.zeros((R, C), tl.float32)
-    of_power1 = tl.zeros((R, L), tl.float32)
     of_power2 = tl.zeros((R, L), tl.float32)
-    of_slope1 = tl.zeros((R, L), tl.float32)
     of_slope2 = tl.zeros((R, L), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
         gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         if NORMALIZE:
             gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-            slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
-            if H == 1:
-                norm_tile += slope
-            else:
-                mine = heads[None, :] == first // head_dim
-                normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
         power, slope = _power_and_log(x, gamma2, inverse2, FAST)
         along2 += gd * power
@@ -236,15 +221,31 @@ def _difference_backward_kernel(
             w = tl.trans(_weights(rd + d, 2 * d, d, n_lambda, column, L))
             of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
             of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
+    norm_tile = tl.zeros((R, C), tl.float32)
+    total_tile = tl.zeros((R, C), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    totals = tl.zeros((R, H), tl.float32)
+    along1 = tl.zeros((R, C), tl.float32)
+    slope1 = tl.zeros((R, C), tl.float32)
+    self1 = tl.zeros((R, C), tl.float32)
+    of_power1 = tl.zeros((R, L), tl.float32)
+    of_slope1 = tl.zeros((R, L), tl.float32)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
         power, slope = _power_and_log(x, gamma1, inverse1, FAST)
         if NORMALIZE:
+            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            of_norm = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
             if H == 1:
+                norm_tile += of_norm
                 total_tile += slope * total[None, :]
             else:
-                sums_here = tl.sum(slope * total[None, :], 1)[:, None]
-                totals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
+                mine = heads[None, :] == first // head_dim
+                normals -= tl.where(mine, tl.sum(of_norm, 1)[:, None], 0.0)
+                totals += tl.where(mine, tl.sum(slope * total[None, :], 1)[:, None], 0.0)
         else:
             gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
         along1 += gd * power
