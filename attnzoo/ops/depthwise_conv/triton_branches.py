@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.triton import _pixel, _shifted, stencil
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.triton_common import _ceil, _rows, launched
+from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
 
 
 @triton.jit
@@ -562,7 +562,7 @@ def _normed_branches_backward(
         tokens, grad, square, upright, level, slopes, grad_x, height, width, c, spacing,
         grad_spacing, strips, rows, w, channels, num_warps=warps,
     )  # fmt: skip
-    return grad_x, partial.sum(0), grad_gains
+    return grad_x, column_sum(partial), grad_gains
 
 
 @_normed_branches_backward.register_fake

@@ -272,7 +272,9 @@ def _grouped_sum_kernel(
 
 # (rows, columns, depth of a tile, warps, stages) by bytes of an element.
 GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
-WEIGHT_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+# Where wide tiles would be half empty.
+NARROW_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+WEIGHT_TILES = {2: (128, 128, 32, 8, 5), 4: (64, 64, 32, 4, 2)}
 # Programs to split the sums of weights' gradients for; entries of one that adds the parts up.
 WEIGHT_PROGRAMS = 264
 SUM_BLOCK = 1024
@@ -283,6 +285,11 @@ def _fitting(
 ) -> tuple[int, ...]:
     """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
     return _within(table[itemsize], itemsize, _shared_memory(device))
+
+
+def _grouped_tile(a: Tensor, width: int) -> tuple[int, ...]:
+    table = GROUPED_TILES if width % 256 == 0 else NARROW_TILES
+    return _fitting(table, a.element_size(), a.device)
 
 
 @functools.cache
@@ -322,7 +329,7 @@ def grouped_product(
     out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
+    m, n, k, warps, stages = tiles or _grouped_tile(a, width)
     grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
     _grouped_kernel[grid](
         a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,

@@ -26,6 +26,7 @@ from attnzoo.ops.triton_common import (
     _rows,
     _shared_memory,
     _width,
+    column_sum,
     launched,
 )
 
@@ -529,7 +530,8 @@ def difference_backward(
                 is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
                 num_stages=_fitting_stages(loaded, room),
             )  # fmt: skip
-    return grad_z1, grad_z2, grad_gate, grad_routers.sum(0), tables.sum(0), grad_key_sum.sum(1)
+    routers, scalars = column_sum(grad_routers), column_sum(tables)
+    return grad_z1, grad_z2, grad_gate, routers, scalars, grad_key_sum.sum(1)
 
 
 @difference_backward.register_fake
