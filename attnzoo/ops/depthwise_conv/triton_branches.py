@@ -125,7 +125,9 @@ def _put_moments(line, c, origin, total, squares, rows, lanes, is_w, is_c):
 
 
 @triton.jit
-def _total_moments(partial, place, parts, c, total, column, is_c, B: tl.constexpr, C: tl.constexpr):
+def _total_moments(
+    partial, place, parts, c, total, column, is_c, B: tl.constexpr, C: tl.constexpr
+):
     """Mean and variance of one branch, of its moments in all strips."""
     sums = tl.zeros((B, C), tl.float32)
     part = tl.arange(0, B)

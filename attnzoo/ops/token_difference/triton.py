@@ -233,8 +233,6 @@ def _difference_kernel(
 DIFFERENCE_BLOCK = (32, 32, 2, 3)
 
 
-MAXREG=None
-
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
 def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """phi(Z) - lambda phi(Z') of ``Operands``, with phi the routed power map.
@@ -268,7 +266,7 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
             triton.next_power_of_2(heads), _width(n_gamma), _width(n_lambda),
             _precision(r1.dtype), _is_fast(), d % chunk == 0,
-            num_warps=warps, num_stages=stages, maxnreg=MAXREG,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, sums.sum(1), stats, choices, probability
 

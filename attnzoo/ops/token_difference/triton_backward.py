@@ -164,6 +164,7 @@ def _difference_backward_kernel(
     P: tl.constexpr,
     FAST: tl.constexpr,
     EVEN: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -192,98 +193,167 @@ def _difference_backward_kernel(
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
     heads = tl.arange(0, H)
-    # The compiler lays tiles out for products where what they are multiplied with comes from one.
-    # Else it computes the powers twice: as they are loaded, and as the products need them.
-    zeros = tl.zeros((R, 16), dtype)
-    nothing = tl.sum(_dot(zeros, tl.zeros((16, 16), dtype), P), 1)
-    gamma1 += nothing
-    gamma2 += nothing
-    inverse1 += nothing
-    inverse2 += nothing
-
-    # One walk of each for all sums over its rows. What the gradients of the factor and of the
-    # normalizers add to those of the powers is linear in them, and is added to the sums.
-    along2 = tl.zeros((R, C), tl.float32)
-    slope2 = tl.zeros((R, C), tl.float32)
-    self2 = tl.zeros((R, C), tl.float32)
-    of_power2 = tl.zeros((R, L), tl.float32)
-    of_slope2 = tl.zeros((R, L), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
-        if NORMALIZE:
-            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma2, inverse2, FAST)
-        along2 += gd * power
-        slope2 += gd * slope
-        self2 += power * slope
-        if LEARN:
-            w = tl.trans(_weights(rd + d, 2 * d, d, n_lambda, column, L))
-            of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
-            of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
-    norm_tile = tl.zeros((R, C), tl.float32)
-    total_tile = tl.zeros((R, C), tl.float32)
-    normals = tl.zeros((R, H), tl.float32)
-    totals = tl.zeros((R, H), tl.float32)
-    along1 = tl.zeros((R, C), tl.float32)
-    slope1 = tl.zeros((R, C), tl.float32)
-    self1 = tl.zeros((R, C), tl.float32)
-    of_power1 = tl.zeros((R, L), tl.float32)
-    of_slope1 = tl.zeros((R, L), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
-        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma1, inverse1, FAST)
-        if NORMALIZE:
-            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-            of_norm = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
-            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            if H == 1:
-                norm_tile += of_norm
-                total_tile += slope * total[None, :]
+    if MANY:
+        # The compiler lays tiles out for products where what they are multiplied with comes from
+        # one. Else it computes powers twice: as they are loaded, and as the products need them.
+        zeros = tl.zeros((R, 16), dtype)
+        nothing = tl.sum(_dot(zeros, tl.zeros((16, 16), dtype), P), 1)
+        gamma1 += nothing
+        gamma2 += nothing
+        inverse1 += nothing
+        inverse2 += nothing
+        # One walk for all sums over a row. What the gradients of the factor and of the
+        # normalizers add to those of the powers is linear in them, and is added to the sums.
+        norm_tile = tl.zeros((R, C), tl.float32)
+        total_tile = tl.zeros((R, C), tl.float32)
+        normals = tl.zeros((R, H), tl.float32)
+        totals = tl.zeros((R, H), tl.float32)
+        along1 = tl.zeros((R, C), tl.float32)
+        along2 = tl.zeros((R, C), tl.float32)
+        slope1 = tl.zeros((R, C), tl.float32)
+        slope2 = tl.zeros((R, C), tl.float32)
+        self1 = tl.zeros((R, C), tl.float32)
+        self2 = tl.zeros((R, C), tl.float32)
+        of_power1 = tl.zeros((R, L), tl.float32)
+        of_power2 = tl.zeros((R, L), tl.float32)
+        of_slope1 = tl.zeros((R, L), tl.float32)
+        of_slope2 = tl.zeros((R, L), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
+                if H == 1:
+                    norm_tile += slope
+                else:
+                    mine = heads[None, :] == first // head_dim
+                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
+            along2 += gd * power
+            slope2 += gd * slope
+            self2 += power * slope
+            if LEARN:
+                w = tl.trans(_weights(rd + d, 2 * d, d, n_lambda, column, L))
+                of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
+                of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
+            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
+            if NORMALIZE:
+                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+                if H == 1:
+                    total_tile += slope * total[None, :]
+                else:
+                    sums_here = tl.sum(slope * total[None, :], 1)[:, None]
+                    totals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
             else:
-                mine = heads[None, :] == first // head_dim
-                normals -= tl.where(mine, tl.sum(of_norm, 1)[:, None], 0.0)
-                totals += tl.where(mine, tl.sum(slope * total[None, :], 1)[:, None], 0.0)
-        else:
-            gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
-        along1 += gd * power
-        slope1 += gd * slope
-        self1 += power * slope
+                gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+            along1 += gd * power
+            slope1 += gd * slope
+            self1 += power * slope
+            if LEARN:
+                w = tl.trans(_weights(rd, 2 * d, d, n_lambda, column, L))
+                of_power1 = _add_dot(of_power1, power.to(dtype).to(w.dtype), w, P)
+                of_slope1 = _add_dot(of_slope1, slope.to(dtype).to(w.dtype), w, P)
+        sum1 = tl.sum(along1, 1)
+        sum2 = tl.sum(along2, 1)
+        line_sum1 = tl.sum(slope1, 1)
+        line_sum2 = -factor * tl.sum(slope2, 1)
+        if NORMALIZE:
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            if H == 1:
+                normals = -tl.sum(norm_tile, 1)[:, None]
+                totals = tl.sum(total_tile, 1)[:, None]
+            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+            # phi(Z) . key_sum as the forward found it, from what it saved.
+            line_of_norms = stats + (9 + heads[None, :]) * rows + row[:, None]
+            found = tl.load(line_of_norms, mask=is_head, other=eps) - eps
+            found = tl.where(scale1[:, None] > 0.0, found / scale1[:, None], 0.0)
+            sum1 += tl.sum(normals * found, 1)
+            line_sum1 += tl.sum(normals * totals, 1)
+        gl, lambda_table = _scalar_backward(
+            -scale2 * sum2, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
+        )
+        gl = gl.to(dtype)
+        sum2 *= -factor
         if LEARN:
-            w = tl.trans(_weights(rd, 2 * d, d, n_lambda, column, L))
-            of_power1 = _add_dot(of_power1, power.to(dtype).to(w.dtype), w, P)
-            of_slope1 = _add_dot(of_slope1, slope.to(dtype).to(w.dtype), w, P)
-    sum1 = tl.sum(along1, 1)
-    sum2 = tl.sum(along2, 1)
-    line_sum1 = tl.sum(slope1, 1)
-    line_sum2 = -factor * tl.sum(slope2, 1)
-    if NORMALIZE:
-        is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
-        if H == 1:
-            normals = -tl.sum(norm_tile, 1)[:, None]
-            totals = tl.sum(total_tile, 1)[:, None]
-        tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
-        # phi(Z) . key_sum as the forward found it, from what it saved.
-        line_of_norms = stats + (9 + heads[None, :]) * rows + row[:, None]
-        found = tl.load(line_of_norms, mask=is_head, other=eps) - eps
-        found = tl.where(scale1[:, None] > 0.0, found / scale1[:, None], 0.0)
-        sum1 += tl.sum(normals * found, 1)
-        line_sum1 += tl.sum(normals * totals, 1)
-    gl, lambda_table = _scalar_backward(
-        -scale2 * sum2, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
-    )
-    gl = gl.to(dtype)
-    sum2 *= -factor
-    if LEARN:
-        tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
-        rounded = gl.to(tl.float32)
-        sum1 += tl.sum(rounded * of_power1, 1)
-        sum2 += tl.sum(rounded * of_power2, 1)
-        line_sum1 += tl.sum(rounded * of_slope1, 1)
-        line_sum2 += tl.sum(rounded * of_slope2, 1)
+            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
+            rounded = gl.to(tl.float32)
+            sum1 += tl.sum(rounded * of_power1, 1)
+            sum2 += tl.sum(rounded * of_power2, 1)
+            line_sum1 += tl.sum(rounded * of_slope1, 1)
+            line_sum2 += tl.sum(rounded * of_slope2, 1)
+    else:
+        # The gradients of the factor and of the normalizers first, so that no power is part of a
+        # product: then warps may share rows, and few tokens fill more of the device.
+        factor_tile = tl.zeros((R, C), tl.float32)
+        norm_tile = tl.zeros((R, C), tl.float32)
+        normals = tl.zeros((R, H), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
+                if H == 1:
+                    norm_tile += slope
+                else:
+                    mine = heads[None, :] == first // head_dim
+                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, _ = _power_and_log(x, gamma2, inverse2, FAST)
+            factor_tile += gd * power
+        if NORMALIZE:
+            if H == 1:
+                normals = -tl.sum(norm_tile, 1)[:, None]
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+        gl, lambda_table = _scalar_backward(
+            -scale2 * tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda,
+            LEARN, L,
+        )  # fmt: skip
+        gl = gl.to(dtype)
+        if LEARN:
+            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
+        along1 = tl.zeros((R, C), tl.float32)
+        along2 = tl.zeros((R, C), tl.float32)
+        slope1 = tl.zeros((R, C), tl.float32)
+        slope2 = tl.zeros((R, C), tl.float32)
+        self1 = tl.zeros((R, C), tl.float32)
+        self2 = tl.zeros((R, C), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            gx = -factor[:, None] * gd
+            if LEARN:
+                w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+                gx += _dot(gl.to(w.dtype), w, P)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
+            along2 += gx * power
+            slope2 += gx * slope
+            self2 += power * slope
+            gx = gd
+            if NORMALIZE:
+                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+                gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+            else:
+                gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+            if LEARN:
+                w = _weights(rd, 2 * d, d, n_lambda, column, L)
+                gx += _dot(gl.to(w.dtype), w, P)
+            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
+            along1 += gx * power
+            slope1 += gx * slope
+            self1 += power * slope
+        sum1 = tl.sum(along1, 1)
+        sum2 = tl.sum(along2, 1)
+        line_sum1 = tl.sum(slope1, 1)
+        line_sum2 = tl.sum(slope2, 1)
     mean1 = sum1 / norm1
     mean2 = sum2 / norm2
     grad_gamma1 = (line_sum1 - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
@@ -429,9 +499,11 @@ def _router_gradient_kernel(
         tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2).
-MAXREG = None
+# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2): sixteen
+# rows a warp, as of the forward; and of few rows, which would leave most of a GPU idle so.
 DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
+FEW_BACKWARD_BLOCK = (16, 128, 4, 2)
+FEW_ROWS = 8192
 # Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
 # would spill their registers.
 ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
@@ -484,7 +556,8 @@ def difference_backward(
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     grad, grad_spacing = _rows(grad)
     r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
-    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
+    is_many = b * n > FEW_ROWS
+    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
     choices_width = max(_width(n_gamma), _width(n_lambda))
@@ -497,9 +570,7 @@ def difference_backward(
 
     grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
     grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
-    grad_logits = new(
-        rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype
-    )
+    grad_logits = new(rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype)
     tables = new(b * blocks, width)
     router_rows, router_columns = ROUTER_GRADIENT_TILES[itemsize]
     router_columns = _columns(router_columns, d // heads, heads)
@@ -517,9 +588,9 @@ def difference_backward(
             grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
             grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
-            grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size, chunk,
-            triton.next_power_of_2(heads), *shared, d % chunk == 0, num_warps=warps,
-            num_stages=stages, maxnreg=MAXREG,
+            grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size,
+            chunk, triton.next_power_of_2(heads), *shared, d % chunk == 0, is_many,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if learn or is_normalized:
             size, chunk = router_rows, router_columns
