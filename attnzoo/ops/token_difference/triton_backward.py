@@ -502,7 +502,7 @@ def _router_gradient_kernel(
 # Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2): sixteen
 # rows a warp, as of the forward; and of few rows, which would leave most of a GPU idle so.
 DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
-FEW_BACKWARD_BLOCK = (16, 128, 4, 2)
+FEW_BACKWARD_BLOCK = (16, 64, 4, 2)
 FEW_ROWS = 8192
 # Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
 # would spill their registers.
@@ -556,7 +556,8 @@ def difference_backward(
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     grad, grad_spacing = _rows(grad)
     r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
-    is_many = b * n > FEW_ROWS
+    # In float32 the products with powers would spill registers.
+    is_many = b * n > FEW_ROWS and z1.element_size() == 2
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
