@@ -16,7 +16,7 @@ from attnzoo.ops.depthwise_conv import (
     to_tokens,
 )
 from attnzoo.ops.depthwise_conv.native import branch_conv
-from attnzoo.ops.dispatch import Impl, is_few, is_watched
+from attnzoo.ops.dispatch import Impl, choose, is_few, is_watched
 
 ConvKind = Literal["acnet", "3x3", "5x5", "none"]
 
@@ -79,11 +79,40 @@ class DepthwiseConv(nn.Module):
             if is_few("branch_conv", impl, x, *branches, x if added is None else added):
                 return branch_conv(x, grid, branches, self.norms[0].eps, added)
             return depthwise_conv(x, grid, *self.merged(), added, impl=impl)
+        if self._is_joined(x, impl):
+            return self._joined(x, grid, added)
         images: list[Tensor] = []
         for branch, norm in zip(self.branches, self.norms, strict=True):
             images.append(_normed_branch(x, grid, branch, norm, impl))
         out = to_tokens(sum(images[1:], images[0]))
         return out if added is None else added + out.to(added.dtype)
+
+    def _is_joined(self, x: Tensor, impl: Impl) -> bool:
+        """Whether kernels compute the normed branches of a batch as one convolution."""
+        if x.numel() == self.dim:  # one value of a channel has no variance
+            return False
+        for norm in self.norms:
+            has_own = type(norm) is nn.BatchNorm2d and norm.training
+            if not (has_own and norm.affine and norm.track_running_stats and norm.momentum):
+                return False
+        return choose("depthwise_conv", impl, x) == "triton"
+
+    def _joined(self, x: Tensor, grid: tuple[int, int], added: Tensor | None) -> Tensor:
+        from attnzoo.ops.depthwise_conv.triton_branches import normed_branches
+
+        gains, shifts = ([getattr(norm, z) for norm in self.norms] for z in ("weight", "bias"))
+        weights = [branch.weight for branch in self.branches]
+        out, means, variances = normed_branches(
+            x, grid, weights, torch.stack(gains), torch.stack(shifts), self.norms[0].eps, added
+        )
+        pixels = x.numel() // self.dim
+        with torch.no_grad():
+            variances = variances.detach() * (pixels / (pixels - 1))
+            for norm, mean, variance in zip(self.norms, means.detach(), variances, strict=True):
+                norm.num_batches_tracked.add_(1)
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+        return out
 
     @property
     def reach(self) -> int:

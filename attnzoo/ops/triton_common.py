@@ -143,6 +143,37 @@ def _shared_memory(device: torch.device) -> int | None:
 
 
 @triton.jit
+def _column_sum_kernel(parts, out, n, size, R: tl.constexpr, C: tl.constexpr):
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    is_column = (column < size)[None, :]
+    total = tl.zeros((R, C), tl.float32)
+    row = tl.arange(0, R)
+    place = parts + row.to(tl.int64)[:, None] * size + column[None, :]
+    for first in range(0, n, R):
+        mask = (first + row < n)[:, None] & is_column
+        total += tl.load(place, mask=mask, other=0.0)
+        place += R * size
+    tl.store(out + column, tl.sum(total, 0), mask=column < size)
+
+
+def column_sum(parts: Tensor) -> Tensor:
+    """The sum over the first dimension of what programs left behind, in float32.
+
+    PyTorch's takes several times as long for hundreds of parts.
+    """
+    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
+    size = out.numel()
+    if parts.numel() == 0:
+        return out.zero_()
+    # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
+    columns = 32 if size >= 1 << 12 else 16
+    _column_sum_kernel[(_ceil(size, columns),)](
+        parts, out, parts.shape[0], size, 2048 // columns, columns
+    )
+    return out
+
+
+@triton.jit
 def _dot(a, b, P: tl.constexpr):
     if P == "ieee":
         # The interpreter would multiply the bits of bfloat16 operands as integers.

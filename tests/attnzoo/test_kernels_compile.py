@@ -77,7 +77,7 @@ def compiled(monkeypatch, tmp_path):
 
 
 def launch_difference(dtype, choices, heads, width=384):
-    from attnzoo.ops.token_difference import Operands
+    from attnzoo.ops.token_difference import Operands, triton_backward
     from attnzoo.ops.token_difference.triton import difference_forward
     from attnzoo.ops.token_difference.triton_backward import difference_backward
 
@@ -89,7 +89,8 @@ def launch_difference(dtype, choices, heads, width=384):
             z, z, *routers, gammas, lambdas, None, key_sum, 1e-6, heads, True, True
         )
         out, sums, *saved = difference_forward(*operands)
-        difference_backward(out, sums if key_sum is None else None, out, *saved, *operands)
+        for triton_backward.FEW_ROWS in (0, 8192):
+            difference_backward(out, sums if key_sum is None else None, out, *saved, *operands)
 
 
 def launch_routing(dtype, experts, width=384):
@@ -117,6 +118,7 @@ def launch_linear(dtype, width=384):
 
 def launch_the_rest(dtype, width=384):
     from attnzoo.ops.depthwise_conv import triton as kernels
+    from attnzoo.ops.depthwise_conv import triton_branches as branches
     from attnzoo.ops.normed_difference import triton as differences
     from attnzoo.ops.power_map import triton as maps
 
@@ -134,6 +136,12 @@ def launch_the_rest(dtype, width=384):
     weight = torch.ones(width, 1, 5, 5, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+    weights = [torch.ones(width, 1, *size) for size in ((3, 3), (3, 1), (1, 3))]
+    gains, grid = torch.ones(3, width), (16, 16)
+    out, stats = branches._normed_branches.function(
+        tokens, *weights, gains, gains, tokens, 1e-5, *grid
+    )
+    branches._normed_branches_backward.function(out, stats, tokens, *weights, gains, *grid)
 
 
 def launch_norms_and_windows(dtype, width=384):
@@ -171,17 +179,18 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 
 KERNELS = {
-    "_add_mean_kernel", "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
+    "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
+    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_column_sum_kernel",
+    "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
     "_downsample_gradient_kernel", "_downsample_kernel", "_downsample_weight_kernel",
-    "_fold_kernel", "_gated_carry_kernel", "_gated_gradient_kernel",
-    "_gated_norm_backward_kernel", "_gated_norm_kernel", "_gated_output_kernel",
-    "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
-    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel",
-    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
-    "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
-    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
-    "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel",
-    "_query_gradient_kernel", "_read_kernel", "_router_gradient_kernel",
+    "_fold_kernel", "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_norm_backward_kernel",
+    "_gated_norm_kernel", "_gated_output_kernel", "_gated_update_kernel",
+    "_gather_gradient_kernel", "_gather_kernel", "_group_norm_backward_kernel",
+    "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel", "_grouped_weight_kernel",
+    "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel", "_key_gradient_kernel",
+    "_means_kernel", "_moments_kernel", "_normed_difference_backward_kernel",
+    "_normed_difference_kernel", "_place_kernel", "_pool_kernel", "_power_map_backward_kernel",
+    "_power_map_kernel", "_query_gradient_kernel", "_read_kernel", "_router_gradient_kernel",
     "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel", "_spread_kernel",
     "_statistics_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_sums_kernel",
     "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_wide_gradient_kernel",

@@ -263,9 +263,16 @@ if CAN_RUN:
     @pytest.mark.parametrize("gradient", ["ste", "none"])
     @pytest.mark.parametrize("width", [None, 0, 16])  # of heads; None: keys, not normalised
     @pytest.mark.parametrize(
-        ("b", "n", "d", "n_gamma", "n_lambda"), [(2, 37, 48, 9, 9), (1, 70, 176, 21, 5)]
+        ("b", "n", "d", "n_gamma", "n_lambda", "few"),
+        [(2, 37, 48, 9, 9, 0), (1, 70, 176, 21, 5, 0), (1, 70, 176, 21, 5, 70)],
     )
-    def test_focused_difference(dtype, powers, gradient, width, b, n, d, n_gamma, n_lambda):
+    def test_focused_difference(
+        dtype, powers, gradient, width, b, n, d, n_gamma, n_lambda, few, monkeypatch
+    ):
+        """With the kernels for many rows and for few."""
+        from attnzoo.ops.token_difference import triton_backward
+
+        monkeypatch.setattr(triton_backward, "FEW_ROWS", few)
         is_normalized, heads = width is not None, d // width if width else 1
         wide = random(b, n, 2 * d, dtype=dtype, grad=False)
         # A slice of a wider tensor, as the shared projection gives it.
@@ -383,6 +390,34 @@ if CAN_RUN:
             assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * largest
         for one, other in zip(mine.buffers(), theirs.buffers(), strict=True):
             close(one, other, dtype)
+
+    @pytest.mark.parametrize("grid", [(19, 17), (1, 70), (33, 2)])
+    def test_normed_branches_of_many_strips(grid):
+        """Moments of numbers far from 0, put together from parts of several images."""
+        theirs, mine = (DepthwiseConv(20, "acnet").to(DEVICE) for _ in range(2))
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter)
+        mine.load_state_dict(theirs.state_dict())
+        theirs, pixels = theirs.double(), grid[0] * grid[1]
+        x = (random(3, pixels, 20, grad=False) + 5).requires_grad_()
+        exact = theirs(x.double(), grid, impl="reference")
+        out = mine(x, grid, impl="triton")
+        close(out, exact)
+        cotangent = random(3, pixels, 20, seed=1, grad=False)
+        found = torch.autograd.grad(out, [x, *mine.parameters()], cotangent)
+        expected = torch.autograd.grad(exact, [x, *theirs.parameters()], cotangent.double())
+        largest = max(grad.norm() for grad in expected)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-5 * largest
+        for one, other in zip(mine.buffers(), theirs.buffers(), strict=True):
+            close(one, other, scale=0.1)
+
+    @pytest.mark.parametrize("size", [(700, 5), (3, 4200), (1, 1), (0, 7)])
+    def test_column_sum(size):
+        from attnzoo.ops.triton_common import column_sum
+
+        parts = random(*size, grad=False)
+        close(column_sum(parts), parts.double().sum(0))
 
     @pytest.mark.parametrize(("name", "heads"), [("dydila", 1), ("dydila", 3), ("dydila-map", 1)])
     @pytest.mark.parametrize("gradient", ["ste", "none"])

@@ -54,7 +54,14 @@ def _stencil_macs(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return x.numel() * weight[0].numel()
 
 
+def _branches_macs(x: Tensor, *weights: Any, **_: Any) -> int:
+    # Of the branches; that they are convolved again is not counted, as nowhere.
+    return x.numel() * sum(weight[0].numel() for weight in weights[:3])
+
+
 MACS |= {
+    "normed_branches": _branches_macs,
+    "normed_branches_backward": lambda _, __, *rest, **___: 2 * _branches_macs(*rest),
     "stencil": _stencil_macs,
     "stencil_backward": lambda grad, _, weight, *__, **___: 2 * _stencil_macs(grad, weight),
 }

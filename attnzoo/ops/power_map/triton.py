@@ -50,8 +50,8 @@ def _exp2(x, FAST: tl.constexpr):
 def _raised(x, gamma, pivot, FAST: tl.constexpr):
     """(x over the pivot, power) of ``_unit_power``, where nothing reads the logarithm."""
     unit = x * (1.0 / pivot)[:, None]
-    # Not tl.maximum, which would hide a NaN. An exponent below 0 makes 0 of an infinite unit.
-    log_unit = _log2(tl.where(unit < _NORMAL, _NORMAL, unit), FAST)
+    # An exponent below 0 makes 0 of an infinite unit.
+    log_unit = _log2(tl.maximum(unit, _NORMAL, propagate_nan=tl.PropagateNan.ALL), FAST)
     return unit, tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
 
 

@@ -190,10 +190,21 @@ def _grouped_kernel(
 
 
 @triton.jit
+def _segments(ends, CHUNK, experts: tl.constexpr, SLOTS: tl.constexpr):
+    """Where each expert's segment starts and ends, and its parts of CHUNK, with those before."""
+    slots = tl.arange(0, SLOTS)
+    is_slot = slots < experts
+    end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
+    start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
+    parts = (end - start + CHUNK - 1) // CHUNK
+    return start, end, parts, tl.cumsum(parts, 0)
+
+
+@triton.jit
 def _grouped_weight_kernel(
     a,
     g,
-    out,
+    partial,
     order,
     ends,
     a_rows,
@@ -201,40 +212,75 @@ def _grouped_weight_kernel(
     N,
     a_row,
     g_row,
+    chunk,
+    experts: tl.constexpr,
+    SLOTS: tl.constexpr,
     M_BLOCK: tl.constexpr,
     N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # A program sums over one part of one expert's tokens, however many tokens each expert has.
     tiles_n = tl.cdiv(N, N_BLOCK)
-    m = (tl.program_id(0) // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
+    tiles = tiles_n * tl.cdiv(M, M_BLOCK)
+    m = (tl.program_id(0) % tiles // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
     n = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+    part = tl.program_id(0) // tiles
+    begin, end, parts, last = _segments(ends, chunk, experts, SLOTS)
+    slots = tl.arange(0, SLOTS)
+    expert = tl.sum(((slots < experts) & (last <= part)).to(tl.int32), 0)
+    if expert < experts:
+        mine = slots == expert
+        start = tl.sum(tl.where(mine, begin + (part - last + parts) * chunk, 0), 0)
+        stop = tl.minimum(start + chunk, tl.sum(tl.where(mine, end, 0), 0))
+        total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
+        for first in range(start, stop, K_BLOCK):
+            row = first + tl.arange(0, K_BLOCK)
+            is_row = row < stop
+            token = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
+            x_tile = a + (token % a_rows)[:, None] * a_row + m[None, :]
+            y_tile = g + token[:, None] * g_row + n[None, :]
+            if IS_EVEN:
+                x = tl.load(x_tile, mask=is_row[:, None], other=0.0)
+                y = tl.load(y_tile, mask=is_row[:, None], other=0.0)
+            else:
+                x = tl.load(x_tile, mask=is_row[:, None] & (m[None, :] < M), other=0.0)
+                y = tl.load(y_tile, mask=is_row[:, None] & (n[None, :] < N), other=0.0)
+            total = _add_dot(total, tl.trans(x), y, PRECISION)
+        tile = partial + part.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+        tl.store(tile, total, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def _grouped_sum_kernel(
+    partial, out, ends, size, chunk, experts: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up what the parts of each expert's tokens gave."""
     expert = tl.program_id(1)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0).to(tl.int32)
-    stop = tl.load(ends + expert).to(tl.int32)
-    total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
-    for first in range(start, stop, K_BLOCK):
-        row = first + tl.arange(0, K_BLOCK)
-        is_row = row < stop
-        token = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
-        x = tl.load(
-            a + (token % a_rows)[:, None] * a_row + m[None, :],
-            mask=is_row[:, None] & (m[None, :] < M),
-            other=0.0,
-        )
-        y = tl.load(
-            g + token[:, None] * g_row + n[None, :],
-            mask=is_row[:, None] & (n[None, :] < N),
-            other=0.0,
-        )
-        total = _add_dot(total, tl.trans(x), y, PRECISION)
-    tile = out + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
-    tl.store(tile, total.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _, _, parts, last = _segments(ends, chunk, experts, SLOTS)
+    mine = tl.arange(0, SLOTS) == expert
+    count = tl.sum(tl.where(mine, parts, 0), 0)
+    first = tl.sum(tl.where(mine, last - parts, 0), 0)
+    tile = partial + first.to(tl.int64) * size + place
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(count):
+        total += tl.load(tile, mask=place < size, other=0.0)
+        tile += size
+    here = out + expert.to(tl.int64) * size + place
+    tl.store(here, total.to(out.dtype.element_ty), mask=place < size)
 
 
 # (rows, columns, depth of a tile, warps, stages) by bytes of an element.
 GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
-WEIGHT_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+# Where wide tiles would be half empty.
+NARROW_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+WEIGHT_TILES = {2: (128, 128, 32, 8, 5), 4: (64, 64, 32, 4, 2)}
+# Programs to split the sums of weights' gradients for; entries of one that adds the parts up.
+WEIGHT_PROGRAMS = 264
+SUM_BLOCK = 1024
 
 
 def _fitting(
@@ -242,6 +288,11 @@ def _fitting(
 ) -> tuple[int, ...]:
     """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
     return _within(table[itemsize], itemsize, _shared_memory(device))
+
+
+def _grouped_tile(a: Tensor, width: int) -> tuple[int, ...]:
+    table = GROUPED_TILES if width % 256 == 0 else NARROW_TILES
+    return _fitting(table, a.element_size(), a.device)
 
 
 @functools.cache
@@ -281,7 +332,7 @@ def grouped_product(
     out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    m, n, k, warps, stages = tiles or _fitting(GROUPED_TILES, a.element_size(), a.device)
+    m, n, k, warps, stages = tiles or _grouped_tile(a, width)
     grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
     launch_kernel(_grouped_kernel, grid,
         a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
@@ -298,13 +349,34 @@ def grouped_weight_gradient(
     """Sum of a_i^T grad_i over each expert's tokens: (rows, k), (t, n) -> (experts, k, n)."""
     a, spacing = _rows(a)
     grad, grad_spacing = _rows(grad)
-    out = torch.empty(experts, a.shape[1], grad.shape[1], dtype=a.dtype, device=a.device)
+    depth, width = a.shape[1], grad.shape[1]
+    out = torch.empty(experts, depth, width, dtype=a.dtype, device=a.device)
     m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
-    grid = (_ceil(a.shape[1], m) * _ceil(grad.shape[1], n), experts)
-    launch_kernel(_grouped_weight_kernel, grid,
-        a, grad, out, order, ends, max(1, a.shape[0]), a.shape[1], grad.shape[1], spacing,
-        grad_spacing, m, n, k, _precision(a.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    blocks, total = _ceil(depth, m) * _ceil(width, n), order.numel()
+    # The last part of an expert's tokens is half full on average.
+    parts = max(1, WEIGHT_PROGRAMS // blocks - experts // 2)
+    chunk = _ceil(_ceil(total, parts), k) * k
+    most = _ceil(total, chunk) + experts if total else 0
+    partial = torch.empty(most, depth, width, dtype=torch.float32, device=a.device)
+    slots = max(2, _power_of_2(experts))
+    if total:
+        launch_kernel(_grouped_weight_kernel, (blocks * most,),
+            a, grad, partial, order, ends, a.shape[0], depth, width, spacing, grad_spacing, chunk,
+            experts, slots, m, n, k, depth % m == 0 and width % n == 0, _precision(a.dtype),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    launch_kernel(
+        _grouped_sum_kernel,
+        (_ceil(depth * width, SUM_BLOCK), experts),
+        partial,
+        out,
+        ends,
+        depth * width,
+        max(1, chunk),
+        experts,
+        slots,
+        SUM_BLOCK,
+    )
     return out
 
 

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.linear_core.torch import half_attention
-from attnzoo.ops.power_map.triton import _pivot, _raised
+from attnzoo.ops.power_map.triton import _pivot
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
     _columns,
+    _exponent,
     _of_head,
+    _relu,
+    _risen,
+    _tile,
     _weights,
     difference_backward,
 )
@@ -55,6 +59,12 @@ def _falling(line, is_row, gamma, peak, d, R: tl.constexpr, C: tl.constexpr):
         ratio = tl.where(x <= 0, 0.0, x) * (1.0 / peak)[:, None]
         squares += ratio * ratio
     return _pivot(gamma, tl.min(low, 1), peak), peak * tl.sqrt(tl.sum(squares, 1))
+
+
+@triton.jit
+def _is_extreme(peak):
+    """Of rows, whether squares leave float32's range; rows of zeros do not."""
+    return (peak > 1e15) | ((peak < 1e-12) & (peak > _NORMAL))
 
 
 @triton.jit
@@ -91,6 +101,7 @@ def _difference_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     # Tokens are walked three times, from memory once: for the exponents, for the norms and the
     # factor, and for the result. With several heads no tile of columns spans two of them.
@@ -105,33 +116,40 @@ def _difference_kernel(
 
     peak_tile1 = tl.zeros((R, C), tl.float32)
     peak_tile2 = tl.zeros((R, C), tl.float32)
+    units1 = tl.zeros((R, C), tl.float32)
+    units2 = tl.zeros((R, C), tl.float32)
     logits1 = tl.zeros((R, G), tl.float32)
     logits2 = tl.zeros((R, G), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        mask = is_row[:, None] & (column < d)[None, :]
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0)
+        x = _tile(line1, column, is_row, d, EVEN)
+        y = _tile(line2, column, is_row, d, EVEN)
         w = _weights(r1, d, d, n_gamma, column, G)
         logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
-        peak_tile1 = tl.maximum(peak_tile1, x.to(tl.float32))
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0)
+        x = _relu(x)
+        peak_tile1 = tl.maximum(peak_tile1, x)
+        units1 += x * x
         w = _weights(r2, d, d, n_gamma, column, G)
-        logits2 = _add_dot(logits2, x.to(w.dtype), tl.trans(w), P)
-        peak_tile2 = tl.maximum(peak_tile2, x.to(tl.float32))
+        logits2 = _add_dot(logits2, y.to(w.dtype), tl.trans(w), P)
+        y = _relu(y)
+        peak_tile2 = tl.maximum(peak_tile2, y)
+        units2 += y * y
     gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
     gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
     peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
     peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
-    pivot1, length1, pivot2, length2 = peak1, peak1, peak2, peak2
-    # Rare enough for a walk of its own: it would slow down the others.
-    if tl.min(tl.minimum(gamma1, gamma2), 0) < 0.0:
+    pivot1, pivot2 = peak1, peak2
+    length1, length2 = tl.sqrt(tl.sum(units1, 1)), tl.sqrt(tl.sum(units2, 1))
+    power1, power2 = _exponent(gamma1), _exponent(gamma2)
+    # Rare enough for a walk of its own: exponents that fall, and squares out of range.
+    is_rare = (tl.minimum(gamma1, gamma2) < 0.0) | _is_extreme(peak1) | _is_extreme(peak2)
+    if tl.max(is_rare.to(tl.int32), 0) > 0:
         pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
         pivot2, length2 = _falling(line2, is_row, gamma2, peak2, d, R, C)
+    inverse1, inverse2 = 1.0 / pivot1, 1.0 / pivot2
 
     squares1 = tl.zeros((R, C), tl.float32)
     squares2 = tl.zeros((R, C), tl.float32)
-    units1 = tl.zeros((R, C), tl.float32)
-    units2 = tl.zeros((R, C), tl.float32)
     along = tl.zeros((R, C), tl.float32)
     normals = tl.zeros((R, H), tl.float32)
     heads = tl.arange(0, H)
@@ -139,13 +157,9 @@ def _difference_kernel(
     logits2 = tl.zeros((R, L), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        unit, power = _raised(x, gamma1, pivot1, FAST)
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+        power = _risen(x, x * inverse1[:, None], power1, FAST)
         squares1 += power * power
-        units1 += unit * unit
         w = _weights(rd, 2 * d, d, n_lambda, column, L)
         logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
         if NORMALIZE:
@@ -155,19 +169,14 @@ def _difference_kernel(
             else:
                 sums_here = tl.sum(power * total[None, :], 1)[:, None]
                 normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        unit, power = _raised(x, gamma2, pivot2, FAST)
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+        power = _risen(x, x * inverse2[:, None], power2, FAST)
         squares2 += power * power
-        units2 += unit * unit
         w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
         logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
     norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
     norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
-    length = peak1 * tl.sqrt(tl.sum(units1, 1))
-    scale1 = tl.where(gamma1 < 0.0, length1, length) / norm1
-    length = peak2 * tl.sqrt(tl.sum(units2, 1))
-    scale2 = tl.where(gamma2 < 0.0, length2, length) / norm2
+    scale1, scale2 = length1 / norm1, length2 / norm2
     logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
     factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
     if NORMALIZE:
@@ -175,32 +184,32 @@ def _difference_kernel(
             normals = tl.sum(along, 1)[:, None]
         normals = normals * scale1[:, None] + eps
 
+    share = scale2 * factor
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        _, power = _raised(x, gamma1, pivot1, FAST)
-        result = (power * scale1[:, None]).to(dtype).to(tl.float32)
-        if not NORMALIZE:
-            place = tl.program_id(0).to(tl.int64) * d + column
-            tl.store(sums + place, tl.sum(tl.where(mask, result, 0.0), 0), mask=column < d)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(x <= 0, 0.0, x)
-        _, power = _raised(x, gamma2, pivot2, FAST)
-        redundant = (power * scale2[:, None]).to(dtype).to(tl.float32)
-        result -= factor[:, None] * redundant
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+        result = _risen(x, x * inverse1[:, None], power1, FAST)
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+        redundant = _risen(x, x * inverse2[:, None], power2, FAST)
         if NORMALIZE:
-            result *= (1.0 / _of_head(normals, first // head_dim, H))[:, None]
+            over = 1.0 / _of_head(normals, first // head_dim, H)
+            result *= (scale1 * over)[:, None]
+            result -= redundant * (share * over)[:, None]
+        else:
+            result *= scale1[:, None]
+            # Rows that are not there are 0.
+            place = tl.program_id(0).to(tl.int64) * d + column
+            tl.store(sums + place, tl.sum(result, 0), mask=column < d)
+            result -= redundant * share[:, None]
+        mask = is_row[:, None] & (column < d)[None, :]
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
-        tl.store(stats + rows + row, pivot1, mask=is_row)
+        tl.store(stats + rows + row, inverse1, mask=is_row)
         tl.store(stats + 2 * rows + row, norm1, mask=is_row)
         tl.store(stats + 3 * rows + row, scale1, mask=is_row)
         tl.store(stats + 4 * rows + row, gamma2, mask=is_row)
-        tl.store(stats + 5 * rows + row, pivot2, mask=is_row)
+        tl.store(stats + 5 * rows + row, inverse2, mask=is_row)
         tl.store(stats + 6 * rows + row, norm2, mask=is_row)
         tl.store(stats + 7 * rows + row, scale2, mask=is_row)
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
@@ -221,8 +230,9 @@ def _difference_kernel(
         tl.store(line + 2 * n_gamma + lam[None, :], pd, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages.
-DIFFERENCE_BLOCK = (16, 64, 2, 3)
+# Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
+# a warp takes: with fewer, several warps would compute the same powers.
+DIFFERENCE_BLOCK = (32, 32, 2, 3)
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
@@ -257,7 +267,8 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
             n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
             _power_of_2(heads), _width(n_gamma), _width(n_lambda),
-            _precision(r1.dtype), _is_fast(), num_warps=warps, num_stages=stages,
+            _precision(r1.dtype), _is_fast(), d % chunk == 0,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     # Queries, which bring a sum, have none: nothing to launch for.
     return out, sums.sum(1) if key_sum is None else sums.flatten(1), stats, choices, probability
@@ -292,14 +303,17 @@ def _gradients(
     p = Operands(*saved[4:], None, key_sum, *ctx.options)
     if key_sum is None and grad_sum is None:
         grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
-    z1, z2, gate, *routers, gammas, lambdas, grad_key_sum = difference_backward(
+    z1, z2, gate, routers, scalars, grad_key_sum = difference_backward(
         grad, grad_sum, *saved[:4], *p
     )
     # Without a straight-through gradient routers get none, not 0.
-    learned = [
-        found.to(router.dtype) if p.learn else None
-        for found, router in zip(routers, (p.r1, p.r2, p.rd), strict=True)
-    ]
+    learned = [None] * 3
+    if p.learn:
+        r1, r2, base, redundant = routers.split([len(r) for r in (p.r1, p.r2, p.rd, p.rd)])
+        learned = [r1, r2, torch.cat([base, redundant], 1)]
+        learned = [z.to(r.dtype) for z, r in zip(learned, (p.r1, p.r2, p.rd), strict=True)]
+    n_gamma = p.gammas.numel()
+    gammas, lambdas = scalars[:n_gamma].view_as(p.gammas), scalars[n_gamma:]
     return (
         z1, z2, *learned, gammas, lambdas, gate if p.learn else None,
         None if key_sum is None else grad_key_sum, *[None] * 4,

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.power_map.triton import _unit_power
+from attnzoo.ops.power_map.triton import _exp2, _log2
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands
 from attnzoo.ops.triton_common import (
+    _LARGEST,
     _LN2,
     _NORMAL,
     _add_dot,
@@ -26,6 +27,7 @@ from attnzoo.ops.triton_common import (
     _rows,
     _shared_memory,
     _width,
+    column_sum,
     launch_kernel,
     launched,
 )
@@ -37,6 +39,31 @@ def _weights(weight, w_row, d, choices, column, C: tl.constexpr):
     choice = tl.arange(0, C)
     mask = (choice[:, None] < choices) & (column < d)[None, :]
     return tl.load(weight + choice[:, None] * w_row + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _tile(line, column, is_row, d, EVEN: tl.constexpr):
+    """Columns of the rows that ``line`` points to."""
+    mask = is_row[:, None] if EVEN else is_row[:, None] & (column < d)[None, :]
+    return tl.load(line + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _relu(x):
+    """In float32; NaN stays."""
+    return tl.maximum(x.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _exponent(gamma):
+    """gamma, but for 0: its product with the infinite logarithm of a 0 has to be one."""
+    return tl.where(gamma == 0.0, 1e-30, gamma)
+
+
+@triton.jit
+def _risen(x, unit, exponent, FAST: tl.constexpr):
+    """ReLU(x) over the pivot, which is ``unit``, to a power; powers of 0 are 0."""
+    return tl.where(x <= _NORMAL, 0.0, _exp2(exponent[:, None] * _log2(unit, FAST), FAST))
 
 
 @triton.jit
@@ -65,13 +92,29 @@ def _scalar_backward(
 
 
 @triton.jit
-def _power_slope(grad, z, gamma, pivot, norm, scale, mean, x_norm, FAST: tl.constexpr):
-    """Gradient of z, given <grad, power> / norm of the whole row as ``mean``."""
-    x = tl.where(z <= 0, 0.0, z)
-    unit, _, power = _unit_power(x, gamma, pivot, FAST)
-    shared = (grad - power * (mean / norm)[:, None]) * power * scale[:, None]
-    slope = tl.where(unit >= _NORMAL, shared * gamma[:, None] / (unit * pivot[:, None]), 0.0)
-    return tl.where(z <= 0, 0.0, slope + x * (mean / x_norm)[:, None])
+def _log_unit(unit, FAST: tl.constexpr):
+    # What overflowed and what is 0 too: their power is 0, and stays it times a finite logarithm.
+    unit = tl.maximum(unit, _NORMAL, propagate_nan=tl.PropagateNan.ALL)
+    return _log2(tl.minimum(unit, _LARGEST, propagate_nan=tl.PropagateNan.ALL), FAST)
+
+
+@triton.jit
+def _power_and_log(x, gamma, inverse, FAST: tl.constexpr):
+    """ReLU(x) over the pivot to a power, and the same times its logarithm."""
+    log_unit = _log_unit(x * inverse[:, None], FAST)
+    power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
+    return power, power * log_unit
+
+
+@triton.jit
+def _power_slope(grad, x, gamma, inverse, norm, scale, mean, x_norm, FAST: tl.constexpr):
+    """Gradient of x, given <grad, power> / norm of the whole row as ``mean``."""
+    unit = x * inverse[:, None]
+    # One exponential for the power's slope, and the power is that times the unit.
+    slope = _exp2((gamma - 1.0)[:, None] * _log_unit(unit, FAST), FAST)
+    grad = grad - slope * unit * (mean / norm)[:, None]
+    grad = grad * slope * (scale * gamma * inverse)[:, None] + x * (mean / x_norm)[:, None]
+    return tl.where(x <= _NORMAL, 0.0, grad)
 
 
 @triton.jit
@@ -110,6 +153,7 @@ def _difference_backward_kernel(
     grad_row,
     n_gamma,
     n_lambda,
+    eps,
     blocks,
     head_dim,
     NORMALIZE: tl.constexpr,
@@ -121,6 +165,8 @@ def _difference_backward_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
+    MANY: tl.constexpr,
 ):
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -133,17 +179,15 @@ def _difference_backward_kernel(
     grad_line = grad + row[:, None] * grad_row
     width = 2 * n_gamma + n_lambda
     line = probability + row[:, None] * width
-    gate_line = grad_logits + row[:, None] * width
+    gate_line = grad_logits + row[:, None] * (2 * G + L)
     g = tl.arange(0, G)
     lam = tl.arange(0, L)
-    is_g = is_row[:, None] & (g[None, :] < n_gamma)
-    is_l = is_row[:, None] & (lam[None, :] < n_lambda)
     gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
-    pivot1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
+    inverse1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
     norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
     scale1 = tl.load(stats + 3 * rows + row, mask=is_row, other=0.0)
     gamma2 = tl.load(stats + 4 * rows + row, mask=is_row, other=1.0)
-    pivot2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
+    inverse2 = tl.load(stats + 5 * rows + row, mask=is_row, other=1.0)
     norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
     scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
     factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
@@ -151,81 +195,171 @@ def _difference_backward_kernel(
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
     heads = tl.arange(0, H)
-
-    # Gradients of the factor and of the normalisers.
-    factor_tile = tl.zeros((R, C), tl.float32)
-    norm_tile = tl.zeros((R, C), tl.float32)
-    normals = tl.zeros((R, H), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NORMALIZE:
-            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-            place = row[:, None] * d + column[None, :]
-            slope = gd * tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
-            if H == 1:
-                norm_tile += slope
+    if MANY:
+        # The compiler lays tiles out for products where what they are multiplied with comes from
+        # one. Else it computes powers twice: as they are loaded, and as the products need them.
+        zeros = tl.zeros((R, 16), dtype)
+        nothing = tl.sum(_dot(zeros, tl.zeros((16, 16), dtype), P), 1)
+        gamma1 += nothing
+        gamma2 += nothing
+        inverse1 += nothing
+        inverse2 += nothing
+        # One walk for all sums over a row. What the gradients of the factor and of the
+        # normalizers add to those of the powers is linear in them, and is added to the sums.
+        norm_tile = tl.zeros((R, C), tl.float32)
+        total_tile = tl.zeros((R, C), tl.float32)
+        normals = tl.zeros((R, H), tl.float32)
+        totals = tl.zeros((R, H), tl.float32)
+        along1 = tl.zeros((R, C), tl.float32)
+        along2 = tl.zeros((R, C), tl.float32)
+        slope1 = tl.zeros((R, C), tl.float32)
+        slope2 = tl.zeros((R, C), tl.float32)
+        self1 = tl.zeros((R, C), tl.float32)
+        self2 = tl.zeros((R, C), tl.float32)
+        of_power1 = tl.zeros((R, L), tl.float32)
+        of_power2 = tl.zeros((R, L), tl.float32)
+        of_slope1 = tl.zeros((R, L), tl.float32)
+        of_slope2 = tl.zeros((R, L), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
+                if H == 1:
+                    norm_tile += slope
+                else:
+                    mine = heads[None, :] == first // head_dim
+                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
+            along2 += gd * power
+            slope2 += gd * slope
+            self2 += power * slope
+            if LEARN:
+                w = tl.trans(_weights(rd + d, 2 * d, d, n_lambda, column, L))
+                of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
+                of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
+            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
+            if NORMALIZE:
+                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+                if H == 1:
+                    total_tile += slope * total[None, :]
+                else:
+                    sums_here = tl.sum(slope * total[None, :], 1)[:, None]
+                    totals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
             else:
-                mine = heads[None, :] == first // head_dim
-                normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
-        factor_tile += gd * (power * scale2[:, None]).to(dtype).to(tl.float32)
-    if NORMALIZE:
-        if H == 1:
-            normals = -tl.sum(norm_tile, 1)[:, None]
-        is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
-        tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
-    gl, lambda_table = _scalar_backward(
-        -tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
-    )
-    gl = gl.to(dtype)
-    if LEARN:
-        tl.store(gate_line + 2 * n_gamma + lam[None, :], gl, mask=is_l)
-
-    # The sums over a row that the power map's backward needs.
-    along1 = tl.zeros((R, C), tl.float32)
-    along2 = tl.zeros((R, C), tl.float32)
-    slope1 = tl.zeros((R, C), tl.float32)
-    slope2 = tl.zeros((R, C), tl.float32)
-    self1 = tl.zeros((R, C), tl.float32)
-    self2 = tl.zeros((R, C), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
-        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+                gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+            along1 += gd * power
+            slope1 += gd * slope
+            self1 += power * slope
+            if LEARN:
+                w = tl.trans(_weights(rd, 2 * d, d, n_lambda, column, L))
+                of_power1 = _add_dot(of_power1, power.to(dtype).to(w.dtype), w, P)
+                of_slope1 = _add_dot(of_slope1, slope.to(dtype).to(w.dtype), w, P)
+        sum1 = tl.sum(along1, 1)
+        sum2 = tl.sum(along2, 1)
+        line_sum1 = tl.sum(slope1, 1)
+        line_sum2 = -factor * tl.sum(slope2, 1)
         if NORMALIZE:
-            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-        gx = -factor[:, None] * gd
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            if H == 1:
+                normals = -tl.sum(norm_tile, 1)[:, None]
+                totals = tl.sum(total_tile, 1)[:, None]
+            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+            # phi(Z) . key_sum as the forward found it, from what it saved.
+            line_of_norms = stats + (9 + heads[None, :]) * rows + row[:, None]
+            found = tl.load(line_of_norms, mask=is_head, other=eps) - eps
+            found = tl.where(scale1[:, None] > 0.0, found / scale1[:, None], 0.0)
+            sum1 += tl.sum(normals * found, 1)
+            line_sum1 += tl.sum(normals * totals, 1)
+        gl, lambda_table = _scalar_backward(
+            -scale2 * sum2, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
+        )
+        gl = gl.to(dtype)
+        sum2 *= -factor
         if LEARN:
-            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
-            gx += _dot(gl.to(w.dtype), w, P)
-        x = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma2, pivot2, FAST)
-        along2 += gx * power
-        slope2 += gx * power * log_unit
-        self2 += power * power * log_unit
-        gx = gd
+            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
+            rounded = gl.to(tl.float32)
+            sum1 += tl.sum(rounded * of_power1, 1)
+            sum2 += tl.sum(rounded * of_power2, 1)
+            line_sum1 += tl.sum(rounded * of_slope1, 1)
+            line_sum2 += tl.sum(rounded * of_slope2, 1)
+    else:
+        # The gradients of the factor and of the normalizers first, so that no power is part of a
+        # product: then warps may share rows, and few tokens fill more of the device.
+        factor_tile = tl.zeros((R, C), tl.float32)
+        norm_tile = tl.zeros((R, C), tl.float32)
+        normals = tl.zeros((R, H), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
+                if H == 1:
+                    norm_tile += slope
+                else:
+                    mine = heads[None, :] == first // head_dim
+                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, _ = _power_and_log(x, gamma2, inverse2, FAST)
+            factor_tile += gd * power
         if NORMALIZE:
-            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
-        else:
-            gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+            if H == 1:
+                normals = -tl.sum(norm_tile, 1)[:, None]
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+        gl, lambda_table = _scalar_backward(
+            -scale2 * tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda,
+            LEARN, L,
+        )  # fmt: skip
+        gl = gl.to(dtype)
         if LEARN:
-            w = _weights(rd, 2 * d, d, n_lambda, column, L)
-            gx += _dot(gl.to(w.dtype), w, P)
-        x = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        _, log_unit, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma1, pivot1, FAST)
-        along1 += gx * power
-        slope1 += gx * power * log_unit
-        self1 += power * power * log_unit
-    mean1 = tl.sum(along1, 1) / norm1
-    mean2 = tl.sum(along2, 1) / norm2
-    grad_gamma1 = (tl.sum(slope1, 1) - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
-    grad_gamma2 = (tl.sum(slope2, 1) - mean2 / norm2 * tl.sum(self2, 1)) * scale2 * _LN2
+            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
+        along1 = tl.zeros((R, C), tl.float32)
+        along2 = tl.zeros((R, C), tl.float32)
+        slope1 = tl.zeros((R, C), tl.float32)
+        slope2 = tl.zeros((R, C), tl.float32)
+        self1 = tl.zeros((R, C), tl.float32)
+        self2 = tl.zeros((R, C), tl.float32)
+        for first in range(0, d, C):
+            column = first + tl.arange(0, C)
+            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
+            if NORMALIZE:
+                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            gx = -factor[:, None] * gd
+            if LEARN:
+                w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+                gx += _dot(gl.to(w.dtype), w, P)
+            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
+            along2 += gx * power
+            slope2 += gx * slope
+            self2 += power * slope
+            gx = gd
+            if NORMALIZE:
+                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
+                gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+            else:
+                gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+            if LEARN:
+                w = _weights(rd, 2 * d, d, n_lambda, column, L)
+                gx += _dot(gl.to(w.dtype), w, P)
+            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
+            along1 += gx * power
+            slope1 += gx * slope
+            self1 += power * slope
+        sum1 = tl.sum(along1, 1)
+        sum2 = tl.sum(along2, 1)
+        line_sum1 = tl.sum(slope1, 1)
+        line_sum2 = tl.sum(slope2, 1)
+    mean1 = sum1 / norm1
+    mean2 = sum2 / norm2
+    grad_gamma1 = (line_sum1 - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
+    grad_gamma2 = (line_sum2 - mean2 / norm2 * tl.sum(self2, 1)) * scale2 * _LN2
     g1, gamma_table1 = _scalar_backward(grad_gamma1, gammas, c1, line, is_row, n_gamma, LEARN, G)
     g2, gamma_table2 = _scalar_backward(
         grad_gamma2, gammas + n_gamma, c2, line + n_gamma, is_row, n_gamma, LEARN, G
@@ -233,32 +367,31 @@ def _difference_backward_kernel(
     g1 = g1.to(dtype)
     g2 = g2.to(dtype)
     if LEARN:
-        tl.store(gate_line + g[None, :], g1, mask=is_g)
-        tl.store(gate_line + n_gamma + g[None, :], g2, mask=is_g)
+        tl.store(gate_line + g[None, :], g1, mask=is_row[:, None])
+        tl.store(gate_line + G + g[None, :], g2, mask=is_row[:, None])
     x_norm1 = tl.maximum(scale1 * norm1, _NORMAL)
     x_norm2 = tl.maximum(scale2 * norm2, _NORMAL)
 
     gate_tile = tl.zeros((R, C), tl.float32)
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        is_column = (column < d)[None, :]
-        mask = is_row[:, None] & is_column
+        mask = is_row[:, None] & (column < d)[None, :]
         place = row[:, None] * d + column[None, :]
-        gd = tl.load(grad_line + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         if NORMALIZE:
             gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-        z = tl.load(line2 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
         gx = -factor[:, None] * gd
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, z, gamma2, pivot2, norm2, scale2, mean2, x_norm2, FAST)
+        gx = _power_slope(gx, x, gamma2, inverse2, norm2, scale2, mean2, x_norm2, FAST)
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
         tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
-        gate_tile += gx * z
-        z = tl.load(line1 + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate_tile += gx * x
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
         gx = gd
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
@@ -268,7 +401,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, z, gamma1, pivot1, norm1, scale1, mean1, x_norm1, FAST)
+        gx = _power_slope(gx, x, gamma1, inverse1, norm1, scale1, mean1, x_norm1, FAST)
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
@@ -282,14 +415,13 @@ def _difference_backward_kernel(
 
 
 @triton.jit
-def _restored(z, row, rows, stats, first, is_row, dtype: tl.constexpr, FAST: tl.constexpr):
-    """What the forward made of tile ``z``, from the rows' saved statistics."""
-    x = z.to(tl.float32)
+def _restored(x, row, rows, stats, first, is_row, FAST: tl.constexpr):
+    """What the forward made of tile ``x``, from the rows' saved statistics."""
     gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
-    pivot = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
+    inverse = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
     scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
-    _, _, power = _unit_power(tl.where(x <= 0, 0.0, x), gamma, pivot, FAST)
-    return (power * scale[:, None]).to(dtype)
+    x = x.to(tl.float32)
+    return _risen(x, x * inverse[:, None], _exponent(gamma), FAST) * scale[:, None]
 
 
 @triton.jit
@@ -299,9 +431,7 @@ def _router_gradient_kernel(
     stats,
     grad_logits,
     grad_norm,
-    grad_r1,
-    grad_r2,
-    grad_rd,
+    grad_routers,
     grad_key_sum,
     n,
     rows,
@@ -321,6 +451,7 @@ def _router_gradient_kernel(
     L: tl.constexpr,
     P: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = (column < d)[None, :]
@@ -329,7 +460,6 @@ def _router_gradient_kernel(
     start = (part % splits) * chunk
     stop = tl.minimum(start + chunk, n)
     dtype: tl.constexpr = z1.dtype.element_ty
-    width = 2 * n_gamma + n_lambda
     g = tl.arange(0, G)
     lam = tl.arange(0, L)
     total1 = tl.zeros((G, C), tl.float32)
@@ -341,44 +471,45 @@ def _router_gradient_kernel(
         inside = first + tl.arange(0, R)
         is_row = inside < stop
         row = sample * n + inside
-        mask = is_row[:, None] & is_column
-        z = tl.load(z1 + row[:, None] * z1_row + column[None, :], mask=mask, other=0.0)
-        base = _restored(z, row, rows, stats, 0, is_row, dtype, FAST)
+        x = _tile(z1 + row[:, None] * z1_row, column, is_row, d, EVEN)
+        base = _restored(x, row, rows, stats, 0, is_row, FAST)
         if NORMALIZE:
             head = tl.program_id(0) * C // head_dim
             normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
-            key_total += tl.sum(normal[:, None] * base.to(tl.float32), 0)
+            key_total += tl.sum(normal[:, None] * base, 0)
         if LEARN:
-            line = grad_logits + row[:, None] * width
-            is_g = is_row[:, None] & (g[None, :] < n_gamma)
-            is_l = is_row[:, None] & (lam[None, :] < n_lambda)
-            g1 = tl.load(line + g[None, :], mask=is_g, other=0.0)
-            g2 = tl.load(line + n_gamma + g[None, :], mask=is_g, other=0.0)
-            gl = tl.load(line + 2 * n_gamma + lam[None, :], mask=is_l, other=0.0)
-            total1 = _add_dot(total1, tl.trans(g1), z, P)
-            base_total = _add_dot(base_total, tl.trans(gl), base, P)
-            z = tl.load(z2 + row[:, None] * z2_row + column[None, :], mask=mask, other=0.0)
-            total2 = _add_dot(total2, tl.trans(g2), z, P)
-            redundant = _restored(z, row, rows, stats, 4, is_row, dtype, FAST)
-            redundant_total = _add_dot(redundant_total, tl.trans(gl), redundant, P)
+            line = grad_logits + row[None, :] * (2 * G + L)
+            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
+            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
+            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
+            total1 = _add_dot(total1, g1, x, P)
+            base_total = _add_dot(base_total, gl, base.to(dtype), P)
+            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
+            total2 = _add_dot(total2, g2, x, P)
+            redundant = _restored(x, row, rows, stats, 4, is_row, FAST)
+            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
     if NORMALIZE:
         tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
     if LEARN:
         is_g = (g[:, None] < n_gamma) & is_column
         is_l = (lam[:, None] < n_lambda) & is_column
-        place = (part * n_gamma + g[:, None]) * d + column[None, :]
-        tl.store(grad_r1 + place, total1, mask=is_g)
-        tl.store(grad_r2 + place, total2, mask=is_g)
-        place = (part * n_lambda + lam[:, None]) * 2 * d + column[None, :]
-        tl.store(grad_rd + place, base_total, mask=is_l)
-        tl.store(grad_rd + place + d, redundant_total, mask=is_l)
+        place = grad_routers + part * (2 * n_gamma + 2 * n_lambda) * d + column[None, :]
+        tl.store(place + g[:, None] * d, total1, mask=is_g)
+        tl.store(place + (n_gamma + g[:, None]) * d, total2, mask=is_g)
+        place += 2 * n_gamma * d
+        tl.store(place + lam[:, None] * d, base_total, mask=is_l)
+        tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2).
-DIFFERENCE_BACKWARD_BLOCK = (16, 128, 4, 2)
+# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2): sixteen
+# rows a warp, as of the forward; and of few rows, which would leave most of a GPU idle so.
+DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
+FEW_BACKWARD_BLOCK = (16, 64, 4, 2)
+FEW_ROWS = 8192
 # Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
 # would spill their registers.
 ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
+ROUTER_PROGRAMS = 792
 
 
 def _columns(most: int, head_dim: int, heads: int) -> int:
@@ -404,7 +535,7 @@ def _fitting_stages(operands: int, room: int | None) -> int:
 @launched(
     "focused_difference_backward",
     "(Tensor grad, Tensor? grad_sum, Tensor out, Tensor stats, Tensor choices, "
-    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
 )
 def difference_backward(
     grad: Tensor,
@@ -418,15 +549,18 @@ def difference_backward(
     """Gradients of ``difference_forward``.
 
     Returns:
-        Of z1, z2 (b, n, d); of the gate (b, n); of the three routers; of gammas; of lambdas; of
-        key_sum (b, d) or nothing. Routers get 0 where ``learn`` is off.
+        Of z1, z2 (b, n, d); of the gate (b, n); of the routers r1, r2, and rd's two halves, one
+        below the other, (2 gammas + 2 lambdas, d), 0 where ``learn`` is off; of gammas and
+        lambdas, (2 gammas + lambdas,); of key_sum (b, d) or nothing.
     """
-    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, _, heads, learn, _ = Operands(*operands)
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, learn, _ = Operands(*operands)
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     grad, grad_spacing = _rows(grad)
     r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
-    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK
+    # In float32 the products with powers would spill registers.
+    is_many = b * n > FEW_ROWS and z1.element_size() == 2
+    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
     choices_width = max(_width(n_gamma), _width(n_lambda))
@@ -439,14 +573,16 @@ def difference_backward(
 
     grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
     grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
-    grad_logits = new(rows if learn else 0, width, dtype=z1.dtype)
+    grad_logits = new(rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype)
     tables = new(b * blocks, width)
-    splits = max(1, min(_ceil(n, 256), _ceil(64, max(b, 1))))
+    router_rows, router_columns = ROUTER_GRADIENT_TILES[itemsize]
+    router_columns = _columns(router_columns, d // heads, heads)
+    programs = max(1, b) * _ceil(d, router_columns)
+    splits = max(1, min(_ceil(n, 256), _ceil(ROUTER_PROGRAMS, programs)))
     part = _ceil(_ceil(n, splits), 64) * 64
     splits = max(1, _ceil(n, part))
     parts = b * splits
-    grad_r1, grad_r2 = (new(parts if learn else 0, n_gamma, d) for _ in range(2))
-    grad_rd = new(parts if learn else 0, n_lambda, 2 * d)
+    grad_routers = new(parts if learn else 0, 2 * n_gamma + 2 * n_lambda, d)
     grad_key_sum = new(b, splits if is_normalized else 0, d)
     stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
     if rows:
@@ -455,25 +591,21 @@ def difference_backward(
             grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
             grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
-            grad_spacing, n_gamma, n_lambda, blocks, d // heads, is_normalized, learn, size, chunk,
-            _power_of_2(heads), *shared, num_warps=warps, num_stages=stages,
+            grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size,
+            chunk, _power_of_2(heads), *shared, d % chunk == 0, is_many,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if learn or is_normalized:
-            size, chunk = ROUTER_GRADIENT_TILES[itemsize]
-            chunk = _columns(chunk, d // heads, heads)
+            size, chunk = router_rows, router_columns
             loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
             launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), parts),
-                z1, z2, stats, grad_logits, grad_norm, grad_r1, grad_r2, grad_rd, grad_key_sum,
-                n, rows, d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
-                is_normalized, learn, size, chunk, *shared, num_warps=4,
+                z1, z2, stats, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
+                d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
+                is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
                 num_stages=_fitting_stages(loaded, room),
             )  # fmt: skip
-    table = tables.sum(0)
-    return (
-        grad_z1, grad_z2, grad_gate, grad_r1.sum(0), grad_r2.sum(0), grad_rd.sum(0),
-        table[: 2 * n_gamma].reshape(2, n_gamma).clone(), table[2 * n_gamma :].clone(),
-        grad_key_sum.sum(1),
-    )  # fmt: skip
+    routers, scalars = column_sum(grad_routers), column_sum(tables)
+    return grad_z1, grad_z2, grad_gate, routers, scalars, grad_key_sum.sum(1)
 
 
 @difference_backward.register_fake
@@ -483,7 +615,7 @@ def _(grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probabili
     b, n, d = p.z1.shape
     wide = p.gammas.new_empty
     return (
-        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n), wide(p.r1.shape),
-        wide(p.r2.shape), wide(p.rd.shape), wide(p.gammas.shape), wide(p.lambdas.shape),
+        p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n),
+        wide(2 * len(p.r1) + 2 * len(p.rd), d), wide(p.gammas.numel() + p.lambdas.numel()),
         wide(b, d),
     )  # fmt: skip
