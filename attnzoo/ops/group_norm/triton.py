@@ -66,7 +66,7 @@ def _statistics_kernel(
     place = partial + place + column[None, :]
     count = tl.minimum(size, n - split * size).to(tl.float32)[:, None]
     mean = tl.load(place, mask=mask, other=0.0)
-    number = n.to(tl.float32) * width
+    number = n * 1.0 * width  # n may be a constant 1
     center = tl.sum(tl.sum(tl.where(mask, mean * count, 0.0), 1), 0) / number
     rest = tl.load(place + c, mask=mask, other=0.0)
     rest += tl.where(mask, (mean - center) * (mean - center) * count, 0.0)
@@ -145,7 +145,7 @@ def _means_kernel(
     place = (sample.to(tl.int64) * splits + split)[:, None] * 3 * c + group * width
     place = partial + place + column[None, :]
     w = tl.load(weight + group * width + column, mask=is_column, other=0.0).to(tl.float32)
-    number = n.to(tl.float32) * width
+    number = n * 1.0 * width  # n may be a constant 1
     alone = tl.sum(tl.load(place, mask=mask, other=0.0), 0)
     along = tl.sum(tl.load(place + c, mask=mask, other=0.0), 0)
     count = tl.sum(tl.load(place + 2 * c, mask=mask, other=0.0), 0)
@@ -154,7 +154,7 @@ def _means_kernel(
     here = totals + sample * 3 * c + group * width + column
     tl.store(here, alone, mask=is_column)
     tl.store(here + c, along, mask=is_column)
-    of_shift = (w * alone - n.to(tl.float32) * less - less_along * count) * inverse
+    of_shift = (w * alone - n * 1.0 * less - less_along * count) * inverse
     tl.store(here + 2 * c, of_shift, mask=is_column)
     tl.store(means + 2 * tl.program_id(0), less)
     tl.store(means + 2 * tl.program_id(0) + 1, less_along)
