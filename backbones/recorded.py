@@ -67,7 +67,6 @@ def refuse_waits() -> Iterator[None]:
 
 def captured(
     call: Callable[[], Result],
-    pool: Any = None,
     *,
     warm_up: Callable[[], object] | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
@@ -78,7 +77,6 @@ def captured(
 
     Args:
         call: Without arguments. It reads and writes the same tensors in every replay.
-        pool: Of ``torch.cuda.graph_pool_handle``, to share memory with other graphs.
         warm_up: What to call before, if not the call itself.
 
     Returns:
@@ -89,8 +87,8 @@ def captured(
             be recorded afterwards; graphs of before go on, but with random numbers of their own
             that no later seed reaches.
     """
-    graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    # Memory of its own: PyTorch cannot record again into what an ended or failed graph has used.
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     aside, before = recording_stream(), torch.cuda.current_stream()
     is_collecting = gc.isenabled()
     gc.collect()

@@ -159,18 +159,18 @@ class Subject:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         return torch.cat([grad.flatten() for grad in grads])
 
-    def recorded(self, pool: Any) -> Callable[[], Any]:
+    def recorded(self) -> Callable[[], Any]:
         """The step as one launch."""
         if self.case.mode == "forward":
             side = self.images.shape[-1]
             replay = record(self.model, self.case.batch, side, dtype=torch.bfloat16)
             return lambda: replay(self.images, self.times, self.labels, return_dict=False)[0]
-        return recorded(self.step, pool)
+        return recorded(self.step)
 
 
-def recorded(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
-    """A call without arguments as a CUDA graph, in memory shared with others of the same pool."""
-    graph, out = captured(call, pool)
+def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call without arguments as a CUDA graph."""
+    graph, out = captured(call)
 
     # A graph reads its inputs where they lay, so that whoever replays it must hold their owner.
     def replay(_owner: Callable[[], Any] = call) -> Any:
@@ -212,7 +212,7 @@ class WrongStep(Exception):
 class Calls:
     """Every treatment of a case that works here, checked; and why others do not."""
 
-    def __init__(self, case: Case, setup: Setup, pool: Any) -> None:
+    def __init__(self, case: Case, setup: Setup) -> None:
         self.steps: dict[str, Callable[[], Any]] = {}
         self.errors: dict[str, float] = {}
         self.missing: dict[str, str] = {}
@@ -225,13 +225,13 @@ class Calls:
                 if treatment == "eager":
                     step: Callable[[], Any] = plain.step
                 elif treatment == "recorded":
-                    step = plain.recorded(pool)
+                    step = plain.recorded()
                     self._check(treatment, plain.found(step()), wanted, setup)
                 else:
                     model = compile_blocks(copy.deepcopy(plain.model), backend=setup.backend)
                     compiled = Subject(case, setup, model)
                     compiled.step()
-                    step = compiled.step if setup.device == "cpu" else compiled.recorded(pool)
+                    step = compiled.step if setup.device == "cpu" else compiled.recorded()
                     self._check(treatment, compiled.found(step()), wanted, setup)
                 self.steps[treatment] = step
             except Exception as error:  # of a compiler, anything
@@ -245,18 +245,15 @@ class Calls:
             raise WrongStep(f"differs from the eager step by {error:.1e}")
 
 
-def measure_case(
-    case: Case, setup: Setup, pool: Any = None, softmax: Calls | None = None
-) -> dict[str, Any]:
+def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict[str, Any]:
     """Times a case, and softmax under the same treatments in the same rounds.
 
     Args:
         case: The case.
         setup: Where.
-        pool: Memory of recordings.
         softmax: The same case of softmax; None where it is this one.
     """
-    ours = Calls(case, setup, pool)
+    ours = Calls(case, setup)
     if not ours.steps:
         raise WrongStep("; ".join(f"{name}: {why}" for name, why in ours.missing.items()))
     contestants = dict(ours.steps)

@@ -104,7 +104,6 @@ class Bench:
         self.setup = setup
         self._group: Case | None = None  # of softmax, which the others are compared with
         self._softmax: Calls | None = None
-        self._pool: Any = None
 
     def measure(self, job: Job) -> dict[str, Any]:
         """What the report has of a job."""
@@ -128,14 +127,12 @@ class Bench:
         if group != self._group:
             self._softmax = None
             free()
-            self._group, self._pool = group, None
-            if device == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
+            self._group = group
         if job.softmax is None:
-            return measure_case(job.case, self.setup, self._pool)
+            return measure_case(job.case, self.setup)
         if self._softmax is None:
-            self._softmax = Calls(group, self.setup, self._pool)
-        return measure_case(job.case, self.setup, self._pool, self._softmax)
+            self._softmax = Calls(group, self.setup)
+        return measure_case(job.case, self.setup, self._softmax)
 
     def answer(self, job: Job) -> tuple[dict[str, Any] | None, str]:
         """What ``measure`` returns, or None and what was raised."""

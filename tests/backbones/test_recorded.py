@@ -229,7 +229,7 @@ class TestCaptured:
         ids=["error", "wait", "default stream"],
     )  # fmt: skip
     def test_a_failed_one_leaves_the_process_usable(self, how, error):
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        stream = torch.cuda.current_stream()
         x = torch.ones(4, device="cuda")
 
         def good():
@@ -240,22 +240,21 @@ class TestCaptured:
             if torch.cuda.is_current_stream_capturing():
                 how()
 
-        before, old = captured(lambda: x + 1, pool)
+        before, old = captured(lambda: x + 1)
         for _ in range(2):
             with pytest.raises(error):
-                captured(bad, pool)
+                captured(bad)
         assert torch.cuda.current_stream() == stream
         assert torch.randn(3, device="cuda").isfinite().all()
-        for shared in (pool, None):
-            graph, out = captured(good, shared)
-            drawn = []
+        graph, out = captured(good)
+        drawn = []
+        for _ in range(2):
+            torch.manual_seed(0)
             for _ in range(2):
-                torch.manual_seed(0)
-                for _ in range(2):
-                    graph.replay()
-                    drawn.append(out.clone())
-            assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
-            assert not torch.equal(drawn[0], drawn[1])
+                graph.replay()
+                drawn.append(out.clone())
+        assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+        assert not torch.equal(drawn[0], drawn[1])
         before.replay()
         assert torch.equal(old, x + 1)
 
