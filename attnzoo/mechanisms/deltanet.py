@@ -55,6 +55,7 @@ class DeltaNet(Attention):
     config: Config
     paper = "Gated DeltaNet, 2412.06464"
     complexity = "O(n d d_head)"
+    plot_style = ("#9467BD", "P")
     tensors_crossed = 7.0  # an output gate beside queries, keys and values
 
     def __init__(self, context: AttentionContext, config: Config) -> None:

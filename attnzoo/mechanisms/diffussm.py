@@ -43,6 +43,7 @@ class DiffuSSMAttention(Attention):
     config: Config
     paper = "DiffuSSM, 2311.18257"
     complexity = "O(n d)"
+    plot_style = ("#C5B0D5", "*")
     tensors_crossed = 14.0  # two scans of x, steps and results; gate, concatenation
     scans: Any
 

@@ -34,6 +34,7 @@ class DiSAttention(Attention):
     config: Config
     paper = "DiS, 2402.05608"
     complexity = "O(n d)"
+    plot_style = ("#98DF8A", "d")
     tensors_crossed = 20.0  # inside a layer, tokens are twice as wide
 
     def __init__(self, context: AttentionContext, config: Config) -> None:

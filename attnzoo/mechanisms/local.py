@@ -58,7 +58,7 @@ class LocalAttention(Attention):
     config: Config
     paper = "NAT, 2204.07143"
     complexity = "O(n window² d)"
-    plot_style = ("#117733", "p")
+    plot_style = ("#6B8E23", "p")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

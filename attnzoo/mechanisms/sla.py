@@ -49,6 +49,7 @@ class SparseLinearAttention(Attention):
     config: Config
     paper = "SLA, 2509.24006"
     complexity = "O(share n² d)"
+    plot_style = ("#D62728", "X")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

@@ -48,6 +48,7 @@ class InnerLoop(Attention):
     config: Config
     paper = "ViT3, 2512.01643"
     complexity = "O(n d d_head)"
+    plot_style = ("#FF7F0E", "h")
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)

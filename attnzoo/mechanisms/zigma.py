@@ -49,6 +49,7 @@ class ZigMaAttention(Attention):
     config: Config
     paper = "ZigMa, 2403.13802"
     complexity = "O(n d)"
+    plot_style = ("#2CA02C", "<")
     tensors_crossed = 14.0  # inside a layer, tokens are twice as wide
 
     def __init__(self, context: AttentionContext, config: Config) -> None:

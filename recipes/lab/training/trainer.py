@@ -110,7 +110,7 @@ class Trainer:
         self.notes: list[str] = []  # what there is to say, once
         self.compiling = Compiling(
             self.model,
-            settings.compile,
+            "off" if "features" in (settings.distil or {}) else settings.compile,
             settings.steps,
             self.notes.append,
             # Statistics of a batch that all processes share are a break in the graph.
@@ -154,8 +154,10 @@ class Trainer:
         settings = self.settings
         if settings.distil is None:
             return self.diffusion
-        if "features" in settings.distil and settings.compile:
-            raise UserError("--distil features looks into blocks, which --compile hides: drop one")
+        if "features" in settings.distil and settings.compile == "on":
+            raise UserError(
+                "--distil features looks into blocks, which --compile on hides: drop one"
+            )
         if source is None:
             assert folder is not None and settings.start is not None
             source = read_teacher(folder, settings.start["sha256"])
@@ -332,6 +334,8 @@ class Trainer:
                     device=self.accelerator.device,
                 )
                 entry = {"held_out_loss_model": measure(self.model).mean().item()}
+                if self.is_sharded:  # the average is written into shards
+                    self.model.reshard()  # type: ignore[operator]
                 with self.average.applied():
                     entry = held_out_numbers(measure(self.model)) | entry
         finally:
