@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -320,29 +319,29 @@ class Trainer:
 
     def held_out(self) -> dict[str, float]:
         """The held-out loss of the average, by quarter of the time axis too, and of the model."""
-        assert self._held_out is not None
         was_training = self.model.training
         self.model.eval()
         try:
             with uncompiled() if self.compiling.is_on else contextlib.nullcontext():
-                measure = functools.partial(
-                    held_out_losses,
-                    diffusion=self.diffusion,
-                    dataset=self._held_out,
-                    # Gathering weights takes all processes at once.
-                    accelerator=None if self.is_sharded else self.accelerator,
-                    device=self.accelerator.device,
-                )
-                entry = {"held_out_loss_model": measure(self.model).mean().item()}
-                if self.is_sharded:  # the average is written into shards
-                    self.model.reshard()  # type: ignore[operator]
+                entry = {"held_out_loss_model": self._held_out_losses().mean().item()}
                 with self.average.applied():
-                    entry = held_out_numbers(measure(self.model)) | entry
+                    return held_out_numbers(self._held_out_losses()) | entry
         finally:
             self.model.train(was_training)
-            if self.is_sharded:
-                self.model.reshard()  # type: ignore[operator]
-        return entry
+
+    def _held_out_losses(self) -> Tensor:
+        assert self._held_out is not None
+        losses = held_out_losses(
+            self.model,
+            self.diffusion,
+            self._held_out,
+            # Gathering weights takes all processes at once.
+            accelerator=None if self.is_sharded else self.accelerator,
+            device=self.accelerator.device,
+        )
+        if self.is_sharded:  # as the average finds and leaves it
+            self.model.reshard()  # type: ignore[operator]
+        return losses
 
     def _gradients(self, batch: Sequence[Tensor], wants_stop: Tensor) -> Tensor:
         """Leaves the gradients of a step, averaged and clipped; asks the device for no value.
