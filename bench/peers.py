@@ -49,14 +49,14 @@ def optional(function: str, *modules: str) -> Callable[..., Any]:
 
 def _require_device(layer: Any, device: str, reason: str) -> None:
     if next(layer.parameters()).device.type != device:
-        raise NotImplementedError(reason)
+        raise Unsupported(reason)
 
 
 def _require_plain(layer: Any) -> None:
     """Refuses a layer with parts that no rival has beside its projections."""
     extra = {name.split(".")[0] for name, _ in layer.named_parameters()} - {"qkv", "proj"}
     if extra:
-        raise NotImplementedError(f"rivals have no {', '.join(sorted(extra))}")
+        raise Unsupported(f"rivals have no {', '.join(sorted(extra))}")
 
 
 def _by(attend: Callable[..., Tensor]) -> Builder:
@@ -117,7 +117,7 @@ def _diffusers(processor: str | None = None) -> Builder:
         given = {}
         if processor:
             if layer.qkv.bias is not None:
-                raise NotImplementedError("diffusers' Sana block has no qkv_bias")
+                raise Unsupported("diffusers' Sana block has no qkv_bias")
             given["processor"] = getattr(library, processor)()
         dim, heads = layer.dim, layer.num_heads
         peer: Any = library.Attention(dim, heads=heads, dim_head=dim // heads,

@@ -9,15 +9,12 @@ the product of Q and K, not z. Cost per sample: 5 d^2 n + 2 n d d_head + n d + 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import elu_plus_one, xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
+from attnzoo.layers.gated_elu import GatedEluAttention, GatedEluConfig
+from attnzoo.layers.linear_attention import Features
 from attnzoo.layers.streaming import State
 from attnzoo.ops.linear_core import wide_read
 from attnzoo.ops.precision import in_float32
@@ -25,16 +22,14 @@ from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LinearConfig):
+class Config(GatedEluConfig):
     """Options of MALA."""
 
-    rope: bool = True  # MALA; rows sum to 1 without it only
-    conv: Literal["3x3", "5x5", "none"] = "5x5"  # MALA
     eps: float = 1e-6  # added to z; MALA divides by z itself, which is 0 for dead queries
 
 
 @register_attention("mala")
-class MALAttention(LinearAttention):
+class MALAttention(GatedEluAttention):
     """Linear attention whose weights grow steeper with the query's length, as softmax's do."""
 
     Config = Config
@@ -42,28 +37,6 @@ class MALAttention(LinearAttention):
     paper = "MALA, 2507.00698"
     plot_style = ("#17BECF", "^")
     tensors_crossed = 7.0  # also the gate
-
-    def __init__(self, context: AttentionContext, config: Config) -> None:
-        super().__init__(context, config)
-        self.is_rotated = config.rope
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)
-        self.gate = xavier_linear(self.dim, self.dim, bias=True)
-        if config.conv != "none":
-            self.conv = DepthwiseConv(self.dim, config.conv)
-        self.proj = xavier_linear(self.dim, self.dim, bias=True)
-
-    @classmethod
-    def default_num_heads(cls, dim: int) -> int:
-        """Heads of 32, as Sana's, which is MALA's order of width."""
-        return heads_of_width(dim, 32)
-
-    def query_kernel(self, query: Tensor) -> Tensor:
-        """ELU(Q) + 1."""
-        return elu_plus_one(query)
-
-    def key_kernel(self, key: Tensor) -> Tensor:
-        """ELU(K) + 1."""
-        return elu_plus_one(key)
 
     def fold(
         self,
@@ -92,15 +65,6 @@ class MALAttention(LinearAttention):
     def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.weights``."""
         return magnitude_aware_map(queries, keys, self.config.eps)
-
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
-        """See ``LinearAttention.finish``: the gate, which has no activation."""
-        return self.proj(out * self.gate(x))
-
-    def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
-        """See ``Attention.macs_parts``."""
-        parts = super().macs_parts(grid)
-        return parts | {"projections": 5 * self.dim**2 * grid[0] * grid[1]}
 
 
 @in_float32

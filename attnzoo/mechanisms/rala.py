@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import elu_plus_one, xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
+from attnzoo.layers.gated_elu import GatedEluAttention, GatedEluConfig
+from attnzoo.layers.linear_attention import Features
 from attnzoo.layers.rotary import rotated
 from attnzoo.layers.streaming import State, first_pass, second_pass, softmax_merge, spans_of
 from attnzoo.ops.linear_core import fold, key_sum
@@ -28,16 +26,14 @@ from attnzoo.registry import register_attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LinearConfig):
+class Config(GatedEluConfig):
     """Options of RALA."""
 
-    rope: bool = True  # RALA; rows sum to 1 without it only
-    conv: Literal["3x3", "5x5", "none"] = "5x5"  # RALA
     eps: float = 1e-6  # RALA; added to the mean over the keys, not to their sum
 
 
 @register_attention("rala")
-class RALAttention(LinearAttention):
+class RALAttention(GatedEluAttention):
     """Linear attention with keys weighed by the mean query, and a gated output."""
 
     Config = Config
@@ -46,28 +42,6 @@ class RALAttention(LinearAttention):
     divides_by_mean = True
     plot_style = ("#1F77B4", ">")
     tensors_crossed = 8.0  # also the gate, and the weighed keys
-
-    def __init__(self, context: AttentionContext, config: Config) -> None:
-        super().__init__(context, config)
-        self.is_rotated = config.rope
-        self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)
-        self.gate = xavier_linear(self.dim, self.dim, bias=True)
-        if config.conv != "none":
-            self.conv = DepthwiseConv(self.dim, config.conv)
-        self.proj = xavier_linear(self.dim, self.dim, bias=True)
-
-    @classmethod
-    def default_num_heads(cls, dim: int) -> int:
-        """Heads of 32, as Sana's, which is RALA's order of width."""
-        return heads_of_width(dim, 32)
-
-    def query_kernel(self, query: Tensor) -> Tensor:
-        """ELU(Q) + 1."""
-        return elu_plus_one(query)
-
-    def key_kernel(self, key: Tensor) -> Tensor:
-        """ELU(K) + 1, not yet weighed."""
-        return elu_plus_one(key)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Q; K and the mean query, (b, heads, 1, d_head); V."""
@@ -118,15 +92,11 @@ class RALAttention(LinearAttention):
         state: State = [(product * (tokens / total),), (keys * (tokens / total),)]
         return second_pass(cached, spans, lambda span: self.decode(x, grid, span, cached, state))
 
-    def finish(self, out: Tensor, x: Tensor) -> Tensor:
-        """See ``LinearAttention.finish``: the gate, which has no activation."""
-        return self.proj(out * self.gate(x))
-
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
-        n, parts = grid[0] * grid[1], super().macs_parts(grid)
-        scores = n * self.dim
-        return parts | {"projections": 5 * self.dim**2 * n, "core": parts["core"] + scores}
+        parts = super().macs_parts(grid)
+        scores = grid[0] * grid[1] * self.dim
+        return parts | {"core": parts["core"] + scores}
 
 
 @in_float32

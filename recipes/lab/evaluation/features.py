@@ -12,12 +12,12 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from recipes.lab.console import printable
+from recipes.lab.console import UserError, printable
 from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.data.order import batch_indices
 from recipes.lab.diffusion import to_uint8
@@ -31,6 +31,7 @@ SPATIAL_SIDE = 3
 BATCH_SIZE = 128
 STATISTICS_IMAGES = 2048
 UNKNOWN = "unknown"  # digest of an extractor that nobody vouches for
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Features(NamedTuple):
@@ -93,6 +94,36 @@ class CustomExtractor:
 
     def __call__(self, images: Tensor) -> Features:
         return self.function(images)
+
+
+def with_weights(
+    model: Network, file: Path, name: str, sha256_prefix: str | None, advice: str
+) -> Network:
+    """A published network with the weights of a local file, in eval mode; notes their digest.
+
+    Args:
+        model: Takes the file's tensors by their names; has a ``digest``.
+        file: That is there.
+        name: Of the published file.
+        sha256_prefix: What its content's hash begins with; None takes any content.
+        advice: What to do about another file.
+
+    Raises:
+        UserError: The file is another one, or does not fit.
+    """
+    digest = sha256(file)
+    if sha256_prefix is not None and not digest.startswith(sha256_prefix):
+        raise UserError(
+            f"{file} is not {name}: its SHA-256 begins with {digest[:8]}, not {sha256_prefix}; "
+            f"{advice}"
+        )
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever unpickling meets
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} does not hold this network's weights: {line}") from error
+    model.digest = digest  # type: ignore[assignment]
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 class SmallCNN(nn.Module):

@@ -11,7 +11,6 @@ Sources: Szegedy et al. 2016 (1512.00567); openai/guided-diffusion evaluations/e
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.lab.console import UserError
-from recipes.lab.evaluation.features import Features
+from recipes.lab.evaluation.features import Features, with_weights
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 SHA256_PREFIX = "6726825d"  # torch.hub's convention: the name ends in the content's hash
@@ -223,17 +222,5 @@ def load_inception(file: Path | None = None, check_hash: bool = True) -> Incepti
             f"Inception's weights are not at {place}; put {FILE_NAME} (SHA-256 begins with "
             f"{SHA256_PREFIX}) there or name it with --inception-weights: nothing is downloaded"
         )
-    digest = hashlib.sha256(place.read_bytes()).hexdigest()
-    if check_hash and not digest.startswith(SHA256_PREFIX):
-        raise UserError(
-            f"{place} is not {FILE_NAME}: its SHA-256 begins with {digest[:8]}, not "
-            f"{SHA256_PREFIX}; fetch the file again"
-        )
-    model = Inception()
-    try:
-        model.load_state_dict(torch.load(place, map_location="cpu", weights_only=True))
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{place} does not hold this network's weights: {line}") from error
-    model.digest = digest
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    prefix = SHA256_PREFIX if check_hash else None
+    return with_weights(Inception(), place, FILE_NAME, prefix, "fetch the file again")
