@@ -77,6 +77,16 @@ def test_three_ways_agree_for_every_mechanism(name, options, grid):
     assert counted.measured == ()
 
 
+@pytest.mark.parametrize("name", list_attention())
+def test_the_parts_of_small_grids_agree(name):
+    """Where mechanisms cut what they have for larger ones, or merge what is cheaper together."""
+    layer = build_attention(name, 48, layer_index=1, depth=3).eval()
+    for grid in ((1, 1), (1, 7), (2, 2), (3, 5)):
+        stated = {k: v for k, v in layer.macs_parts(grid).items() if v}
+        measured = {k: v for k, v in measure_macs(layer, grid=grid).parts.items() if v}
+        assert (grid, stated) == (grid, measured)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("preset", list_presets())
 def test_closed_form_is_the_meta_count_for_every_preset(preset, grid):

@@ -1,6 +1,7 @@
 """--compile: auto where it pays and works, on insists, off is what earlier runs go on with."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +128,13 @@ def test_a_failure_later_on_is_no_reason_to_go_back(counted, monkeypatch):
     with pytest.raises(RuntimeError, match="later"):
         one.attempt(fail)
     assert one.is_on and not lines
+
+
+@pytest.mark.parametrize(
+    ("device", "calls", "pays"),
+    [("cuda", 5000, True), ("cuda", 4999, False), ("cpu", 10**6, False)],
+)
+def test_auto_compiles_on_a_gpu_what_is_called_often_enough(device, calls, pays):
+    parameter = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(parameters=lambda: iter([parameter]))
+    assert compiling.pays(model, calls) is pays
