@@ -29,6 +29,7 @@ from backbones import DiT, build_backbone, compile_blocks, record
 from backbones.recorded import captured
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import relative_error
+from bench.isolate import one_line
 from bench.peers import optional
 from bench.timing import interleave, ratio
 from bench.whole_figures import TREATMENTS
@@ -235,7 +236,7 @@ class Calls:
                     self._check(treatment, compiled.found(step()), wanted, setup)
                 self.steps[treatment] = step
             except Exception as error:  # of a compiler, anything
-                self.missing[treatment] = f"{type(error).__name__}: {one_line(error)}"
+                self.missing[treatment] = one_line(error)
                 free()
 
     def _check(self, treatment: str, found: Tensor, wanted: Tensor, setup: Setup) -> None:
@@ -498,6 +499,12 @@ def measure_scans(mode: str, setup: Setup, tokens: int = LAYER_TOKENS[0]) -> dic
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
+    """Gives the seconds of one call, of so many in a row; on a GPU between events.
+
+    Without the leading call of ``timing.stopwatch_for``, which would double what a step takes that
+    fills a round by itself.
+    """
+
     def watch(call: Callable[[], Any], repeats: int) -> float:
         if device == "cpu":
             start = time.perf_counter()
@@ -527,6 +534,7 @@ def quiet() -> None:
 
 
 def dtype_of(device: str) -> str:
+    """What whole models compute in on a device."""
     return "bfloat16" if device == "cuda" else "float32"
 
 
@@ -548,6 +556,7 @@ def _peak_of(call: Callable[[], Any], device: str) -> int:
 
 
 def free() -> None:
+    """Gives memory that nothing holds any more back to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -558,7 +567,3 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     quarter = [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75)]
     return {"median": statistics.median(values), "q1": quarter[0], "q3": quarter[1]}
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

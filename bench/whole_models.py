@@ -29,6 +29,7 @@ from backbones.pattern import names_in
 from backbones.recorded import recording_stream
 from bench import machine
 from bench.checks import SIBLING_SIDE, check_layer
+from bench.isolate import one_line
 from bench.whole_cases import (
     LAYER_TOKENS,
     RECIPES,
@@ -43,7 +44,6 @@ from bench.whole_cases import (
     measure_layer,
     measure_recipe,
     measure_scans,
-    one_line,
     quiet,
 )
 from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
@@ -139,7 +139,7 @@ class Bench:
         try:
             return self.measure(job), ""
         except Exception as error:  # of a mechanism or a compiler, anything
-            return None, f"{type(error).__name__}: {one_line(error)}"
+            return None, one_line(error)
         finally:
             free()
 
@@ -414,7 +414,7 @@ class Run:
                 except multiprocessing.TimeoutError:
                     late[case.name] = "was not compiled in time; go on with --resume"
                 except Exception as error:  # of a compiler, anything
-                    late[case.name] = f"{type(error).__name__}: {one_line(error)}"
+                    late[case.name] = one_line(error)
             finished = all(result.ready() for result in found)
         finally:
             pool.close() if finished else pool.terminate()
