@@ -101,7 +101,8 @@ def operator(declaration: Declaration) -> Declaration:
         on_this_cpu = is_cached and impl == "auto" and x.is_cpu and not _IS_FORCED
         if on_this_cpu and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
-        unserved = None if limits is None else limits(*operands)
+        # No limit of the kernels counts where they never run.
+        unserved = None if limits is None or on_this_cpu else limits(*operands)
         if is_cached and not on_this_cpu and unserved is None:
             if x.is_cuda:
                 is_lowered = torch.is_autocast_enabled("cuda")
@@ -114,7 +115,7 @@ def operator(declaration: Declaration) -> Declaration:
         if chosen in _LAZY:
             _load(package, chosen, name)
         implementation = loaded[chosen]
-        if on_this_cpu:  # no limit of the kernels counts where they never run
+        if on_this_cpu:
             on_cpu[x.dtype] = implementation
         elif kind is not None:
             elsewhere[kind] = implementation

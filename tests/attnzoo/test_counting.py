@@ -78,6 +78,12 @@ def test_three_ways_agree_for_every_mechanism(name, options, grid):
 
 
 @pytest.mark.parametrize("name", list_attention())
+def test_a_trace_is_counted_though_its_sizes_are_tensors(name):
+    layer = build_attention(name, 48, layer_index=1, depth=2, impl="torch")
+    assert fvcore_macs(layer, grid=(6, 6)) == layer.macs((6, 6))
+
+
+@pytest.mark.parametrize("name", list_attention())
 def test_the_parts_of_small_grids_agree(name):
     """Where mechanisms cut what they have for larger ones, or merge what is cheaper together."""
     layer = build_attention(name, 48, layer_index=1, depth=3).eval()

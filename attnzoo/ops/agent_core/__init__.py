@@ -19,7 +19,7 @@ def unserved(
     pooled: tuple[int, int],
 ) -> str | None:  # fmt: skip
     """What the Triton kernels do not serve."""
-    agents, width = pooled[0] * pooled[1], qkv.shape[-1] // (3 * heads)
+    agents, width = pooled[0] * pooled[1], int(qkv.shape[-1]) // (3 * heads)  # traced: a tensor
     padded = [max(16, 1 << (size - 1).bit_length()) for size in (agents, width)]
     most = MOST_FLOAT32 if operand_dtype(qkv) == float32 else MOST_HALF
     if max(padded) > MOST or padded[0] * padded[1] > most:
