@@ -10,24 +10,23 @@ folder then holds report.html, which needs no other file, and its numbers as CSV
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 
-from backbones.presets import PROTOCOLS
-from recipes.lab.console import DONE, numbers, run_script, whole
-from recipes.lab.evaluation.scores import FEWEST
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.training.settings import Settings
-from recipes.studies.comparison import plan, study
-from recipes.studies.comparison.costs import dry_run
-from recipes.studies.comparison.planned import PlannedRun, is_file
-from recipes.studies.dydila.paper import PRESETS, chosen_variants, paper_rows
+from recipes.lab.console import DONE, Parser, add_import_flag, numbers, run_script, whole
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; 0 when every run is done, 1 when some failed or wait."""
     given = _parser().parse_args(arguments)
+    # --help does not wait for torch.
+    from recipes.lab.imports import import_all
+    from recipes.lab.training.settings import Settings
+    from recipes.studies.comparison import plan, study
+    from recipes.studies.comparison.costs import dry_run
+    from recipes.studies.comparison.planned import PlannedRun, is_file
+    from recipes.studies.dydila.paper import chosen_variants, paper_rows
+
     cluster = given.cluster if given.engine == "submitit" else None
     limits = study.Limits(jobs=given.jobs, run_minutes=given.run_minutes,
                           time_budget=given.time_budget, cluster=cluster)  # fmt: skip
@@ -65,14 +64,12 @@ def main(arguments: list[str]) -> int:
     return DONE if is_done else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python recipes/compare.py",
-        description="Compare mechanisms: train, sample and measure a grid of runs, and report.",
-    )
-    flag = parser.add_argument
+def _parser() -> Parser:
+    parser = Parser("compare", __doc__)
+    flag = parser.add_argument_group("what is compared").add_argument
     flag("--attn", help="mechanisms, such as softmax,dydila:lambda_init=0.1:conv=none")
-    flag("--preset", choices=list(PRESETS), help="the rows of one of the paper's tables")
+    flag("--preset", choices=["table1-S", "table4", "table5", "table6", "results"],
+         help="the rows of one of the paper's tables")  # fmt: skip
     flag("--data", default="shapes",
          help="such as shapes,shapes/long-range,fashion-mnist@28, folders of images, or latents "
          "from recipes/encode.py")  # fmt: skip
@@ -80,20 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     flag("--real", help="folder of real images by class to measure with (default: the data's own)")
     flag("--resolutions", type=numbers(int), default=[], help="in pixels; default: the data's")
     flag("--seeds", type=whole(1), default=3, help="number of seeds")
-    flag(
-        "--protocol", help=f"some of {','.join(PROTOCOLS)} (default: controlled, or the preset's)"
-    )
+    flag("--protocol", help="some of paper,controlled,matched (default: controlled, or the "
+         "preset's)")  # fmt: skip
+    flag = parser.add_argument_group("every run").add_argument
     flag("--size", default="tiny", help="tiny, S, B or L")
     flag("--patch-size", type=whole(1),
          help="at every resolution; default: 4 pixels, or 2 of latents")  # fmt: skip
     flag("--steps", type=whole(1), default=1000, help="of training, for every run")
     flag("--batch-size", type=whole(1), default=64, help="images per step")
     flag("--cfg", type=numbers(float), default=[1.0, 4.0], help="guidance scales to measure")
-    flag("--samples", type=whole(FEWEST), default=500, help="images per scale")
+    flag("--samples", type=whole(10), default=500, help="images per scale")
     flag("--sampling-steps", type=whole(1), default=20, help="model evaluations per image")
+    flag = parser.add_argument_group("how they are run").add_argument
     flag("--jobs", type=whole(1), default=1, help="runs at the same time")
     flag("--time-budget", type=float, help="minutes after which no new run starts")
-    flag("--engine", choices=["process", "submitit"], default="process")
+    flag("--engine", choices=["process", "submitit"], default="process", help="what starts them")
     flag("--cluster", default="local", help="of submitit: local or slurm")
     flag("--run-minutes", "--cell-minutes", type=float, default=120.0,
          help="limit of one run; it is saved, and goes on when compared again")  # fmt: skip

@@ -14,27 +14,26 @@ from __future__ import annotations
 
 import argparse
 
-from backbones.pattern import file_name, nested
-from recipes.lab.console import parse_options, run_script
-from recipes.lab.data.latents import canonical_settings
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.conversion import check_out, converted_settings, open_source
-from recipes.lab.training.distillation import TERMS, parse_terms
-from recipes.lab.training.session import default_folder, start_from, train
-from recipes.lab.training.settings import add_setting_flags
+from recipes.lab.console import Parser, add_import_flag, run_script, spelled_out
+from recipes.lab.training.flags import add_setting_flags, given_settings
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    given = vars(_parser().parse_args(arguments))
+    given = vars(_parser().parse_args(spelled_out(arguments)))
+    # --help does not wait for torch.
+    from backbones.pattern import file_name
+    from recipes.lab.imports import import_all
+    from recipes.lab.training.checkpoint import Run
+    from recipes.lab.training.conversion import check_out, converted_settings, open_source
+    from recipes.lab.training.distillation import parse_terms
+    from recipes.lab.training.session import default_folder, start_from, train
+
     folder, out, overwrite = given.pop("model"), given.pop("out"), given.pop("overwrite")
     weights, terms = given.pop("weights"), given.pop("distil")
     options = {name: given.pop(name) for name in ("imports", "ignore_memory")}
     import_all(options["imports"])
-    if "set" in given:
-        given["attn_options"] = nested(parse_options(given.pop("set")))
-    given = canonical_settings(given)
+    given = {"attn": "lit"} | given_settings(given)
     source = open_source(folder, weights, options["imports"])
     settings = converted_settings(source, given, parse_terms(terms) if terms else {})
     name = default_folder({"data": settings.data, "attn": f"{file_name(settings.attn)}-converted"})
@@ -45,29 +44,23 @@ def main(arguments: list[str]) -> int:
     return train(settings, run, resume=True, **options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python recipes/convert.py",
-        description="Convert a trained softmax model into one of another attention. What a flag "
-        "does not say is as in the trained model's run.",
-        argument_default=argparse.SUPPRESS,
-    )
-    flag = parser.add_argument
-    flag("model", metavar="RUN", help="a run of softmax attention, or a folder with a "
-         "DiTTransformer2DModel of diffusers, which also needs --data")  # fmt: skip
-    add_import_flag(parser)
-    add_setting_flags(parser)
-    flag("--set", action="append", metavar="OPTION=VALUE",
-         help="an option of the new mechanism, of a pattern MECHANISM.OPTION; repeat")  # fmt: skip
-    defaults = ", ".join(f"{name}={weight}" for name, weight in TERMS.items())
+def _parser() -> Parser:
+    parser = Parser("convert", __doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("model", metavar="RUN", help="a run of softmax attention, or a folder "
+                        "with a DiTTransformer2DModel of diffusers, which also needs --data; "
+                        "what no flag says is as in that run, but for --attn lit")  # fmt: skip
+    add_setting_flags(parser, defaults=False)
+    group = parser.add_argument_group("conversion and output")
+    flag = group.add_argument
     flag("--distil", default=None, metavar="TERM[=WEIGHT],...",
-         help=f"learn from the trained model, too: {defaults}")  # fmt: skip
+         help="learn from the trained model, too: noise=0.5, variance=0.05, "
+         "features=0.5")  # fmt: skip
     flag("--weights", choices=["ema", "model"], default="ema", help="of the trained run")
     flag("--out", default=None, help="folder of the new run (default: runs/DATA-ATTN-converted)")
     flag("--overwrite", action="store_true", default=False, help="replace the run in --out")
     flag("--ignore-memory", action="store_true", default=False,
          help="go on where a step seems too large for the memory")  # fmt: skip
-    parser.set_defaults(attn="lit")
+    add_import_flag(group)
     return parser
 
 

@@ -1,126 +1,29 @@
-"""Trains DyDiLA and softmax attention, or others, on digits and draws them: make demo."""
+"""Trains DyDiLA and softmax attention, or others, on digits and draws them: make demo.
+
+    python recipes/demo.py --attn dydila,softmax,sana --steps 600
+
+What is trained already is not trained again.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from backbones.pattern import file_name, parse_pattern
-from recipes.lab.console import DONE, UserError, printable, run_script, whole
-from recipes.lab.drawing.canvas import new_figure, save_figure
-from recipes.lab.drawing.palette import color_of
-from recipes.lab.drawing.pictures import image_grid
-from recipes.lab.evaluation.evaluate import classify
-from recipes.lab.files import require_writable
-from recipes.lab.sampling import RunSampler
-from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.session import train
-from recipes.lab.training.settings import Settings
-from recipes.studies.comparison.execution import losses_of
-
-MECHANISMS = ("dydila", "softmax")
-SMOOTHED_STEPS = 25
+from recipes.lab.console import Parser, run_script, whole
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python recipes/demo.py", description="Train, sample and draw two mechanisms."
-    )
+    parser = Parser("demo", __doc__)
     flag = parser.add_argument
-    flag("--attn", default=",".join(MECHANISMS),
-         help="two or more mechanisms or patterns (default: dydila,softmax)")  # fmt: skip
+    flag("--attn", default="dydila,softmax", help="two or more mechanisms or patterns")
     flag("--steps", type=whole(1), default=1500, help="optimizer steps of each")
-    flag("--out", default="runs/demo", help="folder of the runs and the picture")
+    flag("--out", type=Path, default=Path("runs/demo"), help="folder of the runs and the picture")
     flag("--overwrite", action="store_true", help="replace other runs in --out")
     given = parser.parse_args(arguments)
-    out = Path(given.out)
-    mechanisms = list(dict.fromkeys(name.strip() for name in given.attn.split(",")))
-    for attn in mechanisms:
-        parse_pattern(attn).check()
-    if len(mechanisms) < 2:
-        raise UserError(f"--attn takes two mechanisms or more, got {given.attn!r}")
-    runs = {attn: Run(out / file_name(attn)) for attn in mechanisms}
-    wanted = {attn: Settings(attn=attn, steps=given.steps) for attn in mechanisms}
-    is_other = {attn: _is_other(settings, runs[attn]) for attn, settings in wanted.items()}
-    if any(is_other.values()) and not given.overwrite:
-        raise UserError(
-            f"{printable(str(out))} holds runs of other settings, which are not replaced unasked: "
-            f"choose another --out, or replace them with --overwrite"
-        )
-    picture = require_writable(out / "demo.png")
-    for attn, settings in wanted.items():
-        status = _train_once(settings, runs[attn], is_other[attn])
-        if status != DONE:
-            return status
-    _draw(runs, picture)
-    print(
-        f"\n{printable(str(picture))} shows them.\nWhat next:\n"
-        f"  python recipes/sample.py {runs[mechanisms[0]].folder} --classes 3,7 --cfg 4.0\n"
-        f"  python recipes/train.py --attn sana --data shapes\n"
-        f"with the environment that make has made: source .venv/bin/activate"
-    )
-    return DONE
+    from recipes.studies.demo import demo  # --help does not wait for torch
 
-
-def _is_other(settings: Settings, run: Run) -> bool:
-    """Whether the folder holds a run that was not trained with these settings."""
-    if not run.config_file.exists():
-        return False
-    found = run.config().get("settings", {})
-    defaults = dataclasses.asdict(Settings())
-    return defaults | found != dataclasses.asdict(settings)
-
-
-def _train_once(settings: Settings, run: Run, overwrite: bool) -> int:
-    exists = run.config_file.exists() and not overwrite
-    found = run.newest_checkpoint(warn=print) if exists else None
-    if found and found[0] == settings.steps:
-        print(f"{printable(str(run.folder))} is already trained; remove it to train again")
-        return DONE
-    return train(settings, run, resume=exists, overwrite=overwrite)
-
-
-def _draw(runs: Mapping[str, Run], picture: Path) -> None:
-    figure = new_figure(15, 3.2 * len(runs))
-    axes = figure.subplot_mosaic([[attn, "loss"] for attn in runs], width_ratios=[1.6, 1])
-    for attn, run in runs.items():
-        axis = axes[attn]
-        verdict = classify(run)
-        images = RunSampler(run)(torch.arange(10).repeat(3), cfg=2.0)
-        axis.imshow(image_grid(images, columns=10))
-        axis.set_axis_off()
-        axis.set_title(
-            f"{attn}: digits 0 to 9 by column, guidance 2.0; "
-            f"a classifier accepts {verdict['accepted']} of {verdict['samples']} (no guidance)"
-        )
-        steps, smooth, window = smoothed(run.read_log())
-        axes["loss"].plot(steps, smooth, label=attn, color=color_of(attn))
-    axes["loss"].set(
-        xlabel="step", ylabel=f"loss, mean of {window} steps", yscale="log", title="training"
-    )
-    axes["loss"].legend()
-    axes["loss"].grid(alpha=0.3, which="both")
-    save_figure(figure, picture, dpi=110)
-
-
-def smoothed(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float], int]:
-    """Steps, the mean loss of the steps before each, and how many these are.
-
-    A step that was skipped has no loss and is left out.
-    """
-    found = losses_of(log)
-    totals = [0.0, *itertools.accumulate(loss for _, loss in found)]
-    window = max(1, min(SMOOTHED_STEPS, len(found)))
-    ends = range(window, len(totals))
-    means = [(totals[end] - totals[end - window]) / window for end in ends]
-    return [found[end - 1][0] for end in ends], means, window
+    return demo(**vars(given))
 
 
 if __name__ == "__main__":

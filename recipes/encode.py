@@ -12,30 +12,28 @@ the shards.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from recipes.lab.console import run_script, whole
+from recipes.lab.console import Parser, run_script, whole
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python recipes/encode.py",
-        description="Encode a folder of images into latents for training.",
-    )
+    parser = Parser("encode", __doc__)
     flag = parser.add_argument
     flag("images", type=Path, metavar="IMAGES",
          help="folder with one sub-folder per class, or with train/")  # fmt: skip
     flag("latents", type=Path, metavar="LATENTS", help="folder to write")
+    flag = parser.add_argument_group("what is encoded").add_argument
     flag("--vae", required=True, help="folder or hub id of an AutoencoderKL")
     flag("--resolution", type=whole(8), default=256, help="of the images")
     flag("--class-count", type=whole(1), help="draw that many classes; 100 makes Sub-IN")
     flag("--class-seed", type=whole(0), default=0, help="of that draw")
+    flag("--skip-bad", type=whole(0), default=0, help="unreadable images to leave out at most")
+    flag = parser.add_argument_group("how").add_argument
     flag("--dtype", choices=["fp16", "fp32"], default="fp16", help="of the latents on disk")
     flag("--batch-size", type=whole(1), default=32, help="images per call of the VAE")
     flag("--shard-size", type=whole(1), default=1024, help="images per file")
-    flag("--skip-bad", type=whole(0), default=0, help="unreadable images to leave out at most")
     given = parser.parse_args(arguments)
     from recipes.lab.data.encoding import encode  # --help does not wait for torch
 

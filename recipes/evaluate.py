@@ -10,7 +10,6 @@ numbers to the last digit.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from recipes.lab.console import (
     DONE,
+    Parser,
     add_sampling_flags,
     numbers,
     printable,
@@ -55,27 +55,26 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python recipes/evaluate.py", description="Measure the images of a run."
-    )
-    flag = parser.add_argument
-    flag("run", metavar="RUN", help="folder of the run")
+def _parser() -> Parser:
+    parser = Parser("evaluate", __doc__)
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    flag = parser.add_argument_group("images").add_argument
     flag("--cfg", dest="cfgs", type=numbers(float), default=[1.0],
          help="guidance scales, such as 1.0,4.0")  # fmt: skip
     flag("--samples", type=whole(10), default=1000, help="images per guidance scale")
     flag("--labels", choices=["balanced", "random"], default="balanced", help="classes to ask for")
     flag("--shard-size", type=whole(1), default=250, help="images per resumable shard")
+    flag("--images", type=Path, help="measure the images of this .npz instead of generating")
+    flag("--npz", type=Path, help="folder for the images as ADM-style .npz, one per scale")
+    flag = parser.add_argument_group("what looks at them, and with what").add_argument
     flag("--extractor", choices=["smallcnn", "efficientnet-lite0", "inception"],
-         default="smallcnn")  # fmt: skip
+         default="smallcnn", help="gives the features that are compared")  # fmt: skip
     flag("--extractor-weights", "--inception-weights", dest="weights_file", type=Path,
          help="local file; nothing is ever downloaded")  # fmt: skip
     flag("--held-out", type=whole(0), default=1024,
          help="images for the held-out loss; 0 leaves it out")  # fmt: skip
     flag("--real", type=Path, help="folder of real images by class (default: what was trained on)")
     flag("--reference", type=Path, help="ADM-style .npz instead of the test images")
-    flag("--images", type=Path, help="measure the images of this .npz instead of generating")
-    flag("--npz", type=Path, help="folder for the images as ADM-style .npz, one per scale")
     flag("--cache", type=Path, help="trained evaluators (default: .evaluators beside the run)")
     add_sampling_flags(parser)
     return parser

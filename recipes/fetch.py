@@ -9,17 +9,14 @@ their hashes, and writes a folder of images by class with its licences.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from recipes.lab.console import DONE, printable, run_script
+from recipes.lab.console import DONE, Parser, printable, run_script
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python recipes/fetch.py", description="Fetch a data set that has to be asked for."
-    )
+    parser = Parser("fetch", __doc__)
     flag = parser.add_argument
     flag("data", choices=["emoji"], help="emoji: 11,000 drawn emoji of nine categories, 64-256 px")
     flag("--out", type=Path, help="folder to write (default: data/emoji)")

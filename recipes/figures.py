@@ -1,39 +1,49 @@
 """The paper's figures from runs of one's own: cost, projectors, maps, factors, tsne.
 
-python recipes/figures.py runs/digits-dydila runs/digits-sana --out figures/
+    python recipes/figures.py runs/digits-dydila runs/digits-sana --out figures/
+
+A figure that the runs have nothing for is left out, with a line that says why.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
-from recipes.lab.console import DONE, UserError, printable, run_script, whole
-from recipes.lab.drawing.canvas import save_figure
-from recipes.lab.drawing.drawn import Drawn, NotWithoutRun
-from recipes.lab.files import require_writable
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.training.checkpoint import Run
-from recipes.studies.dydila.figures import FIGURES
+from recipes.lab.console import (
+    DONE,
+    Parser,
+    UserError,
+    add_import_flag,
+    printable,
+    run_script,
+    whole,
+)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python recipes/figures.py", description="Draw the paper's figures from runs."
-    )
+    parser = Parser("figures", __doc__)
     flag = parser.add_argument
     flag("runs", metavar="RUN", nargs="*", help="folders of runs")
     flag("--out", default="figures", help="folder for the pictures")
-    flag("--only", default=",".join(FIGURES), help="some of the figures")
+    flag("--only", help="some of cost,projectors,maps,factors,tsne (default: all)")
     flag("--per-class", type=whole(1), default=40, help="images, for t-SNE")
     flag("--cfg", type=float, default=2.0, help="guidance scale of images")
     flag("--vae", help="of latents, if not where the run was trained with it")
     flag("--real", help="folder of real images by class, if not the run's own")
     add_import_flag(parser)
     given = parser.parse_args(arguments)
-    out, names = Path(given.out), list(dict.fromkeys(given.only.split(",")))
+    # --help does not wait for torch.
+    from recipes.lab.drawing.canvas import save_figure
+    from recipes.lab.drawing.drawn import Drawn, NotWithoutRun
+    from recipes.lab.files import require_writable
+    from recipes.lab.imports import import_all
+    from recipes.lab.training.checkpoint import Run
+    from recipes.studies.dydila.figures import FIGURES
+
+    out = Path(given.out)
+    names = list(dict.fromkeys(given.only.split(",") if given.only else FIGURES))
     for name in names:
         if name not in FIGURES:
             raise UserError(f"unknown figure {name!r}; there are {', '.join(FIGURES)}")

@@ -8,13 +8,13 @@ batch size. A run of latents is decoded by the VAE it was trained with.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from recipes.lab.console import (
     DONE,
     NON_FINITE,
+    Parser,
     add_sampling_flags,
     numbers,
     printable,
@@ -46,13 +46,15 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python recipes/sample.py", description="Draw images from a trained run."
+def _parser() -> Parser:
+    parser = Parser("sample", __doc__)
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    flag = parser.add_argument_group("images").add_argument
+    flag(
+        "--classes",
+        type=numbers(int),
+        help="such as 0,1,2 (default: the first ten)",
     )
-    flag = parser.add_argument
-    flag("run", metavar="RUN", help="folder of the run")
-    flag("--classes", type=numbers(int), help="class indices, such as 0,1,2")
     flag("--per-class", type=whole(1), default=4, help="images of each class")
     flag("--cfg", type=float, default=1.0, help="guidance scale; 1 is without")
     flag("--out", type=Path, help="picture to write (default: in the run's samples)")

@@ -2,6 +2,7 @@
 
     python recipes/train.py --attn sana
     python recipes/train.py --attn 'sana*3+softmax' --set sana.qk_norm=true
+    python recipes/train.py --config run.yaml --learning-rate 1e-3
     torchrun --standalone --nproc_per_node 8 recipes/train.py --preset dit --data latents
     accelerate launch --num_processes 8 recipes/train.py --preset dit --data latents
 
@@ -15,25 +16,21 @@ from __future__ import annotations
 
 import argparse
 
-import attnzoo
-from backbones.pattern import nested
-from recipes.lab.console import DONE, UserError, parse_options, run_script
-from recipes.lab.data.latents import canonical_settings
-from recipes.lab.imports import add_import_flag, import_all
-from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.session import default_folder, refuse_pixels, train
-from recipes.lab.training.settings import (
-    PRESETS,
-    Settings,
-    add_setting_flags,
-    resumed_settings,
-)
-from recipes.lab.training.status import describe
+from recipes.lab.console import DONE, Parser, UserError, add_import_flag, run_script
+from recipes.lab.training.flags import add_setting_flags, given_settings
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     given = vars(_parser().parse_args(arguments))
+    # --help does not wait for torch.
+    from recipes.lab.imports import import_all
+    from recipes.lab.training.banner import refuse_pixels
+    from recipes.lab.training.checkpoint import Run
+    from recipes.lab.training.session import default_folder, train
+    from recipes.lab.training.settings import PRESETS, Settings, resumed_settings
+    from recipes.lab.training.status import describe
+
     if "status" in given:
         print(describe(Run.open(given["status"])))
         return DONE
@@ -41,9 +38,7 @@ def main(arguments: list[str]) -> int:
     allowed, pixels = given.pop("allow_change"), given.pop("pixels")
     options = {name: given.pop(name) for name in ("trackers", "imports", "ignore_memory")}
     import_all(options["imports"])
-    if "set" in given:
-        given["attn_options"] = nested(parse_options(given.pop("set")))
-    given = canonical_settings(given)
+    given = given_settings(given)
     run = Run(out or default_folder(given))
     if resume == "always":
         Run.open(run.folder)
@@ -60,37 +55,31 @@ def main(arguments: list[str]) -> int:
     return train(settings, run, overwrite=overwrite, **options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     # A flag that is not given must not appear, so that a resumed run can tell what was asked for.
-    # No flag may be a prefix of one of torchrun's, which would take it for its own: --log, --run,
+    # No flag may be the beginning of several of a launcher's, which then stops: --log, --run,
     # --max, --node.
-    parser = argparse.ArgumentParser(
-        prog="python recipes/train.py",
-        description="Train the shared backbone with one attention of the zoo: "
-        f"{', '.join(attnzoo.list_attention())}.",
-        argument_default=argparse.SUPPRESS,
-    )
-    flag = parser.add_argument
-    add_import_flag(parser)
+    parser = Parser("train", __doc__, argument_default=argparse.SUPPRESS)
     add_setting_flags(parser)
-    flag("--set", action="append", metavar="OPTION=VALUE",
-         help="an option of the mechanism, of a pattern MECHANISM.OPTION; repeat")  # fmt: skip
-    flag("--pixels", action="store_true", default=False, help="let --preset dit train on pixels")
-    flag("--ignore-memory", action="store_true", default=False,
-         help="go on where a step seems too large for the memory")  # fmt: skip
+    group = parser.add_argument_group("folder and output")
+    flag = group.add_argument
     flag("--out", default=None, help="folder of the run (default: runs/DATA-ATTN)")
     flag("--resume", nargs="?", const="always", default="auto",
          choices=["auto", "always", "never"],
-         help="auto, the default, continues the run in --out if there is one; always (the bare "
-         "flag) wants one, never refuses it")  # fmt: skip
+         help="auto continues the run in --out if there is one; always (the bare flag) wants one, "
+         "never refuses it")  # fmt: skip
     flag("--overwrite", action="store_true", default=False, help="replace the run in --out")
     flag("--allow-change", action="append", default=[], metavar="NAME",
          help="a setting that a continued run may change, or data for what it holds; "
          "repeat")  # fmt: skip
+    flag("--pixels", action="store_true", default=False, help="let --preset dit train on pixels")
+    flag("--ignore-memory", action="store_true", default=False,
+         help="go on where a step seems too large for the memory")  # fmt: skip
     flag("--tracker", dest="trackers", action="append", default=[],
          choices=["tensorboard", "wandb", "trackio"],
          help="log there too, besides log.jsonl; repeat")  # fmt: skip
     flag("--status", metavar="RUN", help="report where a run stands, and do nothing else")
+    add_import_flag(group)
     return parser
 
 

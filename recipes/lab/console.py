@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import difflib
 import io
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +16,25 @@ from typing import Any, NoReturn, TextIO
 
 DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
 STOPPED_BY_HAND, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+
+class _Streams(logging.Handler):
+    """Lines as they are: on what stdout is now, or stderr for warnings.
+
+    A stream that cannot be written raises, and is not reported as a fault of logging.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        print(self.format(record), file=stream, flush=True)
+
+
+# What the recipes say on the way; who calls them from a program of their own may give it other
+# handlers or another level.
+log = logging.getLogger("recipes")
+log.addHandler(_Streams())
+log.setLevel(logging.INFO)
+log.propagate = False
 
 
 class UserError(ValueError):
@@ -135,7 +156,7 @@ def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
 
 
 class Progress:
-    """What a run says while it trains: lines on stdout, and a ``progress_bar`` on stderr.
+    """What a run says while it trains: lines in ``log``, and a ``progress_bar`` on stderr.
 
     An output that can no longer be written is given up, so that training never dies of it.
 
@@ -154,14 +175,14 @@ class Progress:
         self._bar: Any = None
 
     def say(self, text: str) -> None:
-        """Writes lines to stdout."""
+        """Logs lines, which go to stdout unless ``log`` was given another handler."""
         if not self.is_main:
             return
         with self._guarded(sys.stderr):
             if self._bar is not None:
                 self._bar.clear()
         with self._guarded(sys.stdout):
-            print(text, flush=True)
+            log.info(text)
 
     def start(self, done: int) -> None:
         """Begins to show how far the run is, ``done`` steps."""
@@ -191,6 +212,56 @@ class Progress:
         except OSError as error:
             self.is_deserted = self.is_deserted or isinstance(error, BrokenPipeError)
             abandon(stream)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a script: a mistake is one line and exit status 2, ``--help`` shows defaults.
+
+    Args:
+        script: Name of the file in recipes/.
+        about: Its docstring, with examples, which ``--help`` begins with.
+        **options: Of argparse.
+    """
+
+    def __init__(self, script: str, about: str | None, **options: Any) -> None:
+        prog = f"python recipes/{script}.py"
+        super().__init__(prog=prog, description=about, formatter_class=_Help, **options)
+
+    def format_usage(self) -> str:
+        names = [str(a.metavar or a.dest) for a in self._actions if not a.option_strings]
+        return " ".join(["usage:", self.prog, *names, "[FLAGS]"]) + "\n"
+
+    def format_help(self) -> str:
+        self.usage = self.format_usage().removeprefix("usage: ").strip()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        if is_unknown:
+            word = words.split()[0].partition("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(word, flags, n=1)
+            hint = f"; did you mean {near[0]}?" if near and word.startswith("-") else ""
+            message = f"{printable(words)!r} is not known here{hint}"
+        where = f"{' ' if message.endswith('?') else '; '}{self.prog} --help lists the flags"
+        self.exit(USER_ERROR, f"error: {message}{where}\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Examples as they are written, and every default that says something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # BooleanOptionalAction adds the default of its own, which cannot be told when suppressed.
+        text = (action.help or "").replace(" (default: %(default)s)", "")
+        shown = action.default
+        says_nothing = shown is None or shown is False or shown in (argparse.SUPPRESS, [])
+        if says_nothing or "(default" in text or not action.option_strings:
+            return text
+        shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+        return f"{text} (default: {shown})".lstrip()
 
 
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
@@ -241,7 +312,7 @@ def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
-def add_import_flag(parser: argparse.ArgumentParser) -> None:
+def add_import_flag(parser: argparse._ActionsContainer) -> None:
     """Adds ``--import FILE|MODULE``, whose values become ``imports``."""
     parser.add_argument(
         "--import",
@@ -270,24 +341,27 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how a run's images are computed."""
-    flag = parser.add_argument
+    """Adds the flags that say how a run's images are computed, in two groups."""
+    flag = parser.add_argument_group("sampling").add_argument
     flag("--cfg-channels", type=whole(1), help="guide only the first channels, as DiT does (3)")
     flag("--steps", type=whole(1), default=20, help="model evaluations per image")
     flag("--sampler", help="dpm++ (default), ddim, ddpm, or euler-flow for runs of flow")
     flag("--seed", type=whole(0), default=0, help="of the start noise, and of drawn labels")
     flag("--batch-size", type=whole(1), default=64, help="images per model call")
-    flag("--weights", choices=["ema", "model"], default="ema")
+    flag("--weights", choices=["ema", "model"], default="ema",
+         help="the average over the steps, or the last")  # fmt: skip
     flag("--vae", help="folder or hub id of what decodes latents (default: the run's own)")
+    computing = parser.add_argument_group("computing")
+    flag = computing.add_argument
     flag("--device", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     flag("--precision", choices=["fp32", "bf16"], default="fp32", help="of the matrix products")
     flag("--cuda-graph", choices=["auto", "on", "off"], default="auto",
          help="record each step as one CUDA graph: auto (where possible, or says why not), on or "
          "off")  # fmt: skip
     flag("--compile", default="auto", choices=COMPILE_MODES, help=COMPILE_HELP, **COMPILE_FLAG)
-    add_import_flag(parser)
+    add_import_flag(computing)
 
 
 def warn(line: str) -> None:
     """A line to a person, beside the results."""
-    print(printable(line), file=sys.stderr)
+    log.warning(printable(line))

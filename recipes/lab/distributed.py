@@ -80,6 +80,12 @@ def _refuse_foreign() -> None:
             )
 
 
+def neighbors() -> int:
+    """Training processes of this launch on this machine, which share its memory."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(local) if local.isdigit() else 1
+
+
 def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Runs ``action`` on the main process and gives every process its result.
 

@@ -3,7 +3,8 @@
 import pytest
 
 from recipes.lab.training.checkpoint import Run
-from recipes.train import Settings, train
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 

@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from recipes.lab import files  # noqa: E402
 from recipes.lab.training import checkpoint  # noqa: E402
 from recipes.lab.training.checkpoint import Run  # noqa: E402
+from recipes.lab.training.session import train  # noqa: E402
 from recipes.lab.training.settings import Settings  # noqa: E402
 from recipes.lab.training.trainer import Trainer  # noqa: E402
-from recipes.train import train  # noqa: E402
 
 CRASHED = 9
 SMALL = {"attn": "dydila", "batch_size": 4, "sample_every": 10_000, "decay": "constant"}

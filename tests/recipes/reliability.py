@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 import attnzoo
 from recipes.lab.data.encoding import encode
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
+from recipes.lab.training.state import save_checkpoint
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 from tests.recipes import crash, two_processes
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ def overhead(out, steps=20):
     for _ in range(3):
         trainer.step += 1
         began = time.perf_counter()
-        assert trainer.save(run) is None
+        assert save_checkpoint(trainer, run) is None
         saves.append(time.perf_counter() - began)
     size = sum(f.stat().st_size for f in run.newest_checkpoint(print)[1].rglob("*") if f.is_file())
     save = sorted(saves)[1]

@@ -16,9 +16,9 @@ from recipes.lab.console import INTERRUPTED, UserError
 from recipes.lab.data import folder
 from recipes.lab.training.batches import Batches
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 from tests.recipes.reliability import draw
 
 SMALL = {"attn": "sana", "batch_size": 4, "steps": 8, "checkpoint_every": 1, "sample_every": 1000}

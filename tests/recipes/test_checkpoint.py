@@ -19,10 +19,10 @@ from recipes.lab.console import INTERRUPTED, NON_FINITE, UserError
 from recipes.lab.files import sha256
 from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.status import claimed, describe
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 from tests.recipes import two_processes
 from tests.recipes.reliability import crashes, kills
 

@@ -22,6 +22,7 @@ from recipes import compare as compare_module
 from recipes.lab.console import UserError
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison import execution
 from recipes.studies.comparison.plan import (
     parse_data,
@@ -41,7 +42,6 @@ from recipes.studies.comparison.verdicts import (
 )
 from recipes.studies.dydila import results
 from recipes.studies.dydila.paper import CLAIMS, PRESETS, paper_rows
-from recipes.train import Settings
 
 SEED = ["--seeds", "1"]
 TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8", "--samples", "12",

@@ -28,6 +28,8 @@ from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.files import CannotWrite, locked
 from recipes.lab.pages import markdown_text
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
+from recipes.studies import demo as demo_study
 from recipes.studies.comparison import execution, study
 from recipes.studies.comparison.execution import locally, run_all
 from recipes.studies.comparison.plan import parse_variant, plan_runs
@@ -36,7 +38,6 @@ from recipes.studies.comparison.report import write_report
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.dydila.paper import paper_rows
 from recipes.studies.dydila.results import results_page
-from recipes.train import Settings
 
 ROOT = Path(__file__).parents[2]
 NO_PAPER = paper_rows([])
@@ -326,9 +327,9 @@ class TestDamagedFiles:
         for entry in entries:
             run.append_log(entry)
         assert execution._curve(run) == [(1, 1.0), (3, 0.5)]
-        steps, means, window = demo_module.smoothed(entries)
+        steps, means, window = demo_study.smoothed(entries)
         assert (steps, means, window) == ([3], [0.75], 2)
-        assert demo_module.smoothed(entries[1:2]) == ([], [], 1)
+        assert demo_study.smoothed(entries[1:2]) == ([], [], 1)
 
     def test_a_link_is_not_written_through(self, tmp_path):
         victim = tmp_path / "victim"
@@ -437,7 +438,8 @@ class TestProcesses:
 class TestTheEnvironment:
     @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
     def test_a_backend_of_a_notebook_is_not_looked_at(self, backend):
-        modules = "recipes.compare, recipes.figures, recipes.results, recipes.demo"
+        studies = "comparison.study", "dydila.figures", "dydila.results", "demo"
+        modules = ", ".join(f"recipes.studies.{name}" for name in studies)
         done = subprocess.run(
             [sys.executable, "-c", f"import {modules}"], env=os.environ | {"MPLBACKEND": backend},
             cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -529,7 +531,7 @@ class TestTheDemo:
         run = Run(tmp_path / "softmax")
         settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
         run.create({"settings": settings | {"steps": 9000}, "data": DATA}, overwrite=False)
-        monkeypatch.setattr(demo_module, "train", None)
+        monkeypatch.setattr(demo_study, "train", None)
         with pytest.raises(UserError, match=r"not replaced unasked.*--overwrite"):
             demo_module.main(["--steps", "2", "--out", str(tmp_path)])
         assert run.config()["settings"]["steps"] == 9000
@@ -537,11 +539,11 @@ class TestTheDemo:
     def test_its_own_runs_go_on_and_others_are_replaced_if_asked(self, tmp_path, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            demo_module,
+            demo_study,
             "train",
             lambda settings, run, **how: seen.append((settings.attn, how)) or 0,
         )
-        monkeypatch.setattr(demo_module, "_draw", lambda *_: None)
+        monkeypatch.setattr(demo_study, "_draw", lambda *_: None)
         run = Run(tmp_path / "softmax")
         settings = json.loads(json.dumps(dataclasses.asdict(Settings()))) | {"attn": "softmax"}
         run.create({"settings": settings | {"steps": 2}, "data": DATA}, overwrite=False)

@@ -14,9 +14,9 @@ from recipes.lab import compiling
 from recipes.lab.console import COMPILE_MODES, spelled_out
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 
 SMALL = {"attn": "sana", "batch_size": 4, "steps": 2, "sample_every": 1000}
 

@@ -22,7 +22,8 @@ from recipes.lab.sampling import RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.conversion import inherit
 from recipes.lab.training.distillation import Distillation, parse_terms
-from recipes.train import Settings, train
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 
 SMALL = {"batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 FLAGS = ["--steps", "4"]

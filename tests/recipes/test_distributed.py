@@ -5,6 +5,7 @@ import torch
 
 import attnzoo
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.state import load_checkpoint
 from recipes.lab.training.trainer import Trainer
 from tests.recipes import reliability
 from tests.recipes.reliability import deviation, weights
@@ -58,7 +59,7 @@ def test_one_process_loads_what_shards_saved(out):
     run = Run(out / "sharded")
     trainer = Trainer(settings("dydila"))
     step, folder = run.newest_checkpoint(warn=pytest.fail)
-    trainer.load(step, folder)
+    load_checkpoint(trainer, step, folder)
     assert trainer.train_step()[0]["step"] == step + 1
 
 

@@ -24,10 +24,10 @@ from recipes.lab.data.latents import CachedDataset, load_vae
 from recipes.lab.files import locked, sha256
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.status import describe
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 from tests.recipes.reliability import ROOT, draw, make_vae
 from tests.recipes.test_checkpoint import Canary
 

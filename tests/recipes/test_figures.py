@@ -10,8 +10,9 @@ from recipes.lab.console import UserError
 from recipes.lab.drawing.drawn import Drawn
 from recipes.lab.evaluation.features import Features
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.studies.dydila.figures import FIGURES, confusable_classes, map_with, stages
-from recipes.train import Settings, train
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from recipes.lab.evaluation.real import RealImages, fresh_images, real_images
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
-from recipes.train import Settings, train
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from tests.recipes.reliability import make_vae
 from tests.recipes.test_encode import encode
 

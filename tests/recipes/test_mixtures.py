@@ -19,11 +19,13 @@ from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.evaluation.evaluate import classify
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
+from recipes.studies import demo as demo_study
 from recipes.studies.comparison.plan import parse_variants, plan_runs
 from recipes.studies.comparison.planned import PlannedRun
 from recipes.studies.dydila.figures import FIGURES
 from recipes.studies.dydila.paper import chosen_variants
-from recipes.train import Settings
 
 MIXED = "sana+dydila+sana+softmax"
 SMALL = ["--batch-size", "8", "--sample-every", "1000", "--checkpoint-every", "2"]
@@ -51,7 +53,7 @@ def mixed(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("mixed"))
         arguments = ["--attn", MIXED, "--set", "sana.qk_norm=true", "--set", "dydila.conv=none"]
         assert train_module.main([*arguments, "--steps", "4", *SMALL]) == 0
-        return Run(next(iter(train_module.Run("runs").folder.absolute().iterdir())))
+        return Run(next(iter(Run("runs").folder.absolute().iterdir())))
 
 
 def test_a_run_has_a_name_that_no_shell_expands_and_says_what_it_is(mixed):
@@ -84,7 +86,7 @@ def test_it_is_sampled_and_classified(mixed, tmp_path):
 def test_diagnostics_come_from_the_blocks_that_have_any(tmp_path):
     run = Run(tmp_path / "run")
     settings = Settings(attn="dydila+sana", steps=2, batch_size=4, diagnose_every=1)
-    assert train_module.train(settings, run) == 0
+    assert train(settings, run) == 0
     speakers = set(run.read_log()[-1]["blocks"])
     assert speakers == {"0", "2"}
 
@@ -162,7 +164,7 @@ def test_variants_of_a_comparison_may_be_mixtures():
 
 def test_the_demo_shows_mixtures(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(demo_module, "_draw", lambda runs, picture: drawn.append(runs))
+    monkeypatch.setattr(demo_study, "_draw", lambda runs, picture: drawn.append(runs))
     flags = ["--steps", "1", "--out", str(tmp_path)]
     assert demo_module.main(["--attn", "sana*3+softmax,sana", *flags]) == 0
     assert [run.folder.name for run in drawn[0].values()] == ["sana-3-softmax", "sana"]

@@ -14,9 +14,10 @@ from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, UserError
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.memory import step_bytes
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
+from recipes.lab.training.state import load_checkpoint, save_checkpoint
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 
 SMALL = {"batch_size": 8, "checkpoint_every": 4, "sample_every": 1000, "diagnose_every": 1000}
 # Elsewhere rounding differs between the two; TestGraph compares there.
@@ -210,8 +211,8 @@ def test_a_checkpoint_goes_on_in_the_other_mode(first, tmp_path):
     for _ in range(4):
         one.train_step()
     run = Run(tmp_path)
-    one.save(run)
-    other.load(*run.newest_checkpoint(warn=pytest.fail))
+    save_checkpoint(one, run)
+    load_checkpoint(other, *run.newest_checkpoint(warn=pytest.fail))
     assert other.train_step()[0]["loss"] == pytest.approx(one.train_step()[0]["loss"], rel=1e-5)
     near(state(one), state(other), 1e-4)
 

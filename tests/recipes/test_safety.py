@@ -14,9 +14,9 @@ from recipes import sample as sample_module
 from recipes.lab.console import UserError
 from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}

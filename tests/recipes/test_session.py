@@ -21,11 +21,11 @@ from attnzoo import registry
 from recipes import train as train_module
 from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError
 from recipes.lab.data.encoding import encode
-from recipes.lab.training import memory, session
+from recipes.lab.training import banner, description, memory
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 from tests.recipes.reliability import draw, make_vae
 
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
@@ -165,7 +165,7 @@ class TestDamagedFiles:
             ("{}", "not the configuration of a run"),
             ('{"settings": {}}', "not the configuration of a run"),
             ('{"settings": {"attn": "sana", "steps": "many"}}', "damaged.*--steps"),
-            ('{"settings": {"attn": "sana", "decay": "cosine"}}', "damaged.*--decay.*linear"),
+            ('{"settings": {"attn": "sana", "decay": "sudden"}}', "damaged.*--decay.*linear"),
             ('{"settings": {"attn": "sana", "warmup": 5}}', "setting 'warmup'.*does not know"),
             ('{"settings": {"attn": "sana"}, "data": [1]}', "damaged"),
             ('{"settings": {"attn": "sana"}, "data": {"class_names": "ab"}}', "damaged"),
@@ -358,7 +358,7 @@ class TestEnvironment:
             {"torch": "1.0", "compiled power map": True, "threads": 99}
         ))  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session.build, "library", _Library())
+            patch.setattr(description.build, "library", _Library())
             assert resume(copy, "--steps", 3, "--allow-change", "steps") == DONE
         said = capsys.readouterr().out
         assert said.count("not bit for bit") == 1
@@ -448,7 +448,7 @@ class TestMemory:
         assert few < memory.step_bytes(plain)
 
     def test_a_step_that_does_not_fit_is_refused(self, tmp_path, monkeypatch, no_pictures):
-        monkeypatch.setattr(session, "free_bytes", lambda device: 1_000_000)
+        monkeypatch.setattr(banner, "free_bytes", lambda device: 1_000_000)
         arguments = ["--attn", "sana", "--steps", "1", "--out", str(tmp_path / "run")]
         with pytest.raises(UserError, match=r"takes about .*GB are free.*--batch-size"):
             train_module.main(arguments)

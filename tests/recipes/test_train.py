@@ -21,8 +21,9 @@ from recipes.lab.console import INTERRUPTED, UserError, parse_options
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import Settings, train
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 SCRIPT = Path(train_module.__file__)

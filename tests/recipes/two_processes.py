@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from recipes.lab.console import run_script
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.train import train
 
 COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
 CASES = {

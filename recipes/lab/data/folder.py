@@ -7,21 +7,25 @@ links to folders are not followed, nor links to files outside the folder; a clas
 link is refused, and what this project wrote is no class. Every image is decoded once here, and
 held in memory up to 1 GiB in all. Those that fail or have another suffix are counted and named on
 stderr and listed in ``skipped``.
+
+Images are decoded by threads, which PIL lets run side by side; it is asked for them in order, so
+their number changes nothing but the time.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.lab.console import printable
+from recipes.lab.console import warn
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, Request, register_dataset
 from recipes.lab.data.images import (
@@ -34,8 +38,11 @@ from recipes.lab.data.images import (
     read_image,
     training_folder,
 )
+from recipes.lab.distributed import neighbors
 
 CACHE_BYTES = 2**30
+_MOST_THREADS = 16
+_AT_ONCE = 256  # decoded before they are taken
 
 
 @register_dataset("folder", is_named=False)
@@ -76,7 +83,7 @@ class FolderDataset(ImageDataset):
         self.class_names, self.skipped = found.classes, found.skipped
         self._root, self._found = folder, images
         for line in found.notes + ([] if strict else found.doubtful):
-            _warn(line)
+            warn(line)
         if strict and found.doubtful:
             raise DataError(f"{found.doubtful[0]}: rename one, or drop the strict option")
         self._read(folder, images)
@@ -91,12 +98,12 @@ class FolderDataset(ImageDataset):
         files: list[Path] = []
         labels: list[int] = []
         enlarged = 0
-        for path, label in found:
-            try:
-                image, shorter = read_image(path, self.resolution)
-            except BadImage as error:
-                self.skipped.append((path, str(error)))
+        images = _decoded([path for path, _ in found], self.resolution)
+        for (path, label), decoded in zip(found, images, strict=True):
+            if isinstance(decoded, BadImage):
+                self.skipped.append((path, str(decoded)))
                 continue
+            image, shorter = decoded
             if cached:
                 pixels[len(files)] = image
             enlarged += shorter < self.resolution
@@ -106,7 +113,7 @@ class FolderDataset(ImageDataset):
         self._files = files
         self._labels = torch.tensor(labels, dtype=torch.int64)
         if enlarged:
-            _warn(
+            warn(
                 f"{enlarged} of {len(files)} images under {str(folder)!r} are smaller than "
                 f"{self.resolution} pixels and were enlarged; a smaller resolution avoids it"
             )
@@ -121,11 +128,11 @@ class FolderDataset(ImageDataset):
             )
         reasons = Counter(reason.partition(" (")[0] for _, reason in self.skipped)
         counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        _warn(f"skipped {len(self.skipped)} of {total} images under {str(folder)!r}: {counted}")
+        warn(f"skipped {len(self.skipped)} of {total} images under {str(folder)!r}: {counted}")
         for path, reason in self.skipped[:5]:
-            _warn(f"  {str(path)!r}: {reason}")
+            warn(f"  {str(path)!r}: {reason}")
         if len(self.skipped) > 5:
-            _warn(f"  and {len(self.skipped) - 5} more")
+            warn(f"  and {len(self.skipped) - 5} more")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -144,17 +151,34 @@ class FolderDataset(ImageDataset):
             pixels = self._pixels[indices]
         else:
             pixels = torch.empty((len(indices), 3, self.resolution, self.resolution))
-            for row, index in enumerate(indices.tolist()):
-                path = self._files[index]
-                try:
-                    pixels[row] = read_image(path, self.resolution)[0]
-                except BadImage as error:
+            paths = [self._files[index] for index in indices.tolist()]
+            for row, decoded in enumerate(_decoded(paths, self.resolution)):
+                if isinstance(decoded, BadImage):
                     raise DataError(
-                        f"image {str(path)!r} was readable when the run began: {error}; "
+                        f"image {str(paths[row])!r} was readable when the run began: {decoded}; "
                         "restore the file, or start again without it"
-                    ) from error
+                    ) from decoded
+                pixels[row] = decoded[0]
         return pixels.float() * (2 / 255) - 1, self._labels[indices]
 
 
-def _warn(line: str) -> None:
-    print(printable(line), file=sys.stderr)
+def threads() -> int:
+    """How many images are decoded at the same time: one per core that this process has."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(_MOST_THREADS, cores // neighbors()))
+
+
+def _decoded(paths: Sequence[Path], resolution: int) -> Iterator[tuple[Tensor, int] | BadImage]:
+    """What ``read_image`` gives or raises for each path, in their order."""
+
+    def decode(path: Path) -> tuple[Tensor, int] | BadImage:
+        try:
+            return read_image(path, resolution)
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(threads(), "decode") as pool:
+        for start in range(0, len(paths), _AT_ONCE):
+            yield from pool.map(decode, paths[start : start + _AT_ONCE])

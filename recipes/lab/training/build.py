@@ -5,19 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attnzoo import InvalidValue
 from backbones import DiT, build_backbone
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
-from recipes.lab.data.datasets import ImageDataset, load_dataset
+from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of, load_dataset
 from recipes.lab.data.latents import (
     DEFAULT_RESOLUTION,
     CachedDataset,
     EncodedDataset,
+    LatentDataset,
     is_latent_folder,
+    load_vae,
+    open_vae,
 )
 from recipes.lab.diffusion import DIFFUSION_PRESETS
 from recipes.lab.training.settings import Settings
+
+
+def open_data(settings: Settings, device: torch.device) -> tuple[ImageDataset, Any]:
+    """What a run trains on, and the VAE whose latents it is, or None.
+
+    Raises:
+        DataError: It does not exist or does not fit.
+        UserError: It cannot be held out as asked.
+    """
+    vae = None
+    if settings.vae is None:
+        dataset = load_training_data(settings)
+    elif is_latent_folder(settings.data):
+        dataset = load_training_data(settings)
+        assert isinstance(dataset, LatentDataset)
+        vae = open_vae(dataset.facts, settings.vae, device)
+    else:
+        vae = load_vae(settings.vae, device)
+        dataset = load_training_data(settings, vae)
+    if not settings.hold_out:
+        return dataset, vae
+    if not is_latent_folder(settings.data):
+        kind = kind_of(settings.data)
+        if "test" in entry_of(kind).splits:
+            raise UserError(f"{kind} has held-out images of its own: drop --hold-out")
+    if len(dataset) < 2:
+        raise UserError(f"--hold-out leaves nothing of one image in {settings.data!r}")
+    return dataset, vae
+
+
+def check_division(settings: Settings, processes: int) -> None:
+    """Raises UserError where so many processes cannot share a step's images."""
+    parts = settings.accumulate * processes
+    if settings.batch_size % parts:
+        raise UserError(
+            f"batch size {settings.batch_size} does not divide among {processes} processes with "
+            f"{settings.accumulate} micro-steps each; choose a multiple of {parts}"
+        )
 
 
 def load_training_data(settings: Settings, vae: Any = None) -> ImageDataset:

@@ -27,7 +27,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,15 @@ from torch import Tensor
 
 from recipes.lab import files
 from recipes.lab.console import UserError
-from recipes.lab.diffusion import DIFFUSION_PRESETS
 from recipes.lab.files import CannotWrite, read_json, refuse_links, sha256
+from recipes.lab.training.run_files import (
+    damage_of,
+    is_configuration,
+    listed_in,
+    read_lines,
+    read_manifest,
+    step_of,
+)
 
 KEPT_CHECKPOINTS = 2
 _TEMPORARY = f"{files.TEMPORARY}*"
@@ -103,7 +110,7 @@ class Run:
     def _is_free(self) -> bool:
         """Whether the folder holds a run, or what a run left that died before it was one."""
         if self.config_file.exists() or self.config_file.is_symlink():
-            return _is_configuration(self._raw_config())
+            return is_configuration(self._raw_config())
         return self.folder.is_dir() and all(
             path.name in (".lock", "status.json") or path.name.startswith(files.TEMPORARY)
             for path in self.folder.iterdir()
@@ -123,7 +130,7 @@ class Run:
         """
         for name in (*_MADE, ".lock", "config.json"):
             refuse_links(self.folder, self.folder / name)
-        for path in [*self._checkpoint_folders(), *_listed(self.samples)]:
+        for path in [*self._checkpoint_folders(), *listed_in(self.samples)]:
             refuse_links(self.folder, path)
 
     def create(self, config: dict[str, Any], overwrite: bool) -> None:
@@ -188,12 +195,12 @@ class Run:
             UserError: It is missing, damaged, or of something else than a run; it is named.
         """
         config = self._raw_config()
-        if not _is_configuration(config):
+        if not is_configuration(config):
             raise UserError(
                 f"{str(self.config_file)!r} is damaged, or not the configuration of a run: it has "
                 f"no settings with an attn"
             )
-        damage = _damage(config)
+        damage = damage_of(config)
         if damage is not None:
             raise UserError(f"the configuration {str(self.config_file)!r} is damaged: {damage}")
         return config
@@ -247,11 +254,11 @@ class Run:
         Raises:
             UserError: A line is damaged, or the log cannot be read; it is named.
         """
-        return _read_lines(self.log_file)
+        return read_lines(self.log_file)
 
     def cut_log(self, step: int) -> None:
         """Drops what was logged after ``step``, which a resumed run logs again."""
-        entries, held = self.read_log(), _read_lines(self.held_file)
+        entries, held = self.read_log(), read_lines(self.held_file)
         kept = [entry for entry in [*entries, *held] if entry["step"] <= step]
         end = self.log_file.read_bytes()[-1:] if self.log_file.exists() else b""
         # A full disk has no room even for the same lines.
@@ -314,9 +321,9 @@ class Run:
         if evict:
             # A folder of a later step is one that was passed over as broken: it counts for
             # nothing.
-            whole = [folder for folder in self._checkpoint_folders() if _step(folder) <= step]
+            whole = [folder for folder in self._checkpoint_folders() if step_of(folder) <= step]
             for old in whole[:-KEPT_CHECKPOINTS]:
-                if keep_every is None or _step(old) % keep_every:
+                if keep_every is None or step_of(old) % keep_every:
                     self._remove(old)
         return target
 
@@ -385,117 +392,5 @@ class Run:
         return [folder.name for folder in self._checkpoint_folders()]
 
     def _checkpoint_folders(self) -> list[Path]:
-        found = [path for path in _listed(self.checkpoints) if _step(path) >= 0]
-        return sorted(found, key=_step)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        OSError: It is missing or cannot be read.
-        ValueError: It is damaged, or of another step than the folder's name says.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except RecursionError:
-        raise ValueError("manifest.json is nested too deeply") from None
-    fits = (
-        isinstance(manifest, dict)
-        and manifest.get("step") == _step(folder)
-        and all(_is_whole(manifest.get(name, 0)) for name in ("skipped", "skipped_in_a_row"))
-        and isinstance(listed := manifest.get("files"), dict)
-        and all(
-            isinstance(entry, list)
-            and len(entry) == 2
-            and _is_whole(entry[0])
-            and isinstance(entry[1], str)
-            for entry in listed.values()
-        )
-    )
-    if not fits:
-        raise ValueError("manifest.json is damaged")
-    return manifest
-
-
-def _is_configuration(config: Any) -> bool:
-    """Whether a config.json is a run's and not, say, that of a model of Hugging Face."""
-    settings = config.get("settings") if isinstance(config, dict) else None
-    return isinstance(settings, dict) and isinstance(settings.get("attn"), str)
-
-
-def _damage(config: dict[str, Any]) -> str | None:
-    """What a run's configuration has that training does not write, or None."""
-    data, settings = config.get("data"), config["settings"]
-    if not isinstance(data, dict):
-        return "'data' is no object"
-    if settings.get("preset", "tiny") not in DIFFUSION_PRESETS:
-        return f"'preset' is none of {', '.join(DIFFUSION_PRESETS)}"
-    for name, default in (("data", "digits"), ("level", "easy")):
-        if not isinstance(settings.get(name, default), str):
-            return f"{name!r} is no text"
-    for name in ("resolution", "channels"):
-        if not _is_whole(data.get(name), 1) or data[name] >= 2**20:
-            return f"{name!r} is {data.get(name)!r}"
-    names = data.get("class_names")
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        return "'class_names' is no list of names"
-    for name in ("latent", "source", "identity"):
-        if not isinstance(data.get(name), dict | None):
-            return f"{name!r} is no object"
-    if data.get("latent") is not None and not _is_whole(data["latent"].get("factor"), 1):
-        return f"the VAE's 'factor' is {data['latent'].get('factor')!r}"
-    imports = config.setdefault("imports", {})
-    if not (isinstance(imports, dict) and all(isinstance(z, dict) for z in imports.values())):
-        return "'imports' is no object of objects"
-    if not isinstance(config.get("environment", {}), dict):
-        return "'environment' is no object"
-    return None if isinstance(config.get("changes", []), list) else "'changes' is no list"
-
-
-def _is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _listed(folder: Path) -> Collection[Path]:
-    """What a folder holds; nothing if it is missing.
-
-    Raises:
-        UserError: It is there and cannot be read: a file, a link to nowhere, no permission.
-    """
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
-            return []
-        raise UserError(
-            f"{str(folder)!r} cannot be read ({error.strerror}); make it a readable folder, or "
-            f"move it away"
-        ) from error
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not (isinstance(entry, dict) and _is_whole(entry.get("step"))):
-            raise UserError(
-                f"line {number} of {str(file)!r} is damaged; repair it or move the file away"
-            )
-        entries.append(entry)
-    return entries
-
-
-def _step(folder: Path) -> int:
-    digits = folder.name.removeprefix("step-")
-    is_checkpoint = folder.name.startswith("step-") and digits.isdecimal() and digits.isascii()
-    return int(digits) if is_checkpoint else -1
+        found = [path for path in listed_in(self.checkpoints) if step_of(path) >= 0]
+        return sorted(found, key=step_of)

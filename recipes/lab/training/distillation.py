@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from backbones import DiT
 from recipes.lab.console import UserError
 from recipes.lab.diffusion.objective import Diffusion, split_output
 from recipes.lab.files import refuse_links, write_bytes, write_text
+from recipes.lab.training.settings import Settings
 
 # Weights of the terms: LiT's, and that of LinFusion (arXiv 2409.02097) for features.
 TERMS = {"noise": 0.5, "variance": 0.05, "features": 0.5}
@@ -168,3 +170,29 @@ def read_teacher(folder: Any, digest: str) -> DiT:
             f"convert again with recipes/convert.py"
         ) from error
     return model
+
+
+def make_objective(
+    settings: Settings, diffusion: Diffusion, student: DiT, folder: Path | None, source: DiT | None
+) -> Diffusion | Distillation:
+    """What gives a run its losses: its diffusion, with a teacher where its settings have one.
+
+    Args:
+        settings: Of the run.
+        diffusion: What is predicted on which schedule.
+        student: What is trained, on its device.
+        folder: Of the run, where the teacher lies.
+        source: The teacher, where it need not be read.
+
+    Raises:
+        UserError: The teacher cannot be used, or not with these settings.
+    """
+    if settings.distil is None:
+        return diffusion
+    if "features" in settings.distil and settings.compile == "on":
+        raise UserError("--distil features looks into blocks, which --compile on hides: drop one")
+    if source is None:
+        assert folder is not None and settings.start is not None
+        source = read_teacher(folder, settings.start["sha256"])
+    teacher: Any = source.to(next(student.parameters()).device)  # pyright: ignore
+    return Distillation(diffusion, student, teacher, settings.distil)

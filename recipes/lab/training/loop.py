@@ -13,8 +13,9 @@ from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserErr
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.guard import SpikeWatch
+from recipes.lab.training.state import NotFinite, save_checkpoint
 from recipes.lab.training.status import Status, memory_mb
-from recipes.lab.training.trainer import NotFinite, Trainer
+from recipes.lab.training.trainer import Trainer
 
 _FAILED_SAVES = 3
 _DIVERGED = 10  # skipped steps in a row at the end that make a run one that failed
@@ -196,7 +197,7 @@ class Loop:
 
     def _save(self, must: bool) -> None:
         trainer = self.trainer
-        problem = trainer.save(self.run, evict=not trainer.skipped_in_a_row)
+        problem = save_checkpoint(trainer, self.run, evict=not trainer.skipped_in_a_row)
         if problem is None:
             self.saved, self.failed_saves = trainer.step, 0
             return

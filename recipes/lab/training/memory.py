@@ -7,7 +7,6 @@ to a micro-step. Weights, gradients, Adam's state and the average are counted ex
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,12 +135,6 @@ def _lines(file: Path) -> list[str]:
         return file.read_text().splitlines()
     except (OSError, UnicodeError):
         return []
-
-
-def neighbors() -> int:
-    """Training processes of this launch on this machine, which share its memory."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return int(local) if local.isdigit() else 1
 
 
 def check_memory(needed: int, free: int | None, settings: Settings) -> None:

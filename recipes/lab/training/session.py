@@ -7,37 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-import attnzoo
-from attnzoo.contract import Attention
-from attnzoo.counting import count_macs
-from attnzoo.ops import native_build as build
 from backbones.pattern import file_name
 from recipes.lab.console import DONE, Progress, UserError
-from recipes.lab.data.datasets import kind_of
-from recipes.lab.data.latents import (
-    LatentDataset,
-    canonical_settings,
-    differing_facts,
-    is_latent_folder,
-)
+from recipes.lab.data.latents import canonical_settings
 from recipes.lab.distributed import on_main
 from recipes.lab.files import check_unlocked, refuse_links, write_json
-from recipes.lab.imports import import_remembered, origins
+from recipes.lab.imports import import_remembered
+from recipes.lab.training.banner import banner, memory_of
 from recipes.lab.training.checkpoint import TRACKER_FOLDERS, Run
 from recipes.lab.training.conversion import Source
+from recipes.lab.training.description import data_changes, describe, differences
 from recipes.lab.training.distillation import write_teacher
 from recipes.lab.training.loop import Loop
-from recipes.lab.training.memory import check_memory, free_bytes, neighbors, step_bytes
+from recipes.lab.training.memory import check_memory, step_bytes
 from recipes.lab.training.settings import Settings, resumed_settings
+from recipes.lab.training.state import load_checkpoint, save_checkpoint
 from recipes.lab.training.status import claimed
 from recipes.lab.training.trainer import Trainer
 
@@ -100,9 +90,9 @@ def train(
             for name in TRACKER_FOLDERS:
                 refuse_links(run.folder, run.folder / name)
         if not planned.is_done(settings):
-            progress.say(_banner(trainer, run, needed))
+            progress.say(banner(trainer, run, needed))
             if not ignore_memory:
-                check_memory(*_memory(trainer, needed), settings)
+                check_memory(*memory_of(trainer, needed), settings)
         return planned
 
     planned = on_main(accelerator, plan)
@@ -112,7 +102,7 @@ def train(
             progress.say(_already_done(run, planned.step))
         return DONE
     if planned.checkpoint is not None:
-        trainer.load(planned.step, planned.checkpoint)
+        load_checkpoint(trainer, planned.step, planned.checkpoint)
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
@@ -157,20 +147,20 @@ def start_from(
     inherited = trainer.inherited
     assert inherited is not None
     if not ignore_memory:
-        check_memory(*_memory(trainer, step_bytes(trainer)), settings)
+        check_memory(*memory_of(trainer, step_bytes(trainer)), settings)
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
             stack.enter_context(claimed(run))
             run.sweep()
-            run.create(_describe(trainer), overwrite)
+            run.create(describe(trainer), overwrite)
             if settings.distil:
                 write_teacher(run.folder, source.model, source.content)
             listed = {name: getattr(inherited, name) for name in ("taken", "new", "dropped")}
             write_json(run.folder / "conversion.json", {**(settings.start or {}), **listed})
 
         on_main(trainer.accelerator, begin)
-        problem = trainer.save(run)
+        problem = save_checkpoint(trainer, run)
     trainer.batches.close()
     if problem is not None:
         raise UserError(f"no checkpoint could be written ({problem}); make room for {run.folder}")
@@ -204,7 +194,7 @@ def _look(
     files = _files(run)
     if not resume:
         run.check_new(overwrite)
-        return _Plan(0, None, _describe(trainer), [], files)
+        return _Plan(0, None, describe(trainer), [], files)
     found = run.newest_checkpoint(warn=warn)
     if found is None and run.checkpoint_names():
         raise UserError(f"{run.folder} holds no whole checkpoint; start again with --overwrite")
@@ -230,7 +220,7 @@ def _continued(
     trainer: Trainer, run: Run, step: int, allowed: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of a run that goes on, and what to say about what has changed."""
-    config, now = run.config(), _describe(trainer)
+    config, now = run.config(), describe(trainer)
     where = str(run.config_file)
     changed, said = [], []
     names = list(now["settings"])
@@ -239,23 +229,23 @@ def _continued(
     if lines:
         changed += lines
         said.append(f"changed: {'; '.join(lines)}")
-    data_changes = _data_changes(config.get("data", {}), now["data"])
+    data_lines = data_changes(config.get("data", {}), now["data"])
     is_other_data = any(
         getattr(before, name) != getattr(trainer.settings, name) for name in _OF_DATA
     )
-    if data_changes and not (is_other_data or "data" in allowed):
+    if data_lines and not (is_other_data or "data" in allowed):
         raise UserError(
-            f"the data of {run.folder} is not what it began with ({'; '.join(data_changes)}): "
+            f"the data of {run.folder} is not what it began with ({'; '.join(data_lines)}): "
             f"restore it, allow the change with --allow-change data, or choose another --out"
         )
-    if data_changes:
-        changed += [f"data: {line}" for line in data_changes]
-        said.append(f"the data has changed: {'; '.join(data_changes)}")
+    if data_lines:
+        changed += [f"data: {line}" for line in data_lines]
+        said.append(f"the data has changed: {'; '.join(data_lines)}")
     if "identity" not in config.get("data", {}):
         said.append(
             f"{run.folder} does not say what its data held when it began; from now on it does"
         )
-    differing = _differences(config.get("environment", {}), now["environment"])
+    differing = differences(config.get("environment", {}), now["environment"])
     if config.get("imports", {}) != now["imports"]:
         differing.append("the code of a mechanism of your own")
     if differing:
@@ -266,134 +256,12 @@ def _continued(
         )
     kept = {name: now[name] for name in ("settings", "data", "imports", "environment")}
     kept["settings"] = {**config["settings"], **now["settings"]} if lines else config["settings"]
-    if not data_changes and "identity" in config.get("data", {}):
+    if not data_lines and "identity" in config.get("data", {}):
         kept["data"] = config["data"]
     changes = list(config.get("changes", []))
     if changed:
         changes.append({"step": step, "changes": changed})
     return {**config, **kept, **({"changes": changes} if changes else {})}, said
-
-
-def _data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each difference between what a run's data was and what it is."""
-    pairs = {name: (before.get(name), now[name]) for name in ("resolution", "channels")}
-    pairs["class_names"] = before.get("class_names"), now["class_names"]
-    lines = [
-        f"{name}: {_short(old)} -> {_short(new)}"
-        for name, (old, new) in pairs.items()
-        if name in before and old != new
-    ]
-    if "latent" in before and (before["latent"] is None) != (now["latent"] is None):
-        lines.append("latents of a VAE -> pixels" if before["latent"] else "pixels -> latents")
-    elif before.get("latent"):
-        differing = differing_facts(before["latent"], now["latent"])
-        lines += [f"the VAE: {name} differs" for name in differing]
-    old, new = before.get("identity"), now["identity"]
-    if isinstance(old, dict):
-        keys = [key for key in {**old, **new} if key != "class_names"]
-        lines += [
-            f"{'contents, SHA-256' if key == 'sha256' else key}: {_short(old.get(key))} -> "
-            f"{_short(new.get(key))}"
-            for key in keys
-            if old.get(key) != new.get(key)
-        ]
-    return lines
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {before[name]} -> {value}"
-        for name, value in now.items()
-        if before.get(name) is not None and value is not None and before[name] != value
-    ]
-
-
-def _describe(trainer: Trainer) -> dict[str, Any]:
-    dataset = trainer.dataset
-    names = {layer.name for layer in trainer.model.modules() if isinstance(layer, Attention)}
-    return {
-        "settings": dataclasses.asdict(trainer.settings),
-        "data": {
-            "resolution": dataset.resolution,
-            "channels": dataset.channels,
-            "class_names": _readable(dataset.class_names),
-            # None, or the VAE whose latents the model sees.
-            "latent": dataset.facts if isinstance(dataset, LatentDataset) else None,
-            # None, or the folder of images that was encoded.
-            "source": getattr(dataset, "source", None),
-            "identity": {**dataset.identity(), "class_names": _readable(dataset.class_names)},
-        },
-        "imports": origins(sorted(names)),
-        "environment": _environment(trainer),
-        "versions": {
-            "attnzoo": attnzoo.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _readable(names: Sequence[str]) -> list[str]:
-    # Under an ASCII locale the names of folders come in as bytes in disguise.
-    return [
-        name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-        for name in names
-    ]
-
-
-def _environment(trainer: Trainer) -> dict[str, Any]:
-    """What decides the bits of a run beside its settings; None where it does not matter."""
-    device = trainer.accelerator.device
-    is_gpu = device.type == "cuda"
-    # Asked only by a mechanism that has a power map, when it has run once.
-    was_asked = bool(build.library.cache_info().currsize)
-    variables = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith("ATTNZOO_")
-    }
-    return {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
-        "processor": platform.machine() if is_gpu else torch.backends.cpu.get_cpu_capability(),
-        "processes": trainer.accelerator.num_processes,
-        "threads": None if is_gpu else torch.get_num_threads(),
-        "float32 products": torch.get_float32_matmul_precision(),
-        "compiled power map": build.library() is not None if was_asked and not is_gpu else None,
-        "variables": variables,
-    }
-
-
-def _memory(trainer: Trainer, needed: int) -> tuple[int, int | None]:
-    device = trainer.accelerator.device
-    shared = needed * (neighbors() if device.type == "cpu" else 1)
-    return shared, free_bytes(device)
-
-
-def _banner(trainer: Trainer, run: Run, needed: int) -> str:
-    settings, model, dataset = trainer.settings, trainer.model, trainer.dataset
-    device = trainer.accelerator.device
-    grid = model.token_grid(dataset.resolution, dataset.resolution)
-    try:
-        macs = f"{count_macs(model, grid=grid).total / 1e9:.3g} G multiply-accumulates"
-    except Exception:  # a mechanism of one's own need not be countable to be trained
-        macs = "multiply-accumulates not counted"
-    images = "endless" if dataset.infinite else str(len(dataset))
-    side = dataset.resolution * dataset.latent_factor
-    latents = f" as {dataset.resolution} px latents" if dataset.latent_factor > 1 else ""
-    total, free = _memory(trainer, needed)
-    left = "" if free is None else f" of {free / 1e9:.1f} GB free"
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{run.folder}: {settings.attn}, {parameters / 1e6:.1f} M parameters, "
-        f"{grid[0] * grid[1]} tokens and {macs} per image\n"
-        f"{on}, {dataset.name}: {images} images of {side} px{latents}, {dataset.num_classes} "
-        f"classes; a step of {settings.batch_size} takes about {total / 1e9:.2g} GB{left}"
-    )
 
 
 def _already_done(run: Run, step: int) -> str:
@@ -408,20 +276,6 @@ def default_folder(given: Mapping[str, Any]) -> Path:
     """Where a run of these settings goes if the caller does not say."""
     data = Path(given.get("data", Settings.data)).name
     return Path("runs") / f"{data}-{file_name(given.get('attn', Settings.attn))}"
-
-
-def refuse_pixels(settings: Settings) -> None:
-    """Raises UserError where the recipe for latents would train on pixels unasked."""
-    data = Path(settings.data).expanduser()
-    is_images = (
-        kind_of(settings.data) == "folder" and data.is_dir() and not is_latent_folder(str(data))
-    )
-    if settings.preset == "dit" and is_images and settings.vae is None:
-        raise UserError(
-            f"--preset dit is the recipe for latents, and {settings.data!r} holds images: give "
-            f"their encoder with --vae FOLDER_OR_ID, encode them once with recipes/encode.py, or "
-            f"train on pixels all the same with --pixels"
-        )
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:

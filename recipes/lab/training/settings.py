@@ -2,80 +2,53 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from attnzoo.contract import nearest
-from backbones.feedforward import FEEDFORWARDS
-from backbones.presets import PROTOCOLS, SIZES
-from recipes.lab.console import COMPILE_FLAG, COMPILE_HELP, COMPILE_MODES, UserError, whole
-from recipes.lab.data.datasets import DATASETS, known_levels
-from recipes.lab.data.latents import canonical_settings
+from recipes.lab.console import COMPILE_FLAG, COMPILE_HELP, COMPILE_MODES, UserError
+from recipes.lab.training.rules import (
+    BELOW_ONE,
+    OPTIONS,
+    POSITIVE,
+    SHARE,
+    SWITCH,
+    TEXT,
+    Rule,
+    choice,
+    integer,
+    one_of,
+    optional,
+    real,
+)
 
-
-class Rule(NamedTuple):
-    """What a setting may be.
-
-    Attributes:
-        text: The rule in words.
-        fits: Whether a value obeys it.
-        flag: How argparse reads it.
-    """
-
-    text: str
-    fits: Callable[[Any], bool]
-    flag: Mapping[str, Any] = {}
+# --help names what there is to choose from without these imports; a test holds it to them.
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _sizes() -> Collection[str]:
+    from backbones.presets import SIZES
+
+    return SIZES
 
 
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+def _protocols() -> Collection[str]:
+    from backbones.presets import PROTOCOLS
+
+    return PROTOCOLS
 
 
-def _whole(least: int = 1, below: int = 2**63) -> Rule:
-    return Rule(
-        f"an integer from {least} up",
-        lambda value: _is_integer(value) and least <= value < below,
-        {"type": whole(least)},
-    )
+def _feedforwards() -> Collection[str]:
+    from backbones.feedforward import FEEDFORWARDS
+
+    return FEEDFORWARDS
 
 
-def _real(text: str, fits: Callable[[float], bool]) -> Rule:
-    return Rule(text, lambda value: _is_number(value) and fits(value), {"type": float})
+def _levels() -> Collection[str]:
+    from recipes.lab.data.datasets import known_levels
 
-
-def _choice(choices: Collection[str], **flag: Any) -> Rule:
-    text = f"one of {', '.join(choices)}"
-    return Rule(text, lambda value: isinstance(value, str) and value in choices, flag)
-
-
-def _optional(rule: Rule) -> Rule:
-    return Rule(f"{rule.text}, or None", lambda v: v is None or rule.fits(v), rule.flag)
-
-
-def _is_options(value: Any) -> bool:
-    if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
-        return False
-    try:
-        return bool(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError):
-        return False
-
-
-_TEXT = Rule("a name", lambda v: isinstance(v, str) and v != "" and "\0" not in v)
-_SWITCH = Rule("True or False", lambda v: isinstance(v, bool), {"action": "store_true"})
-_DECAY = _real("at least 0 and less than 1", lambda value: 0 <= value < 1)
-_POSITIVE = _real("a finite number above 0", lambda value: value > 0)
-_LEVEL = Rule("a level of a data set, such as easy", lambda v: v in known_levels())
-_OPTIONS = Rule("options by name that JSON can hold", _is_options)
-_MAYBE_OPTIONS = {"rule": _optional(_OPTIONS), "help": None}
+    return known_levels()
 
 
 # What a preset changes: "tiny" is for a CPU. "flow" is the same with rectified flow and times
@@ -104,9 +77,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, rule: Rule, help: str | None = None) -> Any:
-    """A field with its rule; with a ``help`` it is a flag of train.py."""
-    return dataclasses.field(default=default, metadata={"rule": rule, "help": help})
+GROUPS = {
+    "data": "what the model learns from",
+    "model": "what is trained",
+    "optimization": "how it is trained",
+    "run": "how often it is saved and looked at, and what it is computed with",
+}
+
+
+def _setting(group: str, default: Any, rule: Rule, help: str) -> Any:
+    """A field with its rule, its group in --help and what --help says of it."""
+    metadata = {"group": group, "rule": rule, "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# Settings without a flag of their own.
+_OPTIONS = {"group": None, "rule": OPTIONS, "help": ""}
+_MAYBE_OPTIONS = {"group": None, "rule": optional(OPTIONS), "help": ""}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,103 +101,158 @@ class Settings:
     """Everything that decides what a run computes; saved as the run's config.json.
 
     The number of processes is not among them: they share one global batch, whose images, times,
-    noise and label drops do not depend on it.
+    noise and label drops do not depend on it. A run that was saved before a setting existed has
+    the default, or what ``resumed_settings`` says.
 
     Raises:
         UserError: A value is of the wrong type, out of range, or no choice of its setting.
     """
 
     attn: str = _setting(
+        "model",
         "dydila",
-        _TEXT,
-        "one of the mechanisms above, a pattern over the blocks such as 'sana*3+softmax', or a "
-        "model of the paper",
+        TEXT,
+        "mechanism (python -m attnzoo lists them), pattern over the blocks such as "
+        "'sana*3+softmax', or a model of the paper",
     )
-    attn_options: dict[str, Any] = dataclasses.field(
-        default_factory=dict, metadata={"rule": _OPTIONS, "help": None}
-    )
-    size: str = _setting("tiny", _choice(SIZES), "tiny, S, B or L")
+    attn_options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_OPTIONS)
+    size: str = _setting("model", "tiny", choice(_sizes), "tiny, S, B or L")
     protocol: str = _setting(
+        "model",
         "controlled",
-        _choice(PROTOCOLS),
-        "controlled (same depth and feed-forward for all) or paper",
+        choice(_protocols),
+        "controlled (same depth and feed-forward for all), matched (same parameters) or paper",
     )
     feedforward: str | None = _setting(
+        "model",
         None,
-        _optional(_choice(FEEDFORWARDS)),
-        f"instead of the protocol's: {', '.join(FEEDFORWARDS)}",
+        optional(choice(_feedforwards)),
+        "mlp, mix-ffn, swiglu, diffmoe or time-experts, instead of the protocol's",
     )
     data: str = _setting(
+        "data",
         "digits",
-        _TEXT,
-        f"{', '.join(DATASETS)}, a folder with one sub-folder per class, or latents from "
-        "recipes/encode.py",
+        TEXT,
+        "digits, fashion-mnist, shapes, emoji, a folder with one sub-folder per class, or latents "
+        "from recipes/encode.py",
     )
-    level: str = _setting("easy", _LEVEL, "of shapes: easy, medium, hard or long-range")
+    level: str = _setting("data", "easy", choice(_levels), "of shapes: easy, medium, hard or "
+                          "long-range")  # fmt: skip
     class_count: int | None = _setting(
-        None, _optional(_whole()), "draw that many classes of a folder"
+        "data", None, optional(integer()), "draw that many classes of a folder"
     )
-    class_seed: int = _setting(0, _whole(0, 2**64), "of that draw")
-    # None trains on pixels, or on cached latents.
+    class_seed: int = _setting("data", 0, integer(0, 2**64), "of that draw")
     vae: str | None = _setting(
+        "data",
         None,
-        _optional(_TEXT),
-        "folder or hub id of an AutoencoderKL: train on latents, encoded each time",
+        optional(TEXT),
+        "folder or hub id of an AutoencoderKL: train on latents, encoded each time; without it on "
+        "pixels, or on latents that are encoded already",
     )
-    # None takes the data's own.
-    resolution: int | None = _setting(None, _optional(_whole()), "side of the images in pixels")
-    # None takes 2 for latents and up to 16 px, 4 above.
+    resolution: int | None = _setting(
+        "data",
+        None,
+        optional(integer()),
+        "side of the images in pixels; without it the data's own",
+    )
+    # Of data without a test split: a folder, or latents of one.
+    hold_out: float = _setting(
+        "data",
+        0.0,
+        real("from 0 to less than 1", lambda value: 0 <= value < 1),
+        "share of a folder's images to leave out of training, for the held-out loss",
+    )
+    strict: bool = _setting("data", False, SWITCH, "stop at the first unreadable image")
     patch_size: int | None = _setting(
-        None, _optional(_whole()), "side of a patch in pixels, or in latent pixels"
+        "model",
+        None,
+        optional(integer()),
+        "side of a patch in pixels, or in latent pixels; without it 2 for latents and up to 16 "
+        "px, 4 above",
     )
-    preset: str = _setting("tiny", _choice(PRESETS), f"training recipe: {', '.join(PRESETS)}")
-    steps: int = _setting(1500, _whole(), "optimizer steps")
-    # Of all processes and micro-steps together.
-    batch_size: int = _setting(64, _whole(), "images per step, of all processes together")
-    accumulate: int = _setting(1, _whole(), "micro-steps that share a step's images")
-    seed: int = _setting(0, _whole(0, 2**64), "of everything that is random")
-    strict: bool = _setting(False, _SWITCH, "stop at the first unreadable image")
+    preset: str = _setting(
+        "optimization",
+        "tiny",
+        one_of(*PRESETS),
+        "training recipe: tiny (for a CPU), flow (rectified flow) or dit (of DiT, for latents)",
+    )
+    steps: int = _setting("optimization", 1500, integer(), "optimizer steps")
+    batch_size: int = _setting(
+        "optimization", 64, integer(), "images per step, of all processes and micro-steps together"
+    )
+    accumulate: int = _setting(
+        "optimization", 1, integer(), "micro-steps that share a step's images"
+    )
+    seed: int = _setting("run", 0, integer(0, 2**64), "of everything that is random")
     precision: str = _setting(
+        "run",
         "fp32",
-        _choice(("fp32", "bf16")),
-        "of the matrix products, fp32 or bf16; the paper trains DiG in fp32",
+        one_of("fp32", "bf16"),
+        "of the matrix products; the paper trains DiG in fp32",
     )
-    gradient_checkpointing: bool = _setting(False, _SWITCH, "less memory, more time")
-    # A run from before this setting, or the next, goes on as it began: "off".
-    compile: str = _setting("auto", _choice(COMPILE_MODES, **COMPILE_FLAG), COMPILE_HELP)
+    gradient_checkpointing: bool = _setting("run", False, SWITCH, "less memory, more time")
+    compile: str = _setting("run", "auto", one_of(*COMPILE_MODES, **COMPILE_FLAG), COMPILE_HELP)
     cuda_graph: str = _setting(
+        "run",
         "auto",
-        _choice(("auto", "on", "off")),
+        one_of("auto", "on", "off"),
         "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
     )
     sharded: bool = _setting(
-        False, _SWITCH, "FSDP2: each process holds a part of the weights, to the same results"
+        "run",
+        False,
+        SWITCH,
+        "FSDP2: each process holds a part of the weights, same results",
     )
-    learning_rate: float = _setting(3e-3, _POSITIVE, "at the start")
-    adam_beta2: float = _setting(0.95, _DECAY)
-    # Of the learning rate: "linear" to 0 at the last step.
-    decay: str = _setting("linear", _choice(("linear", "constant")))
-    gradient_clip: float | None = _setting(1.0, _optional(_POSITIVE))  # None logs the norm only
-    skip_limit: int = _setting(10, _whole(), "non-finite steps in a row before the run stops")
-    ema_decay: float = _setting(0.999, _DECAY)
-    ema_ramp: bool = _setting(True, _SWITCH)  # averages over fewer steps at the start
-    # Share of the labels that batches.py replaces by the null class, for guidance.
-    label_dropout: float = _setting(0.1, _real("from 0 to 1", lambda value: 0 <= value <= 1))
-    checkpoint_every: int = _setting(500, _whole(), "steps between checkpoints")
-    keep_every: int | None = _setting(
-        None, _optional(_whole()), "never delete checkpoints at multiples of this"
+    learning_rate: float = _setting("optimization", 3e-3, POSITIVE, "after the warm-up")
+    warmup_steps: int = _setting(
+        "optimization", 0, integer(0), "first steps, over which the rate rises in a line"
     )
-    sample_every: int = _setting(500, _whole(), "steps between sample grids")
-    # Of data without a test split: a folder, or latents of one.
-    hold_out: float = _setting(
+    decay: str = _setting(
+        "optimization",
+        "linear",
+        one_of("linear", "cosine", "constant"),
+        "how the rate falls, to 0 after the last step",
+    )
+    decay_steps: int | None = _setting(
+        "optimization",
+        None,
+        optional(integer()),
+        "last steps, over which it falls; without it all after the warm-up",
+    )
+    weight_decay: float = _setting(
+        "optimization",
         0.0,
-        _real("from 0 to less than 1", lambda value: 0 <= value < 1),
-        "share of a folder's images to leave out of training, for the held-out loss",
+        real("a finite number of at least 0", lambda value: value >= 0),
+        "AdamW's, of weights that are matrices or kernels: not of biases and scales",
     )
+    adam_beta2: float = _setting(
+        "optimization", 0.95, BELOW_ONE, "AdamW's average of squares; the first is 0.9"
+    )
+    gradient_clip: float | None = _setting(
+        "optimization", 1.0, optional(POSITIVE), "largest norm of the gradient; none only logs it"
+    )
+    ema_decay: float = _setting(
+        "optimization", 0.999, BELOW_ONE, "of the average of the weights, at each step"
+    )
+    ema_ramp: bool = _setting(
+        "optimization", True, SWITCH, "average over fewer steps at the start"
+    )
+    label_dropout: float = _setting(
+        "optimization", 0.1, SHARE, "of the labels left out, to learn guidance"
+    )
+    skip_limit: int = _setting(
+        "run", 10, integer(), "non-finite steps in a row before the run stops"
+    )
+    checkpoint_every: int = _setting("run", 500, integer(), "steps between checkpoints")
+    keep_every: int | None = _setting(
+        "run", None, optional(integer()), "never delete checkpoints at multiples of this"
+    )
+    sample_every: int = _setting("run", 500, integer(), "steps between sample grids")
     held_out_every: int | None = _setting(
-        None, _optional(_whole()), "steps between held-out losses, which go into the log"
+        "run", None, optional(integer()), "steps between held-out losses, which go into the log"
     )
-    diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
+    diagnose_every: int = _setting("run", 100, integer(), "steps between looks into mechanisms")
     # Of a run that recipes/convert.py began: the trained model that it began with, the arguments
     # of the backbone that it has from it, and how much of a teacher that model is.
     start: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
@@ -218,30 +260,45 @@ class Settings:
     distil: dict[str, Any] | None = dataclasses.field(default=None, metadata=_MAYBE_OPTIONS)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            rule, value = field.metadata["rule"], getattr(self, field.name)
+        for name, field in FIELDS.items():
+            rule, value = field.metadata["rule"], getattr(self, name)
             if not rule.fits(value):
-                raise UserError(f"{_flag_of(field.name)} must be {rule.text}, got {value!r}")
+                raise UserError(f"{flag_of(name)} must be {rule.text}, got {value!r}")
         if self.steps * self.batch_size >= 2**63:
             raise UserError(
                 f"--steps {self.steps} of --batch-size {self.batch_size} are more images than can "
                 f"be counted"
             )
+        if self.decay_steps is not None and self.decay == "constant":
+            raise UserError(
+                f"--decay-steps {self.decay_steps} is of a rate that falls, and --decay constant "
+                f"does not: drop one"
+            )
+        if self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            falls = f" and --decay-steps {self.decay_steps}" if self.decay_steps else ""
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps}{falls} are more than --steps {self.steps}: "
+                f"choose fewer, or more steps"
+            )
+
+    def rate_at(self, step: int) -> float:
+        """The rate of learning in a step, counted from 0."""
+        rate = self.learning_rate
+        if step < self.warmup_steps:
+            return rate * (step + 1) / self.warmup_steps
+        begin = self.steps - (self.decay_steps or self.steps - self.warmup_steps)
+        if self.decay == "constant" or step < begin:
+            return rate
+        done = (step - begin) / (self.steps - begin)
+        return rate * (1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def _flag_of(name: str) -> str:
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def flag_of(name: str) -> str:
+    """The flag that gives a setting."""
     return "--set" if name == "attn_options" else f"--{name.replace('_', '-')}"
-
-
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every setting that has a help text."""
-    for field in dataclasses.fields(Settings):
-        if field.metadata["help"] is not None:
-            flag = field.metadata["rule"].flag
-            parser.add_argument(_flag_of(field.name), help=field.metadata["help"], **flag)
-
-
-_NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
 def resumed_settings(
@@ -265,16 +322,20 @@ def resumed_settings(
         UserError: A setting differs that is not allowed to, a name does not exist, or a value
             saved cannot be; then the message names the file.
     """
+    from attnzoo.contract import nearest  # torch, which --help does not wait for
+    from recipes.lab.data.latents import canonical_settings
+
+    # A run from before these settings goes on as it began.
     saved = {"cuda_graph": "off", "compile": "off", **canonical_settings(saved)}
     given = canonical_settings(given)
     for name in allowed:
-        if name not in _NAMES:
-            raise UserError(f"--allow-change {name!r} is not a setting{nearest(name, _NAMES)}")
+        if name not in FIELDS:
+            raise UserError(f"--allow-change {name!r} is not a setting{nearest(name, FIELDS)}")
     for name in saved:
-        if name not in _NAMES:
+        if name not in FIELDS:
             raise UserError(
                 f"{where} has a setting {name!r} that this version does not know"
-                f"{nearest(name, _NAMES)} It decides what is computed, so the run is not "
+                f"{nearest(name, FIELDS)} It decides what is computed, so the run is not "
                 f"continued without it"
             )
     try:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,26 +19,22 @@ from backbones.recorded import why_not_recorded
 from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError
 from recipes.lab.data.checks import DataError
-from recipes.lab.data.datasets import ImageDataset, entry_of, kind_of
-from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, load_vae, open_vae
-from recipes.lab.diffusion import DIFFUSION_PRESETS, Diffusion, generator_for, sample
+from recipes.lab.data.datasets import ImageDataset
+from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, open_vae
+from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
 from recipes.lab.distributed import (
     average_gradients,
-    gathered,
     make_accelerator,
-    on_main,
-    placed_like,
     shard,
     share_batch_statistics,
 )
 from recipes.lab.drawing.pictures import save_grid
-from recipes.lab.files import CannotWrite, refuse_links
+from recipes.lab.files import refuse_links
 from recipes.lab.training.batches import Batch, Batches
-from recipes.lab.training.build import build_model, load_training_data
-from recipes.lab.training.checkpoint import Run, read_manifest
+from recipes.lab.training.build import build_model, check_division, open_data
 from recipes.lab.training.conversion import inherit
-from recipes.lab.training.distillation import Distillation, read_teacher
+from recipes.lab.training.distillation import Distillation, make_objective
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums, uncompiled
 from recipes.lab.training.held_out import (
@@ -49,11 +43,9 @@ from recipes.lab.training.held_out import (
     held_out_numbers,
     open_held_out,
 )
+from recipes.lab.training.optimizer import make_optimizer
 from recipes.lab.training.recorded import Numbers, RecordedStep
 from recipes.lab.training.settings import Settings
-
-_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -84,9 +76,8 @@ class Trainer:
         self.accelerator = make_accelerator(
             settings.precision, log_with=list(trackers) or None, project_dir=folder
         )
-        self._check_division()
-        self.dataset, self.vae = self._load_data()
-        self._check_hold_out()
+        check_division(settings, self.accelerator.num_processes)
+        self.dataset, self.vae = open_data(settings, self.accelerator.device)
         self._held_out: ImageDataset | None = None
         if settings.held_out_every is not None:
             # Refused now, not after hours.
@@ -101,7 +92,7 @@ class Trainer:
         self.model = build_model(settings, self.dataset)
         self.inherited = None if source is None else inherit(source, self.model)
         self.model.to(self.accelerator.device).train()
-        self.objective = self._objective(folder, source)
+        self.objective = make_objective(settings, self.diffusion, self.model, folder, source)
         if self.accelerator.num_processes > 1:
             share_batch_statistics(self.model)
         if settings.gradient_checkpointing:
@@ -121,12 +112,7 @@ class Trainer:
         else:
             # Without DDP: average_gradients asks for no particular graph, and can be recorded.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, settings.adam_beta2),
-            weight_decay=0.0,
-        )
+        self.optimizer = make_optimizer(self.model, settings)
         self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
         self.batches = Batches(
             settings,
@@ -149,51 +135,6 @@ class Trainer:
         elif settings.cuda_graph == "on":
             raise self._not_possible()
 
-    def _objective(self, folder: Path | None, source: DiT | None) -> Diffusion | Distillation:
-        settings = self.settings
-        if settings.distil is None:
-            return self.diffusion
-        if "features" in settings.distil and settings.compile == "on":
-            raise UserError(
-                "--distil features looks into blocks, which --compile on hides: drop one"
-            )
-        if source is None:
-            assert folder is not None and settings.start is not None
-            source = read_teacher(folder, settings.start["sha256"])
-        teacher: Any = source.to(self.accelerator.device)  # pyright: ignore
-        return Distillation(self.diffusion, self.model, teacher, settings.distil)
-
-    def _load_data(self) -> tuple[ImageDataset, Any]:
-        settings, device = self.settings, self.accelerator.device
-        if settings.vae is None:
-            return load_training_data(settings), None
-        if is_latent_folder(settings.data):
-            dataset = load_training_data(settings)
-            assert isinstance(dataset, LatentDataset)
-            return dataset, open_vae(dataset.facts, settings.vae, device)
-        vae = load_vae(settings.vae, device)
-        return load_training_data(settings, vae), vae
-
-    def _check_hold_out(self) -> None:
-        settings = self.settings
-        if not settings.hold_out:
-            return
-        if not is_latent_folder(settings.data):
-            kind = kind_of(settings.data)
-            if "test" in entry_of(kind).splits:
-                raise UserError(f"{kind} has held-out images of its own: drop --hold-out")
-        if len(self.dataset) < 2:
-            raise UserError(f"--hold-out leaves nothing of one image in {settings.data!r}")
-
-    def _check_division(self) -> None:
-        settings, processes = self.settings, self.accelerator.num_processes
-        if settings.batch_size % (settings.accumulate * processes):
-            raise UserError(
-                f"batch size {settings.batch_size} does not divide among {processes} processes "
-                f"with {settings.accumulate} micro-steps each; choose a multiple of "
-                f"{settings.accumulate * processes}"
-            )
-
     def _not_possible(self) -> UserError:
         return UserError(f"--cuda-graph on is not possible: {self.why_eager}; use auto or off")
 
@@ -204,11 +145,7 @@ class Trainer:
 
     def decide_on_device(self) -> None:
         """Lets steps be taken by a ``RecordedStep``: the optimizer is replaced by its kind."""
-        group = self.optimizer.param_groups[0]
-        options = {name: group[name] for name in ("betas", "weight_decay")}
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), fused=True, capturable=True, **options
-        )
+        self.optimizer = make_optimizer(self.model, self.settings, fused=True, capturable=True)
         schedule = forward_process(self.diffusion.num_train_timesteps)
         sources: list[object] = [schedule]
         if isinstance(self.objective, Distillation):
@@ -264,9 +201,7 @@ class Trainer:
         settings, device = self.settings, self.accelerator.device
         index = self.step + len(self._queued)
         batch = self._batch()
-        rate = settings.learning_rate
-        if settings.decay == "linear":
-            rate *= 1 - index / settings.steps
+        rate = settings.rate_at(index)
         if self.recorded is not None:
             self._seed(index, 0)
             share = self.average.share(index + 1)
@@ -416,98 +351,6 @@ class Trainer:
     def _batch(self) -> Batch:
         return self.batches.take(self.step + len(self._queued))
 
-    def save(self, run: Run, evict: bool = True) -> str | None:
-        """Writes a checkpoint.
-
-        Args:
-            run: Whose it is.
-            evict: Whether older ones may be deleted.
-
-        Returns:
-            None, or why it could not be written; then nothing of it is left.
-
-        Raises:
-            NotFinite: There is a NaN or an infinity in the state; nothing is written.
-        """
-        weights = {name: gathered(tensor) for name, tensor in self.model.state_dict().items()}
-        average = {name: gathered(tensor) for name, tensor in self.average.shadow.items()}
-        optimizer = {
-            f"{name}/{key}": gathered(value)
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        config = self.model.to_json_string()
-        parts = {
-            f"model/{_WEIGHTS_FILE}": weights,
-            f"ema/{_WEIGHTS_FILE}": average,
-            "optimizer.safetensors": optimizer,
-        }
-
-        def write() -> tuple[str, str] | None:
-            broken = _not_finite(parts)
-            if broken is not None:
-                return "not finite", broken
-            try:
-                run.save(
-                    self.step,
-                    parts,
-                    {"model/config.json": config, "ema/config.json": config},
-                    {
-                        "skipped": self.skipped,
-                        "skipped_in_a_row": self.skipped_in_a_row,
-                        "processes": self.accelerator.num_processes,
-                        "torch": torch.__version__,
-                    },
-                    self.settings.keep_every,
-                    evict,
-                )
-            except CannotWrite as error:
-                return "not written", error.strerror or str(error)
-            return None
-
-        problem = on_main(self.accelerator, write)
-        if problem is None:
-            return None
-        if problem[0] == "not finite":
-            raise NotFinite(problem[1])
-        return problem[1]
-
-    def load(self, step: int, folder: Path) -> None:
-        """Restores a checkpoint that ``Run.newest_checkpoint`` has found whole.
-
-        Raises:
-            UserError: It belongs to another model, or holds what cannot be.
-        """
-        _fill(dict(self.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
-        _fill(self.average.shadow, folder / "ema" / _WEIGHTS_FILE)
-        parameters = dict(self.model.named_parameters())
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in _read(folder / "optimizer.safetensors").items():
-            name, _, kind = key.rpartition("/")
-            states.setdefault(name, {})[kind] = tensor
-        for name, state in states.items():
-            parameter = parameters.get(name)
-            if parameter is None or not _is_state(state, parameter, step):
-                found = ", ".join(
-                    f"{kind} {list(tensor.shape)} {tensor.dtype}" for kind, tensor in state.items()
-                )
-                raise UserError(
-                    f"{folder} is of another model, or damaged: its optimizer has {found} of "
-                    f"{name!r}"
-                )
-            self.optimizer.state[parameter] = {
-                # The count of steps stays where the optimizer made it: on the CPU, unless it is
-                # recorded. A copy: what the file still backs would go with it.
-                kind: placed_like(
-                    tensor, parameter if kind in _MOMENTS or self.recorded else torch.empty(())
-                ).clone()
-                for kind, tensor in state.items()
-            }
-        manifest = read_manifest(folder)
-        self.skipped = manifest.get("skipped", 0)
-        self.skipped_in_a_row = manifest.get("skipped_in_a_row", 0)
-        self.step = step
-
     def sample_grid(self, path: Path) -> str | None:
         """Draws two images of each of the first ten classes, always from the same noise.
 
@@ -566,73 +409,3 @@ class Trainer:
 def _are_finite(numbers: Sequence[float]) -> bool:
     """Whether a step counts: by its loss, the first of its numbers, and its norm, the last."""
     return math.isfinite(numbers[0]) and math.isfinite(numbers[-1])
-
-
-class NotFinite(Exception):
-    """The state of a run holds a NaN or an infinity; the message names where."""
-
-
-def _not_finite(parts: dict[str, dict[str, Tensor]]) -> str | None:
-    for file, tensors in parts.items():
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"{name} of {file}"
-    return None
-
-
-def _is_state(state: dict[str, Tensor], parameter: Tensor, step: int) -> bool:
-    """Whether tensors can be AdamW's state of a parameter after ``step``."""
-    if state.keys() != {"step", *_MOMENTS}:
-        return False
-    count = float(state["step"]) if state["step"].ndim == 0 else -1.0
-    return (
-        count.is_integer()
-        and 0 <= count <= step
-        and all(
-            state[kind].shape == parameter.shape and state[kind].dtype == parameter.dtype
-            for kind in _MOMENTS
-        )
-    )
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of a checkpoint.
-
-    Raises:
-        UserError: It holds none, or a number that is not finite.
-    """
-    folder = next((p for p in file.parents if p.name.startswith("step-")), file.parent)
-    advice = f"move {folder} away"
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} is no safetensors file ({error}); {advice} to use the checkpoint before"
-        ) from error
-    broken = _not_finite({file.name: tensors})
-    if broken is not None:
-        raise UserError(
-            f"{file} has numbers that are not finite ({broken}); {advice} to use the checkpoint "
-            f"before"
-        )
-    return tensors
-
-
-@torch.no_grad()
-def _fill(targets: dict[str, Tensor], file: Path) -> None:
-    """Copies the tensors of a file into those of the same names.
-
-    Raises:
-        UserError: Names, shapes or types differ.
-    """
-    saved = _read(file)
-    differing = sorted(targets.keys() ^ saved.keys()) or [
-        name
-        for name, tensor in targets.items()
-        if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype)
-    ]
-    if differing:
-        shown = ", ".join(differing[:5]) + (", ..." if len(differing) > 5 else "")
-        raise UserError(f"{file} is of another model: {len(differing)} tensors differ ({shown})")
-    for name, tensor in targets.items():
-        tensor.copy_(placed_like(saved[name], tensor))
