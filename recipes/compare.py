@@ -68,7 +68,7 @@ def _parser() -> Parser:
     parser = Parser("compare", __doc__)
     flag = parser.add_argument_group("what is compared").add_argument
     flag("--attn", help="mechanisms, such as softmax,dydila:lambda_init=0.1:conv=none")
-    flag("--preset", choices=["table1-S", "table4", "table5", "table6", "results"],
+    flag("--preset", choices=["table1-S", "table4", "table5", "table6", "results", "main"],
          help="the rows of one of the paper's tables")  # fmt: skip
     flag("--data", default="shapes",
          help="such as shapes,shapes/long-range,fashion-mnist@28, folders of images, or latents "

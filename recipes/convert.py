@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from recipes.lab.console import Parser, add_import_flag, run_script, spelled_out
+from recipes.lab.console import Parser, add_import_flag, log, run_script, spelled_out
 from recipes.lab.training.flags import add_setting_flags, given_settings
 
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     run = Run(out or name)
     check_out(folder, run.folder)
     for line in start_from(source, settings, run, overwrite, options["ignore_memory"]):
-        print(line)
+        log.info(line)
     return train(settings, run, resume=True, **options)
 
 

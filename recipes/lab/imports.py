@@ -8,16 +8,13 @@ lie in the run's own folder: a folder that came from elsewhere must not choose w
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attnzoo
-from recipes.lab.console import UserError, add_import_flag
+from recipes.lab.console import UserError, warn
 from recipes.lab.files import sha256
-
-__all__ = ["add_import_flag", "import_all", "import_remembered", "origins"]
 
 
 def import_all(sources: Iterable[str]) -> None:
@@ -79,7 +76,7 @@ def import_remembered(
             raise UserError(
                 f"{wanted}, which has changed since: pass --import {source} to use it as it is"
             )
-        print(f"attention {name!r} is imported from {source}, as in training", file=sys.stderr)
+        warn(f"attention {name!r} is imported from {source}, as in training")
         attnzoo.import_mechanisms(source)
 
 

@@ -23,7 +23,7 @@ from attnzoo.errors import UsageError
 from backbones import DiT
 from backbones.pattern import dotted, names_in
 from recipes.lab.compiling import Compiling
-from recipes.lab.console import UserError, printable
+from recipes.lab.console import UserError, warn
 from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
 from recipes.lab.drawing.pictures import save_grid
@@ -62,7 +62,7 @@ def read_checkpoint(run: Run, weights: str = "ema") -> Checkpoint:
         UserError: There is no whole checkpoint.
     """
     for _ in range(_TRIES):
-        found = run.newest_checkpoint(warn=lambda line: print(printable(line)))
+        found = run.newest_checkpoint(warn=warn)
         if found is None:
             raise UserError(f"{run.folder} holds no whole checkpoint yet; train it further")
         step, folder = found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from backbones.pattern import file_name, parse_pattern
-from recipes.lab.console import DONE, UserError, printable
+from recipes.lab.console import DONE, UserError, log, printable, warn
 from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
@@ -81,9 +81,9 @@ def _is_other(settings: Settings, run: Run) -> bool:
 
 def _train_once(settings: Settings, run: Run, overwrite: bool) -> int:
     exists = run.config_file.exists() and not overwrite
-    found = run.newest_checkpoint(warn=print) if exists else None
+    found = run.newest_checkpoint(warn=warn) if exists else None
     if found and found[0] == settings.steps:
-        print(f"{printable(str(run.folder))} is already trained; remove it to train again")
+        log.info(f"{printable(str(run.folder))} is already trained; remove it to train again")
         return DONE
     return train(settings, run, resume=exists, overwrite=overwrite)
 

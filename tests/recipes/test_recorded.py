@@ -98,7 +98,14 @@ def saved(run):
 
 
 @on_cpu
-@pytest.mark.parametrize("options", [{"attn": "sana"}, {"attn": "dydila", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn": "sana"},
+        {"attn": "dydila", "accumulate": 2},
+        {"attn": "sana", "warmup_steps": 2, "decay": "cosine", "weight_decay": 0.1},
+    ],
+)
 def test_a_step_on_the_device_is_the_eager_step(options):
     settings = Settings(**SMALL | options, steps=9)
     eager, device = Trainer(settings), deciding(Trainer(settings))

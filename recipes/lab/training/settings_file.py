@@ -16,6 +16,9 @@ from recipes.lab.console import UserError, one_line
 from recipes.lab.training.rules import Rule
 from recipes.lab.training.settings import FIELDS, resumed_settings
 
+# Flags of train.py that are of one call, not of what a run computes.
+_FLAGS_ONLY = ("out", "resume", "overwrite", "allow_change", "import", "tracker", "set")
+
 
 def read_settings(file: str | Path) -> dict[str, Any]:
     """Settings by name from a YAML or JSON file, or from the config.json of a run.
@@ -73,11 +76,9 @@ def _fitting(name: str, value: Any, path: Path) -> Any:
 def _no_setting(name: str, content: Mapping[str, Any]) -> str:
     if "_class_name" in content or "model_type" in content:
         return "so it is the configuration of a model: give a run's config.json, or settings"
-    near = nearest(name, FIELDS)
-    other = (
-        " What is not in the table of docs/training.md is given as a flag" if near == "." else ""
-    )
-    return f"which is not a setting{near}{other}"
+    if name in _FLAGS_ONLY:
+        return f"which a file does not say: pass --{name.replace('_', '-')}"
+    return f"which is not a setting{nearest(name, FIELDS)} docs/training.md lists them"
 
 
 def _parsed(path: Path) -> dict[str, Any]:

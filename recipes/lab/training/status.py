@@ -7,14 +7,13 @@ import datetime
 import os
 import platform
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from recipes.lab.console import UserError, printable
+from recipes.lab.console import UserError, printable, warn
 from recipes.lab.files import CannotWrite, check_unlocked, locked, read_json, write_json
 from recipes.lab.training.checkpoint import Run
 
@@ -32,7 +31,7 @@ def claimed(run: Run) -> Iterator[None]:
         UserError: Another process holds the folder, or it cannot be written to.
     """
     run.make()
-    with locked(run.lock_file, warn=lambda line: print(line, file=sys.stderr)):
+    with locked(run.lock_file, warn=warn):
         yield
 
 
