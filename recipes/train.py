@@ -9,7 +9,8 @@
 With no other flag it trains on handwritten digits on a CPU for a few minutes. Every random draw
 depends on (seed, step) alone, so every mechanism sees the same images, times, noise and label
 drops on any number of processes, and a resumed run equals one that was never interrupted. An
-existing run is resumed exactly; docs/reliability.md says what is promised and was tried.
+existing run is resumed exactly; docs/reliability.md says what is promised and was tried,
+docs/training.md lists the settings.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_a_step_on_the_device_is_the_eager_step(options):
 @on_cpu
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(monkeypatch):
     poison(monkeypatch, 2)
-    settings = Settings(**SMALL, attn="dydila", steps=9)
+    settings = Settings(**SMALL, attn="dydila", steps=9, warmup_steps=4, weight_decay=0.1)
     eager, device = Trainer(settings), deciding(Trainer(settings))
     for trainer in (eager, device):
         trainer.train_step()

@@ -62,8 +62,6 @@ def _fitting(name: str, value: Any, path: Path) -> Any:
         return None
     if rule.is_real and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if name == "compile" and isinstance(value, bool):  # as it was saved before
-        value = "on" if value else "off"
     if not rule.fits(value):
         default = FIELDS[name].default
         such = f", such as {name}: {default}" if isinstance(default, str | int | float) else ""
@@ -85,17 +83,17 @@ def _parsed(path: Path) -> dict[str, Any]:
     """The mapping that a file holds."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else (
-            _yaml(text)
-        )  # fmt: skip
+        is_json = path.suffix == ".json"
+        content = json.loads(text, object_pairs_hook=_once) if is_json else _yaml(text)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or "it is nested too deeply"
-        raise UserError(f"--config {path} cannot be understood: {one_line(reason)}") from error
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UserError(f"--config {path} is not {kind}: {one_line(reason)}") from error
     if not isinstance(content, dict) or not content:
-        kind = "nothing" if not content else f"a {type(content).__name__}"
-        raise UserError(f"{path} holds {kind}: give settings by name, such as steps: 500")
+        what = "a list" if isinstance(content, list) else "no names" if content else "nothing"
+        raise UserError(f"{path} holds {what}: give settings by name, such as steps: 500")
     return content
 
 
