@@ -197,7 +197,7 @@ class TestFile:
         with pytest.raises(UserError, match="cannot be read: No such file"):
             read_settings(tmp_path / name)
 
-    def test_flags_come_before_it(self, tmp_path):
+    def test_flags_come_before_it(self, tmp_path, capsys):
         file = str(written(tmp_path / "run.yaml", "attn: dydila\nsteps: 5\nstrict: true\n"
                            "attn_options: {n_projectors: 2, conv: none}\n"))  # fmt: skip
 
@@ -214,9 +214,11 @@ class TestFile:
         assert asked("--set", "conv=acnet")["attn_options"] == {"n_projectors": 2, "conv": "acnet"}
         # Options are of one mechanism.
         assert "attn_options" not in asked("--attn", "softmax")
-        assert asked("--attn", "sana", "--set", "qk_norm=true")["attn_options"] == {
-            "qk_norm": True
-        }
+        assert "attn_options of" in capsys.readouterr().out
+        both = asked("--attn", "sana", "--set", "qk_norm=true")
+        assert both["attn_options"] == {"qk_norm": True}
+        written(Path(file), "attn_options: {qk_norm: true}")
+        assert asked("--attn", "sana")["attn_options"] == {"qk_norm": True}
 
 
 @pytest.fixture

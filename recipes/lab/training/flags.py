@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from recipes.lab.console import parse_options
+from recipes.lab.console import log, parse_options
 from recipes.lab.training.settings import FIELDS, GROUPS, flag_of
 
 
@@ -59,8 +59,9 @@ def given_settings(flags: dict[str, Any]) -> dict[str, Any]:
 
     file, pairs = flags.pop("config"), flags.pop("set", None)
     found = {} if file is None else read_settings(file)
-    if flags.get("attn", found.get("attn")) != found.get("attn"):
-        found.pop("attn_options", None)  # they are of the file's mechanism
+    is_other = "attn" in found and flags.get("attn", found["attn"]) != found["attn"]
+    if is_other and found.pop("attn_options", None):
+        log.info(f"attn_options of {file} are {found['attn']}'s and left out")
     if pairs is not None:
         options = dotted(found.get("attn_options", {})) | parse_options(pairs)
         found["attn_options"] = nested(options)
@@ -71,12 +72,8 @@ def settings_table() -> str:
     """Every setting in Markdown, by group: docs/training.md holds it."""
     lines = []
     for group, about in GROUPS.items():
-        lines += [
-            f"### {group.capitalize()}: {about}",
-            "",
-            "| setting | default | what | must be |",
-        ]
-        lines.append("|---|---|---|---|")
+        lines += [f"### {group.capitalize()}: {about}", ""]
+        lines += ["| setting | default | what | must be |", "|---|---|---|---|"]
         for name, field in FIELDS.items():
             if field.metadata["group"] == group:
                 default = "none" if field.default is None else str(field.default).lower()
