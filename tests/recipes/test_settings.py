@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from recipes import convert as convert_module
 from recipes import train as train_module
 from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError, log
 from recipes.lab.data import folder
+from recipes.lab.data import images as images_module
 from recipes.lab.data.datasets import DATASETS, load_dataset
 from recipes.lab.training import banner
 from recipes.lab.training.checkpoint import Run
@@ -364,12 +366,12 @@ class TestDecoding:
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_any_number_of_threads_gives_the_same(self, images, cached, monkeypatch):
-        monkeypatch.setattr(folder, "_AT_ONCE", 5)
+        monkeypatch.setattr(images_module, "_AT_ONCE", 5)
         if not cached:
             monkeypatch.setattr(folder, "CACHE_BYTES", 0)
         found = []
         for number in (1, 3, 16):
-            monkeypatch.setattr(folder, "threads", lambda number=number: number)
+            monkeypatch.setattr(images_module, "threads", lambda number=number: number)
             dataset = load_dataset(str(images), resolution=16)
             found.append((dataset.skipped, *dataset.batch(torch.tensor([11, 0, 5, 5, 2]))))
         for skipped, pixels, labels in found[1:]:
@@ -377,13 +379,13 @@ class TestDecoding:
             assert torch.equal(pixels, found[0][1]) and torch.equal(labels, found[0][2])
 
     def test_processes_of_one_machine_share_its_cores(self, monkeypatch):
-        monkeypatch.setattr(folder.os, "sched_getaffinity", lambda _: range(12), raising=False)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        assert folder.threads() == 12
+        assert images_module.threads() == 12
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-        assert folder.threads() == 3
+        assert images_module.threads() == 3
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
-        assert folder.threads() == 1
+        assert images_module.threads() == 1
 
 
 class TestBanner:

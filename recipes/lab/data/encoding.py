@@ -31,7 +31,7 @@ from recipes.lab.data.images import (
     find_images,
     portable,
     portable_bytes,
-    read_image,
+    read_images,
     training_folder,
 )
 from recipes.lab.data.latents import (
@@ -258,12 +258,13 @@ class _Shard:
         labels: list[int] = []
         bad: dict[str, str] = {}
         parts: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
-        for name, (file, label) in zip(self.names, self.images, strict=True):
-            try:
-                pixels.append(read_image(file, resolution)[0])
+        images = read_images([file for file, _ in self.images], resolution)
+        for name, (_, label), image in zip(self.names, self.images, images, strict=True):
+            if isinstance(image, BadImage):
+                bad[name] = str(image)
+            else:
+                pixels.append(image[0])
                 labels.append(label)
-            except BadImage as error:
-                bad[name] = str(error)
             if pixels and (len(pixels) == batch_size or name == self.names[-1]):
                 seen = torch.stack(pixels).float() * (2 / 255) - 1
                 both = zip(moments(encoder, seen), moments(encoder, seen.flip(-1)), strict=True)

@@ -7,9 +7,6 @@ links to folders are not followed, nor links to files outside the folder; a clas
 link is refused, and what this project wrote is no class. Every image is decoded once here, and
 held in memory up to 1 GiB in all. Those that fail or have another suffix are counted and named on
 stderr and listed in ``skipped``.
-
-Images are decoded by threads, which PIL lets run side by side; it is asked for them in order, so
-their number changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -17,8 +14,6 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +30,11 @@ from recipes.lab.data.images import (
     digest_images,
     find_images,
     portable,
-    read_image,
+    read_images,
     training_folder,
 )
-from recipes.lab.distributed import neighbors
 
 CACHE_BYTES = 2**30
-_MOST_THREADS = 16
-_AT_ONCE = 256  # decoded before they are taken
 
 
 @register_dataset("folder", is_named=False)
@@ -98,7 +90,7 @@ class FolderDataset(ImageDataset):
         files: list[Path] = []
         labels: list[int] = []
         enlarged = 0
-        images = _decoded([path for path, _ in found], self.resolution)
+        images = read_images([path for path, _ in found], self.resolution)
         for (path, label), decoded in zip(found, images, strict=True):
             if isinstance(decoded, BadImage):
                 self.skipped.append((path, str(decoded)))
@@ -152,7 +144,7 @@ class FolderDataset(ImageDataset):
         else:
             pixels = torch.empty((len(indices), 3, self.resolution, self.resolution))
             paths = [self._files[index] for index in indices.tolist()]
-            for row, decoded in enumerate(_decoded(paths, self.resolution)):
+            for row, decoded in enumerate(read_images(paths, self.resolution)):
                 if isinstance(decoded, BadImage):
                     raise DataError(
                         f"image {str(paths[row])!r} was readable when the run began: {decoded}; "
@@ -160,25 +152,3 @@ class FolderDataset(ImageDataset):
                     ) from decoded
                 pixels[row] = decoded[0]
         return pixels.float() * (2 / 255) - 1, self._labels[indices]
-
-
-def threads() -> int:
-    """How many images are decoded at the same time: one per core that this process has."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return max(1, min(_MOST_THREADS, cores // neighbors()))
-
-
-def _decoded(paths: Sequence[Path], resolution: int) -> Iterator[tuple[Tensor, int] | BadImage]:
-    """What ``read_image`` gives or raises for each path, in their order."""
-
-    def decode(path: Path) -> tuple[Tensor, int] | BadImage:
-        try:
-            return read_image(path, resolution)
-        except BadImage as error:
-            return error
-
-    with ThreadPoolExecutor(threads(), "decode") as pool:
-        for start in range(0, len(paths), _AT_ONCE):
-            yield from pool.map(decode, paths[start : start + _AT_ONCE])

@@ -108,27 +108,6 @@ class Settings:
         UserError: A value is of the wrong type, out of range, or no choice of its setting.
     """
 
-    attn: str = _setting(
-        "model",
-        "dydila",
-        TEXT,
-        "mechanism (python -m attnzoo lists them), pattern over the blocks such as "
-        "'sana*3+softmax', or a model of the paper",
-    )
-    attn_options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_OPTIONS)
-    size: str = _setting("model", "tiny", choice(_sizes), "tiny, S, B or L")
-    protocol: str = _setting(
-        "model",
-        "controlled",
-        choice(_protocols),
-        "controlled (same depth and feed-forward for all), matched (same parameters) or paper",
-    )
-    feedforward: str | None = _setting(
-        "model",
-        None,
-        optional(choice(_feedforwards)),
-        "mlp, mix-ffn, swiglu, diffmoe or time-experts, instead of the protocol's",
-    )
     data: str = _setting(
         "data",
         "digits",
@@ -163,6 +142,27 @@ class Settings:
         "share of a folder's images to leave out of training, for the held-out loss",
     )
     strict: bool = _setting("data", False, SWITCH, "stop at the first unreadable image")
+    attn: str = _setting(
+        "model",
+        "dydila",
+        TEXT,
+        "mechanism (python -m attnzoo lists them), pattern over the blocks such as "
+        "'sana*3+softmax', or a model of the paper",
+    )
+    attn_options: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_OPTIONS)
+    size: str = _setting("model", "tiny", choice(_sizes), "tiny, S, B or L")
+    protocol: str = _setting(
+        "model",
+        "controlled",
+        choice(_protocols),
+        "controlled (same depth and feed-forward for all), matched (same parameters) or paper",
+    )
+    feedforward: str | None = _setting(
+        "model",
+        None,
+        optional(choice(_feedforwards)),
+        "mlp, mix-ffn, swiglu, diffmoe or time-experts, instead of the protocol's",
+    )
     patch_size: int | None = _setting(
         "model",
         None,
@@ -182,27 +182,6 @@ class Settings:
     )
     accumulate: int = _setting(
         "optimization", 1, integer(), "micro-steps that share a step's images"
-    )
-    seed: int = _setting("run", 0, integer(0, 2**64), "of everything that is random")
-    precision: str = _setting(
-        "run",
-        "fp32",
-        one_of("fp32", "bf16"),
-        "of the matrix products; the paper trains DiG in fp32",
-    )
-    gradient_checkpointing: bool = _setting("run", False, SWITCH, "less memory, more time")
-    compile: str = _setting("run", "auto", one_of(*COMPILE_MODES, **COMPILE_FLAG), COMPILE_HELP)
-    cuda_graph: str = _setting(
-        "run",
-        "auto",
-        one_of("auto", "on", "off"),
-        "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
-    )
-    sharded: bool = _setting(
-        "run",
-        False,
-        SWITCH,
-        "FSDP2: each process holds a part of the weights, same results",
     )
     learning_rate: float = _setting("optimization", 3e-3, POSITIVE, "after the warm-up")
     warmup_steps: int = _setting(
@@ -240,6 +219,27 @@ class Settings:
     )
     label_dropout: float = _setting(
         "optimization", 0.1, SHARE, "of the labels left out, to learn guidance"
+    )
+    seed: int = _setting("run", 0, integer(0, 2**64), "of everything that is random")
+    precision: str = _setting(
+        "run",
+        "fp32",
+        one_of("fp32", "bf16"),
+        "of the matrix products; the paper trains DiG in fp32",
+    )
+    gradient_checkpointing: bool = _setting("run", False, SWITCH, "less memory, more time")
+    compile: str = _setting("run", "auto", one_of(*COMPILE_MODES, **COMPILE_FLAG), COMPILE_HELP)
+    cuda_graph: str = _setting(
+        "run",
+        "auto",
+        one_of("auto", "on", "off"),
+        "record each step as one CUDA graph: auto (where possible, or says why not), on or off",
+    )
+    sharded: bool = _setting(
+        "run",
+        False,
+        SWITCH,
+        "FSDP2: each process holds a part of the weights, same results",
     )
     skip_limit: int = _setting(
         "run", 10, integer(), "non-finite steps in a row before the run stops"
