@@ -12,6 +12,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from PIL import Image
 
 import attnzoo
+from attnzoo import registry
 from backbones import DiT
 from recipes import convert as convert_module
 from recipes import train as train_module
@@ -146,7 +147,8 @@ def test_a_mixture_keeps_the_softmax_blocks_whole(softmax, tmp_path):
     torch.testing.assert_close(begun.tensors[name], trained.tensors[name], rtol=0, atol=0)
 
 
-def test_a_mechanism_of_ones_own_is_a_target(softmax, tmp_path):
+def test_a_mechanism_of_ones_own_is_a_target(softmax, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})  # not for other tests
     file, out = tmp_path / "mine.py", tmp_path / "out"
     file.write_text(OWN)
     flags = ["--import", str(file), "--attn", "convert-mean+softmax", "--steps", "1"]
