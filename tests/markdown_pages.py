@@ -24,7 +24,8 @@ def code_blocks(text, language):
 
 def commands(text):
     """The words of every command line of a page's shell blocks."""
-    lines = [line for block in code_blocks(text, "sh") for line in block.splitlines()]
+    blocks = (block.replace("\\\n", " ") for block in code_blocks(text, "sh"))
+    lines = [line for block in blocks for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

@@ -26,9 +26,18 @@ def test_it_is_read_in_a_minute():
 def test_the_question_comes_first_and_the_citation_last():
     first = TEXT.splitlines()[2]
     assert first.startswith("**Which attention") and first.endswith("?**")
-    order = ["<!-- first screen -->", "<!-- /first screen -->", "**Where softmax wins:**", "make demo",
-             "## Your own images", "## In your own code", "## Your own mechanism", "--table -->",
-             "## Where everything lives", "## Cite"]  # fmt: skip
+    order = [
+        "<!-- first screen -->",
+        "<!-- /first screen -->",
+        "**Where softmax wins:**",
+        "make demo",
+        "## Your own images",
+        "## In your own code",
+        "## Your own mechanism",
+        "--table -->",
+        "## Where everything lives",
+        "## Cite",
+    ]
     places = [TEXT.index(part) for part in order]
     assert places == sorted(places)
     assert all(TEXT.count(part) == 1 for part in order)

@@ -47,6 +47,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})"
         return text
 
-    return re.sub(r"^  (?=[-*] )", "    ", _LINK.sub(link, markdown), flags=re.MULTILINE).replace(
-        "<details>", '<details markdown="1">'
-    )
+    markdown = _LINK.sub(link, markdown)
+    markdown = re.sub(r"^  (?=[-*] )", "    ", markdown, flags=re.MULTILINE)
+    # A figure with its spread stays on one line, however narrow its column is.
+    markdown = re.sub(r"(?<=[✓✗~]) (?=[+-]\d)| (?=± )|(?<=±) ", "\N{NO-BREAK SPACE}", markdown)
+    return markdown.replace("<details>", '<details markdown="1">')
