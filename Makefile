@@ -38,7 +38,7 @@ lint: $(VENV)/.installed
 
 # mkdocs.yml makes every warning an error: a dead link, a page outside the navigation.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

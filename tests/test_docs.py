@@ -93,6 +93,8 @@ def test_warnings_are_errors_and_the_site_is_ignored_by_git():
     ignored = (ROOT / ".gitignore").read_text().split()
     assert site["site_dir"].split("/")[0] + "/" in ignored
     assert "make docs\n" in (ROOT / ".ci" / "run").read_text()
+    # --quiet would silence the warnings before they are counted.
+    assert "-m mkdocs build\n" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("path", pages(), ids=shown)
