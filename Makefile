@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench bench-gpu goals-gpu lint constraints clean
+.PHONY: demo test test-slow bench bench-gpu goals-gpu lint docs constraints clean
 
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
@@ -31,10 +31,14 @@ bench-gpu:
 
 goals-gpu:
 	$(PYTHON) -m bench.goals --device cuda --save docs/plots/goals-gpu.json \
-		--into docs/performance.md --into README.md
+		--into docs/goals.md
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m pyright
+
+# mkdocs.yml makes every warning an error: a dead link, a page outside the navigation.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -77,8 +77,9 @@ def summary(figures: list[GoalFigure]) -> str:
     """How many of the figures meet what."""
     count = collections.Counter(figure.verdict for figure in figures)
     return (
-        f"{len(figures)} figures: {count['target reached']} reach the target, {count['met']} meet "
-        f"the minimum, {count['NOT MET']} do not, {count['not measured']} not measured"
+        f"{len(figures)} figures: {count['target reached']} reach the target, "
+        f"{count['minimum met']} meet the minimum, {count['minimum missed']} miss it, "
+        f"{count['not measured']} not measured"
     )
 
 

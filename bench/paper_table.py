@@ -77,8 +77,8 @@ def counted(model: str, size: str, resolution: int, printed: str) -> PaperFigure
     )  # fmt: skip
 
 
-def to_readme(figures: list[PaperFigure]) -> str:
-    """The README's table: one line per model; paper / ours as the paper counts / ours in full."""
+def short_table(figures: list[PaperFigure]) -> str:
+    """The table of docs/gflops.md: paper / ours as the paper counts / ours in full."""
     found: dict[str, dict[tuple[str, int], str]] = {}
     for figure in figures:
         ours = f"{float(figure.ours_paper):.2f} / {float(figure.ours_full):.2f}"
@@ -92,7 +92,7 @@ def to_readme(figures: list[PaperFigure]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> list[PaperFigure]:
-    """Prints the table; writes paper_table.csv, paper_table.md and the README's short form."""
+    """Prints the table; writes paper_table.csv, paper_table.md and a short form of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.paper_table", description=main.__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("plots"), help="folder to write to (default: plots)"
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> list[PaperFigure]:
     sheet = pd.DataFrame(figures).to_csv(index=False)
     write_text(options.out / "paper_table.csv", sheet)
     write_text(options.out / "paper_table.md", f"{text}\n")
-    write_text(options.out / "paper_table_readme.md", f"{to_readme(figures)}\n")
+    write_text(options.out / "paper_table_short.md", f"{short_table(figures)}\n")
     return figures
 
 

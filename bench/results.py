@@ -56,7 +56,8 @@ _STATS = {
     "median": _NUMBER, "data?": [_NUMBER], **dict.fromkeys(("q1?", "q3?", "rounds?"), _NUMBER),
 }  # fmt: skip
 # Of files from before 2026-11-26.
-_OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached"}
+_OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached",
+              "met": "minimum met", "NOT MET": "minimum missed"}  # fmt: skip
 
 
 class _Foreign(Exception):

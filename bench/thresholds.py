@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-VERDICTS = ("target reached", "met", "NOT MET", "not measured")
+VERDICTS = ("target reached", "minimum met", "minimum missed", "not measured")
 HEADING = ("goal", "what", "value", "quartiles", "minimum", "target", "", "note")
 
 
@@ -61,7 +61,8 @@ class GoalFigure:
         sign = 1 if self.better == "higher" else -1
         if sign * self.value >= sign * self.target:
             return "target reached"
-        return "met" if sign * self.value >= sign * self.minimum else "NOT MET"
+        is_met = sign * self.value >= sign * self.minimum
+        return "minimum met" if is_met else "minimum missed"
 
     @property
     def shown(self) -> str:

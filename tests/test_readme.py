@@ -1,62 +1,73 @@
-"""The README's own commands and code run as they are printed, with fewer steps."""
+"""The README is short, its code runs, and what it states stands in a file that a command wrote."""
 
+import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-from attnzoo import list_attention, registry
-from bench import paper_table
-from recipes import convert, evaluate, sample, train
+from attnzoo import list_attention
+from bench import whole_figures
+from tests.markdown_pages import ROOT, code_blocks, without_side_effects
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text()
-SCRIPTS = {
-    "train": train.main, "sample": sample.main, "evaluate": evaluate.main, "convert": convert.main,
-}  # fmt: skip
-SHORTER = ("train", "sample", "convert")
+TEXT = (ROOT / "README.md").read_text("utf-8")
+SENTENCES = " ".join(TEXT.split())
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def page(name):
+    return (ROOT / "docs" / name).read_text("utf-8")
 
 
-def test_commands_run_in_their_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    commands = [
-        shlex.split(line, comments=True)
-        for block in blocks("sh")
-        for line in block.splitlines()
-        if line.startswith("python recipes/") and "compare.py" not in line  # tests/test_roads.py
+def test_it_is_read_in_a_minute():
+    assert len(TEXT.splitlines()) <= 200
+    assert len(TEXT.split()) <= 1500
+
+
+def test_the_question_comes_first_and_the_citation_last():
+    first = TEXT.splitlines()[2]
+    assert first.startswith("**Which attention") and first.endswith("?**")
+    order = [
+        "<!-- first screen -->",
+        "<!-- /first screen -->",
+        "**Where softmax wins:**",
+        "make demo",
+        "## Your own images",
+        "## In your own code",
+        "## Your own mechanism",
+        "--table -->",
+        "## Where everything lives",
+        "## Cite",
     ]
-    assert len(commands) >= 6
-    (tmp_path / "mean.py").write_text(own_mechanism())
-    before = set(registry._REGISTRY)
-    try:
-        for _, script, *arguments in commands:
-            name = Path(script).stem
-            shorter = ["--steps", "2"] if name in SHORTER else []
-            assert SCRIPTS[name]([*arguments, *shorter]) == 0, (name, arguments)
-    finally:
-        for name in set(registry._REGISTRY) - before:
-            del registry._REGISTRY[name]
-    assert (tmp_path / "runs/digits-sana/metrics.json").exists()
+    places = [TEXT.index(part) for part in order]
+    assert places == sorted(places)
+    assert all(TEXT.count(part) == 1 for part in order)
 
 
-def own_mechanism():
-    """The README's own mechanism, as a user would put it into mean.py."""
-    (code,) = [code for code in blocks("python") if "register_attention" in code]
-    return code
+def test_no_goals_are_shown():
+    for word in ("<!-- goals", "minimum missed", "NOT MET", "| G1 "):
+        assert word not in TEXT, word
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[3][:30])
+@pytest.mark.parametrize("code", code_blocks(TEXT, "python"), ids=["use", "own mechanism"])
 def test_code_runs(code):
-    before = set(registry._REGISTRY)
-    try:
+    with without_side_effects():
         exec(compile(code, "README.md", "exec"), {})
-    finally:
-        for name in set(registry._REGISTRY) - before:
-            del registry._REGISTRY[name]
+
+
+def test_what_is_run_elsewhere_is_printed_as_it_is_run():
+    """tests/test_roads.py runs these blocks of the pages."""
+    images = code_blocks(TEXT, "sh")[1]
+    assert images in code_blocks(page("own-data.md"), "sh")
+    assert len(images.splitlines()) == 5 and "metrics" in page("own-data.md")
+    (own,) = [code for code in code_blocks(TEXT, "python") if "register_attention" in code]
+    assert own in code_blocks(page("write-a-mechanism.md"), "python")
+
+
+def test_the_two_commands_are_targets_of_make():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = [line.split("#")[0].split() for line in code_blocks(TEXT, "sh")[0].splitlines()]
+    assert commands == [["make", "demo"], ["make", "test"]]
+    assert targets and {name for _, name in commands} <= set(targets[1].split())
 
 
 def test_the_table_lists_the_whole_zoo():
@@ -64,20 +75,61 @@ def test_the_table_lists_the_whole_zoo():
     assert sorted(listed) == list_attention()
 
 
-def test_every_link_into_the_repository_leads_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
-        assert (Path(__file__).parents[1] / target).exists(), target
+def test_every_folder_that_is_named_is_there():
+    part = TEXT[TEXT.index("## Where everything lives") :]
+    named = re.findall(r"`([\w/]+/)`", part)
+    assert len(named) >= 8
+    assert not [folder for folder in named if not (ROOT / folder).is_dir()]
 
 
-def test_the_gflops_table_is_what_its_command_prints(tmp_path):
-    rows = paper_table.main(["--out", str(tmp_path)])
-    assert paper_table.to_readme(rows).strip() in TEXT
+def test_where_softmax_wins_is_what_was_measured():
+    report = json.loads((ROOT / "docs" / "plots" / "whole-models.json").read_text("utf-8"))
+    over = {
+        row["mechanism"]: whole_figures.over_fastest(row)
+        for row in report["cases"]
+        if (row["size"], row["resolution"], row["mode"]) == ("S", 256, "forward")
+    }
+    ratios = {name: found[0] for name, found in over.items() if found is not None}
+    assert len(ratios) > 3 and min(ratios.values()) > 1, "softmax is not the fastest any more"
+    since = {size: whole_figures.crossovers(report, size, "forward") for size in "SL"}
+    assert "H100" in report["device_name"]
+    assert (
+        f"with Sana's attention it takes {ratios['sana']:.2f} times as long, with DyDiLA's "
+        f"{ratios['dydila']:.2f} times. Sana's is faster from {since['S']['sana']:.0f} px on; "
+        f"DyDiLA's at no size measured up to 1024 px, and of size L from "
+        f"{since['L']['dydila']:.0f} px"
+    ) in SENTENCES
+    assert since["S"]["dydila"] == float("inf")
+    measured = [row["resolution"] for row in report["cases"] if row["size"] == "S"]
+    assert max(measured) == 1024
 
 
-def test_what_came_out_is_what_the_results_say():
-    """Every tally of the README stands in docs/results.md, which a command writes."""
-    tallies = re.findall(r"\d+ for \w+, \d+ for \w+, \d+ cannot\s+tell", TEXT)
-    results = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
-    assert len(tallies) == 4
-    for tally in tallies:
-        assert " ".join(tally.split()) in results, tally
+def test_what_small_runs_cannot_tell_is_what_the_results_say():
+    results = page("results.md")
+    tally = re.search(
+        r"sana before softmax \(Table 1\): (\d+) for sana, (\d+) for softmax, (\d+) cannot tell",
+        results,
+    )
+    assert tally
+    for_sana, for_softmax, neither = map(int, tally.groups())
+    total = for_sana + for_softmax + neither
+    assert f"cannot tell Sana from softmax in {neither} of {total} comparisons" in SENTENCES
+
+
+def test_first_public_implementation_says_of_what():
+    assert (
+        "first public implementation of the diffusion transformer DyDi-LiT, tested against the "
+        "paper's equations ([arXiv 2601.13683](https://arxiv.org/abs/2601.13683); an adaptation "
+        "of the layer to image-text cross-attention in echocardiography exists)"
+    ) in SENTENCES
+
+
+def test_the_answer_until_the_first_screen_is_filled(capsys):
+    """The command between the marks answers, as long as no other stands there."""
+    part = TEXT.split("<!-- first screen -->")[1].split("<!-- /first screen -->")[0]
+    if command := re.search(r"`python -m bench\.recommend ([^`]+)`", part):
+        from bench import recommend
+
+        words = [str(ROOT / w) if Path(w).suffix == ".json" else w for w in command[1].split()]
+        assert recommend.main(words) == 0
+        assert "the fastest" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The roads of the README, each walked end to end through its command lines, in tiny settings."""
+"""The roads of the pages, each walked end to end through its command lines, in tiny settings."""
 
 import json
 import os
@@ -10,26 +10,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from tests.markdown_pages import ROOT, commands, named_code
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 TINY = ("--steps", "2", "--batch-size", "4")
 FEW = ("--samples", "20", "--steps", "2", "--batch-size", "10")
-OWN = """
-import attnzoo
-import torch.nn as nn
-
-
-@attnzoo.register_attention("mean")
-class MeanAttention(attnzoo.Attention):
-    def __init__(self, context, config):
-        super().__init__(context, config)
-        self.value = nn.Linear(self.dim, self.dim)
-
-    def forward(self, x, grid):
-        self.check_tokens(x, grid)
-        return self.value(x).mean(1, keepdim=True).expand_as(x)
-"""
+# What the pages print, and what stands for it here: another VAE, fewer pixels, images and steps.
+SMALLER = {
+    "stabilityai/sd-vae-ft-ema": "vae", "256": "16", "100000": "2", "5000": "20", "100": "20",
+    "S": "tiny",
+}  # fmt: skip
+SHORTER = {
+    "train": ("--steps", "2", "--batch-size", "4"),
+    "sample": ("--steps", "2"),
+    "evaluate": ("--steps", "2", "--batch-size", "10"),
+    "compare": ("--seeds", "1", "--samples", "20", *TINY),
+    "pytest": ("--resolutions", "128", "--widths", "96", "-k", "latency and layer and forward",
+               "--benchmark-json", "out.json"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -108,33 +107,62 @@ def vae(tmp_path):
     return "vae"
 
 
-def test_from_encoding_to_a_comparison(walk, tmp_path, vae):
+@pytest.fixture
+def follow(walk):
+    """Runs a command line of a page, smaller and shorter."""
+
+    def step(words):
+        words = [SMALLER.get(word, word) for word in words]
+        if words[:2] == ["pytest", "bench/"]:
+            suite = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench"))
+            return walk(suite, *words[2:], *SHORTER["pytest"])
+        script = Path(words[1])
+        assert words[0] == "python" and (ROOT / script).exists(), words
+        return walk((str(ROOT / script),), *words[2:], *SHORTER.get(script.stem, ()))
+
+    return step
+
+
+def test_own_data_from_a_folder_to_a_comparison(follow, walk, tmp_path, vae):
+    """All commands of docs/own-data.md but the last, which tests/test_examples.py runs."""
     class_folders(tmp_path / "pictures")
-    walk("encode", "pictures", "latents", "--vae", vae, "--resolution", "16")
-    walk("train", "--attn", "sana", "--data", "latents", "--out", "run", *TINY)
-    walk("sample", "run", "--classes", "0,1", "--steps", "2", "--out", "s.png")
-    walk("evaluate", "run", *FEW)
-    walk("figures", "run", "--out", "figures", "--per-class", "4")
-    walk("compare", "--attn", "softmax,sana", "--data", "latents", "--seeds", "1", "--samples",
-         "20", "--out", "comparison", *TINY)  # fmt: skip
-    with Image.open(tmp_path / "s.png") as picture:
-        assert picture.mode == "RGB"  # images, not the first channel of latents
-    check_results(tmp_path / "run")
+    *lines, script = commands((ROOT / "docs" / "own-data.md").read_text("utf-8"))
+    assert script[1] == "examples/own_data_256.py"
+    names = [Path(words[1]).stem for words in lines]
+    assert names == ["encode", "train", "sample", "evaluate", "read_results", "compare"]
+    said = [follow(words) for words in lines]
+    assert "FID[smallcnn]" in said[4]
+    walk("figures", "runs/mine", "--out", "figures", "--per-class", "4")
+    (picture,) = (tmp_path / "runs" / "mine" / "samples").glob("cfg-1.5-*.png")
+    with Image.open(picture) as image:
+        assert image.mode == "RGB"  # images, not the first channel of latents
+    check_results(tmp_path / "runs" / "mine")
     assert any((tmp_path / "figures").iterdir())
-    assert (tmp_path / "comparison" / "report.html").stat().st_size > 1000
+    assert (tmp_path / "runs" / "comparison" / "report.html").stat().st_size > 1000
 
 
-def test_own_mechanism(walk, tmp_path):
-    (tmp_path / "mean.py").write_text(OWN, "utf-8")
-    walk("train", "--import", "mean.py", "--attn", "mean", "--out", "run", *TINY)
-    walk("sample", "run", "--classes", "0", "--steps", "2", "--out", "s.png")
-    walk("evaluate", "run", *FEW)
-    walk("compare", "--import", "mean.py", "--attn", "softmax,mean", "--data", "digits", "--seeds",
-         "1", "--samples", "20", "--out", "comparison", *TINY)  # fmt: skip
-    walk(("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench")), "--import",
-         "mean.py", "--mechanisms", "mean", "--resolutions", "128", "--widths", "96", "-k",
-         "latency and layer and forward", "--benchmark-json", "out.json")  # fmt: skip
-    check_results(tmp_path / "run")
-    assert "mean" in (tmp_path / "comparison" / "report.html").read_text("utf-8")
-    (case,) = json.loads((tmp_path / "out.json").read_text("utf-8"))["benchmarks"]
-    assert case["extra_info"]["mechanism"] == "mean"
+def test_own_mechanism(follow, tmp_path):
+    """The files and commands of docs/write-a-mechanism.md."""
+    page = (ROOT / "docs" / "write-a-mechanism.md").read_text("utf-8")
+    files = named_code(page)
+    assert list(files) == ["mean.py", "cross.py", "elu.py", "test_own.py"]
+    for name, code in files.items():
+        (tmp_path / name).write_text(code, "utf-8")
+    lines = commands(page)
+    assert [words[1] for words in lines] == [
+        *(f"recipes/{name}.py" for name in ("train", "sample", "evaluate", "compare")),
+        "bench/", "test_own.py",
+    ]  # fmt: skip
+    *recipes, suite, contract = lines
+    for words in (*recipes, suite):
+        follow(words)
+    check_results(tmp_path / "runs" / "mean")
+    report = tmp_path / "runs" / "compare-mean" / "report.html"
+    assert "mean" in report.read_text("utf-8")
+    cases = json.loads((tmp_path / "out.json").read_text("utf-8"))["benchmarks"]
+    assert {case["extra_info"]["mechanism"] for case in cases} == {"softmax", "mean"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *contract[1:]],
+        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

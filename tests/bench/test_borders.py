@@ -483,13 +483,13 @@ def test_a_verdict_is_of_the_figure_as_measured_and_what_is_shown_agrees(tmp_pat
     row = GoalFigure(
         goal="G4", what="t", value=2.3000000001, minimum=2.3, target=2.0, better="lower"
     )
-    assert row.verdict == "NOT MET" and row.shown == "2.3000000001"
+    assert row.verdict == "minimum missed" and row.shown == "2.3000000001"
     assert dataclasses.replace(row, value=2.41).shown == "2.41"
     entry = {"extra_info": {"rows": [dataclasses.asdict(row)], "id": "G4"}}
     path = written(tmp_path / "g.json", {"benchmarks": [entry]})
     assert goals.main([str(path), "--save", str(tmp_path / "again.json")]) == 0
     (again,) = figures_of(results.read_report(tmp_path / "again.json"))
-    assert again.value == row.value and again.verdict == "NOT MET"
+    assert again.value == row.value and again.verdict == "minimum missed"
 
 
 def test_a_mechanism_without_memory_of_its_own_is_drawn(tmp_path, capsys):

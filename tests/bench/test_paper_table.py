@@ -55,7 +55,7 @@ def test_the_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "1 of 1 figures print the paper's digits" in shown
     assert (tmp_path / "new" / "paper_table.md").read_text() in shown
-    short = (tmp_path / "new" / "paper_table_readme.md").read_text()
+    short = (tmp_path / "new" / "paper_table_short.md").read_text()
     assert "| DiT   | 6.06 / 6.06 / 6.06 | -         | -" in short
     with (tmp_path / "new" / "paper_table.csv").open() as file:
         (written,) = csv.DictReader(file)

@@ -317,14 +317,14 @@ def test_figures_are_of_the_last_treatment_and_judged():
     }  # fmt: skip
     found = {(f.goal, f.what): f for f in whole_figures.figures(report)}
     by_goal = {goal: f for (goal, _), f in found.items()}
-    assert by_goal["E1"].verdict == "met" and "10.0 µs" in by_goal["E1"].note
-    assert by_goal["E2"].value == 6.0 and by_goal["E2"].verdict == "met"
+    assert by_goal["E1"].verdict == "minimum met" and "10.0 µs" in by_goal["E1"].note
+    assert by_goal["E2"].value == 6.0 and by_goal["E2"].verdict == "minimum met"
     assert by_goal["E2"].note == "compiled 60 images/s, eager 10"
     assert by_goal["E3"].value == 19.0 and by_goal["E3"].verdict == "target reached"
     assert by_goal["E10"].value == 0.3 and by_goal["E11"].value == 1.9
     assert by_goal["E4"].value == 0.5 and by_goal["E4"].note == "compiled; eager 2.00"
     assert by_goal["E4"].verdict == "target reached"
-    assert by_goal["E5"].verdict == "NOT MET" and by_goal["E5"].note == "recorded"
+    assert by_goal["E5"].verdict == "minimum missed" and by_goal["E5"].note == "recorded"
     assert by_goal["E6"].value == 0.5
     assert by_goal["E8"].value == 4.0
     assert by_goal["E9"].value == 4.0 and "lit, n=4096" in by_goal["E9"].what
