@@ -51,6 +51,9 @@ def of_whole_models(
         nearest to ``tokens``; and the labels that cannot be told.
     """
     of_label: dict[str, list[Measured]] = {}
+    rows = list(rows)
+    softmax = {row.tokens: row.seconds for row in rows if row.label == "softmax"}
+    here = value_at(list(softmax.items()), tokens)
     for row in sorted(rows, key=lambda row: abs(math.log(row.tokens / tokens))):
         of_label.setdefault(row.label, []).append(row)
     found, treatments, unknown = [], {}, []
@@ -71,6 +74,10 @@ def of_whole_models(
             peak[0] * batch + mine[0].fixed if peak[0] else 0.0, spent[1], quality.get(label), how,
         ))  # fmt: skip
     return found, treatments, unknown
+
+
+def _shown(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def advise(
@@ -97,7 +104,11 @@ def advise(
         ]
     judged = [c for c in fitting if c.quality is not None] if metric else []
     sign = 1 if lower else -1
-    points = {c.label: (c.seconds, c.peak, sign * (c.quality or 0.0)) for c in judged or fitting}
+    # What shows the same is the same, but for a quality that was measured.
+    points = {
+        c.label: (_shown(c.seconds), _shown(c.peak), sign * (c.quality or 0.0) if metric else 0.0)
+        for c in judged or fitting
+    }
     best = pareto(points)
     front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in best]
     softmax = next((c for c in found if c.label == "softmax"), None)
