@@ -2,13 +2,15 @@
 
 Times and memory are those of ``docs/plots/whole-models*.json``. Of a case that several files have,
 the newest counts in which both it and softmax ran as a user runs them. Quality is that of the
-studies. Writes ``attnzoo/command/figures.json``, which ``attnzoo recommend`` and
-``bench.first_screen`` read; run it after any of these files has changed.
+studies' tables under ``docs``, and where there is none of ``docs/zoo.md``. Writes
+``attnzoo/command/figures.json``, which ``attnzoo recommend`` and ``bench.first_screen`` read; run
+it after any of these files has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import statistics
 from collections.abc import Iterable
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "attnzoo" / "command" / "figures.json"
 # The comparison of the whole zoo on digits, a table of Markdown.
 DIGITS = ROOT / "docs" / "zoo.md"
+_STUDIED = {"study", "protocol", "variant", "data", "px", "tokens", "state", "loss"}
 
 
 def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
@@ -92,28 +95,50 @@ def _parameters(case: dict[str, Any]) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def studied_quality(paths: Iterable[Path]) -> list[Quality]:
+    """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth."""
+    losses: dict[tuple[str, str, int, int], list[float]] = {}
+    for path in sorted(paths):
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if not set(reader.fieldnames or ()) >= _STUDIED:
+                continue
+            for row in reader:
+                if row["state"] == "ok" and row["protocol"] == "depth" and row["loss"]:
+                    key = row["variant"], row["data"], int(row["px"]), int(row["tokens"])
+                    losses.setdefault(key, []).append(float(row["loss"]))
+    return [
+        _quality(variant, tokens, found, f"{data}, {px} px")
+        for (variant, data, px, tokens), found in sorted(losses.items())
+    ]
+
+
 def digits_quality(path: Path = DIGITS) -> list[Quality]:
     """The held-out losses of the whole zoo on digits.
 
     Raises:
         UserError: The page has no such table.
     """
-    found = []
     rows = re.findall(r"^\| `([^`]+)` \| \d+ \| ([\d., ]+) \|", path.read_text("utf-8"), re.M)
-    for name, text in rows:
-        losses = [float(part) for part in text.split(",")]
-        found.append(Quality(
-            name, 16, "held-out loss", True, round(statistics.fmean(losses), 5),
-            round((max(losses) - min(losses)) / 2, 5), len(losses), "digits, 8 px",
-        ))  # fmt: skip
-    if not found:
+    if not rows:
         raise UserError(f"{path} has no table of held-out losses")
-    return found
+    return [
+        _quality(name, 16, [float(part) for part in text.split(",")], "digits, 8 px")
+        for name, text in rows
+    ]
+
+
+def _quality(name: str, tokens: int, losses: list[float], setting: str) -> Quality:
+    return Quality(
+        name, tokens, "held-out loss", True, round(statistics.fmean(losses), 5),
+        round((max(losses) - min(losses)) / 2, 5), len(losses), setting,
+    )  # fmt: skip
 
 
 def committed() -> Figures:
     """What the repository's files say now."""
-    return collected((ROOT / "docs" / "plots").glob("whole-models*.json"), digits_quality())
+    quality = studied_quality((ROOT / "docs").rglob("*.csv")) or digits_quality()
+    return collected((ROOT / "docs" / "plots").glob("whole-models*.json"), quality)
 
 
 def main(arguments: list[str]) -> int:

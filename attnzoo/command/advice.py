@@ -60,9 +60,14 @@ def of_whole_models(
     for label, mine in sorted(of_label.items()):
         treatments[label] = mine[0].treatment
         launched = value_at([(z.tokens, z.launched) for z in mine if z.launched], tokens)
-        spent = (
-            launched if is_launched else value_at([(z.tokens, z.seconds) for z in mine], tokens)
-        )
+        spent = launched
+        if not is_launched:
+            # Times over softmax's bend less between sizes than times do.
+            known = here is not None and softmax.keys() >= {z.tokens for z in mine}
+            unit = softmax if known else {}
+            spent = value_at([(z.tokens, z.seconds / unit.get(z.tokens, 1)) for z in mine], tokens)
+            if spent is not None and here is not None and known:
+                spent = spent[0] * here[0], spent[1] and here[1]
         peak = value_at([(z.tokens, z.peak) for z in mine], tokens)
         if spent is None or peak is None:
             unknown.append(label)

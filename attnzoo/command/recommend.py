@@ -72,12 +72,17 @@ def recommendation(
     """
     size, rows = chosen_rows(figures, given.device, given.mode, given.size, tokens)
     nearest = min(rows, key=lambda row: abs(math.log(row.tokens / tokens)))
-    batch = given.batch or nearest.batch
+    batch, measured = (
+        given.batch or nearest.batch,
+        as_measured(rows, BYTES_PER_PARAMETER[given.mode]),
+    )
+    found, treatments, unknown = of_whole_models(measured, tokens, batch, {})
+    while given.batch is None and limit is not None and batch > 1 and found:
+        if any(choice.peak <= limit for choice in found):
+            break
+        batch //= 2
+        found, treatments, unknown = of_whole_models(measured, tokens, batch, {})
     quality = figures.quality_near(tokens)
-    found, treatments, unknown = of_whole_models(
-        as_measured(rows, BYTES_PER_PARAMETER[given.mode]), tokens, batch,
-        {q.mechanism: q.mean for q in quality},
-    )  # fmt: skip
     if not found:
         raise Unavailable(
             f"there are too few figures of {given.device} to tell of {tokens:,} tokens; "
@@ -87,10 +92,12 @@ def recommendation(
     if limit is not None and not has_memory:
         raise InvalidValue(f"--memory: it was not measured on {given.device}; leave it out")
     unit = given.latent * given.patch
+    had_to = "" if batch == nearest.batch or given.batch else f" (of {2 * batch} nothing fits)"
     lines = [
         f"{given.resolution} px = {tokens:,} tokens: {STEPS[given.mode]} of a whole DiT of size "
         f"{size},",
-        f"times an image, memory of a batch of {batch} with the weights, on {given.device}",
+        f"times an image of a batch of {nearest.batch}, memory of a batch of {batch}"
+        f"{had_to} with the weights, on {given.device}",
         "",
         *advise(found, limit, None, True),
         "",
