@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import re
 import statistics
 from collections.abc import Iterable
@@ -56,7 +57,10 @@ def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
     used = sorted({row.source for row in rows.values()})
     return Figures(
         [sources[index] for index in used],
-        [_replaced(row, used.index(row.source)) for _, row in sorted(rows.items())],
+        [
+            dataclasses.replace(row, source=used.index(row.source))
+            for _, row in sorted(rows.items())
+        ],
         quality,
     )
 
@@ -83,10 +87,6 @@ def _row(case: dict[str, Any], source: int, device: str) -> Row | None:
         _parameters(case), best[0], best[1], eager and eager["median"], over[0],
         case["peak_memory"],
     )  # fmt: skip
-
-
-def _replaced(row: Row, source: int) -> Row:
-    return Row(**(vars(row) | {"source": source}))
 
 
 def _parameters(case: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import typing
 import warnings
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ def why_not(mechanism: str, impl: str | None) -> str | None:
         impl: Of its option of that name; None for a mechanism that has none.
     """
     device, dtype = here()
-    options = {} if impl is None else {"impl": impl}
+    options: dict[str, Any] = {} if impl is None else {"impl": impl}
 
     def call() -> None:
         layer = attnzoo.build_attention(mechanism, 64, **options).to(device, dtype).eval()

@@ -149,11 +149,11 @@ def chosen_rows(
             f"{', '.join(sizes)}"
         )
 
-    def rank(name: str) -> tuple[int, int, int]:
+    def rank(name: str) -> tuple[float, int, int]:
         rows = figures.of(device, name, mode)
         known = [row.tokens for row in rows]
-        is_outside = not min(known) <= tokens <= max(known)
-        return is_outside, -known.count(tokens), -len({row.mechanism for row in rows})
+        beyond = max(min(known) / tokens, tokens / max(known), 1.0)
+        return beyond, -known.count(tokens), -len({row.mechanism for row in rows})
 
     best = size or min(sizes, key=rank)
     rows = figures.of(device, best, mode)
