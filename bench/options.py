@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ from typing import Any
 import torch
 
 import attnzoo
+from attnzoo.command import units
 from attnzoo.errors import UsageError
 from bench.cases import Case, Conditions, Options, Request, parts_of, table
 from bench.machine import commit
 from bench.quality import read_quality
 from bench.thresholds import chosen_goals
 from recipes.lab.console import UserError, parse_options
-
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,9 +119,8 @@ def parse_mechanism(text: str) -> tuple[str, Options]:
 
 
 def parse_bytes(text: str) -> int:
-    """ "8GiB" -> 8589934592; UserError if it is no size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    size = float(match[1]) * _UNITS.get(match[2], math.nan) if match else math.nan
-    if not 1 <= size < 2**60:
-        raise UserError(f"{text!r} is no amount of memory; write it like 8GiB or 300MiB")
-    return int(size)
+    """See ``attnzoo.command.units.parse_bytes``; UserError if it is no size."""
+    try:
+        return units.parse_bytes(text)
+    except UsageError as error:
+        raise UserError(str(error)) from error

@@ -8,19 +8,19 @@ comparison, quality; says what each costs and how far the figures can be trusted
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from attnzoo.command.advice import Choice, Measured, advise, of_whole_models
 from attnzoo.contract import nearest
 from backbones.pattern import parse_pattern
 from bench.cases import PIXELS_PER_TOKEN, Case, parts_of
-from bench.fits import pareto, value_at
+from bench.fits import value_at
 from bench.options import parse_bytes, parse_mechanism
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
@@ -28,20 +28,6 @@ from bench.tables import amount, memory
 from bench.whole_figures import fastest, is_whole, read_whole
 from recipes.lab.console import DONE, UserError, numbers, printable, run_script, whole
 from recipes.lab.pages import markdown_table
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One mechanism at the resolution asked for."""
-
-    label: str  # the mechanism with its options
-    seconds: float  # of all blocks; on a GPU the device's, unless launched times are asked for
-    launched: float  # the same with what the host takes to launch every operator
-    # Bytes: one block's peak and the weights of all, and in training what every block keeps for
-    # its backward.
-    peak: float
-    is_measured: bool  # not put on a line between other resolutions
-    quality: float | None = None  # of the comparison
 
 
 class Layer(NamedTuple):
@@ -112,56 +98,6 @@ def _layers(cases: pd.DataFrame, tokens: int, time: str) -> tuple[dict[str, Laye
         weights = rows["parameter_memory"].iloc[0]
         found[name] = Layer(spent[0], launched[0], peak[0], weights, spent[1])
     return found, unknown
-
-
-def advise(found: list[Choice], limit: float | None, metric: str | None, lower: bool) -> list[str]:
-    """The Pareto front in words, the fastest first."""
-    fitting = [c for c in found if limit is None or c.peak <= limit]
-    lines = []
-    if too_large := [f"{c.label} ({memory(c.peak)})" for c in found if c not in fitting]:
-        lines.append(f"Do not fit into {memory(limit or 0)}: {', '.join(too_large)}.")
-    if not fitting:
-        least = min(found, key=lambda c: c.peak)
-        return [
-            *lines,
-            f"Nothing fits. The smallest is {least.label} with {memory(least.peak)}: take a "
-            f"lower resolution, a smaller batch or width, or gradient checkpointing.",
-        ]
-    judged = [c for c in fitting if c.quality is not None] if metric else []
-    sign = 1 if lower else -1
-    points = {c.label: (c.seconds, c.peak, sign * (c.quality or 0.0)) for c in judged or fitting}
-    best = pareto(points)
-    front = [c for c in sorted(fitting, key=lambda c: c.seconds) if c.label in best]
-    softmax = next((c for c in found if c.label == "softmax"), None)
-    praises: dict[str, list[str]] = {c.label: [] for c in front}
-    contests: list[tuple[str, list[Choice], Callable[[Choice], float], Callable]] = [
-        ("the fastest", front, lambda c: c.seconds, lambda c: amount(c.seconds, "s")),
-        ("takes the least memory", front, lambda c: c.peak, lambda c: memory(c.peak)),
-        (f"the best {metric}", judged, lambda c: sign * (c.quality or 0),
-         lambda c: f"{c.quality:.4g}"),
-    ]  # fmt: skip
-    for what, among, value, shown in contests:
-        # A tie is where the figures shown are the same.
-        least = shown(min(among, key=value)) if among else None
-        winners = [c.label for c in among if shown(c) == least]
-        for name in set(winners) & praises.keys():
-            others = ", ".join(label for label in winners if label != name)
-            praises[name].append(f"{what} (a tie with {others})" if others else what)
-    for c in front:
-        text = f"- {c.label}: {', '.join(praises[c.label]) or 'a compromise'}; "
-        text += f"{amount(c.seconds, 's')}, {memory(c.peak)}"
-        if softmax and c is not softmax:
-            factor = softmax.seconds / c.seconds
-            than = f"{factor:.2f} x faster" if factor >= 1 else f"{1 / factor:.2f} x slower"
-            text += ", as fast as softmax" if "1.00" in than[:4] else f", {than} than softmax"
-        if c.quality is not None:
-            text += f", {metric} {c.quality:.4g}"
-        lines.append(text + ("" if c.is_measured else " (estimated)") + ".")
-    if beaten := sorted(c.label for c in judged or fitting if c not in front):
-        lines.append(f"Beaten in everything that was compared: {', '.join(beaten)}.")
-    if judged and (rest := sorted(c.label for c in fitting if c not in judged)):
-        lines.append(f"Not compared, for want of {metric}: {', '.join(rest)}.")
-    return lines
 
 
 def main(arguments: list[str]) -> int:
@@ -236,39 +172,22 @@ def whole_choices(
     report: dict[str, Any], size: str, mode: str, tokens: int, quality: dict[str, float],
     is_launched: bool = False,
 ) -> tuple[list[Choice], dict[str, str], int, list[str]]:  # fmt: skip
-    """What one image costs in every whole model.
-
-    Returns:
-        Choices, whose peak is that of a batch; how each is run where it was measured nearest to
-        ``tokens``; the images of that batch; and the names that cannot be told.
-    """
+    """See ``of_whole_models``; the images of the batch, measured nearest to ``tokens``, too."""
     rows = [r for r in report["cases"] if r["size"] == size and r["mode"] == mode]
-    nearest = min(rows, key=lambda r: abs(math.log(r["tokens"] / tokens)))
-    batch = nearest["batch"]
-    found, treatments, unknown = [], {}, []
-    for name in sorted({row["mechanism"] for row in rows}):
-        points: dict[str, list[tuple[float, float]]] = {"fastest": [], "eager": [], "peak": []}
-        of_name = sorted(
-            (row for row in rows if row["mechanism"] == name),
-            key=lambda row: abs(math.log(row["tokens"] / tokens)),
-        )
-        for row in of_name:
-            best, n, images = fastest(row), row["tokens"], row["batch"]
-            if best is None:
-                continue
-            treatments.setdefault(name, best[1])
-            points["fastest"].append((n, best[0] / images))
-            points["peak"].append((n, row["peak_memory"] / images))
-            if "eager" in row["seconds"]:
-                points["eager"].append((n, row["seconds"]["eager"]["median"] / images))
-        spent, launched, peak = (value_at(points[key], tokens) for key in points)
-        if spent is None or peak is None or (is_launched and launched is None):
-            unknown.append(name)
+    batch = min(rows, key=lambda r: abs(math.log(r["tokens"] / tokens)))["batch"]
+    measured = []
+    for row in rows:
+        if (best := fastest(row)) is None:
             continue
-        eager = math.nan if launched is None else launched[0]
-        seconds = eager if is_launched else spent[0]
-        found.append(Choice(name, seconds, eager, peak[0] * batch, spent[1], quality.get(name)))
-    return found, treatments, batch, unknown
+        images, eager = row["batch"], row["seconds"].get("eager")
+        measured.append(Measured(
+            row["mechanism"], row["tokens"], best[0] / images,
+            None if eager is None else eager["median"] / images, row["peak_memory"] / images,
+            best[1],
+        ))  # fmt: skip
+    found, treatments, unknown = of_whole_models(measured, tokens, batch, quality, is_launched)
+    untimed = {row["mechanism"] for row in rows} - {row.label for row in measured}
+    return found, treatments, batch, sorted({*unknown, *untimed})
 
 
 def _of_whole_models(
@@ -301,7 +220,7 @@ def _of_whole_models(
         [c.label, treatments[c.label], amount(c.seconds, "s"),
          "" if math.isnan(c.launched) else amount(c.launched, "s"), memory(c.peak),
          "" if c.quality is None else f"{c.quality:.4g}",
-         "measured" if c.is_measured else "estimated"]
+         "measured" if c.is_measured else c.how]
         for c in sorted(found, key=lambda c: c.seconds)
     ]  # fmt: skip
     heading = ["mechanism", "fastest", "time", "eager", "memory of the batch",
@@ -311,8 +230,8 @@ def _of_whole_models(
         (True, "Times are those of the model recorded as a CUDA graph, or compiled and recorded, "
          "whichever is faster; --launched ranks by eager ones."),
         (True, "Memory is of one eager step, above weights and optimizer states."),
-        (not all(c.is_measured for c in found), "What is called estimated lies on the line "
-         "through the two nearest sizes in log-log."),
+        (not all(c.is_measured for c in found), "What is called interpolated or estimated lies "
+         "on the line through the two nearest sizes in log-log."),
         (not source, "Nothing is said of quality, and mechanisms differ in it: train them with "
          "python recipes/compare.py and name its folder with --quality."),
         (source, f"{source}, not at yours; its report says which differences are more than "

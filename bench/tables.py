@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attnzoo.command.units import amount, memory
 from recipes.lab.console import UserError
 from recipes.lab.files import require_writable, write_text
+
+__all__ = ["amount", "memory", "parts_around", "put_into"]
 
 
 def put_into(path: Path, name: str, text: str) -> None:
@@ -34,20 +37,3 @@ def parts_around(path: Path, name: str) -> tuple[str, str]:
     require_writable(path)
     before, rest = old.split(start)
     return before + start, end + rest.split(end)[1]
-
-
-def amount(value: float, unit: str = "") -> str:
-    """A number with a metric prefix: 1234567 -> "1.23 M"."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""),
-                           (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")):  # fmt: skip
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}".strip()
-    return f"{value:.3g} {unit}".strip()
-
-
-def memory(value: float) -> str:
-    """Bytes in binary units: 1572864 -> "1.5 MiB"."""
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.fits import crossover
+from attnzoo.command.fits import first_faster
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
 from recipes.lab.console import UserError
 from recipes.lab.files import read_json
@@ -140,15 +140,6 @@ def _crossovers(report: dict[str, Any]) -> Values:
                 treatment = ", ".join(dict.fromkeys(one[1] for one in best if one))
                 values[f"{size}, {mode}"] = (found[size, mode][name], treatment)
         yield name, values
-
-
-def first_faster(points: Iterable[tuple[float, float]]) -> float:
-    """The resolution from which a time over softmax's lies below 1; infinite if none does."""
-    points = sorted(points)
-    if points[0][1] <= 1:
-        return points[0][0]
-    found = crossover(points, [(x, 1.0) for x, _ in points])
-    return float("inf") if found is None else found[0]
 
 
 def _times_faster(report: dict[str, Any]) -> Values:

@@ -73,7 +73,7 @@ ATTEND = """
             torch.testing.assert_close(out, layer(x, (4, 4)))
             print("runs")
     if "table" in sys.argv:
-        from attnzoo.__main__ import backends
+        from attnzoo.command.doctor import backends
         backends()
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo import get_attention, list_attention
-from attnzoo.__main__ import table
+from attnzoo.command.listing import table
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "mechanisms"

@@ -1,0 +1,157 @@
+"""``python -m bench.shipped``: the figures that come with attnzoo, from what is committed.
+
+Times and memory are those of ``docs/plots/whole-models*.json``. Of a case that several files have,
+the newest counts in which both it and softmax ran as a user runs them. Quality is that of the
+studies' tables under ``docs``, and where there is none of ``docs/zoo.md``. Writes
+``attnzoo/command/figures.json``, which ``attnzoo recommend`` and ``bench.first_screen`` read; run
+it after any of these files has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnzoo.command.figures import Figures, Quality, Row, Source, dumps
+from backbones import build_backbone
+from bench.whole_figures import fastest, over_fastest, read_whole
+from recipes.lab.console import DONE, UserError, run_script
+from recipes.lab.files import require_writable, write_text
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "attnzoo" / "command" / "figures.json"
+# The comparison of the whole zoo on digits, a table of Markdown.
+DIGITS = ROOT / "docs" / "zoo.md"
+_STUDIED = {"study", "protocol", "variant", "data", "px", "tokens", "state", "loss"}
+
+
+def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
+    """What files of ``bench.whole_models`` say, joined.
+
+    Raises:
+        UserError: One of them is no such file, or there is none.
+    """
+    reports = sorted(
+        ((path, read_whole(path)) for path in paths), key=lambda pair: str(pair[1]["datetime"])
+    )
+    if not reports:
+        raise UserError("there is no JSON of python -m bench.whole_models --out to ship")
+    sources, rows = [], {}
+    for index, (path, report) in enumerate(reports):
+        sources.append(Source(
+            device_of(report), report["device_name"], report["datetime"][:10], report["commit"],
+            report["versions"], path.name,
+        ))  # fmt: skip
+        for case in report["cases"]:
+            if (row := _row(case, index, sources[-1].device)) is not None:
+                key = sources[-1].device, row.size, row.mode, row.tokens, row.mechanism
+                rows[key] = row
+    used = sorted({row.source for row in rows.values()})
+    return Figures(
+        [sources[index] for index in used],
+        [
+            dataclasses.replace(row, source=used.index(row.source))
+            for _, row in sorted(rows.items())
+        ],
+        quality,
+    )
+
+
+def device_of(report: dict[str, Any]) -> str:
+    """The short name of what a report was measured on: "cpu", "h100"."""
+    if report.get("device") == "cpu":
+        return "cpu"
+    model = re.search(r"\b[A-Z]+\d+\b", report["device_name"])
+    return (model[0] if model else report["device_name"]).lower()
+
+
+def _row(case: dict[str, Any], source: int, device: str) -> Row | None:
+    """A case as a row; None if it or softmax beside it ran in no way that users run it."""
+    is_softmax = case["mechanism"] == "softmax"
+    best, over = fastest(case), (1.0, "") if is_softmax else over_fastest(case)
+    if best is None or over is None:
+        return None
+    if device != "cpu" and "eager" in (best[1], *over[1].replace(", softmax", "").split()):
+        return None
+    eager = case["seconds"].get("eager")
+    return Row(
+        source, case["mechanism"], case["size"], case["mode"], case["tokens"], case["batch"],
+        _parameters(case), best[0], best[1], eager and eager["median"], over[0],
+        case["peak_memory"],
+    )  # fmt: skip
+
+
+def _parameters(case: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        model = build_backbone(case["mechanism"], case["size"], "controlled", case["resolution"])
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def studied_quality(paths: Iterable[Path]) -> list[Quality]:
+    """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth."""
+    losses: dict[tuple[str, str, int, int], list[float]] = {}
+    for path in sorted(paths):
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if not set(reader.fieldnames or ()) >= _STUDIED:
+                continue
+            for row in reader:
+                if row["state"] == "ok" and row["protocol"] == "depth" and row["loss"]:
+                    key = row["variant"], row["data"], int(row["px"]), int(row["tokens"])
+                    losses.setdefault(key, []).append(float(row["loss"]))
+    return [
+        _quality(variant, tokens, found, f"{data}, {px} px")
+        for (variant, data, px, tokens), found in sorted(losses.items())
+    ]
+
+
+def digits_quality(path: Path = DIGITS) -> list[Quality]:
+    """The held-out losses of the whole zoo on digits.
+
+    Raises:
+        UserError: The page has no such table.
+    """
+    rows = re.findall(r"^\| `([^`]+)` \| \d+ \| ([\d., ]+) \|", path.read_text("utf-8"), re.M)
+    if not rows:
+        raise UserError(f"{path} has no table of held-out losses")
+    return [
+        _quality(name, 16, [float(part) for part in text.split(",")], "digits, 8 px")
+        for name, text in rows
+    ]
+
+
+def _quality(name: str, tokens: int, losses: list[float], setting: str) -> Quality:
+    return Quality(
+        name, tokens, "held-out loss", True, round(statistics.fmean(losses), 5),
+        round((max(losses) - min(losses)) / 2, 5), len(losses), setting,
+    )  # fmt: skip
+
+
+def committed() -> Figures:
+    """What the repository's files say now."""
+    quality = studied_quality((ROOT / "docs").rglob("*.csv")) or digits_quality()
+    return collected((ROOT / "docs" / "plots").glob("whole-models*.json"), quality)
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.shipped", description=__doc__)
+    parser.add_argument("--out", type=Path, default=TARGET, help="(default: the package's)")
+    options = parser.parse_args(arguments)
+    require_writable(options.out)
+    figures = committed()
+    write_text(options.out, dumps(figures))
+    print(f"{options.out}: {len(figures.rows)} steps, {len(figures.quality)} results of quality")
+    return DONE
+
+
+if __name__ == "__main__":
+    run_script(main)
