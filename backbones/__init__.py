@@ -3,7 +3,7 @@
 from backbones.dit import DiT
 from backbones.lora import lora_targets
 from backbones.pattern import Pattern, parse_pattern
-from backbones.pixels import PixelDecoder
+from backbones.pipelines import FlowScheduler, PixelDecoder
 from backbones.presets import build_backbone, list_presets
 from backbones.recorded import (
     RecordedForward,
@@ -15,6 +15,7 @@ from backbones.recorded import (
 
 __all__ = [
     "DiT",
+    "FlowScheduler",
     "Pattern",
     "PixelDecoder",
     "RecordedForward",

@@ -1,5 +1,8 @@
 """torch.func: grad, jvp and vmap go through every mechanism, or are refused with a reason."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.func import functional_call, grad, jvp, vmap
@@ -9,6 +12,8 @@ from attnzoo.errors import Unavailable
 from attnzoo.testing import build_scrambled, tokens
 
 GRID, DIM = (4, 4), 16
+PAGE = Path(__file__).parents[2] / "docs" / "ecosystem.md"
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 # What impl="torch" refuses, by the operator whose PyTorch version torch.func cannot see through.
 REFUSED = {
     "dydila": {"grad", "jvp", "vmap"},
@@ -23,7 +28,9 @@ WAYS = [
     (name, impl)
     for name in list_attention()
     for impl in ("auto", "reference", "torch")
-    if "impl" in get_attention(name).Config.__dataclass_fields__ or impl == "auto"
+    if "impl" in get_attention(name).Config.__dataclass_fields__
+    and (impl != "auto" or name in REFUSED)  # which is "torch" where that goes through
+    or (impl == "auto" and name == "conv")  # there is one way only
 ]
 
 
@@ -110,6 +117,15 @@ def test_vmap_over_samples_is_the_batch(layer):
         close(found, layer(layer.parameters, x))
         each = vmap(grad(lambda p, x: layer.loss(p, x[None])), (None, 0))(layer.parameters, x)
         close({name: z.sum(0) for name, z in each.items()}, layer.gradients(x))
+
+
+def test_the_page_lists_what_is_refused():
+    text = PAGE.read_text("utf-8").split("## torch.func\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| grad, jvp, vmap \| (.*) \|$", text, re.MULTILINE))
+    assert list(rows) == list_attention()
+    for name, cell in rows.items():
+        refused = ", ".join(sorted(REFUSED.get(name, ())))
+        assert cell == (f"refuses {refused}" if refused else "grad, jvp, vmap"), name
 
 
 def test_a_kernel_by_name_is_not_replaced():
