@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["FlowScheduler", "PixelDecoder", "SchedulerMixin"]  # diffusers looks for the last
 
@@ -29,6 +29,8 @@ class PixelDecoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, scaling_factor: float = 1.0) -> None:
         super().__init__()
+        # diffusers saves no model without a weight, and asks its device and dtype.
+        self.unused = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """(b, c, h, w) -> ``.sample``, the same."""
