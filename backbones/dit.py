@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo import InvalidType, InvalidValue
 from attnzoo.contract import Attention, as_tuples, check_option, nearest
+from attnzoo.ops.dispatch import is_transformed
+from backbones.attention_backend import reset_backend, set_backend
+from backbones.carried import import_carried
 from backbones.feedforward import FeedForward, build_feedforward
-from backbones.pattern import canonical_pattern, parse_pattern
+from backbones.pattern import canonical_pattern, names_in, parse_pattern
 
 
 class Block(nn.Module):
@@ -105,6 +108,7 @@ class DiT(ModelMixin, ConfigMixin):
     _last_positions: tuple[Any, Tensor] | None = None
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - diffusers reads it as a class attribute
+    _repeated_blocks = ["Block"]  # noqa: RUF012 - likewise
 
     @register_to_config
     def __init__(
@@ -218,7 +222,8 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             hidden_states: Noisy images or latents, (b, in_channels, height, width).
             timestep: Time of each sample, (b,), or one for all.
-            class_labels: Classes, (b,), int64; ``num_classes`` is the null class.
+            class_labels: Classes, (b,), int64; ``num_classes`` is the null class, and so is 1000,
+                by which diffusers' ``DiTPipeline`` calls it, for a model of fewer classes.
             return_dict: Whether to return an output object rather than a tuple.
 
         Returns:
@@ -230,6 +235,9 @@ class DiT(ModelMixin, ConfigMixin):
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        if self.config.num_classes < _NULL_OF_DIFFUSERS:
+            is_null = class_labels == _NULL_OF_DIFFUSERS
+            class_labels = torch.where(is_null, self.config.num_classes, class_labels)
         self._check_condition(hidden_states, timestep, class_labels)
         # Contiguous, else every norm copies; and inductor's norm is wrong on a CPU (torch 2.13).
         x = rearrange(self.patch_embedding(hidden_states), "b c h w -> b (h w) c").contiguous()
@@ -335,6 +343,8 @@ class DiT(ModelMixin, ConfigMixin):
         # On a GPU these looks at values would stall the queue; the recipes look before.
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
             return
+        if is_transformed():  # vmap has no one number to look at
+            return
         if int(labels.min()) < 0 or int(labels.max()) > self.config.num_classes:
             raise InvalidValue(
                 f"class labels must lie in [0, {self.config.num_classes}] "
@@ -343,6 +353,43 @@ class DiT(ModelMixin, ConfigMixin):
             )
         if timestep.device.type == "cpu" and not bool((timestep >= 0).all()):
             raise InvalidValue(f"timesteps must be at least 0, got {timestep.tolist()}")
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Computes every softmax by "native" (PyTorch), "flash" or "xformers", as of diffusers.
+
+        Raises:
+            InvalidValue: There is no such backend, or the mechanism has no softmax.
+            Unavailable: The package is missing or does not run here.
+        """
+        set_backend(self, backend)
+
+    def reset_attention_backend(self) -> None:
+        """Undoes ``set_attention_backend``: the option ``impl`` decides again."""
+        reset_backend(self)
+
+    def set_use_memory_efficient_attention_xformers(
+        self, valid: bool, attention_op: Callable[..., Any] | None = None
+    ) -> None:
+        """``set_attention_backend("xformers")`` or its undoing, as of diffusers.
+
+        Raises:
+            InvalidValue: See there; or an ``attention_op`` is given, which nothing takes.
+        """
+        if attention_op is not None:
+            raise InvalidValue("attention_op is not taken: xformers chooses its operator itself")
+        set_backend(self, "xformers") if valid else reset_backend(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ABSENT:  # an AttributeError too, so that who asks first is answered no
+            raise NoAttribute(f"a DiT of attnzoo has no {name}: {_ABSENT[name]}")
+        return super().__getattr__(name)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """See diffusers' ``ConfigMixin``; ``config.out_channels`` is there, and is not saved."""
+        super().register_to_config(**kwargs)
+        channels = self.config.get("in_channels"), self.config.get("learn_sigma")
+        if isinstance(channels[0], int):
+            vars(self.config)["out_channels"] = channels[0] * (2 if channels[1] else 1)
 
     def fuse(self) -> DiT:
         """Folds training-only structure (re-parameterised convolutions) in place.
@@ -371,8 +418,9 @@ class DiT(ModelMixin, ConfigMixin):
 
         Args:
             folder: A folder, or a repository of the hub.
-            **kwargs: What diffusers takes, all of which holds for the config too; and arguments of
-                the model that replace those of the config.
+            **kwargs: What diffusers takes, all of which holds for every file that is read;
+                ``trust_remote_code``, without which no mechanism's code beside the weights is
+                run; and arguments of the model that replace those of the config.
 
         Raises:
             InvalidType: An argument, or an entry of the config, that the model does not have.
@@ -380,6 +428,7 @@ class DiT(ModelMixin, ConfigMixin):
                 to another mechanism, or do not fit.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        is_trusted = kwargs.pop("trust_remote_code", False)
         try:
             # It ignores what concerns the weights only.
             saved = cls._saved_attention(folder, cls.load_config(folder, **kwargs))
@@ -389,6 +438,7 @@ class DiT(ModelMixin, ConfigMixin):
                     f"{folder} holds the weights of attention {saved!r}, not of {wanted!r}; "
                     f"leave attn out to load what is there"
                 )
+            import_carried(names_in(saved), folder, kwargs, is_trusted=is_trusted)
             loaded: Any = super().from_pretrained(folder, output_loading_info=True, **kwargs)
             model, info = loaded
         except (OSError, SafetensorError) as error:
@@ -442,6 +492,22 @@ class DiT(ModelMixin, ConfigMixin):
                 f"this model has attention {self.config.attn!r}"
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+class NoAttribute(InvalidType, AttributeError):
+    """What diffusers' models may have and this one has not."""
+
+
+_NULL_OF_DIFFUSERS = 1000  # the null class of ImageNet
+_PROCESSORS = "a mechanism computes itself, by its option impl or set_attention_backend"
+_PROJECTIONS = "each mechanism computes in one product what it can, without being asked"
+_ABSENT = {
+    "attn_processors": _PROCESSORS,
+    "set_attn_processor": _PROCESSORS,
+    "set_default_attn_processor": _PROCESSORS,
+    "fuse_qkv_projections": _PROJECTIONS,
+    "unfuse_qkv_projections": _PROJECTIONS,
+}
 
 
 class CannotLoad(InvalidValue, OSError):
@@ -498,6 +564,7 @@ def _is_traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or bool(torch._C._get_tracing_state())
+        or is_transformed()
         or type(x) is not Tensor
     )
 

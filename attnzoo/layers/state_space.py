@@ -93,9 +93,12 @@ class SelectiveScan(nn.Module):
     def _operands(self, x: Tensor) -> tuple[Tensor, ...]:
         rank = self.step_proj.in_features
         step, b, c = self.input_proj(x).split([rank, STATE, STATE], dim=-1)
-        # The bias in float32: steps of 0.001 are differences that half precision does not have.
-        step = F.linear(step, self.step_proj.weight)
-        return _steps(step, self.step_proj.bias), _rates(self.log_rates), b, c
+        if type(self.step_proj) is nn.Linear:
+            # The bias in float32: half precision does not have differences of 0.001.
+            step = _steps(F.linear(step, self.step_proj.weight), self.step_proj.bias)
+        else:  # an adapter around it has its own idea of its weight
+            step = _steps(self.step_proj(step), 0.0)
+        return step, _rates(self.log_rates), b, c
 
     def macs_parts(self, tokens: int) -> dict[str, int]:
         """Multiply-accumulates per sample; the core as the recurrence does it."""
@@ -217,7 +220,7 @@ def sum_of(*parts: dict[str, int]) -> dict[str, int]:
     return {name: sum(counts.get(name, 0) for counts in parts) for name in names}
 
 
-def _steps(step: Tensor, bias: Tensor) -> Tensor:
+def _steps(step: Tensor, bias: Tensor | float) -> Tensor:
     return F.softplus(_wide(step) + bias)
 
 

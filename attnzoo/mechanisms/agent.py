@@ -40,7 +40,14 @@ from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import SoftmaxImpl, is_steep, reference, softmax_attention, softmax_macs
+from attnzoo.ops.softmax import (
+    SoftmaxImpl,
+    fused_attention,
+    is_steep,
+    reference,
+    softmax_attention,
+    softmax_macs,
+)
 from attnzoo.registry import register_attention
 
 
@@ -190,7 +197,7 @@ class AgentAttention(Attention):
             return softmax_attention(query, key, value, impl=self.config.impl)
         if is_steep(query, key):
             return reference.softmax_attention(query, key, value, bias)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        return fused_attention(query, key, value, bias.to(query.dtype))
 
     @property
     def _conv_impl(self) -> Impl:

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.dispatch import is_watched
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -128,6 +130,8 @@ def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """How much of all weights along an axis falls on each old place: (before,)."""
+    if is_watched():  # a tracer's stand-in must not be cached
+        return torch.tensor(_numbers(before, after), dtype=dtype, device=device)
     return _made_shares(before, after, dtype, device)
 
 
@@ -136,6 +140,12 @@ _shares._dynamo_marked_constant = True  # type: ignore[attr-defined] # else it t
 
 @functools.lru_cache(maxsize=64)
 def _made_shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
-    resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
-    return resized.sum(0).to(dtype).to(device)
+    return torch.tensor(_numbers(before, after), dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(before: int, after: int) -> list[float]:
+    with _disable_current_modes():  # a tracer has no numbers
+        each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
+        resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
+        return resized.sum(0).tolist()

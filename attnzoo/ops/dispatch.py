@@ -65,6 +65,15 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("flex", "torch", "reference", "natten"),
 }
+# Transforms of torch.func that the "torch" of an operator does not go through: it writes into
+# tensors of its own, or has a gradient of its own.
+_BARRED: dict[str, frozenset[str]] = {
+    "power_map": frozenset({"grad", "jvp", "vmap"}),
+    "scaled_power_map": frozenset({"grad", "jvp", "vmap"}),
+    "routed_linear": frozenset({"grad", "jvp", "vmap"}),
+    "selective_scan": frozenset({"grad", "jvp", "vmap"}),
+    "neighborhood_attention": frozenset({"jvp", "vmap"}),
+}
 # Multiply-accumulates of custom operators, of their arguments; the packages state their own.
 MACS: dict[str, Callable[..., int]] = {}
 _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
@@ -95,6 +104,8 @@ def operator(declaration: Declaration) -> Declaration:
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
+        if is_transformed():
+            return loaded[choose(name, impl, operands[0])](*operands, **options)
         if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
         x, is_cached, kind = operands[0], not torch.compiler.is_dynamo_compiling(), None
@@ -131,7 +142,7 @@ def kind_of(x: Tensor) -> tuple[Any, ...]:
 
 def choose_once(layer: Any, name: str, x: Tensor, unserved: Callable[[], str | None]) -> Impl:
     """``choose`` of "auto", asked once for a layer's ``config`` and a kind of tensor."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or is_transformed():
         return choose(name, "auto", x, None, unserved)
     # On a CPU nothing but the type decides.
     kind = x.dtype if x.is_cpu and not _IS_FORCED else kind_of(x)
@@ -163,6 +174,8 @@ def choose(
         Unavailable: It cannot run here; the message says why, for each that cannot.
     """
     offered = TABLE[name]
+    if is_transformed() and (impl == "auto" or impl in offered):
+        return _choose_transformed(name, impl)
     if impl == "auto":
         for candidate in offered:
             if candidate == "torch" or not _why_not(candidate, x, dtype, unserved, False):
@@ -175,6 +188,32 @@ def choose(
             f"impl={impl!r} {reason}; leave impl='auto', or choose: {', '.join(others)}"
         )
     return cast(Impl, impl)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, jvp, vmap, ...) looks into what is computed."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def transforms() -> set[str]:
+    """The transforms of torch.func that are at work: "grad", "jvp", "vmap"."""
+    if not is_transformed():
+        return set()
+    return {z.key().name.lower() for z in torch._C._functorch.get_interpreter_stack() or ()}
+
+
+def _choose_transformed(name: str, impl: str) -> Impl:
+    """``choose`` within torch.func, which sees through PyTorch's own operators only."""
+    barred = transforms() & _BARRED.get(name, frozenset())
+    if impl == "reference" or (barred and impl == "auto"):
+        return "reference"
+    if impl in ("auto", "torch") and not barred:
+        return "torch"
+    what = ", ".join(sorted(barred or transforms()))
+    raise Unavailable(
+        f"impl={impl!r} of {name} does not go through torch.func's {what}; leave impl='auto', "
+        f"which takes what does, or choose impl='reference'"
+    )
 
 
 def _why_not(
@@ -357,7 +396,8 @@ def has_half_sums(*operands: Tensor) -> bool:
 
 def can_look(x: Tensor) -> bool:
     """Whether looking at numbers costs no waiting for a device and breaks no graph."""
-    return x.device.type == "cpu" and not _IS_FORCED and not torch.compiler.is_compiling()
+    is_seen = torch.compiler.is_compiling() or is_transformed()
+    return x.device.type == "cpu" and not _IS_FORCED and not is_seen
 
 
 def _is_installed(package: str = "triton") -> bool:

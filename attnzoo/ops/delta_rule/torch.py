@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo.ops.dispatch import is_transformed
 from attnzoo.ops.gated_scan import is_counted
 from attnzoo.ops.precision import in_float32
 
@@ -57,6 +58,7 @@ def gated_delta_block(
     if state is None:
         state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
     is_stored = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    is_stored = is_stored and not is_transformed()  # which takes no checkpoints
     left, outs = state, []
     for start in range(0, n, size * _TOGETHER):
         length = min(size * _TOGETHER, n - start)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.dispatch import is_transformed
+
 
 def group_norm(
     x: Tensor, shift: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
@@ -12,6 +14,7 @@ def group_norm(
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.group_norm``."""
     image = (x + shift.to(x.dtype)).unsqueeze(1).permute(0, 3, 1, 2)  # channels-last, one row
+    image = image.contiguous() if is_transformed() else image  # vmap knows no channels-last
     out = F.group_norm(image, groups, weight, bias, eps)
     out = F.leaky_relu(out, slope) if slope != 1 else out
     return out.permute(0, 2, 3, 1).flatten(1, 2)

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.dispatch import is_transformed
 from attnzoo.ops.precision import in_float32
 
 
 def _gradients(loss: Callable[..., Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    if is_transformed():
+        return list(torch.func.grad(loss, tuple(range(len(weights))))(*weights))
     with torch.enable_grad():
         weights = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
         return list(torch.autograd.grad(loss(*weights), weights, create_graph=True))

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.dispatch import custom_op, has_half_sums, has_wide_product, is_plain
+from attnzoo.ops.dispatch import (
+    custom_op,
+    has_half_sums,
+    has_wide_product,
+    is_plain,
+    is_transformed,
+)
 from attnzoo.ops.precision import in_float32
 
 
@@ -172,6 +178,8 @@ class _Quotient(torch.autograd.Function):
 
 def quotient(x: Tensor, norm: Tensor) -> Tensor:
     """x / norm; without a gradient x itself is overwritten: (..., n, e), (..., n, 1)."""
+    if is_transformed():  # differentiates PyTorch's division, and may need x again
+        return x / norm
     return _Quotient.apply(x, norm) if torch.is_grad_enabled() else x.div_(norm)
 
 

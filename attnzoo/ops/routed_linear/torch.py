@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.dispatch import Impl, custom_op, is_plain
+from attnzoo.ops.dispatch import Impl, custom_op, is_plain, is_transformed
 from attnzoo.ops.precision import autocast_operands, in_float32
 from attnzoo.ops.routed_linear import reference
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
@@ -64,7 +64,7 @@ def pick(
     scalars differ.
     """
     routed = decide(weight, parts, gradient)
-    if impl == "reference":
+    if impl == "reference" or is_transformed():
         return reference.routed_scalar(routed, scalars, gradient), routed
     if routed.logits is None:
         return scalars.take(routed.index.unsqueeze(-1)), routed
@@ -94,7 +94,7 @@ def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "a
     "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
     backward. "none" gates by nothing.
     """
-    if impl == "reference":
+    if impl == "reference" or is_transformed():
         return reference.gated(x, routed, gradient)
     if gradient == "none" or routed.logits is None:
         return x

@@ -12,11 +12,18 @@ from attnzoo.ops.optional import failure
 from attnzoo.ops.softmax import flash, reference
 from attnzoo.ops.softmax.libraries import library_attention
 from attnzoo.ops.softmax.torch import is_steep
-from attnzoo.ops.softmax.torch import softmax_attention as _fused
+from attnzoo.ops.softmax.torch import softmax_attention as fused_attention
 
 SoftmaxImpl = Literal["auto", "reference", "torch", "flash", "xformers"]
 
-__all__ = ["SoftmaxImpl", "is_steep", "softmax_attention", "softmax_macs", "why_unavailable"]
+__all__ = [
+    "SoftmaxImpl",
+    "fused_attention",
+    "is_steep",
+    "softmax_attention",
+    "softmax_macs",
+    "why_unavailable",
+]
 
 
 def softmax_attention(
@@ -46,7 +53,7 @@ def softmax_attention(
     if impl == "auto" and flash.is_faster(query, key, value):
         return flash.softmax_attention(query, key, value)
     if chosen == "torch":
-        return _fused(query, key, value)
+        return fused_attention(query, key, value)
     return library_attention(query, key, value, chosen)
 
 

@@ -8,14 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.dispatch import can_look
+from attnzoo.ops.dispatch import can_look, transforms
 
 _STEEP = 1e6  # a score whose rounding error changes its exponential by a tenth
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """See ``attnzoo.ops.softmax``."""
-    return F.scaled_dot_product_attention(query, key, value)
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """See ``attnzoo.ops.softmax``; ``bias`` is added to the scores, (..., n, m)."""
+    if "jvp" not in transforms():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only one whose jvp PyTorch has
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def is_steep(query: Tensor, key: Tensor) -> bool:

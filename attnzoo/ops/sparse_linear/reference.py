@@ -14,8 +14,7 @@ def sparse_map(query: Tensor, key: Tensor, block: int, share: float) -> tuple[Te
     """The softmax over the keys of the blocks that are kept, and which keys those are."""
     n, size = query.shape[2], block_size(query.shape[2], block)
     kept = kept_blocks(query, key, size, share)
-    chosen = torch.zeros(*kept.shape[:-1], -(-n // size), dtype=torch.bool, device=query.device)
-    chosen.scatter_(-1, kept, 1)
+    chosen = (kept.unsqueeze(-1) == torch.arange(-(-n // size), device=query.device)).any(-2)
     chosen = chosen.repeat_interleave(size, -2).repeat_interleave(size, -1)[..., :n, :n]
     scores = torch.einsum("bhnd,bhmd->bhnm", query, key) * query.shape[-1] ** -0.5
     return scores.masked_fill(~chosen, -torch.inf).softmax(-1), chosen

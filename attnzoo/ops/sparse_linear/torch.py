@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import is_steep, reference
+from attnzoo.ops.softmax import fused_attention, is_steep, reference
 
 
 def block_size(tokens: int, block: int) -> int:
@@ -82,7 +82,7 @@ def _softmax_part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, n: in
     if is_steep(query, key):
         out = reference.softmax_attention(query, key, value, bias)
     else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        out = fused_attention(query, key, value, bias)
     return out.unflatten(0, kept.shape[:2]).flatten(2, 3)
 
 

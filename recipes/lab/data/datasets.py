@@ -33,7 +33,8 @@ class Request:
     """What ``load_dataset`` is asked for.
 
     Attributes:
-        data: A name of ``DATASETS``; ``NAME:FOLDER`` where its files lie elsewhere; or the path of
+        data: A name of ``DATASETS``; ``NAME:FOLDER`` where its files lie elsewhere, ``hf:NAME`` of
+            the Hugging Face hub's, from the local cache; or the path of
             a folder with one sub-folder for each class. A known name wins over a folder of that
             name, so write ``./digits`` for the folder. A folder that holds nothing but the splits
             ``train``, ``val``, ``validation`` or ``test``, as ImageNet comes, means its ``train``.
@@ -118,6 +119,11 @@ class ImageDataset:
 
     def __init__(self, request: Request) -> None:
         raise NotImplementedError
+
+    @classmethod
+    def canonical_place(cls, place: str) -> str:
+        """One spelling of what follows ``NAME:``, good from any working directory."""
+        return os.path.realpath(os.path.expanduser(place))
 
     @property
     def num_classes(self) -> int:
@@ -334,7 +340,7 @@ def canonical_data(data: str) -> str:
     not exist, stay as they are.
     """
     name, colon, place = data.partition(":")
-    if kind_of(data) != "folder":
-        return name + colon + (os.path.realpath(os.path.expanduser(place)) if place else "")
+    if (kind := kind_of(data)) != "folder":
+        return name + colon + (entry_of(kind).canonical_place(place) if place else "")
     folder = os.path.expanduser(data)
     return os.path.realpath(folder) if data and os.path.exists(folder) else data

@@ -356,15 +356,7 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
     try:
         formats = _FORMATS.get(path.suffix.lower(), _COMMON)
         with Image.open(path, formats=formats) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"{_TOO_LARGE} ({width}x{height})")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
-            upright = ImageOps.exif_transpose(image)
-            if image.format == "PPM" and image.mode == "I":  # 16 bits, scaled to 65535
-                upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
-            rgb = _center_crop(to_rgb(upright), resolution)
+            return fit_image(image, resolution), min(image.size)
     except (BadImage, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -373,8 +365,27 @@ def read_image(path: Path, resolution: int) -> tuple[Tensor, int]:
         # PIL's readers let struct.error, SyntaxError, KeyError and more out on damaged files.
         reason = " ".join(str(error).replace(str(path), "file").split())
         raise BadImage(f"cannot be decoded ({reason or type(error).__name__})") from error
-    pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    return pixels, min(width, height)
+
+
+def fit_image(image: Image.Image, resolution: int) -> Tensor:
+    """An open image turned as its EXIF says, on white, resized and cropped at the center.
+
+    Returns:
+        (3, resolution, resolution) uint8.
+
+    Raises:
+        BadImage: Its size or its mode cannot be used.
+    """
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{_TOO_LARGE} ({width}x{height})")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"more than {MAX_ASPECT} times as long as wide ({width}x{height})")
+    upright = ImageOps.exif_transpose(image)
+    if image.format == "PPM" and image.mode == "I":  # 16 bits, scaled to 65535
+        upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
+    rgb = _center_crop(to_rgb(upright), resolution)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def read_images(paths: Sequence[Path], resolution: int) -> Iterator[tuple[Tensor, int] | BadImage]:

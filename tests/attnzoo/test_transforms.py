@@ -1,0 +1,132 @@
+"""torch.func: grad, jvp and vmap go through every mechanism, or are refused with a reason."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jvp, vmap
+
+from attnzoo import list_attention
+from attnzoo.errors import Unavailable
+from attnzoo.testing import build_scrambled, tokens
+
+GRID, DIM = (4, 4), 16
+PAGE = Path(__file__).parents[2] / "docs" / "ecosystem.md"
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+# What impl="torch" refuses, by the operator whose PyTorch version torch.func cannot see through.
+REFUSED = {
+    "dydila": {"grad", "jvp", "vmap"},
+    "dydila-map": {"grad", "jvp", "vmap"},
+    "focused": {"grad", "jvp", "vmap"},
+    "diffussm": {"grad", "jvp", "vmap"},
+    "dis": {"grad", "jvp", "vmap"},
+    "zigma": {"grad", "jvp", "vmap"},
+    "local": {"jvp", "vmap"},
+}
+WAYS = [
+    (name, impl)
+    for name in list_attention()
+    for impl in ("auto", "reference", "torch")
+    if impl != "auto" or name in REFUSED  # elsewhere it is "torch"
+]
+
+
+class Layer:
+    """A mechanism as a function of its parameters and tokens."""
+
+    def __init__(self, name, impl, **options):
+        options |= {} if impl == "auto" else {"impl": impl}
+        self.module = build_scrambled(name, DIM, **options)
+        self.parameters = dict(self.module.named_parameters())
+        self.refused = REFUSED.get(name, set()) if impl == "torch" else set()
+
+    def __call__(self, parameters, x):
+        return functional_call(self.module, parameters, (x, GRID))
+
+    def loss(self, parameters, x):
+        return self(parameters, x).square().sum()
+
+    def gradients(self, x):
+        """By autograd; 0 where it has none, as torch.func gives it."""
+        found = torch.autograd.grad(
+            self.loss(self.parameters, x), list(self.parameters.values()), allow_unused=True
+        )
+        pairs = zip(self.parameters.items(), found, strict=True)
+        return {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: "-".join(map(str, way)))
+def layer(request):
+    return Layer(*request.param)
+
+
+def outcome(layer, transform, compute):
+    """What ``compute`` gives, or None where the mechanism refuses as it should."""
+    if transform not in layer.refused:
+        return compute()
+    with pytest.raises(
+        Unavailable, match=rf"torch.func's .*{transform}.*impl='reference'"
+    ) as caught:
+        compute()
+    assert "\n" not in str(caught.value)
+    return None
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_grad_is_autograds(layer):
+    x = tokens(GRID, 2, DIM)
+    found = outcome(layer, "grad", lambda: grad(layer.loss)(layer.parameters, x))
+    if found is not None:
+        close(found, layer.gradients(x))
+
+
+def test_jvp_is_the_slope(layer):
+    x, direction = tokens(GRID, 2, DIM), tokens(GRID, 2, DIM, seed=3)
+    found = outcome(
+        layer, "jvp", lambda: jvp(lambda x: layer(layer.parameters, x), (x,), (direction,))
+    )
+    if found is None:
+        return
+    # <cotangent, J direction> both ways: exact, where a difference quotient is not. A router that
+    # learns through a straight-through gate has no such slope: its choice is constant.
+    has_routers = "router_gradient" in type(layer.module).Config.__dataclass_fields__
+    options = {"router_gradient": "none"} if has_routers else {}
+    layer = Layer(layer.module.name, getattr(layer.module.config, "impl", "auto"), **options)
+    x.requires_grad_()
+    out = layer(layer.parameters, x)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+    [back] = torch.autograd.grad(out, x, cotangent)
+    close(found[0], out.detach())
+    close((found[1] * cotangent).sum(), (back * direction).sum())
+
+
+def test_vmap_over_samples_is_the_batch(layer):
+    x = tokens(GRID, 3, DIM)
+
+    def one(x):
+        return layer(layer.parameters, x[None])[0]
+
+    found = outcome(layer, "vmap", lambda: vmap(one)(x))
+    if found is not None:
+        close(found, layer(layer.parameters, x))
+        each = vmap(grad(lambda p, x: layer.loss(p, x[None])), (None, 0))(layer.parameters, x)
+        close({name: z.sum(0) for name, z in each.items()}, layer.gradients(x))
+
+
+def test_the_page_lists_what_is_refused():
+    text = PAGE.read_text("utf-8").split("## torch.func\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| grad, jvp, vmap \| (.*) \|$", text, re.MULTILINE))
+    assert list(rows) == list_attention()
+    for name, cell in rows.items():
+        refused = ", ".join(sorted(REFUSED.get(name, ())))
+        assert cell == (f"refuses {refused}" if refused else "grad, jvp, vmap"), name
+
+
+def test_a_kernel_by_name_is_not_replaced():
+    layer = Layer("sana", "triton")
+    with pytest.raises(Unavailable, match="triton"):
+        grad(layer.loss)(layer.parameters, tokens(GRID, 2, DIM))
