@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import Commands
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -32,20 +34,22 @@ class MeanAttention(attnzoo.Attention):
 """
 
 
+@pytest.fixture(scope="module")
+def commands():
+    scripts = ("encode", "train", "sample", "evaluate", "figures", "compare")
+    started = Commands([f"recipes.{name}" for name in scripts], ENVIRONMENT)
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def walk(tmp_path):
+def walk(tmp_path, commands):
     """Runs one command line in the road's folder; it has to end well."""
 
     def step(script, *arguments):
-        command = [sys.executable, *script] if isinstance(script, tuple) else [
-            sys.executable, str(ROOT / "recipes" / f"{script}.py")
-        ]  # fmt: skip
-        done = subprocess.run(
-            [*command, *map(str, arguments)], cwd=tmp_path, env=ENVIRONMENT, text=True,
-            capture_output=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{script} {arguments}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        status, written = commands.run(ROOT / "recipes" / f"{script}.py", *arguments, cwd=tmp_path)
+        assert status == 0, f"{script} {arguments}\n{written}"
+        return written
 
     return step
 
@@ -131,9 +135,13 @@ def test_own_mechanism(walk, tmp_path):
     walk("evaluate", "run", *FEW)
     walk("compare", "--import", "mean.py", "--attn", "softmax,mean", "--data", "digits", "--seeds",
          "1", "--samples", "20", "--out", "comparison", *TINY)  # fmt: skip
-    walk(("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench")), "--import",
-         "mean.py", "--mechanisms", "mean", "--resolutions", "128", "--widths", "96", "-k",
-         "latency and layer and forward", "--benchmark-json", "out.json")  # fmt: skip
+    suite = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench"),
+         "--import", "mean.py", "--mechanisms", "mean", "--resolutions", "128", "--widths", "96",
+         "-k", "latency and layer and forward", "--benchmark-json", "out.json"],
+        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert suite.returncode == 0, suite.stdout + suite.stderr
     check_results(tmp_path / "run")
     assert "mean" in (tmp_path / "comparison" / "report.html").read_text("utf-8")
     (case,) = json.loads((tmp_path / "out.json").read_text("utf-8"))["benchmarks"]
