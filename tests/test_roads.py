@@ -42,9 +42,18 @@ def commands():
     started.close()
 
 
+@pytest.fixture(scope="module")
+def evaluators(tmp_path_factory):
+    """What the runs of all roads are measured with, trained by whoever comes first."""
+    return tmp_path_factory.mktemp("evaluators")
+
+
 @pytest.fixture
-def walk(tmp_path, commands):
+def walk(tmp_path, commands, evaluators):
     """Runs one command line in the road's folder; it has to end well."""
+    for folder in (tmp_path, tmp_path / "comparison"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".evaluators").symlink_to(evaluators)
 
     def step(script, *arguments):
         status, written = commands.run(ROOT / "recipes" / f"{script}.py", *arguments, cwd=tmp_path)
