@@ -10,9 +10,10 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.installed
 	$(RUN) recipes/demo.py
 
-# One thread per worker: torch's own threads would fight over the cores.
+# One thread per worker: torch's own threads would fight over the cores. Files as tests/conftest.py
+# orders them, where pytest-xdist would leave the long ones of few tests to the end.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow

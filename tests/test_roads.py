@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import Commands
 from tests.markdown_pages import ROOT, commands, named_code
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
@@ -31,14 +32,25 @@ SHORTER = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def recipes():
+    scripts = ("encode", "train", "sample", "evaluate", "figures", "compare")
+    started = Commands([f"recipes.{name}" for name in scripts], ENVIRONMENT)
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def walk(tmp_path):
+def walk(tmp_path, recipes):
     """Runs one command line in the road's folder; it has to end well."""
 
     def step(script, *arguments):
-        command = [sys.executable, *script] if isinstance(script, tuple) else [
-            sys.executable, str(ROOT / "recipes" / f"{script}.py")
-        ]  # fmt: skip
+        if isinstance(script, str):
+            file = ROOT / "recipes" / f"{script}.py"
+            status, written = recipes.run(file, *arguments, cwd=tmp_path)
+            assert status == 0, f"{script} {arguments}\n{written}"
+            return written
+        command = [sys.executable, *script]
         done = subprocess.run(
             [*command, *map(str, arguments)], cwd=tmp_path, env=ENVIRONMENT, text=True,
             capture_output=True, timeout=300,
@@ -118,7 +130,8 @@ def follow(walk):
             return walk(suite, *words[2:], *SHORTER["pytest"])
         script = Path(words[1])
         assert words[0] == "python" and (ROOT / script).exists(), words
-        return walk((str(ROOT / script),), *words[2:], *SHORTER.get(script.stem, ()))
+        name = script.stem if script.parent.name == "recipes" else (str(ROOT / script),)
+        return walk(name, *words[2:], *SHORTER.get(script.stem, ()))
 
     return step
 

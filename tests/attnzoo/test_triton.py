@@ -256,12 +256,15 @@ if CAN_RUN:
             out = out.flatten(-2)
         return out, powered.sum(1)
 
+    # Powers that are clamped, and half precision, where they meet what they change.
     @pytest.mark.parametrize(
-        ("dtype", "powers"),
-        [(torch.float32, (1.5, 4.0)), (torch.float32, (-0.5, 0.5)), (torch.bfloat16, (1.5, 4.0))],
+        ("dtype", "powers", "gradient", "width"),  # of heads; None: keys, not normalised
+        [
+            *((torch.float32, (1.5, 4.0), g, w) for g in ("ste", "none") for w in (None, 0, 16)),
+            *((torch.float32, (-0.5, 0.5), *case) for case in (("ste", None), ("none", 16))),
+            *((torch.bfloat16, (1.5, 4.0), "ste", width) for width in (None, 0, 16)),
+        ],
     )
-    @pytest.mark.parametrize("gradient", ["ste", "none"])
-    @pytest.mark.parametrize("width", [None, 0, 16])  # of heads; None: keys, not normalised
     @pytest.mark.parametrize(
         ("b", "n", "d", "n_gamma", "n_lambda", "few"),
         [(2, 37, 48, 9, 9, 0), (1, 70, 176, 21, 5, 0), (1, 70, 176, 21, 5, 70)],
@@ -369,7 +372,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kind", ["acnet", "acnet-plain", "3x3"])
-    def test_depthwise_convolution(kind, dtype):
+    def test_depthwise_convolution(kind, dtype, small_convolutions):
         """Of tokens that are a slice, with batch norms in training, against the library's."""
         grid, (theirs, mine) = (6, 7), (DepthwiseConv(24, kind).to(DEVICE) for _ in range(2))
         for parameter in theirs.parameters():
@@ -391,19 +394,30 @@ if CAN_RUN:
         for one, other in zip(mine.buffers(), theirs.buffers(), strict=True):
             close(one, other, dtype)
 
-    @pytest.mark.parametrize("grid", [(19, 17), (1, 70), (33, 2)])
-    def test_normed_branches_of_many_strips(grid):
+    @pytest.mark.parametrize(
+        ("grid", "channels"), [((5, 9), 64), ((1, 17), 16), ((9, 2), 64), ((3, 3), None)]
+    )
+    def test_normed_branches_of_many_strips(grid, channels, small_convolutions, monkeypatch):
         """Moments of numbers far from 0, put together from parts of several images."""
+        from attnzoo.ops.depthwise_conv import triton_branches as kernels
+
+        if channels is None:  # the tiles that are used
+            monkeypatch.undo()
+        elif DEVICE == "cuda":
+            grid = grid[0] * 4, grid[1] * 4
+        elif channels == 16:  # and two tiles of channels
+            for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "WEIGHT_BLOCK", "TOKEN_BLOCK"):
+                monkeypatch.setattr(kernels, name, (4, 8, channels, 4))
         theirs, mine = (DepthwiseConv(20, "acnet").to(DEVICE) for _ in range(2))
         for parameter in theirs.parameters():
             torch.nn.init.normal_(parameter)
         mine.load_state_dict(theirs.state_dict())
         theirs, pixels = theirs.double(), grid[0] * grid[1]
-        x = (random(3, pixels, 20, grad=False) + 5).requires_grad_()
+        x = (random(2, pixels, 20, grad=False) + 5).requires_grad_()
         exact = theirs(x.double(), grid, impl="reference")
         out = mine(x, grid, impl="triton")
         close(out, exact)
-        cotangent = random(3, pixels, 20, seed=1, grad=False)
+        cotangent = random(2, pixels, 20, seed=1, grad=False)
         found = torch.autograd.grad(out, [x, *mine.parameters()], cotangent)
         expected = torch.autograd.grad(exact, [x, *theirs.parameters()], cotangent.double())
         largest = max(grad.norm() for grad in expected)
@@ -421,7 +435,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize(("name", "heads"), [("dydila", 1), ("dydila", 3), ("dydila-map", 1)])
     @pytest.mark.parametrize("gradient", ["ste", "none"])
-    def test_whole_layer_equals_the_reference(name, heads, gradient):
+    def test_whole_layer_equals_the_reference(name, heads, gradient, small_convolutions):
         conv = "3x3" if gradient == "ste" else "acnet"
         layer = build_scrambled(name, num_heads=heads, router_gradient=gradient, conv=conv).to(
             DEVICE
@@ -446,7 +460,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("way", ["cast", "autocast"])
     @pytest.mark.parametrize(("name", "heads"), [("dydila", 1), ("dydila", 3), ("dydila-map", 1)])
-    def test_whole_layer_in_half_precision(name, heads, way):
+    def test_whole_layer_in_half_precision(name, heads, way, small_convolutions):
         layer = build_scrambled(name, num_heads=heads, conv="3x3").to(DEVICE)
         grid = (6, 6)
         x = tokens(grid).to(DEVICE)
@@ -466,7 +480,7 @@ if CAN_RUN:
     @pytest.mark.parametrize(
         "name", ["dydila", pytest.param("dydila-map", marks=pytest.mark.slow)]
     )
-    def test_compiles_into_one_graph(name):
+    def test_compiles_into_one_graph(name, small_convolutions):
         layer, grid = build_scrambled(name, conv="3x3").to(DEVICE), (3, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -486,7 +500,7 @@ if CAN_RUN:
     }  # fmt: skip
 
     @pytest.mark.parametrize("name", list_attention())
-    def test_a_training_step_waits_for_nothing(name):
+    def test_a_training_step_waits_for_nothing(name, small_convolutions):
         """No operator of a step, those inside custom operators too, needs a number on the host."""
         options = {"balance_coefficient": 0.1} if name == "dydila-map" else {}
         layer, grid = build_attention(name, DIM, **options).to(DEVICE).train(), (4, 4)
@@ -514,7 +528,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("gradient", ["ste", "none"])
     @pytest.mark.parametrize("pixels", [64, 1024])  # fewer and more tokens than channels
-    def test_counts_are_those_of_the_eager_operators(gradient, pixels):
+    def test_counts_are_those_of_the_eager_operators(gradient, pixels, small_convolutions):
         options = {"conv": "3x3", "router_gradient": gradient}
         models = [
             build_backbone(

@@ -63,17 +63,28 @@ def errors(function, operands, shape, dtype, impl):
 
 
 IMPLEMENTATIONS = ["torch"] + ["triton"] * CAN_RUN
-GRIDS = [(4, 6), (1, 1), (16, 8)]
 # The interpreter cuts digits off where a GPU rounds.
 BUDGETS = [(torch.float32, 1e-6), (HALF, 2**-6)]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("has_conv", [True, False])
-def test_agent_core(impl, dtype, budget, grid, has_conv):
-    n, cells = grid[0] * grid[1], (min(2, grid[0]), min(2, grid[1]))
+@pytest.mark.parametrize(
+    ("grid", "cells", "has_conv"),
+    [
+        ((4, 6), (2, 2), True), ((1, 1), (1, 1), True),
+        # Two parts of the tokens, the first of two tiles; cells of more than a tile.
+        ((9, 4), (1, 2), True), ((9, 4), (1, 2), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutions, monkeypatch):
+    if impl == "triton" and IS_INTERPRETED:
+        from attnzoo.ops.agent_core import triton as kernels
+
+        monkeypatch.setattr(kernels, "PROGRAMS", 12)
+        monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, (16, 4)))
+    n = grid[0] * grid[1]
     operands = [random(2, n, 72, seed=1)]
     if has_conv:
         operands += random(24, 1, 3, 3, seed=2), random(24, seed=3)
@@ -151,7 +162,7 @@ def test_gated_norm(impl, dtype, budget, n, d):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("kernels", [12, 4])
-def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels):
+def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels, small_convolutions):
     operands = [
         random(2, 54, 12, seed=1),
         random(kernels, 1, size, size, seed=2),
@@ -255,9 +266,10 @@ if CAN_RUN:
             assert error <= max(times * other, least), (error, other)
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-    @pytest.mark.parametrize("is_packed", [True, False])
-    @pytest.mark.parametrize(("is_relu", "is_normalized"), [(True, True), (False, True),
-                                                            (True, False)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("is_relu", "is_normalized", "is_packed"),
+        [(True, True, True), (True, True, False), (False, True, True), (True, False, False)],
+    )
     @pytest.mark.parametrize(
         ("b", "n", "heads", "width"),
         [(2, 37, 5, 8), (1, 21, 2, 24), (1, 70, 2, 40), (1, 5, 1, 36)],
@@ -278,6 +290,15 @@ if CAN_RUN:
     @pytest.mark.parametrize("width", [32, 64, 96, 160])
     def test_the_tiles_that_are_used(width):
         check(operands_of(1, 70, 70, 3, width, HALF, True), 3)
+
+    @pytest.mark.parametrize("size", [3, 5])
+    def test_the_tiles_that_are_used_for_a_convolution(size):
+        operands = [random(1, 18, 66), random(66, 1, size, size, seed=1), random(66, seed=2)]
+
+        def run(x, weight, bias, **options):
+            return depthwise_conv(x, (9, 2), weight, bias, **options)
+
+        assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
 
     @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -344,7 +365,7 @@ if CAN_RUN:
     ]  # fmt: skip
 
     @pytest.mark.parametrize(("name", "options"), LAYERS)
-    def test_whole_layer_equals_the_reference(name, options):
+    def test_whole_layer_equals_the_reference(name, options, small_convolutions):
         layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 5)
         x = tokens(grid).to(DEVICE).requires_grad_()
         assert layer.implementation(x) == "triton"
@@ -365,7 +386,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("way", ["cast", "autocast"])
     @pytest.mark.parametrize(("name", "options"), LAYERS[:-2])
-    def test_whole_layer_in_half_precision(name, options, way):
+    def test_whole_layer_in_half_precision(name, options, way, small_convolutions):
         layer, grid = build_scrambled(name, **options).to(DEVICE), (3, 5)
         x = tokens(grid).to(DEVICE)
         with torch.no_grad():
@@ -391,7 +412,7 @@ if CAN_RUN:
             ("edit", "group_norm"),
         ],
     )
-    def test_compiles_into_one_graph(name, operator):
+    def test_compiles_into_one_graph(name, operator, small_convolutions):
         layer, grid = build_scrambled(name).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
