@@ -48,7 +48,8 @@ class FlowScheduler(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         """Sets that many times."""
         even = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        super().set_timesteps(sigmas=even, device=device)
+        on: Any = device  # None is taken, whatever the annotation says
+        super().set_timesteps(sigmas=even, device=on)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is: flow has nothing to scale."""

@@ -199,7 +199,8 @@ def transforms() -> set[str]:
     """The transforms of torch.func that are at work: "grad", "jvp", "vmap"."""
     if not is_transformed():
         return set()
-    return {z.key().name.lower() for z in torch._C._functorch.get_interpreter_stack() or ()}
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return {z.key().name.lower() for z in functorch.get_interpreter_stack() or ()}
 
 
 def _choose_transformed(name: str, impl: str) -> Impl:
