@@ -177,10 +177,28 @@ def device_of(report: dict[str, Any]) -> str:
     return next((str(name) for name in names if name), "an unknown device")
 
 
+def machines_differ(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Where the machines of two runs differ in what moves times, in words; "" if nowhere."""
+
+    def known(report: dict[str, Any]) -> dict[str, Any]:
+        info, common = report["machine_info"], common_of(report)
+        own = {"threads": common.get("threads"), **info.get("attnzoo", {})}
+        return {
+            "device": device_of(report), "processors": info.get("cpu", {}).get("count"),
+            "system": info.get("system"), "threads": own["threads"],
+            **(own.get("versions") or common.get("versions") or {}),
+        }  # fmt: skip
+
+    before, after = known(one), known(other)
+    differs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
+    return ", ".join(f"{n} {a} and {b}" for n, (a, b) in differs.items() if a != b)
+
+
 def frame(report: dict[str, Any]) -> pd.DataFrame:
     """One row per measured case: its extra_info, and seconds, seconds_q1 and seconds_q3.
 
     "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds".
+    "over_softmax" is the ratio of times; ``is_raced`` where both were timed in turn.
     """
     rows = []
     for entry in report["benchmarks"]:
@@ -195,9 +213,15 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
         for key, column in (("ratios", "ratio_to_softmax"),
                             ("device_ratios", "device_ratio_to_softmax")):  # fmt: skip
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":
-                row[column] = info[key]["softmax"]["median"]
+                row[column] = row["over_softmax"] = info[key]["softmax"]["median"]
         rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else list(_NAMED_CASE))
+    found = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, "time"])
+    size = ["kind", "mode", "width", "dtype", "resolution"]
+    softmax = found[found["label"] == "softmax"].drop_duplicates(size, keep="last")
+    theirs = found[size].merge(softmax[[*size, "time"]], on=size, how="left")["time"]
+    raced = found.get("over_softmax", pd.Series(math.nan, found.index))
+    over = raced.fillna(found["time"] / theirs.to_numpy())
+    return found.assign(is_raced=raced.notna() | (found["label"] == "softmax"), over_softmax=over)
 
 
 def subset(cases: pd.DataFrame, kind: str, **equal: Any) -> pd.DataFrame:
