@@ -394,6 +394,6 @@ def _accounts(books: SuiteRun, report: dict[str, Any]) -> Iterator[str]:
         yield f"  {peer} does not run here: {why}"
     for other in books.compared:
         if differs := machines_differ(other, report):
-            yield f"compared with a run that is no fair comparison: {differs}"
+            yield f"no fair comparison, the machines differ: {differs}"
     if books.json and not books.unwritten:
         yield f"written to {books.json}; python bench/plot.py draws it"

@@ -179,19 +179,17 @@ def device_of(report: dict[str, Any]) -> str:
 
 def machines_differ(one: dict[str, Any], other: dict[str, Any]) -> str:
     """Where the machines of two runs differ in what moves times, in words; "" if nowhere."""
-
-    def known(report: dict[str, Any]) -> dict[str, Any]:
+    known: list[dict[str, Any]] = []
+    for report in (one, other):
         info, common = report["machine_info"], common_of(report)
-        own = {"threads": common.get("threads"), **info.get("attnzoo", {})}
-        return {
-            "device": device_of(report), "processors": info.get("cpu", {}).get("count"),
-            "system": info.get("system"), "threads": own["threads"],
-            **(own.get("versions") or common.get("versions") or {}),
-        }  # fmt: skip
-
-    before, after = known(one), known(other)
-    differs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
-    return ", ".join(f"{n} {a} and {b}" for n, (a, b) in differs.items() if a != b)
+        own = {"threads": common.get("threads")} | info.get("attnzoo", {})
+        versions = own.get("versions") or common.get("versions") or {}
+        processors, system = info.get("cpu", {}).get("count"), info.get("system")
+        known.append({"device": device_of(report), "processors": processors, "system": system,
+                      "threads": own["threads"], **versions})  # fmt: skip
+    pairs = ((name, *(z.get(name) for z in known)) for name in {**known[0], **known[1]})
+    # A compact copy does not say everything.
+    return ", ".join(f"{n} {a} and {b}" for n, a, b in pairs if a != b and None not in (a, b))
 
 
 def frame(report: dict[str, Any]) -> pd.DataFrame:

@@ -18,7 +18,8 @@ _SIZE = ["kind", "width", "dtype", "resolution"]
 
 def sizes(cases: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """A title and the timed cases of each kind, width, dtype and resolution."""
-    timed = cases[cases["kind"].isin(_WORDS)].drop_duplicates("id", keep="last")
+    timed = cases[cases["kind"].isin(_WORDS)]
+    timed = timed.drop_duplicates([*_SIZE, "mode", "label"], keep="last")
     timed = timed.sort_values([*_SIZE, "mode", "time"], ascending=[False] + 5 * [True])
     for key, rows in timed.groupby(_SIZE, sort=False):
         kind, width, dtype, px = tuple(key)
@@ -30,19 +31,20 @@ def winners(rows: pd.DataFrame) -> Iterator[list[str]]:
     """Of one size the step, the fastest, the smallest, and how many are faster than softmax."""
     for mode, of_mode in rows.groupby("mode", sort=False):
         fastest, smallest = (of_mode.loc[of_mode[key].idxmin()] for key in ("time", "peak_memory"))
-        faster, known = of_mode["over_softmax"] < 1, of_mode["over_softmax"].count()
+        others = of_mode.loc[of_mode["label"] != "softmax", "over_softmax"].dropna()
         over = "" if fastest["label"] == "softmax" else _over(fastest)
         over = f", {over} x softmax" if over else ""
         yield [
             str(mode), f"{fastest['label']} ({amount(fastest['time'], 's')}{over})",
             f"{smallest['label']} ({memory(smallest['peak_memory'])})",
-            f"{faster.sum()} of {known}" if known else "",
+            f"{(others < 1).sum()} of {len(others)}" if len(others) else "",
         ]  # fmt: skip
 
 
 def table(rows: pd.DataFrame, is_detailed: bool = False) -> pd.DataFrame:
     """What each mechanism takes at one size; ``is_detailed`` adds quartiles and shares."""
     order = rows["label"].drop_duplicates()
+    quartiles = "q1 to q3, launched" if "device_time" in rows else "q1 to q3"
     columns = [order.rename("mechanism").reset_index(drop=True)]
     for mode, heading in _MODES.items():
         found = rows[rows["mode"] == mode].set_index("label")
@@ -51,7 +53,7 @@ def table(rows: pd.DataFrame, is_detailed: bool = False) -> pd.DataFrame:
         found = found.reindex(order)
         shown = {
             heading: column(found, "time", lambda value: amount(value, "s")),
-            "q1 to q3": column(found, "seconds_q1", "{:.3g} to ".format, 1e3)
+            quartiles: column(found, "seconds_q1", "{:.3g} to ".format, 1e3)
             + column(found, "seconds_q3", "{:.3g} ms".format, 1e3),
             "x softmax": found.apply(_over, axis=1),
             "memory": column(found, "peak_memory", memory),
@@ -59,7 +61,7 @@ def table(rows: pd.DataFrame, is_detailed: bool = False) -> pd.DataFrame:
             "of peak": column(found, "share_of_peak", "{:.0%}".format),
         }
         if not is_detailed:
-            del shown["q1 to q3"], shown["of peak"]
+            del shown[quartiles], shown["of peak"]
         if mode == "train":
             del shown["MACs"]
         columns += [values.rename(name).reset_index(drop=True) for name, values in shown.items()]
