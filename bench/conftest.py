@@ -365,7 +365,8 @@ def _tables(report: dict[str, Any]) -> Iterator[str]:
         for mode, fastest, smallest, _ in summary.winners(rows):
             yield f"{mode}: fastest {fastest}, least memory {smallest}"
         yield f"{summary.aligned(summary.table(rows))}\n"
-    for title, rows in summary.counts(cases[~cases["resolution"].isin(timed)]):
+    others: Any = cases[~cases["resolution"].isin(timed)]
+    for title, rows in summary.counts(others):
         yield f"{title}\n{summary.aligned(rows)}\n"
     if not is_raced:
         yield "~: timed in two processes, not in turn with softmax"

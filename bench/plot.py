@@ -255,7 +255,8 @@ def heat_map(cases: pd.DataFrame, column: str, title: str) -> Figure:
 def arithmetic(cases: pd.DataFrame, peak: float, title: str) -> Figure:
     """Times over those of the multiply-accumulates at peak, at the largest size most share."""
     resolution = fullest_resolution(cases)
-    chosen = cases[cases["resolution"] == resolution].sort_values("seconds", ascending=False)
+    chosen: Any = cases[cases["resolution"] == resolution]
+    chosen = chosen.sort_values("seconds", ascending=False)
     figure = _figure(8.0, 1.5 + 0.25 * len(chosen))
     (ax,) = _axes(figure)
     for y, row in enumerate(chosen.to_dict("records")):

@@ -213,11 +213,11 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":
                 row[column] = row["over_softmax"] = info[key]["softmax"]["median"]
         rows.append(row)
-    found = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, "time"])
+    found: Any = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, "time"])
     size = ["kind", "mode", "width", "dtype", "resolution"]
     softmax = found[found["label"] == "softmax"].drop_duplicates(size, keep="last")
     theirs = found[size].merge(softmax[[*size, "time"]], on=size, how="left")["time"]
-    raced = found.get("over_softmax", pd.Series(math.nan, found.index))
+    raced: Any = found.get("over_softmax", pd.Series(math.nan, found.index))
     over = raced.fillna(found["time"] / theirs.to_numpy())
     return found.assign(is_raced=raced.notna() | (found["label"] == "softmax"), over_softmax=over)
 

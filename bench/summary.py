@@ -18,7 +18,7 @@ _SIZE = ["kind", "width", "dtype", "resolution"]
 
 def sizes(cases: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """A title and the timed cases of each kind, width, dtype and resolution."""
-    timed = cases[cases["kind"].isin(_WORDS)]
+    timed: Any = cases[cases["kind"].isin(_WORDS)]
     timed = timed.drop_duplicates([*_SIZE, "mode", "label"], keep="last")
     timed = timed.sort_values([*_SIZE, "mode", "time"], ascending=[False] + 5 * [True])
     for key, rows in timed.groupby(_SIZE, sort=False):
