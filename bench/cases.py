@@ -175,6 +175,7 @@ class Conditions:
     threads: int = 1  # of torch, on the CPU
     imports: tuple[str, ...] = ()  # files or modules that register a user's own mechanisms
     quality: str | None = None  # results of ``recipes/compare.py``
+    min_rounds: int = 0  # of a timed case, whatever time they take
     # What ``machine.measure_peaks`` found, and what earlier cases of the run found equal to their
     # references, by ``Case.check_key``.
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from bench.results import frame, read_cases
+from bench.results import frame, machines_differ, read_cases
 from bench.tables import memory
-from recipes.lab.console import DONE, run_script
+from recipes.lab.console import DONE, printable, run_script
 from recipes.lab.pages import markdown_table
 
 HEADING = ["case", "what", "before", "after", "factor"]
@@ -64,12 +64,15 @@ def main(arguments: list[str]) -> int:
         "--tolerance", type=_share, default=0.1, help="smallest change of time (default: 0.1)"
     )
     options = parser.parse_args(arguments)
-    before, after = (frame(read_cases(path)) for path in (options.before, options.after))
+    reports = [read_cases(path) for path in (options.before, options.after)]
+    before, after = map(frame, reports)
     rows = compare(before, after, options.tolerance)
     shared = len(set(before["id"]) & set(after["id"]))
     if len(rows):
         shown = rows.assign(factor=rows["factor"].map("{:.2f}".format))
         print(markdown_table(HEADING, shown.to_numpy().tolist(), padded=True) + "\n")
+    if differs := machines_differ(*reports):
+        print(printable(f"no fair comparison, the machines differ: {differs}"))
     only = [len(set(a["id"]) - set(b["id"])) for a, b in ((before, after), (after, before))]
     print(
         f"{shared} cases in both files, {len(rows)} changes beyond the spread and "

@@ -8,9 +8,12 @@ and store nothing is refused before it starts.
 from __future__ import annotations
 
 import collections
+import importlib.util
+import os
+import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ import pytest
 
 import attnzoo
 from attnzoo.errors import UsageError
-from bench import machine
+from bench import machine, summary
 from bench.cases import PROFILES, Case
 from bench.isolate import Outcome, run_isolated
 from bench.options import SuiteRun, options_from
+from bench.results import frame, machines_differ
 from bench.timing import replay_clock
 from recipes.lab.console import USER_ERROR, UserError, printable
 from recipes.lab.files import require_writable, write_json
@@ -30,6 +34,14 @@ from recipes.lab.imports import import_all, origins
 _BOOKS = pytest.StashKey[SuiteRun]()
 # One goal compares many layers.
 GOAL_TIMEOUT = 1200.0
+# Kinds of cases whose time nobody asks for.
+_UNTIMED = ("count", "goal", "quality")
+# Options of pytest-benchmark that ask for its own table, and those that speak of a clock and of
+# calls that are not its own here.
+_SHOWING = {"columns", "sort", "group-by", "name", "time-unit", "compare", "histogram", "verbose"}
+_IDLE = {"min-time", "max-time", "precision", "confidence", "timer", "calibration-precision",
+         "warmup", "warmup-iterations", "disable-gc", "cprofile", "cprofile-loops",
+         "cprofile-top", "cprofile-dump"}  # fmt: skip
 _SEVERAL = "; several by comma, all of the profile by default"
 # Name, default and help of the flags that take text.
 _TEXTS = (
@@ -60,6 +72,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="file or module that registers mechanisms of your own; repeat")  # fmt: skip
 
 
+def _asked(config: pytest.Config) -> set[str]:
+    """pytest-benchmark's options that somebody has written, without their prefix."""
+    written = [*config.getini("addopts"), *shlex.split(os.environ.get("PYTEST_ADDOPTS", "")),
+               *map(str, config.invocation_params.args)]  # fmt: skip
+    names = (text.partition("=")[0] for text in written)
+    return {n.removeprefix("--benchmark-") for n in names if n.startswith("--benchmark-")}
+
+
 def _refuse_what_stores_nothing(config: pytest.Config) -> None:
     """Raises UsageError for options of pytest and its plugins with which nothing is measured."""
     given = config.option
@@ -73,6 +93,8 @@ def _refuse_what_stores_nothing(config: pytest.Config) -> None:
     kinds = ("group", "name", "func", "fullname", "fullfunc", "param")
     groupings = given.benchmark_group_by.split(",")
     unknown = [g for g in groupings if g not in kinds and not g.startswith("param:")]
+    idle = sorted(_asked(config) & _IDLE)
+    has_pygal = importlib.util.find_spec("pygal") is not None
     for is_wrong, message in (
         (is_distributed or getattr(given, "tx", None),
          "the suite measures one case at a time, each in a process of its own, since two would "
@@ -84,6 +106,12 @@ def _refuse_what_stores_nothing(config: pytest.Config) -> None:
          "--benchmark-skip skips every case of the suite: leave it out"),
         (given.setuponly or getattr(given, "setupplan", False),
          "--setup-only and --setup-plan measure nothing: leave them out"),
+        (idle,
+         f"--benchmark-{''.join(idle[:1])} has no effect here, since every case times its own "
+         f"rounds in a process of its own: leave it out; --benchmark-min-rounds works"),
+        (given.benchmark_histogram and not has_pygal,
+         "--benchmark-histogram needs pygal, which is not installed: pip install "
+         "'pytest-benchmark[histogram]', or draw the JSON with python bench/plot.py"),
         (unknown,
          f"--benchmark-group-by {''.join(unknown[:1])!r} is unknown; choose of "
          f"{', '.join(kinds)} and param:NAME"),
@@ -92,28 +120,29 @@ def _refuse_what_stores_nothing(config: pytest.Config) -> None:
             raise pytest.UsageError(message)
 
 
-@pytest.hookimpl(trylast=True)  # after pytest-benchmark, whose session saves results of its own
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark asks for the machine's description
 def pytest_configure(config: pytest.Config) -> None:
     _refuse_what_stores_nothing(config)
-    given = dict(vars(config.option))
+    given, asked = dict(vars(config.option)), _asked(config)
     chosen = [profile for profile in PROFILES if given[profile]]
     if len(chosen) > 1:
         raise pytest.UsageError("--quick and --full exclude each other; choose one")
     given |= {"profile": (chosen or ["quick"])[0], "imports": tuple(given["imports"])}
+    given["min_rounds"] = given["benchmark_min_rounds"] if "min-rounds" in asked else 0
     try:
         import_all(given["imports"])
         books = config.stash[_BOOKS] = options_from(**given)
-        session = _session(config)
-        if session.json and not config.option.collectonly:
-            books.json = require_writable(Path(session.json).absolute())
-        session.json = None  # written here, whole or not at all
-        if (session.save or session.autosave) and hasattr(session.storage, "path"):
-            require_writable(Path(session.storage.path) / "trial")
+        # Written here, whole or not at all.
+        path, config.option.benchmark_json = config.option.benchmark_json, None
+        if path and not config.option.collectonly:
+            books.json = require_writable(Path(path).absolute())
+        storage = given["benchmark_storage"].removeprefix("file://")
+        if (given["benchmark_save"] or given["benchmark_autosave"]) and "+http" not in storage:
+            require_writable(Path(storage) / "trial")
     except (UserError, UsageError) as error:
         raise pytest.UsageError(printable(" ".join(str(error).split()))) from error
-    arguments = map(str, config.invocation_params.args)
-    if not any(argument.startswith("--benchmark-columns") for argument in arguments):
-        session.columns = ["median", "iqr", "ops", "rounds"]
+    if not config.option.benchmark_columns:
+        config.option.benchmark_columns = ["median", "iqr", "ops", "rounds"]
     # Whoever ends the run politely gets what was measured until then, as with Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -149,7 +178,7 @@ def run(request: pytest.FixtureRequest, case: Case, benchmark: Any) -> Any:
     """Runs a function of ``bench.worker`` on the case in its own process and keeps the books."""
     books = request.config.stash[_BOOKS]
     benchmark.group = f"{case.kind} {case.mode}, {case.resolution}px d{case.width} {case.dtype}"
-    if case.kind in ("count", "goal", "quality"):
+    if case.kind in _UNTIMED:
         benchmark.group = case.kind
 
     def start(function: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -252,6 +281,20 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
     }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, machine_info: Any, compared_benchmark: dict[str, Any]
+) -> None:
+    """Stores the other run; pytest-benchmark would warn of the clock rate of the moment."""
+    config.stash[_BOOKS].compared.append(dict(compared_benchmark))
+    compared_benchmark["machine_info"] = machine_info
+
+
+def pytest_benchmark_group_stats(benchmarks: list[dict[str, Any]]) -> None:
+    """Leaves out of pytest-benchmark's table how long counting took."""
+    benchmarks[:] = [entry for entry in benchmarks if entry["group"] not in _UNTIMED]
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Adds the accounts, whose keys are those of files from before a case was called one."""
     session: Any = config.pluginmanager.get_plugin("session")
@@ -266,49 +309,92 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     ]
 
 
+def _report(config: pytest.Config) -> dict[str, Any]:
+    """What --benchmark-json holds."""
+    hook, results = config.hook, _session(config)
+    output: dict[str, Any] = hook.pytest_benchmark_generate_json(
+        config=config, benchmarks=results.benchmarks, include_data=True,
+        machine_info=results.get_machine_info(),
+        commit_info=hook.pytest_benchmark_generate_commit_info(config=config),
+    )  # fmt: skip
+    hook.pytest_benchmark_update_json(
+        config=config, benchmarks=results.benchmarks, output_json=output
+    )
+    return output
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Any:
     """Writes --benchmark-json with the accounts, also if no case was measured."""
-    config = session.config
-    books, hook, results = config.stash[_BOOKS], config.hook, _session(config)
+    books = session.config.stash[_BOOKS]
     try:
         yield  # pytest-benchmark writes --benchmark-save
         if books.json and books.requested:
-            output: dict[str, Any] = hook.pytest_benchmark_generate_json(
-                config=config, benchmarks=results.benchmarks, include_data=True,
-                machine_info=results.get_machine_info(),
-                commit_info=hook.pytest_benchmark_generate_commit_info(config=config),
-            )  # fmt: skip
-            hook.pytest_benchmark_update_json(
-                config=config, benchmarks=results.benchmarks, output_json=output
-            )
-            write_json(books.json, output, indent=4)
+            write_json(books.json, _report(session.config), indent=4)
     except OSError as error:
         books.unwritten.append(str(error))
         session.exitstatus = USER_ERROR
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-benchmark raises where its --benchmark-compare-fail does
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    books, benchmarks = config.stash[_BOOKS], _session(config).benchmarks
+    books, session = config.stash[_BOOKS], _session(config)
     if not books.requested or config.option.collectonly:
         return
+    report, is_quiet = _report(config), session.quiet
+    session.quiet = is_quiet or not _asked(config) & _SHOWING
+    for title, lines in (
+        ("time and memory", _tables(report)),
+        ("cases", _accounts(books, report)),
+    ):
+        found = [] if is_quiet and title != "cases" else list(lines)
+        if found:
+            terminalreporter.section(title)
+        for text in found:
+            terminalreporter.line(printable(text))
+
+
+def _tables(report: dict[str, Any]) -> Iterator[str]:
+    """What every mechanism takes, by size."""
+    cases = frame(report)
+    timed, is_raced = set(), True
+    for title, rows in summary.sizes(cases):
+        timed |= set(rows["resolution"])
+        is_raced = is_raced and rows["is_raced"].all()
+        yield title
+        for mode, fastest, smallest, _ in summary.winners(rows):
+            yield f"{mode}: fastest {fastest}, least memory {smallest}"
+        yield f"{summary.aligned(summary.table(rows))}\n"
+    others: Any = cases[~cases["resolution"].isin(timed)]
+    for title, rows in summary.counts(others):
+        yield f"{title}\n{summary.aligned(rows)}\n"
+    if not is_raced:
+        yield "~: timed in two processes, not in turn with softmax"
+
+
+def _accounts(books: SuiteRun, report: dict[str, Any]) -> Iterator[str]:
+    """What was asked for and what became of it."""
+    for text in books.unwritten:
+        yield f"error: {text}; nothing of this run is stored there"
     counts = collections.Counter(state for state, _ in books.missed.values())
     parts = [f"{number} {state}" for state, number in sorted(counts.items())]
-    done = len({entry.name for entry in benchmarks} & set(books.requested.values()))
-    lines = [f"error: {text}; nothing of this run is stored there" for text in books.unwritten]
-    lines.append(f"{len(books.requested)} requested, {done} measured {', '.join(parts)}")
-    lines += [f"  {books.requested[node]}: {state}, {reason}"
-              for node, (state, reason) in books.missed.items()]  # fmt: skip
-    infos = [entry.extra_info for entry in benchmarks]
-    lines += [
-        f"  {info['label']} {info['mode']} at {info['resolution']} px takes {best['median']:.2f} "
-        f"x the time of the best peer ({info['best_peer']}), quartiles {best['q1']:.2f} to "
-        f"{best['q3']:.2f}"
-        for info in infos
-        if (best := info.get("ratio_to_best"))
-    ]
+    done = len(report["cells_requested"]) - len(report["cells_not_measured"])
+    yield f"{len(books.requested)} requested, {done} measured {', '.join(parts)}"
+    for node, (state, reason) in books.missed.items():
+        yield f"  {books.requested[node]}: {state}, {reason}"
+    infos = [entry["extra_info"] for entry in report["benchmarks"]]
+    for info in infos:
+        if best := info.get("ratio_to_best"):
+            yield (
+                f"  {info['label']} {info['mode']} at {info['resolution']} px takes "
+                f"{best['median']:.2f} x the time of the best peer ({info['best_peer']}), "
+                f"quartiles {best['q1']:.2f} to {best['q3']:.2f}"
+            )
     missing = [reason for info in infos for reason in info.get("peers_missing", {}).items()]
-    lines += [f"  {peer} does not run here: {why}" for peer, why in dict.fromkeys(missing)]
-    terminalreporter.section("cases")
-    for text in lines:
-        terminalreporter.line(printable(text))
+    for peer, why in dict.fromkeys(missing):
+        yield f"  {peer} does not run here: {why}"
+    for other in books.compared:
+        if differs := machines_differ(other, report):
+            yield f"no fair comparison, the machines differ: {differs}"
+    if books.json and not books.unwritten:
+        yield f"written to {books.json}; python bench/plot.py draws it"

@@ -36,6 +36,8 @@ class SuiteRun:
     requested: dict[str, str] = dataclasses.field(default_factory=dict)
     missed: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     unwritten: list[str] = dataclasses.field(default_factory=list)  # what the system refused
+    # Reports of other runs that --benchmark-compare names.
+    compared: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def cases(self) -> dict[str, Case]:
@@ -65,7 +67,12 @@ def options_from(**texts: Any) -> SuiteRun:
         read_quality(quality)
     run = SuiteRun(
         request=request,
-        conditions=Conditions(_one("--threads", texts["threads"], 1), texts["imports"], quality),
+        conditions=Conditions(
+            _one("--threads", texts["threads"], 1),
+            texts["imports"],
+            quality,
+            min_rounds=texts.get("min_rounds", 0),
+        ),
         memory_cap=parse_bytes(texts["memory_cap"]),
         case_timeout=_one("--case-timeout", texts["case_timeout"], 180),
         time_budget=_one("--time-budget", texts.get("time_budget") or "", 0),

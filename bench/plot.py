@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,22 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench import whole_figures
+from bench import summary, whole_figures
 from bench.cases import PIXELS_PER_TOKEN
-from bench.fits import crossover, exponent, value_at
-from bench.results import common_of, device_of, families, frame, read_cases, subset
+from bench.fits import Points, crossover, exponent, value_at
+from bench.results import (
+    common_of,
+    device_of,
+    families,
+    frame,
+    read_cases,
+    source_of,
+    subset,
+)
 from bench.tables import amount, memory, parts_around, put_into
 from bench.thresholds import HEADING, figures_of
 from recipes.lab.console import DONE, UserError, printable, run_script
@@ -39,6 +48,9 @@ from recipes.lab.pages import html_image, html_page, html_table, html_text, mark
 DPI = {"png": 130, "svg": "figure"}
 # Below this many tokens projections hide how the core grows.
 ASYMPTOTIC = 1024
+# As many curves can be told apart in one panel; more get one each, so many side by side.
+MOST, COLUMNS = 15, 6
+_PIXELS = "resolution (px)"
 # Column, name, axis and scale of what is drawn against resolution.
 _QUANTITIES = (
     ("seconds", "time", "time of one call (ms)", 1e3),
@@ -58,8 +70,9 @@ _CAPTIONS = {
     "ratios": "Time over that of softmax attention (SDPA), both timed in turn in one process: "
     "blue is faster than softmax.",
     "device-ratios": "The same of replayed CUDA graphs, where both could be recorded.",
-    "arithmetic": "The line is the machine's matmul peak. What a point lies above it is what the "
-    "mechanism pays beyond its multiply-accumulates; the number is that factor.",
+    "arithmetic": "The bar is where the multiply-accumulates alone would be at the machine's "
+    "matmul peak. What a point lies beyond it is what the mechanism pays beside them; the number "
+    "is that factor.",
     "roofline": "Arithmetic per byte, the bytes estimated as two times all tensors the call made "
     "plus weights and input. The roof is the matmul peak and the copy bandwidth, both measured in "
     "the same run.",
@@ -101,59 +114,125 @@ def figures(report: dict[str, Any]) -> Iterator[tuple[str, str, Figure]]:
 
 def curves(cases: pd.DataFrame, column: str, axis: str, scale: float, title: str) -> Figure:
     """One log-log curve per mechanism against resolution."""
-    figure, ax = _canvas(9.2, 5.2, title, "resolution (px) and tokens n", axis)
-    cases = cases.assign(x=cases["tokens"].astype(float), y=cases[column] * scale)
-    points: dict[str, list[tuple[float, float]]] = {
-        str(label): sorted(zip(rows["x"], rows["y"], strict=True))
+    points: dict[str, Points] = {
+        str(label): sorted(zip(rows["resolution"], rows[column] * scale, strict=True))
         for label, rows in cases.groupby("label", sort=False)
     }
-    for label, curve in sorted(points.items(), key=lambda p: -p[1][-1][1] / p[1][-1][0]):
-        slope = exponent(curve, ASYMPTOTIC) if len(curve) > 2 else exponent(curve)
-        text = literal(label) + ("" if slope is None else f"  $n^{{{slope:.2f}}}$")
-        cross = crossover(curve, points.get("softmax", [])) if label != "softmax" else None
-        if cross:
-            text += f", from {math.sqrt(cross[0]) * PIXELS_PER_TOKEN:.0f} px"
-            ax.plot(*cross, "o", ms=13, mfc="none", mec=_style(label)["color"], mew=1.3)
-        ax.plot(*zip(*curve, strict=True), label=text, **_style(label))
-    tokens = sorted({int(n) for n in cases["tokens"]})
-    ax.set_xticks(tokens, [f"{math.isqrt(n) * PIXELS_PER_TOKEN}\n{n:,}" for n in tokens])
-    _legend(ax, "ring: from here on below softmax")
+    notes = {}
+    for label, curve in points.items():
+        by_tokens = [((px / PIXELS_PER_TOKEN) ** 2, value) for px, value in curve]
+        slope = exponent(by_tokens, ASYMPTOTIC if len(curve) > 2 else 0)
+        notes[label] = "" if slope is None else f"  $n^{{{slope:.2f}}}$"
+    rings = {label: crossover(curve, points.get("softmax", [])) for label, curve in points.items()}
+    figure = _figure(9.2, 5.2, len(points))
+    _draw(figure, points, title, _PIXELS, axis, notes, rings)
     return figure
 
 
 def whole_curves(report: dict[str, Any], size: str) -> Figure:
-    """Time of whole models against resolution, a panel for the forward and one for training."""
-    with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
-        figure = Figure(figsize=(15.0, 5.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, 2)
+    """Time of whole models against resolution, one part for the forward and one for training."""
+    cases = [row for row in report["cases"] if row["size"] == size]
+    figure = _figure(15.0, 5.6, len({row["mechanism"] for row in cases}), parts=2)
     figure.suptitle(literal(
         f"whole model, size {size}, bfloat16, recorded or compiled and recorded, whichever is "
         f"faster\n{report['device_name']}"
     ), fontsize=10)  # fmt: skip
-    for ax, (mode, title) in zip(
-        panels, (("forward", "forward"), ("train", "training step")), strict=True
-    ):
-        rows = [r for r in report["cases"] if r["size"] == size and r["mode"] == mode]
-        since = whole_figures.crossovers(report, size, mode)
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if found := whole_figures.fastest(row):
+    parts: Any = figure.subfigures(1, 2)
+    for part, mode in zip(parts, whole_figures.MODES, strict=True):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(cases, key=lambda row: row["resolution"]):
+            if row["mode"] == mode and (found := whole_figures.fastest(row)):
                 point = row["resolution"], found[0] / row["batch"] * 1e3
-                curves.setdefault(row["mechanism"], []).append(point)
-        for name, curve in sorted(curves.items(), key=lambda item: -max(item[1])[1]):
-            label, px = literal(name), since.get(name, math.inf)
-            if px < math.inf and (value := value_at(sorted(curve), px)):
-                label += f", from {px:.0f} px"
-                ax.plot(px, value[0], "o", ms=13, mfc="none", mec=_style(name)["color"], mew=1.3)
-            ax.plot(*zip(*sorted(curve), strict=True), label=label, **_style(name))
-        ax.set(title=title, xlabel="resolution (px)", ylabel="time of one image (ms)",
-               xscale="log", yscale="log")  # fmt: skip
-        sizes = sorted({row["resolution"] for row in rows})
-        ax.set_xticks(sizes, [str(px) for px in sizes])
-        ax.xaxis.set_minor_locator(NullLocator())
-        _legend(ax, "ring: from here on\nbelow softmax")
+                points.setdefault(row["mechanism"], []).append(point)
+        rings = {}
+        for name, px in whole_figures.crossovers(report, size, mode).items():
+            value = value_at(points[name], px) if px < math.inf else None
+            rings[name] = (px, value[0]) if value else None
+        title = {"forward": "forward", "train": "training step"}[mode]
+        _draw(part, points, title, _PIXELS, "time of one image (ms)", {}, rings)
     return figure
+
+
+def _figure(width: float, height: float, count: int = 1, parts: int = 1) -> Figure:
+    """A figure that no window and no notebook knows of, for ``_draw`` of that many curves."""
+    if count > MOST:
+        width, height = 9.6 * parts, 1.2 + 1.5 * math.ceil(count / COLUMNS)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Any, rows: int = 1, columns: int = 1) -> list[Axes]:
+    with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    return list(panels.flat)
+
+
+def _draw(
+    figure: Any, points: Mapping[str, Points], title: str, xlabel: str, ylabel: str,
+    notes: Mapping[str, str], rings: Mapping[str, tuple[float, float] | None],
+    roof: tuple[Any, Any] | None = None,
+) -> None:  # fmt: skip
+    """Log-log curves with a legend; more than ``MOST`` in panels of their own, the lowest first.
+
+    Args:
+        figure: Or a part of one.
+        points: Of the curves by label; softmax's stands in every panel.
+        title: Of the whole.
+        xlabel: Of the axis.
+        ylabel: Of the axis.
+        notes: What stands beside the labels.
+        rings: Where curves come to lie below softmax's, with a resolution as x.
+        roof: x and y of a line over all.
+    """
+    is_many = len(points) > MOST
+    ends = {label: curve[-1][1] / curve[-1][0] for label, curve in points.items()}
+    order = sorted(points, key=lambda label: ends[label] if is_many else -ends[label])
+    shape = (math.ceil(len(order) / COLUMNS), COLUMNS) if is_many else (1, 1)
+    panels = _axes(figure, *shape)
+    figure.suptitle(literal(title), fontsize=10)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    for label, ax in zip(order, panels if is_many else panels * len(order), strict=False):
+        ring, style = rings.get(label), _style(label)
+        note = notes.get(label, "") + (f", from {ring[0]:.0f} px" if ring else "")
+        if is_many:
+            ax.add_collection(LineCollection(list(points.values()), colors="0.85", linewidths=0.6))
+            if "softmax" in points:
+                ax.plot(*zip(*points["softmax"], strict=True), color="black", lw=1)
+            ax.set_title(literal(label), fontsize=8, loc="left", pad=3)
+            ax.text(0.04, 0.96, note.strip(" ,"), fontsize=7, va="top", transform=ax.transAxes)
+            style |= {"markersize": 4}
+        if ring:
+            ax.plot(*ring, "o", ms=13, mfc="none", mec=style["color"], mew=1.3)
+        ax.plot(*zip(*points[label], strict=True), label=literal(label) + note, **style)
+    if roof:
+        for ax in panels[: len(order)]:
+            ax.plot(*roof, color="0.35", lw=1.2)
+    _scale(panels[0], points, is_many, xlabel == _PIXELS)
+    for place, ax in enumerate(panels):
+        ax.tick_params(labelsize=7 if is_many else 10)
+        if is_many and place >= len(order):  # the one above has the labels then
+            ax.set_axis_off()
+            panels[place - COLUMNS].tick_params(labelbottom=True)
+    if not is_many:
+        _legend(panels[0], "ring: from here on\nbelow softmax" if any(rings.values()) else None)
+
+
+def _scale(ax: Axes, points: Mapping[str, Points], is_small: bool, has_sizes: bool) -> None:
+    """Log-log, with as many ticks as there is room for."""
+    ax.set(xscale="log", yscale="log")
+    everything = [point for curve in points.values() for point in curve]
+    for axis, values in zip((ax.xaxis, ax.yaxis), zip(*everything, strict=True), strict=True):
+        low, high = min((v for v in values if v > 0), default=1.0), max(values)
+        is_wide = high / low > (30 if is_small else 1000)
+        axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+        axis.set_minor_locator(NullLocator())
+    if has_sizes:
+        ticks = sorted({x for x, _ in everything})
+        ticks = ticks[:: -(-len(ticks) // 3)] if is_small else ticks
+        ax.set_xticks(ticks, [f"{px:.0f}" for px in ticks])
 
 
 def heat_map(cases: pd.DataFrame, column: str, title: str) -> Figure:
@@ -162,7 +241,8 @@ def heat_map(cases: pd.DataFrame, column: str, title: str) -> Figure:
     table = table.sort_values(table.columns[-1])
     table = table.set_axis([f"{px} px" for px in table.columns], axis=1)
     table = table.set_axis([literal(str(label)) for label in table.index], axis=0)
-    figure, ax = _canvas(2.6 + 1.0 * table.shape[1], 1.3 + 0.36 * len(table))
+    figure = _figure(2.6 + 1.0 * table.shape[1], 1.3 + 0.36 * len(table))
+    (ax,) = _axes(figure)
     limit = max(1.0, float(np.nanmax(np.abs(np.log2(table.to_numpy())))))
     sns.heatmap(
         np.log2(table), annot=table, fmt=".2f", cmap="RdBu_r", center=0, vmin=-limit, vmax=limit,
@@ -173,20 +253,27 @@ def heat_map(cases: pd.DataFrame, column: str, title: str) -> Figure:
 
 
 def arithmetic(cases: pd.DataFrame, peak: float, title: str) -> Figure:
-    """Time against multiply-accumulates, at the largest size that most mechanisms share."""
+    """Times over those of the multiply-accumulates at peak, at the largest size most share."""
     resolution = fullest_resolution(cases)
-    chosen = cases[cases["resolution"] == resolution]
-    figure, ax = _canvas(8.0, 5.2, f"{resolution} px\n{title}", "multiply-accumulates (G)",
-                         "time of one call (ms)")  # fmt: skip
-    macs = chosen["gflops"] * chosen["seconds"] / 2
-    chosen = chosen.assign(macs=macs, factor=chosen["seconds"] * peak / (2 * macs))
-    for row in chosen.sort_values("factor").to_dict("records"):
-        style = _style(row["label"]) | {"linestyle": "none", "markersize": 9}
-        label = f"{literal(row['label'])}  {row['factor']:.2f} x"
-        ax.plot(row["macs"], row["seconds"] * 1e3, label=label, **style)
-    ends = np.array([macs.min() * 0.8, macs.max() * 1.25])
-    ax.plot(ends, 2 * ends / peak * 1e3, color="0.35", lw=1, label=f"peak, {peak:.0f} GFLOP/s")
-    _legend(ax, "time over peak time")
+    chosen: Any = cases[cases["resolution"] == resolution]
+    chosen = chosen.sort_values("seconds", ascending=False)
+    figure = _figure(8.0, 1.5 + 0.25 * len(chosen))
+    (ax,) = _axes(figure)
+    for y, row in enumerate(chosen.to_dict("records")):
+        spent, share = row["seconds"] * 1e3, row["gflops"] / peak
+        style = _style(row["label"])
+        ax.plot([share * spent, spent], [y, y], color=style["color"], lw=style["linewidth"])
+        ax.plot(share * spent, y, "|", color="0.35", ms=9)
+        ax.plot(spent, y, **style)
+        ax.annotate(f"{1 / share:.1f} x", (spent, y), (8, 0), textcoords="offset points",
+                    va="center", fontsize=8)  # fmt: skip
+    ax.set(xscale="log", xlabel="time of one call (ms); |: of its multiply-accumulates at "
+           f"the peak of {peak:,.0f} GFLOP/s")  # fmt: skip
+    ax.set_title(literal(f"{resolution} px\n{title}"), fontsize=10)
+    ax.set_yticks(range(len(chosen)), [literal(str(label)) for label in chosen["label"]])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.margins(x=0.12)
     return figure
 
 
@@ -197,38 +284,20 @@ def fullest_resolution(cases: pd.DataFrame) -> int:
 
 def roofline(cases: pd.DataFrame, peak: float, copy: float, title: str) -> Figure:
     """Achieved GFLOP/s against arithmetic intensity, under the measured roof."""
-    figure, ax = _canvas(8.0, 5.2, f"{title}\neach line runs through the resolutions",
-                         "FLOP per byte (estimated)", "GFLOP/s")  # fmt: skip
     bytes_moved = 2 * cases["allocated"] + cases["parameter_memory"]
     intensity = cases["gflops"] * cases["seconds"] * 1e9 / bytes_moved
-    for label, rows in cases.assign(intensity=intensity).groupby("label", sort=False):
-        style = _style(str(label)) | {"linestyle": ":", "linewidth": 0.8}
-        rows = rows.sort_values("tokens")
-        ax.plot(rows["intensity"], rows["gflops"], label=literal(str(label)), **style)
+    cases = cases.assign(intensity=intensity).sort_values("tokens")
+    points: dict[str, Points] = {
+        str(label): list(zip(rows["intensity"], rows["gflops"], strict=True))
+        for label, rows in cases.groupby("label", sort=False)
+    }
     low = min(intensity.min() / 1.5, peak / copy / 2)
     xs = np.geomspace(low, intensity.max() * 1.5, 400)
-    ax.plot(xs, np.minimum(peak, xs * copy), color="0.35", lw=1.2,
-            label=f"roof: {peak:.0f} GFLOP/s, {copy:.0f} GB/s")  # fmt: skip
-    _legend(ax)
+    figure = _figure(8.0, 5.2, len(points))
+    title += f"\nunder {peak:,.0f} GFLOP/s and {copy:,.0f} GB/s; lines run through the resolutions"
+    _draw(figure, points, title, "FLOP per byte (estimated)", "GFLOP/s", {}, {},
+          (xs, np.minimum(peak, xs * copy)))  # fmt: skip
     return figure
-
-
-def _canvas(
-    width: float, height: float, title: str = "", xlabel: str = "", ylabel: str = ""
-) -> tuple[Figure, Axes]:
-    """A figure that no window and no notebook knows of; log-log if its axes have names."""
-    with sns.axes_style("whitegrid", {"grid.linewidth": 0.5}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        ax = figure.subplots()
-    ax.set(title=literal(title), xlabel=xlabel, ylabel=ylabel)
-    if xlabel:
-        ax.set(xscale="log", yscale="log")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-            axis.set_minor_locator(NullLocator())
-    return figure, ax
 
 
 def _legend(ax: Axes, title: str | None = None) -> None:
@@ -281,12 +350,17 @@ def draw(report: dict[str, Any], out: Path) -> list[tuple[str, str, Path]]:
     drawn = []
     for kind, suffix, figure in figures(report):
         name = f"{kind}-{suffix}"
-        plain = re.sub(r"[^\w.-]|^\.", "_", name)
-        for ending in ("png", "svg"):
-            with whole_file(out / f"{plain}.{ending}") as path:
-                figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
-        drawn.append((name, _CAPTIONS[kind], out / f"{plain}.png"))
+        drawn.append((name, _CAPTIONS[kind], _saved(figure, out, name)))
     return drawn
+
+
+def _saved(figure: Figure, out: Path, name: str) -> Path:
+    """Writes a picture twice; returns the PNG's path."""
+    plain = re.sub(r"[^\w.-]|^\.", "_", name)
+    for ending in ("svg", "png"):
+        with whole_file(out / f"{plain}.{ending}") as path:
+            figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
+    return out / f"{plain}.png"
 
 
 def write_report(
@@ -294,30 +368,48 @@ def write_report(
 ) -> Path:
     """Writes report.html into ``out`` and returns its path."""
     cases, absent = frame(report), report["cells_not_measured"]
-    measured = len(report["benchmarks"])
-    parts = ["<h1>attnzoo benchmark</h1>", html_table(["", ""], _machine(report, source))]
-    parts.append(f"<p>{measured + len(absent)} cases requested, {measured} measured.</p>")
-    if absent:
-        rows = [[case["name"], case["state"], case["reason"]] for case in absent]
-        parts.append(f"<div class=bad>{html_table(['case', 'state', 'reason'], rows)}</div>")
+    sizes = list(summary.sizes(cases))
+    heading = ["size", "step", "fastest", "least memory", "faster than softmax"]
+    verdict = [[title, *row] for title, rows in sizes for row in summary.winners(rows)]
+    sections = {"Verdict": pd.DataFrame(verdict, columns=heading)}
     goals = pd.DataFrame([figure.row for figure in figures_of(report)], columns=list(HEADING))
-    sections = {"Goals": goals}
-    for kind, title in (("layer", "One attention layer"), ("backbone", "The whole backbone")):
-        for family in families(cases, kind):
-            of = f"{title}: {family['mode']}, d = {family['width']}, {family['dtype']}"
-            sections[of] = _grid(subset(cases, kind, **family))
-    sections |= {"Peers": _peers(cases), "Arithmetic of one layer": _counts(cases)}
+    sections |= {"Goals": goals}
+    sections |= {_title(title): summary.table(rows, is_detailed=True) for title, rows in sizes}
+    sections |= {"Peers": _peers(cases)}
+    sections |= {_title(title): rows for title, rows in summary.counts(cases)}
+    of, told = device_of(report), _html(pd.DataFrame(_machine(report, source), columns=["", ""]))
+    parts = [f"<style>{_STYLE}</style><h1>attnzoo benchmark, {html_text(of)}</h1>"]
+    counts = f"{len(report['benchmarks']) + len(absent)} cases requested, "
+    counts += f"{len(report['benchmarks'])} measured."
     for title, table in sections.items():
         if not table.empty:
             parts.append(f"<h2>{html_text(title)}</h2>{_html(table)}")
+        if title == "Verdict":
+            parts.append(f"<p>{counts} Times are medians; ~ marks a ratio of two processes, all "
+                         f"others are of calls timed in turn.</p>")  # fmt: skip
+            if absent:
+                rows = [[case["name"], case["state"], case["reason"]] for case in absent]
+                shown = html_table(["case", "state", "reason"], rows)
+                parts.append(f"<details open class=bad><summary>Not measured: {len(absent)}"
+                             f"</summary>{shown}</details>")  # fmt: skip
     parts.append("<h2>Pictures</h2>")
     parts += [
         f"<figure>{html_image(path.read_bytes(), name)}"
         f"<figcaption>{html_text(caption)}</figcaption></figure>"
         for name, caption, path in drawn
     ]
+    parts.append(f"<h2>How it was measured</h2>{told}")
     write_text(out / "report.html", html_page("attnzoo benchmark", "".join(parts)))
     return out / "report.html"
+
+
+# Charts stay on white, which a dark page dims: turned over, their light colors would be lost.
+_STYLE = """td:nth-child(n+2){white-space:nowrap}.bad td,td:last-child{white-space:normal}
+@media (prefers-color-scheme:dark){figure img{filter:brightness(.85)}}"""
+
+
+def _title(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _html(table: pd.DataFrame) -> str:
@@ -326,49 +418,19 @@ def _html(table: pd.DataFrame) -> str:
 
 def _machine(report: dict[str, Any], source: str) -> list[tuple[str, Any]]:
     info, common = report["machine_info"]["attnzoo"], common_of(report)
-    peaks = [f"{name} {value:.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
+    peaks = [f"{name} {value:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
              for name, value in info["peaks"].items()]  # fmt: skip
     return [
         ("file", source),
-        ("made", report["datetime"][:16]),
-        ("commit", common.get("commit", "unknown")),
-        ("device", f"{info.get('device', '')}, {device_of(report)}"),
-        ("threads", info.get("threads", "")),
+        ("run", source_of(report)),
+        ("threads, allocator", f"{info.get('threads', '')}, {common.get('allocator', 'default')}"),
         ("peaks in this run", ", ".join(peaks)),
-        ("allocator", common.get("allocator", "default")),
         ("versions", ", ".join(f"{k} {v}" for k, v in info["versions"].items())),
     ]
 
 
-def _shown(cases: pd.DataFrame, column: str, form: Any) -> pd.Series:
-    """A column as text, empty where there is no value."""
-    values = cases[column] if column in cases else pd.Series(None, cases.index, dtype=float)
-    return values.map(lambda value: "" if pd.isna(value) else form(value))
-
-
-def _grid(cases: pd.DataFrame) -> pd.DataFrame:
-    """A row per mechanism, and five columns per resolution."""
-    cases = cases.drop_duplicates(["label", "resolution"], keep="last")
-    low, middle, high = (
-        _shown(cases, f"seconds{which}", lambda value: f"{value * 1e3:.3g}")
-        for which in ("_q1", "", "_q3")
-    )
-    columns = {
-        "time": middle + " ms",
-        "q1 to q3": low + " to " + high,
-        "over softmax": _shown(cases, "ratio_to_softmax", "{:.2f}".format),
-        "peak memory": _shown(cases, "peak_memory", memory),
-        "of matmul peak": _shown(cases, "share_of_peak", "{:.0%}".format),
-    }
-    keys = pd.MultiIndex.from_frame(cases[["label", "resolution"]].astype({"label": str}))
-    wide = pd.DataFrame(columns).set_axis(keys, axis=0).unstack().fillna("").sort_index()
-    order = [(name, px) for px in sorted(set(cases["resolution"])) for name in columns]
-    names = [f"{px} px" if name == "time" else name for name, px in order]
-    return wide[order].set_axis(names, axis=1).reset_index(names="mechanism")
-
-
 def _peers(cases: pd.DataFrame) -> pd.DataFrame:
-    rows = []
+    rows, missing = [], {}
     for case in subset(cases, "peers").to_dict("records"):
         name_of = " ".join(f"{case[key]}" for key in ("label", "mode"))
         name_of += f" {case['resolution']} px d{case['width']} {case['dtype']}"
@@ -376,19 +438,9 @@ def _peers(cases: pd.DataFrame) -> pd.DataFrame:
             best = "best peer" if name == case.get("best_peer") else ""
             spread = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
             rows.append([name_of, name, f"{ratio['median']:.2f}", spread, best])
-        for name, reason in case["peers_missing"].items():
-            rows.append([case["label"], name, "", reason, "does not run here"])
+        missing |= {(case["label"], name): why for name, why in case["peers_missing"].items()}
+    rows += [[*pair, "", "does not run here", reason] for pair, reason in missing.items()]
     return pd.DataFrame(rows, columns=["attnzoo", "peer", "our time over theirs", "quartiles", ""])
-
-
-def _counts(cases: pd.DataFrame) -> pd.DataFrame:
-    chosen = subset(cases, "count").sort_values(["width", "resolution", "label"])
-    names = {"macs": "MACs", "macs_paper": "MACs as the paper counts",
-             "macs_training": "training step", "parameters": "parameters",
-             "active_parameters": "active per token"}  # fmt: skip
-    size = chosen["resolution"].map("{} px".format), chosen["width"].map("d{}".format)
-    columns = {"mechanism": chosen["label"], "resolution": size[0], "width": size[1]}
-    return pd.DataFrame(columns | {n: _shown(chosen, k, amount) for k, n in names.items()})
 
 
 def _draw_whole(options: argparse.Namespace) -> int:
@@ -399,10 +451,7 @@ def _draw_whole(options: argparse.Namespace) -> int:
     sizes = [row["size"] for row in report["cases"]]
     if not sizes:
         raise UserError(f"{options.report} has no whole models")
-    figure = whole_curves(report, sizes[0])
-    for ending in ("png", "svg"):
-        with whole_file(options.out / f"whole-models.{ending}") as path:
-            figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
+    _saved(whole_curves(report, sizes[0]), options.out, "whole-models")
     if options.into:
         picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)
         words = "Time of one image of the whole model against resolution"

@@ -178,10 +178,26 @@ def device_of(report: dict[str, Any]) -> str:
     return next((str(name) for name in names if name), "an unknown device")
 
 
+def machines_differ(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Where the machines of two runs differ in what moves times, in words; "" if nowhere."""
+    known: list[dict[str, Any]] = []
+    for report in (one, other):
+        info, common = report["machine_info"], common_of(report)
+        own = {"threads": common.get("threads")} | info.get("attnzoo", {})
+        versions = own.get("versions") or common.get("versions") or {}
+        processors, system = info.get("cpu", {}).get("count"), info.get("system")
+        known.append({"device": device_of(report), "processors": processors, "system": system,
+                      "threads": own["threads"], **versions})  # fmt: skip
+    pairs = ((name, *(z.get(name) for z in known)) for name in {**known[0], **known[1]})
+    # A compact copy does not say everything.
+    return ", ".join(f"{n} {a} and {b}" for n, a, b in pairs if a != b and None not in (a, b))
+
+
 def frame(report: dict[str, Any]) -> pd.DataFrame:
     """One row per measured case: its extra_info, and seconds, seconds_q1 and seconds_q3.
 
     "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds".
+    "over_softmax" is the ratio of times; ``is_raced`` where both were timed in turn.
     """
     rows = []
     for entry in report["benchmarks"]:
@@ -196,9 +212,15 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
         for key, column in (("ratios", "ratio_to_softmax"),
                             ("device_ratios", "device_ratio_to_softmax")):  # fmt: skip
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":
-                row[column] = info[key]["softmax"]["median"]
+                row[column] = row["over_softmax"] = info[key]["softmax"]["median"]
         rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else list(_NAMED_CASE))
+    found: Any = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, "time"])
+    size = ["kind", "mode", "width", "dtype", "resolution"]
+    softmax = found[found["label"] == "softmax"].drop_duplicates(size, keep="last")
+    theirs = found[size].merge(softmax[[*size, "time"]], on=size, how="left")["time"]
+    raced: Any = found.get("over_softmax", pd.Series(math.nan, found.index))
+    over = raced.fillna(found["time"] / theirs.to_numpy())
+    return found.assign(is_raced=raced.notna() | (found["label"] == "softmax"), over_softmax=over)
 
 
 def subset(cases: pd.DataFrame, kind: str, **equal: Any) -> pd.DataFrame:

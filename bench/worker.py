@@ -76,8 +76,9 @@ def measure(case: Case, conditions: Conditions) -> dict[str, Any]:
     if is_gpu:  # before a recording, which may fail and leave the device unwilling
         call()
         peak = peak_memory(call, case.device)
-    times = race(calls, case.device, conditions.threads, {}, rounds=case.rounds,
-                 seconds=case.seconds, least=3 if case.seconds else 1)  # fmt: skip
+    least = max(3 if case.seconds else 1, conditions.min_rounds)
+    times = race(calls, case.device, conditions.threads, {}, rounds=max(case.rounds, least),
+                 seconds=case.seconds, least=least)  # fmt: skip
     if not is_gpu:
         peak = peak_memory(call, case.device)
     rounds, on_device = times.launched, times.device

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
 from attnzoo.errors import InvalidValue
 
+_METRIC = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
+_BINARY = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def amount(value: float, unit: str = "") -> str:
     """A number with a metric prefix: 1234567 -> "1.23 M"."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""),
-                           (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")):  # fmt: skip
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}".strip()
-    return f"{value:.3g} {unit}".strip()
+    return _scaled(value, {prefix + unit: factor for prefix, factor in _METRIC.items()})
 
 
 def memory(value: float) -> str:
     """Bytes in binary units: 1572864 -> "1.5 MiB"."""
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
+    return _scaled(value, _BINARY)
+
+
+def _scaled(value: float, units: dict[str, float]) -> str:
+    for (unit, factor), (_, smaller) in itertools.pairwise(units.items()):
+        if abs(value) >= 999.5 * smaller:  # three digits of which would be 1e+03
+            return f"{value / factor:.3g} {unit}".strip()
+    unit = list(units)[-1] if value else next(name for name, f in units.items() if f == 1)
+    return f"{value / units[unit]:.3g} {unit}".strip()
 
 
 def parse_bytes(text: str) -> int:

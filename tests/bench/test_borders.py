@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 
 from attnzoo.testing import build_scrambled
 from bench import compare, goals, isolate, machine, peers, plot, recommend, results, worker
@@ -67,27 +69,51 @@ def written(path, report):
     return path
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("-n", "2"), "one case at a time"),
-        (("--dist", "load", "--tx", "2*popen"), "one case at a time"),
-        (("--benchmark-disable",), "stores nothing"),
-        (("--benchmark-skip",), "skips every case"),
-        (("--setup-plan",), "measure nothing"),
-        (("--benchmark-group-by", "sieze"), "'sieze' is unknown"),
-        (("-p", "no:benchmark"), "needs pytest-benchmark"),
-        (("--benchmark-json", "/proc/nowhere/out.json"), "cannot write '/proc/nowhere/out.json'"),
-        (("--benchmark-json", "docs"), "it is a folder"),
-        (("--import", "no_such_module_anywhere"), "no module 'no_such_module_anywhere'"),
-    ],
+REFUSED = (
+    (("-n", "2"), "one case at a time"),
+    (("--dist", "load", "--tx", "2*popen"), "one case at a time"),
+    (("--benchmark-disable",), "stores nothing"),
+    (("--benchmark-skip",), "skips every case"),
+    (("--setup-plan",), "measure nothing"),
+    (("--benchmark-group-by", "sieze"), "'sieze' is unknown"),
+    (("-p", "no:benchmark"), "needs pytest-benchmark"),
+    (("--benchmark-json", "/proc/nowhere/out.json"), "cannot write '/proc/nowhere/out.json'"),
+    (("--benchmark-json", "docs"), "it is a folder"),
+    (("--benchmark-save", "x", "--benchmark-storage", "/proc/nowhere"), "cannot write '/proc/no"),
+    (("--import", "no_such_module_anywhere"), "no module 'no_such_module_anywhere'"),
+    (("--benchmark-histogram",), "needs pygal, which is not installed: pip install"),
+    (("--benchmark-max-time", "3"), "--benchmark-max-time has no effect here"),
+    (("--benchmark-warmup=on",), "--benchmark-warmup has no effect here"),
 )
-def test_what_would_store_nothing_is_refused_before_anything_is_measured(flags, message):
-    done = call(*SUITE, *FEW, *flags)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 4 and message in lines[-1], done.stdout + done.stderr
-    assert lines[-1].startswith("ERROR:") and "Traceback" not in done.stderr
-    assert "passed" not in done.stdout
+# One process for all, since most of a refusal's time goes to starting.
+REFUSALS = """
+import contextlib, io, json, sys
+import pytest
+sys.modules["pygal"] = None
+found = []
+for flags in json.loads(sys.argv[1]):
+    told, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(said):
+        status = pytest.main(["bench", "-q", "-p", "no:cacheprovider", *flags])
+    found.append([int(status), told.getvalue(), said.getvalue()])
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    flags = [[*FEW, *flags] for flags, _ in REFUSED]
+    done = call(sys.executable, "-c", REFUSALS, json.dumps(flags))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("place", range(len(REFUSED)), ids=lambda i: " ".join(REFUSED[i][0]))
+def test_what_would_store_nothing_is_refused_before_anything_is_measured(refusals, place):
+    status, told, said = refusals[place]
+    lines = told.strip().splitlines()
+    assert status == 4 and REFUSED[place][1] in lines[-1], told + said
+    assert lines[-1].startswith("ERROR:") and "Traceback" not in told and "passed" not in said
 
 
 def test_listing_the_cases_leaves_an_older_result_as_it_is(tmp_path):
@@ -432,6 +458,43 @@ def test_names_that_users_choose_do_no_harm(tmp_path, capsys):
     picture = next(out.glob("time-*.svg"))
     ElementTree.parse(picture)
     assert picture.stat().st_size > 1000
+
+
+def test_many_mechanisms_are_drawn_and_told_without_overlap(tmp_path):
+    report = small_report("mechanism-0")
+    for i in range(1, 24):
+        more = small_report(f"mechanism-{i}")["benchmarks"][2:]
+        for entry in more:
+            entry["stats"] |= {key: entry["stats"][key] * (1 + i / 9) for key in ("median", "q1")}
+        report["benchmarks"] += more
+    path = written(tmp_path / "report.json", report)
+    drawn = [(name, figure) for name, _, figure in plot.figures(results.read_report(path))]
+    assert {name for name, _ in drawn} >= {"time", "memory", "arithmetic", "roofline", "ratios"}
+    for name, figure in drawn:
+        figure.canvas.draw()
+        hidden = {t for ax in figure.axes for t in ax.findobj(Text) if not ax.axison}
+        for ax in figure.axes:  # nor are ticks outside of the view drawn
+            for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+                ticks = axis.get_major_ticks()
+                low, high = sorted((low, high))
+                hidden |= {t.label1 for t in ticks if not low <= t.get_loc() <= high}
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        boxes = [t.get_window_extent() for t in texts if t not in hidden]
+        assert len(boxes) > 24, name
+        # Two edges may touch.
+        smaller = [box.padded(-1) for box in boxes]
+        overlap = [(a, b) for a, b in itertools.combinations(smaller, 2) if a.overlaps(b)]
+        assert not overlap, (name, overlap)
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes), name
+    assert plot.main([str(path), "--out", str(tmp_path / "plots")]) == 0
+    page = (tmp_path / "plots" / "report.html").read_text("utf-8")
+    assert page.index("<h2>Verdict") < page.index("<h2>One attention") < page.index("<h2>Pict")
+    assert "mechanism-0 (1 ms" in page and "23 of 24" not in page
+    assert max(head.count("<th>") for head in page.split("</thead>")) <= 13
+    first = page[page.index("<h2>One attention layer, 512 px") :].split("</table>")[0]
+    order = re.findall(r"<tr><td>([\w-]+)", first)
+    assert order[0] == "mechanism-0" and order[1:3] == ["mechanism-1", "mechanism-2"]
+    assert len(order) == 25
 
 
 def test_a_foreign_dtype_cannot_choose_where_pictures_go(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The suite end to end, as a user runs it: through pytest, in a process of its own."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from einops import rearrange
 import attnzoo
 from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
-from bench import compare, fits, goals, plot, recommend, results, worker
+from bench import compare, fits, goals, plot, recommend, results, tables, worker
 from bench.cases import Case, Request, table
 from bench.peers import PEERS
 from bench.thresholds import GOALS, GoalFigure, figures_of
@@ -62,6 +63,8 @@ def quick(tmp_path_factory):
         "--mechanisms", "sana,softmax", "--resolutions", "128,256", "--widths", "96",
         "-k", "(latency and layer) or (peers and sana-128px) or count",
         "--benchmark-group-by", "param:resolution", "--benchmark-json", str(path),
+        "--benchmark-save", "first", "--benchmark-storage", str(path.with_name("storage")),
+        "--benchmark-min-rounds", "8",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return path, done.stdout
@@ -122,6 +125,64 @@ def test_the_rounds_in_the_json_are_those_of_the_cells_process(quick):
             step = info["macs_training" if info["mode"] == "train" else "macs"]
             assert info["gflops"] == pytest.approx(2 * step / seconds / 1e9, rel=1e-6)
     assert "param:resolution" not in quick[1] and "resolution=128" in quick[1]
+
+
+def test_after_a_run_stands_what_each_mechanism_takes_the_fastest_first(quick):
+    told, report = quick[1], json.loads(quick[0].read_text())
+    part = told[told.index("one attention layer, 256 px (n = 256), d = 96, float32\n") :]
+    heads, columns, *rows = part.split("\n\n")[0].splitlines()[1:]
+    assert re.match(r"forward: fastest (sana|softmax) \(.*least memory", heads)
+    if columns.startswith("train"):
+        columns, *rows = rows
+    assert columns.split() == [
+        *("mechanism", "time", "x", "softmax", "memory", "MACs"),
+        *("training", "step", "x", "softmax", "memory"),
+    ]
+    found = by_id(report)
+    medians = {b["extra_info"]["id"]: b["stats"]["median"] for b in report["benchmarks"]}
+    case = "layer-{}-256px-d96-float32-forward".format
+    order = sorted(("sana", "softmax"), key=lambda name: medians[case(name)])
+    assert [row.split()[0] for row in rows] == order
+    (sana,) = (row for row in rows if row.split()[0] == "sana")
+    info = found[case("sana")]
+    for text in (
+        tables.amount(medians[case("sana")], "s"), tables.memory(info["peak_memory"]),
+        tables.amount(info["macs"]), f"{info['ratios']['softmax']['median']:.2f}",
+    ):  # fmt: skip
+        assert text in sana, (text, sana)
+    # The table of pytest-benchmark was asked for; how long counting took is in neither.
+    assert "resolution=256" in told and "count-sana" not in told
+    assert all(b["stats"]["rounds"] >= 8 for b in report["benchmarks"] if "check" in
+               b["extra_info"])  # fmt: skip
+
+
+def test_runs_are_compared_with_saved_ones_and_alarm_only_where_the_machine_differs(quick, capsys):
+    storage, prefix = quick[0].with_name("storage"), quick[0].with_name("histogram")
+    has_pygal = importlib.util.find_spec("pygal") is not None
+    done = suite(
+        "--mechanisms", "sana", "--resolutions", "128", "--widths", "96", "-k",
+        "layer-sana-128px-d96-float32-forward or count", "--benchmark-storage", str(storage),
+        "--benchmark-compare", "0001", "--benchmark-columns", "min,rounds", "--benchmark-only",
+        "--benchmark-sort", "name", "--benchmark-name", "short", "--benchmark-autosave",
+        *(("--benchmark-histogram", str(prefix)) if has_pygal else ()),
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "machine_info" not in told and "no fair comparison" not in told
+    assert re.search(r"\nlatency\[layer-sana-128px-d96-float32-forward\] \(0001\) +\d", told)
+    assert re.search(r"\nlatency\[layer-sana-128px-d96-float32-forward\] \(NOW\) +\d", told)
+    assert re.search(r"Name \(time in \ws\) +Min +Rounds", told)
+    first, second = sorted(storage.glob("*/*.json"))
+    assert second.name.startswith("0002_") and bool(list(prefix.parent.glob("*.svg"))) == has_pygal
+    before, after = (results.read_cases(path) for path in (first, second))
+    assert compare.main([str(first), str(second)]) == 0
+    assert results.machines_differ(before, after) == ""
+    after["machine_info"]["attnzoo"]["versions"]["torch"] = "9.9"
+    after["machine_info"]["attnzoo"]["threads"] = 64
+    torch_here = before["machine_info"]["attnzoo"]["versions"]["torch"]
+    assert (
+        results.machines_differ(before, after) == f"threads 1 and 64, torch {torch_here} and 9.9"
+    )
 
 
 def test_plots_report_and_compact_copy(quick, tmp_path, capsys):
