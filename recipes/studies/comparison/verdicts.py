@@ -7,11 +7,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
 from recipes.lab.evaluation.scores import is_lower_better, metric_of
+from recipes.lab.training.held_out import NAMES as HELD_OUT_NAMES
 from recipes.studies.comparison.statistics import (
     LEVEL,
     ROUNDING,
@@ -21,9 +22,26 @@ from recipes.studies.comparison.statistics import (
     paired_difference,
 )
 
+MOVED = "several"  # instead of the machine of a run that went over from one to another
 NO_DIFFERENCE = "no difference beyond the spread"
 Pair = tuple[str, str]  # of variants
 Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which runs are compared with which.
+
+    Attributes:
+        against: Label of the variant that the others are compared with; None takes every pair.
+        mixed_machines: Whether runs of different machines make a pair too.
+    """
+
+    against: str | None = None
+    mixed_machines: bool = False
+
+
+ALL_PAIRS = Choice()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +101,8 @@ class Verdict:
     def bound_words(self) -> str:
         """ "differs by less than 0.8 %", with 95 % confidence; a bound is only rounded up."""
         bound, unit = abs(self.gain) + self.margin, ""
+        if bound == 0:
+            return "equal in every seed"
         if self.difference is not None and self.difference.bound_percent <= 100:
             bound, unit = self.difference.bound_percent, " %"
         return f"differs by less than {rounded_up(bound)}{unit}"
@@ -106,8 +126,7 @@ def compare_variants(
 
     Args:
         runs: Rows of one data set, resolution and guidance scale: variant, seed, metrics. With a
-            column "machine", only runs of one machine make a pair, and a run that went over from
-            one to another (no machine) makes none.
+            column "machine", only runs of one machine make a pair, and a run of ``MOVED`` none.
         first: Label of the variant in question.
         second: Label of the one it is compared with.
         metric: Reported name.
@@ -116,8 +135,10 @@ def compare_variants(
     Returns:
         The verdict, whose gain is positive where the first is better.
     """
-    by_machine = "machine" in runs and not mixed_machines
-    keys = ["seed", "machine"] if by_machine else ["seed"]
+    keys = ["seed"]
+    if "machine" in runs and not mixed_machines:
+        keys.append("machine")
+        runs = runs.loc[runs["machine"] != MOVED].assign(machine=runs["machine"].fillna(""))
     wide = runs.pivot_table(index=keys, columns="variant", values=metric)
     if first not in wide or second not in wide:
         return Verdict(math.nan, math.inf, 0)
@@ -126,22 +147,53 @@ def compare_variants(
     return Verdict(gain + 0.0, found.margin, found.pairs, found)
 
 
-def all_pairs(
-    runs: pd.DataFrame, metric: str, mixed_machines: bool = False, against: str | None = None
-) -> dict[Pair, Verdict]:
+def all_pairs(runs: pd.DataFrame, metric: str, choice: Choice = ALL_PAIRS) -> dict[Pair, Verdict]:
     """Every two variants of a setting that have a number, each pair once; or all against one.
 
     Args:
         runs: See ``compare_variants``.
         metric: Reported name.
-        mixed_machines: See ``compare_variants``.
-        against: Label of the variant that the others are compared with; None takes every pair.
+        choice: Which ones.
     """
     names = [str(name) for name in runs.dropna(subset=[metric])["variant"].unique()]
     pairs: Iterable[Pair] = itertools.combinations(names, 2)
-    if against is not None:
-        pairs = [(name, against) for name in names if name != against and against in names]
-    return {pair: compare_variants(runs, *pair, metric, mixed_machines) for pair in pairs}
+    if (other := choice.against) is not None:
+        pairs = [(name, other) for name in names if name != other and other in names]
+    return {pair: compare_variants(runs, *pair, metric, choice.mixed_machines) for pair in pairs}
+
+
+def family(
+    runs: pd.DataFrame, metric: str, keys: Sequence[str], choice: Choice = ALL_PAIRS
+) -> dict[tuple[Any, ...], dict[Pair, Verdict]]:
+    """The verdicts of one metric in all settings of a comparison, corrected together.
+
+    Args:
+        runs: Rows of all settings and guidance scales.
+        metric: Reported name.
+        keys: Columns whose values make a setting, the guidance scale "cfg" last.
+        choice: Which pairs.
+
+    Returns:
+        By the values of the keys, the verdicts by pair. A loss of the model itself has the same
+        value at every scale: it is compared at the first one only.
+    """
+    groups = list(runs.groupby(list(keys), sort=False, dropna=False))
+    if is_of_model(metric):
+        groups = list({key[:-1]: (key, rows) for key, rows in reversed(groups)}.values())[::-1]
+    found = {
+        (key, pair): verdict
+        for key, rows in groups
+        for pair, verdict in all_pairs(rows, metric, choice).items()
+    }
+    together: dict[tuple[Any, ...], dict[Pair, Verdict]] = {key: {} for key, _ in groups}
+    for (key, pair), verdict in corrected_together(found).items():
+        together[key][pair] = verdict
+    return together
+
+
+def is_of_model(label: str) -> bool:
+    """Whether a metric is a loss of the model, which no guidance changes."""
+    return metric_of(label) in HELD_OUT_NAMES
 
 
 def corrected_together(verdicts: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
@@ -238,7 +290,10 @@ def ordered_variants(runs: pd.DataFrame, metric: str) -> dict[str, float]:
 
 
 def summary_sentence(
-    runs: pd.DataFrame, metric: str, verdicts: Mapping[Pair, Verdict] | None = None
+    runs: pd.DataFrame,
+    metric: str,
+    verdicts: Mapping[Pair, Verdict] | None = None,
+    choice: Choice = ALL_PAIRS,
 ) -> str:
     """One sentence on which variant leads in a metric, and over which ones that is certain.
 
@@ -247,12 +302,15 @@ def summary_sentence(
         metric: Reported name.
         verdicts: Of all pairs, corrected for the family they belong to; None takes the pairs of
             these runs for the family.
+        choice: Which pairs these are.
     """
     means = ordered_variants(runs, metric)
     if len(means) < 2:
         return f"{metric}: fewer than two variants have a number."
     if verdicts is None:
-        verdicts = corrected_together(all_pairs(runs, metric))
+        verdicts = corrected_together(all_pairs(runs, metric, choice))
+    if choice.against in means:
+        return _against_sentence(means, metric, verdicts, choice.against)
     best = next(iter(means.values()))
     first = [name for name in means if _are_equal(means[name], best)]
     rest = [name for name in means if name not in first]
@@ -279,6 +337,21 @@ def summary_sentence(
     parts = [f"{metric}: {lead} the best mean ({shown})"]
     parts += [words[kind].format(", ".join(by_kind[kind])) for kind in words if kind in by_kind]
     return "; ".join(parts) + "."
+
+
+def _against_sentence(
+    means: Mapping[str, float], metric: str, verdicts: Mapping[Pair, Verdict], other: str
+) -> str:
+    by_kind: dict[str, list[str]] = {}
+    for name in means:
+        if name != other:
+            found = verdict_of(verdicts, name, other)
+            kind = "unknown" if found is None else found.kind
+            by_kind.setdefault(kind, []).append(f"{name}{_effect(found)}")
+    words = {"better": "better:", "worse": "worse:", "same": f"{NO_DIFFERENCE}:",
+             "unknown": "too few seeds, or no spread between them, to judge"}  # fmt: skip
+    parts = [f"{words[kind]} {', '.join(by_kind[kind])}" for kind in words if kind in by_kind]
+    return f"{metric}, against {other} ({means[other]:.4g}): {'; '.join(parts)}."
 
 
 def _effect(verdict: Verdict | None) -> str:
