@@ -309,16 +309,17 @@ class TestExtractors:
         assert "\n" not in str(caught.value)
 
 
-class TestHeldOutImages:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("images")
-        for name, count in (("a", 60), ("b", 2)):
-            (root / name).mkdir()
-            for number in range(count):
-                Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
-        return root
+@pytest.fixture(scope="module")
+def folder(self, tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for name, count in (("a", 60), ("b", 2)):
+        (root / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
+    return root
 
+
+class TestHeldOutImages:
     def planned(self, folder, **settings):
         like = one_run(**settings)
         variants = [plan.parse_variant("sana")]
