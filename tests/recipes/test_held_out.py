@@ -129,21 +129,22 @@ def test_a_planted_difference_of_one_percent_is_found_with_three_seeds_and_a_tie
 
 
 def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp_path):
+    often = Settings(**SMALL, held_out_every=2, held_out_images=64)
     logged = Run(tmp_path / "logged")
-    train(Settings(**SMALL, held_out_every=2), logged)
+    train(often, logged)
     plain = Run(tmp_path / "plain")
     train(Settings(**SMALL), plain)
     # A run that is stopped and goes on has the same: the images, times and noise are.
     stopped = Run(tmp_path / "stopped")
-    train(Settings(**SMALL, held_out_every=2), stopped, should_stop=lambda step: step == 2)
-    train(Settings(**SMALL, held_out_every=2), stopped, resume=True)
+    train(often, stopped, should_stop=lambda step: step == 2)
+    train(often, stopped, resume=True)
     both = [[step.get("held_out_loss") for step in run.read_log()] for run in (stopped, logged)]
     assert both[0] == both[1] and both[0][3] is not None
     entries = logged.read_log()
     assert [step["step"] for step in entries if "held_out_loss" in step] == [2, 4]
     losses = [[step["loss"] for step in run.read_log()] for run in (logged, plain)]
     assert losses[0] == losses[1]
-    measured = evaluate(plain, plan=Plan(samples=10, steps=2), cache=tmp_path)
+    measured = evaluate(plain, plan=Plan(samples=10, steps=2), cache=tmp_path, held_out=64)
     found = measured["results"]["1"]
     assert found["held_out_loss[ema]"] == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
     assert measured["held_out"]["images"] == len(measured["held_out"]["by_image"])
@@ -155,7 +156,7 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     shares = [0.99, 0.9899] * (len(facts["by_image"]) // 2 + 1)
     by_image = [loss * share for loss, share in zip(facts["by_image"], shares, strict=False)]
     better = measured | {"held_out": facts | {"by_image": by_image}}
-    assert re.search(r": -1 % ± 0.0\d .*; \d+ images would", compared_by_image(better, plain))
+    assert re.search(r": -1 % ± 0\.\d+ \(.*; \d+ images would", compared_by_image(better, plain))
     other = measured | {"held_out": facts | {"sha256": "0"}}
     with pytest.raises(UserError, match="are of different images"):
         compared_by_image(other, plain)

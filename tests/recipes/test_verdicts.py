@@ -310,7 +310,7 @@ class TestExtractors:
 
 
 @pytest.fixture(scope="module")
-def folder(self, tmp_path_factory):
+def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     for name, count in (("a", 60), ("b", 2)):
         (root / name).mkdir()
