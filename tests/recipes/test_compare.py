@@ -90,6 +90,8 @@ class TestRuns:
         assert frame.state.to_dict() == {"softmax": OK, "crashing": "crashed"}
         assert "killed by signal 9" in frame.error["crashing"]
         assert np.isfinite(frame["FID[smallcnn]"]["softmax"])
+        curve = pd.read_csv(out / "curves.csv").dropna(subset=["held_out_loss"])
+        assert curve.step.tolist() == [1, 2, 3] and curve.held_out_loss_model.notna().all()
         assert frame.macs["softmax"] > 0 and frame.forward_seconds["softmax"] > 0
 
     def test_the_report_shows_the_failure_and_the_rest(self, compared):
@@ -97,6 +99,8 @@ class TestRuns:
         page = (out / "report.html").read_text()
         assert "1 of 2 runs are done" in page and "killed by signal 9" in page
         assert "FID[smallcnn]" in page and "Learning curves" in page and "samples of soft" in page
+        assert "<li class=bad>digits-easy-native-crashing" in page
+        assert "Held-out loss while training" in page and "average, quarter 4" in page
         # One file that needs no other: every picture is inside, nothing is fetched.
         sources = re.findall(r'src="([^"]{0,30})', page)
         assert len(sources) >= 4
@@ -411,8 +415,9 @@ class TestWhatSeedsCanSay:
         frame = table(a=[1.0, 2.0, 3.0], b=[1.1, 1.9, 3.1], c=[9.0, 10.0, 11.5])
         text = summary_sentence(frame, "FID[smallcnn]")
         assert "a has the best mean (2)" in text
-        assert "better than c beyond the spread" in text
-        assert f"{NO_DIFFERENCE} from b" in text
+        assert "beyond the spread over seeds better than c (80 %)" in text
+        # 0.033 ± 0.29 of 2.03: a bound is never rounded down.
+        assert f"{NO_DIFFERENCE} from b (differs by less than 16 %)" in text
 
     def test_equal_means_are_a_tie_though_their_sums_differ(self):
         frame = table(a=[0.1, 0.2, 0.3], b=[0.0, 0.3, 0.3], c=[0.5, 0.6, 0.7])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import Part, divided, load_dataset
 from recipes.lab.diffusion import Diffusion
-from recipes.lab.evaluation.evaluate import evaluate
+from recipes.lab.evaluation.evaluate import compared_by_image, evaluate, table
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.training import held_out
 from recipes.lab.training.batches import Batches
@@ -98,7 +99,7 @@ def test_images_do_not_depend_on_how_many_are_measured_or_how_many_at_once(monke
     digits = load_dataset("digits", split="test")
     together = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=30)
     few = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=10)
-    monkeypatch.setattr(held_out, "_AT_ONCE", 1)
+    monkeypatch.setattr(held_out, "_AT_ONCE", 1)  # not 64
     one_by_one = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=30)
     assert torch.equal(few, together[:10])
     torch.testing.assert_close(one_by_one, together, rtol=1e-6, atol=0)
@@ -128,19 +129,37 @@ def test_a_planted_difference_of_one_percent_is_found_with_three_seeds_and_a_tie
 
 
 def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp_path):
+    often = Settings(**SMALL, held_out_every=2, held_out_images=64)
     logged = Run(tmp_path / "logged")
-    train(Settings(**SMALL, held_out_every=2), logged)
+    train(often, logged)
     plain = Run(tmp_path / "plain")
     train(Settings(**SMALL), plain)
+    # A run that is stopped and goes on has the same: the images, times and noise are.
+    stopped = Run(tmp_path / "stopped")
+    train(often, stopped, should_stop=lambda step: step == 2)
+    train(often, stopped, resume=True)
+    both = [[step.get("held_out_loss") for step in run.read_log()] for run in (stopped, logged)]
+    assert both[0] == both[1] and both[0][3] is not None
     entries = logged.read_log()
     assert [step["step"] for step in entries if "held_out_loss" in step] == [2, 4]
     losses = [[step["loss"] for step in run.read_log()] for run in (logged, plain)]
     assert losses[0] == losses[1]
-    measured = evaluate(plain, plan=Plan(samples=10, steps=2), cache=tmp_path)
+    measured = evaluate(plain, plan=Plan(samples=10, steps=2), cache=tmp_path, held_out=64)
     found = measured["results"]["1"]
     assert found["held_out_loss[ema]"] == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
     assert measured["held_out"]["images"] == len(measured["held_out"]["by_image"])
     json.dumps(measured["held_out"], allow_nan=False)
+    assert "its own error over them" in table(measured)
+    # Against itself, then against one whose images are all a hundredth better or so.
+    assert "no number of images" in compared_by_image(measured, plain)
+    facts = measured["held_out"]
+    shares = [0.99, 0.9899] * (len(facts["by_image"]) // 2 + 1)
+    by_image = [loss * share for loss, share in zip(facts["by_image"], shares, strict=False)]
+    better = measured | {"held_out": facts | {"by_image": by_image}}
+    assert re.search(r": -1 % ± 0\.\d+ \(.*; \d+ images would", compared_by_image(better, plain))
+    other = measured | {"held_out": facts | {"sha256": "0"}}
+    with pytest.raises(UserError, match="are of different images"):
+        compared_by_image(other, plain)
 
 
 def test_what_is_held_out_is_never_trained_on(image_folder):

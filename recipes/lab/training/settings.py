@@ -252,6 +252,7 @@ class Settings:
     held_out_every: int | None = _setting(
         "run", None, optional(integer()), "steps between held-out losses, which go into the log"
     )
+    held_out_images: int = _setting("run", 1024, integer(10), "images of each of them")
     diagnose_every: int = _setting("run", 100, integer(), "steps between looks into mechanisms")
     # Of a run that recipes/convert.py began: the trained model that it began with, the arguments
     # of the backbone that it has from it, and how much of a teacher that model is.
