@@ -324,7 +324,27 @@ def load_dataset(data: str, **options: Any) -> ImageDataset:
             f"folder {data!r} has no split {split!r}: give the folder that holds those images, "
             "with split 'train'"
         )
-    return entry(request)
+    key = _shared_key(request)
+    return _SHARED[key] if key in _SHARED else entry(request)
+
+
+_SHARED: dict[Request, ImageDataset] = {}
+
+
+def _shared_key(request: Request) -> Request:
+    """What decides the images: no seed does where they are finite."""
+    is_seeded = entry_of(kind_of(request.data)).infinite
+    return request if is_seeded else dataclasses.replace(request, seed=0)
+
+
+def share(data: str, **options: Any) -> None:
+    """Opens a data set now, for this process and all that are forked from it.
+
+    Args:
+        data: See ``Request``.
+        options: Its other attributes.
+    """
+    _SHARED[_shared_key(Request(data, **options))] = load_dataset(data, **options)
 
 
 def canonical_data(data: str) -> str:

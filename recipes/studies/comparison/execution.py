@@ -108,8 +108,12 @@ def _run_one(folder: Path, progress: bool) -> Result:
             return {INTERRUPTED: STOPPED, NON_FINITE: NOT_FINITE}.get(status, other)
     vae = load_vae(settings.vae) if settings.vae else None
     cost = cost_of(settings, load_training_data(settings, vae))
+    if not stored["samples"]:  # what training has logged is all that is asked for
+        empty = {"results": {}, "real_floor": {}}
+        return {"state": OK, "error": None, "cost": cost, "metrics": empty, "curve": _curve(run)}
     measured = evaluate(
         run,
+        extractor=stored.get("extractor", "smallcnn"),
         cfgs=stored["cfgs"],
         plan=Plan(samples=stored["samples"], steps=stored["sampling_steps"]),
         cache=folder.parents[1] / EVALUATORS,
@@ -166,7 +170,7 @@ def run_all(
         finally:
             slots.put(slot)
 
-    with _signals() as stop, ThreadPoolExecutor(jobs) as pool:
+    with signals() as stop, ThreadPoolExecutor(jobs) as pool:
         try:
             running = {pool.submit(run_next, folder): folder for folder in folders}
             for one in as_completed(running):
@@ -176,7 +180,7 @@ def run_all(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
+def signals() -> Iterator[threading.Event]:
     """Whether a signal to stop has come meanwhile."""
     received = threading.Event()
     before = {}

@@ -47,11 +47,12 @@ class PlannedRun:
         label: Name of the mechanism or of the variant of it.
         settings: Of the run.
         cfgs: Guidance scales to measure.
-        samples: Images per scale.
+        samples: Images per scale; 0 measures only what training logs.
         sampling_steps: Model evaluations per image.
         imports: Files (absolute) or modules that register mechanisms of the user's own.
         vae: Folder or hub id of what decodes latents; None takes what these remember.
         real: Folder of real images to measure with; None takes the data's own.
+        extractor: What looks at the images; see ``evaluate``.
     """
 
     label: str
@@ -62,6 +63,7 @@ class PlannedRun:
     imports: tuple[str, ...] = ()
     vae: str | None = None
     real: str | None = None
+    extractor: str = "smallcnn"
 
     @property
     def name(self) -> str:
@@ -69,8 +71,9 @@ class PlannedRun:
         settings = self.settings
         key = dataclasses.asdict(self)
         del key["vae"]  # only the one that made the latents is taken
-        if self.real is None:
-            del key["real"]
+        for name, default in (("real", None), ("extractor", "smallcnn")):
+            if key[name] == default:  # added later, see above
+                del key[name]
         key["settings"] = {
             name: value
             for name, value in key["settings"].items()
