@@ -16,9 +16,8 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from recipes.lab.console import DONE, UserError, numbers, one_line, printable, run_script, whole
+from recipes.lab.console import DONE, numbers, printable, run_script, whole
 
 PLANS = ("controls", "resolution")
 
@@ -27,7 +26,8 @@ def main(arguments: list[str]) -> int:
     """Runs the command line; 0 when every run is done, 1 when some failed or wait."""
     started = time.monotonic()
     given = _parser().parse_args(arguments)
-    # --help does not wait for torch.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # of imports too: a GPU that was asked
+    # cannot be used after a fork. --help does not wait for torch.
     from recipes.studies.quality import launch, seconds, table
     from recipes.studies.quality.plans import STUDIES, Scale, study_runs
     from recipes.studies.quality.run import Missing, dry_run, share_data
@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> int:
     file = Path(given.seconds or out / seconds.FILE)
     if given.measure:
         runs = study_runs(study, scale, {}, protocols=["depth"], **chosen)
-        _measure(runs, file, slots[0], threads, out)
+        os.environ["CUDA_VISIBLE_DEVICES"] = slots[0] or ""
+        seconds.measure(runs, file)
         return DONE
     known = seconds.read_seconds(file)
     if "time" in protocols and not known and not given.protocols:
@@ -76,19 +77,6 @@ def main(arguments: list[str]) -> int:
             f"table.csv has {size} bytes, more than the {table.LIMIT} to commit", file=sys.stderr
         )
     return 1 if left else DONE
-
-
-def _measure(runs: Any, file: Path, gpu: str | None, threads: int, out: Path) -> None:
-    from recipes.studies.quality.launch import forked
-    from recipes.studies.quality.seconds import measure
-
-    out.mkdir(parents=True, exist_ok=True)
-    output = out / "measure.txt"
-    pid = forked(lambda: measure(runs, file), gpu, threads, output)
-    if os.waitpid(pid, 0)[1]:
-        line = one_line(output.read_text().strip().split("\n")[-1])
-        raise UserError(f"measuring failed ({line}); {output} has all it said")
-    print(output.read_text(), end="")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,7 +48,6 @@ def gpus_to_use(asked: str) -> list[str]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     visible = shown.split(",") if shown else list(map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     if asked in ("all", "none"):
         return visible[:count] if asked == "all" else []
     if not all(one.strip().isdecimal() and int(one) < count for one in asked.split(",")):
@@ -142,7 +141,13 @@ def run_forked(
 
 
 def _work(folder: Path) -> Callable[[], bool]:
-    return lambda: run_one(folder)["state"] != OK
+    def work() -> bool:
+        if torch.cuda._is_in_bad_fork():  # an import has asked for GPUs: a new interpreter has not
+            module = "recipes.studies.comparison.execution"
+            os.execv(sys.executable, [sys.executable, "-m", module, str(folder.resolve())])
+        return run_one(folder)["state"] != OK
+
+    return work
 
 
 def _result(folder: Path, status: int, is_cut: bool) -> Result:

@@ -137,7 +137,6 @@ CONTROLS = Study(
         *(Claim("convolution", name, f"{name}, no conv", name in ("dydila", "focused"))
           for name in CONVOLVED),
         Claim("convolution", "softmax, conv", "softmax", True),
-        Claim("convolution", "convolution alone", _PLAIN_LABEL),
         Claim("type", "softmax, conv", "conv", True),
         Claim("type", "dydila", "conv", True),
         Claim("type", "dydila", "softmax", True),
