@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # of imports too: a GPU that was asked
     # cannot be used after a fork. --help does not wait for torch.
+    from recipes.studies.comparison.plan import check_extractors
     from recipes.studies.quality import launch, seconds, table
     from recipes.studies.quality.plans import STUDIES, Scale, study_runs
     from recipes.studies.quality.run import Missing, dry_run, share_data
@@ -37,11 +38,17 @@ def main(arguments: list[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (cores or 1) // len(slots)))
     study, out = STUDIES[given.plan], Path(given.out)
+    weights = given.extractor_weights
     scale = Scale(
         model=given.model, data=given.data, steps=given.steps, batch_size=given.batch_size,
-        seeds=given.seeds, samples=given.samples, points=given.points, extractor=given.extractor,
+        seeds=given.seeds, samples=given.samples, points=given.points,
+        held_out_images=given.held_out_images,
+        extractor_weights=weights and str(weights.expanduser().resolve()),
+        extractors=tuple(given.extractors),
         precision=given.precision or ("bf16" if gpus else "fp32"), compile=given.compile,
     )  # fmt: skip
+    if scale.samples and not given.report_only:
+        check_extractors(scale.extractors, scale.extractor_weights)
     chosen = {"resolutions": given.resolutions, "only": given.only}
     protocols = given.protocols or list(study.protocols)
     earlier = table.read(given.table) if given.table else None
@@ -51,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if given.measure:
         runs = study_runs(study, scale, {}, protocols=["depth"], **chosen)
         os.environ["CUDA_VISIBLE_DEVICES"] = slots[0] or ""
-        seconds.measure(runs, file)
+        seconds.measure(runs, file, threads)
         return DONE
     known = seconds.read_seconds(file)
     if "time" in protocols and not known and not given.protocols:
@@ -73,9 +80,7 @@ def main(arguments: list[str]) -> int:
     print(printable(f"{len(runs) - len(left)} of {len(runs)} rows are done: {out / 'table.csv'}"))
     size = (out / "table.csv").stat().st_size
     if size > table.LIMIT:
-        print(
-            f"table.csv has {size} bytes, more than the {table.LIMIT} to commit", file=sys.stderr
-        )
+        print(f"it has {size} bytes, more than {table.LIMIT} to be committed", file=sys.stderr)
     return 1 if left else DONE
 
 
@@ -100,8 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     flag("--data", default="emoji", help="of train.py's --data (default: emoji)")
     flag("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, else fp32")
     flag("--compile", choices=["on", "off"], default="off", help="compile blocks (default: off)")
-    flag("--extractor", default="efficientnet-lite0",
-         choices=["smallcnn", "efficientnet-lite0", "inception"])  # fmt: skip
+    flag("--extractors", type=numbers(str), default=["efficientnet-lite0"],
+         help="some of smallcnn,efficientnet-lite0,inception")  # fmt: skip
+    flag("--extractor-weights", type=Path, help="local file of the one that needs it")
+    flag("--held-out-images", type=whole(10), default=1024, help="of each held-out loss")
     flag("--resolutions", type=numbers(int), default=[], help="some of the plan's, or others")
     flag("--protocols", type=numbers(str), default=[], help="some of depth,MACs,time")
     flag("--only", type=lambda text: text.split(";"), default=[],

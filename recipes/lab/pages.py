@@ -48,6 +48,11 @@ def html_text(value: Any) -> str:
     return "" if value is None else html.escape(one_line(str(value)))
 
 
+def html_paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text, of a class of the style sheet if given."""
+    return f"<p{f' class={kind}' if kind else ''}>{html_text(text)}</p>"
+
+
 def html_table(headings: Iterable[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A table of plain values."""
     # Long names of metrics may be broken before their extractor.

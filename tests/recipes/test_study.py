@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from attnzoo import get_attention, list_attention
 from recipes import results, study
@@ -38,6 +39,16 @@ from recipes.studies.quality.seconds import read_seconds
 ROOT = Path(__file__).parents[2]
 TINY = Scale(model="96x4", data="digits", steps=10, seeds=4, precision="fp32")
 AT = {"resolutions": [8]}
+
+
+@pytest.fixture()
+def launching(monkeypatch):
+    """What a launcher changes of its process is as it was before."""
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 class TestPlan:
@@ -155,9 +166,9 @@ class TestLauncher:
         states = self.launch(folders, monkeypatch, lambda _: time.sleep(60), minutes=0.5 / 60)
         assert states == {"a": "interrupted", "b": None, "c": None}
 
+    @pytest.mark.usefixtures("launching")
     def test_gpus_that_are_not_there_are_refused(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
         assert launch.gpus_to_use("all") == ["0", "1"]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
@@ -168,10 +179,11 @@ class TestLauncher:
         assert launch.gpus_to_use("none") == []
 
 
+@pytest.mark.usefixtures("launching")
 def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(tmp_path, capsys):
     given = ["resolution", "--data", "digits", "--resolutions", "8", "--only", "softmax;sana",
              "--seeds", "1", "--steps", "5", "--batch-size", "8", "--samples", "0", "--points",
-             "5", "--model", "96x4", "--protocols", "depth", "--gpus", "none"]  # fmt: skip
+             "5", "--held-out-images", "32", "--model", "96x4", "--protocols", "depth", "--gpus", "none"]  # fmt: skip
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "recipes/study.py", *given, "--out", str(out), "--per-gpu", "2"],

@@ -134,6 +134,11 @@ class ImageDataset:
         """
         raise TypeError(f"{self.name} is infinite and has no length")
 
+    @property
+    def known_labels(self) -> Tensor | None:
+        """(n,) int64: the class of every image, or None where it takes opening them to know."""
+        return getattr(self, "_labels", None)
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images with the given indices.
 
@@ -194,6 +199,11 @@ class Part(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def known_labels(self) -> Tensor | None:
+        labels = self._whole.known_labels
+        return None if labels is None else labels[self._indices]
 
     def identity(self) -> dict[str, Any]:
         whole = self._whole.identity()

@@ -44,6 +44,8 @@ from recipes.lab.training.held_out import (
 )
 from recipes.lab.training.settings import resumed_settings
 
+WEIGHTED = ("efficientnet-lite0", "inception")  # extractors that come with weights of their own
+
 
 def evaluate(
     run: Run,
@@ -344,27 +346,36 @@ def _extractor(
     cache: Path,
     progress: bool,
 ) -> Extractor:
-    if name not in ("inception", "efficientnet-lite0") and weights_file is not None:
+    if name not in WEIGHTED and weights_file is not None:
         raise UserError(
             "--extractor-weights is for --extractor inception or efficientnet-lite0; pass both or "
             "neither"
         )
     if not isinstance(name, str):
         return name
-    if name == "inception":
-        from recipes.lab.evaluation.inception import load_inception
-
-        return load_inception(weights_file)
-    if name == "efficientnet-lite0":
-        from recipes.lab.evaluation.efficientnet import load_efficientnet
-
-        return load_efficientnet(weights_file)
+    if name in WEIGHTED:
+        return load_extractor(name, weights_file)
     if name != "smallcnn":
         raise UserError(
             f"extractor {name!r} is unknown; there are smallcnn, efficientnet-lite0 and inception"
         )
     assert source is not None and train is not None and test is not None
     return smallcnn_of(train, test, source.kind, cache=cache, progress=progress)
+
+
+def load_extractor(name: str, weights_file: Path | None) -> Extractor:
+    """One of ``WEIGHTED`` with the weights of a local file.
+
+    Raises:
+        UserError: The file is missing, is another one, or does not fit.
+    """
+    if name == "inception":
+        from recipes.lab.evaluation.inception import load_inception
+
+        return load_inception(weights_file)
+    from recipes.lab.evaluation.efficientnet import load_efficientnet
+
+    return load_efficientnet(weights_file)
 
 
 def _weakness(see: Extractor, source: RealImages | None) -> list[str]:

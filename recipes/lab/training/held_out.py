@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -23,13 +22,20 @@ from recipes.lab.diffusion import Diffusion, generator_for
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.settings import Settings
 
-IMAGES = 1024
+IMAGES = Settings.held_out_images
 TIMES = 8  # a multiple of 4, for the quarters
 FEWEST = 10
 _SEED = 0x48454C44  # of the times and the noise; no setting, so that all runs share them
 _AT_ONCE = 64  # images; fixed, so that the sums do not depend on who computes them
 
+MODEL_NAME = "held_out_loss_model"  # in a log, where the others are the average's
 NAMES = ("held_out_loss", *(f"held_out_loss_quarter_{q + 1}" for q in range(4)))
+
+
+def can_hold_out(settings: Settings) -> bool:
+    """Whether a run of these settings leaves images out: by itself, or in a test split."""
+    has_split = "test" in entry_of(kind_of(settings.data)).splits and settings.vae is None
+    return bool(settings.hold_out) or has_split
 
 
 def open_held_out(settings: Settings, vae: Any = None) -> ImageDataset:
@@ -48,8 +54,7 @@ def open_held_out(settings: Settings, vae: Any = None) -> ImageDataset:
     if settings.hold_out:
         dataset = load_training_data(settings, vae)
         return Part(dataset, divided(len(dataset), settings.hold_out)[1])
-    kind = kind_of(settings.data)
-    if "test" not in entry_of(kind).splits or vae is not None:
+    if not can_hold_out(settings) or vae is not None:
         raise UserError(
             f"the run has seen every image of {settings.data!r}: train with --hold-out 0.1 to "
             f"leave some out"
@@ -65,6 +70,22 @@ def check_enough(dataset: ImageDataset) -> None:
             f"{len(dataset)} held-out images of {dataset.name} are too few for a loss, which "
             f"needs {FEWEST}: give more images, or a larger --hold-out"
         )
+
+
+def missing_classes(dataset: ImageDataset, most: int = IMAGES) -> list[str]:
+    """Classes of which none of the first images is, by name; a loss says nothing of them.
+
+    Args:
+        dataset: Of held-out images; one that does not know its labels misses none.
+        most: Images that are measured.
+    """
+    labels = dataset.known_labels
+    present = None if labels is None else {*labels[:most].tolist()}
+    return [
+        name
+        for label, name in enumerate(dataset.class_names)
+        if present is not None and label not in present
+    ]
 
 
 def held_out_losses(
@@ -144,19 +165,29 @@ def held_out_numbers(losses: Tensor) -> dict[str, float]:
     return dict(zip(NAMES, [losses.mean().item(), *quarters.tolist()], strict=True))
 
 
+def paired_by_image(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """The mean difference of two models on the same images, and its own standard error.
+
+    Args:
+        first: (n, TIMES), of one model, or (n, 1) of its means by image.
+        second: The same images' of another.
+    """
+    differences = (first - second).mean(dim=1)
+    return differences.mean().item(), differences.std().item() / len(differences) ** 0.5
+
+
 def images_needed(first: Tensor, second: Tensor, share: float = 0.1) -> float:
     """How many images make the error of a paired difference a share of that difference.
 
     Args:
-        first: (n, TIMES), of one model.
+        first: (n, TIMES), of one model, or (n, 1) of its means by image.
         second: The same images' of another.
         share: Of the difference's size, that one standard error may take.
 
     Returns:
         A number of images, at least 1; infinite where the two do not differ.
     """
-    differences = (first - second).mean(dim=1).numpy()
-    mean = abs(float(differences.mean()))
+    mean, error = paired_by_image(first, second)
     if mean == 0:
         return math.inf
-    return max(1.0, (float(np.std(differences, ddof=1)) / (share * mean)) ** 2)
+    return max(1.0, len(first) * (error / (share * mean)) ** 2)

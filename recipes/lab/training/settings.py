@@ -210,6 +210,7 @@ class Settings:
     held_out_every: int | None = _setting(
         None, _optional(_whole()), "steps between held-out losses, which go into the log"
     )
+    held_out_images: int = _setting(1024, _whole(10), "images of each of them")
     diagnose_every: int = _setting(100, _whole(), "steps between looks into the mechanisms")
     # Of a run that recipes/convert.py began: the trained model that it began with, the arguments
     # of the backbone that it has from it, and how much of a teacher that model is.

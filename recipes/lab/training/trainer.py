@@ -44,6 +44,7 @@ from recipes.lab.training.distillation import Distillation, read_teacher
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import look_inside, quartile_entry, quartile_sums, uncompiled
 from recipes.lab.training.held_out import (
+    MODEL_NAME,
     check_enough,
     held_out_losses,
     held_out_numbers,
@@ -323,7 +324,7 @@ class Trainer:
         self.model.eval()
         try:
             with uncompiled() if self.compiling.is_on else contextlib.nullcontext():
-                entry = {"held_out_loss_model": self._held_out_losses().mean().item()}
+                entry = {MODEL_NAME: self._held_out_losses().mean().item()}
                 with self.average.applied():
                     return held_out_numbers(self._held_out_losses()) | entry
         finally:
@@ -335,6 +336,7 @@ class Trainer:
             self.model,
             self.diffusion,
             self._held_out,
+            self.settings.held_out_images,
             # Gathering weights takes all processes at once.
             accelerator=None if self.is_sharded else self.accelerator,
             device=self.accelerator.device,

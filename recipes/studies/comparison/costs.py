@@ -13,6 +13,7 @@ import torch
 from attnzoo.counting import count_macs
 from recipes.lab.console import one_line, progress_bar
 from recipes.lab.training.build import build_model
+from recipes.lab.training.held_out import IMAGES, TIMES, can_hold_out
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.plan import facts_of
 from recipes.studies.comparison.planned import PlannedRun
@@ -72,11 +73,20 @@ def _median_seconds(work: Callable[[], None], device: torch.device, repeats: int
     return statistics.median(timeit.repeat(finished, number=1, repeat=repeats + 1)[1:])
 
 
+def _held_out_forwards(settings: Settings) -> int:
+    """Images times times of all held-out losses, on the way (of both weights) and at the end."""
+    if not can_hold_out(settings):
+        return 0
+    every = settings.held_out_every
+    points = 0 if every is None else settings.steps // every + bool(settings.steps % every)
+    return TIMES * (2 * points * settings.held_out_images + IMAGES)
+
+
 def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
     """The plan as a table, with multiply-accumulates and seconds measured just now.
 
-    The seconds count training and sampling of one run, not the evaluator, which is trained once
-    per data set and resolution.
+    The seconds count training, held-out losses and sampling of one run, not the evaluator, which
+    is trained once per data set and resolution.
     """
     costs: dict[tuple[Any, ...], dict[str, Any]] = {}
     rows = []
@@ -88,6 +98,7 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
         cost = costs[key]
         trained = settings.steps * settings.batch_size
         forwards = one.samples * one.sampling_steps * sum(1 if c == 1 else 2 for c in one.cfgs)
+        forwards += _held_out_forwards(settings)
         seconds = cost["training_seconds"] * trained + cost["forward_seconds"] * forwards
         rows.append(
             {

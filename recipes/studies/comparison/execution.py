@@ -38,10 +38,19 @@ from recipes.lab.files import CannotWrite, read_json, write_json
 from recipes.lab.imports import import_all
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.held_out import MODEL_NAME, NAMES
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.costs import cost_of
-from recipes.studies.comparison.planned import EVALUATORS, OK, known_as, read_result
+from recipes.studies.comparison.planned import (
+    EARLIER,
+    EVALUATORS,
+    OK,
+    SMALLCNN,
+    known_as,
+    read_result,
+    set_aside,
+)
 
 STOPPED = {"state": "interrupted", "error": "stopped by a signal; run the comparison again"}
 NOT_FINITE = {"state": "not finite", "error": "training stopped: the loss is not finite"}
@@ -107,22 +116,71 @@ def _run_one(folder: Path, progress: bool) -> Result:
             other = {"state": "error", "error": f"training ended with status {status}"}
             return {INTERRUPTED: STOPPED, NON_FINITE: NOT_FINITE}.get(status, other)
     vae = load_vae(settings.vae) if settings.vae else None
-    cost = cost_of(settings, load_training_data(settings, vae))
+    earlier = read_result(folder, EARLIER)
+    cost = earlier["cost"] if earlier else cost_of(settings, load_training_data(settings, vae))
+    measured = _measured(run, stored, folder, earlier["metrics"] if earlier else None, progress)
+    (folder / EARLIER).unlink(missing_ok=True)
+    return {
+        "state": OK,
+        "error": None,
+        "cost": cost,
+        "metrics": measured,
+        "curve": _curve(run),
+        "held_out_curve": _held_out_curve(run),
+    }
+
+
+def _measured(
+    run: Run,
+    stored: Mapping[str, Any],
+    folder: Path,
+    found: dict[str, Any] | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """What each extractor says of one set of images, beside what has been found already."""
     if not stored["samples"]:  # what training has logged is all that is asked for
-        empty = {"results": {}, "real_floor": {}}
-        return {"state": OK, "error": None, "cost": cost, "metrics": empty, "curve": _curve(run)}
-    measured = evaluate(
-        run,
-        extractor=stored.get("extractor", "smallcnn"),
-        cfgs=stored["cfgs"],
-        plan=Plan(samples=stored["samples"], steps=stored["sampling_steps"]),
-        cache=folder.parents[1] / EVALUATORS,
-        vae=stored["vae"],
-        real=stored["real"],
-        imports=stored["imports"],
-        progress=progress,
-    )
-    return {"state": OK, "error": None, "cost": cost, "metrics": measured, "curve": _curve(run)}
+        return {"results": {}, "real_floor": {}, "extractors": []}
+    seen = list(found.get("extractors", SMALLCNN)) if found else []
+    for name in stored.get("extractors", SMALLCNN):
+        if name in seen:
+            continue
+        weights = stored.get("extractor_weights") if name != SMALLCNN[0] else None
+        more = evaluate(
+            run,
+            cfgs=stored["cfgs"],
+            plan=Plan(samples=stored["samples"], steps=stored["sampling_steps"]),
+            extractor=name,
+            weights_file=None if weights is None else Path(weights),
+            cache=folder.parents[1] / EVALUATORS,
+            vae=stored["vae"],
+            real=stored["real"],
+            # No extractor has to do with it.
+            **({"held_out": 0} if found else {}),
+            imports=stored["imports"],
+            progress=progress,
+        )
+        seen.append(name)
+        found = more if found is None else _joined(found, more)
+    assert found is not None
+    return {**found, "extractors": seen}
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of two extractors; what both give, and all else, is the first one's."""
+    groups = {
+        name: {
+            column: {**second[name].get(column, {}), **first[name].get(column, {})}
+            for column in {**first.get(name, {}), **second.get(name, {})}
+        }
+        for name in ("results", "not_measured")
+        if name in first and name in second
+    }
+    return {
+        **first,
+        **groups,
+        "real_floor": {**second["real_floor"], **first["real_floor"]},
+        "warnings": list(dict.fromkeys([*first.get("warnings", ()), *second["warnings"]])),
+    }
 
 
 def _curve(run: Run, points: int = 100) -> list[tuple[int, float]]:
@@ -131,6 +189,15 @@ def _curve(run: Run, points: int = 100) -> list[tuple[int, float]]:
     size = max(1, len(entries) // points)
     chunks = [entries[start : start + size] for start in range(0, len(entries), size)]
     return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]
+
+
+def _held_out_curve(run: Run) -> list[dict[str, float]]:
+    """The step and the held-out losses of every entry of a log that has them."""
+    names = ("step", *NAMES, MODEL_NAME)
+    points = [{n: entry[n] for n in names if n in entry} for entry in run.read_log()]
+    return [
+        point for point in points if NAMES[0] in point and all(map(math.isfinite, point.values()))
+    ]
 
 
 def losses_of(log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
@@ -250,7 +317,7 @@ def _start(folder: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     command = [sys.executable, "-c", _START, str(folder.resolve()), str(_ROOT), *import_path()]
     try:
-        (folder / "result.json").unlink(missing_ok=True)
+        set_aside(folder)
         with (folder / "output.txt").open("ab") as output:
             # A session of its own: Ctrl-C reaches it as one signal, from here.
             return subprocess.Popen(
@@ -295,7 +362,7 @@ def by_submitit(cluster: str, log: Path, parameters: dict[str, Any]) -> RunOne:
     one_at_a_time = threading.Lock()
 
     def run(folder: Path, slot: int, stop: threading.Event) -> Result:
-        (folder / "result.json").unlink(missing_ok=True)
+        set_aside(folder)
         with one_at_a_time:
             job = executor.submit(_Submitted(), folder.resolve())
         while not job.done():

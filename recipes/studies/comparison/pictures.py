@@ -19,6 +19,7 @@ from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.drawing.pictures import image_grid
 from recipes.lab.evaluation.shards import Plan, read_shards, shard_folder
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.held_out import NAMES
 from recipes.studies.comparison.planned import PlannedRun
 from recipes.studies.comparison.summary import (
     SETTING,
@@ -58,12 +59,18 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Fig
         named = [(setting_name(setting), group) for setting, group in settings]
         figure = _panels(named, metrics, "cost", label, is_front=True)
         yield heading, figure
-    if len(curves):
-        label = "training loss, mean over seeds"
-        settings = grouped_by(curves.rename(columns={"loss": label}), SETTING)
-        named = [(setting_name(setting), group) for setting, group in settings]
-        figure = _panels(named, [label], "step", "step", errorbar=None, yscale="log")
-        yield "Learning curves", figure
+    for heading, column, label, band in (
+        ("Held-out loss while training", NAMES[0], "held-out loss of the average", "sd"),
+        ("Learning curves", "loss", "training loss, mean over seeds", None),
+    ):
+        points = curves.dropna(subset=[column]).rename(columns={column: label})
+        if len(points):
+            settings = grouped_by(points, SETTING)
+            named = [(setting_name(setting), group) for setting, group in settings]
+            yield (
+                heading,
+                _panels(named, [label], "step", "step", errorbar=band, is_curve=True),
+            )
 
 
 def samples_of(one: PlannedRun, out: Path, cfg: float) -> bytes | None:
@@ -89,7 +96,7 @@ def _panels(
     xlabel: str,
     *,
     errorbar: str | None = "sd",
-    yscale: str = "linear",
+    is_curve: bool = False,
     is_front: bool = False,
 ) -> Figure:
     """A panel per group and metric that it has, three in a row, with one legend beside all.
@@ -99,9 +106,9 @@ def _panels(
         metrics: Columns to draw.
         x: Column to draw them against.
         xlabel: What it is.
-        errorbar: Of seaborn; None also leaves out the markers.
-        yscale: Of matplotlib.
-        is_front: Whether to connect the points that no cheaper one equals,
+        errorbar: Of seaborn.
+        is_curve: Whether these are curves: no markers, a band for the errors, a log scale.
+        is_front: Whether to connect the points that no cheaper one equals.
     """
     panels: list[tuple[str, pd.DataFrame, str] | None] = []
     for name, group in groups:
@@ -125,8 +132,9 @@ def _panels(
         sns.lineplot(
             group.assign(variant=group["variant"].map(plain)), x=x, y=metric, ax=axis, lw=1.2,
             hue="variant", palette={plain(label): color_of(label) for label in labels},
-            style="variant" if errorbar else None, dashes=False, err_style="bars",
-            markers={plain(label): marker_of(label) for label in labels} if errorbar else None,
+            style=None if is_curve else "variant", dashes=False,
+            err_style="band" if is_curve else "bars",
+            markers=None if is_curve else {plain(label): marker_of(label) for label in labels},
             errorbar=errorbar,
         )  # fmt: skip
         if is_front:
@@ -137,7 +145,8 @@ def _panels(
             axis.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0)
         better = "lower" if is_lower_better(metric) else "higher"
         axis.set(
-            title="\n".join(textwrap.wrap(plain(name), 44)), xlabel=xlabel, yscale=yscale,
+            title="\n".join(textwrap.wrap(plain(name), 44)), xlabel=xlabel,
+            yscale="log" if is_curve else "linear",
             ylabel=f"{metric}\n{better} is better" if "[" in metric else metric,
         )  # fmt: skip
         legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

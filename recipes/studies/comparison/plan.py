@@ -21,7 +21,7 @@ from attnzoo.errors import UsageError
 from backbones.pattern import nested
 from backbones.presets import PROTOCOLS
 from recipes.lab.console import UserError, parse_options
-from recipes.lab.data.datasets import DATASETS
+from recipes.lab.data.datasets import DATASETS, entry_of, kind_of
 from recipes.lab.data.latents import (
     LatentDataset,
     canonical_settings,
@@ -30,11 +30,18 @@ from recipes.lab.data.latents import (
     open_vae,
 )
 from recipes.lab.data.shapes import LEVELS
+from recipes.lab.evaluation.evaluate import WEIGHTED, load_extractor
 from recipes.lab.evaluation.real import RealImages, real_images
 from recipes.lab.training.build import build_model, load_training_data
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.held_out import (
+    can_hold_out,
+    check_enough,
+    missing_classes,
+    open_held_out,
+)
 from recipes.lab.training.settings import Settings
-from recipes.studies.comparison.planned import PlannedRun
+from recipes.studies.comparison.planned import SMALLCNN, PlannedRun
 
 _TOKEN = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL
@@ -292,12 +299,20 @@ def plan_runs(
             patch_size=like.settings.patch_size or (2 if is_latent else 4),
             vae=vae_of(text, like.vae),
             seed=seed,
+            hold_out=like.settings.hold_out if needs_hold_out(data) else 0.0,
             checkpoint_every=max(1, min(500, steps)),
             sample_every=steps,
         )
+        if not can_hold_out(own):
+            own = dataclasses.replace(own, held_out_every=None)
         vae = None if own.vae else like.vae
         found.append(dataclasses.replace(like, label=variant.label, settings=own, vae=vae))
     return found
+
+
+def needs_hold_out(data: str) -> bool:
+    """Whether data has no split of its own for what a run must not see."""
+    return "test" not in entry_of(kind_of(data)).splits
 
 
 def vae_of(data: str, vae: str | None) -> str | None:
@@ -305,16 +320,22 @@ def vae_of(data: str, vae: str | None) -> str | None:
     return None if is_latent_folder(canonical(data)) else vae
 
 
-def check_plan(planned: Sequence[PlannedRun]) -> None:
+def check_plan(planned: Sequence[PlannedRun], warn: Callable[[str], None]) -> None:
     """Refuses, before anything runs, what could not end well.
 
+    Args:
+        planned: The runs.
+        warn: Gets a line for what ends well and says less than it could.
+
     Raises:
-        UserError: A model cannot be built for its data, or there are fewer images to measure than
-            classes.
+        UserError: A model cannot be built for its data, there are fewer images to measure than
+            classes, too few are held out, or an extractor's weights are missing.
     """
+    check_extractors(planned[0].extractors, planned[0].extractor_weights)
     for one in distinct_data(planned):
         facts = facts_of(one.settings)
         real_of(one)
+        _check_held_out(one, warn)
         if facts.latent is not None and one.settings.vae is None:
             open_vae(facts.latent, one.vae)
     # A seed changes nothing here.
@@ -334,6 +355,43 @@ def check_plan(planned: Sequence[PlannedRun]) -> None:
             raise UserError(f"{where}: {error}") from error
         except Exception:  # a bug of the mechanism: its own run shows it, and stops no other
             continue
+
+
+def _check_held_out(one: PlannedRun, warn: Callable[[str], None]) -> None:
+    settings = one.settings
+    if not can_hold_out(settings):
+        warn(
+            f"{settings.data}: no held-out loss, for its runs see every image; --hold-out 0.1 "
+            f"leaves a tenth out"
+        )
+        return
+    if settings.held_out_every is None and not settings.hold_out:
+        return
+    encoder = None if is_latent_folder(settings.data) or not settings.vae else settings.vae
+    held_out = open_held_out(settings, load_vae(encoder) if encoder else None)
+    check_enough(held_out)
+    if missing := missing_classes(held_out):
+        warn(
+            f"{settings.data}: no held-out image is of {len(missing)} of the "
+            f"{len(held_out.class_names)} classes ({', '.join(missing[:5])}), so the held-out "
+            f"loss says nothing of them; --hold-out takes a larger share"
+        )
+
+
+def check_extractors(names: Sequence[str], weights: str | None) -> None:
+    """Raises UserError where an extractor is unknown, or its weights are missing or altered."""
+    heavy = [name for name in names if name != SMALLCNN[0]]
+    if wrong := [name for name in heavy if name not in WEIGHTED]:
+        choices = ", ".join([*SMALLCNN, *WEIGHTED])
+        raise UserError(f"extractor {wrong[0]!r} is unknown; --extractor takes some of {choices}")
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"--extractor takes each extractor once, got {','.join(names)!r}")
+    if weights is not None and len(heavy) != 1:
+        raise UserError(
+            f"--extractor-weights is the file of one extractor: name one of {', '.join(WEIGHTED)}"
+        )
+    for name in heavy:
+        load_extractor(name, None if weights is None else Path(weights))
 
 
 def distinct_data(planned: Sequence[PlannedRun]) -> list[PlannedRun]:

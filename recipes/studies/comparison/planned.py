@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from recipes.lab.imports import origins
 from recipes.lab.training.settings import Settings
 
 OK = "ok"
+EARLIER = "earlier.json"  # a result that is to get the numbers of another extractor
 EVALUATORS = ".evaluators"  # folder beside runs/, shared by all of them
 # What earlier versions called the folders, files and columns of a comparison.
 OLD_NAMES = {"runs": "cells", "planned.json": "cell.json", "runs.csv": "cells.csv", "run": "cell"}
@@ -37,6 +39,9 @@ _FIRST_SETTINGS = (
     "sample_every", "seed", "sharded", "size", "skip_limit", "steps", "strict", "vae",
 )  # fmt: skip
 _DEFAULTS = dataclasses.asdict(Settings())
+# What is only looked at on the way makes no other run.
+_NOT_NAMED = ("held_out_every", "held_out_images")
+SMALLCNN = ("smallcnn",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,8 @@ class PlannedRun:
         imports: Files (absolute) or modules that register mechanisms of the user's own.
         vae: Folder or hub id of what decodes latents; None takes what these remember.
         real: Folder of real images to measure with; None takes the data's own.
-        extractor: What looks at the images; see ``evaluate``.
+        extractors: Names of what looks at the images, each of one trained run.
+        extractor_weights: File of the one that needs weights; None looks where they belong.
     """
 
     label: str
@@ -63,21 +69,22 @@ class PlannedRun:
     imports: tuple[str, ...] = ()
     vae: str | None = None
     real: str | None = None
-    extractor: str = "smallcnn"
+    extractors: tuple[str, ...] = SMALLCNN
+    extractor_weights: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the folder, which another setting would change."""
         settings = self.settings
         key = dataclasses.asdict(self)
-        del key["vae"]  # only the one that made the latents is taken
-        for name, default in (("real", None), ("extractor", "smallcnn")):
-            if key[name] == default:  # added later, see above
-                del key[name]
+        # Of VAEs only the one that made the latents is taken; extractors share a run.
+        del key["vae"], key["extractors"], key["extractor_weights"]
+        if self.real is None:
+            del key["real"]
         key["settings"] = {
             name: value
             for name, value in key["settings"].items()
-            if name in _FIRST_SETTINGS or value != _DEFAULTS.get(name)
+            if name in _FIRST_SETTINGS or (value != _DEFAULTS.get(name) and name not in _NOT_NAMED)
         }
         # As it was called when it was a switch.
         compiled = settings.compile
@@ -112,7 +119,7 @@ class PlannedRun:
             CannotWrite: The system refuses.
         """
         folder = self.folder(out)
-        for name in ("planned.json", "result.json", "output.txt", "run"):
+        for name in ("planned.json", "result.json", EARLIER, "output.txt", "run"):
             refuse_links(out, folder / name)
         write_json(folder / "planned.json", dataclasses.asdict(self))
         return folder
@@ -129,9 +136,9 @@ def is_file(source: str) -> bool:
     return source.endswith(".py") or os.sep in source
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
+def read_result(folder: Path, name: str = "result.json") -> dict[str, Any] | None:
     """What a run has come to, or None where it has not ended or the file is damaged."""
-    file = folder / "result.json"
+    file = folder / name
     if not file.is_file():
         return None
     try:
@@ -145,6 +152,22 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         for values in (metrics["real_floor"], *metrics["results"].values()):
             values |= {spelled_today(label): values.pop(label) for label in [*values]}
     return found
+
+
+def is_done(result: Mapping[str, Any] | None, extractors: Sequence[str]) -> bool:
+    """Whether a result is that of a run that is done and was measured with all of these."""
+    if result is None or result["state"] != OK:
+        return False
+    return set(extractors) <= {*result["metrics"].get("extractors", SMALLCNN)}
+
+
+def set_aside(folder: Path) -> None:
+    """Takes a result away before the run begins; the numbers of one that is done are kept."""
+    file, found = folder / "result.json", read_result(folder)
+    if found is not None and found["state"] == OK:
+        os.replace(file, folder / EARLIER)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _is_result(found: Any) -> bool:
@@ -166,6 +189,7 @@ def _is_result(found: Any) -> bool:
                     isinstance(point, list) and len(point) == 2 and all(map(_is_number, point))
                     for point in curve
                 )
+                and all(map(_is_point, found.get("held_out_curve", ())))
                 and _is_number(metrics.get("resolution", 0))
                 and isinstance(metrics.get("device"), str | None)
                 and _are_texts(metrics.get("versions", {}), "torch", missing=None)
@@ -181,6 +205,10 @@ def _is_result(found: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, dict) and "step" in value and all(map(_is_number, value.values()))
 
 
 def _is_scale(text: str) -> bool:

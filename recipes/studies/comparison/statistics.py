@@ -156,7 +156,7 @@ def seeds_needed(
         level: See ``power_of``.
 
     Returns:
-        A whole number, at least 2; infinite where the size is 0 or a million are not enough.
+        See ``seeds_to_find``.
 
     Raises:
         ValueError: Fewer than two differences are finite.
@@ -164,8 +164,16 @@ def seeds_needed(
     known = np.array([value for value in differences if math.isfinite(value)])
     if len(known) < 2:
         raise ValueError(f"a spread needs 2 differences, got {len(known)}")
-    std = float(known.std(ddof=1))
     size = float(known.mean()) if size is None else size
+    return seeds_to_find(size, float(known.std(ddof=1)), power, level)
+
+
+def seeds_to_find(size: float, std: float, power: float = POWER, level: float = LEVEL) -> float:
+    """How many seeds find a true difference of a size; see ``power_of``.
+
+    Returns:
+        A whole number, at least 2; infinite where the size is 0 or a million are not enough.
+    """
     if size == 0:
         return math.inf
     if std <= ROUNDING * abs(size):

@@ -21,8 +21,9 @@ from recipes.lab.evaluation.measure import prepare_real
 from recipes.lab.files import locked, refuse_links, require_writable
 from recipes.studies.comparison import execution
 from recipes.studies.comparison.plan import distinct_data, real_of
-from recipes.studies.comparison.planned import EVALUATORS, OK, PlannedRun, read_result
+from recipes.studies.comparison.planned import EVALUATORS, OK, PlannedRun, is_done, read_result
 from recipes.studies.comparison.report import write_report
+from recipes.studies.comparison.verdicts import ALL_PAIRS, Choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def compare(
     *,
     title: str,
     paper: pd.DataFrame,
+    choice: Choice = ALL_PAIRS,
 ) -> bool:
     """Runs what is not done yet and writes the report of everything.
 
@@ -69,6 +71,7 @@ def compare(
         limits: None runs nothing, also while another process does.
         title: The command, for the report.
         paper: The paper's numbers of the same variants; may be empty.
+        choice: Which runs the report compares.
 
     Returns:
         Whether every run is done.
@@ -80,12 +83,12 @@ def compare(
     _check_writable(out)
     folders = {one.folder(out): one for one in planned}
     with contextlib.nullcontext() if limits is None else locked(out / ".lock", warn=say):
-        missing = {f: p for f, p in folders.items() if (read_result(f) or {}).get("state") != OK}
+        missing = {f: p for f, p in folders.items() if not is_done(read_result(f), p.extractors)}
         counts = f"{len(planned) - len(missing)} done, {len(missing)} to run"
         say(f"{len(planned)} runs in {out}: {counts}", sys.stdout)
         if missing and limits is not None:
             _run_missing(missing, out, limits)
-        states = write_report(out, planned, paper, title)
+        states = write_report(out, planned, paper, title, choice)
     tables = f"{out / 'runs.csv'}, {out / 'summary.csv'}"
     say(f"report: {out / 'report.html'}   numbers: {tables}", sys.stdout)
     return all(state == OK for state in states.values())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
+from torch import Tensor
 
-from recipes.lab.evaluation.scores import metric_of
+from recipes.lab.evaluation.scores import METRICS, metric_of
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.held_out import MODEL_NAME, NAMES, TIMES, images_needed
 from recipes.studies.comparison.planned import PlannedRun, read_result
-from recipes.studies.comparison.verdicts import at_chance, winner_digits
+from recipes.studies.comparison.verdicts import MOVED, Choice, at_chance, winner_digits
 
 # What the sentences and the pictures show; everything else is in the tables.
 HEADLINES = (
@@ -23,19 +28,34 @@ SETTING = ["data", "level", "resolution", "protocol"]
 COSTS = ["macs", "training_macs", "parameters", "depth", "forward_seconds", "training_seconds"]
 
 
-def collect(out: Path, planned: Sequence[PlannedRun]) -> tuple[pd.DataFrame, pd.DataFrame]:
+class Collected(NamedTuple):
     """What all runs have come to.
 
-    Returns:
-        One row per run and guidance scale (one with its state alone where there is no number),
-        and one row per point of a learning curve.
+    Attributes:
+        runs: One row per run and guidance scale; one with its state alone where there is no
+            number.
+        curves: One row per point of a learning curve: the training loss, or the held-out losses
+            of the average (with their quarters) and of the model.
+        by_image: Held-out loss (n,) of each image, by run.
     """
-    rows, curves = [], []
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    by_image: dict[str, Tensor]
+
+
+def collect(out: Path, planned: Sequence[PlannedRun]) -> Collected:
+    """Reads the results of all runs."""
+    rows, curves, by_image = [], [], {}
     for one in planned:
         folder, settings = one.folder(out), one.settings
         result = read_result(folder) or {"state": "not run", "error": None}
         measured, curve = result.get("metrics") or {}, result.get("curve") or []
         evaluator = measured.get("evaluator")  # none where only the exact classifier has looked
+        config = _configuration(folder) if measured else {}
+        held_out = measured.get("held_out") or {}
+        if held_out.get("by_image"):
+            by_image[one.name] = torch.tensor(held_out["by_image"], dtype=torch.float64)
         base = {
             "data": settings.data,
             "level": settings.level if settings.data == "shapes" else "",
@@ -54,9 +74,10 @@ def collect(out: Path, planned: Sequence[PlannedRun]) -> tuple[pd.DataFrame, pd.
             "wall_seconds": result.get("wall_seconds"),
             "device": measured.get("device"),
             "torch": measured.get("versions", {}).get("torch"),
+            "machine": _machine(config, measured),
             "evaluator": f"{evaluator['name']} {evaluator['sha256'][:8]}" if evaluator else None,
             **{name: result.get("cost", {}).get(name) for name in COSTS},
-            "classes": _classes(folder) if measured else None,
+            "classes": _classes(config),
             **_ends([loss for _, loss in curve]),
         }
         floor = measured.get("real_floor", {}).items()
@@ -66,19 +87,128 @@ def collect(out: Path, planned: Sequence[PlannedRun]) -> tuple[pd.DataFrame, pd.
             rows.append({**base, "cfg": float(cfg), **numbers, **base_floor})
         key = {name: base[name] for name in (*SETTING, "variant", "seed")}
         curves += [{**key, "step": step, "loss": loss} for step, loss in curve]
-    columns = [*SETTING, "variant", "seed", "step", "loss"]
+        curves += [{**key, **point} for point in result.get("held_out_curve", ())]
+    columns = [*SETTING, "variant", "seed", "step", "loss", *NAMES, MODEL_NAME]
     runs = pd.DataFrame(rows)
     for name in ("wall_seconds", "classes", "first_loss", "last_loss", *COSTS):
         runs[name] = pd.to_numeric(runs[name])  # a column of None alone is one of objects
-    return runs, pd.DataFrame(curves, columns=columns)
+    return Collected(runs, pd.DataFrame(curves, columns=columns), by_image)
 
 
-def _classes(folder: Path) -> int | None:
+def _configuration(folder: Path) -> dict[str, Any]:
+    """A run's, or an empty one where it is gone or damaged."""
+    try:
+        return Run(folder / "run").config()
+    except (OSError, ValueError):
+        return {}
+
+
+def _classes(config: Mapping[str, Any]) -> int | None:
     """How many classes a run's data has, or None where its configuration does not say."""
     try:
-        return len(Run(folder / "run").config()["data"]["class_names"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return len(config["data"]["class_names"])
+    except (KeyError, TypeError):
         return None
+
+
+def _machine(config: Mapping[str, Any], measured: Mapping[str, Any]) -> str | None:
+    """Device and torch that a run was trained with, or ``MOVED``.
+
+    What measured it stands for what trained it where the configuration does not say.
+    """
+    changes = [line for change in config.get("changes", ()) for line in change["changes"]]
+    if any(line.startswith(("environment: device ", "environment: torch ")) for line in changes):
+        return MOVED
+    was = config.get("environment") or {}
+    device = was.get("device") or measured.get("device")
+    version = was.get("torch") or measured.get("versions", {}).get("torch")
+    return f"{device}, torch {version}" if device and version else None
+
+
+def machine_line(runs: pd.DataFrame, choice: Choice) -> str | None:
+    """One line on runs that were made on several machines, or None where all are of one.
+
+    Args:
+        runs: Rows of what is done, with "machine".
+        choice: Whether they are paired all the same.
+    """
+    first = runs.drop_duplicates("run")
+    counts = first["machine"].fillna("an unknown machine").value_counts().to_dict()
+    if len(counts) < 2 and MOVED not in counts:
+        return None
+    moved = first.loc[first["machine"] == MOVED, "run"].tolist()
+    shown = [f"{number} on {machine}" for machine, number in counts.items() if machine != MOVED]
+    if moved:
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        shown.append(f"{len(moved)} begun on one, ended on another: {', '.join(moved[:3])}{more}")
+    rule = (
+        "they are paired all the same, as --mixed-machines asks, and a seed's differences hold "
+        "some of the rounding"
+        if choice.mixed_machines
+        else "only runs of one seed and one machine are paired (--mixed-machines pairs all)"
+    )
+    return f"The runs are of several machines ({'; '.join(shown)}): {rule}."
+
+
+def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None:
+    """How exact the held-out losses of one setting are, and how many images would do.
+
+    Args:
+        runs: Rows of what is done in one setting.
+        by_image: See ``Collected``.
+    """
+    first = runs.drop_duplicates("run")
+    losses = {name: by_image[name] for name in first["run"] if name in by_image}
+    shares = [(x.std() / len(x) ** 0.5 / x.mean()).item() for x in losses.values()]
+    needed = [
+        images_needed(losses[a][:, None], losses[b][:, None])
+        for _, rows in first.groupby("seed")
+        for a, b in itertools.combinations([name for name in rows["run"] if name in losses], 2)
+        if len(losses[a]) == len(losses[b])
+    ]
+    if not shares:
+        return None
+    images = max(map(len, losses.values()))
+    line = (
+        f"The held-out loss is of {images} images at {TIMES} times; by them it is known to "
+        f"{100 * statistics.median(shares):.2g} %"
+    )
+    if not needed:
+        return f"{line}."
+    typical = statistics.median(needed)
+    enough = f"{math.ceil(typical)} images" if math.isfinite(typical) else "no number of images"
+    return (
+        f"{line}, and differences, which are paired by image, far better: {enough} would make the "
+        f"error of the median one (of {len(needed)} pairs of runs) a tenth of it."
+    )
+
+
+def learning_curve(
+    curves: pd.DataFrame, setting: Sequence[Any], variant: str, seeds: Collection[int]
+) -> list[tuple[float, float]]:
+    """(step, held-out loss of the average), the mean over these seeds; empty if one lacks it."""
+    rows = curves.dropna(subset=[NAMES[0]])
+    rows = rows.loc[(rows["variant"] == variant) & rows["seed"].isin(list(seeds))]
+    for key, value in zip(SETTING, setting, strict=True):
+        rows = rows.loc[rows[key] == value]
+    grouped = rows.groupby("step")[NAMES[0]].agg(["mean", "count"])
+    grouped = grouped.loc[grouped["count"] == len(seeds)]
+    return list(zip(grouped.index.tolist(), grouped["mean"].tolist(), strict=True))
+
+
+def by_time_table(curves: pd.DataFrame, setting: Sequence[Any]) -> pd.DataFrame:
+    """The last held-out losses of the log by variant: both weights, and quarters of the time."""
+    rows = curves.dropna(subset=[NAMES[0]])
+    for key, value in zip(SETTING, setting, strict=True):
+        rows = rows.loc[rows[key] == value]
+    last = rows.loc[rows["step"] == rows.groupby(["variant", "seed"])["step"].transform("max")]
+    titles = {
+        NAMES[0]: "average's weights",
+        MODEL_NAME: "model's own weights",
+        **{name: f"average, quarter {number}" for number, name in enumerate(NAMES[1:], 1)},
+    }
+    means = last.groupby("variant", sort=False)[list(titles)].mean()
+    return means.rename(columns=titles).sort_values(titles[NAMES[0]])
 
 
 def _ends(losses: Sequence[float]) -> dict[str, float | None]:
@@ -91,7 +221,10 @@ def _ends(losses: Sequence[float]) -> dict[str, float | None]:
 
 def metric_columns(runs: pd.DataFrame) -> list[str]:
     """The reported metrics of a table of runs."""
-    found = [str(c) for c in runs.columns if "[" in c and not c.startswith("floor ")]
+    bare = {name for metric in METRICS.values() for name in metric.names}  # Inception's
+    found = [
+        str(c) for c in runs.columns if not c.startswith("floor ") and ("[" in c or c in bare)
+    ]
     return [c for c in found if runs[c].notna().any()]
 
 

@@ -6,19 +6,42 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from recipes.lab.evaluation.scores import is_lower_better, metric_of
+from recipes.lab.training.held_out import NAMES as HELD_OUT_NAMES
+from recipes.studies.comparison.statistics import (
+    LEVEL,
+    ROUNDING,
+    Difference,
+    holm,
+    is_at_chance,
+    paired_difference,
+)
 
-CONFIDENCE = 0.95
+MOVED = "several"  # instead of the machine of a run that went over from one to another
 NO_DIFFERENCE = "no difference beyond the spread"
-# What sums of rounded shares differ by, relative to their size, though they are equal.
-ROUNDING = 1e-9
+Pair = tuple[str, str]  # of variants
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which runs are compared with which.
+
+    Attributes:
+        against: Label of the variant that the others are compared with; None takes every pair.
+        mixed_machines: Whether runs of different machines make a pair too.
+    """
+
+    against: str | None = None
+    mixed_machines: bool = False
+
+
+ALL_PAIRS = Choice()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +53,16 @@ class Verdict:
         margin: Half the width of the 95 % interval of that mean (Student's t); infinite where
             there are fewer than two seeds in common.
         seeds: Number of seeds in common.
+        difference: The same, first minus second, with its p-value; None knows only the interval.
+        corrected: The p-value corrected for a family of comparisons, which then decides; None
+            lets the interval decide, which is p < 0.05 of this comparison alone.
     """
 
     gain: float
     margin: float
     seeds: int
+    difference: Difference | None = None
+    corrected: float | None = None
 
     @property
     def kind(self) -> Literal["better", "worse", "same", "unknown"]:
@@ -44,7 +72,10 @@ class Verdict:
         # Gains that agree to the last digit are a coincidence of rounded shares, not certainty.
         if self.margin == 0 and self.gain != 0:
             return "unknown"
-        if abs(self.gain) <= self.margin:
+        is_seen = abs(self.gain) > self.margin
+        if self.corrected is not None:
+            is_seen = self.corrected < LEVEL
+        if not is_seen:
             return "same"
         return "better" if self.gain > 0 else "worse"
 
@@ -53,8 +84,28 @@ class Verdict:
         """The verdict in words."""
         if self.kind == "unknown":
             return f"no spread to judge by ({self.seeds} seeds), so nothing can be said"
-        plain = {"better": "better", "worse": "worse", "same": NO_DIFFERENCE}[self.kind]
+        if self.kind == "same":
+            plain = f"{NO_DIFFERENCE}, {self.bound_words}"
+        else:
+            plain = f"{self.kind} by {self.effect_words}"
         return f"{plain} ({self.gain_and_margin(3, 2)}, {self.seeds} seeds)"
+
+    @property
+    def effect_words(self) -> str:
+        """ "2.3 %" of the second one's mean, or in the metric's unit where that says nothing."""
+        if self.difference is not None and abs(self.difference.percent) <= 1000:
+            return f"{abs(self.difference.percent):.2g} %"
+        return f"{abs(self.gain):.3g}"
+
+    @property
+    def bound_words(self) -> str:
+        """ "differs by less than 0.8 %", with 95 % confidence; a bound is only rounded up."""
+        bound, unit = abs(self.gain) + self.margin, ""
+        if bound == 0:
+            return "equal in every seed"
+        if self.difference is not None and self.difference.bound_percent <= 100:
+            bound, unit = self.difference.bound_percent, " %"
+        return f"differs by less than {rounded_up(bound)}{unit}"
 
     def gain_and_margin(self, digits: int, margin_digits: int) -> str:
         """ "+0.12 ± 0.08", with more digits where the two would look equal and are not."""
@@ -68,32 +119,116 @@ class Verdict:
         return f"{gain:+.15g} ± {margin:.15g}"
 
 
-def compare_variants(runs: pd.DataFrame, first: str, second: str, metric: str) -> Verdict:
+def compare_variants(
+    runs: pd.DataFrame, first: str, second: str, metric: str, mixed_machines: bool = False
+) -> Verdict:
     """Compares two variants by their differences within each seed.
 
     Args:
-        runs: Rows of one data set, resolution and guidance scale: variant, seed, metrics.
+        runs: Rows of one data set, resolution and guidance scale: variant, seed, metrics. With a
+            column "machine", only runs of one machine make a pair, and a run of ``MOVED`` none.
         first: Label of the variant in question.
         second: Label of the one it is compared with.
         metric: Reported name.
+        mixed_machines: Whether runs of different machines make a pair all the same.
 
     Returns:
         The verdict, whose gain is positive where the first is better.
     """
-    wide = runs.pivot_table(index="seed", columns="variant", values=metric)
+    keys = ["seed"]
+    if "machine" in runs and not mixed_machines:
+        keys.append("machine")
+        runs = runs.loc[runs["machine"] != MOVED].assign(machine=runs["machine"].fillna(""))
+    wide = runs.pivot_table(index=keys, columns="variant", values=metric)
     if first not in wide or second not in wide:
         return Verdict(math.nan, math.inf, 0)
-    gains = (wide[first] - wide[second]).dropna()
-    if is_lower_better(metric):
-        gains = -gains
-    both = wide.loc[gains.index, [first, second]].to_numpy()
-    gain, margin = float(gains.mean()) if len(gains) else math.nan, math.inf
-    if len(gains) > 1:
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1)
-        margin = float(quantile * gains.sem())
-        noise = ROUNDING * float(np.abs(both).max())
-        gain, margin = (0.0 if abs(value) <= noise else value for value in (gain, margin))
-    return Verdict(gain, margin, len(gains))
+    found = paired_difference(wide[first].tolist(), wide[second].tolist())
+    gain = -found.mean if is_lower_better(metric) else found.mean
+    return Verdict(gain + 0.0, found.margin, found.pairs, found)
+
+
+def all_pairs(runs: pd.DataFrame, metric: str, choice: Choice = ALL_PAIRS) -> dict[Pair, Verdict]:
+    """Every two variants of a setting that have a number, each pair once; or all against one.
+
+    Args:
+        runs: See ``compare_variants``.
+        metric: Reported name.
+        choice: Which ones.
+    """
+    names = [str(name) for name in runs.dropna(subset=[metric])["variant"].unique()]
+    pairs: Iterable[Pair] = itertools.combinations(names, 2)
+    if (other := choice.against) is not None:
+        pairs = [(name, other) for name in names if name != other and other in names]
+    return {pair: compare_variants(runs, *pair, metric, choice.mixed_machines) for pair in pairs}
+
+
+def family(
+    runs: pd.DataFrame, metric: str, keys: Sequence[str], choice: Choice = ALL_PAIRS
+) -> dict[tuple[Any, ...], dict[Pair, Verdict]]:
+    """The verdicts of one metric in all settings of a comparison, corrected together.
+
+    Args:
+        runs: Rows of all settings and guidance scales.
+        metric: Reported name.
+        keys: Columns whose values make a setting, the guidance scale "cfg" last.
+        choice: Which pairs.
+
+    Returns:
+        By the values of the keys, the verdicts by pair. A loss of the model itself has the same
+        value at every scale: it is compared at the first one only.
+    """
+    groups = list(runs.groupby(list(keys), sort=False, dropna=False))
+    if is_of_model(metric):
+        groups = list({key[:-1]: (key, rows) for key, rows in reversed(groups)}.values())[::-1]
+    found = {
+        (key, pair): verdict
+        for key, rows in groups
+        for pair, verdict in all_pairs(rows, metric, choice).items()
+    }
+    together: dict[tuple[Any, ...], dict[Pair, Verdict]] = {key: {} for key, _ in groups}
+    for (key, pair), verdict in corrected_together(found).items():
+        together[key][pair] = verdict
+    return together
+
+
+def is_of_model(label: str) -> bool:
+    """Whether a metric is a loss of the model, which no guidance changes."""
+    return metric_of(label) in HELD_OUT_NAMES
+
+
+def corrected_together(verdicts: Mapping[Key, Verdict]) -> dict[Key, Verdict]:
+    """The verdicts of a family, each with its p-value corrected for all of them by Holm."""
+    p_values = [v.difference.p if v.difference else math.nan for v in verdicts.values()]
+    return {
+        key: dataclasses.replace(verdict, corrected=p if math.isfinite(p) else None)
+        for (key, verdict), p in zip(verdicts.items(), holm(p_values), strict=True)
+    }
+
+
+def verdict_of(verdicts: Mapping[Pair, Verdict], first: str, second: str) -> Verdict | None:
+    """The verdict on the first one, whichever way round the pair was compared, or None."""
+    if (first, second) in verdicts:
+        return verdicts[first, second]
+    found = verdicts.get((second, first))
+    if found is None:
+        return None
+    turned = found.difference
+    if turned is not None:
+        turned = dataclasses.replace(
+            turned,
+            mean=-turned.mean,
+            scale=turned.scale + turned.mean if turned.pairs else math.nan,
+        )
+    return dataclasses.replace(found, gain=-found.gain, difference=turned)
+
+
+def rounded_up(value: float, digits: int = 2) -> str:
+    """A bound with few digits that is no less than it."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
+    steps = math.ceil(value / unit * (1 - ROUNDING))
+    return f"{steps * unit:.{digits}g}"
 
 
 def digits_apart(values: Iterable[float], digits: int = 4) -> int:
@@ -136,10 +271,8 @@ def at_chance(runs: pd.DataFrame) -> str | None:
         count = runs["count"].sum() if "count" in runs else math.nan
         if classes is None or not (classes > 1 and count > 0) or share != share:
             continue
-        chance = 1 / float(classes)
-        # What guessing stays below in 39 of 40 trials.
-        if share * count <= stats.binom.ppf((1 + CONFIDENCE) / 2, int(count), chance):
-            found.append(f"{metric} {share:.3g}, where guessing gives {chance:.3g}")
+        if is_at_chance(share, int(count), int(classes)):
+            found.append(f"{metric} {share:.3g}, where guessing gives {1 / float(classes):.3g}")
     if {"first_loss", "last_loss"} <= set(runs.columns):
         first, last = runs.first_loss.mean(), runs.last_loss.mean()
         if last >= first:
@@ -148,16 +281,39 @@ def at_chance(runs: pd.DataFrame) -> str | None:
     return "; ".join(found) or None
 
 
-def summary_sentence(runs: pd.DataFrame, metric: str) -> str:
-    """One sentence on which variant leads in a metric, and over which ones that is certain."""
+def ordered_variants(runs: pd.DataFrame, metric: str) -> dict[str, float]:
+    """Mean over the seeds by variant, best first; only those that have a number."""
     grouped = runs.dropna(subset=[metric]).groupby("variant", sort=False)
     means = {str(name): statistics.fmean(rows[metric]) for name, rows in grouped}
+    sign = 1 if is_lower_better(metric) else -1
+    return dict(sorted(means.items(), key=lambda item: sign * item[1]))
+
+
+def summary_sentence(
+    runs: pd.DataFrame,
+    metric: str,
+    verdicts: Mapping[Pair, Verdict] | None = None,
+    choice: Choice = ALL_PAIRS,
+) -> str:
+    """One sentence on which variant leads in a metric, and over which ones that is certain.
+
+    Args:
+        runs: Rows of one data set, resolution and guidance scale.
+        metric: Reported name.
+        verdicts: Of all pairs, corrected for the family they belong to; None takes the pairs of
+            these runs for the family.
+        choice: Which pairs these are.
+    """
+    means = ordered_variants(runs, metric)
     if len(means) < 2:
         return f"{metric}: fewer than two variants have a number."
-    ordered = sorted(means, key=lambda name: means[name] * (1 if is_lower_better(metric) else -1))
-    best = means[ordered[0]]
-    first = [name for name in ordered if _are_equal(means[name], best)]
-    rest = [name for name in ordered if name not in first]
+    if verdicts is None:
+        verdicts = corrected_together(all_pairs(runs, metric, choice))
+    if choice.against in means:
+        return _against_sentence(means, metric, verdicts, choice.against)
+    best = next(iter(means.values()))
+    first = [name for name in means if _are_equal(means[name], best)]
+    rest = [name for name in means if name not in first]
     if not rest:
         return f"{metric}: all variants tie ({best:.4g})."
     second = means[rest[0]]
@@ -166,12 +322,13 @@ def summary_sentence(runs: pd.DataFrame, metric: str) -> str:
     by_kind: dict[str, list[str]] = {}
     for other in rest:
         # Of those that share the best mean, the one that is least sure speaks.
-        kinds = {compare_variants(runs, one, other, metric).kind for one in first}
-        kind = next(kind for kind in ("unknown", "same", "worse", "better") if kind in kinds)
-        by_kind.setdefault(kind, []).append(other)
+        found = [verdict_of(verdicts, one, other) for one in first]
+        by_one = {"unknown" if v is None else v.kind: v for v in found}
+        kind = next(kind for kind in ("unknown", "same", "worse", "better") if kind in by_one)
+        by_kind.setdefault(kind, []).append(f"{other}{_effect(by_one[kind])}")
     lead = f"{_listed(first)} tie for" if len(first) > 1 else f"{first[0]} has"
     words = {
-        "better": "better than {} beyond the spread over seeds",
+        "better": "beyond the spread over seeds better than {}",
         "same": f"{NO_DIFFERENCE} from {{}}",
         # The seeds of the two are not the same.
         "worse": "worse than {} in the seeds that both have",
@@ -180,6 +337,27 @@ def summary_sentence(runs: pd.DataFrame, metric: str) -> str:
     parts = [f"{metric}: {lead} the best mean ({shown})"]
     parts += [words[kind].format(", ".join(by_kind[kind])) for kind in words if kind in by_kind]
     return "; ".join(parts) + "."
+
+
+def _against_sentence(
+    means: Mapping[str, float], metric: str, verdicts: Mapping[Pair, Verdict], other: str
+) -> str:
+    by_kind: dict[str, list[str]] = {}
+    for name in means:
+        if name != other:
+            found = verdict_of(verdicts, name, other)
+            kind = "unknown" if found is None else found.kind
+            by_kind.setdefault(kind, []).append(f"{name}{_effect(found)}")
+    words = {"better": "better:", "worse": "worse:", "same": f"{NO_DIFFERENCE}:",
+             "unknown": "too few seeds, or no spread between them, to judge"}  # fmt: skip
+    parts = [f"{words[kind]} {', '.join(by_kind[kind])}" for kind in words if kind in by_kind]
+    return f"{metric}, against {other} ({means[other]:.4g}): {'; '.join(parts)}."
+
+
+def _effect(verdict: Verdict | None) -> str:
+    if verdict is None or verdict.kind == "unknown":
+        return ""
+    return f" ({verdict.bound_words if verdict.kind == 'same' else verdict.effect_words})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from recipes.lab.console import UserError, one_line
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.pages import markdown_table, markdown_text
 from recipes.studies.comparison.planned import OK, known_as
+from recipes.studies.comparison.statistics import CONFIDENCE
 from recipes.studies.comparison.summary import (
     SETTING,
     chance_lines,
@@ -29,7 +30,7 @@ from recipes.studies.comparison.summary import (
     setting_name,
 )
 from recipes.studies.comparison.tables import TEXTS, WHOLE, read_table
-from recipes.studies.comparison.verdicts import CONFIDENCE, Verdict, compare_variants
+from recipes.studies.comparison.verdicts import Verdict, compare_variants
 from recipes.studies.dydila.paper import CLAIMS, PRESETS, Claim, paper_rows
 
 # Of the overview: every setting has it, and its bias does not depend on the number of samples.

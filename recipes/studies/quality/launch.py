@@ -27,7 +27,7 @@ from recipes.studies.comparison.execution import (
     run_one,
     signals,
 )
-from recipes.studies.comparison.planned import OK, read_result
+from recipes.studies.comparison.planned import OK, read_result, set_aside
 
 SAVE_SECONDS = 20.0  # at the end of a call, for running ones to save
 START_SECONDS = 20.0  # what is left for less than this is not begun
@@ -36,7 +36,7 @@ START_SECONDS = 20.0  # what is left for less than this is not begun
 def gpus_to_use(asked: str) -> list[str]:
     """The GPUs of ``--gpus``: "all", "0,1" or "none"; none where the machine has none.
 
-    Afterwards this process sees no GPU, so that nothing in it can touch one before it is forked.
+    Afterwards this process sees no GPU and has one thread, so that it can be forked.
 
     Raises:
         UserError: One is named that is not there.
@@ -48,6 +48,7 @@ def gpus_to_use(asked: str) -> list[str]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     visible = shown.split(",") if shown else list(map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # a pool of threads would be lost in a fork, and waited for
     if asked in ("all", "none"):
         return visible[:count] if asked == "all" else []
     if not all(one.strip().isdecimal() and int(one) < count for one in asked.split(",")):
@@ -124,7 +125,7 @@ def run_forked(
                     os.killpg(pid, signal.SIGKILL)
             while waiting and free and told is None and now < deadline - START_SECONDS:
                 folder, slot = waiting.popleft(), free.pop(0)
-                (folder / "result.json").unlink(missing_ok=True)
+                set_aside(folder)
                 work = _work(folder)
                 running[forked(work, slot, threads, folder / "output.txt")] = folder, slot
             for pid in list(running):

@@ -13,11 +13,19 @@ import pandas as pd
 from recipes.lab.console import UserError
 from recipes.lab.drawing.canvas import Figure, panels, plain
 from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.pages import markdown_table
 from recipes.studies.comparison.planned import OK
 from recipes.studies.quality.decide import LOSS, Decision, decide
 from recipes.studies.quality.plans import REFERENCE, RESOLUTION, STUDIES
-from recipes.studies.quality.table import NUMBERS, SETTING, change_at_end, curve_of, group_name
+from recipes.studies.quality.table import (
+    METRICS,
+    NUMBERS,
+    SETTING,
+    change_at_end,
+    curve_of,
+    group_name,
+)
 
 TOPICS = {
     "type": ("Does the attention type matter at this scale?",
@@ -231,7 +239,7 @@ def _all_claims(decisions: Sequence[Decision]) -> str:
 
 
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
-    metrics = [c for c in done.columns if "[" in c and done[c].notna().any()]
+    metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
     for setting, rows in done.groupby(SETTING, sort=False):
         body = []
         for variant, own in rows.groupby("variant", sort=False):

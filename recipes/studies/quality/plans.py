@@ -196,7 +196,9 @@ class Scale:
         points: Held-out losses along a run; a multiple of 5 has one before the last fifth.
         precision: Of the matrix products.
         compile: Whether blocks are compiled.
-        extractor: What looks at the samples.
+        extractors: What looks at the samples.
+        extractor_weights: File of the one that needs weights; None looks where they belong.
+        held_out_images: Of each held-out loss along a run.
     """
 
     model: str = "192x6"
@@ -208,7 +210,9 @@ class Scale:
     points: int = 10
     precision: str = "bf16"
     compile: str = "off"
-    extractor: str = "efficientnet-lite0"
+    extractors: tuple[str, ...] = ("efficientnet-lite0",)
+    extractor_weights: str | None = None
+    held_out_images: int = 1024
 
 
 Seconds = Mapping[tuple[str, int], float]  # of a step, by label and resolution
@@ -281,13 +285,15 @@ def _planned(
         resolution=side, patch_size=PATCH, steps=steps, batch_size=scale.batch_size, seed=seed,
         precision=scale.precision, compile=scale.compile, sample_every=steps,
         checkpoint_every=max(1, min(1000, steps)), diagnose_every=steps,
-        held_out_every=max(1, -(-steps // scale.points)),
+        held_out_every=max(1, -(-steps // scale.points)), held_out_images=scale.held_out_images,
     )  # fmt: skip
     if protocol == "MACs" and variant.label != REFERENCE:
         depth = depth_of_equal_macs(settings)
         settings = dataclasses.replace(settings, backbone={**backbone, "depth": depth})
     return PlannedRun(label=variant.label, settings=settings, cfgs=(1.0,), samples=scale.samples,
-                      sampling_steps=20, extractor=scale.extractor)  # fmt: skip
+                      sampling_steps=20,
+                      extractors=scale.extractors if scale.samples else (),
+                      extractor_weights=scale.extractor_weights)  # fmt: skip
 
 
 def steps_of_equal_time(label: str, side: int, steps: int, seconds: Seconds) -> int:

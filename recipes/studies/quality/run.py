@@ -13,7 +13,7 @@ from recipes.lab.console import one_line
 from recipes.lab.data.datasets import entry_of, kind_of, share
 from recipes.lab.files import locked
 from recipes.studies.comparison.execution import Result
-from recipes.studies.comparison.planned import OK, read_result
+from recipes.studies.comparison.planned import OK, is_done, read_result
 from recipes.studies.comparison.study import say
 from recipes.studies.quality.launch import run_forked
 from recipes.studies.quality.plans import Scale, Seconds, Study, StudyRun, macs_of
@@ -53,7 +53,9 @@ class Missing:
         """Runs them until time is up, and reports each on the terminal as it ends."""
         with locked(self.out / ".lock", warn=say):
             waiting = [
-                folder for folder in self.planned if (read_result(folder) or {}).get("state") != OK
+                folder
+                for folder, planned in self.planned.items()
+                if not is_done(read_result(folder), planned.extractors)
             ]
             for folder in waiting:
                 self.planned[folder].prepare(self.out)

@@ -40,8 +40,9 @@ def seconds_of_step(settings: Settings) -> float:
     return statistics.median(found)
 
 
-def measure(runs: Sequence[StudyRun], file: Path) -> None:
+def measure(runs: Sequence[StudyRun], file: Path, threads: int) -> None:
     """Adds the seconds of every variant and resolution that the file lacks."""
+    torch.set_num_threads(threads)
     entries = _entries(file) if file.is_file() else []
     known = {(e["variant"], e["resolution"]) for e in entries}
     for planned, *_ in runs:
