@@ -183,7 +183,8 @@ class TestLauncher:
 def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(tmp_path, capsys):
     given = ["resolution", "--data", "digits", "--resolutions", "8", "--only", "softmax;sana",
              "--seeds", "1", "--steps", "5", "--batch-size", "8", "--samples", "0", "--points",
-             "5", "--held-out-images", "32", "--model", "96x4", "--protocols", "depth", "--gpus", "none"]  # fmt: skip
+             "5", "--held-out-images", "32", "--model", "96x4", "--protocols", "depth",
+             "--gpus", "none"]  # fmt: skip
     out = tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "recipes/study.py", *given, "--out", str(out), "--per-gpu", "2"],

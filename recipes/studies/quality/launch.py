@@ -75,7 +75,8 @@ def forked(work: Callable[[], Any], gpu: str | None, threads: int, output: Path)
     try:
         os.setsid()  # Ctrl-C reaches it as one signal, from the launcher
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+                signal.signal(number, signal.SIG_DFL)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, nothing), (1, file), (2, file)):
