@@ -54,7 +54,8 @@ def launching(monkeypatch):
 class TestPlan:
     def test_every_variant_can_be_built_and_every_claim_names_two_of_them(self):
         for one in STUDIES.values():
-            check_plan([r.planned for r in study_runs(one, TINY, {}, protocols=["depth"], **AT)])
+            runs = study_runs(one, TINY, {}, protocols=["depth"], **AT)
+            check_plan([run.planned for run in runs], warn=lambda line: None)
             labels = [variant.label for variant in one.variants]
             assert len(labels) == len({*labels})
             named = {name for claim in one.claims for name in (claim.first, claim.second)}
