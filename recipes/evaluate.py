@@ -18,6 +18,7 @@ from pathlib import Path
 
 from recipes.lab.console import (
     DONE,
+    UserError,
     add_sampling_flags,
     numbers,
     printable,
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     given = vars(_parser().parse_args(spelled_out(arguments)))
     import torch  # --help does not wait for it
 
-    from recipes.lab.evaluation.evaluate import evaluate, table, verdict
+    from recipes.lab.evaluation.evaluate import compared_by_image, evaluate, table, verdict
     from recipes.lab.evaluation.shards import Plan
     from recipes.lab.imports import import_all
     from recipes.lab.training.checkpoint import Run
@@ -41,10 +42,16 @@ def main(arguments: list[str]) -> int:
     import_all(given["imports"])
     fields = [field.name for field in dataclasses.fields(Plan) if field.name in given]
     cfgs = given.pop("cfgs")
+    against = given.pop("against")
+    other = None if against is None else Run.open(against)
+    if other is not None and not other.metrics_file.is_file():
+        raise UserError(f"--against {against} has not been evaluated yet: evaluate it first")
     plan = Plan(**{name: given.pop(name) for name in fields})
     result = evaluate(run, cfgs=cfgs, plan=plan, progress=True, **given)
     if result:  # empty on every process but the first
         print(table(result))
+        if other is not None:
+            print(printable(compared_by_image(result, other)))
         for line in result["warnings"]:
             print(printable(f"warning: {line}"), file=sys.stderr)
         verdict(run, result)
@@ -72,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
          help="local file; nothing is ever downloaded")  # fmt: skip
     flag("--held-out", type=whole(0), default=1024,
          help="images for the held-out loss; 0 leaves it out")  # fmt: skip
+    flag("--against", metavar="RUN", help="evaluated run to compare the held-out loss with")
     flag("--real", type=Path, help="folder of real images by class (default: what was trained on)")
     flag("--reference", type=Path, help="ADM-style .npz instead of the test images")
     flag("--images", type=Path, help="measure the images of this .npz instead of generating")

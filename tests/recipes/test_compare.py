@@ -90,6 +90,8 @@ class TestRuns:
         assert frame.state.to_dict() == {"softmax": OK, "crashing": "crashed"}
         assert "killed by signal 9" in frame.error["crashing"]
         assert np.isfinite(frame["FID[smallcnn]"]["softmax"])
+        curve = pd.read_csv(out / "curves.csv").dropna(subset=["held_out_loss"])
+        assert curve.step.tolist() == [1, 2, 3] and curve.held_out_loss_model.notna().all()
         assert frame.macs["softmax"] > 0 and frame.forward_seconds["softmax"] > 0
 
     def test_the_report_shows_the_failure_and_the_rest(self, compared):
@@ -97,6 +99,8 @@ class TestRuns:
         page = (out / "report.html").read_text()
         assert "1 of 2 runs are done" in page and "killed by signal 9" in page
         assert "FID[smallcnn]" in page and "Learning curves" in page and "samples of soft" in page
+        assert "<li class=bad>digits-easy-native-crashing" in page
+        assert "Held-out loss while training" in page and "average, quarter 4" in page
         # One file that needs no other: every picture is inside, nothing is fetched.
         sources = re.findall(r'src="([^"]{0,30})', page)
         assert len(sources) >= 4

@@ -35,6 +35,13 @@ def test_two_processes_equal_one(out, name):
     assert weight < 3e-5  # Adam divides differences of rounding by small gradients
 
 
+@pytest.mark.parametrize("name", ["softmax", "sharded"])
+def test_the_held_out_loss_of_two_processes_is_that_of_one(out, name):
+    two, one = (Run(folder / name).read_log()[-1] for folder in (out, out / "one"))
+    for key in ("held_out_loss", "held_out_loss_model", "held_out_loss_quarter_4"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_for_every_mechanism(tmp_path):
     found = reliability.mechanisms(tmp_path, attnzoo.list_attention())

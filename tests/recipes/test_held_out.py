@@ -98,7 +98,7 @@ def test_images_do_not_depend_on_how_many_are_measured_or_how_many_at_once(monke
     digits = load_dataset("digits", split="test")
     together = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=30)
     few = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=10)
-    monkeypatch.setattr(held_out, "_AT_ONCE", 1)
+    monkeypatch.setattr(held_out, "_AT_ONCE", 1)  # not 64
     one_by_one = held_out_losses(Shrunk(0.3), Diffusion(), digits, images=30)
     assert torch.equal(few, together[:10])
     torch.testing.assert_close(one_by_one, together, rtol=1e-6, atol=0)
@@ -132,6 +132,15 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     train(Settings(**SMALL, held_out_every=2), logged)
     plain = Run(tmp_path / "plain")
     train(Settings(**SMALL), plain)
+    # A run that is stopped and goes on has the same: the images, times and noise are.
+    stopped = Run(tmp_path / "stopped")
+    often = Settings(**SMALL, held_out_every=2, held_out_images=20)
+    train(often, stopped, should_stop=lambda step: step == 2)
+    train(often, stopped, resume=True)
+    whole = Run(tmp_path / "whole")
+    train(often, whole)
+    both = [[e.get("held_out_loss") for e in run.read_log()] for run in (stopped, whole)]
+    assert both[0] == both[1] and both[0][3] is not None
     entries = logged.read_log()
     assert [step["step"] for step in entries if "held_out_loss" in step] == [2, 4]
     losses = [[step["loss"] for step in run.read_log()] for run in (logged, plain)]

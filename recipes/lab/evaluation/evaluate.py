@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from recipes.lab.evaluation.scores import (
     label_of,
 )
 from recipes.lab.evaluation.shards import Images, Plan, generate, read_shards
-from recipes.lab.files import refuse_links, require_writable, write_json
+from recipes.lab.files import read_json, refuse_links, require_writable, write_json
 from recipes.lab.provenance import code_digest, provenance
 from recipes.lab.sampling import RunSampler, read_checkpoint
 from recipes.lab.training.checkpoint import Run
@@ -40,7 +41,10 @@ from recipes.lab.training.held_out import (
     TIMES,
     held_out_losses,
     held_out_numbers,
+    images_needed,
+    missing_classes,
     open_held_out,
+    paired_by_image,
 )
 from recipes.lab.training.settings import resumed_settings
 
@@ -157,6 +161,12 @@ def evaluate(
     warnings = _weakness(see, source)
     if warnings:
         see = None
+    if test is not None and compared is None and (missing := missing_classes(test, len(test))):
+        warnings.append(
+            f"{len(missing)} of {len(class_names)} classes ({', '.join(missing[:5])}) have no "
+            f"real image to compare with: every distance counts the model's images of them as "
+            f"errors; give more images"
+        )
     ours = None if test is None else Reference.of_dataset(test, "test")
     compared = compared or ours
     assert compared is not None
@@ -507,4 +517,45 @@ def table(result: Mapping[str, Any]) -> str:
     if result["real_floor"]:
         columns["real images"] = result["real_floor"]
     frame = pd.DataFrame(columns).drop(index=["not_finite_images"])
-    return frame.map(lambda v: "" if v is None or v != v else f"{v:.4g}").to_string()
+    lines = [frame.map(lambda v: "" if v is None or v != v else f"{v:.4g}").to_string()]
+    if facts := result["held_out"]:
+        lines.append(
+            f"held-out loss: {facts['images']} images at {facts['times']} times; its own error "
+            f"over them is {facts['error']:.2g}, and --against RUN compares image by image"
+        )
+    return "\n".join(lines)
+
+
+def compared_by_image(result: Mapping[str, Any], other: Run) -> str:
+    """How the held-out loss of an evaluation differs from another run's, image by image.
+
+    Args:
+        result: Of ``evaluate``.
+        other: A run that has been evaluated too.
+
+    Raises:
+        UserError: The other one is not evaluated, one of the two has no held-out loss, or they
+            are of different images.
+    """
+    ours, theirs = (
+        found.get("held_out") for found in (result, read_json(other.metrics_file, "metrics"))
+    )
+    if not ours or not theirs:
+        raise UserError(f"this run or {other.folder} has no held-out loss to compare")
+    if any(ours[name] != theirs[name] for name in ("sha256", "images", "times")):
+        raise UserError(
+            f"the held-out losses of this run and {other.folder} are of different images: "
+            f"evaluate both on the same data, with the same --held-out"
+        )
+    first, second = (
+        torch.tensor(facts["by_image"], dtype=torch.float64)[:, None] for facts in (ours, theirs)
+    )
+    mean, error = paired_by_image(first, second)
+    scale = 100 / second.mean().item()
+    needed = images_needed(first, second)
+    enough = f"{math.ceil(needed)} images" if math.isfinite(needed) else "no number of images"
+    return (
+        f"held-out loss against {other.folder}: {scale * mean:+.2g} % ± {scale * error:.1g} "
+        f"(standard error over {len(first)} images, of one seed each); {enough} would make that "
+        f"error a tenth of the difference"
+    )

@@ -49,6 +49,9 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Fig
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
         yield "Quality against resolution", figure
+    yield from _curves(
+        curves, "Held-out loss while training", NAMES[0], "held-out loss of the average", band="sd"
+    )
     for heading, column, label in (
         ("Quality against cost", "macs", "million MACs per forward"),
         ("Quality against measured time", "forward_seconds", "measured ms per image and forward"),
@@ -59,18 +62,16 @@ def figures(done: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[str, Fig
         named = [(setting_name(setting), group) for setting, group in settings]
         figure = _panels(named, metrics, "cost", label, is_front=True)
         yield heading, figure
-    for heading, column, label, band in (
-        ("Held-out loss while training", NAMES[0], "held-out loss of the average", "sd"),
-        ("Learning curves", "loss", "training loss, mean over seeds", None),
-    ):
-        points = curves.dropna(subset=[column]).rename(columns={column: label})
-        if len(points):
-            settings = grouped_by(points, SETTING)
-            named = [(setting_name(setting), group) for setting, group in settings]
-            yield (
-                heading,
-                _panels(named, [label], "step", "step", errorbar=band, is_curve=True),
-            )
+    yield from _curves(curves, "Learning curves", "loss", "training loss, mean over seeds")
+
+
+def _curves(
+    curves: pd.DataFrame, heading: str, column: str, label: str, band: str | None = None
+) -> Iterator[tuple[str, Figure]]:
+    points = curves.dropna(subset=[column]).rename(columns={column: label})
+    if len(points):
+        named = [(setting_name(key), group) for key, group in grouped_by(points, SETTING)]
+        yield heading, _panels(named, [label], "step", "step", errorbar=band, is_curve=True)
 
 
 def samples_of(one: PlannedRun, out: Path, cfg: float) -> bytes | None:
@@ -149,6 +150,11 @@ def _panels(
             yscale="log" if is_curve else "linear",
             ylabel=f"{metric}\n{better} is better" if "[" in metric else metric,
         )  # fmt: skip
+        if is_curve:
+            # Within a decade the ticks between powers of ten are all there is.
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.get_legend().remove()
     labels = [textwrap.fill(label, 28) for label in legend]

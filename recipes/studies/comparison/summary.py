@@ -168,18 +168,17 @@ def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None
     ]
     if not shares:
         return None
-    images = max(map(len, losses.values()))
     line = (
-        f"The held-out loss is of {images} images at {TIMES} times; by them it is known to "
-        f"{100 * statistics.median(shares):.2g} %"
+        f"The held-out loss is of {max(map(len, losses.values()))} images at {TIMES} times; a "
+        f"model's own error over them is {100 * statistics.median(shares):.2g} % of its loss."
     )
     if not needed:
-        return f"{line}."
+        return line
     typical = statistics.median(needed)
-    enough = f"{math.ceil(typical)} images" if math.isfinite(typical) else "no number of images"
+    enough = f"{math.ceil(typical)} of them" if math.isfinite(typical) else "no number of them"
     return (
-        f"{line}, and differences, which are paired by image, far better: {enough} would make the "
-        f"error of the median one (of {len(needed)} pairs of runs) a tenth of it."
+        f"{line} Models are compared on the same images: {enough} would make the error of the "
+        f"median difference ({len(needed)} pairs of runs) a tenth of it."
     )
 
 
