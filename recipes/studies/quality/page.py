@@ -314,14 +314,18 @@ def picture(table: pd.DataFrame) -> Figure:
         known = column in shown and shown[column].notna().any()
         if not known:
             axis.text(0.5, 0.5, NOT_YET, ha="center", va="center", transform=axis.transAxes)
+            axis.set_yticks([])
         for variant, rows in shown.groupby("variant", sort=False) if known else ():
             values = rows.groupby("tokens")[column]
             mean, low, high = values.mean(), values.min(), values.max()
-            style = {"color": color_of(_mechanism(variant)), "lw": 1.6}
-            line = "--" if "," in str(variant) else "-"
-            axis.plot(mean.index, mean, line, marker=marker_of(_mechanism(variant)),
-                      label=plain(str(variant)), **style)  # fmt: skip
-            axis.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, lw=0)
+            color, is_other = color_of(_mechanism(variant)), "," in str(variant)
+            axis.plot(
+                mean.index, mean, "--" if is_other else "-", marker=marker_of(_mechanism(variant)),
+                color=color, lw=1.6, markerfacecolor="white" if is_other else color,
+                label=plain(str(variant)),
+            )  # fmt: skip
+            axis.fill_between(mean.index, low, high, color=color, alpha=0.15, lw=0)
+            axis.vlines(mean.index, low, high, color=color, alpha=0.5)
         axis.set(xlabel="tokens", title=title)
         if sides:
             axis.set_xscale("log", base=2)
