@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import Part, divided, load_dataset
 from recipes.lab.diffusion import Diffusion
-from recipes.lab.evaluation.evaluate import evaluate
+from recipes.lab.evaluation.evaluate import compared_by_image, evaluate, table
 from recipes.lab.evaluation.shards import Plan
 from recipes.lab.training import held_out
 from recipes.lab.training.batches import Batches
@@ -134,12 +135,9 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     train(Settings(**SMALL), plain)
     # A run that is stopped and goes on has the same: the images, times and noise are.
     stopped = Run(tmp_path / "stopped")
-    often = Settings(**SMALL, held_out_every=2, held_out_images=20)
-    train(often, stopped, should_stop=lambda step: step == 2)
-    train(often, stopped, resume=True)
-    whole = Run(tmp_path / "whole")
-    train(often, whole)
-    both = [[e.get("held_out_loss") for e in run.read_log()] for run in (stopped, whole)]
+    train(Settings(**SMALL, held_out_every=2), stopped, should_stop=lambda step: step == 2)
+    train(Settings(**SMALL, held_out_every=2), stopped, resume=True)
+    both = [[step.get("held_out_loss") for step in run.read_log()] for run in (stopped, logged)]
     assert both[0] == both[1] and both[0][3] is not None
     entries = logged.read_log()
     assert [step["step"] for step in entries if "held_out_loss" in step] == [2, 4]
@@ -150,6 +148,17 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     assert found["held_out_loss[ema]"] == pytest.approx(entries[-1]["held_out_loss"], rel=1e-6)
     assert measured["held_out"]["images"] == len(measured["held_out"]["by_image"])
     json.dumps(measured["held_out"], allow_nan=False)
+    assert "its own error over them" in table(measured)
+    # Against itself, then against one whose images are all a hundredth better or so.
+    assert "no number of images" in compared_by_image(measured, plain)
+    facts = measured["held_out"]
+    shares = [0.99, 0.9899] * (len(facts["by_image"]) // 2 + 1)
+    by_image = [loss * share for loss, share in zip(facts["by_image"], shares, strict=False)]
+    better = measured | {"held_out": facts | {"by_image": by_image}}
+    assert re.search(r": -1 % ± 0.0\d .*; \d+ images would", compared_by_image(better, plain))
+    other = measured | {"held_out": facts | {"sha256": "0"}}
+    with pytest.raises(UserError, match="are of different images"):
+        compared_by_image(other, plain)
 
 
 def test_what_is_held_out_is_never_trained_on(image_folder):

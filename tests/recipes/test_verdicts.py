@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ def finished(out, one, loss, *, device="cpu", torch_version="2.13", changes=()):
     (folder / "run").mkdir()
     config = {
         "settings": {"attn": "sana"},
-        "data": {"class_names": ["a", "b"]},
+        "data": {"class_names": ["a", "b"], "resolution": 8, "channels": 1},
         "environment": {"device": device, "torch": torch_version},
         "changes": [{"step": 5, "changes": list(changes)}] if changes else [],
     }
@@ -92,7 +93,7 @@ class TestFamilies:
     def test_a_metric_is_corrected_over_all_settings(self):
         frame = pd.concat(
             [
-                table(a=[1.0, 1.1, 1.3], b=[2.0, 2.15, 2.2], c=[2.1, 2.0, 2.4]).assign(side=side)
+                table(a=[1.0, 1.1, 1.3], b=[1.5, 1.9, 1.7], c=[1.6, 1.5, 1.9]).assign(side=side)
                 for side in (8, 16)
             ]
         ).assign(cfg=1.0)
@@ -132,8 +133,8 @@ class TestBounds:
         found = compare_variants(
             table(a=[1.0, 1.02, 0.99], b=[1.01, 1.0, 1.0]), "a", "b", HELD_OUT
         )
-        assert found.kind == "same" and "differs by less than 4.2 %" in found.words
-        assert 4.1 < found.difference.bound_percent <= 4.2
+        assert found.kind == "same" and "differs by less than 4.3 %" in found.words
+        assert 4.2 < found.difference.bound_percent <= 4.3
 
     def test_a_bound_is_rounded_up_alone(self):
         values = [0.0101, 0.099, 0.123, 9.99, 12.01, 5e-7, 100.0, 0.8]
@@ -261,7 +262,7 @@ class TestExtractors:
         folder = one.prepare(tmp_path)
         asked = []
 
-        def evaluate(run, *, extractor, held_out=7, **_):
+        def evaluate(run, *, extractor, held_out, **_):
             asked.append((extractor, held_out))
             name = {"efficientnet-lite0": "efflite0"}.get(extractor, extractor)
             return {
@@ -281,7 +282,7 @@ class TestExtractors:
         monkeypatch.setattr(execution, "train", None)
         monkeypatch.setattr(execution, "cost_of", None)
         assert execution.run_one(folder)["state"] == OK
-        assert asked == [("smallcnn", 7), ("efficientnet-lite0", 0)]
+        assert asked == [("smallcnn", 1024), ("efficientnet-lite0", 0)]
         found = read_result(folder)
         assert is_done(found, both.extractors) and found["cost"] == first["cost"]
         assert set(found["metrics"]["results"]["1"]) == {"FID[smallcnn]", "FID[efflite0]", "count"}
@@ -308,16 +309,17 @@ class TestExtractors:
         assert "\n" not in str(caught.value)
 
 
-class TestHeldOutImages:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("images")
-        for name, count in (("a", 60), ("b", 2)):
-            (root / name).mkdir()
-            for number in range(count):
-                Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
-        return root
+@pytest.fixture(scope="module")
+def folder(self, tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for name, count in (("a", 60), ("b", 2)):
+        (root / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
+    return root
 
+
+class TestHeldOutImages:
     def planned(self, folder, **settings):
         like = one_run(**settings)
         variants = [plan.parse_variant("sana")]
@@ -355,5 +357,6 @@ def test_nothing_is_infinite_in_a_report_of_one_seed(tmp_path):
     runs = [finished(tmp_path, one_run(label), loss) for label, loss in (("a", 1.0), ("b", 2.0))]
     write_report(tmp_path, runs, NO_PAPER, "x")
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert "too few seeds" in page and "inf" not in page.replace("information", "")
+    page = re.sub(r'src="[^"]*"', "", page)
+    assert "too few seeds" in page and "inf" not in page
     assert math.isinf(compare_variants(table(a=[1.0], b=[2.0]), "a", "b", HELD_OUT).margin)

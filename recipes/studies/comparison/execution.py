@@ -38,7 +38,7 @@ from recipes.lab.files import CannotWrite, read_json, write_json
 from recipes.lab.imports import import_all
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.held_out import MODEL_NAME, NAMES
+from recipes.lab.training.held_out import IMAGES, MODEL_NAME, NAMES
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.costs import cost_of
@@ -154,8 +154,7 @@ def _measured(
             cache=folder.parents[1] / EVALUATORS,
             vae=stored["vae"],
             real=stored["real"],
-            # No extractor has to do with it.
-            **({"held_out": 0} if found else {}),
+            held_out=0 if found else IMAGES,  # no extractor has to do with it
             imports=stored["imports"],
             progress=progress,
         )

@@ -244,4 +244,4 @@ def is_at_chance(share: float, count: int, classes: int) -> bool:
     Returns:
         True where guessing stays below the share in fewer than 39 of 40 trials.
     """
-    return share * count <= stats.binom.ppf((1 + CONFIDENCE) / 2, count, 1 / classes)
+    return share * count <= float(stats.binom.ppf((1 + CONFIDENCE) / 2, count, 1 / classes))

@@ -20,6 +20,8 @@ from recipes.lab.training.held_out import MODEL_NAME, NAMES, TIMES, images_neede
 from recipes.studies.comparison.planned import PlannedRun, read_result
 from recipes.studies.comparison.verdicts import MOVED, Choice, at_chance, winner_digits
 
+# Where pyarrow is installed it would hold texts, and refuse a folder's name that is not UTF-8.
+pd.options.mode.string_storage = "python"
 # What the sentences and the pictures show; everything else is in the tables.
 HEADLINES = (
     "held_out_loss", "FID", "KID", "class_accuracy", "coverage", "iou_of_ceiling", "agreement",
@@ -116,7 +118,7 @@ def _machine(config: Mapping[str, Any], measured: Mapping[str, Any]) -> str | No
 
     What measured it stands for what trained it where the configuration does not say.
     """
-    changes = [line for change in config.get("changes", ()) for line in change["changes"]]
+    changes = [line for change in config.get("changes") or () for line in change["changes"]]
     if any(line.startswith(("environment: device ", "environment: torch ")) for line in changes):
         return MOVED
     was = config.get("environment") or {}

@@ -177,7 +177,9 @@ def family(
         By the values of the keys, the verdicts by pair. A loss of the model itself has the same
         value at every scale: it is compared at the first one only.
     """
-    groups = list(runs.groupby(list(keys), sort=False, dropna=False))
+    groups: list[tuple[Any, pd.DataFrame]] = list(
+        runs.groupby(list(keys), sort=False, dropna=False)
+    )
     if is_of_model(metric):
         groups = list({key[:-1]: (key, rows) for key, rows in reversed(groups)}.values())[::-1]
     found = {
