@@ -8,10 +8,9 @@ It samples with three lines of diffusers; see docs/ecosystem.md.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from recipes.lab.console import DONE, add_import_flag, printable, run_script
+from recipes.lab.console import DONE, Parser, add_import_flag, printable, run_script
 
 
 def main(arguments: list[str]) -> int:
@@ -35,10 +34,8 @@ def main(arguments: list[str]) -> int:
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python recipes/export.py", description="Write a run as a pipeline of diffusers."
-    )
+def _parser() -> Parser:
+    parser = Parser("export", __doc__)
     flag = parser.add_argument
     flag("run", metavar="RUN", help="folder of the run")
     flag("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")

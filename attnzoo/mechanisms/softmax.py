@@ -2,18 +2,22 @@
 
 O = softmax(Q K^T / sqrt(d_head)) V per head, times sigmoid(X W^G) if there is a gate (Gated
 attention, arXiv 2505.06708). Cost per sample: 4 d^2 n + 2 n^2 d; a gate adds d^2 n, or h d n.
+``conv`` adds DWC(V) before the gate: the control for linear mechanisms that have one; "acnet"
+adds 15 d n, "3x3" 9 d n, "5x5" 25 d n.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
@@ -28,6 +32,7 @@ class Config(AttentionConfig):
     # Sigmoid gate of the output before the last projection, one number a head or a channel: off
     # in DiT; "element" is the best of 2505.06708, and "head" nearly as good for no parameters.
     gate: Literal["none", "head", "element"] = "none"
+    conv: ConvKind = "none"  # of V, as DyDiLA ("acnet") and MHLA ("3x3") have it; off in DiT
     impl: SoftmaxImpl = "auto"
 
 
@@ -51,6 +56,7 @@ class SoftmaxAttention(Attention):
         self.gate: nn.Linear | None = None
         if width := widths[config.gate]:
             self.gate = xavier_linear(self.dim, width, bias=False)  # the paper's code
+        self.conv = None if config.conv == "none" else DepthwiseConv(self.dim, config.conv)
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
 
     @classmethod
@@ -60,7 +66,15 @@ class SoftmaxAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
+        query, key, value = self._query_key_value(x, grid)
+        out = softmax_attention(query, key, value, impl=self.config.impl)
+        if self.conv is not None:
+            # Libraries of attention have no convolution.
+            chosen = self.config.impl
+            impl: Impl = chosen if chosen in ("reference", "torch") else "auto"
+            tokens, added = (rearrange(z, "b h n d -> b n (h d)") for z in (value, out))
+            out = self.conv(tokens, grid, added, impl=impl)
+            out = rearrange(out, "b n (h d) -> b h n d", h=self.num_heads)
         if self.gate is not None:
             gate = rearrange(self.gate(x), "b n (h d) -> b h n d", h=self.num_heads)
             out = out * gate.sigmoid()
@@ -74,7 +88,7 @@ class SoftmaxAttention(Attention):
         return self.query_norm(query), self.key_norm(key), value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See ``Attention.attention_map``; a gate multiplies what the map gives."""
+        """See ``Attention.attention_map``; a gate and a convolution of V come after the map."""
         query, key, _ = self._query_key_value(x, grid)
         return softmax_map(query, key)
 
@@ -85,4 +99,13 @@ class SoftmaxAttention(Attention):
         return {
             "projections": (4 * self.dim**2 + gate) * n,
             "core": softmax_macs(n, n, self.dim, self.dim),
+            "conv": 0 if self.conv is None else self.conv.macs(grid),
         }
+
+    def fuse(self) -> dict[str, Any]:
+        """See ``Attention.fuse``: the convolution's branches become one kernel."""
+        if self.conv is None:
+            return {}
+        changed = {"conv": self.conv.fuse()}
+        self.config = replace(self.config, **changed)
+        return changed

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo import Attention, InvalidValue, build_attention
@@ -21,6 +23,8 @@ VARIANTS = [
     {"gate": "element"},
     {"qk_norm": True},
     {"gate": "element", "qk_norm": True},
+    {"conv": "acnet"},
+    {"conv": "5x5", "gate": "head"},
 ]
 
 
@@ -28,7 +32,22 @@ def normed(z: Tensor, weight: Tensor) -> Tensor:
     return z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def oracle(layer: Attention, x: Tensor, options: dict) -> Tensor:
+def convolved(layer: Any, value: Tensor, part: slice, grid: tuple[int, int]) -> Tensor:
+    """Each branch's depthwise convolution of one image's values, then its norm, in eval mode."""
+    image, total = value.T.reshape(1, -1, *grid), torch.zeros(1)
+    for branch, norm in zip(layer.conv.branches, layer.conv.norms, strict=True):
+        weight = branch.weight[part]
+        bias = None if branch.bias is None else branch.bias[part]
+        padding = [side // 2 for side in weight.shape[2:]]
+        out = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            mean, variance = norm.running_mean[part], norm.running_var[part]
+            out = F.batch_norm(out, mean, variance, norm.weight[part], norm.bias[part])
+        total = total + out
+    return total.flatten(2)[0].T
+
+
+def oracle(layer: Attention, x: Tensor, options: dict, grid: tuple[int, int]) -> Tensor:
     """The equations, head by head and query by query."""
     out = []
     for image in x:
@@ -43,6 +62,8 @@ def oracle(layer: Attention, x: Tensor, options: dict) -> Tensor:
                 weights = (k @ one / 8**0.5).exp()
                 rows.append(weights @ value[:, part] / weights.sum())
             mixed = torch.stack(rows)
+            if "conv" in options:
+                mixed = mixed + convolved(layer, value[:, part], part, grid)
             if "gate" in options:
                 row = slice(head, head + 1) if options["gate"] == "head" else part
                 mixed = mixed / (1 + (-(image @ layer.gate.weight[row].T)).exp())
@@ -56,8 +77,8 @@ def oracle(layer: Attention, x: Tensor, options: dict) -> Tensor:
 def test_formula(options: dict, impl: str) -> None:
     for grid in GRIDS[:4]:
         for batch in (1, 3):
-            layer, x = build(impl=impl, **options), tokens(grid, batch, 16)
-            assert_same(x, (layer, layer(x, grid)), (layer, oracle(layer, x, options)))
+            layer, x = build(impl=impl, **options).eval(), tokens(grid, batch, 16)
+            assert_same(x, (layer, layer(x, grid)), (layer, oracle(layer, x, options, grid)))
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -83,6 +104,19 @@ def test_closed_form_is_the_count(options: dict) -> None:
     assert counted.total == fvcore_macs(layer, grid=(7, 13))
     gate = {"head": 4 * 48, "element": 48 * 48}.get(options.get("gate", ""), 0)
     assert counted.parts["projections"] == (4 * 48**2 + gate) * 91
+    taps = {"acnet": 15, "5x5": 25}.get(options.get("conv", ""), 0)
+    assert counted.parts["conv"] == taps * 48 * 91
+
+
+@pytest.mark.parametrize("conv", ["acnet", "3x3", "5x5"])
+def test_fuse_keeps_the_output(conv: str) -> None:
+    layer, x = build(conv=conv), tokens((4, 6), 2, 16)
+    layer.train()(x, (4, 6))  # batch statistics of its own
+    whole = layer.eval()(x, (4, 6))
+    changed = layer.fuse()
+    assert changed == {"conv": "5x5" if conv == "5x5" else "3x3"}
+    assert_near([layer(x, (4, 6))], [whole])
+    build(**changed).load_state_dict(layer.state_dict())
 
 
 def test_a_gate_opens_half_way_and_multiplies_the_output() -> None:

@@ -72,6 +72,10 @@ def test_what_is_fetched_is_two_splits_with_licences(packages, tmp_path, capsys)
     # Above 64 px nothing is enlarged.
     large = load_dataset(f"emoji:{out}", split="train", resolution=256)
     assert 2 * len(large) == len(train) and "enlarged" not in capsys.readouterr().err
+    # One maker's are the same images at any resolution.
+    few = [load_dataset(f"emoji:{out}", resolution=r, level="fluent") for r in (16, 256)]
+    assert [len(one) for one in few] == [len(large), len(large)]
+    assert len({one.identity()["sha256"] for one in (*few, large)}) == 1
     assert fetch(out, list(packages.values()), list(packages)) == count  # again, over itself
 
 

@@ -439,6 +439,11 @@ class TestEvaluators:
         wrong.write_bytes(b"something else")
         with pytest.raises(UserError, match=r"SHA-256 begins with .* not 6726825d"):
             load_inception(wrong)
+        fidelity = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+        fidelity.parent.mkdir(parents=True)
+        fidelity.write_bytes(b"altered")  # torch-fidelity's place for the same file
+        with pytest.raises(UserError, match=r"SHA-256 begins with .* not 6726825d"):
+            load_inception()
         torch.save({"fc.bias": torch.zeros(1008)}, wrong)
         with pytest.raises(UserError, match="does not hold this network's weights"):
             load_inception(wrong, check_hash=False)

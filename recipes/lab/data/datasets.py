@@ -88,6 +88,7 @@ class ImageDataset:
             sub-folders' names as they are, so they are not safe as parts of a path, of HTML or of
             what a terminal shows (``console.printable``).
         horizontal_flip: whether a mirrored image is as good an example of its class.
+        is_drawn: whether a seed decides the images.
         infinite: whether every index in [0, 2**63) is another image.
         latent_factor: image pixels per pixel that the model sees; 1 unless a VAE stands between.
         resolutions: least and largest side that it can give; None knows no largest.
@@ -106,6 +107,7 @@ class ImageDataset:
     channels: int
     class_names: tuple[str, ...]
     horizontal_flip: bool = False
+    is_drawn: bool = False
     infinite: bool = False
     latent_factor: int = 1
     resolutions: tuple[int, int | None] = (4, None)
@@ -340,7 +342,27 @@ def load_dataset(data: str, **options: Any) -> ImageDataset:
             f"folder {data!r} has no split {split!r}: give the folder that holds those images, "
             "with split 'train'"
         )
-    return entry(request)
+    key = _shared_key(request)
+    return _SHARED[key] if key in _SHARED else entry(request)
+
+
+_SHARED: dict[Request, ImageDataset] = {}
+
+
+def _shared_key(request: Request) -> Request:
+    """What decides the images: no seed does where they are files."""
+    is_drawn = entry_of(kind_of(request.data)).is_drawn
+    return request if is_drawn else dataclasses.replace(request, seed=0)
+
+
+def share(data: str, **options: Any) -> None:
+    """Opens a data set now, for this process and all that are forked from it.
+
+    Args:
+        data: See ``Request``.
+        options: Its other attributes.
+    """
+    _SHARED[_shared_key(Request(data, **options))] = load_dataset(data, **options)
 
 
 def canonical_data(data: str) -> str:

@@ -3,7 +3,8 @@
 ``python recipes/fetch.py emoji`` makes its folder from three packages of npm: train/ and test/
 with one sub-folder per category. Noto and Twemoji come at 64 px, Fluent 3D at 256 px, so above
 64 px only Fluent's are taken. All variants of one emoji (skin tone, gender, maker) lie on one side
-of the split, since they are near copies of each other.
+of the split, since they are near copies of each other. The level "fluent" takes Fluent's alone at
+any resolution, to compare resolutions by.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class EmojiDataset(FolderDataset):
     """Some 10,000 emoji of nine categories; 3,400 above 64 px."""
 
     splits = ("train", "test")
+    levels = ("easy", "fluent")  # "fluent": its images alone, the same ones at every resolution
     resolutions = (4, 256)
     default_resolution = 64
     takes_place = True
@@ -120,10 +122,11 @@ class EmojiDataset(FolderDataset):
             )
         self.name = "emoji"
         self.resolution = request.resolution_of(self, self.name)
+        self._takes_all = request.level == "easy" and self.resolution <= _SMALL
         self._open(folder / request.split, request)
 
     def _takes(self, path: Path) -> bool:
-        return self.resolution <= _SMALL or path.name.startswith("fluent-")
+        return self._takes_all or path.name.startswith("fluent-")
 
 
 def family_of(code: str) -> str:

@@ -269,6 +269,7 @@ class Shapes(ImageDataset):
     class_names = CLASS_NAMES
     levels = LEVELS
     accuracy_floor = 0.95
+    is_drawn = True
 
     def __init__(self, request: Request) -> None:
         self.resolution = request.resolution_of(self, "shapes")

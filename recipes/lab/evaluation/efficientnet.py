@@ -113,7 +113,9 @@ class EfficientNetLite0(nn.Module):
         for batch in images.split(32):
             x = batch.permute(0, 3, 1, 2).to(device).float().expand(-1, 3, -1, -1)
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
-            found = self.forward((x - 127) / 128)
+            # TensorFloat-32 would let features depend on the device that looks.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                found = self.forward((x - 127) / 128)
             parts.append(Features(*(z.double().cpu() for z in found)))
         return Features.concatenate(parts)
 

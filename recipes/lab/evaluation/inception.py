@@ -22,6 +22,7 @@ from recipes.lab.console import UserError
 from recipes.lab.evaluation.features import Features, with_weights
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
+_OTHER_NAME = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's, of one content
 SHA256_PREFIX = "6726825d"  # torch.hub's convention: the name ends in the content's hash
 SIDE = 299
 CLASSES = 1008
@@ -182,7 +183,9 @@ class Inception(nn.Module):
         device, parts = self.fc.weight.device, []
         for batch in images.split(32):
             x = batch.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1).to(device)
-            found = self.forward((tf1_resize(x, SIDE) - 128) / 128)
+            # TensorFloat-32 would let features depend on the device that looks.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                found = self.forward((tf1_resize(x, SIDE) - 128) / 128)
             parts.append(Features(*(z.double().cpu() for z in found)))
         return Features.concatenate(parts)
 
@@ -209,14 +212,16 @@ def load_inception(file: Path | None = None, check_hash: bool = True) -> Incepti
     """The network with the weights of a local file; nothing is ever downloaded.
 
     Args:
-        file: None looks for ``FILE_NAME`` in torch's hub folder.
+        file: None looks for ``FILE_NAME``, or torch-fidelity's, in torch's hub folder.
         check_hash: Whether the content must be the published one.
 
     Raises:
         UserError: The file is missing, is another one, or does not fit.
     """
     home = os.environ.get("TORCH_HOME", os.path.join("~", ".cache", "torch"))
-    place = file or Path(home).expanduser() / "hub" / "checkpoints" / FILE_NAME
+    hub = Path(home).expanduser() / "hub" / "checkpoints"
+    other = hub / _OTHER_NAME
+    place = file or (other if other.is_file() else hub / FILE_NAME)
     if not place.is_file():
         raise UserError(
             f"Inception's weights are not at {place}; put {FILE_NAME} (SHA-256 begins with "

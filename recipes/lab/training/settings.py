@@ -112,8 +112,8 @@ class Settings:
         "data",
         "digits",
         TEXT,
-        "digits, fashion-mnist, shapes, emoji, a folder with one sub-folder per class, or latents "
-        "from recipes/encode.py",
+        "digits, fashion-mnist, shapes, emoji, a folder with one sub-folder per class, latents "
+        "from recipes/encode.py, or hf:NAME of the hub's data sets",
     )
     level: str = _setting("data", "easy", choice(_levels), "of shapes: easy, medium, hard or "
                           "long-range")  # fmt: skip

@@ -138,6 +138,8 @@ def _measured(
     progress: bool,
 ) -> dict[str, Any]:
     """What each extractor says of one set of images, beside what has been found already."""
+    if not stored["samples"]:  # what training has logged is all that is asked for
+        return {"results": {}, "real_floor": {}, "extractors": []}
     seen = list(found.get("extractors", SMALLCNN)) if found else []
     for name in stored.get("extractors", SMALLCNN):
         if name in seen:
@@ -234,7 +236,7 @@ def run_all(
         finally:
             slots.put(slot)
 
-    with _signals() as stop, ThreadPoolExecutor(jobs) as pool:
+    with signals() as stop, ThreadPoolExecutor(jobs) as pool:
         try:
             running = {pool.submit(run_next, folder): folder for folder in folders}
             for one in as_completed(running):
@@ -244,7 +246,7 @@ def run_all(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
+def signals() -> Iterator[threading.Event]:
     """Whether a signal to stop has come meanwhile."""
     received = threading.Event()
     before = {}

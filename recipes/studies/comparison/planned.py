@@ -52,7 +52,7 @@ class PlannedRun:
         label: Name of the mechanism or of the variant of it.
         settings: Of the run.
         cfgs: Guidance scales to measure.
-        samples: Images per scale.
+        samples: Images per scale; 0 measures only what training logs.
         sampling_steps: Model evaluations per image.
         imports: Files (absolute) or modules that register mechanisms of the user's own.
         vae: Folder or hub id of what decodes latents; None takes what these remember.

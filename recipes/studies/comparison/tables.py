@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def _as_text(value: Any) -> Any:
     return f"'{text}" if _FORMULA.match(value) or _FORMULA.match(text) else text
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, texts: Collection[str] = TEXTS) -> pd.DataFrame:
     """Reads what ``write_table`` wrote, or an earlier version.
+
+    Args:
+        path: Of the table.
+        texts: Its columns that hold no numbers.
 
     Returns:
         Texts as str ("" where there is none), all other columns as numbers; columns have their
@@ -74,7 +79,7 @@ def read_table(path: Path) -> pd.DataFrame:
         name: [row[n] for row in rows[1:] if row] for n, name in enumerate(named)
     }
     for name, values in columns.items():
-        if name in TEXTS:
+        if name in texts:
             columns[name] = pd.Series([_without_quote(value) for value in values], dtype=object)
             continue
         try:

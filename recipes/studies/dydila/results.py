@@ -1,4 +1,4 @@
-"""The page docs/results.md: which of the paper's orderings hold in comparisons of one's own.
+"""A page on which of the paper's orderings hold in comparisons of one's own.
 
 Its words stand in results_page.md beside this file; everything else comes from the tables of
 comparisons.

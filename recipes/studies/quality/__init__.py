@@ -1,0 +1,1 @@
+"""What decides which attention is better: controls, quality against resolution, and the page."""

@@ -1,0 +1,133 @@
+"""What a table of runs decides: each claim in each setting, corrected together by study.
+
+Differences are of the held-out loss, paired by seed; Holm's correction takes the claims of one
+study as one family. A pair counts only where both runs are of one device and one torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+
+from recipes.studies.comparison.planned import OK
+from recipes.studies.comparison.statistics import LEVEL, Difference, holm, paired_difference
+from recipes.studies.comparison.statistics import seeds_needed as needed_of
+from recipes.studies.comparison.statistics import steps_saved as saved_of
+from recipes.studies.quality.plans import STUDIES, Claim
+from recipes.studies.quality.table import SETTING, curve_of
+
+LOSS = "loss"
+
+
+class Decision(NamedTuple):
+    """A claim in one setting.
+
+    Attributes:
+        claim: What is said.
+        study: Whose it is.
+        protocol: What is equal.
+        data: Of the runs.
+        px: Side of the images.
+        difference: Of the first and the second, below 0 where the claim holds.
+        p: Corrected; NaN where nothing is known.
+        saved: Share of the second's steps that the first needs less to reach its final loss;
+            below 0 is of the other; NaN where curves do not cross or steps differ.
+        foreign: Pairs that were left out, as they are of two machines.
+        needed: Seeds that would decide, from these; NaN below two.
+    """
+
+    claim: Claim
+    study: str
+    protocol: str
+    data: str
+    px: int
+    difference: Difference
+    p: float
+    saved: float
+    foreign: int
+    needed: float
+
+    @property
+    def kind(self) -> Literal["holds", "opposite", "undecided", "not measured"]:
+        """What is decided at 5 % for the whole family."""
+        if self.difference.pairs < 2 or math.isnan(self.difference.p):
+            return "not measured" if not self.difference.pairs else "undecided"
+        if self.p >= LEVEL:
+            return "undecided"
+        return "holds" if self.difference.mean < 0 else "opposite"
+
+
+def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
+    """Every claim of the studies in every setting of the table, and those without a run.
+
+    Args:
+        table: See ``table.read``.
+        mixed: Whether pairs of two devices or versions of torch count too.
+    """
+    found: list[Decision] = []
+    for name, study in STUDIES.items():
+        rows = table.loc[(table["study"] == name) & (table["state"] == OK) & table[LOSS].notna()]
+        settings = [tuple(s) for s in rows[SETTING].drop_duplicates().itertuples(index=False)]
+        of_study = [
+            _decision(claim, rows, setting, mixed)
+            for claim in study.claims
+            for setting in settings
+        ]
+        none = paired_difference([], [])
+        for claim in study.claims if not settings else ():
+            of_study += [
+                Decision(claim, name, protocol, "", px, none, math.nan, math.nan, 0, math.nan)
+                for protocol in study.protocols
+                for px in study.resolutions
+            ]
+        corrected = holm([one.difference.p for one in of_study])
+        found += [one._replace(p=p) for one, p in zip(of_study, corrected, strict=True)]
+    return found
+
+
+def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: bool) -> Decision:
+    here = rows.loc[(rows[SETTING] == list(setting)).all(axis=1)]
+    first, second = (
+        here.loc[here["variant"] == label].drop_duplicates("seed").set_index("seed")
+        for label in (claim.first, claim.second)
+    )
+    both = [seed for seed in first.index if seed in second.index]
+    same = [
+        seed for seed in both if mixed or _are_of_one_machine(first.loc[seed], second.loc[seed])
+    ]
+    one, other = (frame.loc[same] for frame in (first, second))
+    difference = paired_difference(one[LOSS].tolist(), other[LOSS].tolist())
+    needed = math.nan
+    if difference.pairs >= 2 and difference.std > 0:
+        needed = needed_of((one[LOSS] - other[LOSS]).tolist())
+    study, protocol, data, px = setting
+    return Decision(
+        claim, study, protocol, data, px, difference, math.nan, _saved(one, other),
+        len(both) - len(same), needed,
+    )  # fmt: skip
+
+
+def _are_of_one_machine(first: pd.Series, second: pd.Series) -> bool:
+    return (
+        first["device"] == second["device"]
+        and first["torch"] == second["torch"]
+        and not (first.get("elsewhere") or second.get("elsewhere"))
+    )
+
+
+def _saved(one: pd.DataFrame, other: pd.DataFrame) -> float:
+    """Mean over the seeds of the steps that the better one saves, as a share of them."""
+    shares = []
+    for first, second in zip(one.to_dict("records"), other.to_dict("records"), strict=True):
+        if first["steps"] != second["steps"]:
+            continue
+        sign = 1 if first[LOSS] <= second[LOSS] else -1
+        better, worse = (first, second) if sign > 0 else (second, first)
+        steps = saved_of(curve_of(better["curve"]), curve_of(worse["curve"]))
+        if steps is not None:
+            shares.append(sign * steps / first["steps"])
+    return statistics.fmean(shares) if shares else math.nan

@@ -1,0 +1,342 @@
+"""The page docs/results.md and its picture, from a table of runs; its words stand in page.md."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recipes.lab.console import UserError
+from recipes.lab.drawing.canvas import Figure, panels, plain
+from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.evaluation.scores import metric_of
+from recipes.lab.pages import markdown_table
+from recipes.studies.comparison.planned import OK
+from recipes.studies.quality.decide import LOSS, Decision, decide
+from recipes.studies.quality.plans import REFERENCE, RESOLUTION, STUDIES
+from recipes.studies.quality.table import (
+    METRICS,
+    NUMBERS,
+    SETTING,
+    change_at_end,
+    curve_of,
+    group_name,
+)
+
+TOPICS = {
+    "type": ("Does the attention type matter at this scale?",
+             "Mixing against a convolution alone, and one kind of attention against another."),
+    "convolution": ("What does the convolution of the values do?",
+                    "Each mechanism with it against the same one without it, softmax too."),
+    "parts": ("DyDiLA's parts", "Its steps on top of one another, and each alone on its start."),
+    "difference": ("Token-wise against map-wise", "DyDiLA's difference of tokens against that of "
+                   "attention maps."),
+    "linear": ("Linear against softmax, by resolution", "The claim is that softmax, or a mixture "
+               "with it, is the better one."),
+}  # fmt: skip
+NOT_YET = "not measured yet"
+# A study of this many blocks and channels is what the claims are about; smaller is a rehearsal.
+_FULL = "192x6"
+FID = "FID[efflite0]"
+
+
+def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = False) -> str:
+    """The page, in Markdown.
+
+    Args:
+        table: See ``table.read``.
+        picture: Its path, as the page names it.
+        name: The table's, likewise.
+        mixed: Whether pairs of two devices or versions of torch count too.
+
+    Raises:
+        UserError: No run of the table is done.
+    """
+    done = table.loc[(table["state"] == OK) & table[LOSS].notna()]
+    if done.empty:
+        raise UserError("no run of the table is done yet: go on with python recipes/study.py")
+    decisions = decide(table, mixed)
+    template = Path(__file__).with_name("page.md").read_text("utf-8")
+    return string.Template(template).substitute(
+        picture=picture,
+        table=name,
+        scale=_scale(done),
+        claims="\n\n".join(_main_tables(decisions)),
+        topics="\n".join(_topics(decisions)),
+        flatness=_flatness(done),
+        all_claims=_all_claims(decisions),
+        numbers="\n\n".join(_numbers(done)),
+        origins=_origins(table),
+        left=_left(table),
+    )
+
+
+def _scale(done: pd.DataFrame) -> str:
+    """How large what was measured is, and what it is too small for."""
+    runs = done.drop_duplicates("run")
+    devices = ", ".join(f"{d} (torch {t})" for d, t in _unique(runs, ["device", "torch"]))
+    settings = "; ".join(
+        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px"
+        for data, rows in runs.groupby("data", sort=False)
+    )
+    models = sorted(runs.loc[runs["protocol"] != "MACs", "model"].unique())
+    text = (
+        f"{len(runs)} runs, {runs['seed'].nunique()} seeds, {settings}; model "
+        f"{', '.join(models)} (width x blocks), {_range(runs['steps'])} steps of "
+        f"{_range(runs['batch'])} images; on {devices}, {runs['wall_seconds'].sum() / 60:.0f} "
+        f"minutes of runs in all."
+    )
+    is_small = _FULL not in models or all(str(d).startswith("cpu") for d in runs["device"])
+    if is_small:
+        text += (
+            f"\n\n**This is a rehearsal at a scale of minutes on a CPU. The studies proper, model "
+            f"{_FULL} at 32 to 256 px on a GPU, have not been run: what only they can decide says "
+            f'"{NOT_YET}".** Nothing here should be carried over to larger models or images.'
+        )
+    return text
+
+
+def _unique(rows: pd.DataFrame, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    return list(rows[list(names)].drop_duplicates().itertuples(index=False, name=None))
+
+
+def _range(values: Iterable[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _main_tables(decisions: Sequence[Decision]) -> Iterator[str]:
+    """Per study: claims against settings; resolutions at equal depth only."""
+    for study in STUDIES.values():
+        own = [one for one in decisions if one.study == study.name and one.claim.is_main]
+        is_by_side = len(study.resolutions) > 1
+        if is_by_side:
+            own = [one for one in own if one.protocol == "depth"]
+        rows: dict[str, dict[str, str]] = {}
+        columns = dict.fromkeys(
+            f"{side} px" if is_by_side else f"equal {protocol}"
+            for protocol in (study.protocols if not is_by_side else ("depth",))
+            for side in study.resolutions
+        )
+        for one in own:
+            row = rows.setdefault(f"{one.claim.first} better than {one.claim.second}", {})
+            key = f"{one.px} px" if is_by_side else f"equal {one.protocol}"
+            columns.setdefault(key)
+            row[key] = field(one)
+        order = sorted(columns, key=_side) if is_by_side else list(columns)
+        heading = [f"{study.name}: claim", *order]
+        body = [[claim, *(row.get(key, NOT_YET) for key in order)] for claim, row in rows.items()]
+        yield markdown_table(heading, body)
+
+
+def _side(column: str) -> int:
+    return int(column.split()[0])
+
+
+def field(one: Decision) -> str:
+    """ "✓ -1.2 % [-1.6, -0.8], 5 seeds"."""
+    found = one.difference
+    if one.kind == "not measured":
+        return NOT_YET
+    if found.pairs < 2:
+        return f"{found.percent:+.2g} %, 1 seed: nothing can be said"
+    low, high = (_percent(found.mean + sign * found.margin, found.scale) for sign in (-1, 1))
+    seen = f"{_number(found.percent)} % [{_number(low)}, {_number(high)}], {found.pairs} seeds"
+    symbol = {"holds": "✓ ", "opposite": "✗ "}.get(one.kind, "")
+    return f"{symbol}{seen}" if symbol else f"below {found.bound_percent:.2g} %: {seen}"
+
+
+def _percent(value: float, scale: float) -> float:
+    return 100 * value / abs(scale) if scale else math.nan
+
+
+def _number(value: float) -> str:
+    return f"{value:+.2g}" if abs(value) < 100 else f"{value:+.0f}"
+
+
+def _topics(decisions: Sequence[Decision]) -> Iterator[str]:
+    """A paragraph for each question."""
+    for topic, (question, words) in TOPICS.items():
+        own = [one for one in decisions if one.claim.topic == topic]
+        parts = [f"{words} {_count([d for d in own if d.protocol == 'depth'])}"]
+        if topic == "linear":
+            sides = sorted({*RESOLUTION.resolutions} | {one.px for one in own})
+            parts = [words] + [
+                f"{side} px: {_count([d for d in own if d.protocol == 'depth' and d.px == side])}"
+                for side in sides
+            ]
+        yield f"**{question}** {' '.join(parts)}\n"
+    timed = [one for one in decisions if one.protocol == "time"]
+    yield f"**At equal time.** All claims again, by seconds of training. {_count(timed)}\n"
+
+
+def _count(decisions: Sequence[Decision]) -> str:
+    """What so many comparisons say together, in a sentence or two."""
+    by_kind: dict[str, list[Decision]] = {}
+    for one in decisions:
+        by_kind.setdefault(one.kind, []).append(one)
+    known = [one for one in decisions if one.kind != "not measured"]
+    if not known:
+        return f"{NOT_YET.capitalize()}."
+    parts = []
+    for kind, words in (("holds", "the first is better in"), ("opposite", "the second in")):
+        own = by_kind.get(kind, [])
+        which = f" ({'; '.join(_named(one) for one in _strongest(own))})" if own else ""
+        parts.append(f"{words} {len(own)}{which}")
+    open_ones = by_kind.get("undecided", [])
+    bounds = [b for one in open_ones if math.isfinite(b := one.difference.bound_percent)]
+    below = f", where differences stay below {max(bounds):.2g} %" if bounds else ""
+    parts.append(f"{len(open_ones)} {'is' if len(open_ones) == 1 else 'are'} undecided{below}")
+    text = f"Of {len(known)} comparisons {', '.join(parts)}."
+    missing = len(decisions) - len(known)
+    return text + (f" {missing} more {NOT_YET}." if missing else "")
+
+
+def _strongest(decisions: Sequence[Decision]) -> list[Decision]:
+    return sorted(decisions, key=lambda one: -abs(one.difference.percent))[:3]
+
+
+def _named(one: Decision) -> str:
+    claim = one.claim
+    better, worse = (claim.first, claim.second)[:: 1 if one.kind == "holds" else -1]
+    return f"{better} before {worse} by {abs(one.difference.percent):.2g} % at {one.px} px"
+
+
+def _flatness(done: pd.DataFrame) -> str:
+    """How far the curves have flattened."""
+    changes = pd.Series([100 * change_at_end(curve_of(c)) for c in done["curve"]], done.index)
+    parts = [
+        f"{px} px {rows.median():+.1f} % (from {rows.min():+.1f} to {rows.max():+.1f})"
+        for px, rows in changes.dropna().groupby(done["px"])
+    ]
+    shown = ", ".join(parts) or NOT_YET
+    return (
+        f"**Have the curves flattened?** Over the last fifth of the steps, in which the learning "
+        f"rate falls to 0, the held-out loss of the median run still changed by: {shown}."
+    )
+
+
+def _all_claims(decisions: Sequence[Decision]) -> str:
+    rows = []
+    for one in decisions:
+        found = one.difference
+        setting = {"study": one.study, "protocol": one.protocol, "px": one.px}
+        rows.append([
+            f"{one.claim.first} better than {one.claim.second}", group_name(setting), one.kind,
+            field(one), f"{one.p:.2g}" if one.p == one.p else "",
+            f"{100 * one.saved:+.0f} %" if one.saved == one.saved else "",
+            "" if one.needed != one.needed or found.pairs < 2
+            else "too many" if math.isinf(one.needed) else f"{one.needed:.0f}",
+            one.foreign or "",
+        ])  # fmt: skip
+    heading = ["claim", "setting", "decided", "difference", "p, corrected", "steps saved",
+               "seeds that would decide", "pairs left out: two machines"]  # fmt: skip
+    return markdown_table(heading, rows)
+
+
+def _numbers(done: pd.DataFrame) -> Iterator[str]:
+    metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
+    for setting, rows in done.groupby(SETTING, sort=False):
+        body = []
+        for variant, own in rows.groupby("variant", sort=False):
+            shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
+            body.append([
+                variant, own["seed"].nunique(), own["model"].iloc[0], _range(own["steps"]),
+                f"{own['macs'].mean() / 1e6:.4g}", f"{1e3 * own['step_seconds'].mean():.3g}",
+                *shown,
+            ])  # fmt: skip
+        heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
+                   "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
+        named = dict(zip(SETTING, setting, strict=True))
+        yield f"{group_name(named)}, {named['data']}\n\n{markdown_table(heading, body)}"
+
+
+def _mean(values: pd.Series) -> str:
+    if values.notna().sum() == 0:
+        return ""
+    spread = values.std()
+    return f"{values.mean():.4g}" + (f" ± {spread:.2g}" if spread == spread else "")
+
+
+def _origins(table: pd.DataFrame) -> str:
+    rows = []
+    for setting, own in table.groupby(SETTING, sort=False):
+        done = own.loc[own["state"] == OK]
+        named = dict(zip(SETTING, setting, strict=True))
+        machines = _unique(done, ["device", "torch"])
+        rows.append([
+            group_name(named), named["data"], f"{len(done)} of {len(own)}",
+            ", ".join(sorted(own["arithmetic"].unique())),
+            ", ".join(f"{device}, torch {version}" for device, version in machines),
+            int(done["elsewhere"].fillna(0).sum()),
+            f"{done['wall_seconds'].sum() / 60:.1f}",
+        ])  # fmt: skip
+    heading = ["setting", "data", "runs done", "arithmetic", "machine", "resumed elsewhere",
+               "minutes"]  # fmt: skip
+    return markdown_table(heading, rows)
+
+
+def _left(table: pd.DataFrame) -> str:
+    bad = table.loc[table["state"] != OK]
+    if bad.empty:
+        return "Every planned run has numbers."
+    groups = bad.groupby([*SETTING, "variant", "state"], sort=False)
+    rows = [
+        [group_name(dict(zip(SETTING, key[:4], strict=True))), key[4], key[5], len(own),
+         own["error"].iloc[0]]
+        for key, own in groups
+    ]  # fmt: skip
+    return markdown_table(["setting", "variant", "state", "runs", "why"], rows)
+
+
+def picture(table: pd.DataFrame) -> Figure:
+    """Held-out loss against softmax's, and FID, by tokens; seeds as bands."""
+    done = table.loc[
+        (table["state"] == OK) & (table["study"] == RESOLUTION.name)
+        & (table["protocol"] == "depth")
+    ]  # fmt: skip
+    keys = ["px", "seed"]
+    softmax = done.loc[done["variant"] == REFERENCE].drop_duplicates(keys).set_index(keys)[LOSS]
+    settings = zip(done["px"], done["seed"], strict=True)
+    of_softmax = [softmax.get(setting, math.nan) for setting in settings]
+    reference = pd.Series(of_softmax, done.index, dtype=float)
+    shown = done.assign(percent=100 * (done[LOSS] / reference - 1))
+    figure, axes = panels(1, 2, 6.4, 4.6)
+    sides = sorted(done["tokens"].unique())
+    for axis, column, title in (
+        (axes[0, 0], "percent", "held-out loss, % above softmax's"),
+        (axes[0, 1], FID, FID),
+    ):
+        known = column in shown and shown[column].notna().any()
+        if not known:
+            axis.text(0.5, 0.5, NOT_YET, ha="center", va="center", transform=axis.transAxes)
+            axis.set_yticks([])
+        for variant, rows in shown.groupby("variant", sort=False) if known else ():
+            values = rows.groupby("tokens")[column]
+            mean, low, high = values.mean(), values.min(), values.max()
+            color, is_other = color_of(_mechanism(variant)), "," in str(variant)
+            axis.plot(
+                mean.index, mean, "--" if is_other else "-", marker=marker_of(_mechanism(variant)),
+                color=color, lw=1.6, markerfacecolor="white" if is_other else color,
+                label=plain(str(variant)),
+            )  # fmt: skip
+            axis.fill_between(mean.index, low, high, color=color, alpha=0.15, lw=0)
+            axis.vlines(mean.index, low, high, color=color, alpha=0.5)
+        axis.set(xlabel="tokens", title=title)
+        if sides:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sides, [f"{side}" for side in sides])
+            axis.minorticks_off()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _mechanism(label: Any) -> str:
+    """ "softmax, conv" has softmax's color."""
+    return str(label).partition(",")[0]

@@ -1,0 +1,157 @@
+"""The runs of the studies as one compact table: what is committed, and all that a page needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from recipes.lab.console import UserError, one_line
+from recipes.lab.evaluation.scores import metric_of
+from recipes.lab.training.checkpoint import Run
+from recipes.studies.comparison.planned import OK, read_result
+from recipes.studies.comparison.tables import read_table, write_table
+from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
+
+LIMIT = 300 * 1024  # bytes of a table that is committed
+KEY = ["study", "protocol", "run"]
+SETTING = ["study", "protocol", "data", "px"]
+_TEXTS = (*KEY, "data", "variant", "model", "arithmetic", "state", "error", "device", "torch",
+          "curve")  # fmt: skip
+_WHOLE = ("px", "tokens", "seed", "steps", "batch")
+METRICS = ("FID", "KID", "precision", "recall", "density", "coverage")
+NUMBERS = ("loss", "loss_model", "q1", "q2", "q3", "q4", "train_loss")
+_DIGITS = 6
+
+
+def collect(out: Path, runs: Sequence[StudyRun], seconds: Seconds) -> pd.DataFrame:
+    """One row for each run and protocol, done or not.
+
+    Args:
+        out: Folder of the runs.
+        runs: All that are planned.
+        seconds: Of a step, measured alone.
+    """
+    rows = [_row(out, one, seconds) for one in runs]
+    frame = pd.DataFrame(rows)
+    return frame[[c for c in frame.columns if c != "curve"] + ["curve"]]
+
+
+def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
+    planned, settings = one.planned, one.planned.settings
+    folder = planned.folder(out)
+    result = read_result(folder) or {"state": "not run", "error": None}
+    cost, metrics = result.get("cost") or {}, result.get("metrics") or {}
+    side, backbone = settings.resolution or 0, settings.backbone or {}
+    row: dict[str, Any] = {
+        "study": one.study, "protocol": one.protocol, "variant": planned.label,
+        "data": settings.data + ("" if settings.level == "easy" else f"/{settings.level}"),
+        "px": side, "tokens": (side // PATCH) ** 2, "seed": settings.seed,
+        "steps": settings.steps, "batch": settings.batch_size,
+        "model": f"{backbone.get('dim')}x{backbone.get('depth')}",
+        "arithmetic": settings.precision + (", compiled" if settings.compile == "on" else ""),
+        "run": planned.name, "state": result["state"],
+        "error": one_line(result.get("error") or "")[:160],
+        "parameters": cost.get("parameters"), "macs": cost.get("macs"),
+        "step_seconds": seconds.get((planned.label, side)),
+        "wall_seconds": result.get("wall_seconds"),
+    }  # fmt: skip
+    row |= dict.fromkeys((*NUMBERS, "device", "torch", "elsewhere", "curve"))
+    if result["state"] == OK:
+        row |= _trained(Run(folder / "run"))
+    for name, value in (metrics.get("results") or {}).get("1", {}).items():
+        if metric_of(name) in METRICS:  # bare where Inception has looked
+            row[name] = value
+    return {name: _short(value) for name, value in row.items()}
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """What a run's log and configuration say."""
+    config, log = run.config(), run.read_log()
+    environment = config["environment"]
+    held = [entry for entry in log if "held_out_loss" in entry]
+    losses = [entry["loss"] for entry in log if entry.get("loss") is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
+    found: dict[str, Any] = {
+        "device": environment["device"], "torch": environment["torch"],
+        # Resumed in another environment: its bits are of neither.
+        "elsewhere": int(any("environment" in line for change in config.get("changes", [])
+                             for line in change["changes"])),
+        "train_loss": math.fsum(tail) / len(tail) if tail else None,
+        "curve": " ".join(f"{e['step']}:{e['held_out_loss']:.5g}" for e in held),
+    }  # fmt: skip
+    if held:
+        last = held[-1]
+        found |= {"loss": last["held_out_loss"], "loss_model": last["held_out_loss_model"]}
+        found |= {f"q{q}": last[f"held_out_loss_quarter_{q}"] for q in range(1, 5)}
+    return found
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table of several, in which a run that is done speaks for the same one elsewhere."""
+    found = pd.concat(tables, ignore_index=True)
+    found = found.sort_values("state", key=lambda s: s != OK, kind="stable")
+    return found.drop_duplicates(KEY).sort_index().reset_index(drop=True)
+
+
+def done_in(table: pd.DataFrame | None) -> set[str]:
+    """Names of the runs that a table has numbers of."""
+    return set() if table is None else set(table.loc[table["state"] == OK, "run"])
+
+
+def write(path: Path, table: pd.DataFrame) -> None:
+    """Writes a table.
+
+    Raises:
+        CannotWrite: The system refuses.
+    """
+    write_table(path, table)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Reads what ``write`` wrote.
+
+    Raises:
+        UserError: It is none, or damaged.
+    """
+    frame = read_table(path, _TEXTS)
+    needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
+    if missing := [name for name in needed if name not in frame]:
+        raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
+    for name in _WHOLE:
+        if frame[name].isna().any():
+            raise UserError(f"table {str(path)!r} is damaged: column {name!r} lacks a number")
+    return frame.astype(dict.fromkeys(_WHOLE, int))
+
+
+def curve_of(text: str) -> list[tuple[float, float]]:
+    """ "300:0.12 600:0.11" -> (step, loss) of each point; damaged ones are left out."""
+    points = []
+    for part in text.split():
+        step, _, loss = part.partition(":")
+        try:
+            points.append((float(step), float(loss)))
+        except ValueError:
+            continue
+    return points
+
+
+def change_at_end(curve: Sequence[tuple[float, float]]) -> float:
+    """By what share the held-out loss has changed over the last fifth of the steps; or NaN."""
+    if len(curve) < 2:
+        return math.nan
+    last, final = curve[-1]
+    before = [loss for step, loss in curve if step <= 0.8 * last * (1 + 1e-9)]
+    return final / before[-1] - 1 if before and before[-1] else math.nan
+
+
+def group_name(setting: Mapping[str, Any]) -> str:
+    """ "resolution, equal depth, 64 px"."""
+    return f"{setting['study']}, equal {setting['protocol']}, {setting['px']} px"

@@ -1,0 +1,331 @@
+"""Studies: plans, the launcher, what tables decide, and the page that is written from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from attnzoo import get_attention, list_attention
+from recipes import results, study
+from recipes.lab.console import UserError
+from recipes.lab.data import datasets
+from recipes.lab.data.datasets import load_dataset, share
+from recipes.lab.files import write_json
+from recipes.studies.comparison.plan import check_plan
+from recipes.studies.quality import launch, page, table
+from recipes.studies.quality.decide import decide
+from recipes.studies.quality.plans import (
+    CONTROLS,
+    CONVOLVED,
+    RESOLUTION,
+    STUDIES,
+    Scale,
+    macs_of,
+    study_runs,
+)
+from recipes.studies.quality.seconds import read_seconds
+
+ROOT = Path(__file__).parents[2]
+TINY = Scale(model="96x4", data="digits", steps=10, seeds=4, precision="fp32")
+AT = {"resolutions": [8]}
+
+
+@pytest.fixture()
+def launching(monkeypatch):
+    """What a launcher changes of its process is as it was before."""
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class TestPlan:
+    def test_every_variant_can_be_built_and_every_claim_names_two_of_them(self):
+        for one in STUDIES.values():
+            runs = study_runs(one, TINY, {}, protocols=["depth"], **AT)
+            check_plan([run.planned for run in runs], warn=lambda line: None)
+            labels = [variant.label for variant in one.variants]
+            assert len(labels) == len({*labels})
+            named = {name for claim in one.claims for name in (claim.first, claim.second)}
+            assert named <= {*labels}
+            assert len({claim[1:3] for claim in one.claims}) == len(one.claims)
+
+    def test_every_mechanism_with_a_convolution_of_values_is_controlled(self):
+        has_option = {
+            name
+            for name in list_attention()
+            if any(f.name == "conv" for f in dataclasses.fields(get_attention(name).Config))
+        }
+        # DeltaNet convolves queries and keys too, as part of its rule; softmax has none by itself.
+        assert {*CONVOLVED} == has_option - {"deltanet", "softmax"}
+
+    def test_first_come_main_variants_and_three_seeds_at_all_resolutions(self):
+        runs = study_runs(RESOLUTION, TINY, {}, resolutions=[4, 8], protocols=["depth"])
+        first = runs[: 3 * 2 * len(RESOLUTION.tiers[0])]
+        assert {one.planned.label for one in first} == {v.label for v in RESOLUTION.tiers[0]}
+        seen = [(one.planned.settings.resolution, one.planned.settings.seed) for one in first]
+        assert {*seen} == {(side, seed) for side in (4, 8) for seed in range(3)}
+        assert runs[len(first)].planned.settings.seed == 3
+
+    def test_equal_macs_are_as_near_as_blocks_allow(self):
+        (softmax, *others) = study_runs(
+            CONTROLS, TINY, {}, protocols=["MACs"], only=["softmax", "dydila", "conv"], **AT
+        )[:3]
+        target = macs_of(softmax.planned.settings, 4)
+        for one in others:
+            settings = one.planned.settings
+            depth = settings.backbone["depth"]
+            off = {d: abs(macs_of(settings, d) - target) for d in (depth - 1, depth, depth + 1)}
+            assert min(off, key=off.__getitem__) == depth
+
+    def test_equal_time_is_by_steps_and_wants_to_be_measured(self, tmp_path):
+        only = {"protocols": ["time"], "only": ["softmax", "sana"], **AT}
+        known = {("softmax", 8): 0.02, ("sana", 8): 0.01}
+        steps = [r.planned.settings.steps for r in study_runs(RESOLUTION, TINY, known, **only)[:2]]
+        assert steps == [10, 20]
+        with pytest.raises(UserError, match="'sana' at 8 px are not known: measure them"):
+            study_runs(RESOLUTION, TINY, {("softmax", 8): 0.02}, **only)
+        entry = {"variant": "sana", "resolution": 8, "seconds": 0.1, "device": "a", "torch": "2"}
+        file = tmp_path / "seconds.json"
+        write_json(file, {"steps": [entry]})
+        assert read_seconds(file) == {("sana", 8): 0.1}
+        write_json(file, {"steps": [entry, entry | {"device": "b"}]})
+        with pytest.raises(UserError, match=r"several machines .* measure again"):
+            read_seconds(file)
+        write_json(file, {"steps": [{}]})
+        with pytest.raises(UserError, match="is damaged"):
+            read_seconds(file)
+
+    def test_an_unknown_name_is_one_line(self):
+        with pytest.raises(UserError, match="'softmx' is none of softmax; softmax, conv"):
+            study_runs(CONTROLS, TINY, {}, only=["softmx"])
+        with pytest.raises(UserError, match="'cost' is none of depth; MACs; time"):
+            study_runs(CONTROLS, TINY, {}, protocols=["cost"])
+
+
+def test_a_shared_data_set_serves_every_seed(monkeypatch):
+    monkeypatch.setattr(datasets, "_SHARED", {})
+    share("digits", resolution=8)
+    one, other = (load_dataset("digits", resolution=8, seed=seed) for seed in (0, 5))
+    assert one is other
+    assert load_dataset("digits", resolution=4) is not one
+    share("shapes", resolution=16)
+    # Drawn images are of their seed.
+    assert load_dataset("shapes", resolution=16) is not load_dataset(
+        "shapes", resolution=16, seed=5
+    )
+
+
+class TestLauncher:
+    @pytest.fixture()
+    def folders(self, tmp_path):
+        made = [tmp_path / name for name in "abc"]
+        for folder in made:
+            folder.mkdir()
+        return made
+
+    def launch(self, folders, monkeypatch, work, slots=(None,), minutes=1.0):
+        def run_one(folder):
+            result = {"state": "ok", "cost": {}, "curve": [], "error": None,
+                      "metrics": {"results": {}, "real_floor": {}}}  # fmt: skip
+            work(folder)
+            write_json(folder / "result.json", result)
+            return result
+
+        monkeypatch.setattr(launch, "run_one", run_one)
+        seen = {}
+        launch.run_forked(folders, slots, 1, minutes, lambda f, r: seen.update({f.name: r}))
+        return {name: None if one is None else one["state"] for name, one in seen.items()}
+
+    def test_each_slot_sees_its_gpu_and_one_that_dies_stops_no_other(self, folders, monkeypatch):
+        def work(folder):
+            (folder / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+            if folder.name == "b":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.3)
+
+        states = self.launch(folders, monkeypatch, work, slots=("0", "1"))
+        assert states == {"a": "ok", "b": "crashed", "c": "ok"}
+        assert {(f / "gpu").read_text() for f in folders[:2]} == {"0", "1"}
+        assert "killed by signal 9" in (folders[1] / "result.json").read_text()
+
+    def test_when_time_is_up_running_ones_are_told_and_others_wait(self, folders, monkeypatch):
+        monkeypatch.setattr(launch, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(launch, "START_SECONDS", 0.2)
+        states = self.launch(folders, monkeypatch, lambda _: time.sleep(60), minutes=0.5 / 60)
+        assert states == {"a": "interrupted", "b": None, "c": None}
+
+    @pytest.mark.usefixtures("launching")
+    def test_gpus_that_are_not_there_are_refused(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
+        assert launch.gpus_to_use("all") == ["0", "1"]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+        assert launch.gpus_to_use("1") == ["7"]
+        for wrong in ("2", "one"):
+            with pytest.raises(UserError, match=f"numbers below 2, got '{wrong}'"):
+                launch.gpus_to_use(wrong)
+        assert launch.gpus_to_use("none") == []
+
+
+@pytest.mark.usefixtures("launching")
+def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(tmp_path, capsys):
+    given = ["resolution", "--data", "digits", "--resolutions", "8", "--only", "softmax;sana",
+             "--seeds", "1", "--steps", "5", "--batch-size", "8", "--samples", "0", "--points",
+             "5", "--held-out-images", "32", "--model", "96x4", "--protocols", "depth",
+             "--gpus", "none"]  # fmt: skip
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "recipes/study.py", *given, "--out", str(out), "--per-gpu", "2"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = table.read(out / "table.csv")
+    assert list(found["state"]) == ["ok", "ok"] and found["loss"].notna().all()
+    assert [step for step, _ in table.curve_of(found["curve"][0])] == [1, 2, 3, 4, 5]
+    # The log of a run has the very number.
+    (run,) = (out / "runs").glob("*softmax*")
+    assert f'"held_out_loss": {found["loss"][0]:.4f}'[:-2] in (run / "run/log.jsonl").read_text()
+    other = ["--out", str(tmp_path / "other"), "--report-only"]
+    assert study.main([*given, *other]) == 1
+    assert "not run: resolution, equal depth, 8 px, sana, seed 0" in capsys.readouterr().out
+    assert study.main([*given, *other, "--table", str(out / "table.csv")]) == 0
+    pd.testing.assert_frame_equal(table.read(tmp_path / "other" / "table.csv"), found)
+
+
+LOSSES = {"softmax": 0.100, "softmax, conv": 0.097, "sana": 0.1001, "dydila": 0.097}
+
+
+def rows(name="resolution", protocol="depth", px=32, seeds=5, losses=LOSSES, **other):
+    """Rows of a table, as many seeds of each variant; seeds differ more than variants."""
+    for seed in range(seeds):
+        for variant, loss in losses.items():
+            noise = 4e-4 * (random.Random(f"{seed} {variant}").random() - 0.5)
+            value = (loss + noise) * (1 + 0.1 * seed)
+            yield {
+                "study": name, "protocol": protocol, "variant": variant, "data": "emoji",
+                "px": px, "tokens": (px // 4) ** 2, "seed": seed, "steps": 100, "batch": 8,
+                "model": "192x6", "arithmetic": "bf16", "state": "ok", "error": "",
+                "run": f"{name}-{protocol}-{px}-{variant}-{seed}", "parameters": 10, "macs": 1000,
+                "step_seconds": 0.01, "wall_seconds": 6.0, "loss": value, "loss_model": value,
+                **{f"q{q}": value for q in range(1, 5)}, "train_loss": value, "device": "H100",
+                "torch": "2.11", "elsewhere": 0, "FID[efflite0]": 100 * value,
+                "curve": f"20:{3 * value:.6g} 80:{1.25 * value:.6g} 100:{value:.6g}",
+            } | other  # fmt: skip
+
+
+def decided(frame, mixed=False):
+    return {
+        (one.claim.first, one.claim.second, one.px, one.protocol): one
+        for one in decide(frame, mixed)
+        if one.study == "resolution" and one.difference.pairs + one.foreign
+    }
+
+
+class TestDecisions:
+    def test_a_planted_difference_is_found_and_a_tie_is_a_bound(self):
+        found = decided(pd.DataFrame(rows()))
+        gain = found["softmax, conv", "softmax", 32, "depth"]
+        assert gain.kind == "holds" and gain.difference.percent == pytest.approx(-3, abs=0.3)
+        assert 0 < gain.saved < 0.2  # the better one passes the other's end on its last fifth
+        tie = found["softmax", "sana", 32, "depth"]
+        assert tie.kind == "undecided" and 0.1 < tie.difference.bound_percent < 1
+        assert re.match(r"below 0\.\d+ %: ", page.field(tie))
+        assert found["dydila", "softmax, conv", 32, "depth"].kind == "undecided"
+
+    def test_runs_of_two_machines_are_no_pair_unless_asked(self):
+        frame = pd.DataFrame(rows())
+        frame.loc[(frame["variant"] == "softmax") & (frame["seed"] < 2), "device"] = "A100"
+        one = decided(frame)["softmax, conv", "softmax", 32, "depth"]
+        assert (one.difference.pairs, one.foreign) == (3, 2)
+        frame.loc[frame["seed"] == 4, "elsewhere"] = 1  # resumed on another one
+        assert decided(frame)["softmax, conv", "softmax", 32, "depth"].foreign == 3
+        both = decided(frame, mixed=True)["softmax, conv", "softmax", 32, "depth"]
+        assert (both.difference.pairs, both.foreign) == (5, 0)
+
+    def test_claims_of_a_study_are_corrected_together(self):
+        alone = pd.DataFrame(rows(losses={k: LOSSES[k] for k in ("softmax", "softmax, conv")}))
+        key = "softmax, conv", "softmax", 32, "depth"
+        one = decided(alone)[key]
+        assert one.p == pytest.approx(one.difference.p)
+        many = pd.concat([alone, *(pd.DataFrame(rows(px=px)) for px in (64, 128))])
+        assert decided(many)[key].p > 2 * one.p
+
+    def test_one_seed_decides_nothing(self):
+        one = decided(pd.DataFrame(rows(seeds=1)))["softmax, conv", "softmax", 32, "depth"]
+        assert one.kind == "undecided" and "nothing can be said" in page.field(one)
+
+
+class TestPage:
+    def write(self, folder, frame):
+        file = folder / "results.csv"
+        table.write(file, frame)
+        return file
+
+    def test_it_is_redrawn_from_its_table_alone_with_failed_runs_and_gaps(self, tmp_path):
+        failed = {"state": "out of memory", "error": "OutOfMemoryError: 80 | GiB", "loss": None}
+        frames = [pd.DataFrame(rows(px=px)) for px in (32, 64)]
+        frames.append(pd.DataFrame(rows(px=256, seeds=1, **failed)))
+        file = self.write(tmp_path, pd.concat(frames))
+        out = tmp_path / "page.md"
+        assert results.main([str(file), "--out", str(out)]) == 0
+        text, picture = out.read_text(), (tmp_path / "plots" / "quality.png").read_bytes()
+        assert "✓ -3" in text and "below" in text and "rehearsal" not in text
+        assert text.count(page.NOT_YET) > 10  # the controls, and 128 and 256 px
+        assert r"out of memory | 1 | OutOfMemoryError: 80 \| GiB" in text
+        assert "the held-out loss of the median run still changed by: 32 px -20.0 %" in text
+        assert picture[:4] == b"\x89PNG"
+        assert results.main([str(file), "--out", str(out)]) == 0
+        assert (out.read_text(), (tmp_path / "plots" / "quality.png").read_bytes()) == (
+            text, picture,
+        )  # fmt: skip
+
+    def test_a_rehearsal_is_called_one(self):
+        frame = pd.DataFrame(rows(model="96x4", device="cpu")).drop(columns="FID[efflite0]")
+        assert "rehearsal at a scale of minutes" in page.results_page(frame, "p.png", "t.csv")
+        page.picture(frame)  # without any FID
+
+    def test_tables_are_put_together_and_a_done_run_speaks_for_itself(self, tmp_path):
+        frame = pd.DataFrame(rows(seeds=2))
+        one = self.write(tmp_path, frame.assign(state="not run", loss=None))
+        other = tmp_path / "other.csv"
+        table.write(other, frame)
+        sources = [str(one), str(other)]
+        with pytest.raises(UserError, match="name where to write them with --table"):
+            results.main([*sources, "--out", str(tmp_path / "page.md")])
+        whole = tmp_path / "whole.csv"
+        results.main([*sources, "--out", str(tmp_path / "page.md"), "--table", str(whole)])
+        assert list(table.read(whole)["state"]) == ["ok"] * len(frame)
+
+    def test_bad_tables_are_one_line(self, tmp_path):
+        frame = pd.DataFrame(rows(seeds=1))
+        none = self.write(tmp_path, frame.assign(state="not run"))
+        with pytest.raises(UserError, match="no run of the table is done yet"):
+            results.main([str(none), "--out", str(tmp_path / "page.md")])
+        for bad, words in (
+            (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
+            (frame.assign(px="many"), "damaged: column 'px'"),
+            (frame.assign(seed=None), "'seed' lacks a number"),
+        ):
+            with pytest.raises(UserError, match=words):
+                table.read(self.write(tmp_path, bad))
+        with pytest.raises(UserError, match="cannot be read"):
+            table.read(tmp_path / "missing.csv")
+
+    def test_the_published_page_is_what_its_table_gives(self):
+        file, out = ROOT / "docs" / "results.csv", ROOT / "docs" / "results.md"
+        assert file.stat().st_size < table.LIMIT
+        text = page.results_page(table.read(file), "plots/quality.png", file.name)
+        assert text == out.read_text()
