@@ -172,40 +172,37 @@ def safe_choice(screen: Screen) -> tuple[Choice, str]:
 
 
 def _since(figures: Figures, device: str) -> str:
-    """From which resolution on each is faster than softmax, in a sentence a size and mode."""
+    """From which resolution on each samples faster than softmax, in a sentence a size."""
     lines = []
-    for mode, words in ((MODE, "A sampling step"), ("train", "A training step")):
-        sizes = dict.fromkeys(
-            row.size for row in figures.rows
-            if row.mode == mode and figures.sources[row.source].device == device
-        )  # fmt: skip
-        for size in sorted(sizes, key=["tiny", "S", "B", "L"].index):
-            rows = figures.of(device, size, mode)
-            since = faster_from(rows)
-            first = min(row.resolution for row in rows if row.mechanism == "softmax")
-            parts = [
-                f"`{name}` from {px:.0f} px{' or below' if px == first else ''}"
-                for name, px in sorted(since.items(), key=lambda item: item[1])
-                if math.isfinite(px)
-            ]
-            last = max(row.resolution for row in rows)
-            never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
-            at_last = [
-                f"`{row.mechanism}`" for row in rows
-                if row.resolution == last and row.over_softmax < 1
-                and row.mechanism not in {*since, "softmax"}
-            ]  # fmt: skip
-            said = f"{words} of size {size} is faster than softmax's with {', '.join(parts)}"
-            said += f"; at {last} px also with {', '.join(at_last)}" if at_last else ""
-            said += f"; not up to {last} px with {', '.join(never)}" if never else ""
-            lines.append(f"- {said}.")
+    of_device = [r for r in figures.rows if figures.sources[r.source].device == device]
+    sizes = {row.size for row in of_device if row.mode == MODE}
+    for size in sorted(sizes, key=["tiny", "S", "B", "L"].index):
+        rows = figures.of(device, size, MODE)
+        since = faster_from(rows)
+        first = min(row.resolution for row in rows if row.mechanism == "softmax")
+        parts = [
+            f"`{name}` from {px:.0f} px{' or below' if px == first else ''}"
+            for name, px in sorted(since.items(), key=lambda item: item[1])
+            if math.isfinite(px)
+        ]
+        last = max(row.resolution for row in rows)
+        never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
+        at_last = [
+            f"`{row.mechanism}`" for row in rows
+            if row.resolution == last and row.over_softmax < 1
+            and row.mechanism not in {*since, "softmax"}
+        ]  # fmt: skip
+        said = f"A sampling step of size {size} is faster than softmax's with {', '.join(parts)}"
+        said += f"; at {last} px also with {', '.join(at_last)}" if at_last else ""
+        said += f"; not up to {last} px with {', '.join(never)}" if never else ""
+        lines.append(f"- {said}.")
     return "\n".join(lines)
 
 
 def caption(figures: Figures, device: str) -> str:
     """What the figures are of, and when and where they were measured."""
     used = [source for source in figures.sources if source.device == device]
-    of = {q.setting: q for q in figures.quality}
+    of = {q.setting: q for s in screens(figures, device) for q in s.quality}
     quality = "; ".join(
         f"{q.metric} of small models on {q.setting}, {q.tokens:,} tokens" for q in of.values()
     )
@@ -247,6 +244,8 @@ def _points(screen: Screen) -> list[tuple[Choice, Quality]]:
 
 
 def _panel(ax: Any, screen: Screen) -> None:
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     points = _points(screen)
     sign = 1 if points[0][1].lower else -1
     front = pareto({c.label: (c.seconds, sign * q.mean) for c, q in points})
@@ -264,17 +263,14 @@ def _panel(ax: Any, screen: Screen) -> None:
     ax.set_yscale("log")
     ax.margins(x=0.16, y=0.12)
     _label(ax, points, front)
+    # A range of less than a decade may hold no power of ten, and few round numbers.
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leads(value) else "")
+    ax.yaxis.set_minor_locator(NullLocator())
     quality = points[0][1]
     ax.set_title(f"{screen.resolution} px ({screen.tokens:,} tokens), size {screen.size}")
     better = "lower" if quality.lower else "higher"
     ax.set_xlabel(f"{quality.metric}, {better} is better\n(small scale: {quality.setting})")
-
-
-def _leads(value: float) -> bool:
-    """Whether a minor tick has a label: 2, 3 or 5 times a power of ten."""
-    return f"{value:e}"[0] in "235"
 
 
 _PLACES = (  # of a name beside its point: points to the right, points up, what of it stands there

@@ -2,7 +2,7 @@
 
 Times and memory are those of ``docs/plots/whole-models*.json``. Of a case that several files have,
 the newest counts in which both it and softmax ran as a user runs them. Quality is that of the
-studies' tables under ``docs``, and where there is none of ``docs/zoo.md``. Writes
+studies' tables under ``docs``, and of ``docs/zoo.md``. Writes
 ``attnzoo/command/figures.json``, which ``attnzoo recommend`` and ``bench.first_screen`` read; run
 it after any of these files has changed.
 """
@@ -137,7 +137,7 @@ def _quality(name: str, tokens: int, losses: list[float], setting: str) -> Quali
 
 def committed() -> Figures:
     """What the repository's files say now."""
-    quality = studied_quality((ROOT / "docs").rglob("*.csv")) or digits_quality()
+    quality = studied_quality((ROOT / "docs").rglob("*.csv")) + digits_quality()
     return collected((ROOT / "docs" / "plots").glob("whole-models*.json"), quality)
 
 

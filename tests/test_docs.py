@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnzoo.__main__ import table
+from attnzoo.command.listing import table
 from bench import paper_table, results, whole_figures
 from bench.thresholds import figures_of
 from recipes import compare, convert, encode, evaluate, sample, train

@@ -124,12 +124,15 @@ class Figures:
         ]  # fmt: skip
 
     def quality_near(self, tokens: int) -> list[Quality]:
-        """Results of the comparison whose images have the number of tokens nearest to this."""
-        if not self.quality:
-            return []
-        nearest = min(self.quality, key=lambda q: abs(math.log(q.tokens / tokens)))
-        setting = nearest.tokens, nearest.setting, nearest.metric
-        return [q for q in self.quality if (q.tokens, q.setting, q.metric) == setting]
+        """Results of one comparison: of the number of tokens nearest to this, the largest."""
+        comparisons: dict[tuple[int, str, str], list[Quality]] = {}
+        for q in self.quality:
+            comparisons.setdefault((q.tokens, q.setting, q.metric), []).append(q)
+        return min(
+            comparisons.values(),
+            key=lambda found: (abs(math.log(found[0].tokens / tokens)), -len(found)),
+            default=[],
+        )
 
 
 def softmax_seconds(rows: Iterable[Row]) -> dict[int, float]:
