@@ -135,7 +135,8 @@ def _open(data: str, place: str) -> Mapping[str, Any]:
             f"data {data!r} is not in the local cache ({reason}); fetch it once where there is a "
             f"network: python -c 'from datasets import load_dataset; {call}'"
         ) from error
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    splits: Any = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return splits
 
 
 def _saved(place: str) -> Any:

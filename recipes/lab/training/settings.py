@@ -116,7 +116,7 @@ class Settings:
         "from recipes/encode.py, or hf:NAME of the hub's data sets",
     )
     level: str = _setting("data", "easy", choice(_levels), "of shapes: easy, medium, hard or "
-                          "long-range")  # fmt: skip
+                          "long-range; of emoji: easy or fluent")  # fmt: skip
     class_count: int | None = _setting(
         "data", None, optional(integer()), "draw that many classes of a folder"
     )

@@ -6,7 +6,7 @@ import math
 import string
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -251,7 +251,7 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
             ])  # fmt: skip
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
                    "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
-        named = dict(zip(SETTING, setting, strict=True))
+        named = dict(zip(SETTING, cast(tuple, setting), strict=True))
         yield f"{group_name(named)}, {named['data']}\n\n{markdown_table(heading, body)}"
 
 
@@ -266,7 +266,7 @@ def _origins(table: pd.DataFrame) -> str:
     rows = []
     for setting, own in table.groupby(SETTING, sort=False):
         done = own.loc[own["state"] == OK]
-        named = dict(zip(SETTING, setting, strict=True))
+        named = dict(zip(SETTING, cast(tuple, setting), strict=True))
         machines = _unique(done, ["device", "torch"])
         rows.append([
             group_name(named), named["data"], f"{len(done)} of {len(own)}",

@@ -37,7 +37,7 @@ def collect(out: Path, runs: Sequence[StudyRun], seconds: Seconds) -> pd.DataFra
     """
     rows = [_row(out, one, seconds) for one in runs]
     frame = pd.DataFrame(rows)
-    return frame[[c for c in frame.columns if c != "curve"] + ["curve"]]
+    return frame.reindex(columns=[*frame.columns.drop("curve"), "curve"])
 
 
 def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
