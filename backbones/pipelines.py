@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.vae import DecoderOutput
 
 __all__ = ["FlowScheduler", "PixelDecoder", "SchedulerMixin"]  # diffusers looks for the last
 
@@ -34,6 +36,9 @@ class PixelDecoder(ModelMixin, ConfigMixin):
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """(b, c, h, w) -> ``.sample``, the same."""
+        # Here, because it brings all of diffusers' models along.
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
         return DecoderOutput(sample=z) if return_dict else (z,)
 
 

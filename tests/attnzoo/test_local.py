@@ -122,7 +122,7 @@ def test_a_window_of_the_whole_map_is_softmax_attention(options: dict) -> None:
     softmax.load_state_dict(layer.state_dict())
     x, grid = tokens((7, 13), 2), (7, 13)
     assert_same(x, (layer, layer(x, grid)), (softmax, softmax(x, grid)))
-    assert layer.macs_parts(grid) == softmax.macs_parts(grid)
+    assert layer.macs_parts(grid) | {"conv": 0} == softmax.macs_parts(grid)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

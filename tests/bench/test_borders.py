@@ -539,7 +539,8 @@ def test_ties_are_called_ties():
     assert "the fastest (a tie with b)" in lines[0] and "the fastest (a tie with a)" in lines[1]
     assert "the least memory (a tie with a)" in lines[1]
     found = [choice("softmax", 1.0, 1.0, 5.0, True), choice("b", 1.001, 1.0, 4.0, True)]
-    assert "as fast as softmax" in recommend.advise(found, None, None, True)[1]
+    lines = recommend.advise(found, None, None, True)
+    assert "as fast as softmax" in lines[0] and lines[1].endswith("compared: softmax.")
 
 
 def test_a_verdict_is_of_the_figure_as_measured_and_what_is_shown_agrees(tmp_path):

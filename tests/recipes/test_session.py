@@ -569,7 +569,11 @@ class TestOutput:
                 os.kill(os.getpid(), signal.SIGHUP)
             return False
 
-        assert train(Settings(**SMALL, steps=50), run, should_stop=hang_up) == INTERRUPTED
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        try:
+            assert train(Settings(**SMALL, steps=50), run, should_stop=hang_up) == INTERRUPTED
+        finally:
+            signal.signal(signal.SIGHUP, before)
         assert run.newest_checkpoint(warn=pytest.fail)[0] == 4
         assert "SIGHUP" in json.loads(run.status_file.read_text())["reason"]
 

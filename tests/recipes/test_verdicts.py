@@ -34,7 +34,7 @@ from recipes.studies.comparison.verdicts import (
     verdict_of,
 )
 from recipes.studies.dydila.paper import paper_rows
-from recipes.train import Settings
+from recipes.lab.training.settings import Settings
 
 HELD_OUT = "held_out_loss[ema]"
 NO_PAPER = paper_rows([])

@@ -18,16 +18,18 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import ImageDataset, canonical_data
 from recipes.lab.files import read_json, sha256
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DEFAULT_RESOLUTION = 256
@@ -40,6 +42,9 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
         DataError: There is none, its weights are pickles or do not fit its config, or its config
             has a field that would change what a latent means and is not known here.
     """
+    # Here, because it brings all of diffusers' models along.
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     source = canonical_vae(place)
     is_local = os.path.isdir(source)
     if not is_local and (os.path.isabs(source) or place[:1] in ".~" or place.count("/") > 1):
@@ -48,7 +53,8 @@ def load_vae(place: str, device: str | torch.device = "cpu") -> AutoencoderKL:
     options: Any = {"local_files_only": is_local}
     try:
         _check_index(Path(source))
-        _check_config(place, AutoencoderKL.load_config(source, **options))
+        known = inspect.signature(AutoencoderKL.__init__).parameters
+        _check_config(place, AutoencoderKL.load_config(source, **options), known)
         options |= {"use_safetensors": True, "output_loading_info": True}
         vae, loaded = AutoencoderKL.from_pretrained(source, **options)  # type: ignore[misc]
     except DataError:
@@ -109,11 +115,10 @@ def _check_index(folder: Path) -> None:
         raise DataError(f"{str(index)!r} names other than safetensors files beside it")
 
 
-def _check_config(place: str, config: Any) -> None:
+def _check_config(place: str, config: Any, known: Mapping[str, Any]) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise DataError(f"the VAE at {place!r} is a {kind}, and only AutoencoderKL is read here")
-    known = inspect.signature(AutoencoderKL.__init__).parameters
     unknown = [
         name
         for name, value in config.items()
