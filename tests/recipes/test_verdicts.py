@@ -15,6 +15,7 @@ from PIL import Image
 from recipes import compare as compare_module
 from recipes.lab.console import UserError
 from recipes.lab.training.held_out import images_needed
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison import execution, plan
 from recipes.studies.comparison.planned import OK, PlannedRun, is_done, read_result
 from recipes.studies.comparison.report import write_report
@@ -34,7 +35,6 @@ from recipes.studies.comparison.verdicts import (
     verdict_of,
 )
 from recipes.studies.dydila.paper import paper_rows
-from recipes.lab.training.settings import Settings
 
 HELD_OUT = "held_out_loss[ema]"
 NO_PAPER = paper_rows([])
