@@ -10,8 +10,10 @@ from typing import Any
 
 from recipes.lab.console import one_line
 
+# Charts stay on white, which a dark page dims: turned over, their light colors would be lost.
 _STYLE = """:root{color-scheme:light dark;--line:#ddd;--head:#f4f4f4;--bad:#a50026;--soft:#555}
-@media (prefers-color-scheme:dark){:root{--line:#444;--head:#2b2b30;--bad:#ff8a80;--soft:#aaa}}
+@media (prefers-color-scheme:dark){:root{--line:#444;--head:#2b2b30;--bad:#ff8a80;--soft:#aaa}
+img{filter:brightness(.85)}}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;
 overflow-wrap:anywhere}
 table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto;margin:.6em 0;
