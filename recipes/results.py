@@ -33,9 +33,10 @@ def main(arguments: list[str]) -> int:
     from recipes.studies.dydila.results import results_page as orderings_page
     from recipes.studies.quality import page, table
 
-    sources, out = [Path(source) for source in given.sources], require_writable(Path(given.out))
+    sources, out = [Path(source) for source in given.sources], Path(given.out)
     if any(source.suffix != ".csv" for source in sources):
-        write_text(out, orderings_page(sources))
+        text = orderings_page(sources)
+        write_text(require_writable(out), text)
         print(printable(given.out))
         return DONE
     if len(sources) > 1 and given.table is None:
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
     if given.table is not None:
         table.write(require_writable(given.table), rows)
     save_figure(page.picture(rows), require_writable(picture), dpi=80)
-    write_text(out, text)
+    write_text(require_writable(out), text)
     print(printable(f"{given.out}   {picture}"))
     return DONE
 

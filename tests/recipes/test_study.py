@@ -313,7 +313,8 @@ class TestPage:
         frame = pd.DataFrame(rows(seeds=1))
         none = self.write(tmp_path, frame.assign(state="not run"))
         with pytest.raises(UserError, match="no run of the table is done yet"):
-            results.main([str(none), "--out", str(tmp_path / "page.md")])
+            results.main([str(none), "--out", str(tmp_path / "pages" / "page.md")])
+        assert not (tmp_path / "pages").exists()
         for bad, words in (
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
             (frame.assign(px="many"), "damaged: column 'px'"),

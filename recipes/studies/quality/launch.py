@@ -52,7 +52,8 @@ def gpus_to_use(asked: str) -> list[str]:
     if asked in ("all", "none"):
         return visible[:count] if asked == "all" else []
     if not all(one.strip().isdecimal() and int(one) < count for one in asked.split(",")):
-        raise UserError(f"--gpus takes all, none or numbers below {count}, got {asked!r}")
+        there = f"all, none or numbers below {count}" if count else "none here: there is no GPU"
+        raise UserError(f"--gpus takes {there}, got {asked!r}")
     return [visible[int(one)] for one in asked.split(",")]
 
 
