@@ -134,7 +134,7 @@ def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _others(save: Path, names: tuple[str, ...], device: str) -> list[dict[str, Any]]:
-    """The entries of goals in a file that are not measured now, each with its commit."""
+    """The entries of goals in a file that are not measured now, each with its commit and device."""
     saved = read_report(save)
     before = saved["machine_info"]["attnzoo"].get("device", device)
     if before != device:
@@ -144,8 +144,10 @@ def _others(save: Path, names: tuple[str, ...], device: str) -> list[dict[str, A
     for entry in saved["benchmarks"]:
         rows = [row for row in entry["extra_info"].get("rows", []) if row["goal"] not in names]
         if rows:
-            commit = {"commit": saved["common"].get("commit", "unknown")}
-            others.append({"extra_info": {**commit, **entry["extra_info"], "rows": rows}})
+            origin = {"commit": saved["common"].get("commit", "unknown")}
+            if name := saved["common"].get("device_name"):
+                origin["device_name"] = name
+            others.append({"extra_info": {**origin, **entry["extra_info"], "rows": rows}})
     return others
 
 

@@ -94,12 +94,14 @@ def not_measured(goal: str, state: str, reason: str) -> GoalFigure:
 def figures_of(report: dict[str, Any]) -> list[GoalFigure]:
     """The figures in a JSON file of the suite, in the order of the goals."""
     names = [field.name for field in dataclasses.fields(GoalFigure)]
-    found = []
+    found, device = [], report.get("common", {}).get("device_name")
     for entry in (benchmark["extra_info"] for benchmark in report["benchmarks"]):
         for row in entry.get("rows", ()):
             figure = GoalFigure(**{name: row[name] for name in names})
             if "commit" in entry:  # of an earlier run, which a later one of other goals left in
-                notes = (figure.note, f"measured at commit {entry['commit']}")
+                other = entry.get("device_name", device)
+                where = "" if other == device else f" on {other}"
+                notes = (figure.note, f"measured at commit {entry['commit']}{where}")
                 figure = dataclasses.replace(figure, note="; ".join(filter(None, notes)))
             found.append(figure)
     for missed in report.get("cells_not_measured", []):

@@ -33,10 +33,15 @@ def main(arguments: list[str]) -> int:
     from recipes.studies.dydila.results import results_page as orderings_page
     from recipes.studies.quality import page, table
 
-    sources, out = [Path(source) for source in given.sources], Path(given.out)
+    sources = [Path(source) for source in given.sources]
+    if missing := [source for source in sources if not source.exists()]:
+        raise UserError(
+            f"there is no {str(missing[0])!r}; make a table with python recipes/study.py, or a "
+            f"folder with python recipes/compare.py"
+        )
+    out = require_writable(Path(given.out))
     if any(source.suffix != ".csv" for source in sources):
-        text = orderings_page(sources)
-        write_text(require_writable(out), text)
+        write_text(out, orderings_page(sources))
         print(printable(given.out))
         return DONE
     if len(sources) > 1 and given.table is None:
@@ -52,7 +57,7 @@ def main(arguments: list[str]) -> int:
     if given.table is not None:
         table.write(require_writable(given.table), rows)
     save_figure(page.picture(rows), require_writable(picture), dpi=80)
-    write_text(require_writable(out), text)
+    write_text(out, text)
     print(printable(f"{given.out}   {picture}"))
     return DONE
 

@@ -563,11 +563,11 @@ def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
     path = tmp_path / "goals.json"
     old = [figure(g, g, 1.0, 2.0, 1.0, "lower") for g in ("G13", "G5")]
     entries = [{"extra_info": {"rows": [dataclasses.asdict(row)]}} for row in old]
-    path.write_text(json.dumps({"benchmarks": entries, "common": {"commit": "abc123"}}))
+    path.write_text(json.dumps({"benchmarks": entries, "common": {"commit": "abc123", "device_name": "Z80"}}))
     assert goals.main(["--only", "G13", "--save", str(path)]) == 0
     rows = figures_of(results.read_report(path))
     assert [row.goal for row in rows] == ["G5"] + ["G13"] * (len(rows) - 1) and len(rows) > 2
-    assert rows[0].note == "measured at commit abc123" and "commit" not in rows[1].note
+    assert rows[0].note == "measured at commit abc123 on Z80" and "commit" not in rows[1].note
     assert goals.main([str(path)]) == 0
     assert "abc123" in capsys.readouterr().out
     with pytest.raises(UserError, match="device 'cpu'; name another file"):

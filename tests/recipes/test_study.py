@@ -313,8 +313,10 @@ class TestPage:
         frame = pd.DataFrame(rows(seeds=1))
         none = self.write(tmp_path, frame.assign(state="not run"))
         with pytest.raises(UserError, match="no run of the table is done yet"):
-            results.main([str(none), "--out", str(tmp_path / "pages" / "page.md")])
-        assert not (tmp_path / "pages").exists()
+            results.main([str(none), "--out", str(tmp_path / "page.md")])
+        with pytest.raises(UserError, match=r"there is no .*nowhere.csv"):
+            results.main([str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "p" / "page.md")])
+        assert not (tmp_path / "p").exists()
         for bad, words in (
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
             (frame.assign(px="many"), "damaged: column 'px'"),
