@@ -134,7 +134,7 @@ def _goals_alone(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _others(save: Path, names: tuple[str, ...], device: str) -> list[dict[str, Any]]:
-    """The entries of goals in a file that are not measured now, each with its commit and device."""
+    """The entries of goals in a file that are not measured now, with commit and device."""
     saved = read_report(save)
     before = saved["machine_info"]["attnzoo"].get("device", device)
     if before != device:

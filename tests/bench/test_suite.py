@@ -563,7 +563,9 @@ def test_measuring_some_goals_again_keeps_the_others(tmp_path, capsys):
     path = tmp_path / "goals.json"
     old = [figure(g, g, 1.0, 2.0, 1.0, "lower") for g in ("G13", "G5")]
     entries = [{"extra_info": {"rows": [dataclasses.asdict(row)]}} for row in old]
-    path.write_text(json.dumps({"benchmarks": entries, "common": {"commit": "abc123", "device_name": "Z80"}}))
+    path.write_text(
+        json.dumps({"benchmarks": entries, "common": {"commit": "abc123", "device_name": "Z80"}})
+    )
     assert goals.main(["--only", "G13", "--save", str(path)]) == 0
     rows = figures_of(results.read_report(path))
     assert [row.goal for row in rows] == ["G5"] + ["G13"] * (len(rows) - 1) and len(rows) > 2
