@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from attnzoo.command.units import memory
 from bench.results import frame, machines_differ, read_cases
-from bench.tables import memory
 from recipes.lab.console import DONE, printable, run_script
 from recipes.lab.pages import markdown_table
 

@@ -1,12 +1,10 @@
-"""What the curves say: exponents, crossovers, values between the sizes that were measured."""
+"""How fast a curve grows; ``attnzoo.command.fits`` has crossovers and values between sizes."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from attnzoo.command.fits import Points, crossover, pareto, value_at
-
-__all__ = ["Points", "crossover", "exponent", "pareto", "value_at"]
+from attnzoo.command.fits import Points
 
 
 def exponent(points: Points, least: float = 0.0) -> float | None:

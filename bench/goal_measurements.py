@@ -21,17 +21,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnzoo
+from attnzoo.command.fits import crossover
+from attnzoo.command.units import memory
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.ops.gated_scan import gated_linear_attention, mean_of_scans_by_kernels
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import grouped_linear, routed_linear
 from bench.cases import PIXELS_PER_TOKEN, Case, is_quadratic
 from bench.checks import WrongResult, check_gradients, check_layer, require_close
-from bench.fits import crossover, exponent
+from bench.fits import exponent
 from bench.isolate import one_line
 from bench.peak_memory import peak_memory
 from bench.peers import optional
-from bench.tables import memory
 from bench.thresholds import GOALS, GoalFigure
 from bench.timing import Calls, Race, race, spread
 from bench.worker import build, layer_options, peer_steps, step_of, subject

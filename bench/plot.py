@@ -26,9 +26,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from attnzoo.command.fits import Points, crossover, value_at
+from attnzoo.command.units import amount, memory
 from bench import summary, whole_figures
 from bench.cases import PIXELS_PER_TOKEN
-from bench.fits import Points, crossover, exponent, value_at
+from bench.fits import exponent
 from bench.results import (
     common_of,
     device_of,
@@ -38,7 +40,7 @@ from bench.results import (
     source_of,
     subset,
 )
-from bench.tables import amount, memory, parts_around, put_into
+from bench.tables import parts_around, put_into
 from bench.thresholds import HEADING, figures_of
 from recipes.lab.console import DONE, UserError, printable, run_script
 from recipes.lab.drawing.palette import color_of, marker_of

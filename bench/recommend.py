@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from attnzoo.command.advice import Choice, Measured, advise, of_whole_models
+from attnzoo.command.fits import value_at
+from attnzoo.command.units import amount, memory
 from attnzoo.contract import nearest
 from backbones.pattern import parse_pattern
 from bench.cases import PIXELS_PER_TOKEN, Case, parts_of
-from bench.fits import value_at
 from bench.options import parse_bytes, parse_mechanism
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
-from bench.tables import amount, memory
 from bench.whole_figures import fastest, is_whole, read_whole
 from recipes.lab.console import DONE, UserError, numbers, printable, run_script, whole
 from recipes.lab.pages import markdown_table

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from attnzoo.command.units import amount, memory
 from bench.cases import PIXELS_PER_TOKEN
 from bench.results import subset
-from bench.tables import amount, memory
 
 _WORDS = {"layer": "one attention layer", "backbone": "the whole backbone"}
 _MODES = {"forward": "time", "train": "training step"}

@@ -1,14 +1,11 @@
-"""Numbers as text, and the parts of pages that tables are put into."""
+"""The parts of pages that tables are put into."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from attnzoo.command.units import amount, memory
 from recipes.lab.console import UserError
 from recipes.lab.files import require_writable, write_text
-
-__all__ = ["amount", "memory", "parts_around", "put_into"]
 
 
 def put_into(path: Path, name: str, text: str) -> None:

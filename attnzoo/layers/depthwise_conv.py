@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -152,6 +153,22 @@ class DepthwiseConv(nn.Module):
         self.branches, self.norms = nn.ModuleList([fused]), nn.ModuleList([nn.Identity()])
         self.kind = "3x3"
         return "3x3"
+
+
+def fuse_conv(layer: Any) -> dict[str, Any]:
+    """``Attention.fuse`` of a mechanism whose ``conv`` is such a convolution, or None.
+
+    Args:
+        layer: The mechanism; its config says afterwards what the convolution is.
+
+    Returns:
+        The options that changed.
+    """
+    if layer.conv is None:
+        return {}
+    changed = {"conv": layer.conv.fuse()}
+    layer.config = replace(layer.config, **changed)
+    return changed
 
 
 class ValueConv(nn.Module):

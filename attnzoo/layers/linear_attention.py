@@ -8,7 +8,7 @@ map and the count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv
+from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.rotary import rotated
 from attnzoo.layers.streaming import (
@@ -353,11 +353,7 @@ class LinearAttention(Attention):
 
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""
-        if self.conv is None:
-            return {}
-        changed = {"conv": self.conv.fuse()}
-        self.config = replace(self.config, **changed)
-        return changed
+        return fuse_conv(self)
 
 
 def linear_parts(

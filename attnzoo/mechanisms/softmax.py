@@ -8,14 +8,14 @@ adds 15 d n, "3x3" 9 d n, "5x5" 25 d n.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
+from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv, fuse_conv
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
@@ -104,8 +104,4 @@ class SoftmaxAttention(Attention):
 
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""
-        if self.conv is None:
-            return {}
-        changed = {"conv": self.conv.fuse()}
-        self.config = replace(self.config, **changed)
-        return changed
+        return fuse_conv(self)

@@ -15,16 +15,9 @@ from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from backbones import DiT, build_backbone
 from backbones.dit import _sincos_positions
 from backbones.feedforward import build_feedforward
+from tests.backbones.weights import scrambled
 
 TINY = {"dim": 32, "depth": 2, "num_classes": 10, "in_channels": 3}
-
-
-def scrambled(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def inputs(height=8, width=12, batch=2):

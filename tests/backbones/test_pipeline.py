@@ -16,17 +16,10 @@ from attnzoo.registry import _REGISTRY, _SOURCES
 from backbones import DiT, PixelDecoder, build_backbone
 from backbones.carried import carry
 from recipes.lab.diffusion import Diffusion, sample
+from tests.backbones.weights import scrambled
 
 TINY = {"dim": 16, "depth": 2, "num_classes": 10, "in_channels": 4, "sample_size": 4}
 LABELS = [3, 7]
-
-
-def scrambled(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def tiny_vae():

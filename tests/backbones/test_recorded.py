@@ -11,6 +11,7 @@ from attnzoo import InvalidValue, auxiliary_loss, list_attention
 from attnzoo.errors import Unavailable
 from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits, why_not_recorded
 from backbones.recorded import captured, recording_stream
+from tests.backbones.weights import scrambled
 
 QUICK = ("softmax", "sana", "dydila", "moh")
 TINY = {"dim": 32, "depth": 3, "num_classes": 10, "in_channels": 3, "sample_size": 8}
@@ -20,14 +21,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 def named(names):
     slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in QUICK]
     return pytest.mark.parametrize("attn", [*QUICK, *slow])
-
-
-def scrambled(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def inputs(batch=2, size=8, device="cpu", channels=3):
@@ -135,7 +128,7 @@ class TestRecorded:
     @staticmethod
     def model(attn, **options):
         model = build_backbone(attn, "S", "controlled", depth=3, num_classes=10, **options)
-        return scrambled(model).cuda().eval()
+        return scrambled(model).cuda()
 
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
     @pytest.mark.parametrize("attn", list_attention())

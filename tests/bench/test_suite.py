@@ -19,9 +19,11 @@ import torch
 from einops import rearrange
 
 import attnzoo
+from attnzoo.command import fits as advised
+from attnzoo.command import units
 from attnzoo.ops.gated_scan.reference import gated_linear_attention
 from attnzoo.testing import build_scrambled, tokens
-from bench import compare, fits, goals, plot, recommend, results, tables, worker
+from bench import compare, fits, goals, plot, recommend, results, worker
 from bench.cases import Case, Request, table
 from bench.peers import PEERS
 from bench.thresholds import GOALS, GoalFigure, figures_of
@@ -146,8 +148,8 @@ def test_after_a_run_stands_what_each_mechanism_takes_the_fastest_first(quick):
     (sana,) = (row for row in rows if row.split()[0] == "sana")
     info = found[case("sana")]
     for text in (
-        tables.amount(medians[case("sana")], "s"), tables.memory(info["peak_memory"]),
-        tables.amount(info["macs"]), f"{info['ratios']['softmax']['median']:.2f}",
+        units.amount(medians[case("sana")], "s"), units.memory(info["peak_memory"]),
+        units.amount(info["macs"]), f"{info['ratios']['softmax']['median']:.2f}",
     ):  # fmt: skip
         assert text in sana, (text, sana)
     # The table of pytest-benchmark was asked for; how long counting took is in neither.
@@ -622,15 +624,15 @@ def test_exponents_crossovers_and_fronts():
     quadratic = [(n, n**2 / 1000) for n in sizes]
     assert fits.exponent(linear) == pytest.approx(1) and fits.exponent(linear[:1]) is None
     assert fits.exponent(quadratic, least=1024) == pytest.approx(2)
-    x, y = fits.crossover(linear, quadratic)
+    x, y = advised.crossover(linear, quadratic)
     assert x == pytest.approx(3000) and y == pytest.approx(9000)
-    assert fits.crossover(quadratic, linear) is None
-    assert fits.value_at(linear, 1024) == (3072, True)
-    value, is_measured = fits.value_at(quadratic, 65536)
+    assert advised.crossover(quadratic, linear) is None
+    assert advised.value_at(linear, 1024) == (3072, True)
+    value, is_measured = advised.value_at(quadratic, 65536)
     assert value == pytest.approx(65536**2 / 1000) and not is_measured
-    assert fits.value_at(linear[:1], 512) is None
+    assert advised.value_at(linear[:1], 512) is None
     points = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (2.0, 4.0), "d": (2.0, 2.0)}
-    assert fits.pareto(points) == ["a", "b", "d"]
+    assert advised.pareto(points) == ["a", "b", "d"]
 
 
 def test_reading_what_is_no_report_is_a_one_line_error(tmp_path):

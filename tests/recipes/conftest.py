@@ -5,6 +5,7 @@ import pytest
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 
 SMALL = {"batch_size": 16, "checkpoint_every": 10, "sample_every": 1000}
 
@@ -15,3 +16,9 @@ def trained(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("runs") / "trained")
     assert train(Settings(attn="dydila", steps=30, **SMALL), run) == 0
     return run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Sample grids take the most of a short run's time."""
+    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)

@@ -21,12 +21,9 @@ from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
 from tests.recipes.reliability import draw
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SMALL = {"attn": "sana", "batch_size": 4, "steps": 8, "checkpoint_every": 1, "sample_every": 1000}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
 
 
 @pytest.fixture

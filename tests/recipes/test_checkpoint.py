@@ -26,13 +26,10 @@ from recipes.lab.training.trainer import Trainer
 from tests.recipes import two_processes
 from tests.recipes.reliability import crashes, kills
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
 
 
 def test_a_crash_at_any_act_of_a_save_loses_nothing(tmp_path):

@@ -19,15 +19,12 @@ from recipes.lab.training.settings import Settings
 from recipes.lab.training.state import load_checkpoint, save_checkpoint
 from recipes.lab.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SMALL = {"batch_size": 8, "checkpoint_every": 4, "sample_every": 1000, "diagnose_every": 1000}
 # Elsewhere rounding differs between the two; TestGraph compares there.
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="of the core, on a CPU")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
 
 
 @pytest.fixture

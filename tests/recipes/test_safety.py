@@ -16,7 +16,6 @@ from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
-from recipes.lab.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
@@ -81,11 +80,6 @@ def test_nothing_runs_what_a_file_says():
 )
 def test_the_search_finds(source):
     assert dangers(source)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
 
 
 @pytest.fixture

@@ -32,11 +32,6 @@ SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every":
 SCRIPT = Path(train_module.__file__)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -223,11 +223,6 @@ class TestFile:
         assert asked("--attn", "sana")["attn_options"] == {"qk_norm": True}
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)
-
-
 # What a run from before issue 19 did not say.
 NEW = ("warmup_steps", "decay_steps", "weight_decay")
 
