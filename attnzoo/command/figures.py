@@ -164,11 +164,10 @@ def faster_from(rows: list[Row]) -> dict[str, float]:
     Infinite where it was slower at every one. Those that lack a resolution of softmax's are left
     out, as their curve may bend there.
     """
-    wanted = set(softmax_seconds(rows))
+    wanted = {row.resolution for row in rows if row.mechanism == "softmax"}
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         found.setdefault(row.mechanism, {})[row.resolution] = row.over_softmax
-    wanted = {math.isqrt(tokens) * PIXELS_PER_TOKEN for tokens in wanted}
     return {
         name: first_faster(points.items())
         for name, points in found.items()

@@ -115,6 +115,7 @@ def test_fuse_keeps_the_output(conv: str) -> None:
     whole = layer.eval()(x, (4, 6))
     changed = layer.fuse()
     assert changed == {"conv": "5x5" if conv == "5x5" else "3x3"}
+    assert layer.config == build(**changed).config
     assert_near([layer(x, (4, 6))], [whole])
     build(**changed).load_state_dict(layer.state_dict())
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attnzoo.command.figures import Figures, Quality, Row, Source, dumps, loads
+from attnzoo.command.figures import Figures, Quality, Row, Source, dumps, faster_from, loads
 from bench import first_screen, shipped
 from recipes.lab.console import UserError
 
@@ -33,6 +33,14 @@ def near(name, mean, tokens=1024, seeds=3, spread=0.01):
 def cells(text, start):
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_faster_from_wants_every_resolution_of_softmax():
+    """Between two of them a curve may bend where nobody looked."""
+    rows = small().of("h100", "S", "forward")
+    assert faster_from(rows).keys() == {"sana", "dydila"}
+    third = [row("softmax", 4096, 1.0), row("sana", 4096, 0.5)]
+    assert faster_from([*rows, *third]).keys() == {"sana"}
 
 
 def test_what_ships_is_what_is_committed():
