@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.layers.shared_norm import (
+    SharedBatchNorm2d,
+    batches_of,
+    move_statistics,
+    normed_sum,
+)
 from attnzoo.ops.depthwise_conv import (
     depthwise_conv,
     depthwise_conv_macs,
@@ -82,9 +89,11 @@ class DepthwiseConv(nn.Module):
             return depthwise_conv(x, grid, *self.merged(), added, impl=impl)
         if self._is_joined(x, impl):
             return self._joined(x, grid, added)
-        images: list[Tensor] = []
-        for branch, norm in zip(self.branches, self.norms, strict=True):
-            images.append(_normed_branch(x, grid, branch, norm, impl))
+        parts = list(zip(self.branches, self.norms, strict=True))
+        # Together, for one collective; one value of a channel has no variance.
+        are_shared = all(norm.training and batches_of(norm) > 1 for norm in self.norms)
+        together = [parts] if are_shared and x.numel() > self.dim else [[part] for part in parts]
+        images = [_normed_branches(x, grid, some, impl) for some in together]
         out = to_tokens(sum(images[1:], images[0]))
         return out if added is None else added + out.to(added.dtype)
 
@@ -92,9 +101,12 @@ class DepthwiseConv(nn.Module):
         """Whether kernels compute the normed branches of a batch as one convolution."""
         if x.numel() == self.dim:  # one value of a channel has no variance
             return False
+        kind = type(self.norms[0])
+        if kind not in (nn.BatchNorm2d, SharedBatchNorm2d):
+            return False
         for norm in self.norms:
-            has_own = type(norm) is nn.BatchNorm2d and norm.training
-            if not (has_own and norm.affine and norm.track_running_stats and norm.momentum):
+            is_live = type(norm) is kind and norm.training and norm.momentum
+            if not (is_live and norm.affine and norm.track_running_stats):
                 return False
         return choose("depthwise_conv", impl, x) == "triton"
 
@@ -103,16 +115,12 @@ class DepthwiseConv(nn.Module):
 
         gains, shifts = ([getattr(norm, z) for norm in self.norms] for z in ("weight", "bias"))
         weights = [branch.weight for branch in self.branches]
+        number = batches_of(self.norms[0])
         out, means, variances = normed_branches(
-            x, grid, weights, torch.stack(gains), torch.stack(shifts), self.norms[0].eps, added
-        )
-        pixels = x.numel() // self.dim
-        with torch.no_grad():
-            variances = variances.detach() * (pixels / (pixels - 1))
-            for norm, mean, variance in zip(self.norms, means.detach(), variances, strict=True):
-                norm.num_batches_tracked.add_(1)
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+            x, grid, weights, torch.stack(gains), torch.stack(shifts), self.norms[0].eps, added,
+            number,
+        )  # fmt: skip
+        move_statistics(list(self.norms), means, variances, number * x.numel() // self.dim)
         return out
 
     @property
@@ -216,38 +224,50 @@ class ValueConv(nn.Module):
         return self.conv.fuse()
 
 
-def _normed_branch(
-    x: Tensor, grid: tuple[int, int], branch: nn.Conv2d, norm: nn.BatchNorm2d, impl: Impl
+def _normed_branches(
+    x: Tensor,
+    grid: tuple[int, int],
+    parts: list[tuple[nn.Conv2d, nn.BatchNorm2d]],
+    impl: Impl,
 ) -> Tensor:
-    """norm(branch(x)), an image; what the norm stores in training is convolved again later.
+    """The sum of norm(branch(x)); what norms store in training is convolved again later.
 
     Three branches would store three tensors of the image's size, and a depthwise convolution is
     cheap.
     """
-    out = to_image(depthwise_conv(x, grid, branch.weight, branch.bias, impl=impl), grid)
-    if not norm.training:
-        return norm(out)
+    branches, norms = zip(*parts, strict=True)
+    images = []
+    for branch in branches:
+        out = depthwise_conv(x, grid, branch.weight, branch.bias, impl=impl)
+        images.append(to_image(out, grid))
+    if not norms[0].training:
+        return norms[0](images[0])
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _normed(norm, out)
-    dtype, storage = out.dtype, out.untyped_storage()._cdata
+        return _normed(norms, images)
+    dtype = images[0].dtype
+    places = {image.untyped_storage()._cdata: place for place, image in enumerate(images)}
 
-    def drop(saved: Tensor) -> Tensor | None:
-        return None if saved.untyped_storage()._cdata == storage else saved
+    def drop(saved: Tensor) -> Tensor | int:
+        return places.get(saved.untyped_storage()._cdata, saved)
 
-    def restore(saved: Tensor | None) -> Tensor:
-        if saved is not None:
+    def restore(saved: Tensor | int) -> Tensor:
+        if not isinstance(saved, int):
             return saved
+        branch = branches[saved]
         bias = None if branch.bias is None else branch.bias.to(dtype)
         with torch.no_grad():
             again = depthwise_conv(x.to(dtype), grid, branch.weight.to(dtype), bias, impl=impl)
             return to_image(again, grid)
 
     with torch.autograd.graph.saved_tensors_hooks(drop, restore):
-        return _normed(norm, out)
+        return _normed(norms, images)
 
 
-def _normed(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(x); one value of a channel has no variance and takes the running statistics."""
+def _normed(norms: Sequence[nn.BatchNorm2d], images: list[Tensor]) -> Tensor:
+    """The sum of norm(x); one value of a channel takes the running statistics."""
+    if len(norms) > 1:
+        return normed_sum(norms, images)
+    [norm], [x] = norms, images
     if norm.training and x.numel() == x.shape[1]:
         mean, variance = norm.running_mean, norm.running_var
         return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)

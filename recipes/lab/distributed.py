@@ -1,4 +1,4 @@
-"""What several processes have to agree on, and the batch statistics they share."""
+"""What several processes have to agree on, and the gradients that they average."""
 
 from __future__ import annotations
 
@@ -108,74 +108,31 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def share_batch_statistics(model: nn.Module) -> None:
-    """Makes every batch norm of ``model`` normalize over the batches of all processes."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SharedBatchNorm2d
-
-
-class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over all processes; torch's own ``SyncBatchNorm`` refuses a CPU."""
-
-    # A collective inside the graph would have to be compiled with its process group.
-    @torch.compiler.disable
-    def forward(self, input: Tensor) -> Tensor:
-        """(b, c, h, w), of the same shape in every process -> the same shape."""
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            x = input.float()
-            mean = _mean_of_all(x.mean(dim=(0, 2, 3)))
-            centerd = x - mean[:, None, None]
-            variance = _mean_of_all(centerd.square().mean(dim=(0, 2, 3)))
-            self._update(mean, variance, x.numel() // len(mean) * dist.get_world_size())
-            out = centerd * torch.rsqrt(variance + self.eps)[:, None, None]
-            if self.affine:
-                out = out * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(input.dtype)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.momentum is not None and self.running_mean is not None
-        assert self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / max(1, count - 1), self.momentum)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        # Every process' loss depends on every process' share of the sum.
-        return _Sum.forward(ctx, grad)
-
-
-def _mean_of_all(x: Tensor) -> Tensor:
-    return _Sum.apply(x) / dist.get_world_size()
-
-
 @torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Averages the gradients over all processes, in one reduction."""
+def average_gradients(model: nn.Module, numbers: Tensor) -> Tensor:
+    """Averages the gradients over all processes and sums numbers, in one reduction.
+
+    Args:
+        model: Whose gradients.
+        numbers: (n,).
+
+    Returns:
+        (n,).
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
+        return numbers
     gradients = []
     for parameter in model.parameters():
         if parameter.grad is None:  # of options that leave it unused, perhaps here only
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
+    flat[: -len(numbers)] /= dist.get_world_size()
     dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
+    *parts, reduced = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
     shaped = [part.view_as(old) for part, old in zip(parts, gradients, strict=True)]
     torch._foreach_copy_(gradients, shaped)  # type: ignore
+    return reduced.clone()
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:

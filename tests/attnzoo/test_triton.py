@@ -5,6 +5,8 @@ first imported: one test here runs this file again in a process of its own, with
 and with ATTNZOO_TRITON=1 so that "auto" takes the kernels as it does on a GPU.
 """
 
+import copy
+import functools
 import importlib.util
 import os
 import subprocess
@@ -30,6 +32,7 @@ from attnzoo.ops.routed_linear import decide, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
+from tests.attnzoo.two_parts import assert_equal, halves_and_whole
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -386,6 +389,7 @@ if CAN_RUN:
         out = mine(wide[..., 24:48], grid, added)
         found = torch.autograd.grad(out, [wide, *mine.parameters()], cotangent)
         assert out.dtype == dtype
+        assert len({grad.data_ptr() for grad in found}) == len(found)
         close(out, exact, dtype)
         largest = max(grad.norm() for grad in expected)
         for one, other in zip(found, expected, strict=True):
@@ -408,6 +412,7 @@ if CAN_RUN:
         elif channels == 16:  # and two tiles of channels
             for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "WEIGHT_BLOCK", "TOKEN_BLOCK"):
                 monkeypatch.setattr(kernels, name, (4, 8, channels, 4))
+        torch.manual_seed(1)  # a branch that hardly varies enlarges rounding
         theirs, mine = (DepthwiseConv(20, "acnet").to(DEVICE) for _ in range(2))
         for parameter in theirs.parameters():
             torch.nn.init.normal_(parameter)
@@ -425,6 +430,30 @@ if CAN_RUN:
             assert (one - other).norm() <= 1e-5 * largest
         for one, other in zip(mine.buffers(), theirs.buffers(), strict=True):
             close(one, other, scale=0.1)
+
+    def test_normed_branches_of_two_processes(small_convolutions, monkeypatch):
+        """Each image by the kernels, with one collective forward and one backward."""
+        from attnzoo.layers import depthwise_conv as layers
+
+        torch.manual_seed(1)
+        module, grid = DepthwiseConv(20, "acnet").to(DEVICE), (5, 7)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        x = random(2, 35, 20, grad=False)
+        x += torch.arange(2, device=DEVICE)[:, None, None]  # neither image is like both
+
+        def convolve(module, x, impl="reference"):
+            return module(x, grid, x, impl=impl)
+
+        # "whole" is what one process computes of all images.
+        wide = copy.deepcopy(module).double(), x.double()
+        _, exact, _ = halves_and_whole(*wide, monkeypatch, convolve)
+        monkeypatch.setattr(layers, "normed_sum", None)  # of PyTorch's operators
+        found, _, calls = halves_and_whole(
+            module, x, monkeypatch, functools.partial(convolve, impl="triton")
+        )
+        assert calls == ["gather", "reduce"]
+        assert_equal(found, exact, 1e-5)
 
     @pytest.mark.parametrize("size", [(700, 5), (3, 4200), (1, 1), (0, 7)])
     def test_column_sum(size):

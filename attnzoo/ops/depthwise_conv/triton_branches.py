@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.triton import _pixel, _shifted, stencil
 from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.processes import gathered, summed
 from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
 
 
@@ -479,16 +480,16 @@ def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tup
 
 SCHEMA = (
     "Tensor x, Tensor square, Tensor upright, Tensor level, Tensor gains, Tensor shifts, "
-    "Tensor? added, float eps, int height, int width"
+    "Tensor? added, float eps, int height, int width, int processes=1"
 )
 
 
 @launched("normed_branches", f"({SCHEMA}) -> (Tensor, Tensor)")
 def _normed_branches(
     x: Tensor, square: Tensor, upright: Tensor, level: Tensor, gains: Tensor, shifts: Tensor,
-    added: Tensor | None, eps: float, height: int, width: int,
+    added: Tensor | None, eps: float, height: int, width: int, processes: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The result, and means, variances and 1 / deviations, (9, c)."""
+    """The result, and means, variances and 1 / deviations over all processes, (9, c)."""
     tokens, spacing = _rows(x)
     b, _, c = x.shape
     grid = height, width
@@ -498,24 +499,32 @@ def _normed_branches(
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=x.device)
 
-    parts = b * strips * blocks
-    partial, stats, merged, bias = new(parts, 7, c), new(9, c), new(c, 1, 3, 3), new(c)
+    partial = new(b * strips * blocks, 7, c)
+    stats, merged, bias = new(9, c), new(c, 1, 3, 3), new(c)
     square, upright, level = (z.contiguous() for z in (square, upright, level))
     _branch_moments_kernel[tuple(launch)](
         tokens, square, upright, level, partial, height, width, c, spacing, strips, blocks, rows,
         w, channels, num_warps=warps,
     )  # fmt: skip
-    _branch_merge_kernel[(_ceil(c, CHANNELS),)](
-        partial, square, upright, level, gains, shifts, stats, merged, bias, parts, c,
-        b * height * width, eps, PARTS, CHANNELS,
-    )  # fmt: skip
+
+    def merge(partial: Tensor, pixels: int) -> None:
+        _branch_merge_kernel[(_ceil(c, CHANNELS),)](
+            partial, square, upright, level, gains, shifts, stats, merged, bias, len(partial), c,
+            pixels, eps, PARTS, CHANNELS,
+        )  # fmt: skip
+
+    merge(partial, b * height * width)
+    if processes > 1:
+        # Processes have as many pixels each: their variances are sums of squares of one.
+        stats[6].fill_(1.0)
+        merge(gathered.function(stats[:7], processes), processes)
     return stencil(x, merged, bias, grid, added), stats
 
 
 @_normed_branches.register_fake
 def _(
     x: Tensor, square: Tensor, upright: Tensor, level: Tensor, gains: Tensor, shifts: Tensor,
-    added: Tensor | None, eps: float, height: int, width: int,
+    added: Tensor | None, eps: float, height: int, width: int, processes: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), gains.new_empty(9, x.shape[2])
 
@@ -523,11 +532,11 @@ def _(
 @launched(
     "normed_branches_backward",
     "(Tensor grad, Tensor stats, Tensor x, Tensor square, Tensor upright, Tensor level, "
-    "Tensor gains, int height, int width) -> (Tensor, Tensor, Tensor)",
+    "Tensor gains, int height, int width, int processes=1) -> (Tensor, Tensor, Tensor)",
 )
 def _normed_branches_backward(
     grad: Tensor, stats: Tensor, x: Tensor, square: Tensor, upright: Tensor, level: Tensor,
-    gains: Tensor, height: int, width: int,
+    gains: Tensor, height: int, width: int, processes: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of x; of the weights, (15, c); of the norms' weights and their one bias, (4, c)."""
     (tokens, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
@@ -541,15 +550,22 @@ def _normed_branches_backward(
     square, upright, level = (z.contiguous() for z in (square, upright, level))
     rows, w, channels, warps = SUMS_BLOCK
     strips, blocks, *launch = _parts(grid, b, c, SUMS_BLOCK)
-    parts = b * strips * blocks
-    partial = new(parts, 4, c)
+    partial = new(b * strips * blocks, 4, c)
     _branch_sums_kernel[tuple(launch)](
         tokens, grad, square, upright, level, stats, partial, height, width, c, spacing,
         grad_spacing, strips, blocks, rows, w, channels, num_warps=warps,
     )  # fmt: skip
+    own = None
+    if processes > 1:
+        own = column_sum(partial)
+        partial = summed.function(own[None])
     _branch_slopes_kernel[(_ceil(c, CHANNELS),)](
-        partial, stats, gains, slopes, grad_gains, parts, c, b * height * width, PARTS, CHANNELS
-    )
+        partial, stats, gains, slopes, grad_gains, len(partial), c,
+        processes * b * height * width, PARTS, CHANNELS,
+    )  # fmt: skip
+    if own is not None:  # weights see the loss of their own process
+        torch.mul(own[1:], stats[6:], out=grad_gains[:3])
+        grad_gains[3].copy_(own[0])
     rows, w, channels, warps = WEIGHT_BLOCK
     strips, blocks, *launch = _parts(grid, b, c, WEIGHT_BLOCK)
     partial = new(b * strips * blocks, 15, c)
@@ -570,7 +586,7 @@ def _normed_branches_backward(
 @_normed_branches_backward.register_fake
 def _(
     grad: Tensor, stats: Tensor, x: Tensor, square: Tensor, upright: Tensor, level: Tensor,
-    gains: Tensor, height: int, width: int,
+    gains: Tensor, height: int, width: int, processes: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     c = x.shape[2]
     return x.new_empty(x.shape), stats.new_empty(15, c), stats.new_empty(4, c)
@@ -585,17 +601,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     saved = ctx.saved_tensors
     grad_x, weights, gains = _normed_branches_backward(grad, *saved, *ctx.grid)
     parts = [
         part.t().reshape(weight.shape).to(weight.dtype)
         for part, weight in zip(weights.split([9, 3, 3]), saved[2:5], strict=True)
     ]
-    return (
-        grad_x, *parts, gains[:3], gains[3:].expand(3, -1), grad if ctx.has_added else None,
-        None, None, None,
-    )  # fmt: skip
+    # Not expanded: gradients that share memory would be clipped once for each.
+    shifts = gains[3:].repeat(3, 1)
+    return grad_x, *parts, gains[:3], shifts, grad if ctx.has_added else None, *[None] * 4
 
 
 _normed_branches.register_autograd(_gradients, setup_context=_setup)
@@ -603,7 +618,7 @@ _normed_branches.register_autograd(_gradients, setup_context=_setup)
 
 def normed_branches(
     x: Tensor, grid: tuple[int, int], weights: Sequence[Tensor], gains: Tensor,
-    shifts: Tensor, eps: float, added: Tensor | None = None,
+    shifts: Tensor, eps: float, added: Tensor | None = None, processes: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of a 3x3, a 3x1 and a 1x3 branch, each normed over the batch.
 
@@ -615,11 +630,14 @@ def normed_branches(
         shifts: Their biases, (3, c).
         eps: Added to the variances.
         added: (b, h * w, c), added to the result, or None.
+        processes: How many norm over all of their batches, of one shape; every one of them calls
+            this, and its backward.
 
     Returns:
         (b, h * w, c); means and biased variances of the branches, (3, c) each.
     """
     out, stats = _normed_branches(
-        x.to(operand_dtype(x)), *weights, gains.float(), shifts.float(), added, eps, *grid
-    )
+        x.to(operand_dtype(x)), *weights, gains.float(), shifts.float(), added, eps, *grid,
+        processes,
+    )  # fmt: skip
     return out, stats[:3], stats[3:6]

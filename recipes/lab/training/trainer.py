@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import attnzoo
+from attnzoo.layers.shared_norm import share_batch_statistics
 from backbones import DiT
 from backbones.recorded import why_not_recorded
 from recipes.lab.compiling import Compiling
@@ -27,7 +28,6 @@ from recipes.lab.distributed import (
     average_gradients,
     make_accelerator,
     shard,
-    share_batch_statistics,
 )
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links
@@ -326,19 +326,20 @@ class Trainer:
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
             by_time += quartile_sums(losses["mse"], timesteps, self._last_time())
-        if not self.is_sharded:
-            average_gradients(self.model)
+        # One reduction for everything: every process sees the same numbers and decides alike.
+        values = torch.stack([*means.values()]) / processes
+        values = torch.cat([values, by_time, wants_stop.reshape(1)])
+        reduced: Any = (
+            self.accelerator.reduce(values, "sum")
+            if self.is_sharded
+            else average_gradients(self.model, values)
+        )
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), settings.gradient_clip or math.inf
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
-        # One reduction for everything: every process sees the same numbers and decides alike.
-        values = torch.stack([*means.values()]) / processes
-        reduced: Any = self.accelerator.reduce(
-            torch.cat([values, by_time, wants_stop.reshape(1)]), "sum"
-        )
         return torch.cat([reduced, norm.reshape(1).float()])
 
     def _seed(self, step: int, micro_step: int) -> None:
