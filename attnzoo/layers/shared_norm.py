@@ -54,14 +54,15 @@ def normed_sum(norms: Sequence[nn.BatchNorm2d], images: Sequence[Tensor]) -> Ten
         (b, c, h, w).
     """
     number, first = batches_of(norms[0]), images[0]
-    gains = shifts = first.new_zeros(len(norms), first.shape[1])
+    wide = torch.promote_types(first.dtype, torch.float32)
+    gains = first.new_ones(len(norms), first.shape[1], dtype=wide)
+    shifts = torch.zeros_like(gains)
     if norms[0].affine:
-        gains, shifts = (torch.stack([getattr(n, z) for n in norms]) for z in ("weight", "bias"))
-    else:
-        gains = gains + 1
+        gains = torch.stack([norm.weight for norm in norms]).to(wide)
+        shifts = torch.stack([norm.bias for norm in norms]).to(wide)
     out, means, variances = _NormedSum.apply(number, norms[0].eps, gains, shifts, *images)
     move_statistics(norms, means, variances, number * first.numel() // first.shape[1])
-    return out
+    return out.to(first.dtype)
 
 
 @torch.no_grad()
@@ -90,49 +91,47 @@ def move_statistics(
 
 
 class _NormedSum(torch.autograd.Function):
-    """With the means and biased variances of all processes, (images, c) each."""
+    """In the type of gains and shifts, with the means and biased variances of all processes.
+
+    Torch 2.11 compiles an output that is a cast to its own type to gradients of 0.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, number: int, eps: float, gains: Tensor, shifts: Tensor, *images: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.promote_types(images[0].dtype, torch.float32)
+        wide = gains.dtype
         moments = [_moments(image.to(wide)) for image in images]
         # Means and variances, not sums of squares: those of numbers far from 0 lose digits.
-        all_means, all_variances = processes.gathered(
-            torch.stack([torch.stack(pair) for pair in zip(*moments, strict=True)]), number
-        ).unbind(1)
+        own = torch.stack([torch.stack(some) for some in zip(*moments, strict=True)])
+        all_means, all_variances = processes.gathered(own, number).unbind(1)
         means = all_means.mean(0)
         variances = (all_variances + (all_means - means).square()).mean(0)
         inverses = (variances + eps).rsqrt()
-        scales = gains.to(wide) * inverses
-        out = torch.zeros_like(images[0], dtype=wide)
-        for image, mean, scale in zip(images, means, scales, strict=True):
+        out = _over(shifts.sum(0))
+        for image, mean, scale in zip(images, means, gains * inverses, strict=True):
             out = out + (image.to(wide) - _over(mean)) * _over(scale)
-        out = out + _over(shifts.to(wide).sum(0))
         ctx.number = number
-        ctx.mark_non_differentiable(means, variances)
         ctx.save_for_backward(gains, means, inverses, *images)
-        return out.to(images[0].dtype), means, variances
+        return out, means, variances
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gains, means, inverses, *images = ctx.saved_tensors
-        wide = means.dtype
-        grad, pixels = grad.to(wide), ctx.number * grad.numel() // grad.shape[1]
+        pixels = ctx.number * grad.numel() // grad.shape[1]
         sums = [grad.sum((0, 2, 3))]
         for image, mean in zip(images, means, strict=True):
-            sums.append((grad * (image.to(wide) - _over(mean))).sum((0, 2, 3)))
+            sums.append((grad * (image.to(gains.dtype) - _over(mean))).sum((0, 2, 3)))
         own = torch.stack(sums)
-        total, *along = (processes.summed(own) / pixels).unbind(0)
+        whole = processes.summed(own) / pixels
+        factors, scales = whole[1:] * inverses.square(), gains * inverses
         slopes = []
-        for k, image in enumerate(images):
-            factor = along[k] * inverses[k].square()
-            slope = grad - _over(total) - (image.to(wide) - _over(means[k])) * _over(factor)
-            slopes.append((slope * _over(gains[k].to(wide) * inverses[k])).to(image.dtype))
+        for image, *rows in zip(images, means, factors, scales, strict=True):
+            mean, factor, scale = map(_over, rows)
+            slope = grad - _over(whole[0]) - (image.to(gains.dtype) - mean) * factor
+            slopes.append((slope * scale).to(image.dtype))
         # Not expanded: gradients that share memory would be clipped once for each.
-        shifts = own[:1].repeat(len(images), 1)
-        return None, None, own[1:] * inverses, shifts, *slopes
+        return None, None, own[1:] * inverses, own[:1].repeat(len(images), 1), *slopes
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

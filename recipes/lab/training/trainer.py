@@ -99,15 +99,15 @@ class Trainer:
         if settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.notes: list[str] = []  # what there is to say, once
+        self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
         self.compiling = Compiling(
             self.model,
             "off" if "features" in (settings.distil or {}) else settings.compile,
             settings.steps,
             self.notes.append,
-            # Statistics of a batch that all processes share are a break in the graph.
-            fullgraph=self.accelerator.num_processes == 1,
+            # Gathering weights is a break in the graph.
+            fullgraph=not self.is_sharded,
         )
-        self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
         if self.is_sharded:
             shard(self.model, self.accelerator)
         else:
