@@ -163,6 +163,15 @@ class TestRecorded:
         with pytest.raises(InvalidValue, match="moved or replaced"):
             replay(*arguments)
 
+    @pytest.mark.parametrize("attn", ["softmax", "dydila"])
+    def test_frozen_it_casts_weights_once_and_gives_the_same(self, attn):
+        model, arguments = self.model(attn), inputs(2, 16, "cuda", channels=4)
+        own = {key: z.clone() for key, z in model.state_dict().items()}
+        wanted = record(model, 2, 16, dtype=torch.bfloat16)(*arguments).sample
+        replay = record(model, 2, 16, dtype=torch.bfloat16, frozen=True)
+        assert torch.equal(replay(*arguments).sample, wanted)
+        assert all(torch.equal(z, own[key]) for key, z in model.state_dict().items())
+
     def test_a_wait_is_refused_by_name_and_leaves_random_numbers_usable(self):
         model = self.model("sana")
         model.final_projection.register_forward_hook(
