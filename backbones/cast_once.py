@@ -69,11 +69,20 @@ def cast_once(model: nn.Module, call: Callable[[], Any]) -> Iterator[list[Tensor
     written = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     with written, _Casts(model.parameters()) as casts:
         call()
-    before = [(weight, weight.data) for weight, _ in casts.found()]
-    for weight, dtype in casts.found():
-        weight.data = weight.data.to(dtype)
+    cast = {id(weight): nn.Parameter(weight.detach().to(dtype), weight.requires_grad)
+            for weight, dtype in casts.found()}  # fmt: skip
+    places = [
+        (module._parameters, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if id(weight) in cast
+    ]
+    # Others in their places, not other data in them: until 2.12 PyTorch took what it had compiled
+    # for the old type (pytorch issue 163064).
+    for parameters, name, weight in places:
+        parameters[name] = cast[id(weight)]
     try:
-        yield [weight.data for weight, _ in before]
+        yield list(cast.values())
     finally:
-        for weight, own in before:
-            weight.data = own
+        for parameters, name, weight in places:
+            parameters[name] = weight
