@@ -28,7 +28,7 @@ class TwoParts:
 
     def __call__(self, compute, rounds=3):
         """The results of ``compute(part)`` for parts 0 and 1; ``calls`` are those of one part."""
-        results = [None, None]
+        results: list = [None, None]
         for _ in range(rounds):
             for self._part in (0, 1):
                 self._now, self.calls = [], []
