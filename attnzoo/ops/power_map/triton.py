@@ -24,6 +24,7 @@ from attnzoo.ops.triton_common import (
     launch_kernel,
     launched,
 )
+from attnzoo.ops.triton_replay import replayed
 
 _TURNS = 4  # tiles of rows of a program whose sums over rows leave together
 
@@ -257,6 +258,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
     return power_map_backward(grad, *ctx.saved_tensors)
 
 
+power_map_forward.register_inference(replayed(power_map_forward.function, 1))
 power_map_forward.register_autograd(_gradients, setup_context=_setup)
 
 
@@ -327,6 +329,7 @@ def _scaled_gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | N
     return *_scaled_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
+_scaled_forward.register_inference(replayed(_scaled_forward.function, 1))
 _scaled_forward.register_autograd(_scaled_gradients, setup_context=_scaled_setup)
 
 
