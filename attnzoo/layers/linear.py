@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as of_modules
 
 from attnzoo.ops.precision import in_wide_range
 
@@ -17,27 +15,6 @@ def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), without the module's call, which takes a host as long as the product does.
-
-    Not so where a gradient, a compiler, a hook, an adapter or another forward is at work.
-    """
-    if type(layer) is nn.Linear and not torch.is_grad_enabled():
-        own = layer.__dict__
-        is_own = not (
-            torch.compiler.is_dynamo_compiling()
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or "forward" in own
-            or "_compiled_call_impl" in own
-            or of_modules._global_forward_hooks
-            or of_modules._global_forward_pre_hooks
-        )
-        if is_own:
-            return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
-    return layer(x)
 
 
 def elu_plus_one(z: Tensor) -> Tensor:

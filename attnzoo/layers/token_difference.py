@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnzoo.layers.linear import linear
+from attnzoo.layers.linear_attention import linear
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
 _SERVED: dict[str, Any] = {
@@ -32,7 +32,7 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     x = x if x.dtype is query.dtype else x.to(query.dtype)  # by autocast
     modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
     # Looking up a module's weight takes a host as long as a view.
-    routers = [router.weight for some in modules for router in some.values()]
+    routers = [router.weight for some in modules for router in some._modules.values()]
     cast = [
         z if z.dtype is x.dtype else z.to(x.dtype)
         for z in (projectors.query, projectors.key, *routers)

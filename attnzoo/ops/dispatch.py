@@ -104,11 +104,12 @@ def operator(declaration: Declaration) -> Declaration:
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
-        if is_transformed():
-            return loaded[choose(name, impl, operands[0])](*operands, **options)
+        x, kind = operands[0], None
+        is_cached = not torch.compiler.is_dynamo_compiling()
+        if is_cached and torch._C._are_functorch_transforms_active() and is_transformed():
+            return loaded[choose(name, impl, x)](*operands, **options)
         if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
-        x, is_cached, kind = operands[0], not torch.compiler.is_dynamo_compiling(), None
         on_this_cpu = is_cached and impl == "auto" and x.is_cpu and not _IS_FORCED
         if on_this_cpu and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
@@ -141,7 +142,9 @@ def kind_of(x: Tensor) -> tuple[Any, ...]:
 
 def choose_once(layer: Any, name: str, x: Tensor, unserved: Callable[[], str | None]) -> Impl:
     """``choose`` of "auto", asked once for a layer's ``config`` and a kind of tensor."""
-    if torch.compiler.is_dynamo_compiling() or is_transformed():
+    if torch.compiler.is_dynamo_compiling() or (
+        torch._C._are_functorch_transforms_active() and is_transformed()
+    ):
         return choose(name, "auto", x, None, unserved)
     # On a CPU nothing but the type decides.
     kind = x.dtype if x.is_cpu and not _IS_FORCED else kind_of(x)
@@ -191,7 +194,7 @@ def choose(
 
 def is_transformed() -> bool:
     """Whether torch.func (grad, jvp, vmap, ...) looks into what is computed."""
-    # The compiler is not asked the second question; the third, which takes longer, comes last.
+    # The compiler is not asked the second question.
     return (
         not torch.compiler.is_dynamo_compiling()
         and torch._C._are_functorch_transforms_active()

@@ -54,12 +54,6 @@ _CAN_SKIP = not _IS_INTERPRETED and torch.version.hip is None
 notes: Any = None  # of a call that ``triton_replay`` watches
 
 
-def is_hooked() -> bool:
-    """Whether a profiler wants to know of each launch."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
-
-
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)``, which Triton prepares anew for every launch.
 
@@ -91,7 +85,8 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
     kinds = *[z.dtype for z in tensors], *map(type, numbers)
     key = id(kernel), *places, *aligned, *kinds, *numbers, *options.items()
     found = _COMPILED.get(key)
-    if found is None or is_hooked():
+    hook = triton.knobs.runtime.launch_enter_hook
+    if found is None or getattr(hook, "calls", hook):
         compiled = kernel[grid](*args, **options)
         if compiled is not None and places.count(device) == count:
             if len(_COMPILED) >= _MOST_COMPILED:

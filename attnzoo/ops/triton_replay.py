@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
@@ -25,15 +26,16 @@ from attnzoo.ops import triton_common
 # that allocate, and those that are called again, which write nowhere and are blind to autocast.
 _LOOKING = frozenset({
     "__get__", "__getitem__", "__len__", "chunk", "data_ptr", "element_size", "expand", "flatten",
-    "get_device", "numel", "reshape", "split", "squeeze", "stride", "t", "unbind", "unflatten",
+    "get_device", "numel", "split", "squeeze", "stride", "t", "unbind", "unflatten",
     "unsqueeze", "view",
 })  # fmt: skip
 _ALLOCATING = frozenset({"empty", "new_empty"})
-_REPEATED = frozenset({"contiguous", "float", "sum", "to"})
+_REPEATED = frozenset({"contiguous", "float", "reshape", "sum", "to"})
 _KNOWN = _LOOKING | _ALLOCATING | _REPEATED
 _ALIGNMENT = 256  # bytes, of the tensors that share an allocation
 _MOST_REPLAYS = 1024  # of an operator: sizes that change with each call would add some without end
 
+_knobs = triton.knobs.runtime
 _noting = threading.Lock()  # one call at a time
 
 
@@ -153,7 +155,9 @@ class _Replay:
     ) -> None:
         places = [z for step in notes.steps if step[1] is None for z in step[3]]
         # What PyTorch reads or the caller gets is a tensor; what only kernels see, an address.
-        alone = {z.origin for z in (*places, *results) if isinstance(z, _Place)}
+        origins = [z.origin for z in (*places, *results) if isinstance(z, _Place)]
+        results = [z and _as_made(z, origins) for z in results]
+        alone = set(origins)
         self.alone: list[tuple[torch.Size, torch.dtype]] = []
         self.shared = 0
         for made in notes.made:
@@ -201,6 +205,18 @@ class _Replay:
         return tuple([_tensor(tensors, a) for a in self.results])
 
 
+def _as_made(z: _Place, origins: list[Any]) -> _Place:
+    """A result; one that only reshapes a new tensor is allocated in its shape."""
+    made = z.origin
+    if isinstance(made, int) or not made.is_allocated or origins.count(made) > 1:
+        return z
+    is_dense = torch.empty(z.shape, device="meta").stride() == z.stride
+    if is_dense and z.shape.numel() == made.shape.numel():
+        made.shape = z.shape
+        return z._replace(is_itself=True)
+    return z
+
+
 def _geometry(z: Any) -> tuple[int, Any]:
     """A tensor of the replay by its index, and what part of it; or -1 and what is no tensor."""
     if not isinstance(z, _Place):
@@ -233,10 +249,7 @@ def replayed(function: Callable[..., Any], count: int | None = None) -> Callable
     # False of a kind that was seen once, None of one that cannot be replayed.
     replays: dict[tuple[Any, ...], _Replay | Literal[False] | None] = {}
     if count is not None:
-        whole = function
-
-        def function(*operands: Any) -> Any:
-            return whole(*operands)[:count]
+        return replayed(functools.wraps(function)(lambda *operands: function(*operands)[:count]))
 
     @functools.wraps(function)
     def call(*operands: Any) -> Any:
@@ -262,7 +275,8 @@ def replayed(function: Callable[..., Any], count: int | None = None) -> Callable
             else:
                 kind += kind_of, z
         # Triton compiles apart for addresses that 16 does not divide.
-        if all_bits & 15 or triton_common.is_hooked():
+        hook = _knobs.launch_enter_hook  # a profiler's
+        if all_bits & 15 or getattr(hook, "calls", hook):
             return function(*operands)
         key = tuple(kind)
         replay = replays.get(key, True)
