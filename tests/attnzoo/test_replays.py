@@ -1,4 +1,7 @@
-"""Launches that are replayed without their Python give what the operators give."""
+"""Launches that are replayed without their Python give what the operators give.
+
+On a GPU, or with addresses for the interpreter in a process of its own.
+"""
 
 import ctypes
 import dataclasses
@@ -6,6 +9,7 @@ import gc
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -26,6 +30,15 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's inte
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton, compiled")
 pytestmark = needs_triton
 GRID = (2, 3)
+
+
+@compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in this process")
+def test_addresses_in_a_process_of_their_own():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=native"]
+    result = subprocess.run([*command, __file__], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture
@@ -143,6 +156,26 @@ def test_a_replay_gives_what_the_operators_give(
     with torch.autocast("cpu", torch.bfloat16):
         compare(tokens(dtype=torch.float32))
     compare(tokens(dtype=dtype))
+
+
+@compiled
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["sana", "focused", "dydila", "lit", "edit"])
+@torch.no_grad()
+def test_a_replay_on_a_gpu_gives_what_triton_gives(name, monkeypatch):
+    from attnzoo.ops import triton_common
+
+    layer, x = build(name, torch.bfloat16).cuda(), tokens(dtype=torch.bfloat16).cuda()
+    found = [layer(x, GRID).clone() for _ in range(4)]
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        out = layer(x, GRID)
+    monkeypatch.setattr(triton_common, "_CAN_SKIP", False)
+    wanted = layer(x, GRID)
+    assert all(torch.equal(z, wanted) for z in found)
+    x.copy_(tokens(2, dtype=torch.bfloat16))
+    recorded.replay()
+    assert torch.equal(out, layer(x, GRID)) and not torch.equal(out, wanted)
 
 
 @interpreted
