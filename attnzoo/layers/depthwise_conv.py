@@ -75,8 +75,9 @@ class DepthwiseConv(nn.Module):
         Returns:
             (b, h * w, dim).
         """
-        if len(self.branches) == 1:
-            [branch] = self.branches
+        branches = self._modules["branches"]._modules
+        if len(branches) == 1:
+            [branch] = branches.values()
             return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)
         # A counter is to see the branches as they stand.
         if not (self.training or impl == "reference" or is_watched()):
@@ -201,13 +202,14 @@ class ValueConv(nn.Module):
         impl: Impl = "auto",
     ) -> Tensor:
         """(b, h * w, dim) -> (b, h * w, dim); see ``DepthwiseConv.forward``."""
-        if len(self.conv.branches) > 1:
+        branches = self.conv.branches._modules
+        if len(branches) > 1:
             # The batch norms' statistics are those of all heads.
             parts = rearrange(value, "b n (h c) -> (b h) n c", h=self.num_heads)
             out = self.conv(parts, grid, impl=impl)
             out = rearrange(out, "(b h) n c -> b n (h c)", h=self.num_heads)
             return out if added is None else added + out.to(added.dtype)
-        [branch] = self.conv.branches
+        [branch] = branches.values()
         return depthwise_conv(value, grid, branch.weight, branch.bias, added, impl=impl)
 
     @property

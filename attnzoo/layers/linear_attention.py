@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as of_modules
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
@@ -151,7 +152,7 @@ class LinearAttention(Attention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Q, K and V of all tokens, (b, n or m, dim)."""
-        return self.qkv(x).chunk(3, dim=-1)
+        return linear(self.qkv, x).chunk(3, dim=-1)
 
     def project_together(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """``project`` for kernels that read rows with any spacing."""
@@ -194,15 +195,12 @@ class LinearAttention(Attention):
             self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
+        if self.implementation(x) == "triton":
+            return self.fused(x, grid)
         return self.attend(x, grid)[0]
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
-        """The output of all tokens at once, and the decisions taken on the way.
-
-        The fused kernels report none.
-        """
-        if self.implementation(x) == "triton":
-            return self.fused(x, grid), {}
+        """The output of all tokens at once, and the decisions taken on the way."""
         query, key, value = self.project(x, grid)
         by_head = self._by_head(value)
         keys = self.keys(key, x, grid)
@@ -236,7 +234,7 @@ class LinearAttention(Attention):
         """The output of all tokens at once, by Triton's kernels."""
         tokens, value = x.shape[1], None
         if self.is_packed:
-            operands = self.qkv(x), None, None
+            operands = linear(self.qkv, x), None, None
         else:
             query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
@@ -253,7 +251,7 @@ class LinearAttention(Attention):
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output, of what some tokens ``x`` attended to and their convolution."""
-        return self.proj(out)
+        return linear(self.proj, out)
 
     def _is_few(self, keys: Features, value: Tensor) -> bool:
         """Whether one call of C multiplies sooner than a few products start."""
@@ -354,6 +352,27 @@ class LinearAttention(Attention):
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""
         return fuse_conv(self)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), without the module's call, which takes a host as long as the product does.
+
+    Not so where a gradient, a compiler, a hook, an adapter or another forward is at work.
+    """
+    if type(layer) is nn.Linear and not torch.is_grad_enabled():
+        own = layer.__dict__
+        is_own = not (
+            torch.compiler.is_dynamo_compiling()
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "forward" in own
+            or "_compiled_call_impl" in own
+            or of_modules._global_forward_hooks
+            or of_modules._global_forward_pre_hooks
+        )
+        if is_own:
+            return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
+    return layer(x)
 
 
 def linear_parts(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.precision import autocast_operands
+from attnzoo.layers.linear_attention import linear
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
 _SERVED: dict[str, Any] = {
@@ -28,13 +27,12 @@ def unserved_option(layer: Any) -> str | None:
 
 def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the layer computes of tokens, (b, h * w, dim) -> (b, h * w, dim), by the kernels."""
-    config, shared, projectors = layer.config, layer.shared, layer.projectors
-    x, weight = autocast_operands(x, shared.weight)
-    bias = None if shared.bias is None else shared.bias.to(x.dtype)
-    query, key, value = F.linear(x, weight, bias).split(layer.dim, dim=-1)
+    config, projectors = layer.config, layer.projectors
+    query, key, value = linear(layer.shared, x).chunk(3, dim=-1)
+    x = x if x.dtype is query.dtype else x.to(query.dtype)  # by autocast
     modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
     # Looking up a module's weight takes a host as long as a view.
-    routers = [router.weight for some in modules for router in some.values()]
+    routers = [router.weight for some in modules for router in some._modules.values()]
     cast = [
         z if z.dtype is x.dtype else z.to(x.dtype)
         for z in (projectors.query, projectors.key, *routers)
@@ -44,8 +42,8 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         projector_routers=cast[2:4],
         kernel_routers=cast[4:8],
         difference_routers=cast[8:],
-        gammas=layer.gammas().expand(4, -1),
-        lambdas=layer.lambda_.expand(2, -1),
+        gammas=layer.gammas(),
+        lambdas=layer.lambda_,
     )
     operands = x, query, key, value, weights, config.eps, config.router_gradient == "ste"
     if config.impl == "auto":  # which has found them able
@@ -54,4 +52,5 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         out = triton.dynamic_differential_attention(*operands, layer.num_heads)
     else:
         out = dynamic_differential_attention(*operands, layer.num_heads, impl="triton")
-    return layer.proj(out if layer.conv is None else layer.conv(value, grid, out))
+    conv = layer.conv
+    return linear(layer.proj, out if conv is None else conv(value, grid, out))

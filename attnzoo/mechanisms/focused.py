@@ -20,7 +20,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, ValueConv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear_parts
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear, linear_parts
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
@@ -84,7 +84,7 @@ class FocusedAttention(LinearAttention):
 
     def project_together(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """See ``LinearAttention``."""
-        return self.qkv(x).chunk(3, dim=-1)
+        return linear(self.qkv, x).chunk(3, dim=-1)
 
     def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """See ``LinearAttention``."""

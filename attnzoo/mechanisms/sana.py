@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
+from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig, linear
 from attnzoo.registry import register_attention
 
 
@@ -89,7 +89,7 @@ class SanaAttention(LinearAttention):
         if self.config.gated:
             out = self.head_norm(out.unflatten(-1, (self.num_heads, -1))).flatten(-2)
             out = out * self.gate(x).sigmoid()
-        return self.proj(out)
+        return linear(self.proj, out)
 
     def unserved_option(self) -> str | None:
         """See ``LinearAttention.unserved_option``."""

@@ -104,22 +104,19 @@ def operator(declaration: Declaration) -> Declaration:
 
     @functools.wraps(declaration)
     def run(*operands: Any, impl: str = "auto", **options: Any) -> Any:
-        if is_transformed():
-            return loaded[choose(name, impl, operands[0])](*operands, **options)
+        x, kind = operands[0], None
+        is_cached = not torch.compiler.is_dynamo_compiling()
+        if is_cached and torch._C._are_functorch_transforms_active() and is_transformed():
+            return loaded[choose(name, impl, x)](*operands, **options)
         if impl == "auto" and is_settled:
             return loaded["torch"](*operands, **options)
-        x, is_cached, kind = operands[0], not torch.compiler.is_dynamo_compiling(), None
         on_this_cpu = is_cached and impl == "auto" and x.is_cpu and not _IS_FORCED
         if on_this_cpu and x.dtype in on_cpu:
             return on_cpu[x.dtype](*operands, **options)
         # No limit of the kernels counts where they never run.
         unserved = None if limits is None or on_this_cpu else limits(*operands)
         if is_cached and not on_this_cpu and unserved is None:
-            if x.is_cuda:
-                is_lowered = torch.is_autocast_enabled("cuda")
-                kind = impl, x.dtype, torch.get_autocast_dtype("cuda") if is_lowered else None
-            else:
-                kind = impl, *kind_of(x)
+            kind = impl, kind_of(x)
             if kind in elsewhere:
                 return elsewhere[kind](*operands, **options)
         chosen = choose(name, impl, x, None, lambda: unserved)
@@ -137,19 +134,24 @@ def operator(declaration: Declaration) -> Declaration:
 
 def kind_of(x: Tensor) -> tuple[Any, ...]:
     """All that ``choose`` looks at of a tensor."""
+    if x.is_cuda:
+        is_lowered = torch.is_autocast_enabled("cuda")
+        return "cuda", x.dtype, torch.get_autocast_dtype("cuda") if is_lowered else None
     return x.device.type, x.dtype, operand_dtype(x), _IS_FORCED
 
 
 def choose_once(layer: Any, name: str, x: Tensor, unserved: Callable[[], str | None]) -> Impl:
     """``choose`` of "auto", asked once for a layer's ``config`` and a kind of tensor."""
-    if torch.compiler.is_dynamo_compiling() or is_transformed():
+    if torch.compiler.is_dynamo_compiling() or (
+        torch._C._are_functorch_transforms_active() and is_transformed()
+    ):
         return choose(name, "auto", x, None, unserved)
     # On a CPU nothing but the type decides.
     kind = x.dtype if x.is_cpu and not _IS_FORCED else kind_of(x)
-    last = vars(layer).get("_chosen")
-    if last is None or last[0] is not layer.config or last[1:3] != (name, kind):
-        last = layer.config, name, kind, choose(name, "auto", x, None, unserved)
-        vars(layer)["_chosen"] = last
+    config, last = layer.config, layer.__dict__.get("_chosen")
+    if last is None or last[0] is not config or last[1] != name or last[2] != kind:
+        last = config, name, kind, choose(name, "auto", x, None, unserved)
+        layer.__dict__["_chosen"] = last
     return last[3]
 
 
@@ -192,7 +194,12 @@ def choose(
 
 def is_transformed() -> bool:
     """Whether torch.func (grad, jvp, vmap, ...) looks into what is computed."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    # The compiler is not asked the second question.
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def transforms() -> set[str]:
@@ -349,6 +356,16 @@ def is_watched() -> bool:
     # The compiler knows neither question, and is not asked them.
     return not torch.compiler.is_compiling() and bool(
         torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state()
+    )
+
+
+def is_inference() -> bool:
+    """Whether nothing is differentiated, compiled or watched."""
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
     )
 
 

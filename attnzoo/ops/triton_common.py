@@ -12,6 +12,7 @@ sizes that depend on the data (how many tokens chose an expert) stay there.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ def launched(name: str, schema: str | None = None) -> Callable[[Callable[..., An
 _COMPILED: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _MOST_COMPILED = 4096  # sizes that change with each call would add keys without end
 _CAN_SKIP = not _IS_INTERPRETED and torch.version.hip is None
+notes: Any = None  # of a call that ``triton_replay`` watches
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -66,8 +68,11 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
         *args: Tensors on the current device, then what else the kernel takes.
         **options: Of Triton, such as ``num_warps``.
     """
+    watching = notes if notes is not None and notes.thread == threading.get_ident() else None
     if not _CAN_SKIP or not args[0].is_cuda:
         kernel[grid](*args, **options)
+        if watching is not None:
+            watching.has_fault = True
         return
     device, count = args[0].get_device(), 1
     while isinstance(args[count], Tensor):
@@ -87,8 +92,13 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
             if len(_COMPILED) >= _MOST_COMPILED:
                 _COMPILED.clear()
             # With the kernel, whose number no other gets while it is held.
-            _COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata, kernel
+            found = compiled.run, compiled.function, compiled.packed_metadata, kernel
+            _COMPILED[key] = found
+        if watching is not None:
+            watching.launch(found, grid, tensors, numbers)
         return
+    if watching is not None:
+        watching.launch(found, grid, tensors, numbers)
     run, function, metadata, _ = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)

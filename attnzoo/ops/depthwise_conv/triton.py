@@ -16,6 +16,7 @@ from torch import Tensor
 from attnzoo.ops.depthwise_conv.torch import widened
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import _ceil, _rows, launch_kernel, launched
+from attnzoo.ops.triton_replay import replayed
 
 
 @triton.jit
@@ -362,7 +363,7 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.empty(like.shape, dtype=like.dtype, device=partial.device)
     bias = torch.empty(kernels, dtype=like.dtype, device=partial.device)
     if kernels:
-        _tap_sums_kernel[(taps, _ceil(kernels, 8))](
+        launch_kernel(_tap_sums_kernel, (taps, _ceil(kernels, 8)),
             partial, weight, bias, parts * (c // kernels), c, kernels, c // kernels, taps - 1, 256,
             8, num_warps=4,
         )  # fmt: skip
@@ -402,11 +403,12 @@ def stencil(
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
     added = out if added is None else added.contiguous()
     options = bias is not None, added is not out, is_transposed
+    kernels = weight.shape[0]
     if weight.shape[-1] == 5:
         rows, w, channels, warps = WIDE_STENCIL_BLOCK
         # Loaded where they are used, of neighboring channels together.
-        taps = torch.empty(25, c // len(weight), len(weight), dtype=torch.float32, device=x.device)
-        taps.copy_(weight.flatten(1).t().unsqueeze(1))
+        taps = weight.flatten(1).t().unsqueeze(1).expand(25, c // kernels, kernels)
+        taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         unit = 1 if spacing % 2 or c % 2 else 2
         strides = spacing // unit, c // unit
     else:
@@ -414,7 +416,7 @@ def stencil(
         taps = weight.contiguous()
     strips = _ceil(grid[0], rows)
     programs = b * strips, _ceil(grid[1], w), _ceil(c, channels)
-    operands = x, taps, taps if bias is None else bias, added, out, *grid, c, len(weight)
+    operands = x, taps, taps if bias is None else bias, added, out, *grid, c, kernels
     if not out.numel():
         return out
     if weight.shape[-1] == 5:
@@ -516,6 +518,7 @@ def _stencil_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+_stencil.register_inference(replayed(_stencil.function))
 _stencil.register_autograd(_stencil_gradients, setup_context=_stencil_setup)
 
 
@@ -524,5 +527,8 @@ def depthwise_conv(
     added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.depthwise_conv``."""
-    size = 3 if max(weight.shape[2:]) <= 3 else 5
-    return _stencil(x.to(operand_dtype(x)), widened(weight, size), bias, added, *grid)
+    dtype, (_, _, high, wide) = operand_dtype(x), weight.shape
+    size = 3 if max(high, wide) <= 3 else 5
+    if high != wide or high != size:
+        weight = widened(weight, size)
+    return _stencil(x if x.dtype is dtype else x.to(dtype), weight, bias, added, *grid)

@@ -34,6 +34,7 @@ from attnzoo.ops.triton_common import (
     launch_kernel,
     launched,
 )
+from attnzoo.ops.triton_replay import replayed
 
 
 @triton.jit
@@ -544,6 +545,10 @@ def _linear_core(
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
     inverse = _read(query, state, out, heads, is_relu, divide, eps, dtype)
     return out, state, inverse
+
+
+# Nothing but the backward reads the others.
+_linear_core.register_inference(replayed(_linear_core.function, 1))
 
 
 @_linear_core.register_fake

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.dispatch import is_inference
 from attnzoo.ops.triton_common import (
     _LARGEST,
     _LN2,
@@ -24,6 +25,7 @@ from attnzoo.ops.triton_common import (
     launch_kernel,
     launched,
 )
+from attnzoo.ops.triton_replay import replayed
 
 _TURNS = 4  # tiles of rows of a program whose sums over rows leave together
 
@@ -332,13 +334,29 @@ _scaled_forward.register_autograd(_scaled_gradients, setup_context=_scaled_setup
 
 def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
     """See ``attnzoo.ops.power_map``; computed in float32, the result in the dtype of z."""
+    if is_inference():
+        return _replayed_scaled(z, scale, gamma, offset)
+    return _scaled_power_map(z, scale, gamma, offset)
+
+
+def _scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
     rows = z.reshape(-1, z.shape[-1])
     return _scaled_forward(rows, scale.contiguous(), gamma, offset)[0].view(z.shape)
 
 
+_replayed_scaled = replayed(_scaled_power_map)
+
+
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """See ``attnzoo.ops.power_map``; computed in float32."""
+    return (_replayed_map if is_inference() else _power_map)(z, gamma)
+
+
+def _power_map(z: Tensor, gamma: Tensor) -> Tensor:
     powers = gamma.float().expand(*z.shape[:-1], 1).reshape(-1)
     # Expanding may leave all rows one address, which a kernel would not see.
     powers = powers.contiguous()
     return power_map_forward(z.reshape(-1, z.shape[-1]), powers)[0].view(z.shape)
+
+
+_replayed_map = replayed(_power_map)

@@ -15,9 +15,9 @@ class Weights(NamedTuple):
         projector_routers: Of Q' and K', (projectors, d) each.
         projectors: Of Q' and K', (projectors, d, d) each.
         kernel_routers: Of Q, K, Q', K', (factors, d) each.
-        gammas: Exponents of Q, K, Q', K', (4, factors).
+        gammas: Exponents of Q, K, Q', K', (4, factors), or (1, factors) of all alike.
         difference_routers: Of queries and of keys, (factors', 2 d) each.
-        lambdas: Of queries and of keys, (2, factors').
+        lambdas: Of queries and of keys, (2, factors'), or (1, factors') of both.
     """
 
     projector_routers: Sequence[Tensor]

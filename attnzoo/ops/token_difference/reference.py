@@ -50,14 +50,15 @@ def dynamic_differential_attention(
 ) -> Tensor:
     """See ``attnzoo.ops.token_difference``."""
     gradient: RouterGradient = "ste" if learn else "none"
+    gammas, lambdas = weights.gammas.expand(4, -1), weights.lambdas.expand(2, -1)
     sides = []
     for i, shared in enumerate((query, key)):
         chosen = decide(weights.projector_routers[i], [x], gradient)
         prime = routed_linear(x, weights.projectors[i], chosen.index, impl=impl)
         prime = gated(prime, chosen, gradient, impl=impl)
         sides.append(focused_difference(
-            shared, prime, weights.kernel_routers[i::2], weights.gammas[i::2],
-            weights.difference_routers[i], weights.lambdas[i], gradient, impl,
+            shared, prime, weights.kernel_routers[i::2], gammas[i::2],
+            weights.difference_routers[i], lambdas[i], gradient, impl,
         ))  # fmt: skip
     (query, base), (key, key_base) = (
         [z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in side] for side in sides

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.dispatch import is_inference
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map.triton import _pivot
+from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
@@ -45,6 +47,7 @@ from attnzoo.ops.triton_common import (
     launch_kernel,
     launched,
 )
+from attnzoo.ops.triton_replay import replayed
 
 
 @triton.jit
@@ -372,21 +375,44 @@ def dynamic_differential_attention(
     learn: bool,
     heads: int,
 ) -> Tensor:
-    """See ``attnzoo.ops.token_difference``.
+    """See ``attnzoo.ops.token_difference``."""
+    options = eps, learn, heads
+    operands = x, query, key, value, weights.gammas, weights.lambdas
+    routers = *weights.kernel_routers, *weights.difference_routers
+    operands = *operands, *weights.projector_routers, *weights.projectors, *routers, *options
+    # Without autocast, or after it: under another type the core might not be the kernels'.
+    if is_inference() and operand_dtype(x) is x.dtype:
+        return _replayed_attention(*operands)
+    return _attention(*operands)
+
+
+def _attention(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gammas: Tensor,
+    lambdas: Tensor,
+    *operands: Any,
+) -> Tensor:
+    """What ``dynamic_differential_attention`` computes, of all weights side by side.
 
     Queries leave their kernel divided by their normalisers, so that plain products are left.
     """
-    projector_routers, projectors, kernel_routers, gammas, difference_routers, lambdas = weights
+    *routers, eps, learn, heads = operands
+    projector_routers, projectors = routers[:2], routers[2:4]
+    kernel_routers, difference_routers = routers[4:8], routers[8:]
     primes, _, gates = routed_pair(x, projector_routers, projectors)
     lambdas = lambdas.float()
-    if gammas.stride(0) == 0:  # all share theirs, and one copy serves queries and keys
-        gammas = gammas[:2].float().contiguous()
+    if gammas.shape[0] == 1:  # one copy serves queries and keys
+        gammas = gammas.expand(2, -1)
+        gammas = gammas.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         gammas = gammas, gammas
     else:
         gammas = gammas[::2], gammas[1::2]
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(
-        key, key_prime, kernel_routers[1::2], gammas[1], difference_routers[1], lambdas[1],
+        key, key_prime, kernel_routers[1::2], gammas[1], difference_routers[1], lambdas[-1],
         gates[1], learn=learn,
     )  # fmt: skip
     query, _ = focused_difference(
@@ -399,3 +425,6 @@ def dynamic_differential_attention(
         return half_attention(query, key, value)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     return half_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+_replayed_attention = replayed(_attention)
