@@ -13,15 +13,8 @@ from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 
 _KEYS = (
-    "training",
-    "checks",
-    "missed",
-    "gpus",
-    "device",
-    "versions",
-    "device_name",
-    "commit",
-    "datetime",
+    *("training", "checks", "missed", "gpus", "device"),
+    *("versions", "device_name", "commit", "datetime"),
 )
 _WAYS = {"ddp": "one reduction", "fsdp2": "FSDP2"}
 

@@ -13,10 +13,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from bench.isolate import one_line
 from bench.scaling_cases import Case, read_plan
@@ -110,7 +109,7 @@ def _saved(trainer: Trainer, run: Run) -> dict[str, float]:
     return {"seconds": taken, "bytes": size}
 
 
-def main(folder: Path) -> int:
+def main(folder: Path) -> NoReturn:
     """Measures the cases that ``folder`` lists; the first process writes a line for each."""
     rank = int(os.environ.get("RANK", 0))
     (folder / f"process-{rank}").write_text(str(os.getpid()))
@@ -131,11 +130,10 @@ def main(folder: Path) -> int:
         (folder / f"error-{rank}").write_text(one_line(error))
         # The others may wait for this one forever; who started them ends them.
         os._exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        os._exit(0)  # gloo's threads can abort the interpreter while it shuts down
-    return 0
+    # Gloo's threads can abort an interpreter that shuts down, and NCCL can wait for its graphs.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
