@@ -9,6 +9,7 @@ puts it into the page's part ``<!-- scaling -->``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import tempfile
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda import nccl
 
 import attnzoo
 from attnzoo.contract import nearest
@@ -27,7 +29,7 @@ from bench.results import rounded
 from bench.scaling_cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
 from bench.scaling_checks import CHECKS, Checks
 from bench.scaling_figures import read_scaling, tables
-from bench.scaling_launch import Launch
+from bench.scaling_launch import TOO_SLOW, Launch
 from bench.tables import parts_around, put_into
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_json
@@ -56,13 +58,14 @@ class Run:
             "training": [], "checks": [], "missed": [],
         }  # fmt: skip
         if options.device == "cuda":
-            nccl: Any = torch.cuda.nccl.version()
-            self.report["versions"]["nccl"] = ".".join(map(str, nccl))
+            version: Any = nccl.version()
+            self.report["versions"]["nccl"] = ".".join(map(str, version))
         if report is not None:
             machine.require_same(report, self.report, options.out, ("gpus",))
             kept = ("training", "checks", "datetime")
             self.report |= {name: report[name] for name in kept}
         self._starts = 0
+        self._failed: dict[str, str] = {}  # by name of a case, why it is not recorded
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
@@ -112,13 +115,36 @@ class Run:
                         continue
                     launch.close()
                     del running[number]
-                    for case in launch.cases if is_late else launch.cases[:1]:
-                        self._miss(case.name, reason)
-                    if not is_late and (left := launch.cases[1:]):
+                    if is_late:
+                        left = []
+                        for case in launch.cases:
+                            self._miss(case.name, reason)
+                    else:
+                        left = self._left(launch.cases, reason)
+                    if left:
                         running[number] = self._launch(left, places[number], folder)
         finally:
             for launch in running.values():
                 launch.close()
+
+    def _left(self, cases: list[Case], reason: str) -> list[Case]:
+        """What to start again after the first of these cases has failed.
+
+        It is tried once more without a recording, and so are the others where it hung.
+        """
+        first, *others = cases
+        if not first.recorded or first.way != "ddp" or self.options.device == "cpu":
+            self._miss(first.name, reason)
+            return others
+        print(f"{first.name}: {reason}; tried again without a recording", flush=True)
+        self._failed[first.name] = f"its recorded step failed: {reason}"
+        if reason.startswith(TOO_SLOW):
+            for case in others:
+                self._failed[case.name] = (
+                    f"its step was not recorded, as that of {first.name} hung"
+                )
+            others = [dataclasses.replace(case, recorded=False) for case in others]
+        return [dataclasses.replace(first, recorded=False), *others]
 
     def _places(self, wave: Wave) -> list[Sequence[int] | None]:
         """The GPUs of each group."""
@@ -150,6 +176,8 @@ class Run:
         self._write()
 
     def _keep(self, row: dict[str, Any]) -> None:
+        if reason := self._failed.get(_case_of(row).name):
+            row["notes"].append(reason)
         self.report["training"].append(row)
         speed, begun = row["images_per_second"], row["until_the_second_step"]
         print(f"{_case_of(row).name}: {speed:.0f} images/s, {row['treatment']} "
@@ -166,7 +194,7 @@ class Run:
 
 
 def _case_of(row: dict[str, Any]) -> Case:
-    names = ("mechanism", "tokens", "gpus", "way", "size", "saves")
+    names = ("mechanism", "tokens", "gpus", "way", "size")
     return Case(**{name: row[name] for name in names})
 
 

@@ -39,6 +39,7 @@ class Case:
             the host, as sharded ones are, for them to be compared with.
         size: Of the backbone, in the controlled protocol.
         saves: Whether a checkpoint is written and timed afterwards.
+        recorded: Whether a step is one CUDA graph where that is possible.
     """
 
     mechanism: str
@@ -47,6 +48,7 @@ class Case:
     way: str = "ddp"
     size: str = "L"
     saves: bool = False
+    recorded: bool = True
 
     @property
     def name(self) -> str:
@@ -64,12 +66,13 @@ class Case:
 
     def settings(self, latents: Path) -> Settings:
         """Those of ``train.py --preset dit`` in the controlled protocol, on these latents."""
+        is_base = self.way == "fsdp2" and self.gpus == 1
         every = dict.fromkeys(("checkpoint_every", "sample_every", "diagnose_every"), _LONG)
         own = {
             "data": str(latents), "attn": self.mechanism, "size": self.size,
             "protocol": "controlled", "batch_size": self.images * self.gpus, "steps": _LONG,
             "sharded": self.way == "fsdp2" and self.gpus > 1, "keep_every": None,
-            "cuda_graph": "off" if self.way == "fsdp2" and self.gpus == 1 else "auto",
+            "cuda_graph": "auto" if self.recorded and not is_base else "off",
         }  # fmt: skip
         return Settings(**{**PRESETS["dit"], **own, **every})
 

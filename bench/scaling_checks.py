@@ -77,7 +77,7 @@ class Checks:
             os.kill(_process_of(process.pid, rank, self.processes), signal.SIGKILL)
             begun, by_itself = time.monotonic(), True
             try:
-                process.wait(_DYING)
+                process.wait(max(1.0, min(_DYING, self.deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
                 by_itself = False
         finally:
@@ -247,8 +247,7 @@ def _make_vae(folder: Path) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks: Any = {"down_block_types": ("DownEncoderBlock2D",) * 2,
+    blocks: Any = {"block_out_channels": (8, 16),
+                   "down_block_types": ("DownEncoderBlock2D",) * 2,
                    "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
-    AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=4, sample_size=32, **blocks
-    ).save_pretrained(folder)
+    AutoencoderKL(norm_num_groups=4, sample_size=32, **blocks).save_pretrained(folder)

@@ -16,6 +16,8 @@ from typing import Any
 from bench.scaling_cases import Case, write_plan
 
 ROOT = Path(__file__).parents[1]
+TOO_SLOW = "took longer than"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def start(
@@ -26,15 +28,16 @@ def start(
     Args:
         script: Arguments of Python.
         processes: By torchrun where there are several.
-        devices: GPUs that they see; None is a CPU.
+        devices: GPUs that they see, counted among those of this process; None is a CPU.
         output: File for what they say.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else ()), *script]
-    cores = os.cpu_count() or 1
+    cores, names = os.cpu_count() or 1, os.environ.get(_VISIBLE, "").split(",")
+    names = [name for name in names if name]
     environment = {
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": "" if devices is None else ",".join(map(str, devices)),
+        _VISIBLE: ",".join(names[device] if names else str(device) for device in devices or ()),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         # What torchrun would set, for one process too.
         "OMP_NUM_THREADS": "1",
@@ -93,7 +96,7 @@ class Launch:
         if self._process.poll() is not None:
             return f"ended with {self._process.returncode}: {last_words(self._output)}"
         if time.monotonic() - self._since > patience:
-            return f"took longer than {patience:.0f} s"
+            return f"{TOO_SLOW} {patience:.0f} s"
         return None
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ def test_a_case_is_timed_as_train_py_takes_its_steps(tmp_path):
 
 def test_two_processes_shard_and_the_one_that_fails_says_why(out, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "names_in", lambda pattern: ())  # any name
+    monkeypatch.setattr(scaling, "_PROCESSES", 2)  # else two starts, side by side
     report = report_of(out, "--gpus", "2", "--mechanisms", "sana,softmin", "--ways", "fsdp2",
                        "--parts", "training")  # fmt: skip
     (row,), (miss,) = report["training"], report["missed"]
@@ -123,6 +124,34 @@ def test_what_fails_is_named_and_the_others_are_measured(out, played):
         report_of(out, "--resume")
 
 
+@pytest.mark.parametrize(
+    ("reason", "is_tried"), [("it broke", True), ("took longer than 9 s", False)]
+)
+def test_what_fails_recorded_is_tried_launched(out, played, monkeypatch, reason, is_tried):
+    class Once(Played):
+        def rows(self):
+            good = []
+            while self.cases and not self.cases[0].recorded:
+                good.append(row_of(self.cases.pop(0)))
+            return good
+
+        def failure(self, patience):
+            return reason
+
+    monkeypatch.setattr(scaling, "Launch", Once)
+    options = scaling._options(["--out", str(out), *TINY, "--gpus", "2", "--parts", "training",
+                                "--mechanisms", "sana,agent", "--ways", "ddp"])  # fmt: skip
+    options.device, options.there, options.resume = "cuda", 2, False
+    monkeypatch.setattr(scaling.nccl, "version", lambda: (2, 28))
+    monkeypatch.setattr(scaling.machine, "describe", lambda *_: {"versions": {}})
+    report = scaling.Run(options).measure()
+    first, second = report["training"]
+    assert first["notes"] == [f"its recorded step failed: {reason}"] and not report["missed"]
+    # Where it hung, the others are spared the wait.
+    assert ("as that of sana" in second["notes"][0]) != is_tried
+    assert len(played) == (3 if is_tried else 2)
+
+
 def test_a_run_without_time_left_says_what_it_lacks(out, played):
     report = report_of(out, "--gpus", "1,2", "--mechanisms", "slow", "--seconds", "0.3")
     assert not report["training"] and not report["checks"]
@@ -147,7 +176,7 @@ def test_one_gpu_comes_first_and_groups_get_gpus_of_their_own(out, played, monke
     ]
     monkeypatch.setattr(scaling, "write_latents", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28))
+    monkeypatch.setattr(scaling.nccl, "version", lambda: (2, 28))
     monkeypatch.setattr(scaling.machine, "describe", lambda *_: {"device_name": "x",
                                                                  "versions": {}})  # fmt: skip
     assert main(["--out", str(out), "--device", "cuda", "--parts", "training"]) == 0
