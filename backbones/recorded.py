@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attnzoo import InvalidValue
 from attnzoo.errors import Unavailable
+from backbones.cast_once import cast_once
 from backbones.dit import DiT
 
 # Twelve blocks with a constant of their own each, in training and inference, for a few sizes.
@@ -160,6 +161,7 @@ def record(
     size: int | tuple[int, int] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    frozen: bool = False,
 ) -> RecordedForward:
     """Records the forward of a model for a batch and a size, to be replayed by one launch.
 
@@ -171,10 +173,11 @@ def record(
         size: Side of the input, or (height, width), in pixels of the model's input; None is the
             size that the model was made for.
         dtype: Computes under autocast in this type; None computes in the weights' own.
+        frozen: Casts the weights once, here, and not in every replay: the same numbers, sooner.
 
     Returns:
         What takes the arguments of the model itself. It sees every change of the weights that is
-        made in place, as by an optimizer or ``load_state_dict``.
+        made in place, as by an optimizer or ``load_state_dict``; frozen, not of those it has cast.
 
     Raises:
         InvalidValue: The batch or size is none, or the model is in training mode.
@@ -188,7 +191,7 @@ def record(
     _require_eval(model)
     if reason := why_not_recorded(model):
         raise Unavailable(f"{reason}; move it to one with model.to('cuda'), or call it directly")
-    return RecordedForward(model, batch, (height, width), dtype)
+    return RecordedForward(model, batch, (height, width), dtype, frozen)
 
 
 class RecordedForward:
@@ -199,10 +202,16 @@ class RecordedForward:
         batch: Images of a call.
         size: (height, width) of the input.
         dtype: Of autocast, or None.
+        frozen: Whether weights are cast once.
     """
 
     def __init__(
-        self, model: DiT, batch: int, size: tuple[int, int], dtype: torch.dtype | None
+        self,
+        model: DiT,
+        batch: int,
+        size: tuple[int, int],
+        dtype: torch.dtype | None,
+        frozen: bool = False,
     ) -> None:
         self.model = model
         weight = model.class_embedding.weight
@@ -220,9 +229,11 @@ class RecordedForward:
             ):  # fmt: skip
                 return model(self._images, self._times, self._labels, return_dict=False)[0]
 
+        casts = cast_once(model, forward) if frozen else contextlib.nullcontext()
         with torch.cuda.device(weight.device):
             try:
-                self._graph, self._sample = captured(forward)
+                with casts as self._weights:
+                    self._graph, self._sample = captured(forward)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

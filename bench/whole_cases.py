@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -26,6 +27,7 @@ from attnzoo.counting import count_macs
 from attnzoo.errors import Unavailable
 from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
 from backbones import DiT, build_backbone, compile_blocks, record
+from backbones.cast_once import cast_once
 from backbones.recorded import captured
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import relative_error
@@ -164,7 +166,8 @@ class Subject:
         """The step as one launch."""
         if self.case.mode == "forward":
             side = self.images.shape[-1]
-            replay = record(self.model, self.case.batch, side, dtype=torch.bfloat16)
+            # Weights are cast once, as in recipes/sample.py.
+            replay = record(self.model, self.case.batch, side, dtype=torch.bfloat16, frozen=True)
             return lambda: replay(self.images, self.times, self.labels, return_dict=False)[0]
         return recorded(self.step)
 
@@ -202,7 +205,10 @@ def compile_ahead(case: Case, setup: Setup) -> str:
     quiet()
     config.compile_threads = 1  # the other cores have cases of their own
     model = compile_blocks(_model(case, setup.device, depth=2), backend=setup.backend)
-    Subject(case, setup, model).step()
+    subject = Subject(case, setup, model)
+    is_frozen = case.mode == "forward" and setup.device == "cuda"
+    with cast_once(model, subject.step) if is_frozen else contextlib.nullcontext():
+        subject.step()
     return case.name
 
 
@@ -231,7 +237,6 @@ class Calls:
                 else:
                     model = compile_blocks(copy.deepcopy(plain.model), backend=setup.backend)
                     compiled = Subject(case, setup, model)
-                    compiled.step()
                     step = compiled.step if setup.device == "cpu" else compiled.recorded()
                     self._check(treatment, compiled.found(step()), wanted, setup)
                 self.steps[treatment] = step

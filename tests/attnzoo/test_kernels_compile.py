@@ -88,8 +88,8 @@ def launch_difference(dtype, choices, heads, width=384):
         operands = Operands(
             z, z, *routers, gammas, lambdas, None, key_sum, 1e-6, heads, True, True
         )
-        out, sums, *saved = difference_forward(*operands)
         for triton_backward.FEW_ROWS in (0, 8192):
+            out, sums, *saved = difference_forward(*operands)
             difference_backward(out, sums if key_sum is None else None, out, *saved, *operands)
 
 

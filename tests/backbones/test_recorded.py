@@ -163,6 +163,21 @@ class TestRecorded:
         with pytest.raises(InvalidValue, match="moved or replaced"):
             replay(*arguments)
 
+    @pytest.mark.parametrize("is_compiled", [False, True])
+    @pytest.mark.parametrize("attn", ["softmax", "dydila"])
+    def test_frozen_it_casts_weights_once_and_gives_the_same(self, attn, is_compiled):
+        model, arguments = self.model(attn), inputs(2, 16, "cuda", channels=4)
+        if is_compiled:  # and called, for the weights' own type: PyTorch must not take that again
+            compile_blocks(model)
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                for _ in range(3):
+                    model(*arguments)
+        own = {key: z.clone() for key, z in model.state_dict().items()}
+        wanted = record(model, 2, 16, dtype=torch.bfloat16)(*arguments).sample
+        replay = record(model, 2, 16, dtype=torch.bfloat16, frozen=True)
+        assert torch.equal(replay(*arguments).sample, wanted)
+        assert all(torch.equal(z, own[key]) for key, z in model.state_dict().items())
+
     def test_a_wait_is_refused_by_name_and_leaves_random_numbers_usable(self):
         model = self.model("sana")
         model.final_projection.register_forward_hook(

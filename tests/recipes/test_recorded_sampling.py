@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import attnzoo
-from backbones import build_backbone, compile_blocks
+from backbones import build_backbone
 from recipes import evaluate as evaluate_module
 from recipes import sample as sample_module
 from recipes.lab.console import UserError
 from recipes.lab.diffusion import MODES, PRECISIONS, Diffusion, Recorder, generator_for, sample
-from recipes.lab.diffusion.recorded import Steps, cast_once, solver_weights
+from recipes.lab.diffusion.recorded import Steps, solver_weights
 from recipes.lab.evaluation.shards import Plan, shard_folder
 from recipes.lab.sampling import RunSampler
 
@@ -230,58 +230,6 @@ def model_of(name):
         with torch.no_grad():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-class TestWeightsThatAreCastOnce:
-    @pytest.mark.parametrize("name", MECHANISMS)
-    def test_the_numbers_are_those_of_autocast(self, name):
-        model = model_of(name)
-        images = torch.randn(2, *SHAPE, generator=generator_for(2))
-        own = {key: z.clone() for key, z in model.state_dict().items()}
-
-        def call():
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                return model(images, torch.tensor([3.0, 700.0]), torch.tensor([0, 4])).sample
-
-        wanted = call()
-        with cast_once(model, call) as cast:
-            assert cast and all(weight.dtype == torch.bfloat16 for weight in cast)
-            assert torch.equal(call(), wanted)
-        assert all(torch.equal(z, own[key]) for key, z in model.state_dict().items())
-        assert all(z.dtype == own[key].dtype for key, z in model.state_dict().items())
-
-    def test_a_compiled_model_is_cast_too(self):
-        model = compile_blocks(model_of("softmax"), backend="aot_eager")
-        images, times = torch.randn(2, *SHAPE), torch.tensor([3.0, 700.0])
-
-        def call():
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                return model(images, times, torch.tensor([0, 4])).sample
-
-        wanted = call()
-        with cast_once(model, call) as cast:
-            assert len(cast) > 10 and torch.equal(call(), wanted)
-        assert torch.equal(call(), wanted)
-
-    def test_a_weight_that_is_read_otherwise_too_keeps_its_type(self):
-        layer = nn.Linear(8, 8)
-        other = nn.Linear(8, 8)
-        model = nn.ModuleList([layer, other])
-        x = torch.randn(2, 8)
-
-        def call():
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                return layer(x) * layer.weight.sum() + other(x)
-
-        wanted = call()
-        with cast_once(model, call) as cast:
-            assert layer.weight.dtype == torch.float32 and other.weight.dtype == torch.bfloat16
-            assert len(cast) == 3 and torch.equal(call(), wanted)
-
-    def test_without_autocast_there_is_nothing_to_cast(self):
-        model = model_of("sana")
-        with cast_once(model, lambda: model(torch.zeros(1, *SHAPE), 1, torch.tensor([0]))) as cast:
-            assert cast == []
 
 
 @needs_gpu

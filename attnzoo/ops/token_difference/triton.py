@@ -22,6 +22,7 @@ from attnzoo.ops.power_map.triton import _pivot
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
+    _are_many,
     _columns,
     _exponent,
     _of_head,
@@ -231,8 +232,11 @@ def _difference_kernel(
 
 
 # Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
-# a warp takes: with fewer, several warps would compute the same powers.
-DIFFERENCE_BLOCK = (32, 32, 2, 3)
+# a warp takes: with fewer, several warps compute the same powers, which pays where few rows would
+# leave most of a GPU idle.
+DIFFERENCE_BLOCK = (64, 64, 4, 3)
+FEW_DIFFERENCE_BLOCK = (16, 32, 2, 3)
+EXACT_DIFFERENCE_BLOCK = (32, 32, 2, 3)
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
@@ -248,10 +252,11 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     b, n, d = z1.shape
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
-    size, chunk, warps, stages = DIFFERENCE_BLOCK
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+    block = DIFFERENCE_BLOCK if _are_many(rows, z1) else FEW_DIFFERENCE_BLOCK
+    size, chunk, warps, stages = block if z1.element_size() == 2 else EXACT_DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
-    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=z1.device)

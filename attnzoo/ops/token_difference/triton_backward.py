@@ -512,6 +512,11 @@ ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
 ROUTER_PROGRAMS = 792
 
 
+def _are_many(rows: int, z: Tensor) -> bool:
+    """Whether rows fill a GPU by tiles of many; in float32 such tiles would spill registers."""
+    return rows > FEW_ROWS and z.element_size() == 2
+
+
 def _columns(most: int, head_dim: int, heads: int) -> int:
     """Columns of a tile: at most ``most``, and within one head where there are several."""
     return most if heads == 1 else min(most, head_dim & -head_dim)
@@ -558,8 +563,7 @@ def difference_backward(
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     grad, grad_spacing = _rows(grad)
     r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
-    # In float32 the products with powers would spill registers.
-    is_many = b * n > FEW_ROWS and z1.element_size() == 2
+    is_many = _are_many(b * n, z1)
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())

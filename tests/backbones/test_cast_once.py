@@ -1,0 +1,72 @@
+"""Weights that are cast once give the numbers of autocast, and come back as they were."""
+
+import pytest
+import torch
+from torch import nn
+
+import attnzoo
+from backbones import build_backbone, compile_blocks
+from backbones.cast_once import cast_once
+from tests.backbones.weights import scrambled
+
+SHAPE = (3, 8, 8)
+
+
+def model_of(name):
+    model = build_backbone(name, "tiny", in_channels=3, num_classes=5, resolution=8,
+                           latent_factor=1, patch_size=2, learn_sigma=False)  # fmt: skip
+    return scrambled(model)
+
+
+@pytest.mark.parametrize("name", attnzoo.list_attention())
+def test_the_numbers_are_those_of_autocast(name):
+    model = model_of(name)
+    images = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    own = {key: z.clone() for key, z in model.state_dict().items()}
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return model(images, torch.tensor([3.0, 700.0]), torch.tensor([0, 4])).sample
+
+    wanted = call()
+    with cast_once(model, call) as cast:
+        assert cast and all(weight.dtype == torch.bfloat16 for weight in cast)
+        assert torch.equal(call(), wanted)
+    assert all(torch.equal(z, own[key]) for key, z in model.state_dict().items())
+    assert all(z.dtype == own[key].dtype for key, z in model.state_dict().items())
+
+
+def test_a_compiled_model_is_cast_too():
+    model = compile_blocks(model_of("softmax"), backend="aot_eager")
+    images, times = torch.randn(2, *SHAPE), torch.tensor([3.0, 700.0])
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return model(images, times, torch.tensor([0, 4])).sample
+
+    wanted = call()
+    with cast_once(model, call) as cast:
+        assert len(cast) > 10 and torch.equal(call(), wanted)
+    assert torch.equal(call(), wanted)
+
+
+def test_a_weight_that_is_read_otherwise_too_keeps_its_type():
+    layer = nn.Linear(8, 8)
+    other = nn.Linear(8, 8)
+    model = nn.ModuleList([layer, other])
+    x = torch.randn(2, 8)
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return layer(x) * layer.weight.sum() + other(x)
+
+    wanted = call()
+    with cast_once(model, call) as cast:
+        assert layer.weight.dtype == torch.float32 and other.weight.dtype == torch.bfloat16
+        assert len(cast) == 3 and torch.equal(call(), wanted)
+
+
+def test_without_autocast_there_is_nothing_to_cast():
+    model = model_of("sana")
+    with cast_once(model, lambda: model(torch.zeros(1, *SHAPE), 1, torch.tensor([0]))) as cast:
+        assert cast == []
