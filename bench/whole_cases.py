@@ -277,7 +277,7 @@ def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict
         **dataclasses.asdict(case),
         "resolution": case.resolution,
         "batch": case.batch,
-        "seconds": {name: _spread(rounds[name]) for name in ours.steps},
+        "seconds": {name: spread(rounds[name]) for name in ours.steps},
         "over_softmax": {name: ratio(rounds[name], rounds[f"softmax {name}"]) for name in shared},
         "over_fastest": over_fastest,
         "errors": ours.errors,
@@ -568,7 +568,8 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
     ordered = sorted(values)
     quarter = [ordered[round(share * (len(ordered) - 1))] for share in (0.25, 0.75)]
     return {"median": statistics.median(values), "q1": quarter[0], "q3": quarter[1]}

@@ -201,7 +201,7 @@ def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]
     }
 
 
-def _where(report: dict[str, Any]) -> str:
+def where(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
     return (
         f"{report['device_name']}, {versions}, commit {report['commit']}, "
@@ -211,7 +211,7 @@ def _where(report: dict[str, Any]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """For ``docs/gpu.md``: the goals, models against resolution, layers over floors; Markdown."""
-    parts = [_where(report)]
+    parts = [where(report)]
     goals = [figure.row for figure in figures(report) if figure.goal != "E9"]
     if goals:
         parts.append(markdown_table(HEADING, goals, padded=True))
@@ -261,7 +261,7 @@ _WORDS = {"forward": "forward", "train": "training step"}
 
 def tables(report: dict[str, Any]) -> str:
     """Where the figures come from, the goals, every whole model and every layer, as Markdown."""
-    parts = [_where(report)]
+    parts = [where(report)]
     if rows := [figure.row for figure in figures(report)]:
         parts.append(markdown_table(HEADING, rows, padded=True))
     heading = ["model", "size", "px", "batch", "step", *(f"{name}, ms" for name in TREATMENTS),

@@ -264,12 +264,7 @@ class Run:
             self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
 
     def _continue(self, report: dict[str, Any]) -> None:
-        for what in ("device_name", "versions", "commit"):
-            if report[what] != self.report[what]:
-                raise UserError(
-                    f"{self.options.out} has {what} {report[what]!r}, and this run "
-                    f"{self.report[what]!r}; write into another --out, or run without --resume"
-                )
+        machine.require_same(report, self.report, self.options.out)
         self.report |= {"missed": [], **{name: report.get(name, []) for name in PARTS},
                         "datetime": report["datetime"]}  # fmt: skip
         if "peaks" in report:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from attnzoo.command.listing import table
-from bench import paper_table, results, whole_figures
+from bench import paper_table, results, scaling_figures, whole_figures
 from bench.thresholds import figures_of
 from recipes import compare, convert, encode, evaluate, sample, train
 from tests.markdown_pages import (
@@ -208,6 +208,8 @@ def test_every_missed_goal_has_its_reason():
         missed |= set(figures_of(results.read_report(DOCS / "plots" / name)))
     for path in DOCS.glob("plots/whole-models*.json"):
         missed |= set(whole_figures.figures(json.loads(path.read_text("utf-8"))))
+    for path in DOCS.glob("plots/scaling*.json"):
+        missed |= set(scaling_figures.figures(scaling_figures.read_scaling(path)))
     missed = {figure.goal for figure in missed if figure.verdict == "minimum missed"}
     part = page("goals.md").split("## What is missed")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")]

@@ -1,0 +1,289 @@
+"""``python -m bench.scaling --out scaling.json``: training on several GPUs, and what it must keep.
+
+Images per second of training steps on 1, 2, 4, ... GPUs with one reduction of all gradients and
+with FSDP2; a checkpoint's time; and whether a killed process, encode.py and evaluate.py leave the
+results as they are. ``--table scaling.json`` prints what a file holds, and with ``--into PAGE``
+puts it into the page's part ``<!-- scaling -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.cuda import nccl
+
+import attnzoo
+from attnzoo.contract import nearest
+from backbones.pattern import names_in
+from bench import machine
+from bench.results import rounded
+from bench.scaling_cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
+from bench.scaling_checks import CHECKS, Checks
+from bench.scaling_figures import read_scaling, tables
+from bench.scaling_launch import TOO_SLOW, Launch
+from bench.tables import parts_around, put_into
+from recipes.lab.console import DONE, UserError, run_script
+from recipes.lab.files import require_writable, write_json
+
+PARTS = ("training", *CHECKS)
+_PROCESSES = 8  # of a CPU, at most
+SPENT = "the time was spent; raise --seconds, or go on with --resume"
+
+
+class Run:
+    """Measures in the order of importance, and writes what it has after every case.
+
+    Args:
+        options: Of the command line.
+        report: Of an earlier run, which this one continues.
+    """
+
+    def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
+        self.options = options
+        self.end = time.monotonic() + options.seconds
+        self.report: dict[str, Any] = {
+            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": machine.commit(),
+            **machine.describe(options.device, torch.get_num_threads()),
+            "device": options.device, "gpus": options.there, "cores": os.cpu_count(),
+            "training": [], "checks": [], "missed": [],
+        }  # fmt: skip
+        if options.device == "cuda":
+            version: Any = nccl.version()
+            self.report["versions"]["nccl"] = ".".join(map(str, version))
+        if report is not None:
+            machine.require_same(report, self.report, options.out, ("gpus",))
+            kept = ("training", "checks", "datetime")
+            self.report |= {name: report[name] for name in kept}
+        self._starts = 0
+        self._failed: dict[str, str] = {}  # by name of a case, why it is not recorded
+
+    def measure(self) -> dict[str, Any]:
+        """Measures until the time is spent."""
+        options = self.options
+        done = {_case_of(row).name for row in self.report["training"]}
+        waves = planned(options.mechanisms, options.gpus, options.tokens, options.ways,
+                        options.size, options.there)  # fmt: skip
+        lacking = [[[case for case in group if case.name not in done] for group in wave]
+                   for wave in waves]  # fmt: skip
+        waves = [[group for group in wave if group] for wave in lacking]
+        checked = {row["check"] for row in self.report["checks"]}
+        checks = [name for name in CHECKS if name in options.parts and name not in checked]
+        with tempfile.TemporaryDirectory(prefix="attnzoo-scaling-") as folder:
+            # The checks come after the first trainings on most GPUs, and before the other ways.
+            if "training" in options.parts:
+                for tokens in options.tokens:
+                    write_latents(Path(folder, f"latents-{tokens}"), tokens)
+                for wave in waves[:2]:
+                    self._wave(wave, Path(folder))
+            if checks:
+                self._check(checks, Path(folder))
+            if "training" in options.parts:
+                for wave in waves[2:]:
+                    self._wave(wave, Path(folder))
+        self._write()
+        return self.report
+
+    def _wave(self, wave: Wave, folder: Path) -> None:
+        """Starts groups side by side, and again where one has failed."""
+        places = self._places(wave)
+        running: dict[int, Launch] = {}
+        try:
+            for number, group in enumerate(wave):
+                running[number] = self._launch(group, places[number], folder)
+            while running:
+                time.sleep(0.1)
+                for number, launch in list(running.items()):
+                    for row in launch.rows():
+                        self._keep({**row, "beside": len(wave) - 1})
+                    if not launch.cases:
+                        launch.close()
+                        del running[number]
+                        continue
+                    is_late = time.monotonic() > self.end
+                    reason = SPENT if is_late else launch.failure(self.options.patience)
+                    if reason is None:
+                        continue
+                    launch.close()
+                    del running[number]
+                    if is_late:
+                        left = []
+                        for case in launch.cases:
+                            self._miss(case.name, reason)
+                    else:
+                        left = self._left(launch.cases, reason)
+                    if left:
+                        running[number] = self._launch(left, places[number], folder)
+        finally:
+            for launch in running.values():
+                launch.close()
+
+    def _left(self, cases: list[Case], reason: str) -> list[Case]:
+        """What to start again after the first of these cases has failed.
+
+        It is tried once more without a recording, and so are the others where it hung.
+        """
+        first, *others = cases
+        if not first.recorded or first.way != "ddp" or self.options.device == "cpu":
+            self._miss(first.name, reason)
+            return others
+        print(f"{first.name}: {reason}; tried again without a recording", flush=True)
+        self._failed[first.name] = f"its recorded step failed: {reason}"
+        if reason.startswith(TOO_SLOW):
+            for case in others:
+                self._failed[case.name] = (
+                    f"its step was not recorded, as that of {first.name} hung"
+                )
+            others = [dataclasses.replace(case, recorded=False) for case in others]
+        return [dataclasses.replace(first, recorded=False), *others]
+
+    def _places(self, wave: Wave) -> list[Sequence[int] | None]:
+        """The GPUs of each group."""
+        if self.options.device == "cpu":
+            return [None] * len(wave)
+        size = wave[0][0].gpus if wave else 0
+        return [range(place * size, (place + 1) * size) for place in range(len(wave))]
+
+    def _launch(self, cases: list[Case], devices: Sequence[int] | None, folder: Path) -> Launch:
+        self._starts += 1
+        return Launch(cases, devices, folder / f"start-{self._starts}")
+
+    def _check(self, names: list[str], folder: Path) -> None:
+        options, processes = self.options, max(self.options.gpus)
+        if time.monotonic() > self.end:
+            for name in names:
+                self._miss(f"{name} on {processes}", SPENT)
+            return
+        devices = None if options.device == "cpu" else range(processes)
+        begun = time.monotonic()
+        for name, row, reason in Checks(processes, devices, folder / "checks", self.end).run(
+            names
+        ):
+            if row is None:
+                self._miss(f"{name} on {processes}", reason)
+            else:
+                self.report["checks"].append(row)
+        print(f"{', '.join(names)}: {time.monotonic() - begun:.0f} s", flush=True)
+        self._write()
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        if reason := self._failed.get(_case_of(row).name):
+            row["notes"].append(reason)
+        self.report["training"].append(row)
+        speed, begun = row["images_per_second"], row["until_the_second_step"]
+        print(f"{_case_of(row).name}: {speed:.0f} images/s, {row['treatment']} "
+              f"({begun:.0f} s until the second step)", flush=True)  # fmt: skip
+        self._write()
+
+    def _miss(self, what: str, reason: str) -> None:
+        print(f"{what}: {reason}", flush=True)
+        self.report["missed"].append({"what": what, "reason": reason})
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.options.out, rounded(self.report), indent=None)
+
+
+def _case_of(row: dict[str, Any]) -> Case:
+    names = ("mechanism", "tokens", "gpus", "way", "size")
+    return Case(**{name: row[name] for name in names})
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    parts = _listed(text)
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(f"{flag} {text!r} must be numbers such as 1,2,4")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    parts = _listed(text)
+    for part in parts or [text]:
+        if part not in known:
+            raise UserError(f"{flag}: unknown {part!r}{nearest(part, known)} Choose of "
+                            f"{', '.join(known)}")  # fmt: skip
+    return parts
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    flag = parser.add_argument
+    flag("--out", type=Path, help="JSON to write, after every case")
+    flag("--table", type=Path, help="JSON to print instead of measuring")
+    flag("--into", type=Path, help="page whose part <!-- scaling --> --table replaces")
+    flag("--gpus", help="numbers of GPUs (default: 1, 2, 4, 8 where there are so many)")
+    flag("--mechanisms", default=",".join(MECHANISMS), help="names or patterns")
+    flag("--tokens", default="256,4096", help="of one image")
+    flag("--ways", default=",".join(WAYS), help="ddp (one reduction), fsdp2 (--sharded)")
+    flag("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    flag("--size", default="L", choices=("tiny", "S", "B", "L"), help="of the backbone")
+    flag("--seconds", type=float, default=480.0, help="for everything")
+    flag("--patience", type=float, default=150.0, help="seconds of one case")
+    flag("--device", choices=("cpu", "cuda"), help="a CPU has processes in place of GPUs")
+    flag("--resume", action="store_true", help="go on with what the JSON of --out lacks")
+    options = parser.parse_args(arguments)
+    if (options.out is None) == (options.table is None):
+        raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
+    if options.into and not options.table:
+        raise UserError("--into takes a page for --table, a JSON that has been measured")
+    if options.table:
+        return options
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.there = torch.cuda.device_count() if options.device == "cuda" else _PROCESSES
+    if options.device == "cuda" and not options.there:
+        raise UserError(
+            "--device cuda: there is no GPU here; --device cpu tries it with processes"
+        )
+    counts = [count for count in (1, 2, 4, 8) if count <= options.there]
+    options.gpus = _numbers("--gpus", options.gpus) if options.gpus else counts
+    if (most := max(options.gpus)) > options.there:
+        raise UserError(f"--gpus {most}: there are {options.there} here; take at most as many")
+    options.tokens = _numbers("--tokens", options.tokens)
+    for tokens in options.tokens:
+        if round(tokens**0.5) ** 2 != tokens:
+            raise UserError(f"--tokens {tokens} must be a square, such as 256 or 4096")
+    options.ways = _chosen("--ways", options.ways, WAYS)
+    options.parts = _chosen("--parts", options.parts, PARTS)
+    options.mechanisms = _listed(options.mechanisms)
+    known = attnzoo.list_attention()
+    for name in (part for pattern in options.mechanisms for part in names_in(pattern)):
+        if name not in known:
+            raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
+                            f"{', '.join(known)}")  # fmt: skip
+    if not options.mechanisms:
+        raise UserError(f"--mechanisms names none; choose of {', '.join(known)}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, or prints what was measured."""
+    options = _options(arguments)
+    if options.table:
+        report = read_scaling(options.table)
+        if options.into:
+            parts_around(options.into, "scaling")
+        print(tables(report))
+        if options.into:
+            put_into(options.into, "scaling", tables(report))
+        return DONE
+    require_writable(options.out)
+    earlier = read_scaling(options.out) if options.resume and options.out.exists() else None
+    print(tables(rounded(Run(options, earlier).measure())))
+    return DONE
+
+
+if __name__ == "__main__":
+    run_script(main)

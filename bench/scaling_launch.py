@@ -1,0 +1,123 @@
+"""Starts processes on some of the GPUs, and ends them: by torchrun where there are several."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.scaling_cases import Case, write_plan
+
+ROOT = Path(__file__).parents[1]
+TOO_SLOW = "took longer than"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def start(
+    script: Sequence[str], processes: int, devices: Sequence[int] | None, output: Path
+) -> subprocess.Popen[bytes]:
+    """Starts a script as a user would.
+
+    Args:
+        script: Arguments of Python.
+        processes: By torchrun where there are several.
+        devices: GPUs that they see, counted among those of this process; None is a CPU.
+        output: File for what they say.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else ()), *script]
+    cores, names = os.cpu_count() or 1, os.environ.get(_VISIBLE, "").split(",")
+    names = [name for name in names if name]
+    environment = {
+        **os.environ,
+        _VISIBLE: ",".join(names[device] if names else str(device) for device in devices or ()),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        # What torchrun would set, for one process too.
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(16, cores // max(1, processes)))),
+    }
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=output.parent
+        )
+
+
+def last_words(output: Path) -> str:
+    """The last lines of what processes said, as one."""
+    return " ".join(output.read_text("utf-8", "replace").split())[-200:]
+
+
+class Launch:
+    """One start of some processes, which measure cases one after the other.
+
+    Args:
+        cases: What is left to measure, all on as many GPUs.
+        devices: Which ones; None is a CPU.
+        folder: For this start alone; latents lie beside it.
+    """
+
+    def __init__(self, cases: list[Case], devices: Sequence[int] | None, folder: Path) -> None:
+        self.cases, self.devices, self.folder = list(cases), devices, folder
+        folder.mkdir()
+        write_plan(folder, cases)
+        self._output = folder / "output.txt"
+        script = ["-m", "bench.scaling_worker", str(folder)]
+        self._process = start(script, cases[0].gpus, devices, self._output)
+        self._read = 0
+        self._since = time.monotonic()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those that have come since the last call; their cases are no longer left."""
+        file = self.folder / "rows.jsonl"
+        text = file.read_text("utf-8") if file.exists() else ""
+        lines = text.split("\n")[:-1]  # what has no end is still being written
+        found = [json.loads(line) for line in lines[self._read :]]
+        self._read = len(lines)
+        for _ in found:
+            del self.cases[0]
+            self._since = time.monotonic()
+        return found
+
+    def failure(self, patience: float) -> str | None:
+        """Why the first of the cases left will not be measured; None while it may yet be.
+
+        Args:
+            patience: Seconds that a case may take.
+        """
+        if errors := sorted(self.folder.glob("error-*")):
+            return errors[0].read_text("utf-8") or "it failed"
+        if self._process.poll() is not None:
+            return f"ended with {self._process.returncode}: {last_words(self._output)}"
+        if time.monotonic() - self._since > patience:
+            return f"{TOO_SLOW} {patience:.0f} s"
+        return None
+
+    def close(self) -> None:
+        """Waits for processes that are done, and ends those that are not."""
+        if not self.cases:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        # A process that waits for another one hears no signal but this.
+        for file in self.folder.glob("process-*"):
+            if self._process.poll() is None:
+                with contextlib.suppress(ProcessLookupError, ValueError):
+                    os.kill(int(file.read_text()), signal.SIGKILL)
+        end(self._process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a script and, where it is torchrun, what that has started."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(40)  # torchrun grants its own thirty
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
