@@ -92,9 +92,9 @@ def by_address(on_gpu, monkeypatch):
     return started
 
 
-def build(name, dtype=torch.float32, **options):
+def build(name, dtype=torch.float32, width=32, **options):
     torch.manual_seed(0)
-    layer = attnzoo.build_attention(name, 32, **options)
+    layer = attnzoo.build_attention(name, width, **options)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -102,9 +102,9 @@ def build(name, dtype=torch.float32, **options):
     return layer.eval().to(dtype)
 
 
-def tokens(seed=1, batch=2, grid=GRID, dtype=torch.float32):
+def tokens(seed=1, batch=2, grid=GRID, dtype=torch.float32, width=32):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, grid[0] * grid[1], 32, generator=generator).to(dtype)
+    return torch.randn(batch, grid[0] * grid[1], width, generator=generator).to(dtype)
 
 
 @interpreted
@@ -291,19 +291,24 @@ def test_operators_that_are_replayed_launch_in_one_way_only():
 
 
 # Calls of Python and of C in a forward: on the host of a GPU about a microsecond each, and half.
-MOST_CALLS = {"sana": 100, "focused": 260, "dydila": 290}
+# One head of 160 leaves the core to PyTorch's products, which are not counted.
+MOST_CALLS = {("sana", 32): 100, ("focused", 32): 260, ("dydila", 32): 290, ("dydila", 160): 290}
 
 
 @compiled
-@pytest.mark.parametrize("name", MOST_CALLS)
+@pytest.mark.parametrize(("name", "width"), MOST_CALLS)
 @torch.no_grad()
-def test_a_warm_forward_takes_few_calls(name, on_gpu, monkeypatch):
+def test_a_warm_forward_takes_few_calls(name, width, on_gpu, monkeypatch):
     from triton.runtime.jit import JITFunction
 
+    from attnzoo.ops.token_difference import triton as difference
+
+    monkeypatch.setattr(difference, "half_attention", lambda query, *_: query)
     started = SimpleNamespace(run=lambda *_: None, function=0, packed_metadata=0)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: started)
     monkeypatch.setattr(dispatch, "_try_native", lambda: False)
-    layer, x, counts = build(name, torch.bfloat16), tokens(dtype=torch.bfloat16), []
+    layer, counts = build(name, torch.bfloat16, width), []
+    x = tokens(dtype=torch.bfloat16, width=width)
     for _ in range(3):
         layer(x, GRID)
     sys.setprofile(lambda _, event, __: counts.append(event))
@@ -312,7 +317,7 @@ def test_a_warm_forward_takes_few_calls(name, on_gpu, monkeypatch):
     finally:
         sys.setprofile(None)
     calls = sum(event in ("call", "c_call") for event in counts)
-    assert MOST_CALLS[name] / 2 < calls <= MOST_CALLS[name]
+    assert MOST_CALLS[name, width] / 2 < calls <= MOST_CALLS[name, width], calls
 
 
 @compiled

@@ -377,27 +377,31 @@ def dynamic_differential_attention(
 ) -> Tensor:
     """See ``attnzoo.ops.token_difference``."""
     options = eps, learn, heads
-    operands = x, query, key, value, weights.gammas, weights.lambdas
+    operands = x, query, key, weights.gammas, weights.lambdas
     routers = *weights.kernel_routers, *weights.difference_routers
     operands = *operands, *weights.projector_routers, *weights.projectors, *routers, *options
     # Without autocast, or after it: under another type the core might not be the kernels'.
-    if is_inference() and operand_dtype(x) is x.dtype:
-        return _replayed_attention(*operands)
-    return _attention(*operands)
+    is_replayed = is_inference() and operand_dtype(x) is x.dtype
+    if slower(query.shape[-1] // heads, is_normalized=False) is None:
+        return (_replayed_attention if is_replayed else _attention)(*operands, value)
+    query, key = (_replayed_differences if is_replayed else _differences)(*operands)
+    if heads == 1:
+        return half_attention(query, key, value)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    return half_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _attention(
+def _differences(
     x: Tensor,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     gammas: Tensor,
     lambdas: Tensor,
     *operands: Any,
-) -> Tensor:
-    """What ``dynamic_differential_attention`` computes, of all weights side by side.
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of ``dynamic_differential_attention``, of all weights side by side.
 
-    Queries leave their kernel divided by their normalisers, so that plain products are left.
+    Queries leave their kernel divided by their normalizers, so that plain products are left.
     """
     *routers, eps, learn, heads = operands
     projector_routers, projectors = routers[:2], routers[2:4]
@@ -419,12 +423,14 @@ def _attention(
         query, query_prime, kernel_routers[::2], gammas[0], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
-    if slower(query.shape[-1] // heads, is_normalized=False) is None:
-        return linear_tokens(query, key, value, heads, is_normalized=False)
-    if heads == 1:
-        return half_attention(query, key, value)
-    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
-    return half_attention(query, key, value).transpose(1, 2).flatten(2)
+    return query, key
 
 
-_replayed_attention = replayed(_attention)
+def _attention(*operands: Any) -> Tensor:
+    """``_differences``, and the core by kernels."""
+    *operands, heads, value = operands
+    query, key = _differences(*operands, heads)
+    return linear_tokens(query, key, value, heads, is_normalized=False)
+
+
+_replayed_differences, _replayed_attention = replayed(_differences), replayed(_attention)

@@ -506,9 +506,8 @@ def _router_gradient_kernel(
 DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
 FEW_BACKWARD_BLOCK = (16, 64, 4, 2)
 FEW_ROWS = 8192
-# Rows and columns of the routers' gradients, by bytes of an element: float32 products of 64 rows
-# would spill their registers.
-ROUTER_GRADIENT_TILES = {2: (64, 64), 4: (32, 64)}
+# Rows and columns of the routers' gradients: products of 64 rows spill registers in float32.
+ROUTER_GRADIENT_TILE = (32, 64)
 ROUTER_PROGRAMS = 792
 
 
@@ -579,7 +578,7 @@ def difference_backward(
     grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
     grad_logits = new(rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype)
     tables = new(b * blocks, width)
-    router_rows, router_columns = ROUTER_GRADIENT_TILES[itemsize]
+    router_rows, router_columns = ROUTER_GRADIENT_TILE
     router_columns = _columns(router_columns, d // heads, heads)
     programs = max(1, b) * _ceil(d, router_columns)
     splits = max(1, min(_ceil(n, 256), _ceil(ROUTER_PROGRAMS, programs)))
