@@ -75,7 +75,7 @@ class DepthwiseConv(nn.Module):
         Returns:
             (b, h * w, dim).
         """
-        branches = self._modules["branches"]._modules
+        branches: Any = self._modules["branches"]._modules  # pyright: ignore[reportOptionalMemberAccess]
         if len(branches) == 1:
             [branch] = branches.values()
             return depthwise_conv(x, grid, branch.weight, branch.bias, added, impl=impl)

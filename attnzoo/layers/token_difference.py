@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnzoo.layers.linear_attention import linear
+from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
 _SERVED: dict[str, Any] = {
@@ -28,6 +30,9 @@ def unserved_option(layer: Any) -> str | None:
 def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the layer computes of tokens, (b, h * w, dim) -> (b, h * w, dim), by the kernels."""
     config, projectors = layer.config, layer.projectors
+    if not torch.is_grad_enabled():  # one cast for all; gradients are added before theirs
+        dtype = operand_dtype(x)
+        x = x if x.dtype is dtype else x.to(dtype)
     query, key, value = linear(layer.shared, x).chunk(3, dim=-1)
     x = x if x.dtype is query.dtype else x.to(query.dtype)  # by autocast
     modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
