@@ -106,9 +106,9 @@ def test_the_studies_come_before_digits(tmp_path):
     assert found.setting == "emoji, 64 px"
     digits = shipped.digits_quality()
     assert {"softmax", "sana", "conv"} <= {q.mechanism for q in digits}
-    (tmp_path / "page.md").write_text("nothing")
-    with pytest.raises(UserError, match="no table of held-out losses"):
-        shipped.digits_quality(tmp_path / "page.md")
+    assert {(q.tokens, q.setting) for q in digits} == {(4, "digits, 8 px")}
+    with pytest.raises(UserError, match=r"no table of python -m bench\.zoo"):
+        shipped.digits_quality(tmp_path / "other.csv")
 
 
 def test_the_table_answers_by_resolution():
