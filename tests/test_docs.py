@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import pkgutil
 import re
 import shlex
