@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from attnzoo.command.advice import Choice, of_whole_models
 from attnzoo.command.figures import (
     PIXELS_PER_TOKEN,
+    SEEDS,
     Figures,
     Quality,
     Row,
@@ -36,9 +37,7 @@ MARK, PICTURE = "first screen", "first-screen.png"
 MODE = "forward"
 PANELS = 3
 FRONT, REST, REFERENCE = "#0b63b0", "#8a8a8a", "#000000"
-# Quality speaks for a resolution where it was measured on that many tokens, within this factor,
-# and by as many seeds.
-NEAR, SEEDS = 4, 3
+NEAR = 4  # quality speaks for a resolution where it was measured on as many tokens, within this
 TIE = 0.05  # of the time; two runs of one case differ by as much
 
 
@@ -141,7 +140,7 @@ def _best_quality(screen: Screen) -> str:
     best = (min if judged[0].lower else max)(judged, key=lambda q: q.mean)
     choice = next((c for c in screen.found if c.label == best.mechanism), None)
     time = "time not measured" if choice is None else f"{screen.over_softmax(choice):.2f} x time"
-    return f"{best.mechanism}, {time}; small scale: {best.setting}, {best.seeds} seeds"
+    return f"{best.mechanism.replace(', ', ' with ')}, {time}, small scale"
 
 
 def safe_choice(screen: Screen) -> tuple[Choice, str]:
@@ -155,7 +154,7 @@ def safe_choice(screen: Screen) -> tuple[Choice, str]:
     }  # fmt: skip
     softmax = known.get("softmax")
     if softmax is None:
-        return screen.softmax, "no quality was measured near this size"
+        return screen.softmax, "quality not measured here"
     sign = 1 if softmax.lower else -1
 
     def is_no_worse(q: Quality) -> bool:
@@ -168,7 +167,7 @@ def safe_choice(screen: Screen) -> tuple[Choice, str]:
     best = min(good, key=lambda c: c.seconds)
     if best.label == "softmax":
         return best, "nothing faster is as good"
-    return best, f"no worse at small scale ({softmax.setting}, {softmax.seeds} seeds)"
+    return best, "no worse at small scale"
 
 
 def _since(figures: Figures, device: str) -> str:
@@ -202,16 +201,20 @@ def _since(figures: Figures, device: str) -> str:
 def caption(figures: Figures, device: str) -> str:
     """What the figures are of, and when and where they were measured."""
     used = [source for source in figures.sources if source.device == device]
-    of = {q.setting: q for s in screens(figures, device) for q in s.quality}
+    of: dict[str, Quality] = {}
+    for q in (q for screen in screens(figures, device) for q in screen.quality):
+        if q.setting not in of or q.seeds > of[q.setting].seeds:
+            of[q.setting] = q
     quality = "; ".join(
-        f"{q.metric} of small models on {q.setting}, {q.tokens:,} tokens" for q in of.values()
+        f"{q.metric} of small models on {q.setting}, {q.tokens:,} tokens, {q.seeds} seeds"
+        for q in of.values()
     )
-    sources = "; ".join(f"commit {source.commit}, {source.date}" for source in used)
+    commits = ", ".join(source.commit for source in used)
+    dates = ", ".join(sorted({source.date for source in used}))
     return (
-        f"Times are of one sampling step (a forward) of a whole latent DiT, an image, recorded as "
-        f"a CUDA graph and compiled where that is faster, softmax's likewise, on "
-        f"{used[0].device_name} ({sources}). Quality: {quality or 'not measured'}; bars span the "
-        f"seeds. The cross is softmax, the line joins what nothing else beats in both."
+        f"Time: a sampling step of a latent DiT, an image, recorded and compiled where faster, on "
+        f"{used[0].device_name} (commits {commits}; {dates}). Quality: {quality or 'not measured'}; bars span "
+        f"seeds. Cross: softmax; line: what nothing beats in both."
     )
 
 

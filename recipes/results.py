@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     if len(sources) > 1 and given.table is None:
         raise UserError("several tables are one page's: name where to write them with --table")
     rows = table.merged([table.read(source) for source in sources])
-    shown, picture = given.table or sources[0], out.parent / "plots" / "quality.png"
+    shown, picture = given.table or sources[0], out.parent / "plots" / f"{out.stem}.png"
     text = page.results_page(
         rows,
         picture=picture.relative_to(out.parent).as_posix(),

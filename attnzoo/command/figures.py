@@ -83,6 +83,9 @@ class Row:
         return math.isqrt(self.tokens) * PIXELS_PER_TOKEN
 
 
+SEEDS = 3  # from which on a comparison of quality decides
+
+
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """What a comparison found of one mechanism.
@@ -124,15 +127,25 @@ class Figures:
         ]  # fmt: skip
 
     def quality_near(self, tokens: int) -> list[Quality]:
-        """Results of one comparison: of the number of tokens nearest to this, the largest."""
+        """Results of one comparison: of the number of tokens nearest to this, the largest.
+
+        One that decides comes first: softmax and another have ``SEEDS`` seeds there.
+        """
         comparisons: dict[tuple[int, str, str], list[Quality]] = {}
         for q in self.quality:
             comparisons.setdefault((q.tokens, q.setting, q.metric), []).append(q)
         return min(
             comparisons.values(),
-            key=lambda found: (abs(math.log(found[0].tokens / tokens)), -len(found)),
+            key=lambda found: (
+                not _decides(found), abs(math.log(found[0].tokens / tokens)), -len(found),
+            ),
             default=[],
-        )
+        )  # fmt: skip
+
+
+def _decides(quality: list[Quality]) -> bool:
+    judged = [q.mechanism for q in quality if q.seeds >= SEEDS]
+    return "softmax" in judged and len(judged) > 1
 
 
 def softmax_seconds(rows: Iterable[Row]) -> dict[int, float]:

@@ -111,18 +111,26 @@ def test_the_studies_come_before_digits(tmp_path):
         shipped.digits_quality(tmp_path / "page.md")
 
 
+def test_a_comparison_that_decides_comes_before_a_nearer_one():
+    few = [near("softmax", 0.5, seeds=1), near("sana", 0.6, seeds=1)]
+    decided = [near(name, 0.5, tokens=64) for name in ("softmax", "sana")]
+    assert small(*few, *decided).quality_near(1024) == decided
+    assert small(*few, decided[0]).quality_near(1024) == few
+    assert small(*decided, near("softmax", 0.5), near("lit", 0.4)).quality_near(1024) != decided
+
+
 def test_the_table_answers_by_resolution():
     quality = [near("softmax", 0.5), near("sana", 0.6), near("lit", 0.505), near("dydila", 0.4)]
     text = first_screen.table(small(*quality), "h100")
     _, fastest, least, best, safe = cells(text, "256 px")
     assert fastest == "softmax: nothing measured is faster, measured on H100"
     assert least.startswith("softmax, 1.00 x memory") and safe.startswith("softmax")
-    assert best == "dydila, 2.00 x time; small scale: emoji, 128 px, 3 seeds"
+    assert best == "dydila, 2.00 x time, small scale"
     _, fastest, least, best, safe = cells(text, "512 px")
     assert fastest == "sana, 0.60 x time, measured on H100"
     assert "(as softmax)" in least and "1.50 x time" in best
     # Sana is faster, and worse by more than its seeds differ; LiT is not.
-    assert safe == "lit, 0.80 x time; no worse at small scale (emoji, 128 px, 3 seeds)"
+    assert safe == "lit, 0.80 x time; no worse at small scale"
     line = next(z for z in text.splitlines() if z.startswith("- A sampling step of size S"))
     assert "`sana` from 307 px" in line and "at 512 px also with `lit`" in line
     assert "not up to 512 px with `dydila`" in line
@@ -134,7 +142,7 @@ def test_the_table_answers_by_resolution():
 )
 def test_without_evidence_softmax_is_the_safe_choice(quality):
     text = first_screen.table(small(*quality), "h100")
-    assert cells(text, "512 px")[-1] == "softmax; no quality was measured near this size"
+    assert cells(text, "512 px")[-1] == "softmax; quality not measured here"
     if not quality:
         assert cells(text, "512 px")[-2] == "not measured"
 
@@ -155,7 +163,7 @@ def test_page_and_picture_are_written_between_the_marks(tmp_path, capsys):
     assert first_screen.main([*flags, "--into", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
-    assert "](../plots/first-screen.png)" in text and "commit abc, 2030-01-02" in text
+    assert "](../plots/first-screen.png)" in text and "(commits abc; 2030-01-02)" in text
     assert (tmp_path / "plots" / "first-screen.png").stat().st_size > 10_000
     assert first_screen.main(flags) == 0 and "| 512 px" in capsys.readouterr().out
     page.write_text("no marks")

@@ -54,11 +54,16 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
         mixed: Whether pairs of two devices or versions of torch count too.
 
     Raises:
-        UserError: No run of the table is done.
+        UserError: No run of the table is done, or a study's runs are of two scales.
     """
     done = table.loc[(table["state"] == OK) & table[LOSS].notna()]
     if done.empty:
         raise UserError("no run of the table is done yet: go on with python recipes/study.py")
+    for study, runs in done.loc[done["protocol"] == "depth"].groupby("study"):
+        if len(scales := _unique(runs, ["model", "steps", "batch"])) > 1:
+            named = " and ".join("model {}, {} steps of {} images".format(*s) for s in scales)
+            raise UserError(f"the table has runs of {study!r} of {named}: make a page of each, "
+                            f"since a line through both would show the scale")  # fmt: skip
     decisions = decide(table, mixed)
     template = Path(__file__).with_name("page.md").read_text("utf-8")
     return string.Template(template).substitute(
@@ -127,6 +132,9 @@ def _main_tables(decisions: Sequence[Decision]) -> Iterator[str]:
             key = f"{one.px} px" if is_by_side else f"equal {one.protocol}"
             columns.setdefault(key)
             row[key] = field(one)
+        if all(text == NOT_YET for row in rows.values() for text in row.values()):
+            yield f"Of the study `{study.name}`: {NOT_YET}."
+            continue
         order = sorted(columns, key=_side) if is_by_side else list(columns)
         heading = [f"{study.name}: claim", *order]
         body = [[claim, *(row.get(key, NOT_YET) for key in order)] for claim, row in rows.items()]
