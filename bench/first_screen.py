@@ -213,8 +213,9 @@ def caption(figures: Figures, device: str) -> str:
     dates = ", ".join(sorted({source.date for source in used}))
     return (
         f"Time: a sampling step of a latent DiT, an image, recorded and compiled where faster, on "
-        f"{used[0].device_name} (commits {commits}; {dates}). Quality: {quality or 'not measured'}; bars span "
-        f"seeds. Cross: softmax; line: what nothing beats in both."
+        f"{used[0].device_name} (commits {commits}; {dates}). Quality: "
+        f"{quality or 'not measured'}; bars span seeds. Cross: softmax; "
+        f"line: what nothing beats in both."
     )
 
 

@@ -444,18 +444,19 @@ def _peers(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_whole(options: argparse.Namespace) -> int:
-    report = whole_figures.read_whole(options.report)
+    reports = [whole_figures.read_whole(path) for path in options.report]
+    report = whole_figures.joined(reports)
     require_writable(options.out / "whole-models.png")
     if options.into:
         parts_around(options.into, "whole")
     sizes = [row["size"] for row in report["cases"]]
     if not sizes:
-        raise UserError(f"{options.report} has no whole models")
+        raise UserError(f"{options.report[0]} has no whole models")
     _saved(whole_curves(report, sizes[0]), options.out, "whole-models")
     if options.into:
         picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)
         words = "Time of one image of the whole model against resolution"
-        page = f"![{words}]({Path(picture).as_posix()})\n\n{whole_figures.page(report)}"
+        page = f"![{words}]({Path(picture).as_posix()})\n\n{whole_figures.page(reports)}"
         put_into(options.into, "whole", page)
     print(printable(f"whole-models (PNG and SVG) in {options.out}"))
     return DONE
@@ -464,24 +465,29 @@ def _draw_whole(options: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     """Draws everything."""
     parser = argparse.ArgumentParser(prog="python bench/plot.py", description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of pytest bench/, or of whole models")
+    parser.add_argument(
+        "report", type=Path, nargs="+", help="JSON of pytest bench/, or files of whole models"
+    )
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
     parser.add_argument(
         "--into", type=Path,
         help="file whose <!-- where --> part, or of whole models <!-- whole -->, is replaced",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    if whole_figures.is_whole(options.report):
+    path, *others = options.report
+    if whole_figures.is_whole(path):
         return _draw_whole(options)
-    report = read_cases(options.report)
+    if others:
+        raise UserError("several files can only be of whole models; join others by bench.results")
+    report = read_cases(path)
     require_writable(options.out / "report.html")
     if options.into:
         parts_around(options.into, "where")
     drawn = draw(report, options.out)
-    path = write_report(report, drawn, options.out, options.report.name)
+    written = write_report(report, drawn, options.out, path.name)
     if options.into:
         put_into(options.into, "where", where(report))
-    print(printable(f"{len(drawn)} pictures (PNG and SVG) and {path}"))
+    print(printable(f"{len(drawn)} pictures (PNG and SVG) and {written}"))
     return DONE
 
 

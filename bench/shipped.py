@@ -23,7 +23,7 @@ import torch
 from attnzoo.command.figures import Figures, Quality, Row, Source, dumps
 from backbones import build_backbone
 from bench import zoo
-from bench.whole_figures import fastest, over_fastest, read_whole
+from bench.whole_figures import fastest, is_as_run, over_fastest, read_whole
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
 
@@ -76,9 +76,7 @@ def _row(case: dict[str, Any], source: int, device: str) -> Row | None:
     """A case as a row; None if it or softmax beside it ran in no way that users run it."""
     is_softmax = case["mechanism"] == "softmax"
     best, over = fastest(case), (1.0, "") if is_softmax else over_fastest(case)
-    if best is None or over is None:
-        return None
-    if device != "cpu" and "eager" in (best[1], *over[1].replace(", softmax", "").split()):
+    if best is None or over is None or not is_as_run(case, device):
         return None
     eager = case["seconds"].get("eager")
     return Row(

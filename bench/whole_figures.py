@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,42 @@ def fastest(row: dict[str, Any]) -> tuple[float, str] | None:
     names = [name for name in spent if name != "eager"] or list(spent)
     best = min(names, key=lambda name: spent[name], default=None)
     return None if best is None else (spent[best], best)
+
+
+def is_as_run(row: dict[str, Any], device: str) -> bool:
+    """Whether a case and softmax beside it ran as users run them: not launched on a GPU."""
+    best = fastest(row)
+    over = (1.0, "") if row["mechanism"] == "softmax" else over_fastest(row)
+    if best is None or over is None:
+        return False
+    return device == "cpu" or "eager" not in (best[1], *over[1].replace(", softmax", "").split())
+
+
+def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of several reports the newest, with the newest of every case and layer, and its commit.
+
+    An older case stays where the newer one did not run as users run it.
+    """
+    ordered = sorted(reports, key=lambda report: str(report["datetime"]))
+    cases, layers = {}, {}
+    for report in ordered:
+        for row in report["cases"]:
+            key = tuple(row[name] for name in ("mechanism", "size", "mode", "tokens"))
+            if key not in cases or is_as_run(row, report.get("device", "")):
+                cases[key] = {**row, "commit": report["commit"]}
+        for row in report["layers"]:
+            layers[row["mechanism"], row["mode"], row["tokens"]] = row
+    found = {"cases": list(cases.values()), "layers": list(layers.values())}
+    return {**ordered[-1], **found}
+
+
+def newest_figures(reports: Iterable[dict[str, Any]]) -> list[tuple[GoalFigure, str]]:
+    """Every figure of the newest report that has it, and that report's commit, by goal."""
+    found: dict[tuple[str, str], tuple[GoalFigure, str]] = {}
+    for report in sorted(reports, key=lambda report: str(report["datetime"])):
+        for figure in figures(report):
+            found[figure.goal, figure.what] = figure, report["commit"]
+    return sorted(found.values(), key=lambda pair: int(pair[0].goal[1:]))
 
 
 def figures(report: dict[str, Any]) -> list[GoalFigure]:
@@ -209,12 +245,19 @@ def where(report: dict[str, Any]) -> str:
     )
 
 
-def page(report: dict[str, Any]) -> str:
-    """For ``docs/gpu.md``: the goals, models against resolution, layers over floors; Markdown."""
-    parts = [where(report)]
-    goals = [figure.row for figure in figures(report) if figure.goal != "E9"]
+def page(reports: list[dict[str, Any]]) -> str:
+    """For ``docs/gpu.md``: the newest of the goals, of models, of layers over floors; Markdown."""
+    report, newest = joined(reports), newest_figures(reports)
+    ordered = sorted(reports, key=lambda one: str(one["datetime"]), reverse=True)
+    parts = ["\n".join(f"- {where(one)}" for one in ordered)]
+    goals = [
+        [*row[:3], *row[4:], commit]
+        for row, commit in ((figure.row, commit) for figure, commit in newest)
+        if row[0] != "E9"
+    ]
     if goals:
-        parts.append(markdown_table(HEADING, goals, padded=True))
+        heading = [*HEADING[:3], *HEADING[4:], "commit"]
+        parts.append(markdown_table(heading, goals, padded=True))
     for size in dict.fromkeys(row["size"] for row in report["cases"]):
         columns = [
             (mode, px)
@@ -224,9 +267,9 @@ def page(report: dict[str, Any]) -> str:
         points = {mode: crossovers(report, size, mode) for mode in MODES}
         rows = []
         for name in dict.fromkeys(row["mechanism"] for row in report["cases"]):
-            cells = []
+            mine, cells = _rows(report, size=size, mechanism=name), []
             for mode, px in columns:
-                here = _rows(report, size=size, mode=mode, resolution=px, mechanism=name)
+                here = [row for row in mine if (row["mode"], row["resolution"]) == (mode, px)]
                 found = fastest(here[0]) if here else None
                 over = over_fastest(here[0]) if here else None
                 text = "" if found is None else f"{found[0] / here[0]['batch'] * 1e3:.3g}"
@@ -236,24 +279,36 @@ def page(report: dict[str, Any]) -> str:
                 f"{points[mode][name]:.0f}".replace("inf", "never") for mode in MODES
             ]  # fmt: skip
             if any(cells):
-                rows.append([name, *cells, *since])
+                commits = ", ".join(dict.fromkeys(row["commit"] for row in mine))
+                rows.append([name, *cells, *since, commits])
         heading = ["model", *(f"{_WORDS[mode]}, {px} px" for mode, px in columns)]
-        heading += [f"faster from, {_WORDS[mode]}" for mode in MODES]
+        heading += [*(f"faster from, {_WORDS[mode]}" for mode in MODES), "commit"]
         title = f"**Size {size}: milliseconds an image as a user runs it (over softmax's)**"
         parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
+    if report["layers"]:
+        verdicts = [figure.verdict for figure, _ in newest if figure.goal == "E9"]
+        summary = (
+            f"E9, one layer: device time over its floor, by which products bind it, or memory "
+            f"where said; {len(verdicts) - verdicts.count('minimum missed')} of {len(verdicts)} "
+            f"within the minimum"
+        )
+        parts.append(f"<details>\n<summary>{summary}</summary>\n\n{_layers(report)}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _layers(report: dict[str, Any]) -> str:
     columns = sorted({(row["mode"], row["tokens"]) for row in report["layers"]})
     layers = {(z["mechanism"], z["mode"], z["tokens"]): z for z in report["layers"]}
     rows = []
-    for name in dict.fromkeys(row["mechanism"] for row in report["layers"]):
+    for name in sorted({row["mechanism"] for row in report["layers"]}):
         here = [layers.get((name, *column)) for column in columns]
-        cells = ["" if z is None else f"{z['seconds'] / z['floor']:.1f} ({z['bound']})"
-                 for z in here]  # fmt: skip
+        cells = [
+            "" if z is None else f"{z['seconds'] / z['floor']:.1f}" +
+            ("" if z["bound"] == "products" else f" ({z['bound']})") for z in here
+        ]  # fmt: skip
         rows.append([name, *cells])
-    if rows:
-        heading = ["layer", *(f"{_WORDS[mode]}, n={tokens}" for mode, tokens in columns)]
-        title = "**One layer: device time over its floor (what the floor is bound by), E9**"
-        parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
-    return "\n\n".join(parts)
+    heading = ["layer", *(f"{_WORDS[mode]}, n={tokens}" for mode, tokens in columns)]
+    return markdown_table(heading, rows, padded=True)
 
 
 _WORDS = {"forward": "forward", "train": "training step"}

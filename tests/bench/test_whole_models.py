@@ -396,6 +396,40 @@ def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
     assert ring == [pytest.approx(512)]
 
 
+def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
+    old, new = whole_report(), whole_report()
+    new |= {"commit": "def", "datetime": "2031-01-02T03:04"}
+    new["cases"] = [row for row in new["cases"] if row["mode"] == "forward"]
+    for row in new["cases"]:  # softmax alone ran as users run it
+        if row["mechanism"] == "sana":
+            row["seconds"] = {"eager": row["seconds"]["eager"]}
+            row["over_fastest"] |= {"ours": "eager"}
+    new["layers"][0]["seconds"] = 8.0
+    paths, page = [tmp_path / "new.json", tmp_path / "old.json"], tmp_path / "page.md"
+    for path, report in zip(paths, (new, old), strict=True):
+        path.write_text(json.dumps(report))
+    page.write_text("<!-- whole -->\n<!-- /whole -->\n")
+    assert plot.main([*map(str, paths), "--out", str(tmp_path), "--into", str(page)]) == 0
+    said = page.read_text()
+    assert said.index("commit def") < said.index("commit abc")
+    rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("| ")}
+    assert "| def, abc |" in rows["softmax"] and "4.0 (memory)" in rows["sana"]
+    kept = whole_figures.joined([new, old])["cases"]
+    commits = [row["commit"] for row in kept if row["mechanism"] == "sana"]
+    assert len(kept) == 8 and set(commits) == {"abc"}
+    found = {f.what: (f.value, commit) for f, commit in whole_figures.newest_figures([new, old])}
+    [(value, commit)] = [pair for what, pair in found.items() if what.startswith("layer")]
+    assert (value, commit) == (4.0, "def")
+    assert "abc" in {commit for _, commit in found.values()}  # what only the old one has
+
+
+def test_files_of_the_suite_are_drawn_one_at_a_time(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"join others by bench\.results"):
+        plot.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+
+
 def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
     path = tmp_path / "whole.json"
     path.write_text(json.dumps(whole_report()))

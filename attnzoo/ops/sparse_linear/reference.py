@@ -20,12 +20,20 @@ def sparse_map(query: Tensor, key: Tensor, block: int, share: float) -> tuple[Te
     return scores.masked_fill(~chosen, -torch.inf).softmax(-1), chosen
 
 
-@in_float32
 def sparse_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, block: int, share: float, is_rest_only: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``attnzoo.ops.sparse_linear``."""
+    sparse, rest = _in_float32(query, key, value, block, share, is_rest_only, eps)
+    return sparse.to(value.dtype), rest.to(value.dtype)
+
+
+@in_float32
+def _in_float32(
+    query: Tensor, key: Tensor, value: Tensor, block: int, share: float, is_rest_only: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     weights, chosen = sparse_map(query, key, block, share)
     similar = torch.einsum("bhnd,bhmd->bhnm", features(query), features(key))
     if is_rest_only:

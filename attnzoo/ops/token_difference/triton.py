@@ -411,16 +411,16 @@ def _differences(
     if gammas.shape[0] == 1:  # one copy serves queries and keys
         gammas = gammas.expand(2, -1)
         gammas = gammas.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        gammas = gammas, gammas
+        of_queries = of_keys = gammas
     else:
-        gammas = gammas[::2], gammas[1::2]
+        of_queries, of_keys = gammas[::2], gammas[1::2]
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(
-        key, key_prime, kernel_routers[1::2], gammas[1], difference_routers[1], lambdas[-1],
+        key, key_prime, kernel_routers[1::2], of_keys, difference_routers[1], lambdas[-1],
         gates[1], learn=learn,
     )  # fmt: skip
     query, _ = focused_difference(
-        query, query_prime, kernel_routers[::2], gammas[0], difference_routers[0], lambdas[0],
+        query, query_prime, kernel_routers[::2], of_queries, difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
     return query, key
@@ -428,8 +428,8 @@ def _differences(
 
 def _attention(*operands: Any) -> Tensor:
     """``_differences``, and the core by kernels."""
-    *operands, heads, value = operands
-    query, key = _differences(*operands, heads)
+    *of_differences, heads, value = operands
+    query, key = _differences(*of_differences, heads)
     return linear_tokens(query, key, value, heads, is_normalized=False)
 
 
