@@ -250,7 +250,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     counts = [count for count in (1, 2, 4, 8) if count <= options.there]
     options.gpus = _numbers("--gpus", options.gpus) if options.gpus else counts
     if (most := max(options.gpus)) > options.there:
-        raise UserError(f"--gpus {most}: there are {options.there} here; take at most as many")
+        what = "GPUs" if options.device == "cuda" else "processes of a CPU"
+        raise UserError(f"--gpus {most}: take at most the {options.there} {what} that are here")
     options.tokens = _numbers("--tokens", options.tokens)
     for tokens in options.tokens:
         if round(tokens**0.5) ** 2 != tokens:

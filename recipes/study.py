@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         extractors=tuple(given.extractors),
         precision=given.precision or ("bf16" if gpus else "fp32"), compile=given.compile,
     )  # fmt: skip
-    if scale.samples and not given.report_only:
+    if scale.samples and not (given.report_only or given.measure):  # which looks at no samples
         check_extractors(scale.extractors, scale.extractor_weights)
     chosen = {"resolutions": given.resolutions, "only": given.only}
     protocols = given.protocols or list(study.protocols)

@@ -226,7 +226,7 @@ def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
     [
         ([], "either --out"),
         (["--out", "x.json", "--table", "y.json"], "either --out"),
-        (["--out", "x.json", "--gpus", "16"], "--gpus 16: there are 8"),
+        (["--out", "x.json", "--gpus", "16"], "--gpus 16: take at most the 8 processes"),
         (["--out", "x.json", "--gpus", "two"], "numbers such as"),
         (["--out", "x.json", "--gpus", "0"], "numbers such as"),
         (["--out", "x.json", "--tokens", "200"], "must be a square"),

@@ -23,7 +23,7 @@ from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
 from recipes.lab.files import write_json
 from recipes.studies.comparison.plan import check_plan
-from recipes.studies.quality import launch, page, table
+from recipes.studies.quality import launch, page, seconds, table
 from recipes.studies.quality.decide import decide
 from recipes.studies.quality.plans import (
     CONTROLS,
@@ -178,6 +178,16 @@ class TestLauncher:
             with pytest.raises(UserError, match=f"numbers below 2, got '{wrong}'"):
                 launch.gpus_to_use(wrong)
         assert launch.gpus_to_use("none") == []
+
+
+@pytest.mark.usefixtures("launching")
+def test_a_measurement_needs_no_extractor(tmp_path, monkeypatch):
+    monkeypatch.setattr(seconds, "seconds_of_step", lambda settings: 0.1)
+    given = ["resolution", "--data", "digits", "--resolutions", "8", "--only", "sana", "--gpus",
+             "none", "--measure", "--out", str(tmp_path), "--extractor", "inception",
+             "--extractor-weights", str(tmp_path / "none.pth")]  # fmt: skip
+    assert study.main(given) == 0
+    assert read_seconds(tmp_path / seconds.FILE) == {("sana", 8): 0.1}
 
 
 @pytest.mark.usefixtures("launching")
