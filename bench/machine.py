@@ -7,14 +7,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.timing import interleave, stopwatch_for
-from recipes.lab.console import UserError
 
 PACKAGES = ("torch", "attnzoo", "diffusers", "xformers", "flash-attn", "fla-core", "triton")
 
@@ -72,28 +70,6 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         name = next(models, name)
     load = round(os.getloadavg()[0], 2)
     return {"device_name": name, "threads": threads, "load": load, "versions": versions()}
-
-
-def require_same(
-    earlier: dict[str, Any], now: dict[str, Any], path: Path, also: Sequence[str] = ()
-) -> None:
-    """Refuses to go on with a report that was measured elsewhere or of other code.
-
-    Args:
-        earlier: The report that ``path`` holds.
-        now: The one that begins here.
-        path: For the message.
-        also: What else has to be the same, besides device, versions and commit.
-
-    Raises:
-        UserError: It was.
-    """
-    for what in ("device_name", "versions", "commit", *also):
-        if earlier[what] != now[what]:
-            raise UserError(
-                f"{path} has {what} {earlier[what]!r}, and this run {now[what]!r}; write into "
-                f"another --out, or run without --resume"
-            )
 
 
 def measure_peaks(device: str, dtypes: tuple[str, ...], threads: int) -> dict[str, float]:

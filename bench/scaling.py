@@ -14,17 +14,15 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.cuda import nccl
 
-import attnzoo
+from attnzoo import list_attention
 from attnzoo.contract import nearest
-from backbones.pattern import names_in
-from bench import machine
+from bench import reports
 from bench.results import rounded
 from bench.scaling_cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
 from bench.scaling_checks import CHECKS, Checks
@@ -51,17 +49,14 @@ class Run:
         self.options = options
         self.end = time.monotonic() + options.seconds
         self.report: dict[str, Any] = {
-            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            **machine.describe(options.device, torch.get_num_threads()),
-            "device": options.device, "gpus": options.there, "cores": os.cpu_count(),
+            **reports.begun(options.device), "gpus": options.there, "cores": os.cpu_count(),
             "training": [], "checks": [], "missed": [],
         }  # fmt: skip
         if options.device == "cuda":
             version: Any = nccl.version()
             self.report["versions"]["nccl"] = ".".join(map(str, version))
         if report is not None:
-            machine.require_same(report, self.report, options.out, ("gpus",))
+            reports.require_same(report, self.report, options.out, ("gpus",))
             kept = ("training", "checks", "datetime")
             self.report |= {name: report[name] for name in kept}
         self._starts = 0
@@ -198,19 +193,15 @@ def _case_of(row: dict[str, Any]) -> Case:
     return Case(**{name: row[name] for name in names})
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _numbers(flag: str, text: str) -> list[int]:
-    parts = _listed(text)
+    parts = reports.listed(text)
     if not parts or not all(part.isdigit() and int(part) for part in parts):
         raise UserError(f"{flag} {text!r} must be numbers such as 1,2,4")
     return list(dict.fromkeys(map(int, parts)))
 
 
 def _chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
-    parts = _listed(text)
+    parts = reports.listed(text)
     for part in parts or [text]:
         if part not in known:
             raise UserError(f"{flag}: unknown {part!r}{nearest(part, known)} Choose of "
@@ -258,14 +249,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             raise UserError(f"--tokens {tokens} must be a square, such as 256 or 4096")
     options.ways = _chosen("--ways", options.ways, WAYS)
     options.parts = _chosen("--parts", options.parts, PARTS)
-    options.mechanisms = _listed(options.mechanisms)
-    known = attnzoo.list_attention()
-    for name in (part for pattern in options.mechanisms for part in names_in(pattern)):
-        if name not in known:
-            raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
-                            f"{', '.join(known)}")  # fmt: skip
+    options.mechanisms = reports.listed(options.mechanisms)
+    reports.require_mechanisms(options.mechanisms)
     if not options.mechanisms:
-        raise UserError(f"--mechanisms names none; choose of {', '.join(known)}")
+        raise UserError(f"--mechanisms names none; choose of {', '.join(list_attention())}")
     return options
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.reports import read
 from bench.thresholds import HEADING, SCALING, GoalFigure
 from bench.whole_figures import where
-from recipes.lab.console import UserError
-from recipes.lab.files import read_json
 from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 
@@ -25,10 +24,7 @@ def read_scaling(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no such file.
     """
-    report = read_json(path, "JSON of scaling")
-    if not isinstance(report, dict) or not all(key in report for key in _KEYS):
-        raise UserError(f"{path} is no file of python -m bench.scaling --out")
-    return report
+    return read(path, _KEYS, "bench.scaling")
 
 
 def share_of_linear(report: dict[str, Any], row: dict[str, Any]) -> float | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.command.fits import first_faster
+from bench.reports import read
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
 from recipes.lab.console import UserError
-from recipes.lab.files import read_json
 from recipes.lab.pages import markdown_table
 
 # Models under one treatment are compared by the last that both have.
@@ -27,10 +27,7 @@ def read_whole(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no such file.
     """
-    report = read_json(path, "JSON of whole models")
-    if not isinstance(report, dict) or not all(key in report for key in _KEYS):
-        raise UserError(f"{path} is no file of python -m bench.whole_models --out")
-    return report
+    return read(path, _KEYS, "bench.whole_models")
 
 
 def is_whole(path: Path) -> bool:

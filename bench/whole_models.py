@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from typing import Any
 import torch
 
 import attnzoo
-from attnzoo.contract import nearest
 from backbones.pattern import names_in
 from backbones.recorded import recording_stream
-from bench import machine
+from bench import machine, reports
 from bench.checks import SIBLING_SIDE, check_layer
 from bench.isolate import one_line
 from bench.whole_cases import (
@@ -250,10 +248,7 @@ class Run:
         self.setup = Setup(options.device, options.backend, options.round_seconds)
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         self.report: dict[str, Any] = {
-            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            **machine.describe(options.device, torch.get_num_threads()),
-            "device": options.device,
+            **reports.begun(options.device),
             **{part: [] for part in (*PARTS, "missed")},
         }
         if report is not None:
@@ -264,7 +259,7 @@ class Run:
             self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
 
     def _continue(self, report: dict[str, Any]) -> None:
-        machine.require_same(report, self.report, self.options.out)
+        reports.require_same(report, self.report, self.options.out)
         self.report |= {"missed": [], **{name: report.get(name, []) for name in PARTS},
                         "datetime": report["datetime"]}  # fmt: skip
         if "peaks" in report:
@@ -470,10 +465,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.whole_models", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON to write, after every case")
@@ -517,22 +508,18 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.no_layers |= options.device == "cpu"
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
-    options.sizes, known = _listed(options.sizes), attnzoo.list_attention()
+    options.sizes, known = reports.listed(options.sizes), attnzoo.list_attention()
     options.large = None if options.mechanisms else LARGE
-    options.mechanisms = _listed(options.mechanisms) or known
-    options.skip_compiled = _listed(options.skip_compiled)
-    named = options.mechanisms + options.skip_compiled
-    for name in (part for pattern in named for part in names_in(pattern)):
-        if name not in known:
-            raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
-                            f"{', '.join(known)}")  # fmt: skip
+    options.mechanisms = reports.listed(options.mechanisms) or known
+    options.skip_compiled = reports.listed(options.skip_compiled)
+    reports.require_mechanisms(options.mechanisms + options.skip_compiled)
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
     if options.tokens is None:
         options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
         return options
-    counts = _listed(options.tokens)
+    counts = reports.listed(options.tokens)
     if not all(
         count.isdigit() and round(int(count) ** 0.5) ** 2 == int(count) for count in counts
     ):

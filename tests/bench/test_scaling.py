@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import scaling, scaling_checks, scaling_figures
+from bench import reports, scaling, scaling_checks, scaling_figures
 from bench.scaling import main
 from bench.scaling_cases import MECHANISMS, WAYS, Case, planned, write_latents
 from bench.scaling_checks import Checks
@@ -58,7 +58,7 @@ def test_a_case_is_timed_as_train_py_takes_its_steps(tmp_path):
 
 
 def test_two_processes_shard_and_the_one_that_fails_says_why(out, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scaling, "names_in", lambda pattern: ())  # any name
+    monkeypatch.setattr(reports, "names_in", lambda pattern: ())  # any name
     monkeypatch.setattr(scaling, "_PROCESSES", 2)  # else two starts, side by side
     report = report_of(out, "--gpus", "2", "--mechanisms", "sana,softmin", "--ways", "fsdp2",
                        "--parts", "training")  # fmt: skip
@@ -104,7 +104,7 @@ class Played:
 def played(monkeypatch):
     monkeypatch.setattr(Played, "started", [])
     monkeypatch.setattr(scaling, "Launch", Played)
-    monkeypatch.setattr(scaling, "names_in", lambda pattern: ())  # any name
+    monkeypatch.setattr(reports, "names_in", lambda pattern: ())  # any name
     return Played.started
 
 
@@ -143,7 +143,7 @@ def test_what_fails_recorded_is_tried_launched(out, played, monkeypatch, reason,
                                 "--mechanisms", "sana,agent", "--ways", "ddp"])  # fmt: skip
     options.device, options.there, options.resume = "cuda", 2, False
     monkeypatch.setattr(scaling.nccl, "version", lambda: (2, 28))
-    monkeypatch.setattr(scaling.machine, "describe", lambda *_: {"versions": {}})
+    monkeypatch.setattr(reports.machine, "describe", lambda *_: {"versions": {}})
     report = scaling.Run(options).measure()
     first, second = report["training"]
     assert first["notes"] == [f"its recorded step failed: {reason}"] and not report["missed"]
@@ -177,7 +177,7 @@ def test_one_gpu_comes_first_and_groups_get_gpus_of_their_own(out, played, monke
     monkeypatch.setattr(scaling, "write_latents", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(scaling.nccl, "version", lambda: (2, 28))
-    monkeypatch.setattr(scaling.machine, "describe", lambda *_: {"device_name": "x",
+    monkeypatch.setattr(reports.machine, "describe", lambda *_: {"device_name": "x",
                                                                  "versions": {}})  # fmt: skip
     assert main(["--out", str(out), "--device", "cuda", "--parts", "training"]) == 0
     places = [list(devices) for _, devices in played]
