@@ -44,10 +44,13 @@ def test_a_compiled_model_is_cast_too():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             return model(images, times, torch.tensor([0, 4])).sample
 
-    wanted = call()
+    wanted, own = call(), list(model.parameters())
     with cast_once(model, call) as cast:
         assert len(cast) > 10 and torch.equal(call(), wanted)
+        # PyTorch up to 2.11 does not look again at parameters that it has compiled for.
+        assert all(weight.dtype == torch.float32 for weight in own)
     assert torch.equal(call(), wanted)
+    assert [id(weight) for weight in model.parameters()] == [id(weight) for weight in own]
 
 
 def test_a_weight_that_is_read_otherwise_too_keeps_its_type():
