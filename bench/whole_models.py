@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 import attnzoo
+from attnzoo import InvalidValue
 from backbones.pattern import names_in
 from backbones.recorded import recording_stream
 from bench import machine, reports
@@ -30,9 +33,11 @@ from bench.checks import SIBLING_SIDE, check_layer
 from bench.isolate import one_line
 from bench.whole_cases import (
     LAYER_TOKENS,
+    LAYER_WIDTH,
     RECIPES,
     Calls,
     Case,
+    Layer,
     Setup,
     compile_ahead,
     dtype_of,
@@ -66,19 +71,17 @@ class Job:
     Attributes:
         part: Of the report; or "peaks" or "check".
         mechanism: Whose.
-        case: Of a whole model.
-        softmax: The same case of softmax, where ``case`` is of another mechanism.
-        tokens: Of a layer.
-        mode: Of a layer or of scans.
+        case: A whole model, or a layer.
+        softmax: The same case of softmax, where ``case`` is a model of another mechanism.
+        mode: Of scans.
         recipe: Its name and the way it is started.
         peaks: Of the machine, for a layer's floor.
     """
 
     part: str
     mechanism: str = ""
-    case: Case | None = None
+    case: Case | Layer | None = None
     softmax: Case | None = None
-    tokens: int = 0
     mode: str = ""
     recipe: tuple[str, str] = ("", "")
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -87,8 +90,6 @@ class Job:
     def name(self) -> str:
         if self.case is not None:
             return self.case.name
-        if self.part == "layers":
-            return f"layer {self.mechanism} n={self.tokens} {self.mode}"
         return {
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
             "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
@@ -114,8 +115,8 @@ class Bench:
             return machine.measure_peaks(device, (dtype_of(device),), torch.get_num_threads())
         if job.part == "launches":
             return measure_launch(job.mechanism, self.setup)
-        if job.part == "layers":
-            return measure_layer(job.mechanism, job.tokens, job.mode, self.setup, job.peaks)
+        if isinstance(job.case, Layer):
+            return measure_layer(job.case, self.setup, job.peaks)
         if job.part == "recipes":
             return measure_recipe(job.recipe[0], job.mechanism, job.recipe[1], self.setup)
         if job.part == "scans":
@@ -267,88 +268,85 @@ class Run:
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
-        options = self.options
-        cases = planned(options.mechanisms, options.models, options.device, options.large)
+        rows = [row for part in PARTS for row in self.report[part]]
+        begun = {_name_of(row) for row in rows}
         complete = {
-            _name_of_row(row) for row in self.report["cases"]
-            if set(row["treatments"]) <= row["seconds"].keys()
+            _name_of(row) for row in rows
+            if "treatments" not in row or set(row["treatments"]) <= row["seconds"].keys()
         }  # fmt: skip
-        begun = {_name_of_row(row) for row in self.report["cases"]}
-        cases = [case for case in cases if case.name not in complete]
+        jobs = [job for job in self._planned() if job.name not in complete]
         # What an earlier run could not do in full comes after what it has not begun.
-        cases.sort(key=lambda case: case.name in begun)
-        late = self._compile_ahead(cases)
+        jobs.sort(key=lambda job: job.name in begun)
+        late = self._compile_ahead([job.case for job in jobs if job.case is not None])
         try:
-            if not options.no_layers and "peaks" not in self.report:
+            if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
                 peaks, reason = self._answer(Job("peaks"), 60.0)
                 if peaks is None:
                     raise UserError(f"the peaks of this device could not be measured: {reason}")
                 self.report["peaks"] = peaks
-            # The layers' figures come after the first size, and before what may take all the time.
-            last = sum(
-                case.size == next(iter(options.models)) and case.mechanism in FIRST
-                and case.name not in begun for case in cases
-            )  # fmt: skip
-            for case in cases[:last]:
-                self._case(case, late)
-            if not options.no_layers:
-                self._measure_others()
-            for case in cases[last:]:
-                self._case(case, late)
+            for job in jobs:
+                self._do(job, late)
         finally:
             self._bench.close()
         write_json(self.options.out, _rounded(self.report), indent=None)
         return self.report
 
-    def _case(self, case: Case, late: dict[str, str]) -> None:
-        def without(case: Case) -> Case:
+    def _do(self, job: Job, late: dict[str, str]) -> None:
+        def without(case: Any) -> Any:
             kept = tuple(name for name in case.treatments if name != "compiled")
-            return dataclasses.replace(case, treatments=kept) if case.name in late else case
+            return dataclasses.replace(case, treatments=kept)
 
-        softmax = dataclasses.replace(case, mechanism="softmax")
-        theirs = None if case.mechanism == "softmax" else without(softmax)
-        job = Job("cases", case.mechanism, without(case), theirs)
+        case = job.case
+        if job.part == "layers":
+            job = dataclasses.replace(job, peaks=self.report["peaks"])
+        if job.softmax is not None and job.softmax.name in late:
+            job = dataclasses.replace(job, softmax=without(job.softmax))
+        if case is not None and case.name in late:
+            job = dataclasses.replace(job, case=without(case))
         row, reason = self._measured(job)
-        if row is None and reason.startswith(TOO_SLOW) and case.name not in late:
+        if case is not None and reason.startswith(TOO_SLOW) and case.name not in late:
             late[case.name] = reason
             row, reason = self._measured(dataclasses.replace(job, case=without(case)))
         if row is None:
-            self._miss(case.name, reason)
+            self._miss(job.name, reason)
             return
-        row["treatments"] = case.treatments
-        if case.name in late:
-            row["missing"]["compiled"] = late[case.name]
-        self._keep("cases", row, _name_of_row)
+        if case is not None:
+            row["treatments"] = case.treatments
+            if case.name in late:
+                row["missing"]["compiled"] = late[case.name]
+        self._keep(job.part, row)
+
+    def _planned(self) -> list[Job]:
+        """Everything, the most important first: what goals name."""
+        options = self.options
+        models, other_models = [], []
+        for case in planned(options.mechanisms, options.models, options.device, options.large):
+            softmax = dataclasses.replace(case, mechanism="softmax")
+            job = Job("cases", case.mechanism, case, softmax if case != softmax else None)
+            is_first = case.size == next(iter(options.models)) and case.mechanism in FIRST
+            (models if is_first else other_models).append(job)
+        # The others' figures come before what may take all the time.
+        jobs = [*models, *self._others(), *other_models]
+        return [job for job in jobs if job.part in options.parts]
 
     def _others(self) -> list[Job]:
         """Launches, layers, recipes and scans."""
-        names, peaks, jobs = self.options.mechanisms, self.report["peaks"], []
+        names = self.options.mechanisms
         layers = dict.fromkeys(part for name in names for part in names_in(name))
-        for name in layers:
-            jobs.append(Job("launches", name))
-            for tokens, mode in itertools.product(LAYER_TOKENS, MODES):
-                jobs.append(Job("layers", name, tokens=tokens, mode=mode, peaks=peaks))
+        first = [name for name in layers if name in FIRST]
+        jobs = [job for name in first for job in _of_layer(name)]
         for (recipe, compared), ways in RECIPES.items():
             for name, way in itertools.product(compared, ways):
                 jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
         for mode in MODES:
             jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
+        jobs += [job for name in layers if name not in FIRST for job in _of_layer(name)]
+        if importlib.util.find_spec("fla") is not None:
+            jobs += [job for name in layers for job in _by_fla(name)]
         return jobs
 
-    def _measure_others(self) -> None:
-        for job in self._others():
-            if job.name in map(_name_of_other, self.report[job.part]):
-                continue
-            row, reason = self._measured(job)
-            if row is None:
-                self._miss(job.name, reason)
-            else:
-                self._keep(job.part, row, _name_of_other)
-
-    def _keep(
-        self, part: str, row: dict[str, Any], name_of: Callable[[dict[str, Any]], str]
-    ) -> None:
-        kept = [old for old in self.report[part] if name_of(old) != name_of(row)]
+    def _keep(self, part: str, row: dict[str, Any]) -> None:
+        kept = [old for old in self.report[part] if _name_of(old) != _name_of(row)]
         self.report[part] = [*kept, row]
         write_json(self.options.out, _rounded(self.report), indent=None)
 
@@ -359,7 +357,8 @@ class Run:
         if reason := self._why_wrong(job.mechanism):
             return None, reason
         # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
-        patience = self.options.patience * (3 if job.part in ("recipes", "scans") else 1)
+        by_fla = job.part == "scans" or (isinstance(job.case, Layer) and job.case.impl)
+        patience = self.options.patience * (3 if by_fla or job.part == "recipes" else 1)
         row, reason = self._answer(job, patience)
         if row is not None:
             lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
@@ -382,8 +381,9 @@ class Run:
         self.report["missed"].append({"what": what, "reason": reason})
         write_json(self.options.out, _rounded(self.report), indent=None)
 
-    def _compile_ahead(self, cases: Sequence[Case]) -> dict[str, str]:
+    def _compile_ahead(self, cases: Sequence[Case | Layer]) -> dict[str, str]:
         """Compiles in other processes; by name of a case, why it is measured without."""
+        cases = [case for case in cases if "compiled" in case.treatments]
         skipped = {case.name: "left out by --skip-compiled" for case in cases
                    if case.mechanism in self.options.skip_compiled}  # fmt: skip
         cases = [case for case in cases if case.name not in skipped]
@@ -444,17 +444,35 @@ def planned(
     ]
 
 
-def _name_of_row(row: dict[str, Any]) -> str:
-    return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
+def _of_layer(mechanism: str) -> list[Job]:
+    steps = itertools.product(LAYER_TOKENS, MODES)
+    layers = [Job("layers", mechanism, Layer(mechanism, *step)) for step in steps]
+    return [Job("launches", mechanism), *layers]
 
 
-def _name_of_other(row: dict[str, Any]) -> str:
+def _by_fla(mechanism: str) -> list[Job]:
+    """The shorter layer by flash-linear-attention, of a mechanism that can be asked for it."""
+    known = typing.get_type_hints(attnzoo.get_attention(mechanism).Config).get("impl")
+    try:
+        if "fla" not in typing.get_args(known):
+            return []
+        attnzoo.build_attention(mechanism, LAYER_WIDTH, impl="fla")
+    except InvalidValue:  # with other options only
+        return []
+    layers = [Layer(mechanism, LAYER_TOKENS[0], mode, ("recorded",), "fla") for mode in MODES]
+    return [Job("layers", mechanism, layer) for layer in layers]
+
+
+def _name_of(row: dict[str, Any]) -> str:
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
     if "over_fla" in row:
         return Job("scans", mode=row["mode"]).name
-    part = "layers" if "mode" in row else "launches"
-    return Job(part, row["mechanism"], tokens=row["tokens"], mode=row.get("mode", "")).name
+    if "size" in row:
+        return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
+    if "mode" in row:
+        return Layer(row["mechanism"], row["tokens"], row["mode"], impl=row.get("impl", "")).name
+    return Job("launches", row["mechanism"]).name
 
 
 def _rounded(value: Any) -> Any:
@@ -497,15 +515,21 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
     )
     parser.add_argument(
-        "--no-layers",
-        action="store_true",
-        help="whole models only, neither layers nor recipes, as always on a CPU",
-    )
+        "--parts", default=None,
+        help=f"what to measure, of {', '.join(PARTS)} (default: all; on a CPU only cases)",
+    )  # fmt: skip
+    parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")
     options = parser.parse_args(arguments)
     if (options.out is None) == (options.table is None):
         raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.no_layers |= options.device == "cpu"
+    if options.no_layers and options.parts is not None:
+        raise UserError("give --parts or --no-layers, which is short for --parts cases")
+    is_short = options.no_layers or options.device == "cpu"
+    options.parts = reports.listed(options.parts or ("cases" if is_short else ",".join(PARTS)))
+    for part in options.parts:
+        if part not in PARTS:
+            raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
     options.sizes, known = reports.listed(options.sizes), attnzoo.list_attention()

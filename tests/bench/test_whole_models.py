@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -9,12 +10,15 @@ import time
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from attnzoo.errors import Unavailable
 from bench import plot, recommend, whole_cases, whole_figures, whole_models
 from bench.whole_cases import (
     RECIPES,
     Case,
+    Layer,
+    LayerSubject,
     Setup,
     Subject,
     measure_launch,
@@ -185,11 +189,13 @@ def test_what_breaks_a_process_breaks_no_other_job():
 def test_a_failing_job_says_why_and_what_follows_is_measured():
     bench = Elsewhere(ON_CPU, None)
     try:
-        row, reason = bench.answer(Job("layers", "softmin", tokens=16, mode="forward"), 120.0)
+        layer = Layer("softmin", 16, "forward", ("recorded",), width=96)
+        row, reason = bench.answer(Job("layers", "softmin", layer), 120.0)
         assert row is None and reason.startswith("InvalidValue") and "softmin" in reason
         peaks = {"float32": 1.0, "copy": 1.0}
-        job = Job("layers", "sana", tokens=16, mode="forward", peaks=peaks)
-        assert bench.answer(job, 120.0)[0]["seconds"] > 0
+        layer = dataclasses.replace(layer, mechanism="sana")
+        row, _ = bench.answer(Job("layers", "sana", layer, peaks=peaks), 120.0)
+        assert row["seconds"]["recorded"]["median"] > 0
     finally:
         bench.close()
 
@@ -212,13 +218,86 @@ def test_goals_come_first_and_small_before_large():
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_a_layer_is_held_to_the_longer_of_its_floors(mode):
     slow = {"float32": 1e9, "copy": 1e-3}
-    found = measure_layer("sana", 16, mode, ON_CPU, slow, width=32)
+    layer = Layer("sana", 16, mode, ("recorded",), width=32)
+    found = measure_layer(layer, ON_CPU, slow)
     moved = (6 * 16 * 32 + 4 * 32**2 + 32) * 4 * (3 if mode == "train" else 1)
     assert found["bound"] == "memory" and found["bytes"] == moved
-    assert found["floor"] == pytest.approx(moved / 1e6) and found["seconds"] > 0
-    found = measure_layer("sana", 16, mode, ON_CPU, slow | {"copy": 1e9}, width=32)
+    assert found["floor"] == pytest.approx(moved / 1e6)
+    found = measure_layer(layer, ON_CPU, slow | {"copy": 1e9})
     assert found["bound"] == "products"
     assert found["floor"] == pytest.approx(2 * found["macs"] / 1e18)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_layer_is_compiled_checked_and_timed_both_ways(mode, monkeypatch):
+    peaks, compiled = {"float32": 1e9, "copy": 1.0}, Setup("cpu", "aot_eager", 0.0)
+    layer = Layer("moh", 16, mode, width=32)
+    real, calls = whole_cases.compile_modules, []
+
+    def watched(modules, **options):
+        calls.append(options)
+        real(modules, **options)
+
+    monkeypatch.setattr(whole_cases, "compile_modules", watched)
+    found = measure_layer(layer, compiled, peaks)
+    assert calls == [{"backend": "aot_eager"}] and not found["missing"]
+    assert found["seconds"].keys() == {"recorded", "compiled"} == found["errors"].keys()
+    seconds = {name: spent["median"] for name, spent in found["seconds"].items()}
+    best = min(seconds, key=seconds.__getitem__)
+    assert whole_figures.fastest(found) == (seconds[best], best)
+    with inductor.patch(compile_threads=1):
+        assert whole_cases.compile_ahead(layer, compiled) == layer.name and len(calls) == 2
+
+    def broken(modules, **options):
+        with torch.no_grad():
+            modules[0].layer.proj.weight.mul_(1.01)
+
+    monkeypatch.setattr(whole_cases, "compile_modules", broken)
+    found = measure_layer(layer, compiled, peaks)
+    assert found["seconds"].keys() == {"recorded"}
+    assert "differs from the eager step" in found["missing"]["compiled"]
+
+
+def test_another_implementation_is_held_to_the_usual_one(monkeypatch):
+    layer = Layer("deltanet", 16, "train", ("recorded",), "reference", width=64)
+    peaks = {"float32": 1e9, "copy": 1.0}
+    row = measure_layer(layer, ON_CPU, peaks)
+    assert row["impl"] == "reference" and row["errors"]["recorded"] < 1e-4
+    usual = row | {"impl": "", "seconds": {"compiled": {"median": 2.0}}}
+    row["seconds"] = {"recorded": {"median": 0.5}}
+    report = {name: [] for name in ("launches", "cases")} | {"layers": [usual, row]}
+    [goal] = whole_figures.figures(report)
+    assert goal.value == pytest.approx(2 / usual["floor"]) and "compiled" in goal.note
+    assert "deltanet, reference n=16 train 4.00" in whole_figures._over_others(report)
+    real = LayerSubject._train
+
+    def wrong(subject):
+        real(subject)
+        if subject.case.impl:
+            subject.x.grad.mul_(2)
+
+    monkeypatch.setattr(LayerSubject, "_train", wrong)
+    with pytest.raises(whole_cases.WrongStep, match=r"recorded: .*differs from the eager step"):
+        measure_layer(layer, ON_CPU, peaks)
+
+
+def test_layers_are_compiled_ahead_and_what_is_late_is_timed_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
+    ahead = []
+
+    def late(self, cases):
+        ahead.extend(case.name for case in cases)
+        return {"layer sana n=16 train": "was not compiled in time"}
+
+    monkeypatch.setattr(whole_models.Run, "_compile_ahead", late)
+    peaks = {"float32": 1.0, "copy": 1.0}
+    monkeypatch.setattr(whole_models.machine, "measure_peaks", lambda *_: peaks)
+    report = run(tmp_path, "--mechanisms", "sana", "--parts", "layers")
+    assert ahead == ["layer sana n=16 forward", "layer sana n=16 train"] and not report["cases"]
+    forward, train = report["layers"]
+    assert forward["seconds"].keys() == {"recorded", "compiled"} and not forward["missing"]
+    assert train["seconds"].keys() == {"recorded"}
+    assert train["missing"] == {"compiled": "was not compiled in time"}
 
 
 def test_a_launch_is_counted_in_products():
@@ -263,14 +342,20 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
     arguments = ["--out", str(tmp_path / "x.json"), "--device", "cuda", "--mechanisms"]
     found = {}
     monkeypatch.setattr(whole_models.machine, "describe", lambda *_: {})
-    for names in ("softmax,dydila,gated", "sana"):
+    monkeypatch.setattr(whole_models.importlib.util, "find_spec", lambda name: name)
+    for names in ("softmax,dydila,gated", "sana", "deltanet,zigma"):
         run = whole_models.Run(whole_models._options([*arguments, names]))
-        run.report["peaks"] = {}
         found[names] = [job.name for job in run._others()]
     names = found["softmax,dydila,gated"]
-    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2
+    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2 + 2
     assert "train compiled dydila" in names and "scans forward" in names
+    # What goals name comes before the others' layers.
+    recipe, other = names.index("sample eager dydila"), names.index("layer gated n=4096 train")
+    assert names.index("layer dydila n=16384 train") < recipe < other
     assert len(found["sana"]) == 5
+    # zigma has an implementation by that name for another state than its own.
+    others = [name for name in found["deltanet,zigma"] if "fla" in name]
+    assert others == ["layer deltanet, fla n=4096 forward", "layer deltanet, fla n=4096 train"]
     rows = [
         {"recipe": recipe, "mechanism": name, "way": way}
         for (recipe, ones), ways in RECIPES.items()
@@ -278,7 +363,8 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
         for way in ways
     ]
     rows += [{"mode": mode, "over_fla": {}} for mode in ("forward", "train")]
-    assert {whole_models._name_of_other(row) for row in rows} < set(names)
+    rows += [dataclasses.asdict(Layer("gated", 4096, "train", impl=impl)) for impl in ("", "fla")]
+    assert {whole_models._name_of(row) for row in rows} < set(names)
 
 
 def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
@@ -304,8 +390,8 @@ def test_figures_are_of_the_last_treatment_and_judged():
         ],
         "scans": [{"mode": "forward", "over_fla": {"median": 0.3}}],
         "layers": [
-            {"mechanism": "lit", "tokens": 4096, "mode": "train", "seconds": 8.0, "floor": 2.0,
-             "bound": "memory"},
+            {"mechanism": "lit", "tokens": 4096, "mode": "train", "floor": 2.0, "bound": "memory",
+             "seconds": {"recorded": {"median": 8.0}, "compiled": {"median": 9.0}}},
         ],
         "cases": [
             case("sana", 1024, {"eager": 3.0, "compiled": 2.0}),
@@ -327,7 +413,8 @@ def test_figures_are_of_the_last_treatment_and_judged():
     assert by_goal["E5"].verdict == "minimum missed" and by_goal["E5"].note == "recorded"
     assert by_goal["E6"].value == 0.5
     assert by_goal["E8"].value == 4.0
-    assert by_goal["E9"].value == 4.0 and "lit, n=4096" in by_goal["E9"].what
+    assert by_goal["E9"].value == 4.0 and by_goal["E9"].note.startswith("recorded; floor")
+    assert "lit, n=4096" in by_goal["E9"].what
     [sana] = [f for (goal, what), f in found.items() if goal == "E7" and "sana" in what]
     assert sana.value == pytest.approx(512 * 2**0.5) and "S, forward" in sana.what
 
@@ -344,6 +431,8 @@ def test_a_crossover_lies_between_sizes_or_nowhere():
         (["--out", "x.json", "--mechanisms", "softmin"], "'softmax'"),
         (["--out", "x.json", "--tokens", "200"], "squares"),
         (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
+        (["--out", "x.json", "--parts", "layer"], "unknown part 'layer'; choose of cases, layers"),
+        (["--out", "x.json", "--parts", "layers", "--no-layers"], "short for --parts cases"),
         ([], "either --out"),
         (["--out", "x.json", "--table", "x.json"], "either --out"),
     ],
@@ -404,7 +493,9 @@ def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
         if row["mechanism"] == "sana":
             row["seconds"] = {"eager": row["seconds"]["eager"]}
             row["over_fastest"] |= {"ours": "eager"}
-    new["layers"][0]["seconds"] = 8.0
+    # The old one is of before layers were compiled.
+    new["layers"][0] |= {"missing": {}, "seconds": {"recorded": {"median": 9.0},
+                                                    "compiled": {"median": 8.0}}}  # fmt: skip
     paths, page = [tmp_path / "new.json", tmp_path / "old.json"], tmp_path / "page.md"
     for path, report in zip(paths, (new, old), strict=True):
         path.write_text(json.dumps(report))
@@ -413,11 +504,12 @@ def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
     said = page.read_text()
     assert said.index("commit def") < said.index("commit abc")
     rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("| ")}
-    assert "| def, abc |" in rows["softmax"] and "4.0 (memory)" in rows["sana"]
+    assert "| def, abc |" in rows["softmax"] and "4.0 (compiled, memory)" in rows["sana"]
     kept = whole_figures.joined([new, old])["cases"]
     commits = [row["commit"] for row in kept if row["mechanism"] == "sana"]
     assert len(kept) == 8 and set(commits) == {"abc"}
-    found = {f.what: (f.value, commit) for f, commit in whole_figures.newest_figures([new, old])}
+    both = map(whole_figures.read_whole, paths)
+    found = {f.what: (f.value, commit) for f, commit in whole_figures.newest_figures(both)}
     [(value, commit)] = [pair for what, pair in found.items() if what.startswith("layer")]
     assert (value, commit) == (4.0, "def")
     assert "abc" in {commit for _, commit in found.values()}  # what only the old one has
