@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -122,11 +123,15 @@ class Setup:
         device: "cuda" or "cpu".
         backend: Of torch.compile.
         seconds: Of the rounds of a case.
+        before: An older checkout, whose recipes are timed beside ours.
+        before_commit: Its commit.
     """
 
     device: str
     backend: str
     seconds: float = 1.5
+    before: Path | None = None
+    before_commit: str = ""
 
 
 class Subject:
@@ -469,7 +474,8 @@ def measure_launch(
 
 
 # Of a recipe, by way: --cuda-graph and --compile.
-WAYS = {"eager": ("off", "off"), "recorded": ("on", "off"), "compiled": ("on", "on")}
+WAYS = {"compiled": ("on", "on"), "recorded": ("on", "off"), "eager": ("off", "off")}
+BEFORE = "before"  # by the recipes of an older checkout, which knew no such flags
 GPUS = {"one GPU": 1, "two GPUs": 2}
 # Recipes whose images per second are compared by way, E2, E3 and E11: of which mechanisms.
 RECIPES = {
@@ -487,41 +493,77 @@ def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[
         recipe: "train", of 256 tokens; "sample", likewise, with guidance; or "train on GPUs", of
             4096 tokens and as many images for each GPU.
         mechanism: The attention.
-        way: Of ``WAYS``, or of ``GPUS``.
+        way: Of ``WAYS``, or of ``GPUS``; or ``BEFORE``.
         setup: Where.
     """
-    if recipe == "sample":
+    row: dict[str, Any] = {"recipe": recipe, "mechanism": mechanism, "way": way}
+    if way == BEFORE:
+        row["commit"] = setup.before_commit
+    if recipe == "sample" and way == BEFORE:
+        found = _sampling_before(mechanism, setup)
+        row["float32_images_per_second"] = found["float32"]  # without the autocast that ours have
+        speed = found["bfloat16"]
+    elif recipe == "sample":
         speed = _sampling(mechanism, way, setup)
     elif recipe == "train":
-        graph, compiled = WAYS[way]
-        options = "--resolution", "64", "--cuda-graph", graph, "--compile", compiled
-        speed = _training(mechanism, 64, options)
+        graph, compiled = WAYS.get(way, ("", ""))
+        options = ["--resolution", "64"]
+        if way != BEFORE:
+            options += ["--cuda-graph", graph, "--compile", compiled]
+        speed = _training(mechanism, 64, options, folder=setup.before if way == BEFORE else None)
     else:
-        if (there := torch.cuda.device_count()) < GPUS[way]:
+        # One alone has nothing beside it.
+        if (there := torch.cuda.device_count()) < (most := max(GPUS.values())):
             raise Unavailable(
-                f"needs {GPUS[way]} GPUs, and there {'is' if there == 1 else 'are'} {there}"
+                f"needs {most} GPUs, and there {'is' if there == 1 else 'are'} {there}"
             )
-        options = "--resolution", "128", "--patch-size", "2"
+        options = ["--resolution", "128", "--patch-size", "2"]
         speed = _training(mechanism, 16 * GPUS[way], options, GPUS[way])
-    return {"recipe": recipe, "mechanism": mechanism, "way": way, "images_per_second": speed}
+    return row | {"images_per_second": speed}
 
 
-def _training(mechanism: str, batch: int, options: Sequence[str], processes: int = 1) -> float:
+def _training(
+    mechanism: str,
+    batch: int,
+    options: Sequence[str],
+    processes: int = 1,
+    folder: Path | None = None,
+) -> float:
+    root = folder or Path(__file__).parents[1]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     never = [f"--{what}-every={2 * _STEPS}" for what in ("checkpoint", "sample", "diagnose")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, *(launcher if processes > 1 else ()),
-            str(Path(__file__).parents[1] / "recipes" / "train.py"), "--attn", mechanism,
+            str(root / "recipes" / "train.py"), "--attn", mechanism,
             "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(_STEPS),
-            "--batch-size", str(batch), "--out", f"{folder}/run", *never, *options,
+            "--batch-size", str(batch), "--out", f"{out}/run", *never, *options,
         ]  # fmt: skip
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=150)
-        if ended.returncode:
-            raise WrongStep(f"train.py ended with {ended.returncode}: {ended.stderr[-120:]}")
-        lines = Path(folder, "run", "log.jsonl").read_text("utf-8").splitlines()
+        _started(command, root)
+        lines = Path(out, "run", "log.jsonl").read_text("utf-8").splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines][_STEPS // 3 :]
     return batch / statistics.median(seconds)
+
+
+def _started(command: Sequence[str], root: Path) -> str:
+    """What a program prints that imports the packages of a tree."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    if ended.returncode:
+        program = next(Path(word).name for word in command if word.endswith(".py"))
+        said = one_line(RuntimeError(ended.stderr[-300:]))
+        raise WrongStep(f"{program} ended with {ended.returncode}: {said}")
+    return ended.stdout
+
+
+def _sampling_before(mechanism: str, setup: Setup, **changed: Any) -> dict[str, float]:
+    assert setup.before is not None
+    asked = {"mechanism": mechanism, "size": "S", "resolution": 256, "images": 16, "steps": 20,
+             "rounds": 3, "device": setup.device} | changed  # fmt: skip
+    script = Path(__file__).with_name("whole_before.py")
+    command = [sys.executable, str(script), str(setup.before), json.dumps(asked)]
+    return json.loads(_started(command, setup.before).splitlines()[-1])
 
 
 def _sampling(mechanism: str, way: str, setup: Setup, images: int = 16) -> float:

@@ -125,17 +125,26 @@ def _launches(report: dict[str, Any]) -> Values:
 
 
 def _speeds(report: dict[str, Any], recipe: str, base: str) -> Values:
-    """Images per second of a recipe over those of its base way, by mechanism."""
-    found: dict[str, dict[str, float]] = {}
+    """Images per second of a recipe over those of its base way, by mechanism.
+
+    The base is the recipe of an older commit where that was measured.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in report.get("recipes", []):
         if row["recipe"] == recipe:
-            found.setdefault(row["mechanism"], {})[row["way"]] = row["images_per_second"]
-    for name, speeds in found.items():
-        others = [way for way in speeds if way != base]
-        if base in speeds and others:
+            found.setdefault(row["mechanism"], {})[row["way"]] = row
+    for name, rows in found.items():
+        beside, speeds = base, {way: row["images_per_second"] for way, row in rows.items()}
+        if older := rows.get("before"):
+            beside = f"before ({older['commit']})"
+            speeds[beside] = speeds.pop("before")
+        others = [way for way in speeds if way != beside]
+        if beside in speeds and others:
             best = max(others, key=lambda way: speeds[way])
-            said = f"{best} {speeds[best]:.0f} images/s, {base} {speeds[base]:.0f}"
-            yield name, {"": (speeds[best] / speeds[base], said)}
+            said = f"{best} {speeds[best]:.0f} images/s, {beside} {speeds[beside]:.0f}"
+            if older and "float32_images_per_second" in older:
+                said += f", in float32 {older['float32_images_per_second']:.0f}"
+            yield name, {"": (speeds[best] / speeds[beside], said)}
 
 
 def _scans(report: dict[str, Any]) -> Values:

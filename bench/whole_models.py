@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from bench import machine, reports
 from bench.checks import SIBLING_SIDE, check_layer
 from bench.isolate import one_line
 from bench.whole_cases import (
+    BEFORE,
     LAYER_TOKENS,
     LAYER_WIDTH,
     RECIPES,
@@ -246,7 +248,9 @@ class Run:
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
         self.options = options
         self.end = time.monotonic() + options.seconds
-        self.setup = Setup(options.device, options.backend, options.round_seconds)
+        self.setup = Setup(
+            options.device, options.backend, options.round_seconds, *(options.before or (None, ""))
+        )
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         self.report: dict[str, Any] = {
             **reports.begun(options.device),
@@ -257,7 +261,8 @@ class Run:
         # On a CPU nothing that fails breaks what follows.
         self._bench: Bench | Elsewhere = Bench(self.setup)
         if options.device == "cuda":
-            self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
+            is_ahead = options.processes > 1 and not {"cases", "layers"}.isdisjoint(options.parts)
+            self._bench = Elsewhere(self.setup, 1 if is_ahead else None)
 
     def _continue(self, report: dict[str, Any]) -> None:
         reports.require_same(report, self.report, self.options.out)
@@ -336,7 +341,8 @@ class Run:
         first = [name for name in layers if name in FIRST]
         jobs = [job for name in first for job in _of_layer(name)]
         for (recipe, compared), ways in RECIPES.items():
-            for name, way in itertools.product(compared, ways):
+            older = (BEFORE,) if self.options.before and "eager" in ways else ()
+            for name, way in itertools.product(compared, (*older, *ways)):
                 jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
         for mode in MODES:
             jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
@@ -463,6 +469,18 @@ def _by_fla(mechanism: str) -> list[Job]:
     return [Job("layers", mechanism, layer) for layer in layers]
 
 
+def _older(folder: Path) -> tuple[Path, str]:
+    """An older checkout and its commit, by git or, of an archive, by the folder's name."""
+    if not (folder / "recipes" / "train.py").is_file():
+        raise UserError(f"--before {folder} has no recipes/train.py; make it by git worktree add")
+    named = re.search(r"[0-9a-f]{7,40}$", folder.resolve().name)
+    if (folder / ".git").exists():
+        return folder.resolve(), machine.commit(folder)
+    if named is None:
+        raise UserError(f"--before {folder} is no git checkout; let its name end with its commit")
+    return folder.resolve(), named.group()[:7]
+
+
 def _name_of(row: dict[str, Any]) -> str:
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
@@ -503,6 +521,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="that compile ahead, before anything is timed (default: all cores but two)",
     )  # fmt: skip
     parser.add_argument(
+        "--before", type=Path, default=None, metavar="FOLDER",
+        help="an older checkout (git worktree add FOLDER COMMIT), whose recipes ours are held to",
+    )  # fmt: skip
+    parser.add_argument(
         "--resume", action="store_true", help="go on with what the JSON of --out lacks"
     )
     parser.add_argument(
@@ -530,6 +552,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
+    if options.before is not None:
+        if "recipes" not in options.parts:
+            raise UserError("--before is of recipes; give --parts recipes, too")
+        options.before = _older(options.before)
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
     options.sizes, known = reports.listed(options.sizes), attnzoo.list_attention()

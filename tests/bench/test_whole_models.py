@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import time
 
 import pytest
@@ -336,6 +337,77 @@ def test_sampling_is_checked_and_timed(monkeypatch):
     monkeypatch.setattr(whole_cases, "relative_error", lambda *_: 0.5)
     with pytest.raises(whole_cases.WrongStep, match="images differ"):
         measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
+
+
+@pytest.fixture
+def older(tmp_path):
+    """A checkout whose recipes do not compute, but keep what they were asked for."""
+    folder = tmp_path / "before-a69f5a4"
+    for package in ("backbones", "recipes", "recipes/diffusion"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").touch()
+    (folder / "recipes" / "train.py").write_text(
+        "import backbones, json, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir()\n"
+        "(out / 'log.jsonl').write_text('{\"seconds\": 0.5}\\n' * 60)\n"
+        "note = pathlib.Path(backbones.__file__).with_name('asked.json')\n"
+        "note.write_text(json.dumps(sys.argv))\n"
+    )
+    (folder / "backbones" / "__init__.py").write_text(
+        "import torch\n"
+        "def build_backbone(*asked):\n"
+        "    assert asked == ('dydila', 'S', 'controlled', 256), asked\n"
+        "    return torch.nn.Linear(2, 2)\n"
+    )
+    (folder / "recipes" / "diffusion" / "__init__.py").write_text(
+        "import time, torch\n"
+        "DIFFUSION_PRESETS = {'dit': None}\n"
+        "def sample(model, preset, *, labels, shape, cfg, batch_size, **others):\n"
+        "    assert (shape, cfg, batch_size, others['steps']) == ((4, 32, 32), 4.0, 16, 20)\n"
+        "    time.sleep(0.01 if torch.is_autocast_enabled('cpu') else 0.1)\n"
+        "    return torch.zeros(len(labels))\n"
+    )
+    return folder
+
+
+def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
+    found, commit = whole_models._older(older)
+    assert (found, commit) == (older, "a69f5a4")
+    setup = dataclasses.replace(ON_CPU, before=found, before_commit=commit)
+    trained = measure_recipe("train", "dydila", "before", setup)
+    assert trained["images_per_second"] == 128 and trained["commit"] == "a69f5a4"
+    asked = json.loads((older / "backbones" / "asked.json").read_text())
+    assert asked[asked.index("--attn") + 1] == "dydila" and "--cuda-graph" not in asked
+    sampled = measure_recipe("sample", "dydila", "before", setup)
+    assert sampled["float32_images_per_second"] < 160 < sampled["images_per_second"] < 1600
+    rows = [
+        trained, sampled, trained | {"way": "eager", "images_per_second": 256.0},
+        trained | {"way": "compiled", "images_per_second": 640.0},
+    ]  # fmt: skip
+    report = {name: [] for name in ("launches", "layers", "cases")} | {"recipes": rows}
+    [goal] = whole_figures.figures(report)
+    assert (goal.goal, goal.value) == ("E2", 5.0)
+    assert goal.note == "compiled 640 images/s, before (a69f5a4) 128"
+    arguments = ["--out", str(tmp_path / "x.json"), "--before", str(older)]
+    run = whole_models.Run(whole_models._options([*arguments, "--parts", "recipes"]))
+    names = [job.name for job in run._planned()]
+    assert "train before dydila" in names and "sample before softmax" in names
+    assert not [name for name in names if "GPUs before" in name or name.startswith("layer")]
+    with pytest.raises(UserError, match="--parts recipes, too"):
+        main([*arguments, "--parts", "cases"])
+
+
+def test_what_is_no_older_checkout_is_refused(older, tmp_path):
+    with pytest.raises(UserError, match=r"has no recipes/train\.py"):
+        whole_models._older(tmp_path)
+    unnamed = older.rename(tmp_path / "older")
+    with pytest.raises(UserError, match="name end with its commit"):
+        whole_models._older(unnamed)
+    shutil.rmtree(unnamed / "backbones")
+    setup = dataclasses.replace(ON_CPU, before=unnamed)
+    with pytest.raises(whole_cases.WrongStep, match=r"whole_before\.py ended with 1"):
+        measure_recipe("sample", "dydila", "before", setup)
 
 
 def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
