@@ -486,7 +486,18 @@ RECIPES = {
 _STEPS = 60  # of a training, of which the first third does not count
 
 
-def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[str, Any]:
+def rehearse_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> None:
+    """Runs a recipe shortly, so that compilers' caches on disk have what it takes."""
+    from torch._inductor import config
+
+    quiet()
+    config.compile_threads = 1
+    measure_recipe(recipe, mechanism, way, dataclasses.replace(setup, seconds=0.0), short=True)
+
+
+def measure_recipe(
+    recipe: str, mechanism: str, way: str, setup: Setup, short: bool = False
+) -> dict[str, Any]:
     """Images per second of a recipe as a user starts it, DiT-S in bfloat16.
 
     Args:
@@ -495,12 +506,14 @@ def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[
         mechanism: The attention.
         way: Of ``WAYS``, or of ``GPUS``; or ``BEFORE``.
         setup: Where.
+        short: Too few steps for a figure.
     """
+    steps = 4 if short else _STEPS
     row: dict[str, Any] = {"recipe": recipe, "mechanism": mechanism, "way": way}
     if way == BEFORE:
         row["commit"] = setup.before_commit
     if recipe == "sample" and way == BEFORE:
-        found = _sampling_before(mechanism, setup)
+        found = _sampling_before(mechanism, setup, rounds=1 if short else 3)
         row["float32_images_per_second"] = found["float32"]  # without the autocast that ours have
         speed = found["bfloat16"]
     elif recipe == "sample":
@@ -510,7 +523,8 @@ def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[
         options = ["--resolution", "64"]
         if way != BEFORE:
             options += ["--cuda-graph", graph, "--compile", compiled]
-        speed = _training(mechanism, 64, options, folder=setup.before if way == BEFORE else None)
+        folder = setup.before if way == BEFORE else None
+        speed = _training(mechanism, 64, options, steps, folder=folder)
     else:
         # One alone has nothing beside it.
         if (there := torch.cuda.device_count()) < (most := max(GPUS.values())):
@@ -518,7 +532,7 @@ def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[
                 f"needs {most} GPUs, and there {'is' if there == 1 else 'are'} {there}"
             )
         options = ["--resolution", "128", "--patch-size", "2"]
-        speed = _training(mechanism, 16 * GPUS[way], options, GPUS[way])
+        speed = _training(mechanism, 16 * GPUS[way], options, steps, GPUS[way])
     return row | {"images_per_second": speed}
 
 
@@ -526,22 +540,23 @@ def _training(
     mechanism: str,
     batch: int,
     options: Sequence[str],
+    steps: int,
     processes: int = 1,
     folder: Path | None = None,
 ) -> float:
     root = folder or Path(__file__).parents[1]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    never = [f"--{what}-every={2 * _STEPS}" for what in ("checkpoint", "sample", "diagnose")]
+    never = [f"--{what}-every={2 * steps}" for what in ("checkpoint", "sample", "diagnose")]
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, *(launcher if processes > 1 else ()),
             str(root / "recipes" / "train.py"), "--attn", mechanism,
-            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(_STEPS),
+            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(steps),
             "--batch-size", str(batch), "--out", f"{out}/run", *never, *options,
         ]  # fmt: skip
         _started(command, root)
         lines = Path(out, "run", "log.jsonl").read_text("utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines][_STEPS // 3 :]
+    seconds = [json.loads(line)["seconds"] for line in lines][steps // 3 :]
     return batch / statistics.median(seconds)
 
 
@@ -557,10 +572,12 @@ def _started(command: Sequence[str], root: Path) -> str:
     return ended.stdout
 
 
-def _sampling_before(mechanism: str, setup: Setup, **changed: Any) -> dict[str, float]:
+def _sampling_before(
+    mechanism: str, setup: Setup, rounds: int, **changed: Any
+) -> dict[str, float]:
     assert setup.before is not None
     asked = {"mechanism": mechanism, "size": "S", "resolution": 256, "images": 16, "steps": 20,
-             "rounds": 3, "device": setup.device} | changed  # fmt: skip
+             "rounds": rounds, "device": setup.device} | changed  # fmt: skip
     script = Path(__file__).with_name("whole_before.py")
     command = [sys.executable, str(script), str(setup.before), json.dumps(asked)]
     return json.loads(_started(command, setup.before).splitlines()[-1])

@@ -50,6 +50,7 @@ from bench.whole_cases import (
     measure_recipe,
     measure_scans,
     quiet,
+    rehearse_recipe,
 )
 from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
 from recipes.lab.console import DONE, UserError, run_script, whole
@@ -89,6 +90,13 @@ class Job:
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether there is something to compile before it is timed."""
+        if self.case is not None:
+            return "compiled" in self.case.treatments
+        return self.recipe[0] in ("train", "sample") and self.recipe[1] != "eager"
+
+    @property
     def name(self) -> str:
         if self.case is not None:
             return self.case.name
@@ -96,6 +104,14 @@ class Job:
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
             "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
         }.get(self.part, self.part)  # fmt: skip
+
+
+def _ahead(job: Job, setup: Setup) -> None:
+    """Compiles what a job will need, so that compilers' caches on disk have it."""
+    if job.case is not None:
+        compile_ahead(job.case, setup)
+    else:
+        rehearse_recipe(job.recipe[0], job.mechanism, job.recipe[1], setup)
 
 
 class Bench:
@@ -248,9 +264,8 @@ class Run:
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
         self.options = options
         self.end = time.monotonic() + options.seconds
-        self.setup = Setup(
-            options.device, options.backend, options.round_seconds, *(options.before or (None, ""))
-        )
+        before, commit = options.before or (None, "")
+        self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit)
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         self.report: dict[str, Any] = {
             **reports.begun(options.device),
@@ -261,8 +276,7 @@ class Run:
         # On a CPU nothing that fails breaks what follows.
         self._bench: Bench | Elsewhere = Bench(self.setup)
         if options.device == "cuda":
-            is_ahead = options.processes > 1 and not {"cases", "layers"}.isdisjoint(options.parts)
-            self._bench = Elsewhere(self.setup, 1 if is_ahead else None)
+            self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
 
     def _continue(self, report: dict[str, Any]) -> None:
         reports.require_same(report, self.report, self.options.out)
@@ -282,7 +296,7 @@ class Run:
         jobs = [job for job in self._planned() if job.name not in complete]
         # What an earlier run could not do in full comes after what it has not begun.
         jobs.sort(key=lambda job: job.name in begun)
-        late = self._compile_ahead([job.case for job in jobs if job.case is not None])
+        late = self._compile_ahead(jobs)
         try:
             if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
                 peaks, reason = self._answer(Job("peaks"), 60.0)
@@ -387,13 +401,13 @@ class Run:
         self.report["missed"].append({"what": what, "reason": reason})
         write_json(self.options.out, _rounded(self.report), indent=None)
 
-    def _compile_ahead(self, cases: Sequence[Case | Layer]) -> dict[str, str]:
+    def _compile_ahead(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Compiles in other processes; by name of a case, why it is measured without."""
-        cases = [case for case in cases if "compiled" in case.treatments]
-        skipped = {case.name: "left out by --skip-compiled" for case in cases
-                   if case.mechanism in self.options.skip_compiled}  # fmt: skip
-        cases = [case for case in cases if case.name not in skipped]
-        processes = min(self.options.processes, len(cases))
+        jobs = [job for job in jobs if job.is_compiled]
+        skipped = {job.name: "left out by --skip-compiled" for job in jobs
+                   if job.case and job.mechanism in self.options.skip_compiled}  # fmt: skip
+        jobs = [job for job in jobs if job.name not in skipped]
+        processes = min(self.options.processes, len(jobs))
         if processes < 2:
             return skipped
         # Those that are compared with softmax need softmax's from the compiler's cache, too.
@@ -402,22 +416,22 @@ class Run:
         pool = context.Pool(processes, quiet)
         finished = False
         try:
-            found = [pool.apply_async(compile_ahead, (case, self.setup)) for case in cases]
-            for case, result in zip(cases, found, strict=True):
+            found = [pool.apply_async(_ahead, (job, self.setup)) for job in jobs]
+            for job, result in zip(jobs, found, strict=True):
                 left = start + _AHEAD * self.options.seconds - time.monotonic()
                 try:
                     result.get(max(0.0, left))
                 except multiprocessing.TimeoutError:
-                    late[case.name] = "was not compiled in time; go on with --resume"
+                    late[job.name] = "was not compiled in time; go on with --resume"
                 except Exception as error:  # of a compiler, anything
-                    late[case.name] = one_line(error)
+                    late[job.name] = one_line(error)
             finished = all(result.ready() for result in found)
         finally:
             pool.close() if finished else pool.terminate()
             pool.join()
-        done = len(cases) + len(skipped) - len(late)
+        done = len(jobs) + len(skipped) - len(late)
         taken = time.monotonic() - start
-        print(f"{done} of {len(cases)} compiled ahead, {taken:.0f} s", flush=True)
+        print(f"{done} of {len(jobs)} compiled ahead, {taken:.0f} s", flush=True)
         return late
 
 

@@ -286,8 +286,8 @@ def test_layers_are_compiled_ahead_and_what_is_late_is_timed_without(tmp_path, m
     monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
     ahead = []
 
-    def late(self, cases):
-        ahead.extend(case.name for case in cases)
+    def late(self, jobs):
+        ahead.extend(job.name for job in jobs if job.is_compiled)
         return {"layer sana n=16 train": "was not compiled in time"}
 
     monkeypatch.setattr(whole_models.Run, "_compile_ahead", late)
@@ -299,6 +299,13 @@ def test_layers_are_compiled_ahead_and_what_is_late_is_timed_without(tmp_path, m
     assert forward["seconds"].keys() == {"recorded", "compiled"} and not forward["missing"]
     assert train["seconds"].keys() == {"recorded"}
     assert train["missing"] == {"compiled": "was not compiled in time"}
+    # As layers were before they were compiled: what is not there at all comes first.
+    old = {name: value for name, value in forward.items() if name not in ("treatments", "missing")}
+    out = tmp_path / "whole.json"
+    out.write_text(json.dumps(report | {"layers": [old | {"seconds": 1.0}]}))
+    again = run(tmp_path, "--mechanisms", "sana", "--parts", "layers", "--resume")
+    assert [row["mode"] for row in again["layers"]] == ["train", "forward"]
+    assert again["layers"][1]["seconds"].keys() == {"recorded", "compiled"}
 
 
 def test_a_launch_is_counted_in_products():
@@ -391,8 +398,15 @@ def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
     assert goal.note == "compiled 640 images/s, before (a69f5a4) 128"
     arguments = ["--out", str(tmp_path / "x.json"), "--before", str(older)]
     run = whole_models.Run(whole_models._options([*arguments, "--parts", "recipes"]))
-    names = [job.name for job in run._planned()]
+    jobs = {job.name: job for job in run._planned()}
+    names = list(jobs)
     assert "train before dydila" in names and "sample before softmax" in names
+    # What is compiled on the way is run once before, and is no figure.
+    with inductor.patch(compile_threads=1):
+        whole_models._ahead(jobs["sample before dydila"], setup)
+    assert jobs["train compiled dydila"].is_compiled
+    assert not jobs["train eager dydila"].is_compiled
+    assert not jobs["train on GPUs one GPU dydila"].is_compiled
     assert not [name for name in names if "GPUs before" in name or name.startswith("layer")]
     with pytest.raises(UserError, match="--parts recipes, too"):
         main([*arguments, "--parts", "cases"])
