@@ -337,32 +337,38 @@ class Run:
 
     def _planned(self) -> list[Job]:
         """Everything, the most important first: what goals name."""
-        options = self.options
-        models, other_models = [], []
+        options, jobs = self.options, self._others()
         for case in planned(options.mechanisms, options.models, options.device, options.large):
             softmax = dataclasses.replace(case, mechanism="softmax")
-            job = Job("cases", case.mechanism, case, softmax if case != softmax else None)
-            is_first = case.size == next(iter(options.models)) and case.mechanism in FIRST
-            (models if is_first else other_models).append(job)
-        # The others' figures come before what may take all the time.
-        jobs = [*models, *self._others(), *other_models]
-        return [job for job in jobs if job.part in options.parts]
+            jobs.append(Job("cases", case.mechanism, case, softmax if case != softmax else None))
+        return sorted((job for job in jobs if job.part in options.parts), key=self._place)
+
+    def _place(self, job: Job) -> int:
+        case, is_first = job.case, job.mechanism in FIRST
+        if isinstance(case, Case):
+            is_small = case.size == next(iter(self.options.models))
+            return (0 if is_small else 2) if is_first else 6
+        if job.part in ("recipes", "scans"):
+            return 3
+        if case is not None and case.impl:
+            return 5
+        return 1 if is_first else 4
 
     def _others(self) -> list[Job]:
         """Launches, layers, recipes and scans."""
-        names = self.options.mechanisms
-        layers = dict.fromkeys(part for name in names for part in names_in(name))
-        first = [name for name in layers if name in FIRST]
-        jobs = [job for name in first for job in _of_layer(name)]
+        names, jobs = self.options.mechanisms, []
+        for name in dict.fromkeys(part for pattern in names for part in names_in(pattern)):
+            jobs.append(Job("launches", name))
+            for step in itertools.product(LAYER_TOKENS, MODES):
+                jobs.append(Job("layers", name, Layer(name, *step)))
+            if importlib.util.find_spec("fla") is not None:
+                jobs += _by_fla(name)
         for (recipe, compared), ways in RECIPES.items():
             older = (BEFORE,) if self.options.before and "eager" in ways else ()
             for name, way in itertools.product(compared, (*older, *ways)):
                 jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
         for mode in MODES:
             jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
-        jobs += [job for name in layers if name not in FIRST for job in _of_layer(name)]
-        if importlib.util.find_spec("fla") is not None:
-            jobs += [job for name in layers for job in _by_fla(name)]
         return jobs
 
     def _keep(self, part: str, row: dict[str, Any]) -> None:
@@ -462,12 +468,6 @@ def planned(
         for name in names
         if large is None or name in large or size == next(iter(models))
     ]
-
-
-def _of_layer(mechanism: str) -> list[Job]:
-    steps = itertools.product(LAYER_TOKENS, MODES)
-    layers = [Job("layers", mechanism, Layer(mechanism, *step)) for step in steps]
-    return [Job("launches", mechanism), *layers]
 
 
 def _by_fla(mechanism: str) -> list[Job]:

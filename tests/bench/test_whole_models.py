@@ -435,9 +435,13 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
     names = found["softmax,dydila,gated"]
     assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2 + 2
     assert "train compiled dydila" in names and "scans forward" in names
-    # What goals name comes before the others' layers.
-    recipe, other = names.index("sample eager dydila"), names.index("layer gated n=4096 train")
-    assert names.index("layer dydila n=16384 train") < recipe < other
+    # What goals name comes before the others' layers and models.
+    run = whole_models.Run(whole_models._options([*arguments, "gated,dydila"]))
+    places = {job.name: place for place, job in enumerate(run._planned())}
+    ordered = ("dydila S 1024px train", "layer dydila n=4096 train", "dydila L 512px train",
+               "sample eager dydila", "layer gated n=4096 train", "layer gated, fla n=4096 train",
+               "gated S 1024px train")  # fmt: skip
+    assert sorted(ordered, key=places.__getitem__) == list(ordered)
     assert len(found["sana"]) == 5
     # zigma has an implementation by that name for another state than its own.
     others = [name for name in found["deltanet,zigma"] if "fla" in name]
