@@ -166,7 +166,9 @@ def _group(device: str) -> dist.ProcessGroup:
         if device == "cuda":  # otherwise a sum waits for a place behind the backward's kernels
             high = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options = {"backend": "nccl", "pg_options": high}
-        _groups_of[world] = dist.new_group(**options)
+        group = dist.new_group(**options)
+        assert isinstance(group, dist.ProcessGroup)
+        _groups_of[world] = group
     return _groups_of[world]
 
 
