@@ -67,7 +67,7 @@ def test_buckets_add_up_what_one_flat_sum_does(buckets):
     for found in buckets:
         assert not [name for name, case in found.items() if "equal" in case
                     and case["equal"] not in (True, [True] * 3)]  # fmt: skip
-        assert len(found) >= 11
+        assert len(found) >= 12
 
 
 def test_all_processes_reduce_the_same_buckets_in_the_same_order(buckets):
@@ -95,6 +95,13 @@ def test_a_bucket_is_reduced_while_the_backward_goes_on(buckets):
     # The process without a gradient waits for the end, the other does not.
     assert (begun(0, "each one"), begun(1, "each one")) == (0, 5)
     assert begun(0, "after both") == 0
+
+
+def test_a_backbone_gives_gradients_in_the_order_of_the_buckets(buckets):
+    found = buckets[0]["backbone"]
+    pairs = list(zip(found["begun"], found["best"], strict=True))
+    # In the model's own order nothing begins before the end.
+    assert len(pairs) >= 10 and max(at - best for at, best in pairs) < 0.15
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from backbones import build_backbone
 from backbones.recorded import captured
 from recipes.lab.training.buckets import GradientBuckets
 
@@ -85,17 +86,22 @@ def backward(model, step, uses):
 
 
 class Watched:
-    """Notes every sum of buckets: its length, and whether it began while a backward ran."""
+    """Notes every sum of buckets: its length, and when it began.
 
-    def __init__(self):
+    Args:
+        when: Gives that; without it, whether a backward was under way.
+    """
+
+    def __init__(self, when=None):
         self.events = []
         self.is_inside = False
+        self._when = when or (lambda: self.is_inside)
         self._reduce = dist.all_reduce
 
     def __enter__(self):
         def all_reduce(tensor, *arguments, **options):
             if "group" in options:
-                self.events.append((tensor.numel(), self.is_inside))
+                self.events.append((tensor.numel(), self._when()))
             return self._reduce(tensor, *arguments, **options)
 
         dist.all_reduce = all_reduce
@@ -208,6 +214,27 @@ def recorded():
     return equal
 
 
+def of_a_backbone():
+    """How far a backward had got when each bucket's sum began, and could have begun at best."""
+    model = build_backbone("dydila", "tiny", latent_factor=1, resolution=16).to(DEVICE)
+    sizes = [p.numel() for p in model.parameters()]
+    buckets, come = GradientBuckets(model, 4e-6 * sum(sizes) / 10), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: come.append(p.numel()))
+    images = torch.ones(2, 4, 16, 16, device=DEVICE)
+    label = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):
+        model.zero_grad()
+        come.clear()
+        with Watched(lambda: sum(come) / sum(sizes)) as watched:
+            buckets.begin()
+            model(images, 1, label).sample.square().mean().backward()
+            buckets.finish(told_of(0))
+    *lengths, _ = (length for length, _ in watched.events)
+    best = [sum(lengths[: index + 1]) / sum(lengths) for index in range(len(lengths))]
+    return {"begun": [at for _, at in watched.events[:-1]], "best": best}
+
+
 def cases():
     """All of it, by name."""
     found = {f"{size} {uses}": summed(size, uses) for size in SIZES for uses in ("both", "one")}
@@ -216,4 +243,5 @@ def cases():
     found["each, compiled"] = summed("each", "both", compiled=True)
     if DEVICE == "cuda":
         found["recorded"] = recorded()
+    found["backbone"] = of_a_backbone()
     return {**found, "broken off": broken_off(), "twice": arrives_twice()}
