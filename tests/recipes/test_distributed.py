@@ -67,7 +67,7 @@ def test_buckets_add_up_what_one_flat_sum_does(buckets):
     for found in buckets:
         assert not [name for name, case in found.items() if "equal" in case
                     and case["equal"] not in (True, [True] * 3)]  # fmt: skip
-        assert len(found) >= 12
+        assert len(found) >= 14
 
 
 def test_all_processes_reduce_the_same_buckets_in_the_same_order(buckets):
@@ -111,6 +111,10 @@ def test_a_recorded_step_adds_up_what_one_flat_sum_does(buckets):
 
 def test_a_backward_that_breaks_off_leaves_the_next_step_right(buckets):
     assert all(found["broken off"] == {"begun": 3, "equal": True} for found in buckets)
+
+
+def test_a_training_that_is_over_holds_no_memory(buckets):
+    assert all(found["freed"] == [True, True] for found in buckets)
 
 
 def test_a_gradient_that_comes_too_late_is_no_silent_error(buckets):

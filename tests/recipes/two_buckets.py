@@ -1,5 +1,7 @@
 """What two processes add up in buckets, beside what one flat sum gives; two_processes runs it."""
 
+import gc
+import weakref
 from itertools import count
 
 import torch
@@ -82,7 +84,9 @@ def flat_sum(model):
 
 
 def backward(model, step, uses):
-    model(inputs(step), uses == "both" or (uses == "one" and dist.get_rank() == 1)).backward()
+    """``uses`` says which processes use the layer that is used sometimes, or "even" steps."""
+    is_used = {"both": True, "one": dist.get_rank() == 1, "even": step % 2 == 0}
+    model(inputs(step), is_used.get(uses, False)).backward()
 
 
 class Watched:
@@ -214,6 +218,19 @@ def recorded():
     return equal
 
 
+def freed():
+    """Whether buckets and weights go with the last name for them, or with the next collection."""
+    model = Toy()
+    buckets = GradientBuckets(model, SIZES["each"])
+    buckets.begin()
+    backward(model, 0, "both")
+    buckets.finish(told_of(0))
+    left = [weakref.ref(thing) for thing in (buckets, model.turned)]
+    del model, buckets
+    gc.collect()
+    return [thing() is None for thing in left]
+
+
 def of_a_backbone():
     """How far a backward had got when each bucket's sum began, and could have begun at best."""
     model = build_backbone("dydila", "tiny", latent_factor=1, resolution=16).to(DEVICE)
@@ -240,8 +257,10 @@ def cases():
     found = {f"{size} {uses}": summed(size, uses) for size in SIZES for uses in ("both", "one")}
     found["each neither"] = summed("each", "neither")
     found["each, micro-steps"] = summed("each", "both", micro_steps=2)
+    # The last micro-step has no gradient for a layer of which the first has one.
+    found["each even, micro-steps"] = summed("each", "even", micro_steps=2)
     found["each, compiled"] = summed("each", "both", compiled=True)
     if DEVICE == "cuda":
         found["recorded"] = recorded()
-    found["backbone"] = of_a_backbone()
+    found |= {"backbone": of_a_backbone(), "freed": freed()}
     return {**found, "broken off": broken_off(), "twice": arrives_twice()}

@@ -33,13 +33,13 @@ class GradientBuckets:
     A backward gives gradients in about the reverse order of the parameters, and so they lie in
     buckets. One is reduced, beside the backward, as soon as its gradients are there and the
     buckets before it are on their way: all processes reduce the same buckets in the same order,
-    also where a parameter has a gradient in one of them only. What is missing counts as 0 and is
-    reduced after the backward.
+    also where a parameter has a gradient in one of them only. A missing gradient counts as 0; its
+    bucket and those behind it are reduced after the backward.
 
     Torch's DistributedDataParallel does likewise, but sorts its buckets anew after the first
     step, so that a resumed run would add up in another order than one that went on; it finds
-    unused parameters by a wait for the GPU, which no CUDA graph can hold; and it wants to be built
-    on the stream of a recording and eleven steps before it.
+    unused parameters by a wait for the GPU, which no CUDA graph can hold; and it has to be
+    built on the stream of a recording, eleven steps before it.
 
     Args:
         model: On its device; which of its parameters are trained must not change any more.

@@ -331,20 +331,19 @@ class Trainer:
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
             by_time += quartile_sums(losses["mse"], timesteps, self._last_time())
         # Every process sees the same numbers and decides alike.
-        values = torch.stack([*means.values()]) / processes
+        values: Any = torch.stack([*means.values()]) / processes
         values = torch.cat([values, by_time, wants_stop.reshape(1)])
-        reduced: Any = values
         if self.buckets:
-            reduced = self.buckets.finish(values)
+            values = self.buckets.finish(values)
         elif self.is_sharded:
-            reduced = self.accelerator.reduce(values, "sum")
+            values = self.accelerator.reduce(values, "sum")
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), settings.gradient_clip or math.inf
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
-        return torch.cat([reduced, norm.reshape(1).float()])
+        return torch.cat([values, norm.reshape(1).float()])
 
     def _seed(self, step: int, micro_step: int) -> None:
         """For noise inside a mechanism; all else comes from the step's own generator."""
