@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from attnzoo.command.fits import Points, crossover, value_at
 from attnzoo.command.units import amount, memory
-from bench import summary, whole_figures
+from bench import summary
 from bench.cases import PIXELS_PER_TOKEN
 from bench.fits import exponent
 from bench.results import (
@@ -42,6 +42,7 @@ from bench.results import (
 )
 from bench.tables import parts_around, put_into
 from bench.thresholds import HEADING, figures_of
+from bench.whole_models import figures as whole_figures
 from recipes.lab.console import DONE, UserError, printable, run_script
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.files import require_writable, whole_file, write_text

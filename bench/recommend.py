@@ -25,7 +25,7 @@ from bench.cases import PIXELS_PER_TOKEN, Case, parts_of
 from bench.options import parse_bytes, parse_mechanism
 from bench.quality import best_metric, read_quality
 from bench.results import device_of, families, frame, read_cases, subset
-from bench.whole_figures import fastest, is_whole, read_whole
+from bench.whole_models.figures import fastest, is_whole, read_whole
 from recipes.lab.console import DONE, UserError, numbers, printable, run_script, whole
 from recipes.lab.pages import markdown_table
 

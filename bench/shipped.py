@@ -23,7 +23,7 @@ import torch
 from attnzoo.command.figures import Figures, Quality, Row, Source, dumps
 from backbones import build_backbone
 from bench import zoo
-from bench.whole_figures import fastest, is_as_run, over_fastest, read_whole
+from bench.whole_models.figures import fastest, is_as_run, over_fastest, read_whole
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
 

@@ -34,9 +34,9 @@ class Goal:
 
 
 _TABLES = tomllib.loads(Path(__file__).with_name("thresholds.toml").read_text("utf-8"))
-# Of bench/whole_models.py: by name the measurement and its figures.
+# Of bench/whole_models: by name the measurement and its figures.
 WHOLE_MODELS: dict[str, dict[str, Any]] = _TABLES.pop("whole_models")
-# Of bench/scaling.py: by name its figures.
+# Of bench/scaling: by name its figures.
 SCALING: dict[str, dict[str, Any]] = _TABLES.pop("scaling")
 GOALS: dict[str, Goal] = {name: Goal(**entry) for name, entry in _TABLES.items()}
 

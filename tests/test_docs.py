@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from attnzoo.command.listing import table
-from bench import paper_table, results, scaling_figures, whole_figures
+from bench import paper_table, results
+from bench.scaling import figures as scaling_figures
 from bench.thresholds import figures_of
+from bench.whole_models import figures as whole_figures
 from recipes import compare, convert, encode, evaluate, sample, train
 from tests.markdown_pages import (
     ROOT,

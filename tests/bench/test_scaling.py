@@ -9,11 +9,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import reports, scaling, scaling_checks, scaling_figures
-from bench.scaling import main
-from bench.scaling_cases import MECHANISMS, WAYS, Case, planned, write_latents
-from bench.scaling_checks import Checks
-from bench.scaling_worker import measure
+from bench import reports
+from bench.scaling import __main__ as scaling
+from bench.scaling import checks as scaling_checks
+from bench.scaling import figures as scaling_figures
+from bench.scaling.__main__ import main
+from bench.scaling.cases import MECHANISMS, WAYS, Case, planned, write_latents
+from bench.scaling.checks import Checks
+from bench.scaling.worker import measure
 from recipes.lab.console import UserError
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings

@@ -14,8 +14,13 @@ import torch
 from torch._inductor import config as inductor
 
 from attnzoo.errors import Unavailable
-from bench import plot, recommend, whole_cases, whole_figures, whole_models
-from bench.whole_cases import (
+from bench import plot, recommend
+from bench.whole_models import __main__ as whole_models
+from bench.whole_models import cases as whole_cases
+from bench.whole_models import figures as whole_figures
+from bench.whole_models import process
+from bench.whole_models.__main__ import main, planned
+from bench.whole_models.cases import (
     RECIPES,
     Case,
     Layer,
@@ -26,7 +31,7 @@ from bench.whole_cases import (
     measure_layer,
     measure_recipe,
 )
-from bench.whole_models import Elsewhere, Job, main, planned
+from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
 
 TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
@@ -35,7 +40,7 @@ ON_CPU = Setup("cpu", "eager", 0.0)
 
 @pytest.fixture(autouse=True)
 def checked_elsewhere(monkeypatch):
-    monkeypatch.setattr(whole_models, "check_layer", lambda *_: {})
+    monkeypatch.setattr(process, "check_layer", lambda *_: {})
 
 
 def run(tmp_path, *arguments):
@@ -82,7 +87,7 @@ def test_a_mechanism_that_differs_from_its_reference_is_not_timed(tmp_path, monk
         if mechanism == "sana":
             raise ValueError("it differs")
 
-    monkeypatch.setattr(whole_models, "check_layer", check)
+    monkeypatch.setattr(process, "check_layer", check)
     report = run(tmp_path, "--mechanisms", "softmax,sana")
     assert {row["mechanism"] for row in report["cases"]} == {"softmax"}
     assert [miss["reason"] for miss in report["missed"]] == ["ValueError: it differs"] * 2
@@ -95,7 +100,7 @@ def test_a_run_without_time_left_says_what_it_lacks(tmp_path, capsys):
 
 
 def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
-    real, done = whole_models.measure_case, []
+    real, done = process.measure_case, []
 
     def dying(*arguments):
         if done:
@@ -103,7 +108,7 @@ def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
         done.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(whole_models, "measure_case", dying)
+    monkeypatch.setattr(process, "measure_case", dying)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "--mechanisms", "softmax")
     assert len(json.loads((tmp_path / "whole.json").read_text())["cases"]) == 1
@@ -117,7 +122,7 @@ def test_a_second_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     second = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
     assert second["datetime"] == first["datetime"] and len(second["cases"]) == 4
     assert all(row["seconds"].keys() == {"eager", "compiled"} for row in second["cases"])
-    monkeypatch.setattr(whole_models, "measure_case", None)  # nothing is measured twice
+    monkeypatch.setattr(process, "measure_case", None)  # nothing is measured twice
     third = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
     assert third["cases"] == second["cases"] and not third["missed"]
     out = tmp_path / "whole.json"
@@ -403,7 +408,7 @@ def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
     assert "train before dydila" in names and "sample before softmax" in names
     # What is compiled on the way is run once before, and is no figure.
     with inductor.patch(compile_threads=1):
-        whole_models._ahead(jobs["sample before dydila"], setup)
+        process.compile_job(jobs["sample before dydila"], setup)
     assert jobs["train compiled dydila"].is_compiled
     assert not jobs["train eager dydila"].is_compiled
     assert not jobs["train on GPUs one GPU dydila"].is_compiled
@@ -420,7 +425,7 @@ def test_what_is_no_older_checkout_is_refused(older, tmp_path):
         whole_models._older(unnamed)
     shutil.rmtree(unnamed / "backbones")
     setup = dataclasses.replace(ON_CPU, before=unnamed)
-    with pytest.raises(whole_cases.WrongStep, match=r"whole_before\.py ended with 1"):
+    with pytest.raises(whole_cases.WrongStep, match=r"before\.py ended with 1"):
         measure_recipe("sample", "dydila", "before", setup)
 
 

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 
 from bench.isolate import one_line
-from bench.scaling_cases import Case, read_plan
-from bench.whole_cases import WrongStep, free, quiet, spread
+from bench.scaling.cases import Case, read_plan
+from bench.whole_models.cases import WrongStep, free, quiet, spread
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.state import save_checkpoint
 from recipes.lab.training.trainer import Trainer

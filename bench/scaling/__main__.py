@@ -24,10 +24,10 @@ from attnzoo import list_attention
 from attnzoo.contract import nearest
 from bench import reports
 from bench.results import rounded
-from bench.scaling_cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
-from bench.scaling_checks import CHECKS, Checks
-from bench.scaling_figures import read_scaling, tables
-from bench.scaling_launch import TOO_SLOW, Launch
+from bench.scaling.cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
+from bench.scaling.checks import CHECKS, Checks
+from bench.scaling.figures import read_scaling, tables
+from bench.scaling.launch import TOO_SLOW, Launch
 from bench.tables import parts_around, put_into
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_json

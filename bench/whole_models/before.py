@@ -1,6 +1,6 @@
 """Images per second of an older checkout's sampling loop; ``bench.whole_models`` runs this file.
 
-    python bench/whole_before.py FOLDER '{"mechanism": "sana", "size": "S", ...}'
+    python bench/whole_models/before.py FOLDER '{"mechanism": "sana", "size": "S", ...}'
 
 It imports what FOLDER has, and nothing of the tree that it lies in.
 """

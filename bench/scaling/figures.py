@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.reports import read
 from bench.thresholds import HEADING, SCALING, GoalFigure
-from bench.whole_figures import where
+from bench.whole_models.figures import where
 from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.scaling_cases import Case, write_plan
+from bench.scaling.cases import Case, write_plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOO_SLOW = "took longer than"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -68,7 +68,7 @@ class Launch:
         folder.mkdir()
         write_plan(folder, cases)
         self._output = folder / "output.txt"
-        script = ["-m", "bench.scaling_worker", str(folder)]
+        script = ["-m", "bench.scaling.worker", str(folder)]
         self._process = start(script, cases[0].gpus, devices, self._output)
         self._read = 0
         self._since = time.monotonic()

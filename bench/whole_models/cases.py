@@ -35,7 +35,7 @@ from bench.checks import relative_error
 from bench.isolate import one_line
 from bench.peers import optional
 from bench.timing import interleave, ratio
-from bench.whole_figures import LAYER_TREATMENTS, TREATMENTS, layer_name
+from bench.whole_models.figures import LAYER_TREATMENTS, TREATMENTS, layer_name
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, sample
 
 # Images of a training step and of a forward, by tokens of one; size L takes half of them.
@@ -544,7 +544,7 @@ def _training(
     processes: int = 1,
     folder: Path | None = None,
 ) -> float:
-    root = folder or Path(__file__).parents[1]
+    root = folder or Path(__file__).parents[2]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     never = [f"--{what}-every={2 * steps}" for what in ("checkpoint", "sample", "diagnose")]
     with tempfile.TemporaryDirectory() as out:
@@ -578,7 +578,7 @@ def _sampling_before(
     assert setup.before is not None
     asked = {"mechanism": mechanism, "size": "S", "resolution": 256, "images": 16, "steps": 20,
              "rounds": rounds, "device": setup.device} | changed  # fmt: skip
-    script = Path(__file__).with_name("whole_before.py")
+    script = Path(__file__).with_name("before.py")
     command = [sys.executable, str(script), str(setup.before), json.dumps(asked)]
     return json.loads(_started(command, setup.before).splitlines()[-1])
 

@@ -1,0 +1,1 @@
+"""What a user runs, timed whole: models, layers, launches, recipes and scans."""
