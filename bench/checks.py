@@ -17,6 +17,10 @@ SIBLING_SIDE = 12
 HALF_PRECISION_BUDGET = {"bfloat16": 1e-1, "float16": 2e-2}
 
 
+class WrongStep(Exception):
+    """A treatment computes something else than the eager step."""
+
+
 class WrongResult(Exception):
     """The fast path differs from its reference."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,24 @@ def keep_freed_memory() -> str:
     except (OSError, AttributeError):
         return "default (no glibc)"
     return "glibc, no mmap, no trim, top pad 256 MiB"
+
+
+def quiet() -> None:
+    """Leaves out, in a process that measures, warnings of what is known and meant."""
+    for message in (
+        "TensorFloat32 tensor cores", "Synchronization debug mode", "The AccumulateGrad node",
+        "Online softmax is disabled", "Logical operators 'and' and 'or' are deprecated",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", f".*{message}")
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+
+
+def free() -> None:
+    """Gives memory that nothing holds any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def commit(folder: Path = Path(__file__).parent) -> str:

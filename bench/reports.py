@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,99 @@ import attnzoo
 from attnzoo.contract import nearest
 from backbones.pattern import names_in
 from bench import machine
+from bench.results import rounded
 from recipes.lab.console import UserError
-from recipes.lab.files import read_json
+from recipes.lab.files import read_json, require_writable, write_json
+
+# Why something was not measured.
+SPENT = "the time was spent; raise --seconds, or go on with --resume"
+TOO_SLOW = "took longer than"
 
 
-def begun(device: str) -> dict[str, Any]:
-    """A report that says when, where and of what code it is, and nothing more yet."""
-    return {
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        **machine.describe(device, torch.get_num_threads()),
-        "device": device,
-    }
+class Writer:
+    """Measures until its time is spent, and writes what it has after every case.
+
+    Args:
+        options: What ``parsed`` gives.
+        lists: Parts of the report, besides "missed", that rows come to.
+        **facts: Of this run, for the report.
+    """
+
+    def __init__(self, options: argparse.Namespace, lists: Sequence[str], **facts: Any) -> None:
+        self.options = options
+        self.end = time.monotonic() + options.seconds
+        self.report: dict[str, Any] = {
+            "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": machine.commit(),
+            **machine.describe(options.device, torch.get_num_threads()),
+            "device": options.device,
+            **facts,
+            **{name: [] for name in (*lists, "missed")},
+        }
+
+    def go_on(
+        self, report: dict[str, Any], names: Sequence[str], also: Sequence[str] = ()
+    ) -> None:
+        """Takes over parts of an earlier report, and its date.
+
+        Args:
+            report: The earlier one.
+            names: Of the parts that are taken, where it has them.
+            also: What else has to be the same, besides device, versions and commit.
+
+        Raises:
+            UserError: It was measured elsewhere, or of other code.
+        """
+        for what in ("device_name", "versions", "commit", *also):
+            if report[what] != self.report[what]:
+                raise UserError(
+                    f"{self.options.out} has {what} {report[what]!r}, and this run "
+                    f"{self.report[what]!r}; write into another --out, or run without --resume"
+                )
+        kept = ("datetime", *names)
+        self.report |= {name: report[name] for name in kept if name in report}
+
+    def miss(self, what: str, reason: str) -> None:
+        """Says and writes what was not measured."""
+        print(f"{what}: {reason}", flush=True)
+        self.report["missed"].append({"what": what, "reason": reason})
+        self.write()
+
+    def write(self) -> None:
+        """Writes what there is."""
+        write_json(self.options.out, rounded(self.report), indent=None)
+
+
+def parser_of(command: str, words: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags that ``parsed`` and ``earlier`` read."""
+    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=words)
+    flag = parser.add_argument
+    flag("--out", type=Path, help="JSON to write, after every case")
+    flag("--table", type=Path, help="JSON to print instead of measuring")
+    flag("--resume", action="store_true", help="go on with what the JSON of --out lacks")
+    flag("--seconds", type=float, default=480.0, help="for everything")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options, of which "device" is by default the GPU where there is one.
+
+    Raises:
+        UserError: There is nothing to write and nothing to print, or both.
+    """
+    options = parser.parse_args(arguments)
+    if (options.out is None) == (options.table is None):
+        raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return options
+
+
+def earlier(
+    options: argparse.Namespace, read: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What ``--out`` holds, if ``--resume`` goes on with it; the file can be written."""
+    require_writable(options.out)
+    return read(options.out) if options.resume and options.out.exists() else None
 
 
 def read(path: Path, keys: Sequence[str], command: str) -> dict[str, Any]:
@@ -44,31 +127,13 @@ def read(path: Path, keys: Sequence[str], command: str) -> dict[str, Any]:
     return report
 
 
-def require_same(
-    earlier: dict[str, Any], now: dict[str, Any], path: Path, also: Sequence[str] = ()
-) -> None:
-    """Refuses to go on with a report that was measured elsewhere or of other code.
-
-    Args:
-        earlier: The report that ``path`` holds.
-        now: The one that begins here.
-        path: For the message.
-        also: What else has to be the same, besides device, versions and commit.
-
-    Raises:
-        UserError: It was.
-    """
-    for what in ("device_name", "versions", "commit", *also):
-        if earlier[what] != now[what]:
-            raise UserError(
-                f"{path} has {what} {earlier[what]!r}, and this run {now[what]!r}; write into "
-                f"another --out, or run without --resume"
-            )
-
-
-def listed(text: str) -> list[str]:
-    """The parts of a flag, between commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def where(report: dict[str, Any]) -> str:
+    """Device, versions, commit and day of a report, in words."""
+    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    return (
+        f"{report['device_name']}, {versions}, commit {report['commit']}, "
+        f"{report['datetime'][:10]}"
+    )
 
 
 def require_mechanisms(patterns: Sequence[str]) -> None:

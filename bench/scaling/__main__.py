@@ -23,21 +23,21 @@ from torch.cuda import nccl
 from attnzoo import list_attention
 from attnzoo.contract import nearest
 from bench import reports
+from bench.options import split
+from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
 from bench.scaling.cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
 from bench.scaling.checks import CHECKS, Checks
 from bench.scaling.figures import read_scaling, tables
-from bench.scaling.launch import TOO_SLOW, Launch
+from bench.scaling.launch import Launch
 from bench.tables import parts_around, put_into
 from recipes.lab.console import DONE, UserError, run_script
-from recipes.lab.files import require_writable, write_json
 
 PARTS = ("training", *CHECKS)
 _PROCESSES = 8  # of a CPU, at most
-SPENT = "the time was spent; raise --seconds, or go on with --resume"
 
 
-class Run:
+class Run(reports.Writer):
     """Measures in the order of importance, and writes what it has after every case.
 
     Args:
@@ -46,19 +46,12 @@ class Run:
     """
 
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
-        self.options = options
-        self.end = time.monotonic() + options.seconds
-        self.report: dict[str, Any] = {
-            **reports.begun(options.device), "gpus": options.there, "cores": os.cpu_count(),
-            "training": [], "checks": [], "missed": [],
-        }  # fmt: skip
+        super().__init__(options, ("training", "checks"), gpus=options.there, cores=os.cpu_count())
         if options.device == "cuda":
             version: Any = nccl.version()
             self.report["versions"]["nccl"] = ".".join(map(str, version))
         if report is not None:
-            reports.require_same(report, self.report, options.out, ("gpus",))
-            kept = ("training", "checks", "datetime")
-            self.report |= {name: report[name] for name in kept}
+            self.go_on(report, ("training", "checks"), ("gpus",))
         self._starts = 0
         self._failed: dict[str, str] = {}  # by name of a case, why it is not recorded
 
@@ -85,7 +78,7 @@ class Run:
             if "training" in options.parts:
                 for wave in waves[2:]:
                     self._wave(wave, Path(folder))
-        self._write()
+        self.write()
         return self.report
 
     def _wave(self, wave: Wave, folder: Path) -> None:
@@ -113,7 +106,7 @@ class Run:
                     if is_late:
                         left = []
                         for case in launch.cases:
-                            self._miss(case.name, reason)
+                            self.miss(case.name, reason)
                     else:
                         left = self._left(launch.cases, reason)
                     if left:
@@ -129,7 +122,7 @@ class Run:
         """
         first, *others = cases
         if not first.recorded or first.way == "fsdp2" or self.options.device == "cpu":
-            self._miss(first.name, reason)
+            self.miss(first.name, reason)
             return others
         print(f"{first.name}: {reason}; tried again without a recording", flush=True)
         self._failed[first.name] = f"its recorded step failed: {reason}"
@@ -156,7 +149,7 @@ class Run:
         options, processes = self.options, max(self.options.gpus)
         if time.monotonic() > self.end:
             for name in names:
-                self._miss(f"{name} on {processes}", SPENT)
+                self.miss(f"{name} on {processes}", SPENT)
             return
         devices = None if options.device == "cpu" else range(processes)
         begun = time.monotonic()
@@ -164,11 +157,11 @@ class Run:
             names
         ):
             if row is None:
-                self._miss(f"{name} on {processes}", reason)
+                self.miss(f"{name} on {processes}", reason)
             else:
                 self.report["checks"].append(row)
         print(f"{', '.join(names)}: {time.monotonic() - begun:.0f} s", flush=True)
-        self._write()
+        self.write()
 
     def _keep(self, row: dict[str, Any]) -> None:
         if reason := self._failed.get(_case_of(row).name):
@@ -177,15 +170,7 @@ class Run:
         speed, begun = row["images_per_second"], row["until_the_second_step"]
         print(f"{_case_of(row).name}: {speed:.0f} images/s, {row['treatment']} "
               f"({begun:.0f} s until the second step)", flush=True)  # fmt: skip
-        self._write()
-
-    def _miss(self, what: str, reason: str) -> None:
-        print(f"{what}: {reason}", flush=True)
-        self.report["missed"].append({"what": what, "reason": reason})
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self.options.out, rounded(self.report), indent=None)
+        self.write()
 
 
 def _case_of(row: dict[str, Any]) -> Case:
@@ -194,14 +179,14 @@ def _case_of(row: dict[str, Any]) -> Case:
 
 
 def _numbers(flag: str, text: str) -> list[int]:
-    parts = reports.listed(text)
+    parts = split(text)
     if not parts or not all(part.isdigit() and int(part) for part in parts):
         raise UserError(f"{flag} {text!r} must be numbers such as 1,2,4")
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
-    parts = reports.listed(text)
+def _chosen(flag: str, text: str, known: Sequence[str]) -> Sequence[str]:
+    parts = split(text)
     for part in parts or [text]:
         if part not in known:
             raise UserError(f"{flag}: unknown {part!r}{nearest(part, known)} Choose of "
@@ -210,10 +195,8 @@ def _chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = reports.parser_of("bench.scaling", __doc__)
     flag = parser.add_argument
-    flag("--out", type=Path, help="JSON to write, after every case")
-    flag("--table", type=Path, help="JSON to print instead of measuring")
     flag("--into", type=Path, help="page whose part <!-- scaling --> --table replaces")
     flag("--gpus", help="numbers of GPUs (default: 1, 2, 4, 8 where there are so many)")
     flag("--mechanisms", default=",".join(MECHANISMS), help="names or patterns")
@@ -222,18 +205,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
          "fsdp2 (--sharded), ddp (one reduction after the backward)")  # fmt: skip
     flag("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     flag("--size", default="L", choices=("tiny", "S", "B", "L"), help="of the backbone")
-    flag("--seconds", type=float, default=480.0, help="for everything")
     flag("--patience", type=float, default=150.0, help="seconds of one case")
     flag("--device", choices=("cpu", "cuda"), help="a CPU has processes in place of GPUs")
-    flag("--resume", action="store_true", help="go on with what the JSON of --out lacks")
-    options = parser.parse_args(arguments)
-    if (options.out is None) == (options.table is None):
-        raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
+    options = reports.parsed(parser, arguments)
     if options.into and not options.table:
         raise UserError("--into takes a page for --table, a JSON that has been measured")
     if options.table:
         return options
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.there = torch.cuda.device_count() if options.device == "cuda" else _PROCESSES
     if options.device == "cuda" and not options.there:
         raise UserError(
@@ -250,7 +228,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             raise UserError(f"--tokens {tokens} must be a square, such as 256 or 4096")
     options.ways = _chosen("--ways", options.ways, WAYS)
     options.parts = _chosen("--parts", options.parts, PARTS)
-    options.mechanisms = reports.listed(options.mechanisms)
+    options.mechanisms = split(options.mechanisms)
     reports.require_mechanisms(options.mechanisms)
     if not options.mechanisms:
         raise UserError(f"--mechanisms names none; choose of {', '.join(list_attention())}")
@@ -268,9 +246,7 @@ def main(arguments: list[str]) -> int:
         if options.into:
             put_into(options.into, "scaling", tables(report))
         return DONE
-    require_writable(options.out)
-    earlier = read_scaling(options.out) if options.resume and options.out.exists() else None
-    print(tables(rounded(Run(options, earlier).measure())))
+    print(tables(rounded(Run(options, reports.earlier(options, read_scaling)).measure())))
     return DONE
 
 

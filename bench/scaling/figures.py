@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.reports import read
+from bench.reports import read, where
 from bench.thresholds import HEADING, SCALING, GoalFigure
-from bench.whole_models.figures import where
 from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.reports import TOO_SLOW
 from bench.scaling.cases import Case, write_plan
 
 ROOT = Path(__file__).parents[2]
-TOO_SLOW = "took longer than"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from bench.checks import WrongStep
 from bench.isolate import one_line
+from bench.machine import free, quiet
 from bench.scaling.cases import Case, read_plan
-from bench.whole_models.cases import WrongStep, free, quiet, spread
+from bench.timing import spread
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.state import save_checkpoint
 from recipes.lab.training.trainer import Trainer

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -21,27 +20,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import attnzoo
 from attnzoo import InvalidValue
 from backbones.pattern import names_in
 from bench import machine, reports
 from bench.isolate import one_line
-from bench.whole_models.cases import (
-    BEFORE,
-    LAYER_TOKENS,
-    LAYER_WIDTH,
-    RECIPES,
-    Case,
-    Layer,
-    Setup,
-    quiet,
-)
+from bench.machine import quiet
+from bench.options import split
+from bench.reports import SPENT, TOO_SLOW
+from bench.results import rounded
+from bench.whole_models.by_recipe import BEFORE, RECIPES
+from bench.whole_models.cases import LAYER_TOKENS, LAYER_WIDTH, Case, Layer, Setup
 from bench.whole_models.figures import MODES, TREATMENTS, read_whole, tables
-from bench.whole_models.process import TOO_SLOW, Bench, Elsewhere, Job, compile_job
+from bench.whole_models.process import Bench, Elsewhere, Job, compile_job
 from recipes.lab.console import DONE, UserError, run_script, whole
-from recipes.lab.files import require_writable, write_json
 
 # Those that goals name come first.
 FIRST = ("softmax", "sana", "dydila", "focused")
@@ -53,7 +45,7 @@ _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
 PARTS = ("cases", "layers", "launches", "recipes", "scans")
 
 
-class Run:
+class Run(reports.Writer):
     """Measures in the order of importance, and writes what it has after every case.
 
     Args:
@@ -62,28 +54,16 @@ class Run:
     """
 
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
-        self.options = options
-        self.end = time.monotonic() + options.seconds
+        super().__init__(options, PARTS)
         before, commit = options.before or (None, "")
         self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit)
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
-        self.report: dict[str, Any] = {
-            **reports.begun(options.device),
-            **{part: [] for part in (*PARTS, "missed")},
-        }
         if report is not None:
-            self._continue(report)
+            self.go_on(report, (*PARTS, "peaks"))
         # On a CPU nothing that fails breaks what follows.
         self._bench: Bench | Elsewhere = Bench(self.setup)
         if options.device == "cuda":
             self._bench = Elsewhere(self.setup, 1 if options.processes > 1 else None)
-
-    def _continue(self, report: dict[str, Any]) -> None:
-        reports.require_same(report, self.report, self.options.out)
-        self.report |= {"missed": [], **{name: report.get(name, []) for name in PARTS},
-                        "datetime": report["datetime"]}  # fmt: skip
-        if "peaks" in report:
-            self.report["peaks"] = report["peaks"]
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
@@ -107,7 +87,7 @@ class Run:
                 self._do(job, late)
         finally:
             self._bench.close()
-        write_json(self.options.out, _rounded(self.report), indent=None)
+        self.write()
         return self.report
 
     def _do(self, job: Job, late: dict[str, str]) -> None:
@@ -127,7 +107,7 @@ class Run:
             late[case.name] = reason
             row, reason = self._measured(dataclasses.replace(job, case=without(case)))
         if row is None:
-            self._miss(job.name, reason)
+            self.miss(job.name, reason)
             return
         if case is not None:
             row["treatments"] = case.treatments
@@ -174,12 +154,12 @@ class Run:
     def _keep(self, part: str, row: dict[str, Any]) -> None:
         kept = [old for old in self.report[part] if _name_of(old) != _name_of(row)]
         self.report[part] = [*kept, row]
-        write_json(self.options.out, _rounded(self.report), indent=None)
+        self.write()
 
     def _measured(self, job: Job) -> tuple[dict[str, Any] | None, str]:
         start = time.monotonic()
         if start >= self.end:
-            return None, "the time was spent; raise --seconds, or go on with --resume"
+            return None, SPENT
         if reason := self._why_wrong(job.mechanism):
             return None, reason
         # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
@@ -201,11 +181,6 @@ class Run:
             row, reason = self._answer(Job("check", mechanism), self.options.patience)
             self._wrong[mechanism] = None if row is not None else reason
         return self._wrong[mechanism]
-
-    def _miss(self, what: str, reason: str) -> None:
-        print(f"{what}: {reason}", flush=True)
-        self.report["missed"].append({"what": what, "reason": reason})
-        write_json(self.options.out, _rounded(self.report), indent=None)
 
     def _compile_ahead(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Compiles in other processes; by name of a case, why it is measured without."""
@@ -307,18 +282,8 @@ def _name_of(row: dict[str, Any]) -> str:
     return Job("launches", row["mechanism"]).name
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.whole_models", description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON to write, after every case")
-    parser.add_argument("--table", type=Path, help="JSON to print instead of measuring")
+    parser = reports.parser_of("bench.whole_models", __doc__)
     parser.add_argument("--mechanisms", default="", help="names, by default all of the zoo")
     parser.add_argument(
         "--tokens", default=None, help="of one image (default: those that the goals need)"
@@ -327,7 +292,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--sizes", default="S,L", help="of the backbone: tiny, S, B, L; without --mechanisms "
         f"only {', '.join(LARGE)} have more than the first",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument(
@@ -338,9 +302,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--before", type=Path, default=None, metavar="FOLDER",
         help="an older checkout (git worktree add FOLDER COMMIT), whose recipes ours are held to",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with what the JSON of --out lacks"
-    )
     parser.add_argument(
         "--skip-compiled", default="", help="mechanisms measured without compiled blocks"
     )
@@ -355,14 +316,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help=f"what to measure, of {', '.join(PARTS)} (default: all; on a CPU only cases)",
     )  # fmt: skip
     parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")
-    options = parser.parse_args(arguments)
-    if (options.out is None) == (options.table is None):
-        raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = reports.parsed(parser, arguments)
     if options.no_layers and options.parts is not None:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
-    options.parts = reports.listed(options.parts or ("cases" if is_short else ",".join(PARTS)))
+    options.parts = split(options.parts or ("cases" if is_short else ",".join(PARTS)))
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
@@ -372,18 +330,18 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         options.before = _older(options.before)
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
-    options.sizes, known = reports.listed(options.sizes), attnzoo.list_attention()
+    options.sizes, known = split(options.sizes), attnzoo.list_attention()
     options.large = None if options.mechanisms else LARGE
-    options.mechanisms = reports.listed(options.mechanisms) or known
-    options.skip_compiled = reports.listed(options.skip_compiled)
-    reports.require_mechanisms(options.mechanisms + options.skip_compiled)
+    options.mechanisms = list(split(options.mechanisms)) or known
+    options.skip_compiled = split(options.skip_compiled)
+    reports.require_mechanisms([*options.mechanisms, *options.skip_compiled])
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
     if options.tokens is None:
         options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
         return options
-    counts = reports.listed(options.tokens)
+    counts = split(options.tokens)
     if not all(
         count.isdigit() and round(int(count) ** 0.5) ** 2 == int(count) for count in counts
     ):
@@ -398,11 +356,9 @@ def main(arguments: list[str]) -> int:
     if options.table:
         print(tables(read_whole(options.table)))
         return DONE
-    require_writable(options.out)
+    earlier = reports.earlier(options, read_whole)
     quiet()
-    earlier = read_whole(options.out) if options.resume and options.out.exists() else None
-    report = Run(options, earlier).measure()
-    print(tables(json.loads(json.dumps(_rounded(report)))))
+    print(tables(rounded(Run(options, earlier).measure())))
     return DONE
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.command.fits import first_faster
-from bench.reports import read
+from bench.reports import read, where
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
 from recipes.lab.console import UserError
 from recipes.lab.pages import markdown_table
@@ -253,14 +253,6 @@ def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]
         for name, points in found.items()
         if points.keys() >= wanted
     }
-
-
-def where(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    return (
-        f"{report['device_name']}, {versions}, commit {report['commit']}, "
-        f"{report['datetime'][:10]}"
-    )
 
 
 def page(reports: list[dict[str, Any]]) -> str:

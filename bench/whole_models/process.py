@@ -20,24 +20,16 @@ from backbones.recorded import recording_stream
 from bench import machine
 from bench.checks import SIBLING_SIDE, check_layer
 from bench.isolate import one_line
-from bench.whole_models.cases import (
-    Calls,
-    Case,
-    Layer,
-    Setup,
-    compile_ahead,
-    dtype_of,
-    free,
+from bench.machine import free, quiet
+from bench.reports import TOO_SLOW
+from bench.whole_models.by_recipe import measure_recipe, rehearse_recipe
+from bench.whole_models.cases import Calls, Case, Layer, Setup, compile_ahead, dtype_of
+from bench.whole_models.measures import (
     measure_case,
     measure_launch,
     measure_layer,
-    measure_recipe,
     measure_scans,
-    quiet,
-    rehearse_recipe,
 )
-
-TOO_SLOW = "took longer than"
 
 
 @dataclasses.dataclass(frozen=True)

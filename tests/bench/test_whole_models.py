@@ -15,22 +15,15 @@ from torch._inductor import config as inductor
 
 from attnzoo.errors import Unavailable
 from bench import plot, recommend
+from bench.checks import WrongStep
 from bench.whole_models import __main__ as whole_models
+from bench.whole_models import by_recipe, process
 from bench.whole_models import cases as whole_cases
 from bench.whole_models import figures as whole_figures
-from bench.whole_models import process
 from bench.whole_models.__main__ import main, planned
-from bench.whole_models.cases import (
-    RECIPES,
-    Case,
-    Layer,
-    LayerSubject,
-    Setup,
-    Subject,
-    measure_launch,
-    measure_layer,
-    measure_recipe,
-)
+from bench.whole_models.by_recipe import RECIPES, measure_recipe
+from bench.whole_models.cases import Case, Layer, LayerSubject, Setup, Subject
+from bench.whole_models.measures import measure_launch, measure_layer
 from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
 
@@ -283,7 +276,7 @@ def test_another_implementation_is_held_to_the_usual_one(monkeypatch):
             subject.x.grad.mul_(2)
 
     monkeypatch.setattr(LayerSubject, "_train", wrong)
-    with pytest.raises(whole_cases.WrongStep, match=r"recorded: .*differs from the eager step"):
+    with pytest.raises(WrongStep, match=r"recorded: .*differs from the eager step"):
         measure_layer(layer, ON_CPU, peaks)
 
 
@@ -320,20 +313,20 @@ def test_a_launch_is_counted_in_products():
 
 
 def test_a_recipe_is_started_as_a_user_starts_it(monkeypatch):
-    monkeypatch.setattr(whole_cases, "_STEPS", 3)
-    real, commands = whole_cases.subprocess.run, []
+    monkeypatch.setattr(by_recipe, "_STEPS", 3)
+    real, commands = by_recipe.subprocess.run, []
 
     def run(command, **options):
         commands.append(command)
         command = [{"S": "tiny", "64": "16", "on": "off"}.get(word, word) for word in command]
         return real([*command, "--patch-size", "4"], **options)
 
-    monkeypatch.setattr(whole_cases.subprocess, "run", run)
+    monkeypatch.setattr(by_recipe.subprocess, "run", run)
     row = measure_recipe("train", "sana", "compiled", ON_CPU)
     assert row["images_per_second"] > 0 and row["way"] == "compiled"
     assert commands[0][-4:] == ["--cuda-graph", "on", "--compile", "on"]
-    monkeypatch.setattr(whole_cases.subprocess, "run", lambda _, **how: real(["false"], **how))
-    with pytest.raises(whole_cases.WrongStep, match=r"train\.py ended with 1"):
+    monkeypatch.setattr(by_recipe.subprocess, "run", lambda _, **how: real(["false"], **how))
+    with pytest.raises(WrongStep, match=r"train\.py ended with 1"):
         measure_recipe("train", "sana", "eager", ON_CPU)
     if torch.cuda.device_count() < 2:
         with pytest.raises(Unavailable, match=r"needs 2 GPUs, and there (is|are)"):
@@ -341,13 +334,14 @@ def test_a_recipe_is_started_as_a_user_starts_it(monkeypatch):
 
 
 def test_sampling_is_checked_and_timed(monkeypatch):
-    monkeypatch.setattr(whole_cases, "_model", functools.partial(whole_cases._model, depth=1))
-    short = functools.partial(whole_cases._sampling, images=1)
-    monkeypatch.setattr(whole_cases, "_sampling", short)
+    shallow = functools.partial(whole_cases.build_model, depth=1)
+    monkeypatch.setattr(by_recipe, "build_model", shallow)
+    short = functools.partial(by_recipe._sampling, images=1)
+    monkeypatch.setattr(by_recipe, "_sampling", short)
     row = measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
     assert row["images_per_second"] > 0
-    monkeypatch.setattr(whole_cases, "relative_error", lambda *_: 0.5)
-    with pytest.raises(whole_cases.WrongStep, match="images differ"):
+    monkeypatch.setattr(by_recipe, "relative_error", lambda *_: 0.5)
+    with pytest.raises(WrongStep, match="images differ"):
         measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
 
 
@@ -425,7 +419,7 @@ def test_what_is_no_older_checkout_is_refused(older, tmp_path):
         whole_models._older(unnamed)
     shutil.rmtree(unnamed / "backbones")
     setup = dataclasses.replace(ON_CPU, before=unnamed)
-    with pytest.raises(whole_cases.WrongStep, match=r"before\.py ended with 1"):
+    with pytest.raises(WrongStep, match=r"before\.py ended with 1"):
         measure_recipe("sample", "dydila", "before", setup)
 
 

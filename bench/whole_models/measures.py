@@ -1,0 +1,212 @@
+"""How ``bench.whole_models`` times cases, layers, launches and scans."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.counting import count_macs
+from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
+from bench.checks import WrongStep, relative_error
+from bench.peers import optional
+from bench.timing import interleave, ratio, spread
+from bench.whole_models.cases import (
+    LAYER_TOKENS,
+    LAYER_WIDTH,
+    Calls,
+    Case,
+    Layer,
+    LayerSubject,
+    Setup,
+    recorded,
+)
+
+
+def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict[str, Any]:
+    """Times a case, and softmax under the same treatments in the same rounds.
+
+    Args:
+        case: The case.
+        setup: Where.
+        softmax: The same case of softmax; None where it is this one.
+    """
+    ours = Calls(case, setup)
+    ours.require_one()
+    contestants = dict(ours.steps)
+    if softmax is not None:
+        contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
+    rounds = interleave(contestants, stopwatch(setup.device), 15, setup.seconds)
+    shared = [name for name in ours.steps if f"softmax {name}" in rounds]
+    best = _fastest(rounds, ours.steps)
+    over_fastest = None
+    if softmax is not None and softmax.steps:
+        theirs = _fastest(rounds, [f"softmax {name}" for name in softmax.steps])
+        over_fastest = {"ours": best, "softmax": theirs.removeprefix("softmax "),
+                        **ratio(rounds[best], rounds[theirs])}  # fmt: skip
+    return {
+        **dataclasses.asdict(case),
+        "resolution": case.resolution,
+        "batch": case.batch,
+        "seconds": {name: spread(rounds[name]) for name in ours.steps},
+        "over_softmax": {name: ratio(rounds[name], rounds[f"softmax {name}"]) for name in shared},
+        "over_fastest": over_fastest,
+        "errors": ours.errors,
+        "missing": ours.missing,
+        "peak_memory": ours.peak_memory,
+    }
+
+
+def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:
+    return min(names, key=lambda name: statistics.median(rounds[name]))
+
+
+def measure_layer(case: Layer, setup: Setup, peaks: dict[str, float]) -> dict[str, Any]:
+    """Times one layer of one image on the device, beside the least that its work can take there.
+
+    Args:
+        case: The layer.
+        setup: Where.
+        peaks: GFLOP/s of products by type, and GB/s of a "copy".
+    """
+    ours = Calls(case, setup)
+    ours.require_one()
+    layer = ours.subject.layer
+    macs = count_macs(layer, grid=case.grid)
+    products = macs.training_step if case.mode == "train" else macs.total
+    dtype = next(layer.parameters()).dtype
+    # A backward reads every tensor again and moves a gradient of each.
+    crossing = layer.bytes_crossed(case.grid, dtype) * (3 if case.mode == "train" else 1)
+    kind = str(dtype).removeprefix("torch.")
+    assert products is not None
+    floors = {
+        "products": 2 * products / peaks[kind] / 1e9,
+        "memory": crossing / peaks["copy"] / 1e9,
+    }
+    bound = max(floors, key=lambda name: floors[name])
+    rounds = interleave(ours.steps, stopwatch(setup.device), 9, setup.seconds / 3)
+    return {
+        **dataclasses.asdict(case),
+        "seconds": {name: spread(taken) for name, taken in rounds.items()},
+        "errors": ours.errors, "missing": ours.missing,
+        "floor": floors[bound], "bound": bound, "macs": products, "bytes": crossing,
+    }  # fmt: skip
+
+
+def measure_launch(
+    mechanism: str, setup: Setup, tokens: int = LAYER_TOKENS[0], width: int = LAYER_WIDTH
+) -> dict[str, Any]:
+    """Times what the host takes to launch a layer's forward, in launches of a ``torch.bmm``."""
+    subject = LayerSubject(Layer(mechanism, tokens, "forward", width=width), setup)
+    layer, x, grid = subject.layer, subject.x, subject.case.grid
+
+    def step() -> None:
+        with torch.no_grad():
+            layer.after_block(layer(x, grid), grid)
+
+    left = torch.randn(1, 64, 64, device=setup.device, dtype=subject.x.dtype)
+
+    def product() -> None:
+        torch.bmm(left, left)
+
+    for _ in range(3):
+        step()
+        product()
+    rounds: dict[str, list[float]] = {"layer": [], "bmm": []}
+    for _ in range(15):
+        for name, call, repeats in (("layer", step, 4), ("bmm", product, 50)):
+            _wait(setup.device)
+            start = time.perf_counter()
+            for _ in range(repeats):  # few enough for the queue to take without waiting
+                call()
+            rounds[name].append((time.perf_counter() - start) / repeats)
+    _wait(setup.device)
+    return {
+        "mechanism": mechanism, "tokens": tokens, "width": width,
+        "seconds": statistics.median(rounds["layer"]),
+        "bmm_seconds": statistics.median(rounds["bmm"]),
+        "launches": ratio(rounds["layer"], rounds["bmm"]),
+    }  # fmt: skip
+
+
+def measure_scans(mode: str, setup: Setup, tokens: int = LAYER_TOKENS[0]) -> dict[str, Any]:
+    """Times gated linear attention in both directions, over two calls of fla's kernel."""
+    heads, key_dim, value_dim, normalizer = 12, 32, 64, 16.0  # of a width of 768
+    grid = (round(tokens**0.5),) * 2
+    chunk_gla = optional("chunk_gla", "fla.ops.gla")
+    generator = torch.Generator(setup.device).manual_seed(0)
+    query, key, gate, value, cotangent = (
+        torch.randn(1, tokens, heads, width, generator=generator, device=setup.device).bfloat16()
+        for width in (key_dim, key_dim, key_dim, value_dim, value_dim)
+    )
+    operands = query, key, value, gate
+    for z in operands:
+        z.requires_grad_(mode == "train")
+
+    def ours() -> Tensor | None:
+        directions = ("forward", "backward")
+        return mean_of_scans_by_kernels(
+            query, key, value, gate, normalizer, grid, directions, "triton"
+        )
+
+    def two_calls() -> Tensor:
+        log_gate = F.logsigmoid(gate.float()) / normalizer
+        there = query, key, value, log_gate
+        back = [z.flip(1) for z in there]
+        scale = key_dim**-0.5
+        out = chunk_gla(*there, scale=scale)[0] + chunk_gla(*back, scale=scale)[0].flip(1)
+        return out / 2
+
+    def stepping(attend: Callable[[], Any]) -> Callable[[], Any]:
+        def step() -> Any:
+            with torch.set_grad_enabled(mode == "train"):
+                out = attend()
+                if mode == "forward":
+                    return (out,)
+                return torch.autograd.grad(out, operands, cotangent.to(out.dtype))
+
+        return step
+
+    contestants = {"ours": stepping(ours), "fla": stepping(two_calls)}
+    for one, other in zip(contestants["ours"](), contestants["fla"](), strict=True):
+        if not (error := relative_error(one.float(), other.float())) <= 0.05:
+            raise WrongStep(f"differs from fla's kernel by {error:.1e}")
+    replayed = {name: recorded(step) for name, step in contestants.items()}
+    rounds = interleave(replayed, stopwatch(setup.device), 15, setup.seconds)
+    return {"mode": mode, "tokens": tokens, "over_fla": ratio(rounds["ours"], rounds["fla"])}
+
+
+def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
+    """Gives the seconds of one call, of so many in a row; on a GPU between events.
+
+    Without the leading call of ``timing.stopwatch_for``, which would double what a step takes that
+    fills a round by itself.
+    """
+
+    def watch(call: Callable[[], Any], repeats: int) -> float:
+        if device == "cpu":
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    return watch
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
