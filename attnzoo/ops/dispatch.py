@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
-    "selective_scan": ("torch", "reference", "mamba"),
+    "selective_scan": ("triton", "torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
     "gated_delta_rule": ("torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),

@@ -1,0 +1,128 @@
+"""What the kernels of the selective scan share: tiles of a chunk, steps, decays, the scan."""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_STRONGEST = tl.constexpr(-2e38)  # times log2(e) it is finite, and times a step of 0 it is 0
+
+
+@triton.jit
+def _chunk(n, chunks, T: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr):
+    """The image, its token from which rows are counted, the rows, and which tokens there are.
+
+    REVERSE: the image's last token is scanned first; TURNED: the chunk's last comes first.
+    """
+    chunk = tl.program_id(0) % chunks
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    row = tl.arange(0, T)
+    if TURNED:
+        row = T - 1 - row
+    is_token = chunk * T + row < n
+    first = (chunk * T).to(tl.int64)
+    if REVERSE:
+        first = n - 1 - first
+        row = -row
+    return image, first, row, is_token
+
+
+@triton.jit
+def _tile(z, image, first, row, channel, mask, of_image, of_token):
+    place = z + image * of_image + first * of_token
+    place += row[:, None] * of_token + channel[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _softplus(z):
+    # log(1 + e) = 2 artanh(e / (2 + e)) loses nothing where e is small and the step short.
+    e = tl.exp(-tl.abs(z))
+    s = e / (2.0 + e)
+    q = s * s
+    series = 1 / 11 + q * (1 / 13 + q * (1 / 15))
+    series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * series)))
+    return tl.maximum(z, 0.0) + 2.0 * s * (1.0 + q * series)
+
+
+@triton.jit
+def _steps(z, bias, channel, is_channel, mask, MAPPED: tl.constexpr):
+    """The step sizes, 0 outside: z themselves or, where MAPPED, softplus(z + bias)."""
+    if MAPPED:
+        shift = tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)
+        z = tl.where(mask, _softplus(z + shift[None, :]), 0.0)
+    return z
+
+
+@triton.jit
+def _log2_rate(rate):
+    return tl.where(rate < _STRONGEST, _STRONGEST, rate) * _LOG2E
+
+
+@triton.jit
+def _after(decay, state, past, before, later_decay, later_state, later_past, later):
+    # past: the decay of all rows but the last; before: the state before the last.
+    return (
+        decay * later_decay, later_decay * state + later_state, decay * later_past,
+        later_past * state + later,
+    )  # fmt: skip
+
+
+@triton.jit
+def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr = False):
+    """The states after each of T rows, decay * the one before + fed, and those before it, from 0.
+
+    UPWARD: from the last row to the first.
+    """
+    none = tl.zeros_like(fed)
+    if _IS_INTERPRETED:  # which would scan, flip and exchange number by number
+        state, before = none, none
+        row = tl.arange(0, T)[:, None]
+        for t in range(0, T):
+            here = T - 1 - t if UPWARD else t
+            there = here + 1 if UPWARD else here - 1
+            last = tl.sum(tl.where(row == there, state, 0.0), 0)[None, :]
+            before = tl.where(row == here, last, before)
+            state = tl.where(row == here, decay * last + fed, state)
+        return state, before
+    # Within a thread flips only rename registers, which a reverse scan does not know.
+    if UPWARD:
+        decay, fed = tl.flip(decay, 0), tl.flip(fed, 0)
+    _, state, _, before = tl.associative_scan((decay, fed, none + 1.0, none), 0, _after)
+    if UPWARD:
+        state, before = tl.flip(state, 0), tl.flip(before, 0)
+    return state, before
+
+
+@triton.jit
+def _sum_over_channels(z, T: tl.constexpr, D: tl.constexpr):
+    """(T, D) -> (W,), W = min(D, 32): the sum over channels of row t in every place t + T i.
+
+    Halves of the rows go to halves of the channels, until each channel has one row's sum: a fifth
+    of the exchanges of a sum for every row.
+    """
+    W: tl.constexpr = min(D, 32)
+    if _IS_INTERPRETED:
+        place = tl.arange(0, W) % T
+        return tl.sum(tl.where(tl.arange(0, T)[:, None] == place[None, :], tl.sum(z, 1)[:, None], 0.0), 0)
+    if D > W:
+        z = tl.sum(tl.reshape(z, (T, D // W, W)), 1)
+    for k in tl.static_range(5):
+        half: tl.constexpr = T >> (k + 1)
+        if half > 0:
+            low, high = tl.split(tl.permute(tl.reshape(z, (2, half, W)), (1, 2, 0)))
+            is_high = (tl.arange(0, W) // half % 2 == 1)[None, :]
+            other = tl.where(is_high, low, high)
+            other = tl.flip(tl.reshape(other, (half, W // (2 * half), 2, half)), 2)
+            z = tl.where(is_high, high, low) + tl.reshape(other, (half, W))
+    z = tl.reshape(z, (W,))
+    if W > T:
+        z = tl.sum(tl.reshape(z, (W // T, T)), 0)
+        z = tl.reshape(tl.broadcast_to(z[None, :], (W // T, T)), (W,))
+    return z
