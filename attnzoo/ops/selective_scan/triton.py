@@ -37,12 +37,12 @@ __all__ = ["scan_by_kernels", "selective_scan"]
 @triton.jit
 def _selective_end_kernel(
     x, step, bias, rates, taken, ends, totals, n, d, states, chunks, x_image, x_row, step_image,
-    step_row, ADJOINT: tl.constexpr, REVERSE: tl.constexpr, MAPPED: tl.constexpr, T: tl.constexpr,
+    step_row, ADJOINT: tl.constexpr, UPWARD: tl.constexpr, MAPPED: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    # What a chunk leaves if nothing enters it. ADJOINT: x is the gradient of the output and taken
-    # is c; what later tokens want of the state before the chunk, the tokens from the last on.
-    image, first, row, is_token = _chunk(n, chunks, T, REVERSE, ADJOINT)
+    # What a chunk leaves if nothing enters it; UPWARD: the last token comes first. ADJOINT: what
+    # tokens want of the state before the chunk, x the gradient of the output and taken c.
+    image, first, row, is_token = _chunk(n, chunks, T)
     channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
     is_channel = channel < d
     mask = is_token[:, None] & is_channel[None, :]
@@ -55,15 +55,14 @@ def _selective_end_kernel(
     tl.store(totals + at * d + channel, tl.sum(dt, 0), mask=is_channel)
     ends += at * states * d
     taken += image * states * n + first
-    is_last = (tl.arange(0, T) == T - 1)[:, None] & is_channel[None, :]
+    is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
     for s in range(0, states):
         rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
         decay = tl.exp2(dt * rate[None, :])
-        b = tl.load(taken + row, mask=is_token, other=0.0).to(tl.float32)
-        fed = given * b[:, None]
+        fed = given * tl.load(taken + row, mask=is_token, other=0.0)[:, None]
         if ADJOINT:
             fed *= decay
-        state, _ = _join(decay, fed, T)
+        state, _ = _join(decay, fed, T, UPWARD)
         place = ends + channel[None, :] + tl.zeros_like(row)[:, None]
         tl.store(place, state, mask=is_last)
         ends += d
@@ -72,7 +71,7 @@ def _selective_end_kernel(
 
 @triton.jit
 def _selective_carry_kernel(
-    states, totals, rates, chunks, size, d, ADJOINT: tl.constexpr, E: tl.constexpr,
+    states, totals, rates, chunks, size, d, UPWARD: tl.constexpr, E: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     # What the chunks leave becomes what enters them.
@@ -80,8 +79,8 @@ def _selective_carry_kernel(
     entry = tl.program_id(1) * E + tl.arange(0, E)
     mask = entry < size
     rate = _log2_rate(tl.load(rates + entry, mask=mask, other=0.0))
-    first = chunks - 1 if ADJOINT else 0
-    turn: tl.constexpr = -1 if ADJOINT else 1
+    first = chunks - 1 if UPWARD else 0
+    turn: tl.constexpr = -1 if UPWARD else 1
     states += (image * chunks + first) * size
     totals += (image * chunks + first) * d
     state = tl.zeros((E,), tl.float32)
@@ -97,10 +96,10 @@ def _selective_carry_kernel(
 @triton.jit
 def _selective_output_kernel(
     x, step, bias, rates, b, c, skip, starts, out, n, d, states, chunks, x_image, x_row,
-    step_image, step_row, CARRIED: tl.constexpr, REVERSE: tl.constexpr, MAPPED: tl.constexpr,
+    step_image, step_row, CARRIED: tl.constexpr, UPWARD: tl.constexpr, MAPPED: tl.constexpr,
     SKIPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    image, first, row, is_token = _chunk(n, chunks, T, REVERSE, False)
+    image, first, row, is_token = _chunk(n, chunks, T)
     channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
     is_channel = channel < d
     mask = is_token[:, None] & is_channel[None, :]
@@ -114,17 +113,16 @@ def _selective_output_kernel(
     starts += tl.program_id(0).to(tl.int64) * states * d
     b += image * states * n + first
     c += image * states * n + first
-    is_first = (tl.arange(0, T) == 0)[:, None]
+    is_first = (row == (T - 1 if UPWARD else 0))[:, None]
     for s in range(0, states):
         rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
         decay = tl.exp2(dt * rate[None, :])
-        b_row = tl.load(b + row, mask=is_token, other=0.0).to(tl.float32)
-        c_row = tl.load(c + row, mask=is_token, other=0.0).to(tl.float32)
-        fed = given * b_row[:, None]
+        fed = given * tl.load(b + row, mask=is_token, other=0.0)[:, None]
         if CARRIED:
             start = tl.load(starts + channel, mask=is_channel, other=0.0)
             fed = tl.where(is_first, fed + decay * start[None, :], fed)
-        result += _join(decay, fed, T)[0] * c_row[:, None]
+        state, _ = _join(decay, fed, T, UPWARD)
+        result += state * tl.load(c + row, mask=is_token, other=0.0)[:, None]
         starts += d
         b += n
         c += n
@@ -176,6 +174,12 @@ def _strided(z: Tensor) -> Tensor:
     return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
 
 
+def _lines(z: Tensor) -> Tensor:
+    """(b, n, s) -> (b, s, n), so that a thread reads a chunk's tokens at once; float32."""
+    layout = torch.contiguous_format
+    return z.transpose(1, 2).to(torch.float32, copy=True, memory_format=layout)
+
+
 def _call(
     x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool, blocks: Blocks
 ) -> _Call:
@@ -188,17 +192,18 @@ def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
     images, n, d = call.x.shape
     states, chunks = call.rates.shape[0], call.chunks
     found = call.new(images, chunks if chunks > 1 else 0, states, d)
+    is_upward = call.reverse != adjoint
     if chunks > 1:
         totals = call.new(images, chunks, d)
         blocks = call.blocks
         launch_kernel(_selective_end_kernel, call.grid(blocks),
             x, call.step, x if call.bias is None else call.bias, call.rates, taken, found, totals,
-            n, d, states, chunks, *_strides(x, call.step), adjoint, call.reverse,
+            n, d, states, chunks, *_strides(x, call.step), adjoint, is_upward,
             call.bias is not None, *blocks[:2], num_warps=blocks.num_warps,
         )  # fmt: skip
         entries, warps, stages = CARRY
         launch_kernel(_selective_carry_kernel, (images, _ceil(states * d, entries)),
-            found, totals, call.rates, chunks, states * d, d, adjoint, entries, stages,
+            found, totals, call.rates, chunks, states * d, d, is_upward, entries, stages,
             num_warps=warps,
         )  # fmt: skip
     return found
@@ -235,7 +240,7 @@ def scan_forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out, call.new(images, 0, states, d)
-    b, c = (z.transpose(1, 2).contiguous() for z in (b, c))
+    b, c = _lines(b), _lines(c)
     starts = _states(call, call.x, b, False)
     launch_kernel(_selective_output_kernel, call.grid(call.blocks),
         call.x, call.step, x if bias is None else bias, call.rates, b, c,
@@ -269,8 +274,8 @@ def scan_backward(
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]
     if x.numel() == 0:
         return outs + [torch.zeros_like(z) for z in (rates, b, c, bias, skip) if z is not None]
-    b_rows, c_rows = (z.transpose(1, 2).contiguous() for z in (b, c))
-    later = _states(call, grad, c_rows, True)
+    b_lines, c_lines = _lines(b), _lines(c)
+    later = _states(call, grad, c_lines, True)
     rows, parts = call.grid(blocks)
     is_carried = later.numel() > 0
     if not is_carried:
@@ -278,7 +283,7 @@ def scan_backward(
     shared = call.new(parts, 2, images, states, n)
     surround = call.new(rows, 2, d)
     launch_kernel(_selective_gradient_kernel, (rows, parts),
-        grad, call.x, call.step, x if bias is None else bias, call.rates, b_rows, c_rows,
+        grad, call.x, call.step, x if bias is None else bias, call.rates, b_lines, c_lines,
         x if skip is None else skip, starts, later, *outs, shared, surround,
         n, d, states, call.chunks, images * states * n, *_strides(grad, call.x, call.step),
         is_carried, reverse, bias is not None, skip is not None, *blocks[:2],

@@ -29,7 +29,7 @@ def _selective_gradient_kernel(
     # later: what later chunks want of the state that this one leaves; the gradient of the rates
     # by this chunk takes its place. shared: parts of the gradients of b and, of_c on, of c.
     # surround: parts of those of bias and skip.
-    image, first, row, is_token = _chunk(n, chunks, T, REVERSE, False)
+    image, first, row, is_token = _chunk(n, chunks, T)
     channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
     is_channel = channel < d
     mask = is_token[:, None] & is_channel[None, :]
@@ -45,29 +45,27 @@ def _selective_gradient_kernel(
     b += lines
     c += lines
     shared += tl.program_id(1).to(tl.int64) * 2 * of_c + lines
-    is_first, is_last = (tl.arange(0, T) == 0)[:, None], (tl.arange(0, T) == T - 1)[:, None]
+    is_first = (row == (T - 1 if REVERSE else 0))[:, None]  # in the order of the scan
+    is_last = (row == (0 if REVERSE else T - 1))[:, None]
     W: tl.constexpr = min(D, 32)
     place = tl.arange(0, W) % T
-    is_place = tl.arange(0, W) < T
-    is_place = is_place & (at % chunks * T + place < n)
-    if REVERSE:
-        place = -place
+    is_place = (tl.arange(0, W) < T) & (first + place < n)
     for s in range(0, states):
         rate = tl.load(rates + s * d + channel, mask=is_channel, other=0.0)
         decay = tl.exp2(dt * _log2_rate(rate)[None, :])
-        b_row = tl.load(b + row, mask=is_token, other=0.0).to(tl.float32)[:, None]
-        c_row = tl.load(c + row, mask=is_token, other=0.0).to(tl.float32)[:, None]
+        b_row = tl.load(b + row, mask=is_token, other=0.0)[:, None]
+        c_row = tl.load(c + row, mask=is_token, other=0.0)[:, None]
         fed, wanted = given * b_row, dy * c_row
         if CARRIED:
             start = tl.load(starts + channel, mask=is_channel, other=0.0)[None, :]
             fed = tl.where(is_first, fed + decay * start, fed)
-            state, before = _join(decay, fed, T)
+            state, before = _join(decay, fed, T, REVERSE)
             before = tl.where(is_first, start, before)
             end = tl.load(later + channel, mask=is_channel, other=0.0)[None, :]
             wanted = tl.where(is_last, wanted + end, wanted)
         else:
-            state, before = _join(decay, fed, T)
-        passed, after = _join(decay, decay * wanted, T, True)
+            state, before = _join(decay, fed, T, REVERSE)
+        passed, after = _join(decay, decay * wanted, T, not REVERSE)
         wanted += after  # the gradient of the state
         of_given += wanted * b_row
         of_exponent = passed * before

@@ -15,22 +15,12 @@ _STRONGEST = tl.constexpr(-2e38)  # times log2(e) it is finite, and times a step
 
 
 @triton.jit
-def _chunk(n, chunks, T: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr):
-    """The image, its token from which rows are counted, the rows, and which tokens there are.
-
-    REVERSE: the image's last token is scanned first; TURNED: the chunk's last comes first.
-    """
+def _chunk(n, chunks, T: tl.constexpr):
+    """The image, the chunk's first token, its rows, and which tokens there are."""
     chunk = tl.program_id(0) % chunks
     image = (tl.program_id(0) // chunks).to(tl.int64)
     row = tl.arange(0, T)
-    if TURNED:
-        row = T - 1 - row
-    is_token = chunk * T + row < n
-    first = (chunk * T).to(tl.int64)
-    if REVERSE:
-        first = n - 1 - first
-        row = -row
-    return image, first, row, is_token
+    return image, (chunk * T).to(tl.int64), row, chunk * T + row < n
 
 
 @triton.jit
@@ -75,7 +65,7 @@ def _after(decay, state, past, before, later_decay, later_state, later_past, lat
 
 
 @triton.jit
-def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr = False):
+def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr):
     """The states after each of T rows, decay * the one before + fed, and those before it, from 0.
 
     UPWARD: from the last row to the first.
@@ -101,6 +91,16 @@ def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr = False):
 
 
 @triton.jit
+def _halve(z, H: tl.constexpr, W: tl.constexpr):
+    """(2 H, W) -> (H, W): channels exchange the half of the rows that is not theirs, and add."""
+    low, high = tl.split(tl.permute(tl.reshape(z, (2, H, W)), (1, 2, 0)))
+    is_high = (tl.arange(0, W) // H % 2 == 1)[None, :]
+    other = tl.where(is_high, low, high)
+    other = tl.flip(tl.reshape(other, (H, W // (2 * H), 2, H)), 2)
+    return tl.where(is_high, high, low) + tl.reshape(other, (H, W))
+
+
+@triton.jit
 def _sum_over_channels(z, T: tl.constexpr, D: tl.constexpr):
     """(T, D) -> (W,), W = min(D, 32): the sum over channels of row t in every place t + T i.
 
@@ -109,18 +109,13 @@ def _sum_over_channels(z, T: tl.constexpr, D: tl.constexpr):
     """
     W: tl.constexpr = min(D, 32)
     if _IS_INTERPRETED:
-        place = tl.arange(0, W) % T
-        return tl.sum(tl.where(tl.arange(0, T)[:, None] == place[None, :], tl.sum(z, 1)[:, None], 0.0), 0)
+        is_here = tl.arange(0, T)[:, None] == (tl.arange(0, W) % T)[None, :]
+        return tl.sum(tl.where(is_here, tl.sum(z, 1)[:, None], 0.0), 0)
     if D > W:
         z = tl.sum(tl.reshape(z, (T, D // W, W)), 1)
     for k in tl.static_range(5):
-        half: tl.constexpr = T >> (k + 1)
-        if half > 0:
-            low, high = tl.split(tl.permute(tl.reshape(z, (2, half, W)), (1, 2, 0)))
-            is_high = (tl.arange(0, W) // half % 2 == 1)[None, :]
-            other = tl.where(is_high, low, high)
-            other = tl.flip(tl.reshape(other, (half, W // (2 * half), 2, half)), 2)
-            z = tl.where(is_high, high, low) + tl.reshape(other, (half, W))
+        if T >> (k + 1) > 0:
+            z = _halve(z, T >> (k + 1), W)
     z = tl.reshape(z, (W,))
     if W > T:
         z = tl.sum(tl.reshape(z, (W // T, T)), 0)
