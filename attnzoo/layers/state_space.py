@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.dispatch import Impl, choose
 from attnzoo.ops.precision import in_float32, in_wide_range
 from attnzoo.ops.selective_scan import selective_block, selective_scan, selective_scan_macs
 from attnzoo.ops.ssd_scan import ssd_block, ssd_scan, ssd_scan_macs
@@ -35,8 +35,15 @@ class CausalConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(width, width, KERNEL, groups=width)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """(b, n, width) -> the same; ``before`` are the three tokens before, else zeros."""
+    def forward(self, x: Tensor, before: Tensor | None = None, reverse: bool = False) -> Tensor:
+        """(b, n, width) -> the same; ``before`` are the three tokens before, else zeros.
+
+        ``reverse``: over each token and the three after it.
+        """
+        if reverse:
+            x = F.pad(x, (0, 0, 0, KERNEL - 1)).transpose(1, 2)
+            weight, width = self.conv.weight.flip(-1), self.conv.out_channels
+            return F.silu(F.conv1d(x, weight, self.conv.bias, groups=width).transpose(1, 2))
         x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat([before, x], dim=1)
         return F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
 
@@ -71,12 +78,26 @@ class SelectiveScan(nn.Module):
         self.log_rates = nn.Parameter(rates.log())
         self.skip = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, impl: Impl = "auto") -> Tensor:
+    def forward(self, x: Tensor, impl: Impl = "auto", reverse: bool = False) -> Tensor:
         """(b, n, width) -> (b, n, width), each token's output of it and those before.
 
         float16 comes out in float32: outputs grow with the third power of the tokens.
+
+        Args:
+            x: The tokens.
+            impl: See ``attnzoo.ops.selective_scan``.
+            reverse: Whether the last token is the first.
         """
-        x = x if self.conv is None else self.conv(x)
+        is_by_kernels = choose("selective_scan", impl, x) == "triton"
+        if reverse and not is_by_kernels:
+            return self.forward(x.flip(1), impl).flip(1)
+        x = x if self.conv is None else self.conv(x, reverse=reverse)
+        if is_by_kernels:
+            from attnzoo.ops.selective_scan.triton import scan_by_kernels
+
+            step, bias, b, c = self._projected(x)
+            operands = step, _rates(self.log_rates), b, c, bias, self.skip
+            return scan_by_kernels(in_wide_range(x), *operands, reverse)
         operands, x = self._operands(x), in_wide_range(x)
         return _add_skip(selective_scan(x, *operands, impl=impl), x, self.skip)
 
@@ -91,14 +112,18 @@ class SelectiveScan(nn.Module):
         return _add_skip(out.to(x.dtype), x, self.skip), (before, state)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        step, bias, b, c = self._projected(x)
+        return _steps(step, bias), _rates(self.log_rates), b, c
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What steps are before their bias, the bias, and what states take in and give out."""
         rank = self.step_proj.in_features
         step, b, c = self.input_proj(x).split([rank, STATE, STATE], dim=-1)
         if type(self.step_proj) is nn.Linear:
             # The bias in float32: half precision does not have differences of 0.001.
-            step = _steps(F.linear(step, self.step_proj.weight), self.step_proj.bias)
-        else:  # an adapter around it has its own idea of its weight
-            step = _steps(self.step_proj(step), 0.0)
-        return step, _rates(self.log_rates), b, c
+            return F.linear(step, self.step_proj.weight), self.step_proj.bias, b, c
+        # An adapter around it has its own idea of its weight.
+        return self.step_proj(step), torch.zeros_like(self.skip), b, c
 
     def macs_parts(self, tokens: int) -> dict[str, int]:
         """Multiply-accumulates per sample; the core as the recurrence does it."""
@@ -135,7 +160,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         out = self.scans[0](x, impl)
         if len(self.scans) > 1:
-            out = out + self.scans[1](x.flip(1), impl).flip(1)
+            out = out + self.scans[1](x, impl, reverse=True)
         return self.out_proj(_gated(out, z).to(z.dtype))
 
     def advance(

@@ -28,7 +28,7 @@ class Config(StreamConfig):
     """Options of DiffuSSM."""
 
     reduction: int = 2  # M, tokens of a group; 1 is no hourglass
-    impl: Literal["auto", "reference", "torch", "mamba"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "mamba"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class DiffuSSMAttention(Attention):
             return self._stream(x, block)
         impl, forth, back = self.config.impl, *self.scans
         u = F.silu(self._hourglass(self.before, x))
-        return self._finish(x, forth(u, impl), back(u.flip(1), impl).flip(1))
+        return self._finish(x, forth(u, impl), back(u, impl, reverse=True))
 
     def _finish(self, x: Tensor, forth: Tensor, back: Tensor) -> Tensor:
         y = rms_norm(torch.cat([forth, back], dim=-1), self.norm_weight).to(x.dtype)

@@ -136,6 +136,11 @@ class Blocks(NamedTuple):
     tokens: int  # of a chunk
     channels: int
     num_warps: int
+    maxnreg: int | None = None  # registers of a thread
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "maxnreg": self.maxnreg}
 
 
 # Of a forward alone, and of what is differentiated, which stores the state of every chunk.
@@ -199,7 +204,7 @@ def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
         launch_kernel(_selective_end_kernel, call.grid(blocks),
             x, call.step, x if call.bias is None else call.bias, call.rates, taken, found, totals,
             n, d, states, chunks, *_strides(x, call.step), adjoint, is_upward,
-            call.bias is not None, *blocks[:2], num_warps=blocks.num_warps,
+            call.bias is not None, *blocks[:2], **blocks.launch,
         )  # fmt: skip
         entries, warps, stages = CARRY
         launch_kernel(_selective_carry_kernel, (images, _ceil(states * d, entries)),
@@ -246,7 +251,7 @@ def scan_forward(
         call.x, call.step, x if bias is None else bias, call.rates, b, c,
         x if skip is None else skip, starts, out, n, d, states, call.chunks,
         *_strides(call.x, call.step), call.chunks > 1, reverse, bias is not None,
-        skip is not None, *call.blocks[:2], num_warps=call.blocks.num_warps,
+        skip is not None, *call.blocks[:2], **call.blocks.launch,
     )  # fmt: skip
     return out, starts if save else call.new(images, 0, states, d)
 
@@ -287,7 +292,7 @@ def scan_backward(
         x if skip is None else skip, starts, later, *outs, shared, surround,
         n, d, states, call.chunks, images * states * n, *_strides(grad, call.x, call.step),
         is_carried, reverse, bias is not None, skip is not None, *blocks[:2],
-        num_warps=blocks.num_warps,
+        **blocks.launch,
     )  # fmt: skip
     outs.append(column_sum(later.view(rows, states, d)).t().to(rates.dtype).contiguous())
     for z, like in zip(column_sum(shared), (b, c), strict=True):
