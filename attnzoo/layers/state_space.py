@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.dispatch import Impl, choose
+from attnzoo.ops.causal_conv import causal_conv
+from attnzoo.ops.dispatch import TABLE, Impl, choose
 from attnzoo.ops.precision import in_float32, in_wide_range
 from attnzoo.ops.selective_scan import selective_block, selective_scan, selective_scan_macs
+from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.ops.ssd_scan import ssd_block, ssd_scan, ssd_scan_macs
 
 STATE = 16  # of each channel in Mamba
@@ -35,17 +37,33 @@ class CausalConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(width, width, KERNEL, groups=width)
 
-    def forward(self, x: Tensor, before: Tensor | None = None, reverse: bool = False) -> Tensor:
-        """(b, n, width) -> the same; ``before`` are the three tokens before, else zeros.
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor | None = None,
+        impl: Impl = "auto",
+        reverse: bool = False,
+    ) -> Tensor:
+        """Convolves tokens.
 
-        ``reverse``: over each token and the three after it.
+        Args:
+            x: (b, n, width).
+            before: The three tokens before, (b, 3, width), else zeros.
+            impl: Of a scan, see ``attnzoo.ops.selective_scan`` and ``attnzoo.ops.ssd_scan``.
+            reverse: Whether it goes over each token and the three after it.
+
+        Returns:
+            (b, n, width).
         """
-        if reverse:
-            x = F.pad(x, (0, 0, 0, KERNEL - 1)).transpose(1, 2)
-            weight, width = self.conv.weight.flip(-1), self.conv.out_channels
-            return F.silu(F.conv1d(x, weight, self.conv.bias, groups=width).transpose(1, 2))
-        x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat([before, x], dim=1)
-        return F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
+        conv = self.conv
+        if type(conv) is not nn.Conv1d:  # an adapter around it has its own idea of its weight
+            x = x.flip(1) if reverse else x
+            x = F.pad(x, (0, 0, 3, 0)) if before is None else torch.cat([before, x], dim=1)
+            out = F.silu(conv(x.transpose(1, 2)).transpose(1, 2))
+            return out.flip(1) if reverse else out
+        x = x if before is None else torch.cat([before, x], dim=1)
+        out = causal_conv(x, conv.weight, conv.bias, reverse, impl=_beside(impl, "causal_conv"))
+        return out if before is None else out[:, KERNEL - 1 :]
 
     def last(self, x: Tensor, before: Tensor | None) -> Tensor:
         """What the tokens after ``x`` need as ``before``."""
@@ -91,7 +109,7 @@ class SelectiveScan(nn.Module):
         is_by_kernels = choose("selective_scan", impl, x) == "triton"
         if reverse and not is_by_kernels:
             return self.forward(x.flip(1), impl).flip(1)
-        x = x if self.conv is None else self.conv(x, reverse=reverse)
+        x = x if self.conv is None else self.conv(x, None, impl, reverse)
         if is_by_kernels:
             from attnzoo.ops.selective_scan.triton import scan_by_kernels
 
@@ -159,9 +177,8 @@ class Mamba(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         out = self.scans[0](x, impl)
-        if len(self.scans) > 1:
-            out = out + self.scans[1](x, impl, reverse=True)
-        return self.out_proj(_gated(out, z).to(z.dtype))
+        back = self.scans[1](x, impl, reverse=True) if len(self.scans) > 1 else None
+        return self.out_proj(silu_gate(out, z, back, impl=_beside(impl, "silu_gate")))
 
     def advance(
         self, x: Tensor, carried: Carried | None, direction: int = 0
@@ -243,6 +260,11 @@ def sum_of(*parts: dict[str, int]) -> dict[str, int]:
     """Multiply-accumulates of several modules, by part."""
     names = dict.fromkeys(name for counts in parts for name in counts)
     return {name: sum(counts.get(name, 0) for counts in parts) for name in names}
+
+
+def _beside(impl: Impl, name: str) -> Impl:
+    """How an operator beside a scan is computed: as the scan is, but for libraries' scans."""
+    return impl if impl in TABLE[name] else "auto"
 
 
 def _steps(step: Tensor, bias: Tensor | float) -> Tensor:

@@ -56,6 +56,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
+    "causal_conv": ("triton", "torch", "reference"),
+    "silu_gate": ("triton", "torch", "reference"),
     "selective_scan": ("triton", "torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
     "gated_delta_rule": ("torch", "reference", "fla"),

@@ -25,7 +25,6 @@ from attnzoo.ops.selective_scan.triton_common import (
     _chunk,
     _join,
     _log2_rate,
-    _softplus,
     _steps,
     _tile,
 )
@@ -217,9 +216,7 @@ def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
 _OPERANDS = "Tensor x, Tensor step, Tensor rates, Tensor b, Tensor c, Tensor? bias, Tensor? skip"
 
 
-@launched(
-    "selective_scan_kernels", f"({_OPERANDS}, bool reverse, bool save) -> (Tensor, Tensor)"
-)
+@launched("selective_scan_kernels", f"({_OPERANDS}, bool reverse, bool save) -> (Tensor, Tensor)")
 def scan_forward(
     x: Tensor, step: Tensor, rates: Tensor, b: Tensor, c: Tensor, bias: Tensor | None,
     skip: Tensor | None, reverse: bool, save: bool,
