@@ -1,4 +1,4 @@
-"""The causal convolution and its SiLU in one pass over tokens, which the backward computes again."""
+"""The causal convolution and its SiLU in one pass, and its gradients in another."""
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -40,17 +40,6 @@ def _convolved(
 
 
 @triton.jit
-def _slopes(
-    grad, x, weight, bias, n, first, move, g_row, spacing, column, mask, TURN: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Gradients of what the SiLU takes."""
-    z, gate = _convolved(x, weight, bias, n, first, move, spacing, column, mask, TURN, K, T)
-    g = _tokens(grad, n, first, move, g_row, column, mask, T)
-    return g * gate * (1.0 + z * (1.0 - gate))
-
-
-@triton.jit
 def _causal_conv_kernel(
     x, weight, bias, out, n, c, tiles, spacing, TURN: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr,
@@ -68,46 +57,36 @@ def _causal_conv_kernel(
 
 @triton.jit
 def _causal_conv_gradient_kernel(
-    grad, x, weight, bias, out, parts, n, c, tiles, turns, g_row, spacing, TURN: tl.constexpr,
+    grad, x, weight, bias, out, parts, n, c, tiles, g_row, spacing, TURN: tl.constexpr,
     K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    # parts: of the gradients of each tap and of the bias, (programs, K + 1, c).
-    image, start = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * turns * T
+    # What the SiLU takes is computed again. parts: of the gradients of each tap and of the bias,
+    # (programs, K + 1, c).
+    image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
     column = tl.program_id(1) * C + tl.arange(0, C)
     mask = column < c
     x += image * n * spacing
     grad += image * n * g_row
+    total, slopes = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
+    for k in tl.static_range(K):
+        move = TURN * (K - 1 - k)
+        w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
+        z, gate = _convolved(x, weight, bias, n, first, move, spacing, column, mask, TURN, K, T)
+        slopes = _tokens(grad, n, first, move, g_row, column, mask, T)
+        slopes *= gate * (1.0 + z * (1.0 - gate))
+        total += w[None, :] * slopes
+    row = first + tl.arange(0, T)
+    place = out + (image * n + row)[:, None] * c + column[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
     parts += tl.program_id(0).to(tl.int64) * (K + 1) * c + column
-    for turn in range(0, turns):
-        first = start + turn * T
-        total = tl.zeros((T, C), tl.float32)
-        own = tl.zeros((T, C), tl.float32)
-        for k in tl.static_range(K):
-            move = TURN * (K - 1 - k)
-            w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
-            own = _slopes(
-                grad, x, weight, bias, n, first, move, g_row, spacing, column, mask, TURN, K, T
-            )
-            total += w[None, :] * own
-        row = first + tl.arange(0, T)
-        place = out + (image * n + row)[:, None] * c + column[None, :]
-        is_here = (row < n)[:, None] & mask[None, :]
-        tl.store(place, total.to(out.dtype.element_ty), mask=is_here)
-        for k in tl.static_range(K):
-            z = _tokens(x, n, first, -TURN * (K - 1 - k), spacing, column, mask, T)
-            part = tl.sum(own * z, 0)
-            if turn > 0:
-                part += tl.load(parts + k * c, mask=mask, other=0.0)
-            tl.store(parts + k * c, part, mask=mask)
-        part = tl.sum(own, 0)
-        if turn > 0:
-            part += tl.load(parts + K * c, mask=mask, other=0.0)
-        tl.store(parts + K * c, part, mask=mask)
+    for k in tl.static_range(K):
+        z = _tokens(x, n, first, -TURN * (K - 1 - k), spacing, column, mask, T)
+        tl.store(parts + k * c, tl.sum(slopes * z, 0), mask=mask)
+    tl.store(parts + K * c, tl.sum(slopes, 0), mask=mask)
 
 
 _TILE = 16, 128  # tokens and channels
-_GRADIENT_TILE = 16, 64
-_TURNS = 8  # tiles of a program that makes parts of sums
+_GRADIENT_TILE = 64, 64
 
 
 @launched("causal_conv", "(Tensor x, Tensor weight, Tensor bias, bool reverse) -> Tensor")
@@ -137,11 +116,11 @@ def _backward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out, torch.zeros_like(weight), torch.zeros_like(bias)
-    tiles = _ceil(n, rows * _TURNS)
+    tiles = _ceil(n, rows)
     parts = torch.empty(b * tiles, taps + 1, c, dtype=torch.float32, device=x.device)
     launch_kernel(_causal_conv_gradient_kernel, (b * tiles, _ceil(c, columns)),
-        grad, x, weight.contiguous(), bias, out, parts, n, c, tiles, _TURNS, g_row, spacing,
-        -1 if reverse else 1, taps, rows, columns, num_warps=4,
+        grad, x, weight.contiguous(), bias, out, parts, n, c, tiles, g_row, spacing,
+        -1 if reverse else 1, taps, rows, columns, num_warps=8,
     )  # fmt: skip
     sums = column_sum(parts)
     of_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
