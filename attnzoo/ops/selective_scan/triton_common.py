@@ -65,22 +65,28 @@ def _after(decay, state, past, before, later_decay, later_state, later_past, lat
 
 
 @triton.jit
+def _moved(z, count: tl.constexpr, outside, T: tl.constexpr, UPWARD: tl.constexpr):
+    """What stands ``count`` rows before each."""
+    row = tl.arange(0, T)[:, None] + (count if UPWARD else -count)
+    is_here = (row >= 0) & (row < T)
+    place = tl.where(is_here, row, 0) + tl.zeros_like(z).to(tl.int32)
+    return tl.where(is_here, tl.gather(z, place, 0), outside)
+
+
+@triton.jit
 def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr):
     """The states after each of T rows, decay * the one before + fed, and those before it, from 0.
 
     UPWARD: from the last row to the first.
     """
-    none = tl.zeros_like(fed)
     if _IS_INTERPRETED:  # which would scan, flip and exchange number by number
-        state, before = none, none
-        row = tl.arange(0, T)[:, None]
-        for t in range(0, T):
-            here = T - 1 - t if UPWARD else t
-            there = here + 1 if UPWARD else here - 1
-            last = tl.sum(tl.where(row == there, state, 0.0), 0)[None, :]
-            before = tl.where(row == here, last, before)
-            state = tl.where(row == here, decay * last + fed, state)
-        return state, before
+        state = fed
+        for k in tl.static_range(5):
+            if 1 << k < T:
+                state += decay * _moved(state, 1 << k, 0.0, T, UPWARD)
+                decay *= _moved(decay, 1 << k, 1.0, T, UPWARD)
+        return state, _moved(state, 1, 0.0, T, UPWARD)
+    none = tl.zeros_like(fed)
     # Within a thread flips only rename registers, which a reverse scan does not know.
     if UPWARD:
         decay, fed = tl.flip(decay, 0), tl.flip(fed, 0)
