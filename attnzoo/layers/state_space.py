@@ -33,6 +33,8 @@ Carried = tuple[Tensor | None, Tensor]
 class CausalConv(nn.Module):
     """SiLU of a depthwise convolution over each token and the three before it."""
 
+    conv: Any
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(width, width, KERNEL, groups=width)

@@ -2,7 +2,7 @@
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _STRONGEST = tl.constexpr(-2e38)  # times log2(e) it is finite, and times a step
 
 
 @triton.jit
-def _chunk(n, chunks, T: tl.constexpr):
-    """The image, the chunk's first token, its rows, and which tokens there are."""
-    chunk = tl.program_id(0) % chunks
+def _chunk(n, chunks, tiles, T: tl.constexpr):
+    """The image, the chunk's first tile of tokens, and how many tiles it has."""
+    first = tl.program_id(0) % chunks * tiles
     image = (tl.program_id(0) // chunks).to(tl.int64)
-    row = tl.arange(0, T)
-    return image, (chunk * T).to(tl.int64), row, chunk * T + row < n
+    return image, first, tl.minimum(tiles, tl.cdiv(n, T) - first)
 
 
 @triton.jit
