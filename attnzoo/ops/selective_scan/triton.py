@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attnzoo.ops.selective_scan.triton_backward import _selective_gradient_kernel
 from attnzoo.ops.selective_scan.triton_common import (
+    _channels,
     _chunk,
     _join,
     _log2_rate,
@@ -43,8 +44,7 @@ def _selective_end_kernel(
     # What a chunk leaves if nothing enters it; UPWARD: the last token comes first. ADJOINT: what
     # tokens want of the state before the chunk, x the gradient of the output and taken c.
     image, chunk, count = _chunk(n, chunks, tiles, T)
-    channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
-    is_channel = channel < d
+    channel, is_channel = _channels(d, D)
     row = tl.arange(0, T)
     is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
     is_first = (row == (T - 1 if UPWARD else 0))[:, None]
@@ -110,8 +110,7 @@ def _selective_output_kernel(
     # entering: the states that enter the chunk, in whose place those stand that enter each of its
     # tiles; starts: the latter, of all tiles.
     image, chunk, count = _chunk(n, chunks, tiles, T)
-    channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
-    is_channel = channel < d
+    channel, is_channel = _channels(d, D)
     row = tl.arange(0, T)
     is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
     is_first = (row == (T - 1 if UPWARD else 0))[:, None]

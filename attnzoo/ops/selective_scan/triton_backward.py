@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.selective_scan.triton_common import (
+    _channels,
     _chunk,
     _join,
     _log2_rate,
@@ -30,8 +31,7 @@ def _selective_gradient_kernel(
     # that each leaves. of_rates: parts of the gradient of the rates. shared: of b and, of_c on, of
     # c. surround: of bias and skip.
     image, chunk, count = _chunk(n, chunks, tiles, T)
-    channel = tl.max_contiguous(tl.program_id(1) * D + tl.arange(0, D), 1)
-    is_channel = channel < d
+    channel, is_channel = _channels(d, D)
     row = tl.arange(0, T)
     is_first = (row == (T - 1 if REVERSE else 0))[:, None]  # in the order of the scan
     is_last = (row == (0 if REVERSE else T - 1))[:, None]
