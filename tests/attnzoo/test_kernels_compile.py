@@ -45,7 +45,7 @@ def compiled(monkeypatch, tmp_path):
     from attnzoo.ops.token_difference import triton_backward
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    found = {}
+    found, exchanges = {}, {}
 
     def on(capability):
         class Driver:
@@ -65,6 +65,7 @@ def compiled(monkeypatch, tmp_path):
             name, taken = self.fn.__name__, kernel.metadata.shared
             assert taken <= ROOM[capability], f"{name} takes {taken} bytes"
             found[name] = max(found.get(name, 0), spilled(kernel, tmp_path / "kernel.cubin"))
+            exchanges[name] = max(exchanges.get(name, 0), kernel.asm["ptx"].count("shfl.sync"))
             return kernel
 
         monkeypatch.setattr(driver, "_active", Driver())
@@ -73,6 +74,7 @@ def compiled(monkeypatch, tmp_path):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
+    on.exchanges = exchanges
     return on
 
 
@@ -188,11 +190,10 @@ def launch_scan(dtype, width=384):
         torch.ones(width),
         torch.ones(width, 16),
     )
-    for reverse in (False, True):
-        operands = x, x, rates, x[..., :16], x[..., :16], ones, ones, reverse
-        scans.scan_forward.function(*operands, False)
-        out, states = scans.scan_forward.function(*operands, True)
-        scans.scan_backward.function(out, states, *operands)
+    operands = x, x, rates, x[..., :16], x[..., :16], ones, ones
+    scans.scan_forward.function(*operands, False, False)
+    out, states = scans.scan_forward.function(*operands, True, True)
+    scans.scan_backward.function(out, states, *operands, True)
     weight = torch.ones(width, 1, 4, dtype=dtype)
     convolutions._forward.function(x, weight, ones, True)
     convolutions._backward.function(x, x, weight, ones, True)
@@ -202,8 +203,8 @@ def launch_scan(dtype, width=384):
 
 KERNELS = {
     "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
-    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel",
-    "_causal_conv_gradient_kernel", "_causal_conv_kernel", "_column_sum_kernel", "_count_kernel",
+    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
+    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_fold_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
@@ -239,6 +240,10 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_scan(dtype)
     assert set(found) == KERNELS
     assert {name: size for name, size in found.items() if size > SPILL} == {}
+    # A scan that goes through exchanges between threads takes ten times as long.
+    exchanges = compiled.exchanges
+    assert exchanges["_selective_end_kernel"] == exchanges["_selective_output_kernel"] == 0
+    assert exchanges["_selective_gradient_kernel"] <= 32  # sums over channels, of b and of c
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""The causal convolution and its SiLU in one pass, and its gradients in another."""
+"""The causal convolution and its SiLU in one pass, and its gradients in two.
+
+The first makes the gradient of what the SiLU takes, and the sums over tokens; the second is the
+convolution of it the other way round.
+"""
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -28,79 +32,82 @@ def _tokens(z, n, first, move, spacing, column, mask, T: tl.constexpr):
 
 @triton.jit
 def _convolved(
-    x, weight, bias, n, first, move, spacing, column, mask, TURN: tl.constexpr, K: tl.constexpr,
-    T: tl.constexpr,
+    x, weight, bias, n, first, spacing, column, mask, HAS_BIAS: tl.constexpr, TURN: tl.constexpr,
+    K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    total = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((T, column.shape[0]), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(K):
         w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
-        there = move - TURN * (K - 1 - k)
-        total += w[None, :] * _tokens(x, n, first, there, spacing, column, mask, T)
-    return total, 1.0 / (1.0 + tl.exp(-total))
+        move = -TURN * (K - 1 - k)
+        total += w[None, :] * _tokens(x, n, first, move, spacing, column, mask, T)
+    return total
 
 
 @triton.jit
 def _causal_conv_kernel(
-    x, weight, bias, out, n, c, tiles, spacing, TURN: tl.constexpr, K: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr,
+    x, weight, bias, out, n, c, tiles, spacing, IS_WHOLE: tl.constexpr, TURN: tl.constexpr,
+    K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    # IS_WHOLE: with the bias and the SiLU.
     image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
     column = tl.program_id(1) * C + tl.arange(0, C)
     mask = column < c
     x += image * n * spacing
-    z, gate = _convolved(x, weight, bias, n, first, 0, spacing, column, mask, TURN, K, T)
+    z = _convolved(x, weight, bias, n, first, spacing, column, mask, IS_WHOLE, TURN, K, T)
+    if IS_WHOLE:
+        z /= 1.0 + tl.exp(-z)
     row = first + tl.arange(0, T)
     place = out + (image * n + row)[:, None] * c + column[None, :]
-    is_here = (row < n)[:, None] & mask[None, :]
-    tl.store(place, (z * gate).to(out.dtype.element_ty), mask=is_here)
+    tl.store(place, z.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
 
 
 @triton.jit
-def _causal_conv_gradient_kernel(
+def _causal_conv_slope_kernel(
     grad, x, weight, bias, out, parts, n, c, tiles, g_row, spacing, TURN: tl.constexpr,
     K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    # What the SiLU takes is computed again. parts: of the gradients of each tap and of the bias,
-    # (programs, K + 1, c).
+    # parts: of the gradients of each tap and of the bias, (programs, K + 1, c).
     image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
     column = tl.program_id(1) * C + tl.arange(0, C)
     mask = column < c
     x += image * n * spacing
     grad += image * n * g_row
-    total, slopes = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
-    for k in tl.static_range(K):
-        move = TURN * (K - 1 - k)
-        w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
-        z, gate = _convolved(x, weight, bias, n, first, move, spacing, column, mask, TURN, K, T)
-        slopes = _tokens(grad, n, first, move, g_row, column, mask, T)
-        slopes *= gate * (1.0 + z * (1.0 - gate))
-        total += w[None, :] * slopes
+    z = _convolved(x, weight, bias, n, first, spacing, column, mask, True, TURN, K, T)
+    gate = 1.0 / (1.0 + tl.exp(-z))
+    slope = _tokens(grad, n, first, 0, g_row, column, mask, T) * gate * (1.0 + z * (1.0 - gate))
     row = first + tl.arange(0, T)
     place = out + (image * n + row)[:, None] * c + column[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
+    tl.store(place, slope.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
     parts += tl.program_id(0).to(tl.int64) * (K + 1) * c + column
     for k in tl.static_range(K):
         z = _tokens(x, n, first, -TURN * (K - 1 - k), spacing, column, mask, T)
-        tl.store(parts + k * c, tl.sum(slopes * z, 0), mask=mask)
-    tl.store(parts + K * c, tl.sum(slopes, 0), mask=mask)
+        tl.store(parts + k * c, tl.sum(slope * z, 0), mask=mask)
+    tl.store(parts + K * c, tl.sum(slope, 0), mask=mask)
 
 
 _TILE = 16, 128  # tokens and channels
-_GRADIENT_TILE = 64, 64
+_SLOPE_TILE = 32, 64
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, is_whole: bool) -> Tensor:
+    x, spacing = _rows(x)
+    (b, n, c), (rows, columns) = x.shape, _TILE
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tiles = _ceil(n, rows)
+    launch_kernel(_causal_conv_kernel, (b * tiles, _ceil(c, columns)),
+        x, weight.contiguous(), bias, out, n, c, tiles, spacing, is_whole, -1 if reverse else 1,
+        weight.shape[-1], rows, columns, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @launched("causal_conv", "(Tensor x, Tensor weight, Tensor bias, bool reverse) -> Tensor")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    x, spacing = _rows(x)
-    (b, n, c), (rows, columns) = x.shape, _TILE
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel():
-        tiles = _ceil(n, rows)
-        launch_kernel(_causal_conv_kernel, (b * tiles, _ceil(c, columns)),
-            x, weight.contiguous(), bias, out, n, c, tiles, spacing, -1 if reverse else 1,
-            weight.shape[-1], rows, columns, num_warps=4,
-        )  # fmt: skip
-    return out
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _convolve(x, weight, bias, reverse, True)
 
 
 @launched(
@@ -111,17 +118,18 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     (x, spacing), (grad, g_row) = _rows(x), _rows(grad)
-    (b, n, c), (rows, columns), taps = x.shape, _GRADIENT_TILE, weight.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out, torch.zeros_like(weight), torch.zeros_like(bias)
+    (b, n, c), (rows, columns), taps = x.shape, _SLOPE_TILE, weight.shape[-1]
+    slopes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tiles = _ceil(n, rows)
     parts = torch.empty(b * tiles, taps + 1, c, dtype=torch.float32, device=x.device)
-    launch_kernel(_causal_conv_gradient_kernel, (b * tiles, _ceil(c, columns)),
-        grad, x, weight.contiguous(), bias, out, parts, n, c, tiles, g_row, spacing,
-        -1 if reverse else 1, taps, rows, columns, num_warps=8,
+    launch_kernel(_causal_conv_slope_kernel, (b * tiles, _ceil(c, columns)),
+        grad, x, weight.contiguous(), bias, slopes, parts, n, c, tiles, g_row, spacing,
+        -1 if reverse else 1, taps, rows, columns, num_warps=4,
     )  # fmt: skip
+    out = _convolve(slopes, weight, bias, not reverse, False)
     sums = column_sum(parts)
     of_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     of_weight.squeeze(1).copy_(sums[:taps].t())
