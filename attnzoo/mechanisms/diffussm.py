@@ -78,12 +78,10 @@ class DiffuSSMAttention(Attention):
         if (size := self.config.reduction) == 1:
             return dense(x)
         means = _means(x, size)
-        deviation = x - _repeat(means, size, x.shape[1])
+        out = dense(means)
         if x.shape[-1] > self.dim:  # both directions' deviations
-            forth, back = deviation.chunk(2, dim=-1)
-            deviation = forth + back
-        out = _repeat(dense(means), size, x.shape[1])
-        return out + deviation.to(out.dtype)
+            x, means = (forth + back for forth, back in (z.chunk(2, dim=-1) for z in (x, means)))
+        return _add_rows(x, out - means, size).to(out.dtype)
 
     @torch.no_grad()
     def _stream(self, x: Tensor, block: int) -> Tensor:
@@ -125,6 +123,8 @@ def _means(x: Tensor, size: int) -> Tensor:
     return torch.cat([means, x[:, whole:].mean(1, keepdim=True)], dim=1)
 
 
-def _repeat(means: Tensor, size: int, tokens: int) -> Tensor:
-    """Each group's row for each of its tokens."""
-    return means.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, :tokens]
+def _add_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Adds each group's row to each of its tokens, without a copy of it for each."""
+    if x.shape[1] % size == 0:
+        return (x.unflatten(1, (-1, size)) + rows.unsqueeze(2)).flatten(1, 2)
+    return x + rows.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, : x.shape[1]]
