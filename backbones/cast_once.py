@@ -24,6 +24,10 @@ class _Casts(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # A function that a mechanism compiles itself is traced through here; its operands are no
+        # weights.
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         if getattr(function, "__name__", "") != "__get__":  # of a property
             for z in tree_leaves((args, kwargs)):
                 if id(z) in self._uses:

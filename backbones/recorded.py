@@ -11,7 +11,7 @@ import contextlib
 import functools
 import gc
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -307,14 +307,24 @@ def compile_blocks(model: DiT, **options: Any) -> DiT:
     Returns:
         The model itself.
     """
+    compile_modules(model.blocks, **options)
+    return model
+
+
+def compile_modules(modules: Iterable[nn.Module], **options: Any) -> None:
+    """Compiles modules of one kind as ``compile_blocks`` does the blocks of a model.
+
+    Args:
+        modules: They share what is compiled.
+        **options: Of ``torch.compile``; by default ``fullgraph=True, dynamic=False``.
+    """
     from torch._dynamo import config  # slow to import, and needs a sound Triton
 
     config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     call = torch.compile(_own_copy(_call), **{"fullgraph": True, "dynamic": False, **options})
-    for block in model.blocks:
+    for module in modules:
         # Where Module.compile puts it, so that hooks run, and copies and files are without.
-        block._compiled_call_impl = functools.partial(call, block)  # type: ignore[assignment]
-    return model
+        module._compiled_call_impl = functools.partial(call, module)  # type: ignore[assignment]
 
 
 def uncompile_blocks(model: DiT) -> DiT:

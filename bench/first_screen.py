@@ -205,9 +205,12 @@ def caption(figures: Figures, device: str) -> str:
     for q in (q for screen in screens(figures, device) for q in screen.quality):
         if q.setting not in of or q.seeds > of[q.setting].seeds:
             of[q.setting] = q
+    alike: dict[tuple[str, int], list[str]] = {}
+    for q in of.values():
+        alike.setdefault((q.metric, q.seeds), []).append(f"{q.setting}, {q.tokens:,} tokens")
     quality = "; ".join(
-        f"{q.metric} of small models on {q.setting}, {q.tokens:,} tokens, {q.seeds} seeds"
-        for q in of.values()
+        f"{metric} of small models on {' and '.join(settings)}, {seeds} seeds"
+        for (metric, seeds), settings in alike.items()
     )
     commits = ", ".join(source.commit for source in used)
     dates = ", ".join(sorted({source.date for source in used}))

@@ -34,12 +34,12 @@ def keep_freed_memory() -> str:
     return "glibc, no mmap, no trim, top pad 256 MiB"
 
 
-def commit() -> str:
-    """The commit of the working tree, with "+" if it was changed; "unknown" outside git."""
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """A working tree's commit, with "+" if it was changed; "unknown" outside git."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20,
+            cwd=folder, capture_output=True, text=True, timeout=20,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

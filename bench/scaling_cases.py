@@ -21,8 +21,9 @@ MECHANISMS = ("softmax", "sana", "dydila", "sana*3+softmax")
 IMAGES = {256: 32, 4096: 8}
 STEPS = {256: 90, 4096: 24}
 STORED = {256: 1024, 4096: 256}
-# One reduction of all gradients; or FSDP2, train.py's --sharded.
-WAYS = ("ddp", "fsdp2")
+# Gradients added up in buckets beside the backward; FSDP2, train.py's --sharded; or, to compare
+# the first with, one reduction of all gradients after the backward, --bucket-mb 0.
+WAYS = ("overlapped", "fsdp2", "ddp")
 _CHANNELS, _FACTOR, _CLASSES = 4, 8, 1000
 _LONG = 100_000  # steps of a run that pays for its compiler and saves, draws and looks at nothing
 
@@ -36,7 +37,8 @@ class Case:
         tokens: Of one image.
         gpus: Processes, each on a GPU of its own, or on a CPU.
         way: Of ``WAYS``. One process has nothing to shard: "fsdp2" on one is a step launched by
-            the host, as sharded ones are, for them to be compared with.
+            the host, as sharded ones are, for them to be compared with; "ddp" on one is the step
+            of "overlapped".
         size: Of the backbone, in the controlled protocol.
         saves: Whether a checkpoint is written and timed afterwards.
         recorded: Whether a step is one CUDA graph where that is possible.
@@ -45,7 +47,7 @@ class Case:
     mechanism: str
     tokens: int
     gpus: int
-    way: str = "ddp"
+    way: str = "overlapped"
     size: str = "L"
     saves: bool = False
     recorded: bool = True
@@ -72,6 +74,7 @@ class Case:
             "data": str(latents), "attn": self.mechanism, "size": self.size,
             "protocol": "controlled", "batch_size": self.images * self.gpus, "steps": _LONG,
             "sharded": self.way == "fsdp2" and self.gpus > 1, "keep_every": None,
+            **({"bucket_mb": 0} if self.way == "ddp" else {}),
             "cuda_graph": "auto" if self.recorded and not is_base else "off",
         }  # fmt: skip
         return Settings(**{**PRESETS["dit"], **own, **every})
@@ -124,7 +127,7 @@ def planned(
     """Every case, the most important first, in waves.
 
     One GPU first, whose steps all others are compared with and which fills the compiler's cache;
-    then one reduction of all gradients, on most GPUs first; then FSDP2.
+    then the ways in their order, each on most GPUs first.
 
     Args:
         mechanisms: Names.
@@ -135,7 +138,9 @@ def planned(
         there: GPUs that there are; groups of fewer run side by side.
     """
     ordered = sorted(counts, reverse=True)
-    stages = [(1, tuple(ways))] if 1 in counts else []
+    # One GPU has nothing to reduce.
+    alone = tuple(way for way in ways if way != "ddp" or "overlapped" not in ways)
+    stages = [(1, alone)] if 1 in counts else []
     stages += [(count, (way,)) for way in ways for count in ordered if count > 1]
     waves: list[Wave] = []
     for count, now in stages:

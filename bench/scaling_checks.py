@@ -173,6 +173,7 @@ class Checks:
             "out": folder, "attn": MECHANISM, "steps": self.steps, "size": "tiny",
             "checkpoint-every": self.every, "sample-every": 10**6, "diagnose-every": 10**6,
             "batch-size": per * self.processes,
+            "bucket-mb": 1,  # several, of a small model
         }  # fmt: skip
         return [str(ROOT / "recipes" / "train.py"), *(f"--{k}={v}" for k, v in options.items())]
 

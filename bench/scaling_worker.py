@@ -127,7 +127,9 @@ def main(folder: Path) -> NoReturn:
                 torch.compiler.reset()
             free()
     except Exception as error:  # of a mechanism, a compiler or the network, anything
-        (folder / f"error-{rank}").write_text(one_line(error))
+        words = folder / f"words-{rank}"
+        words.write_text(one_line(error))
+        words.rename(folder / f"error-{rank}")  # which is read as soon as it is there
         # The others may wait for this one forever; who started them ends them.
         os._exit(1)
     # Gloo's threads can abort an interpreter that shuts down, and NCCL can wait for its graphs.

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -28,13 +29,13 @@ from attnzoo.errors import Unavailable
 from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
 from backbones import DiT, build_backbone, compile_blocks, record
 from backbones.cast_once import cast_once
-from backbones.recorded import captured
+from backbones.recorded import captured, compile_modules
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import relative_error
 from bench.isolate import one_line
 from bench.peers import optional
 from bench.timing import interleave, ratio
-from bench.whole_figures import TREATMENTS
+from bench.whole_figures import LAYER_TREATMENTS, TREATMENTS, layer_name
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, sample
 
 # Images of a training step and of a forward, by tokens of one; size L takes half of them.
@@ -86,6 +87,35 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """A training step, or a forward, of one layer and one image.
+
+    Attributes:
+        mechanism: Its attention.
+        tokens: Of the image.
+        mode: "forward" or "train".
+        treatments: What is timed: recorded as a CUDA graph, or compiled first.
+        impl: Of the mechanism's options; "" leaves it alone.
+        width: Of a token.
+    """
+
+    mechanism: str
+    tokens: int
+    mode: str
+    treatments: tuple[str, ...] = LAYER_TREATMENTS
+    impl: str = ""
+    width: int = LAYER_WIDTH
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (round(self.tokens**0.5),) * 2
+
+    @property
+    def name(self) -> str:
+        return f"layer {layer_name(dataclasses.asdict(self))}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """What all cases of a run share.
 
@@ -93,11 +123,15 @@ class Setup:
         device: "cuda" or "cpu".
         backend: Of torch.compile.
         seconds: Of the rounds of a case.
+        before: An older checkout, whose recipes are timed beside ours.
+        before_commit: Its commit.
     """
 
     device: str
     backend: str
     seconds: float = 1.5
+    before: Path | None = None
+    before_commit: str = ""
 
 
 class Subject:
@@ -171,6 +205,81 @@ class Subject:
             return lambda: replay(self.images, self.times, self.labels, return_dict=False)[0]
         return recorded(self.step)
 
+    def compiled(self) -> Subject:
+        """The same with compiled blocks."""
+        model = compile_blocks(copy.deepcopy(self.model), backend=self.setup.backend)
+        return Subject(self.case, self.setup, model)
+
+
+class _Alone(nn.Module):
+    """A layer, compiled as one: what it does in a block and after it."""
+
+    def __init__(self, layer: attnzoo.Attention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.layer.after_block(self.layer(x, grid), grid)
+
+
+class LayerSubject:
+    """One layer in one state of treatment, with one step of it that takes no arguments.
+
+    Args:
+        case: What to build.
+        setup: Where.
+        model: Its weights; None draws them anew.
+    """
+
+    def __init__(self, case: Layer, setup: Setup, model: _Alone | None = None) -> None:
+        self.case, self.setup = case, setup
+        dtype = getattr(torch, dtype_of(setup.device))
+        if model is None:
+            torch.manual_seed(0)
+            options: dict[str, Any] = {"impl": case.impl} if case.impl else {}
+            layer = attnzoo.build_attention(case.mechanism, case.width, **options)
+            layer.to(setup.device, dtype).train(case.mode == "train")
+            if case.mode == "forward":
+                layer.fuse()
+            model = _Alone(layer)
+        self.model, self.layer = model, model.layer
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.cotangent = (
+            torch.randn(1, case.tokens, case.width, generator=generator).to(setup.device, dtype)
+            for _ in range(2)
+        )
+        self.step: Callable[[], Any] = self._forward
+        if case.mode == "train":
+            self.x.requires_grad_()
+            self.step = self._train
+
+    def _forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(self.x, self.case.grid)
+
+    def _train(self) -> None:
+        for tensor in (self.x, *self.layer.parameters()):
+            tensor.grad = None
+        self.model(self.x, self.case.grid).backward(self.cotangent)
+        self.layer.auxiliary_loss = None
+
+    def found(self, out: Any) -> Tensor:
+        """What a step has computed: the output, or all gradients."""
+        if self.case.mode == "forward":
+            return out.detach().float().flatten()
+        tensors = self.x, *self.layer.parameters()
+        return torch.cat([z.grad.float().flatten() for z in tensors if z.grad is not None])
+
+    def recorded(self) -> Callable[[], Any]:
+        """The step as one launch."""
+        return recorded(self.step)
+
+    def compiled(self) -> LayerSubject:
+        """The same, compiled."""
+        model = copy.deepcopy(self.model)
+        compile_modules([model], backend=self.setup.backend)
+        return LayerSubject(self.case, self.setup, model)
+
 
 def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
     """A call without arguments as a CUDA graph."""
@@ -198,12 +307,15 @@ def _model(case: Case, device: str, **changed: Any) -> DiT:
     return model
 
 
-def compile_ahead(case: Case, setup: Setup) -> str:
-    """Compiles a block of a case, so that the compiler's cache on disk has it."""
+def compile_ahead(case: Case | Layer, setup: Setup) -> str:
+    """Compiles a layer or a block of a case, so that the compiler's cache on disk has it."""
     from torch._inductor import config
 
     quiet()
     config.compile_threads = 1  # the other cores have cases of their own
+    if isinstance(case, Layer):
+        LayerSubject(case, setup).compiled().step()
+        return case.name
     model = compile_blocks(_model(case, setup.device, depth=2), backend=setup.backend)
     subject = Subject(case, setup, model)
     is_frozen = case.mode == "forward" and setup.device == "cuda"
@@ -219,30 +331,34 @@ class WrongStep(Exception):
 class Calls:
     """Every treatment of a case that works here, checked; and why others do not."""
 
-    def __init__(self, case: Case, setup: Setup) -> None:
+    def __init__(self, case: Case | Layer, setup: Setup) -> None:
         self.steps: dict[str, Callable[[], Any]] = {}
         self.errors: dict[str, float] = {}
         self.missing: dict[str, str] = {}
-        plain = Subject(case, setup)
+        plain: Any = Subject(case, setup) if isinstance(case, Case) else LayerSubject(case, setup)
+        self.subject = plain
         self.peak_memory = _peak_of(plain.step, setup.device)
-        wanted = plain.found(plain.step()).clone()
-        compiled: Subject | None = None
+        exact = plain
+        if isinstance(case, Layer) and case.impl:  # held to what is taken without
+            exact = LayerSubject(dataclasses.replace(case, impl=""), setup)
+        wanted = exact.found(exact.step()).clone()
         for treatment in case.treatments:
             try:
                 if treatment == "eager":
-                    step: Callable[[], Any] = plain.step
-                elif treatment == "recorded":
-                    step = plain.recorded()
-                    self._check(treatment, plain.found(step()), wanted, setup)
-                else:
-                    model = compile_blocks(copy.deepcopy(plain.model), backend=setup.backend)
-                    compiled = Subject(case, setup, model)
-                    step = compiled.step if setup.device == "cpu" else compiled.recorded()
-                    self._check(treatment, compiled.found(step()), wanted, setup)
+                    self.steps[treatment] = plain.step
+                    continue
+                subject = plain if treatment == "recorded" else plain.compiled()
+                step = subject.step if setup.device == "cpu" else subject.recorded()
+                self._check(treatment, subject.found(step()), wanted, setup)
                 self.steps[treatment] = step
             except Exception as error:  # of a compiler, anything
                 self.missing[treatment] = one_line(error)
                 free()
+
+    def require_one(self) -> None:
+        """Raises WrongStep where no treatment works."""
+        if not self.steps:
+            raise WrongStep("; ".join(f"{name}: {why}" for name, why in self.missing.items()))
 
     def _check(self, treatment: str, found: Tensor, wanted: Tensor, setup: Setup) -> None:
         error = relative_error(found, wanted)
@@ -260,8 +376,7 @@ def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict
         softmax: The same case of softmax; None where it is this one.
     """
     ours = Calls(case, setup)
-    if not ours.steps:
-        raise WrongStep("; ".join(f"{name}: {why}" for name, why in ours.missing.items()))
+    ours.require_one()
     contestants = dict(ours.steps)
     if softmax is not None:
         contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
@@ -290,18 +405,22 @@ def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:
     return min(names, key=lambda name: statistics.median(rounds[name]))
 
 
-def measure_layer(
-    mechanism: str, tokens: int, mode: str, setup: Setup, peaks: dict[str, float],
-    width: int = LAYER_WIDTH,
-) -> dict[str, Any]:  # fmt: skip
-    """Times one layer of one image on the device, over the least that its work can take there."""
-    layer, step = _layer_step(mechanism, tokens, mode, setup, width)
-    grid = (round(tokens**0.5),) * 2
-    macs = count_macs(layer, grid=grid)
-    products = macs.training_step if mode == "train" else macs.total
+def measure_layer(case: Layer, setup: Setup, peaks: dict[str, float]) -> dict[str, Any]:
+    """Times one layer of one image on the device, beside the least that its work can take there.
+
+    Args:
+        case: The layer.
+        setup: Where.
+        peaks: GFLOP/s of products by type, and GB/s of a "copy".
+    """
+    ours = Calls(case, setup)
+    ours.require_one()
+    layer = ours.subject.layer
+    macs = count_macs(layer, grid=case.grid)
+    products = macs.training_step if case.mode == "train" else macs.total
     dtype = next(layer.parameters()).dtype
     # A backward reads every tensor again and moves a gradient of each.
-    crossing = layer.bytes_crossed(grid, dtype) * (3 if mode == "train" else 1)
+    crossing = layer.bytes_crossed(case.grid, dtype) * (3 if case.mode == "train" else 1)
     kind = str(dtype).removeprefix("torch.")
     assert products is not None
     floors = {
@@ -309,13 +428,12 @@ def measure_layer(
         "memory": crossing / peaks["copy"] / 1e9,
     }
     bound = max(floors, key=lambda name: floors[name])
-    step()
-    replay = recorded(step) if setup.device == "cuda" else step
-    rounds = interleave({"layer": replay}, stopwatch(setup.device), 9, setup.seconds / 3)
+    rounds = interleave(ours.steps, stopwatch(setup.device), 9, setup.seconds / 3)
     return {
-        "mechanism": mechanism, "tokens": tokens, "width": width, "mode": mode,
-        "seconds": statistics.median(rounds["layer"]), "floor": floors[bound], "bound": bound,
-        "macs": products, "bytes": crossing,
+        **dataclasses.asdict(case),
+        "seconds": {name: spread(taken) for name, taken in rounds.items()},
+        "errors": ours.errors, "missing": ours.missing,
+        "floor": floors[bound], "bound": bound, "macs": products, "bytes": crossing,
     }  # fmt: skip
 
 
@@ -323,8 +441,14 @@ def measure_launch(
     mechanism: str, setup: Setup, tokens: int = LAYER_TOKENS[0], width: int = LAYER_WIDTH
 ) -> dict[str, Any]:
     """Times what the host takes to launch a layer's forward, in launches of a ``torch.bmm``."""
-    layer, step = _layer_step(mechanism, tokens, "forward", setup, width)
-    left = torch.randn(1, 64, 64, device=setup.device, dtype=next(layer.parameters()).dtype)
+    subject = LayerSubject(Layer(mechanism, tokens, "forward", width=width), setup)
+    layer, x, grid = subject.layer, subject.x, subject.case.grid
+
+    def step() -> None:
+        with torch.no_grad():
+            layer.after_block(layer(x, grid), grid)
+
+    left = torch.randn(1, 64, 64, device=setup.device, dtype=subject.x.dtype)
 
     def product() -> None:
         torch.bmm(left, left)
@@ -349,37 +473,9 @@ def measure_launch(
     }  # fmt: skip
 
 
-def _layer_step(
-    mechanism: str, tokens: int, mode: str, setup: Setup, width: int
-) -> tuple[attnzoo.Attention, Callable[[], Any]]:
-    torch.manual_seed(0)
-    dtype = getattr(torch, dtype_of(setup.device))
-    layer = attnzoo.build_attention(mechanism, width).to(setup.device, dtype)
-    layer.train(mode == "train")
-    grid = (round(tokens**0.5),) * 2
-    x = torch.randn(1, tokens, width, device=setup.device, dtype=dtype)
-    if mode == "forward":
-        layer.fuse()
-
-        def forward() -> None:
-            with torch.no_grad():
-                layer.after_block(layer(x, grid), grid)
-
-        return layer, forward
-    x.requires_grad_()
-    cotangent = torch.randn_like(x)
-
-    def train() -> None:
-        for tensor in (x, *layer.parameters()):
-            tensor.grad = None
-        layer.after_block(layer(x, grid), grid).backward(cotangent)
-        layer.auxiliary_loss = None
-
-    return layer, train
-
-
 # Of a recipe, by way: --cuda-graph and --compile.
-WAYS = {"eager": ("off", "off"), "recorded": ("on", "off"), "compiled": ("on", "on")}
+WAYS = {"compiled": ("on", "on"), "recorded": ("on", "off"), "eager": ("off", "off")}
+BEFORE = "before"  # by the recipes of an older checkout, which knew no such flags
 GPUS = {"one GPU": 1, "two GPUs": 2}
 # Recipes whose images per second are compared by way, E2, E3 and E11: of which mechanisms.
 RECIPES = {
@@ -390,48 +486,101 @@ RECIPES = {
 _STEPS = 60  # of a training, of which the first third does not count
 
 
-def measure_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> dict[str, Any]:
+def rehearse_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> None:
+    """Runs a recipe shortly, so that compilers' caches on disk have what it takes."""
+    from torch._inductor import config
+
+    quiet()
+    config.compile_threads = 1
+    measure_recipe(recipe, mechanism, way, dataclasses.replace(setup, seconds=0.0), short=True)
+
+
+def measure_recipe(
+    recipe: str, mechanism: str, way: str, setup: Setup, short: bool = False
+) -> dict[str, Any]:
     """Images per second of a recipe as a user starts it, DiT-S in bfloat16.
 
     Args:
         recipe: "train", of 256 tokens; "sample", likewise, with guidance; or "train on GPUs", of
             4096 tokens and as many images for each GPU.
         mechanism: The attention.
-        way: Of ``WAYS``, or of ``GPUS``.
+        way: Of ``WAYS``, or of ``GPUS``; or ``BEFORE``.
         setup: Where.
+        short: Too few steps for a figure.
     """
-    if recipe == "sample":
+    steps = 4 if short else _STEPS
+    row: dict[str, Any] = {"recipe": recipe, "mechanism": mechanism, "way": way}
+    if way == BEFORE:
+        row["commit"] = setup.before_commit
+    if recipe == "sample" and way == BEFORE:
+        found = _sampling_before(mechanism, setup, rounds=1 if short else 3)
+        row["float32_images_per_second"] = found["float32"]  # without the autocast that ours have
+        speed = found["bfloat16"]
+    elif recipe == "sample":
         speed = _sampling(mechanism, way, setup)
     elif recipe == "train":
-        graph, compiled = WAYS[way]
-        options = "--resolution", "64", "--cuda-graph", graph, "--compile", compiled
-        speed = _training(mechanism, 64, options)
+        graph, compiled = WAYS.get(way, ("", ""))
+        options = ["--resolution", "64"]
+        if way != BEFORE:
+            options += ["--cuda-graph", graph, "--compile", compiled]
+        folder = setup.before if way == BEFORE else None
+        speed = _training(mechanism, 64, options, steps, folder=folder)
     else:
-        if (there := torch.cuda.device_count()) < GPUS[way]:
+        # One alone has nothing beside it.
+        if (there := torch.cuda.device_count()) < (most := max(GPUS.values())):
             raise Unavailable(
-                f"needs {GPUS[way]} GPUs, and there {'is' if there == 1 else 'are'} {there}"
+                f"needs {most} GPUs, and there {'is' if there == 1 else 'are'} {there}"
             )
-        options = "--resolution", "128", "--patch-size", "2"
-        speed = _training(mechanism, 16 * GPUS[way], options, GPUS[way])
-    return {"recipe": recipe, "mechanism": mechanism, "way": way, "images_per_second": speed}
+        options = ["--resolution", "128", "--patch-size", "2"]
+        speed = _training(mechanism, 16 * GPUS[way], options, steps, GPUS[way])
+    return row | {"images_per_second": speed}
 
 
-def _training(mechanism: str, batch: int, options: Sequence[str], processes: int = 1) -> float:
+def _training(
+    mechanism: str,
+    batch: int,
+    options: Sequence[str],
+    steps: int,
+    processes: int = 1,
+    folder: Path | None = None,
+) -> float:
+    root = folder or Path(__file__).parents[1]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    never = [f"--{what}-every={2 * _STEPS}" for what in ("checkpoint", "sample", "diagnose")]
-    with tempfile.TemporaryDirectory() as folder:
+    never = [f"--{what}-every={2 * steps}" for what in ("checkpoint", "sample", "diagnose")]
+    with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, *(launcher if processes > 1 else ()),
-            str(Path(__file__).parents[1] / "recipes" / "train.py"), "--attn", mechanism,
-            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(_STEPS),
-            "--batch-size", str(batch), "--out", f"{folder}/run", *never, *options,
+            str(root / "recipes" / "train.py"), "--attn", mechanism,
+            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(steps),
+            "--batch-size", str(batch), "--out", f"{out}/run", *never, *options,
         ]  # fmt: skip
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=150)
-        if ended.returncode:
-            raise WrongStep(f"train.py ended with {ended.returncode}: {ended.stderr[-120:]}")
-        lines = Path(folder, "run", "log.jsonl").read_text("utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines][_STEPS // 3 :]
+        _started(command, root)
+        lines = Path(out, "run", "log.jsonl").read_text("utf-8").splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines][steps // 3 :]
     return batch / statistics.median(seconds)
+
+
+def _started(command: Sequence[str], root: Path) -> str:
+    """What a program prints that imports the packages of a tree."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
+    if ended.returncode:
+        program = next(Path(word).name for word in command if word.endswith(".py"))
+        said = one_line(RuntimeError(ended.stderr[-300:]))
+        raise WrongStep(f"{program} ended with {ended.returncode}: {said}")
+    return ended.stdout
+
+
+def _sampling_before(
+    mechanism: str, setup: Setup, rounds: int, **changed: Any
+) -> dict[str, float]:
+    assert setup.before is not None
+    asked = {"mechanism": mechanism, "size": "S", "resolution": 256, "images": 16, "steps": 20,
+             "rounds": rounds, "device": setup.device} | changed  # fmt: skip
+    script = Path(__file__).with_name("whole_before.py")
+    command = [sys.executable, str(script), str(setup.before), json.dumps(asked)]
+    return json.loads(_started(command, setup.before).splitlines()[-1])
 
 
 def _sampling(mechanism: str, way: str, setup: Setup, images: int = 16) -> float:

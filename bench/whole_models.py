@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,16 +26,20 @@ from typing import Any
 import torch
 
 import attnzoo
+from attnzoo import InvalidValue
 from backbones.pattern import names_in
 from backbones.recorded import recording_stream
 from bench import machine, reports
 from bench.checks import SIBLING_SIDE, check_layer
 from bench.isolate import one_line
 from bench.whole_cases import (
+    BEFORE,
     LAYER_TOKENS,
+    LAYER_WIDTH,
     RECIPES,
     Calls,
     Case,
+    Layer,
     Setup,
     compile_ahead,
     dtype_of,
@@ -43,6 +50,7 @@ from bench.whole_cases import (
     measure_recipe,
     measure_scans,
     quiet,
+    rehearse_recipe,
 )
 from bench.whole_figures import MODES, TREATMENTS, read_whole, tables
 from recipes.lab.console import DONE, UserError, run_script, whole
@@ -66,33 +74,44 @@ class Job:
     Attributes:
         part: Of the report; or "peaks" or "check".
         mechanism: Whose.
-        case: Of a whole model.
-        softmax: The same case of softmax, where ``case`` is of another mechanism.
-        tokens: Of a layer.
-        mode: Of a layer or of scans.
+        case: A whole model, or a layer.
+        softmax: The same case of softmax, where ``case`` is a model of another mechanism.
+        mode: Of scans.
         recipe: Its name and the way it is started.
         peaks: Of the machine, for a layer's floor.
     """
 
     part: str
     mechanism: str = ""
-    case: Case | None = None
+    case: Case | Layer | None = None
     softmax: Case | None = None
-    tokens: int = 0
     mode: str = ""
     recipe: tuple[str, str] = ("", "")
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether there is something to compile before it is timed."""
+        if self.case is not None:
+            return "compiled" in self.case.treatments
+        return self.recipe[0] in ("train", "sample") and self.recipe[1] != "eager"
+
+    @property
     def name(self) -> str:
         if self.case is not None:
             return self.case.name
-        if self.part == "layers":
-            return f"layer {self.mechanism} n={self.tokens} {self.mode}"
         return {
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
             "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
         }.get(self.part, self.part)  # fmt: skip
+
+
+def _ahead(job: Job, setup: Setup) -> None:
+    """Compiles what a job will need, so that compilers' caches on disk have it."""
+    if job.case is not None:
+        compile_ahead(job.case, setup)
+    else:
+        rehearse_recipe(job.recipe[0], job.mechanism, job.recipe[1], setup)
 
 
 class Bench:
@@ -114,8 +133,8 @@ class Bench:
             return machine.measure_peaks(device, (dtype_of(device),), torch.get_num_threads())
         if job.part == "launches":
             return measure_launch(job.mechanism, self.setup)
-        if job.part == "layers":
-            return measure_layer(job.mechanism, job.tokens, job.mode, self.setup, job.peaks)
+        if isinstance(job.case, Layer):
+            return measure_layer(job.case, self.setup, job.peaks)
         if job.part == "recipes":
             return measure_recipe(job.recipe[0], job.mechanism, job.recipe[1], self.setup)
         if job.part == "scans":
@@ -245,7 +264,8 @@ class Run:
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
         self.options = options
         self.end = time.monotonic() + options.seconds
-        self.setup = Setup(options.device, options.backend, options.round_seconds)
+        before, commit = options.before or (None, "")
+        self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit)
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         self.report: dict[str, Any] = {
             **reports.begun(options.device),
@@ -267,88 +287,92 @@ class Run:
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
-        options = self.options
-        cases = planned(options.mechanisms, options.models, options.device, options.large)
+        rows = [row for part in PARTS for row in self.report[part]]
+        begun = {_name_of(row) for row in rows}
         complete = {
-            _name_of_row(row) for row in self.report["cases"]
-            if set(row["treatments"]) <= row["seconds"].keys()
+            _name_of(row) for row in rows
+            if "treatments" not in row or set(row["treatments"]) <= row["seconds"].keys()
         }  # fmt: skip
-        begun = {_name_of_row(row) for row in self.report["cases"]}
-        cases = [case for case in cases if case.name not in complete]
+        jobs = [job for job in self._planned() if job.name not in complete]
         # What an earlier run could not do in full comes after what it has not begun.
-        cases.sort(key=lambda case: case.name in begun)
-        late = self._compile_ahead(cases)
+        jobs.sort(key=lambda job: job.name in begun)
+        late = self._compile_ahead(jobs)
         try:
-            if not options.no_layers and "peaks" not in self.report:
+            if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
                 peaks, reason = self._answer(Job("peaks"), 60.0)
                 if peaks is None:
                     raise UserError(f"the peaks of this device could not be measured: {reason}")
                 self.report["peaks"] = peaks
-            # The layers' figures come after the first size, and before what may take all the time.
-            last = sum(
-                case.size == next(iter(options.models)) and case.mechanism in FIRST
-                and case.name not in begun for case in cases
-            )  # fmt: skip
-            for case in cases[:last]:
-                self._case(case, late)
-            if not options.no_layers:
-                self._measure_others()
-            for case in cases[last:]:
-                self._case(case, late)
+            for job in jobs:
+                self._do(job, late)
         finally:
             self._bench.close()
         write_json(self.options.out, _rounded(self.report), indent=None)
         return self.report
 
-    def _case(self, case: Case, late: dict[str, str]) -> None:
-        def without(case: Case) -> Case:
+    def _do(self, job: Job, late: dict[str, str]) -> None:
+        def without(case: Any) -> Any:
             kept = tuple(name for name in case.treatments if name != "compiled")
-            return dataclasses.replace(case, treatments=kept) if case.name in late else case
+            return dataclasses.replace(case, treatments=kept)
 
-        softmax = dataclasses.replace(case, mechanism="softmax")
-        theirs = None if case.mechanism == "softmax" else without(softmax)
-        job = Job("cases", case.mechanism, without(case), theirs)
+        case = job.case
+        if job.part == "layers":
+            job = dataclasses.replace(job, peaks=self.report["peaks"])
+        if job.softmax is not None and job.softmax.name in late:
+            job = dataclasses.replace(job, softmax=without(job.softmax))
+        if case is not None and case.name in late:
+            job = dataclasses.replace(job, case=without(case))
         row, reason = self._measured(job)
-        if row is None and reason.startswith(TOO_SLOW) and case.name not in late:
+        if case is not None and reason.startswith(TOO_SLOW) and case.name not in late:
             late[case.name] = reason
             row, reason = self._measured(dataclasses.replace(job, case=without(case)))
         if row is None:
-            self._miss(case.name, reason)
+            self._miss(job.name, reason)
             return
-        row["treatments"] = case.treatments
-        if case.name in late:
-            row["missing"]["compiled"] = late[case.name]
-        self._keep("cases", row, _name_of_row)
+        if case is not None:
+            row["treatments"] = case.treatments
+            if case.name in late:
+                row["missing"]["compiled"] = late[case.name]
+        self._keep(job.part, row)
+
+    def _planned(self) -> list[Job]:
+        """Everything, the most important first: what goals name."""
+        options, jobs = self.options, self._others()
+        for case in planned(options.mechanisms, options.models, options.device, options.large):
+            softmax = dataclasses.replace(case, mechanism="softmax")
+            jobs.append(Job("cases", case.mechanism, case, softmax if case != softmax else None))
+        return sorted((job for job in jobs if job.part in options.parts), key=self._place)
+
+    def _place(self, job: Job) -> int:
+        case, is_first = job.case, job.mechanism in FIRST
+        if isinstance(case, Case):
+            is_small = case.size == next(iter(self.options.models))
+            return (0 if is_small else 2) if is_first else 6
+        if job.part in ("recipes", "scans"):
+            return 3
+        if case is not None and case.impl:
+            return 5
+        return 1 if is_first else 4
 
     def _others(self) -> list[Job]:
         """Launches, layers, recipes and scans."""
-        names, peaks, jobs = self.options.mechanisms, self.report["peaks"], []
-        layers = dict.fromkeys(part for name in names for part in names_in(name))
-        for name in layers:
+        names, jobs = self.options.mechanisms, []
+        for name in dict.fromkeys(part for pattern in names for part in names_in(pattern)):
             jobs.append(Job("launches", name))
-            for tokens, mode in itertools.product(LAYER_TOKENS, MODES):
-                jobs.append(Job("layers", name, tokens=tokens, mode=mode, peaks=peaks))
+            for step in itertools.product(LAYER_TOKENS, MODES):
+                jobs.append(Job("layers", name, Layer(name, *step)))
+            if importlib.util.find_spec("fla") is not None:
+                jobs += _by_fla(name)
         for (recipe, compared), ways in RECIPES.items():
-            for name, way in itertools.product(compared, ways):
+            older = (BEFORE,) if self.options.before and "eager" in ways else ()
+            for name, way in itertools.product(compared, (*older, *ways)):
                 jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
         for mode in MODES:
             jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
         return jobs
 
-    def _measure_others(self) -> None:
-        for job in self._others():
-            if job.name in map(_name_of_other, self.report[job.part]):
-                continue
-            row, reason = self._measured(job)
-            if row is None:
-                self._miss(job.name, reason)
-            else:
-                self._keep(job.part, row, _name_of_other)
-
-    def _keep(
-        self, part: str, row: dict[str, Any], name_of: Callable[[dict[str, Any]], str]
-    ) -> None:
-        kept = [old for old in self.report[part] if name_of(old) != name_of(row)]
+    def _keep(self, part: str, row: dict[str, Any]) -> None:
+        kept = [old for old in self.report[part] if _name_of(old) != _name_of(row)]
         self.report[part] = [*kept, row]
         write_json(self.options.out, _rounded(self.report), indent=None)
 
@@ -359,7 +383,8 @@ class Run:
         if reason := self._why_wrong(job.mechanism):
             return None, reason
         # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
-        patience = self.options.patience * (3 if job.part in ("recipes", "scans") else 1)
+        by_fla = job.part == "scans" or (isinstance(job.case, Layer) and job.case.impl)
+        patience = self.options.patience * (3 if by_fla or job.part == "recipes" else 1)
         row, reason = self._answer(job, patience)
         if row is not None:
             lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
@@ -382,12 +407,13 @@ class Run:
         self.report["missed"].append({"what": what, "reason": reason})
         write_json(self.options.out, _rounded(self.report), indent=None)
 
-    def _compile_ahead(self, cases: Sequence[Case]) -> dict[str, str]:
+    def _compile_ahead(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Compiles in other processes; by name of a case, why it is measured without."""
-        skipped = {case.name: "left out by --skip-compiled" for case in cases
-                   if case.mechanism in self.options.skip_compiled}  # fmt: skip
-        cases = [case for case in cases if case.name not in skipped]
-        processes = min(self.options.processes, len(cases))
+        jobs = [job for job in jobs if job.is_compiled]
+        skipped = {job.name: "left out by --skip-compiled" for job in jobs
+                   if job.case and job.mechanism in self.options.skip_compiled}  # fmt: skip
+        jobs = [job for job in jobs if job.name not in skipped]
+        processes = min(self.options.processes, len(jobs))
         if processes < 2:
             return skipped
         # Those that are compared with softmax need softmax's from the compiler's cache, too.
@@ -396,22 +422,22 @@ class Run:
         pool = context.Pool(processes, quiet)
         finished = False
         try:
-            found = [pool.apply_async(compile_ahead, (case, self.setup)) for case in cases]
-            for case, result in zip(cases, found, strict=True):
+            found = [pool.apply_async(_ahead, (job, self.setup)) for job in jobs]
+            for job, result in zip(jobs, found, strict=True):
                 left = start + _AHEAD * self.options.seconds - time.monotonic()
                 try:
                     result.get(max(0.0, left))
                 except multiprocessing.TimeoutError:
-                    late[case.name] = "was not compiled in time; go on with --resume"
+                    late[job.name] = "was not compiled in time; go on with --resume"
                 except Exception as error:  # of a compiler, anything
-                    late[case.name] = one_line(error)
+                    late[job.name] = one_line(error)
             finished = all(result.ready() for result in found)
         finally:
             pool.close() if finished else pool.terminate()
             pool.join()
-        done = len(cases) + len(skipped) - len(late)
+        done = len(jobs) + len(skipped) - len(late)
         taken = time.monotonic() - start
-        print(f"{done} of {len(cases)} compiled ahead, {taken:.0f} s", flush=True)
+        print(f"{done} of {len(jobs)} compiled ahead, {taken:.0f} s", flush=True)
         return late
 
 
@@ -444,17 +470,41 @@ def planned(
     ]
 
 
-def _name_of_row(row: dict[str, Any]) -> str:
-    return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
+def _by_fla(mechanism: str) -> list[Job]:
+    """The shorter layer by flash-linear-attention, of a mechanism that can be asked for it."""
+    known = typing.get_type_hints(attnzoo.get_attention(mechanism).Config).get("impl")
+    try:
+        if "fla" not in typing.get_args(known):
+            return []
+        attnzoo.build_attention(mechanism, LAYER_WIDTH, impl="fla")
+    except InvalidValue:  # with other options only
+        return []
+    layers = [Layer(mechanism, LAYER_TOKENS[0], mode, ("recorded",), "fla") for mode in MODES]
+    return [Job("layers", mechanism, layer) for layer in layers]
 
 
-def _name_of_other(row: dict[str, Any]) -> str:
+def _older(folder: Path) -> tuple[Path, str]:
+    """An older checkout and its commit, by git or, of an archive, by the folder's name."""
+    if not (folder / "recipes" / "train.py").is_file():
+        raise UserError(f"--before {folder} has no recipes/train.py; make it by git worktree add")
+    named = re.search(r"[0-9a-f]{7,40}$", folder.resolve().name)
+    if (folder / ".git").exists():
+        return folder.resolve(), machine.commit(folder)
+    if named is None:
+        raise UserError(f"--before {folder} is no git checkout; let its name end with its commit")
+    return folder.resolve(), named.group()[:7]
+
+
+def _name_of(row: dict[str, Any]) -> str:
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
     if "over_fla" in row:
         return Job("scans", mode=row["mode"]).name
-    part = "layers" if "mode" in row else "launches"
-    return Job(part, row["mechanism"], tokens=row["tokens"], mode=row.get("mode", "")).name
+    if "size" in row:
+        return Case(row["mechanism"], row["size"], row["tokens"], row["mode"]).name
+    if "mode" in row:
+        return Layer(row["mechanism"], row["tokens"], row["mode"], impl=row.get("impl", "")).name
+    return Job("launches", row["mechanism"]).name
 
 
 def _rounded(value: Any) -> Any:
@@ -485,6 +535,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="that compile ahead, before anything is timed (default: all cores but two)",
     )  # fmt: skip
     parser.add_argument(
+        "--before", type=Path, default=None, metavar="FOLDER",
+        help="an older checkout (git worktree add FOLDER COMMIT), whose recipes ours are held to",
+    )  # fmt: skip
+    parser.add_argument(
         "--resume", action="store_true", help="go on with what the JSON of --out lacks"
     )
     parser.add_argument(
@@ -497,15 +551,25 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
     )
     parser.add_argument(
-        "--no-layers",
-        action="store_true",
-        help="whole models only, neither layers nor recipes, as always on a CPU",
-    )
+        "--parts", default=None,
+        help=f"what to measure, of {', '.join(PARTS)} (default: all; on a CPU only cases)",
+    )  # fmt: skip
+    parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")
     options = parser.parse_args(arguments)
     if (options.out is None) == (options.table is None):
         raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.no_layers |= options.device == "cpu"
+    if options.no_layers and options.parts is not None:
+        raise UserError("give --parts or --no-layers, which is short for --parts cases")
+    is_short = options.no_layers or options.device == "cpu"
+    options.parts = reports.listed(options.parts or ("cases" if is_short else ",".join(PARTS)))
+    for part in options.parts:
+        if part not in PARTS:
+            raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
+    if options.before is not None:
+        if "recipes" not in options.parts:
+            raise UserError("--before is of recipes; give --parts recipes, too")
+        options.before = _older(options.before)
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
     options.sizes, known = reports.listed(options.sizes), attnzoo.list_attention()

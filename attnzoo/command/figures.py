@@ -129,18 +129,21 @@ class Figures:
     def quality_near(self, tokens: int) -> list[Quality]:
         """Results of one comparison: of the number of tokens nearest to this, the largest.
 
-        One that decides comes first: softmax and another have ``SEEDS`` seeds there.
+        One that decides comes first: softmax and another have ``SEEDS`` seeds there. Means over
+        fewer seeds than softmax's are left out, as they are of other noise.
         """
         comparisons: dict[tuple[int, str, str], list[Quality]] = {}
         for q in self.quality:
             comparisons.setdefault((q.tokens, q.setting, q.metric), []).append(q)
-        return min(
+        nearest = min(
             comparisons.values(),
             key=lambda found: (
                 not _decides(found), abs(math.log(found[0].tokens / tokens)), -len(found),
             ),
             default=[],
         )  # fmt: skip
+        fewest = next((q.seeds for q in nearest if q.mechanism == "softmax"), 0)
+        return [q for q in nearest if q.seeds >= fewest]
 
 
 def _decides(quality: list[Quality]) -> bool:

@@ -1,4 +1,4 @@
-"""What several processes have to agree on, and the gradients that they average."""
+"""What several processes have to agree on, and weights that they share out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
@@ -106,33 +105,6 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
         error.is_shared = True
         raise error
     return outcome[0]
-
-
-@torch.no_grad()
-def average_gradients(model: nn.Module, numbers: Tensor) -> Tensor:
-    """Averages the gradients over all processes and sums numbers, in one reduction.
-
-    Args:
-        model: Whose gradients.
-        numbers: (n,).
-
-    Returns:
-        (n,).
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return numbers
-    gradients = []
-    for parameter in model.parameters():
-        if parameter.grad is None:  # of options that leave it unused, perhaps here only
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
-    flat[: -len(numbers)] /= dist.get_world_size()
-    dist.all_reduce(flat)
-    *parts, reduced = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
-    shaped = [part.view_as(old) for part, old in zip(parts, gradients, strict=True)]
-    torch._foreach_copy_(gradients, shaped)  # type: ignore
-    return reduced.clone()
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:

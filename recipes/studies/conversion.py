@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> int:
 def _runs(given: argparse.Namespace, out: Path, seed: int) -> Iterator[tuple[str, Run, int]]:
     """Every run of a seed: what it is, the run and its steps."""
     common = {"data": given.data, "resolution": given.resolution, "seed": seed,
-              "batch_size": given.batch_size, "sample_every": given.steps}  # fmt: skip
+              "batch_size": given.batch_size, "sample_every": given.steps,
+              "compile": "off"}  # fmt: skip  # which would take longer than such a run
     softmax = Run(out / f"softmax-seed-{seed}")
     _finish(softmax, Settings(attn="softmax", steps=given.steps, **common))
     yield "softmax, from scratch", softmax, given.steps
@@ -92,7 +93,7 @@ def _finish(run: Run, settings: Settings) -> None:
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
     """The mean squared error of a run's averaged weights on images that it was not trained on."""
-    sampler = RunSampler(run, device="cpu")
+    sampler = RunSampler(run)
     found, reason = real_images(run, run.config(), None)
     if found is None:
         raise UserError(reason)
@@ -105,7 +106,10 @@ def held_out_loss(run: Run) -> float:
         times = sampler.diffusion.sample_timesteps(_BATCH, generator)
         noise = torch.randn(images.shape, generator=generator)
         losses = sampler.diffusion.training_losses(
-            sampler.model, images, labels, timesteps=times, noise=noise
+            sampler.model,
+            *(z.to(sampler.device) for z in (images, labels)),
+            timesteps=times.to(sampler.device),
+            noise=noise.to(sampler.device),
         )
         total += losses["mse"].mean().item() / _BATCHES
     return total

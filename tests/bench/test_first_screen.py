@@ -117,6 +117,8 @@ def test_a_comparison_that_decides_comes_before_a_nearer_one():
     assert small(*few, *decided).quality_near(1024) == decided
     assert small(*few, decided[0]).quality_near(1024) == few
     assert small(*decided, near("softmax", 0.5), near("lit", 0.4)).quality_near(1024) != decided
+    cut = near("dydila", 0.3, tokens=64, seeds=2)
+    assert small(*decided, cut).quality_near(1024) == decided  # of seeds that softmax has, too
 
 
 def test_the_table_answers_by_resolution():

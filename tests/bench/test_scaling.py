@@ -1,5 +1,6 @@
 """Trainings of several processes are timed, checked, written as they come, judged by goals."""
 
+import dataclasses
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from bench.scaling_checks import Checks
 from bench.scaling_worker import measure
 from recipes.lab.console import UserError
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
 
 TINY = ["--device", "cpu", "--size", "tiny", "--tokens", "16"]
 
@@ -110,15 +112,16 @@ def played(monkeypatch):
 
 def test_what_fails_is_named_and_the_others_are_measured(out, played):
     names = "softmax,broken,sana"
-    report = report_of(out, "--gpus", "8", "--ways", "ddp", "--parts", "training",
+    report = report_of(out, "--gpus", "8", "--ways", "overlapped", "--parts", "training",
                        "--mechanisms", names)  # fmt: skip
     assert [row["mechanism"] for row in report["training"]] == ["softmax", "sana"]
-    assert report["missed"] == [{"what": "broken tiny 16 tokens ddp on 8", "reason": "it broke"}]
+    broken = "broken tiny 16 tokens overlapped on 8"
+    assert report["missed"] == [{"what": broken, "reason": "it broke"}]
     assert [len(names) for names, _ in played] == [3, 1]
-    again = report_of(out, "--gpus", "8", "--ways", "ddp", "--parts", "training",
+    again = report_of(out, "--gpus", "8", "--ways", "overlapped", "--parts", "training",
                       "--mechanisms", names, "--resume")  # fmt: skip
     assert again["training"] == report["training"] and len(again["missed"]) == 1
-    assert [names for names, _ in played[2:]] == [["broken tiny 16 tokens ddp on 8"]]
+    assert [names for names, _ in played[2:]] == [[broken]]
     out.write_text(json.dumps(report | {"commit": "another"}))
     with pytest.raises(UserError, match=r"another.*without --resume"):
         report_of(out, "--resume")
@@ -155,7 +158,7 @@ def test_what_fails_recorded_is_tried_launched(out, played, monkeypatch, reason,
 def test_a_run_without_time_left_says_what_it_lacks(out, played):
     report = report_of(out, "--gpus", "1,2", "--mechanisms", "slow", "--seconds", "0.3")
     assert not report["training"] and not report["checks"]
-    # Both ways on one and on two, and three checks.
+    # Two ways on one and on two, and three checks.
     assert len(report["missed"]) == 4 + 3
     assert all("--resume" in miss["reason"] for miss in report["missed"])
 
@@ -165,12 +168,15 @@ def test_one_gpu_comes_first_and_groups_get_gpus_of_their_own(out, played, monke
     shape = [[(group[0].gpus, {case.way for case in group}, len(group)) for group in wave]
              for wave in waves]  # fmt: skip
     assert shape == [
-        [(1, {"ddp", "fsdp2"}, 4)] * 4,
-        [(4, {"ddp"}, 8)], [(2, {"ddp"}, 4)] * 2, [(4, {"fsdp2"}, 8)], [(2, {"fsdp2"}, 4)] * 2,
+        [(1, {"overlapped", "fsdp2"}, 4)] * 4,  # one reduction of one GPU would be the first
+        [(4, {"overlapped"}, 8)], [(2, {"overlapped"}, 4)] * 2,
+        [(4, {"fsdp2"}, 8)], [(2, {"fsdp2"}, 4)] * 2, [(4, {"ddp"}, 8)], [(2, {"ddp"}, 4)] * 2,
     ]  # fmt: skip
     cases = [case for wave in waves for group in wave for case in group]
-    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * 2 * 3
-    assert waves[1][0][0] == Case("softmax", 256, 4, "ddp", "L", saves=True)
+    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * (2 + 2 * 3)
+    assert waves[1][0][0] == Case("softmax", 256, 4, "overlapped", "L", saves=True)
+    alone = planned(["sana"], (1,), (256,), ("ddp",), "L", 4)
+    assert [case.way for wave in alone for group in wave for case in group] == ["ddp"]
     assert [case.name for case in cases if case.saves] == [
         f"softmax L 256 tokens {way} on 4" for way in WAYS
     ]
@@ -190,7 +196,10 @@ def test_what_is_trained_is_the_recipe_of_dit(tmp_path):
     assert (one.sharded, one.cuda_graph) == (False, "off")
     assert (four.sharded, four.cuda_graph) == (True, "auto")
     assert four.precision == "bf16" and four.compile == "auto" and four.size == "L"
-    assert Case("sana", 4096, 4).settings(tmp_path).batch_size == 32
+    four = Case("sana", 4096, 4).settings(tmp_path)
+    assert four.batch_size == 32 and four.bucket_mb == Settings().bucket_mb
+    after = Case("sana", 4096, 4, "ddp").settings(tmp_path)
+    assert dataclasses.replace(four, bucket_mb=0) == after
 
 
 def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
@@ -199,6 +208,7 @@ def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
         row_of(Case("sana", 256, 4), 380.0, checkpoint={"seconds": 5.0, "bytes": 2e9}),
         row_of(Case("sana", 256, 2), 170.0), row_of(Case("sana", 256, 4, "fsdp2"), 240.0),
         row_of(Case("dydila", 256, 4), 300.0), row_of(Case("sana", 4096, 4), 40.0),
+        row_of(Case("sana", 256, 4, "ddp"), 340.0),
     ]  # fmt: skip
     rows = [row | {"beside": 0} for row in rows]
     check = {"check": "encode", "processes": 4, "equal": False, "shards": 3, "images": 9}
@@ -209,14 +219,21 @@ def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
     }  # fmt: skip
     assert scaling_figures.share_of_linear(report, rows[4]) == pytest.approx(0.75)
     assert scaling_figures.share_of_linear(report, rows[5]) is None
+    assert scaling_figures.share_of_linear(report, rows[7]) == pytest.approx(0.85)
     found = [(f.goal, f.what, f.value, f.verdict) for f in scaling_figures.figures(report)]
     assert [(goal, value, verdict) for goal, _, value, verdict in found] == [
         ("E13", pytest.approx(0.85), "minimum missed"), ("E13", pytest.approx(0.95),
                                                          "target reached"),
     ]  # fmt: skip
     assert "sana, 2 GPUs" in found[0][1]
+    # A file of before the overlap has the goal from its one reduction.
+    before = [row | {"way": "ddp"} for row in (rows[0], rows[3])]
+    (figure,) = scaling_figures.figures(report | {"training": before})
+    assert figure.value == pytest.approx(0.85)
     said = scaling_figures.tables(report)
-    assert "380 (0.95)" in said and "240 (0.75)" in said and "4 x H" in said
+    assert (
+        "380 (0.95)" in said and "340 (0.85)" in said and "240 (0.75)" in said and "4 x H" in said
+    )
     # 5 s of saving beside 5000 steps of 20 ms.
     assert "4.76%" in said and "are DIFFERENT" in said and "not measured: x: y" in said
 

@@ -1,20 +1,25 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import dataclasses
 import functools
 import gc
 import json
 import math
 import os
+import shutil
 import time
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from attnzoo.errors import Unavailable
 from bench import plot, recommend, whole_cases, whole_figures, whole_models
 from bench.whole_cases import (
     RECIPES,
     Case,
+    Layer,
+    LayerSubject,
     Setup,
     Subject,
     measure_launch,
@@ -185,11 +190,13 @@ def test_what_breaks_a_process_breaks_no_other_job():
 def test_a_failing_job_says_why_and_what_follows_is_measured():
     bench = Elsewhere(ON_CPU, None)
     try:
-        row, reason = bench.answer(Job("layers", "softmin", tokens=16, mode="forward"), 120.0)
+        layer = Layer("softmin", 16, "forward", ("recorded",), width=96)
+        row, reason = bench.answer(Job("layers", "softmin", layer), 120.0)
         assert row is None and reason.startswith("InvalidValue") and "softmin" in reason
         peaks = {"float32": 1.0, "copy": 1.0}
-        job = Job("layers", "sana", tokens=16, mode="forward", peaks=peaks)
-        assert bench.answer(job, 120.0)[0]["seconds"] > 0
+        layer = dataclasses.replace(layer, mechanism="sana")
+        row, _ = bench.answer(Job("layers", "sana", layer, peaks=peaks), 120.0)
+        assert row["seconds"]["recorded"]["median"] > 0
     finally:
         bench.close()
 
@@ -212,13 +219,93 @@ def test_goals_come_first_and_small_before_large():
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_a_layer_is_held_to_the_longer_of_its_floors(mode):
     slow = {"float32": 1e9, "copy": 1e-3}
-    found = measure_layer("sana", 16, mode, ON_CPU, slow, width=32)
+    layer = Layer("sana", 16, mode, ("recorded",), width=32)
+    found = measure_layer(layer, ON_CPU, slow)
     moved = (6 * 16 * 32 + 4 * 32**2 + 32) * 4 * (3 if mode == "train" else 1)
     assert found["bound"] == "memory" and found["bytes"] == moved
-    assert found["floor"] == pytest.approx(moved / 1e6) and found["seconds"] > 0
-    found = measure_layer("sana", 16, mode, ON_CPU, slow | {"copy": 1e9}, width=32)
+    assert found["floor"] == pytest.approx(moved / 1e6)
+    found = measure_layer(layer, ON_CPU, slow | {"copy": 1e9})
     assert found["bound"] == "products"
     assert found["floor"] == pytest.approx(2 * found["macs"] / 1e18)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_layer_is_compiled_checked_and_timed_both_ways(mode, monkeypatch):
+    peaks, compiled = {"float32": 1e9, "copy": 1.0}, Setup("cpu", "aot_eager", 0.0)
+    layer = Layer("moh", 16, mode, width=32)
+    real, calls = whole_cases.compile_modules, []
+
+    def watched(modules, **options):
+        calls.append(options)
+        real(modules, **options)
+
+    monkeypatch.setattr(whole_cases, "compile_modules", watched)
+    found = measure_layer(layer, compiled, peaks)
+    assert calls == [{"backend": "aot_eager"}] and not found["missing"]
+    assert found["seconds"].keys() == {"recorded", "compiled"} == found["errors"].keys()
+    seconds = {name: spent["median"] for name, spent in found["seconds"].items()}
+    best = min(seconds, key=seconds.__getitem__)
+    assert whole_figures.fastest(found) == (seconds[best], best)
+    with inductor.patch(compile_threads=1):
+        assert whole_cases.compile_ahead(layer, compiled) == layer.name and len(calls) == 2
+
+    def broken(modules, **options):
+        with torch.no_grad():
+            modules[0].layer.proj.weight.mul_(1.01)
+
+    monkeypatch.setattr(whole_cases, "compile_modules", broken)
+    found = measure_layer(layer, compiled, peaks)
+    assert found["seconds"].keys() == {"recorded"}
+    assert "differs from the eager step" in found["missing"]["compiled"]
+
+
+def test_another_implementation_is_held_to_the_usual_one(monkeypatch):
+    layer = Layer("deltanet", 16, "train", ("recorded",), "reference", width=64)
+    peaks = {"float32": 1e9, "copy": 1.0}
+    row = measure_layer(layer, ON_CPU, peaks)
+    assert row["impl"] == "reference" and row["errors"]["recorded"] < 1e-4
+    usual = row | {"impl": "", "seconds": {"compiled": {"median": 2.0}}}
+    row["seconds"] = {"recorded": {"median": 0.5}}
+    report = {name: [] for name in ("launches", "cases")} | {"layers": [usual, row]}
+    [goal] = whole_figures.figures(report)
+    assert goal.value == pytest.approx(2 / usual["floor"]) and "compiled" in goal.note
+    assert "deltanet, reference n=16 train 4.00" in whole_figures._over_others(report)
+    real = LayerSubject._train
+
+    def wrong(subject):
+        real(subject)
+        if subject.case.impl:
+            subject.x.grad.mul_(2)
+
+    monkeypatch.setattr(LayerSubject, "_train", wrong)
+    with pytest.raises(whole_cases.WrongStep, match=r"recorded: .*differs from the eager step"):
+        measure_layer(layer, ON_CPU, peaks)
+
+
+def test_layers_are_compiled_ahead_and_what_is_late_is_timed_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
+    ahead = []
+
+    def late(self, jobs):
+        ahead.extend(job.name for job in jobs if job.is_compiled)
+        return {"layer sana n=16 train": "was not compiled in time"}
+
+    monkeypatch.setattr(whole_models.Run, "_compile_ahead", late)
+    peaks = {"float32": 1.0, "copy": 1.0}
+    monkeypatch.setattr(whole_models.machine, "measure_peaks", lambda *_: peaks)
+    report = run(tmp_path, "--mechanisms", "sana", "--parts", "layers")
+    assert ahead == ["layer sana n=16 forward", "layer sana n=16 train"] and not report["cases"]
+    forward, train = report["layers"]
+    assert forward["seconds"].keys() == {"recorded", "compiled"} and not forward["missing"]
+    assert train["seconds"].keys() == {"recorded"}
+    assert train["missing"] == {"compiled": "was not compiled in time"}
+    # As layers were before they were compiled: what is not there at all comes first.
+    old = {name: value for name, value in forward.items() if name not in ("treatments", "missing")}
+    out = tmp_path / "whole.json"
+    out.write_text(json.dumps(report | {"layers": [old | {"seconds": 1.0}]}))
+    again = run(tmp_path, "--mechanisms", "sana", "--parts", "layers", "--resume")
+    assert [row["mode"] for row in again["layers"]] == ["train", "forward"]
+    assert again["layers"][1]["seconds"].keys() == {"recorded", "compiled"}
 
 
 def test_a_launch_is_counted_in_products():
@@ -259,18 +346,106 @@ def test_sampling_is_checked_and_timed(monkeypatch):
         measure_recipe("sample", "softmax", "eager", Setup("cpu", "eager", 0.0))
 
 
+@pytest.fixture
+def older(tmp_path):
+    """A checkout whose recipes do not compute, but keep what they were asked for."""
+    folder = tmp_path / "before-a69f5a4"
+    for package in ("backbones", "recipes", "recipes/diffusion"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").touch()
+    (folder / "recipes" / "train.py").write_text(
+        "import backbones, json, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir()\n"
+        "(out / 'log.jsonl').write_text('{\"seconds\": 0.5}\\n' * 60)\n"
+        "note = pathlib.Path(backbones.__file__).with_name('asked.json')\n"
+        "note.write_text(json.dumps(sys.argv))\n"
+    )
+    (folder / "backbones" / "__init__.py").write_text(
+        "import torch\n"
+        "def build_backbone(*asked):\n"
+        "    assert asked == ('dydila', 'S', 'controlled', 256), asked\n"
+        "    return torch.nn.Linear(2, 2)\n"
+    )
+    (folder / "recipes" / "diffusion" / "__init__.py").write_text(
+        "import time, torch\n"
+        "DIFFUSION_PRESETS = {'dit': None}\n"
+        "def sample(model, preset, *, labels, shape, cfg, batch_size, **others):\n"
+        "    assert (shape, cfg, batch_size, others['steps']) == ((4, 32, 32), 4.0, 16, 20)\n"
+        "    time.sleep(0.01 if torch.is_autocast_enabled('cpu') else 0.1)\n"
+        "    return torch.zeros(len(labels))\n"
+    )
+    return folder
+
+
+def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
+    found, commit = whole_models._older(older)
+    assert (found, commit) == (older, "a69f5a4")
+    setup = dataclasses.replace(ON_CPU, before=found, before_commit=commit)
+    trained = measure_recipe("train", "dydila", "before", setup)
+    assert trained["images_per_second"] == 128 and trained["commit"] == "a69f5a4"
+    asked = json.loads((older / "backbones" / "asked.json").read_text())
+    assert asked[asked.index("--attn") + 1] == "dydila" and "--cuda-graph" not in asked
+    sampled = measure_recipe("sample", "dydila", "before", setup)
+    assert sampled["float32_images_per_second"] < 160 < sampled["images_per_second"] < 1600
+    rows = [
+        trained, sampled, trained | {"way": "eager", "images_per_second": 256.0},
+        trained | {"way": "compiled", "images_per_second": 640.0},
+    ]  # fmt: skip
+    report = {name: [] for name in ("launches", "layers", "cases")} | {"recipes": rows}
+    [goal] = whole_figures.figures(report)
+    assert (goal.goal, goal.value) == ("E2", 5.0)
+    assert goal.note == "compiled 640 images/s, before (a69f5a4) 128"
+    arguments = ["--out", str(tmp_path / "x.json"), "--before", str(older)]
+    run = whole_models.Run(whole_models._options([*arguments, "--parts", "recipes"]))
+    jobs = {job.name: job for job in run._planned()}
+    names = list(jobs)
+    assert "train before dydila" in names and "sample before softmax" in names
+    # What is compiled on the way is run once before, and is no figure.
+    with inductor.patch(compile_threads=1):
+        whole_models._ahead(jobs["sample before dydila"], setup)
+    assert jobs["train compiled dydila"].is_compiled
+    assert not jobs["train eager dydila"].is_compiled
+    assert not jobs["train on GPUs one GPU dydila"].is_compiled
+    assert not [name for name in names if "GPUs before" in name or name.startswith("layer")]
+    with pytest.raises(UserError, match="--parts recipes, too"):
+        main([*arguments, "--parts", "cases"])
+
+
+def test_what_is_no_older_checkout_is_refused(older, tmp_path):
+    with pytest.raises(UserError, match=r"has no recipes/train\.py"):
+        whole_models._older(tmp_path)
+    unnamed = older.rename(tmp_path / "older")
+    with pytest.raises(UserError, match="name end with its commit"):
+        whole_models._older(unnamed)
+    shutil.rmtree(unnamed / "backbones")
+    setup = dataclasses.replace(ON_CPU, before=unnamed)
+    with pytest.raises(whole_cases.WrongStep, match=r"whole_before\.py ended with 1"):
+        measure_recipe("sample", "dydila", "before", setup)
+
+
 def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
     arguments = ["--out", str(tmp_path / "x.json"), "--device", "cuda", "--mechanisms"]
     found = {}
     monkeypatch.setattr(whole_models.machine, "describe", lambda *_: {})
-    for names in ("softmax,dydila,gated", "sana"):
+    monkeypatch.setattr(whole_models.importlib.util, "find_spec", lambda name: name)
+    for names in ("softmax,dydila,gated", "sana", "deltanet,zigma"):
         run = whole_models.Run(whole_models._options([*arguments, names]))
-        run.report["peaks"] = {}
         found[names] = [job.name for job in run._others()]
     names = found["softmax,dydila,gated"]
-    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2
+    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2 + 2
     assert "train compiled dydila" in names and "scans forward" in names
+    # What goals name comes before the others' layers and models.
+    run = whole_models.Run(whole_models._options([*arguments, "gated,dydila"]))
+    places = {job.name: place for place, job in enumerate(run._planned())}
+    ordered = ("dydila S 1024px train", "layer dydila n=4096 train", "dydila L 512px train",
+               "sample eager dydila", "layer gated n=4096 train", "layer gated, fla n=4096 train",
+               "gated S 1024px train")  # fmt: skip
+    assert sorted(ordered, key=places.__getitem__) == list(ordered)
     assert len(found["sana"]) == 5
+    # zigma has an implementation by that name for another state than its own.
+    others = [name for name in found["deltanet,zigma"] if "fla" in name]
+    assert others == ["layer deltanet, fla n=4096 forward", "layer deltanet, fla n=4096 train"]
     rows = [
         {"recipe": recipe, "mechanism": name, "way": way}
         for (recipe, ones), ways in RECIPES.items()
@@ -278,7 +453,8 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
         for way in ways
     ]
     rows += [{"mode": mode, "over_fla": {}} for mode in ("forward", "train")]
-    assert {whole_models._name_of_other(row) for row in rows} < set(names)
+    rows += [dataclasses.asdict(Layer("gated", 4096, "train", impl=impl)) for impl in ("", "fla")]
+    assert {whole_models._name_of(row) for row in rows} < set(names)
 
 
 def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
@@ -304,8 +480,8 @@ def test_figures_are_of_the_last_treatment_and_judged():
         ],
         "scans": [{"mode": "forward", "over_fla": {"median": 0.3}}],
         "layers": [
-            {"mechanism": "lit", "tokens": 4096, "mode": "train", "seconds": 8.0, "floor": 2.0,
-             "bound": "memory"},
+            {"mechanism": "lit", "tokens": 4096, "mode": "train", "floor": 2.0, "bound": "memory",
+             "seconds": {"recorded": {"median": 8.0}, "compiled": {"median": 9.0}}},
         ],
         "cases": [
             case("sana", 1024, {"eager": 3.0, "compiled": 2.0}),
@@ -327,7 +503,8 @@ def test_figures_are_of_the_last_treatment_and_judged():
     assert by_goal["E5"].verdict == "minimum missed" and by_goal["E5"].note == "recorded"
     assert by_goal["E6"].value == 0.5
     assert by_goal["E8"].value == 4.0
-    assert by_goal["E9"].value == 4.0 and "lit, n=4096" in by_goal["E9"].what
+    assert by_goal["E9"].value == 4.0 and by_goal["E9"].note.startswith("recorded; floor")
+    assert "lit, n=4096" in by_goal["E9"].what
     [sana] = [f for (goal, what), f in found.items() if goal == "E7" and "sana" in what]
     assert sana.value == pytest.approx(512 * 2**0.5) and "S, forward" in sana.what
 
@@ -344,6 +521,8 @@ def test_a_crossover_lies_between_sizes_or_nowhere():
         (["--out", "x.json", "--mechanisms", "softmin"], "'softmax'"),
         (["--out", "x.json", "--tokens", "200"], "squares"),
         (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
+        (["--out", "x.json", "--parts", "layer"], "unknown part 'layer'; choose of cases, layers"),
+        (["--out", "x.json", "--parts", "layers", "--no-layers"], "short for --parts cases"),
         ([], "either --out"),
         (["--out", "x.json", "--table", "x.json"], "either --out"),
     ],
@@ -404,7 +583,9 @@ def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
         if row["mechanism"] == "sana":
             row["seconds"] = {"eager": row["seconds"]["eager"]}
             row["over_fastest"] |= {"ours": "eager"}
-    new["layers"][0]["seconds"] = 8.0
+    # The old one is of before layers were compiled.
+    new["layers"][0] |= {"missing": {}, "seconds": {"recorded": {"median": 9.0},
+                                                    "compiled": {"median": 8.0}}}  # fmt: skip
     paths, page = [tmp_path / "new.json", tmp_path / "old.json"], tmp_path / "page.md"
     for path, report in zip(paths, (new, old), strict=True):
         path.write_text(json.dumps(report))
@@ -413,11 +594,12 @@ def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
     said = page.read_text()
     assert said.index("commit def") < said.index("commit abc")
     rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("| ")}
-    assert "| def, abc |" in rows["softmax"] and "4.0 (memory)" in rows["sana"]
+    assert "| def, abc |" in rows["softmax"] and "4.0 (compiled, memory)" in rows["sana"]
     kept = whole_figures.joined([new, old])["cases"]
     commits = [row["commit"] for row in kept if row["mechanism"] == "sana"]
     assert len(kept) == 8 and set(commits) == {"abc"}
-    found = {f.what: (f.value, commit) for f, commit in whole_figures.newest_figures([new, old])}
+    both = map(whole_figures.read_whole, paths)
+    found = {f.what: (f.value, commit) for f, commit in whole_figures.newest_figures(both)}
     [(value, commit)] = [pair for what, pair in found.items() if what.startswith("layer")]
     assert (value, commit) == (4.0, "def")
     assert "abc" in {commit for _, commit in found.values()}  # what only the old one has

@@ -235,7 +235,7 @@ def main():
             "sharded": "dydila, FSDP2",
             "checkpointing": "dydila, the same with gradient checkpointing",
             "dydila-accumulate": "dydila, the same with 2 micro-steps",
-        }.get(name, f"{name}, one reduction of all gradients")
+        }.get(name, f"{name}, gradients added up in buckets")
         rows.append(
             (f"two processes against one: {what}", f"loss {loss:.1e}, weights {weight:.1e}")
         )

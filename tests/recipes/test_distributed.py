@@ -1,5 +1,7 @@
 """Two processes compute what one computes, and decide together."""
 
+import json
+
 import pytest
 import torch
 
@@ -48,6 +50,75 @@ def test_two_processes_equal_one_for_every_mechanism(tmp_path):
     found = reliability.mechanisms(tmp_path, attnzoo.list_attention())
     assert len(found) >= 10
     assert {name: gap for name, gap in found.items() if gap[0] > 1e-6 or gap[1] > 1e-5} == {}
+
+
+@pytest.mark.parametrize("name", ["after", "resumed"])
+def test_neither_buckets_nor_a_stop_change_a_bit(out, name):
+    assert deviation(Run(out / name), Run(out / "dydila")) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def buckets(out):
+    """What two_buckets.py found, by process."""
+    return [json.loads((out / f"buckets-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_buckets_add_up_what_one_flat_sum_does(buckets):
+    for found in buckets:
+        assert not [name for name, case in found.items() if "equal" in case
+                    and case["equal"] not in (True, [True] * 3)]  # fmt: skip
+        assert len(found) >= 14
+
+
+def test_all_processes_reduce_the_same_buckets_in_the_same_order(buckets):
+    """Also where a layer has a gradient in one of them only, and the backward sums of its own."""
+    lengths = [
+        {name: [length for length, _ in case["events"]] for name, case in found.items()
+         if "events" in case}
+        for found in buckets
+    ]  # fmt: skip
+    assert lengths[0] == lengths[1]
+    each, pairs, after = (lengths[0][f"{size} one"] for size in ("each", "pairs", "after"))
+    # A bias of 16 numbers takes 32, and two numbers of the step come last.
+    assert each == [32, 256, 256, 256, 256, 32, 256, 256, 64, 2]
+    assert pairs == [288, 512, 288, 512, 64, 2] and after == [1600, 64, 2]
+
+
+def test_a_bucket_is_reduced_while_the_backward_goes_on(buckets):
+    def begun(rank, name):
+        return sum(is_inside for _, is_inside in buckets[rank][name]["events"])
+
+    # Up to the layer that has no gradient, and with it what lies behind.
+    for name in ("each both", "each, micro-steps", "each, compiled"):
+        assert (begun(0, name), begun(1, name)) == (5, 5), name
+    assert begun(0, "pairs both") == 2
+    # The process without a gradient waits for the end, the other does not.
+    assert (begun(0, "each one"), begun(1, "each one")) == (0, 5)
+    assert begun(0, "after both") == 0
+
+
+def test_a_backbone_gives_gradients_in_the_order_of_the_buckets(buckets):
+    found = buckets[0]["backbone"]
+    pairs = list(zip(found["begun"], found["best"], strict=True))
+    # In the model's own order nothing begins before the end.
+    assert len(pairs) >= 10 and max(at - best for at, best in pairs) < 0.15
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_recorded_step_adds_up_what_one_flat_sum_does(buckets):
+    assert all(found["recorded"] == [True, True] for found in buckets)
+
+
+def test_a_backward_that_breaks_off_leaves_the_next_step_right(buckets):
+    assert all(found["broken off"] == {"begun": 3, "equal": True} for found in buckets)
+
+
+def test_a_training_that_is_over_holds_no_memory(buckets):
+    assert all(found["freed"] == [True, True] for found in buckets)
+
+
+def test_a_gradient_that_comes_too_late_is_no_silent_error(buckets):
+    assert all("twice in one backward" in found["twice"] for found in buckets)
 
 
 @pytest.mark.parametrize("name", ["half", "half-of-one"])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from recipes.lab.console import UserError
 from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
 from recipes.lab.files import write_json
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.plan import check_plan
 from recipes.studies.quality import launch, page, seconds, table
 from recipes.studies.quality.decide import decide
@@ -188,6 +190,25 @@ def test_a_measurement_needs_no_extractor(tmp_path, monkeypatch):
              "--extractor-weights", str(tmp_path / "none.pth")]  # fmt: skip
     assert study.main(given) == 0
     assert read_seconds(tmp_path / seconds.FILE) == {("sana", 8): 0.1}
+
+
+@pytest.mark.parametrize("slowest", [1.1, 1.3])
+def test_a_measurement_on_a_busy_machine_says_so(slowest, monkeypatch, capsys):
+    class Trainer:
+        batches = types.SimpleNamespace(close=lambda: None)
+
+        def __init__(self, settings):
+            pass
+
+        def train_step(self, ahead=False):
+            now[0] += next(paces) if ahead else 0
+
+    now = [0.0]
+    paces = (pace for pace in (1.0, 1.0, slowest, 1.0, 1.0) for _ in range(seconds._LEAST_STEPS))
+    monkeypatch.setattr(seconds, "Trainer", Trainer)
+    monkeypatch.setattr(seconds.time, "perf_counter", lambda: now[0])
+    assert seconds.seconds_of_step(Settings()) == 1.0
+    assert ("something else uses this machine" in capsys.readouterr().err) == (slowest == 1.3)
 
 
 @pytest.mark.usefixtures("launching")

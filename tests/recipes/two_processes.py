@@ -16,8 +16,10 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
+from tests.recipes import two_buckets
 
-COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000}
+COMMON = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "sample_every": 1000,
+          "bucket_mb": 1}  # fmt: skip
 CASES = {
     "softmax": {"attn": "softmax", "held_out_every": 4},
     "dydila": {"attn": "dydila", "diagnose_every": 2},
@@ -29,14 +31,14 @@ CASES = {
 }
 
 
-def settings(name: str) -> Settings:
+def settings(name: str, **changed) -> Settings:
     """Of a case, or of a mechanism: more steps, at the rate of DiT.
 
     At 3e-3 some mechanisms enlarge rounding a thousandfold in twenty steps; in one process, the
     images of a step in another order do the same.
     """
     own = {"attn": name, "steps": 20, "learning_rate": 1e-4}
-    return Settings(**COMMON | CASES.get(name, own))
+    return Settings(**COMMON | CASES.get(name, own) | changed)
 
 
 def poison(step: int, rank: int):
@@ -60,6 +62,9 @@ def main(arguments: list[str]) -> int:
         assert train(settings(name), Run(out / name)) == 0
     if not names:
         _decisions(out)
+        _exactly(out)
+        found = two_buckets.cases()
+        (out / f"buckets-{dist.get_rank()}.json").write_text(json.dumps(found))
     (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))
     return 0
 
@@ -72,6 +77,14 @@ def _decisions(out: Path) -> None:
     undo()
     # Only the second process hears the signal.
     assert train(settings("softmax"), Run(out / "told"), should_stop=_tell_second) == 75
+
+
+def _exactly(out: Path) -> None:
+    """What equals "dydila" to the last bit."""
+    assert train(settings("dydila", bucket_mb=0), Run(out / "after")) == 0
+    resumed = Run(out / "resumed")
+    assert train(settings("dydila"), resumed, should_stop=lambda step: step == 2) == 75
+    assert train(settings("dydila"), resumed, resume=True) == 0
 
 
 def _tell_second(step: int) -> bool:

@@ -50,9 +50,8 @@ def step_bytes(trainer: Trainer) -> int:
         one, two = one + block, two + 2 * block
     activations = one + (two - one) * (share - 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Gradients and Adam's two moments; several processes reduce a copy of the gradients.
-    copies = 3 + (processes > 1 and not trainer.is_sharded)
-    return int(_OVERHEAD * (activations + copies * weights))
+    # Gradients and Adam's two moments; the buckets of several processes are held already.
+    return int(_OVERHEAD * (activations + 3 * weights))
 
 
 def _saved_bytes(trainer: Trainer, count: int) -> int:

@@ -241,6 +241,13 @@ class Settings:
         SWITCH,
         "FSDP2: each process holds a part of the weights, same results",
     )
+    bucket_mb: int = _setting(
+        "run",
+        25,
+        integer(0),
+        "MB of gradients that several processes add up at once, beside the backward; 0: all of "
+        "them, after it",
+    )
     skip_limit: int = _setting(
         "run", 10, integer(), "non-finite steps in a row before the run stops"
     )

@@ -24,14 +24,11 @@ from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
-from recipes.lab.distributed import (
-    average_gradients,
-    make_accelerator,
-    shard,
-)
+from recipes.lab.distributed import make_accelerator, shard
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links
 from recipes.lab.training.batches import Batch, Batches
+from recipes.lab.training.buckets import GradientBuckets
 from recipes.lab.training.build import build_model, check_division, open_data
 from recipes.lab.training.conversion import inherit
 from recipes.lab.training.distillation import Distillation, make_objective
@@ -111,8 +108,11 @@ class Trainer:
         if self.is_sharded:
             shard(self.model, self.accelerator)
         else:
-            # Without DDP: average_gradients asks for no particular graph, and can be recorded.
+            # Without DDP, see GradientBuckets.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.buckets: GradientBuckets | None = None
+        if self.accelerator.num_processes > 1 and not self.is_sharded:
+            self.buckets = GradientBuckets(self.model, settings.bucket_mb)
         self.optimizer = make_optimizer(self.model, settings)
         self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
         self.batches = Batches(
@@ -296,6 +296,8 @@ class Trainer:
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         by_time = torch.zeros(8, device=wants_stop.device)
+        # FSDP2 averages gradients, and buckets add them up.
+        parts_of_mean = settings.accumulate * (processes if self.buckets else 1)
         self._inputs = {}
 
         def model(**arguments: Any) -> Any:
@@ -305,8 +307,8 @@ class Trainer:
         for index, (images, labels, timesteps, noise) in enumerate(zip(*share, strict=True)):
             if self.recorded is None:
                 self._seed(self.step, index)
+            is_last = index == settings.accumulate - 1
             if self.is_sharded:
-                is_last = index == settings.accumulate - 1
                 self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             with self.accelerator.autocast():
                 losses = self.objective.training_losses(
@@ -321,26 +323,27 @@ class Trainer:
             if auxiliary is not None:
                 parts["auxiliary"] = auxiliary
             total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
-            (total / settings.accumulate).backward()
+            if self.buckets and is_last:
+                self.buckets.begin()
+            (total / parts_of_mean).backward()
             for name, value in parts.items():
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean
             by_time += quartile_sums(losses["mse"], timesteps, self._last_time())
-        # One reduction for everything: every process sees the same numbers and decides alike.
-        values = torch.stack([*means.values()]) / processes
+        # Every process sees the same numbers and decides alike.
+        values: Any = torch.stack([*means.values()]) / processes
         values = torch.cat([values, by_time, wants_stop.reshape(1)])
-        reduced: Any = (
-            self.accelerator.reduce(values, "sum")
-            if self.is_sharded
-            else average_gradients(self.model, values)
-        )
+        if self.buckets:
+            values = self.buckets.finish(values)
+        elif self.is_sharded:
+            values = self.accelerator.reduce(values, "sum")
         norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), settings.gradient_clip or math.inf
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
-        return torch.cat([reduced, norm.reshape(1).float()])
+        return torch.cat([values, norm.reshape(1).float()])
 
     def _seed(self, step: int, micro_step: int) -> None:
         """For noise inside a mechanism; all else comes from the step's own generator."""

@@ -154,7 +154,7 @@ def _measured(
             cache=folder.parents[1] / EVALUATORS,
             vae=stored["vae"],
             real=stored["real"],
-            held_out=0 if found else IMAGES,  # no extractor has to do with it
+            held_out=0 if found else stored.get("held_out", IMAGES),  # the same for extractors
             imports=stored["imports"],
             progress=progress,
         )

@@ -22,6 +22,7 @@ from recipes.lab.console import printable
 from recipes.lab.evaluation.scores import spelled_today
 from recipes.lab.files import read_json, refuse_links, write_json
 from recipes.lab.imports import origins
+from recipes.lab.training.held_out import IMAGES
 from recipes.lab.training.settings import Settings
 
 OK = "ok"
@@ -59,6 +60,7 @@ class PlannedRun:
         real: Folder of real images to measure with; None takes the data's own.
         extractors: Names of what looks at the images, each of one trained run.
         extractor_weights: File of the one that needs weights; None looks where they belong.
+        held_out: Images for the held-out loss after training; 0 is content with training's own.
     """
 
     label: str
@@ -71,6 +73,7 @@ class PlannedRun:
     real: str | None = None
     extractors: tuple[str, ...] = SMALLCNN
     extractor_weights: str | None = None
+    held_out: int = IMAGES
 
     @property
     def name(self) -> str:
@@ -78,7 +81,7 @@ class PlannedRun:
         settings = self.settings
         key = dataclasses.asdict(self)
         # Of VAEs only the one that made the latents is taken; extractors share a run.
-        del key["vae"], key["extractors"], key["extractor_weights"]
+        del key["vae"], key["extractors"], key["extractor_weights"], key["held_out"]
         if self.real is None:
             del key["real"]
         key["settings"] = {

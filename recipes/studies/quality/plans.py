@@ -293,7 +293,7 @@ def _planned(
     return PlannedRun(label=variant.label, settings=settings, cfgs=(1.0,), samples=scale.samples,
                       sampling_steps=20,
                       extractors=scale.extractors if scale.samples else (),
-                      extractor_weights=scale.extractor_weights)  # fmt: skip
+                      extractor_weights=scale.extractor_weights, held_out=0)  # fmt: skip
 
 
 def steps_of_equal_time(label: str, side: int, steps: int, seconds: Seconds) -> int:
