@@ -57,14 +57,15 @@ class CausalConv(nn.Module):
         Returns:
             (b, n, width).
         """
-        if type(self.conv) is not nn.Conv1d:  # an adapter has its own idea of its weight
+        is_adapted = type(self.conv) is not nn.Conv1d
+        if is_adapted:  # an adapter around it has its own idea of its weight
             x = x.flip(1) if reverse else x
-            x = F.pad(x, (0, 0, 3, 0)) if before is None else torch.cat([before, x], dim=1)
+            x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat([before, x], dim=1)
             out = F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
             return out.flip(1) if reverse else out
         x = x if before is None else torch.cat([before, x], dim=1)
-        parameters: Any = self.conv.weight, self.conv.bias
-        out = causal_conv(x, *parameters, reverse, impl=_beside(impl, "causal_conv"))
+        weight, bias = self.conv.weight, self.conv.bias
+        out = causal_conv(x, weight, bias, reverse, impl=_beside(impl, "causal_conv"))
         return out if before is None else out[:, KERNEL - 1 :]
 
     def last(self, x: Tensor, before: Tensor | None) -> Tensor:
