@@ -60,7 +60,8 @@ class CausalConv(nn.Module):
         is_adapted = type(self.conv) is not nn.Conv1d
         if is_adapted:  # an adapter around it has its own idea of its weight
             x = x.flip(1) if reverse else x
-            x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat([before, x], dim=1)
+            is_first = before is None
+            x = F.pad(x, (0, 0, KERNEL - 1, 0)) if is_first else torch.cat([before, x], dim=1)
             out = F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
             return out.flip(1) if reverse else out
         x = x if before is None else torch.cat([before, x], dim=1)
