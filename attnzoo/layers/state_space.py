@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.causal_conv import causal_conv
+from attnzoo.ops.dispatch import TABLE, Impl, choose
 from attnzoo.ops.precision import in_float32, in_wide_range
 from attnzoo.ops.selective_scan import selective_block, selective_scan, selective_scan_macs
+from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.ops.ssd_scan import ssd_block, ssd_scan, ssd_scan_macs
 
 STATE = 16  # of each channel in Mamba
@@ -31,14 +33,41 @@ Carried = tuple[Tensor | None, Tensor]
 class CausalConv(nn.Module):
     """SiLU of a depthwise convolution over each token and the three before it."""
 
+    conv: Any
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(width, width, KERNEL, groups=width)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """(b, n, width) -> the same; ``before`` are the three tokens before, else zeros."""
-        x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat([before, x], dim=1)
-        return F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor | None = None,
+        impl: Impl = "auto",
+        reverse: bool = False,
+    ) -> Tensor:
+        """Convolves tokens.
+
+        Args:
+            x: (b, n, width).
+            before: The three tokens before, (b, 3, width), else zeros.
+            impl: Of a scan, see ``attnzoo.ops.selective_scan`` and ``attnzoo.ops.ssd_scan``.
+            reverse: Whether it goes over each token and the three after it.
+
+        Returns:
+            (b, n, width).
+        """
+        is_adapted = type(self.conv) is not nn.Conv1d
+        if is_adapted:  # an adapter around it has its own idea of its weight
+            x = x.flip(1) if reverse else x
+            is_first = before is None
+            x = F.pad(x, (0, 0, KERNEL - 1, 0)) if is_first else torch.cat([before, x], dim=1)
+            out = F.silu(self.conv(x.transpose(1, 2)).transpose(1, 2))
+            return out.flip(1) if reverse else out
+        x = x if before is None else torch.cat([before, x], dim=1)
+        weight, bias = self.conv.weight, self.conv.bias
+        out = causal_conv(x, weight, bias, reverse, impl=_beside(impl, "causal_conv"))
+        return out if before is None else out[:, KERNEL - 1 :]
 
     def last(self, x: Tensor, before: Tensor | None) -> Tensor:
         """What the tokens after ``x`` need as ``before``."""
@@ -71,12 +100,26 @@ class SelectiveScan(nn.Module):
         self.log_rates = nn.Parameter(rates.log())
         self.skip = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, impl: Impl = "auto") -> Tensor:
+    def forward(self, x: Tensor, impl: Impl = "auto", reverse: bool = False) -> Tensor:
         """(b, n, width) -> (b, n, width), each token's output of it and those before.
 
         float16 comes out in float32: outputs grow with the third power of the tokens.
+
+        Args:
+            x: The tokens.
+            impl: See ``attnzoo.ops.selective_scan``.
+            reverse: Whether the last token is the first.
         """
-        x = x if self.conv is None else self.conv(x)
+        is_by_kernels = choose("selective_scan", impl, x) == "triton"
+        if reverse and not is_by_kernels:
+            return self.forward(x.flip(1), impl).flip(1)
+        x = x if self.conv is None else self.conv(x, None, impl, reverse)
+        if is_by_kernels:
+            from attnzoo.ops.selective_scan.triton import scan_by_kernels
+
+            step, bias, b, c = self._projected(x)
+            operands = step, _rates(self.log_rates), b, c, bias, self.skip
+            return scan_by_kernels(in_wide_range(x), *operands, reverse)
         operands, x = self._operands(x), in_wide_range(x)
         return _add_skip(selective_scan(x, *operands, impl=impl), x, self.skip)
 
@@ -91,14 +134,18 @@ class SelectiveScan(nn.Module):
         return _add_skip(out.to(x.dtype), x, self.skip), (before, state)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        step, bias, b, c = self._projected(x)
+        return _steps(step, bias), _rates(self.log_rates), b, c
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What steps are before their bias, the bias, and what states take in and give out."""
         rank = self.step_proj.in_features
         step, b, c = self.input_proj(x).split([rank, STATE, STATE], dim=-1)
         if type(self.step_proj) is nn.Linear:
             # The bias in float32: half precision does not have differences of 0.001.
-            step = _steps(F.linear(step, self.step_proj.weight), self.step_proj.bias)
-        else:  # an adapter around it has its own idea of its weight
-            step = _steps(self.step_proj(step), 0.0)
-        return step, _rates(self.log_rates), b, c
+            return F.linear(step, self.step_proj.weight), self.step_proj.bias, b, c
+        # An adapter around it has its own idea of its weight.
+        return self.step_proj(step), torch.zeros_like(self.skip), b, c
 
     def macs_parts(self, tokens: int) -> dict[str, int]:
         """Multiply-accumulates per sample; the core as the recurrence does it."""
@@ -134,9 +181,8 @@ class Mamba(nn.Module):
         """(b, n, dim) -> (b, n, dim)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         out = self.scans[0](x, impl)
-        if len(self.scans) > 1:
-            out = out + self.scans[1](x.flip(1), impl).flip(1)
-        return self.out_proj(_gated(out, z).to(z.dtype))
+        back = self.scans[1](x, impl, reverse=True) if len(self.scans) > 1 else None
+        return self.out_proj(silu_gate(out, z, back, impl=_beside(impl, "silu_gate")))
 
     def advance(
         self, x: Tensor, carried: Carried | None, direction: int = 0
@@ -218,6 +264,11 @@ def sum_of(*parts: dict[str, int]) -> dict[str, int]:
     """Multiply-accumulates of several modules, by part."""
     names = dict.fromkeys(name for counts in parts for name in counts)
     return {name: sum(counts.get(name, 0) for counts in parts) for name in names}
+
+
+def _beside(impl: Impl, name: str) -> Impl:
+    """How an operator beside a scan is computed: as the scan is, but for libraries' scans."""
+    return impl if impl in TABLE[name] else "auto"
 
 
 def _steps(step: Tensor, bias: Tensor | float) -> Tensor:

@@ -28,7 +28,7 @@ class Config(StreamConfig):
     """Options of DiffuSSM."""
 
     reduction: int = 2  # M, tokens of a group; 1 is no hourglass
-    impl: Literal["auto", "reference", "torch", "mamba"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "mamba"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class DiffuSSMAttention(Attention):
             return self._stream(x, block)
         impl, forth, back = self.config.impl, *self.scans
         u = F.silu(self._hourglass(self.before, x))
-        return self._finish(x, forth(u, impl), back(u.flip(1), impl).flip(1))
+        return self._finish(x, forth(u, impl), back(u, impl, reverse=True))
 
     def _finish(self, x: Tensor, forth: Tensor, back: Tensor) -> Tensor:
         y = rms_norm(torch.cat([forth, back], dim=-1), self.norm_weight).to(x.dtype)
@@ -78,12 +78,10 @@ class DiffuSSMAttention(Attention):
         if (size := self.config.reduction) == 1:
             return dense(x)
         means = _means(x, size)
-        deviation = x - _repeat(means, size, x.shape[1])
+        out = dense(means)
         if x.shape[-1] > self.dim:  # both directions' deviations
-            forth, back = deviation.chunk(2, dim=-1)
-            deviation = forth + back
-        out = _repeat(dense(means), size, x.shape[1])
-        return out + deviation.to(out.dtype)
+            x, means = (forth + back for forth, back in (z.chunk(2, dim=-1) for z in (x, means)))
+        return _add_rows(x, out - means, size).to(out.dtype)
 
     @torch.no_grad()
     def _stream(self, x: Tensor, block: int) -> Tensor:
@@ -125,6 +123,8 @@ def _means(x: Tensor, size: int) -> Tensor:
     return torch.cat([means, x[:, whole:].mean(1, keepdim=True)], dim=1)
 
 
-def _repeat(means: Tensor, size: int, tokens: int) -> Tensor:
-    """Each group's row for each of its tokens."""
-    return means.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, :tokens]
+def _add_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Adds each group's row to each of its tokens, without a copy of it for each."""
+    if x.shape[1] % size == 0:
+        return (x.unflatten(1, (-1, size)) + rows.unsqueeze(2)).flatten(1, 2)
+    return x + rows.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, : x.shape[1]]

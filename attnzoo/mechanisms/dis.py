@@ -23,7 +23,7 @@ from attnzoo.registry import register_attention
 class Config(StreamConfig):
     """Options of DiS."""
 
-    impl: Literal["auto", "reference", "torch", "mamba"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "mamba"] = "auto"
 
 
 @register_attention("dis")

@@ -27,14 +27,14 @@ class Config(StreamConfig):
 
     paths: int = 8  # ZigMa's zigzagN8: the first so many, one layer after the other
     state: Literal["mamba", "ssd"] = "mamba"  # ZigMa; "ssd" is Mamba-2's, one decay per head
-    impl: Literal["auto", "reference", "torch", "mamba", "fla"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "mamba", "fla"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.paths <= 8:
             raise InvalidValue(f"paths must lie in [1, 8], got {self.paths}")
         others = {"mamba": "ssd", "ssd": "mamba"}
-        if self.impl == {"mamba": "fla", "ssd": "mamba"}[self.state]:
+        if self.impl in {"mamba": ("fla",), "ssd": ("mamba", "triton")}[self.state]:
             raise InvalidValue(
                 f"impl={self.impl!r} computes state={others[self.state]!r}, not "
                 f"state={self.state!r}; leave impl='auto'"
@@ -70,7 +70,9 @@ class ZigMaAttention(Attention):
         if (block := self.config.block(self.training)) is not None:
             return stream_orders(x, [order], block, self._advance)
         out = self.layer(x.index_select(1, order), self.config.impl)
-        return out.index_select(1, order.argsort())
+        # A sort of the order would take a GPU as long as a projection.
+        places = torch.arange(len(order), device=x.device)
+        return out.index_select(1, places.scatter(0, order, places))
 
     def _advance(self, x: Tensor, carried: Carried | None, _: int) -> tuple[Tensor, Carried]:
         return self.layer.advance(x, carried)

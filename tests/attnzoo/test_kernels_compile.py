@@ -45,7 +45,7 @@ def compiled(monkeypatch, tmp_path):
     from attnzoo.ops.token_difference import triton_backward
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    found = {}
+    found, exchanges = {}, {}
 
     def on(capability):
         class Driver:
@@ -65,6 +65,7 @@ def compiled(monkeypatch, tmp_path):
             name, taken = self.fn.__name__, kernel.metadata.shared
             assert taken <= ROOM[capability], f"{name} takes {taken} bytes"
             found[name] = max(found.get(name, 0), spilled(kernel, tmp_path / "kernel.cubin"))
+            exchanges[name] = max(exchanges.get(name, 0), kernel.asm["ptx"].count("shfl.sync"))
             return kernel
 
         monkeypatch.setattr(driver, "_active", Driver())
@@ -73,6 +74,7 @@ def compiled(monkeypatch, tmp_path):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
+    on.exchanges = exchanges
     return on
 
 
@@ -178,23 +180,46 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
     kernels.gated_scans_backward(out, key, key, value, key, states, *options)
 
 
+def launch_scan(dtype, width=384):
+    from attnzoo.ops.causal_conv import triton as convolutions
+    from attnzoo.ops.selective_scan import triton as scans
+    from attnzoo.ops.silu_gate import triton as gates
+
+    x, ones, rates = (
+        torch.ones(1, 256, width, dtype=dtype),
+        torch.ones(width),
+        torch.ones(width, 16),
+    )
+    operands = x, x, rates, x[..., :16], x[..., :16], ones, ones
+    scans.scan_forward.function(*operands, False, False)
+    out, states = scans.scan_forward.function(*operands, True, True)
+    scans.scan_backward.function(out, states, *operands, True)
+    weight = torch.ones(width, 1, 4, dtype=dtype)
+    convolutions._forward.function(x, weight, ones, True)
+    convolutions._backward.function(x, x, weight, ones, True)
+    gates._forward.function(x, x, x)
+    gates._backward.function(x, x, x, x)
+
+
 KERNELS = {
     "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
-    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_column_sum_kernel",
-    "_count_kernel", "_difference_backward_kernel", "_difference_kernel",
-    "_downsample_gradient_kernel", "_downsample_kernel", "_downsample_weight_kernel",
-    "_fold_kernel", "_gated_carry_kernel", "_gated_gradient_kernel", "_gated_norm_backward_kernel",
-    "_gated_norm_kernel", "_gated_output_kernel", "_gated_update_kernel",
-    "_gather_gradient_kernel", "_gather_kernel", "_group_norm_backward_kernel",
-    "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel", "_grouped_weight_kernel",
-    "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel", "_key_gradient_kernel",
-    "_means_kernel", "_moments_kernel", "_normed_difference_backward_kernel",
-    "_normed_difference_kernel", "_place_kernel", "_pool_kernel", "_power_map_backward_kernel",
-    "_power_map_kernel", "_query_gradient_kernel", "_read_kernel", "_router_gradient_kernel",
-    "_scaled_power_map_backward_kernel", "_scaled_power_map_kernel", "_spread_kernel",
-    "_statistics_kernel", "_stencil_kernel", "_stencil_weight_kernel", "_sums_kernel",
-    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_wide_gradient_kernel",
-    "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
+    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
+    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel",
+    "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
+    "_downsample_kernel", "_downsample_weight_kernel", "_fold_kernel", "_gated_carry_kernel",
+    "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
+    "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
+    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
+    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
+    "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
+    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
+    "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
+    "_read_kernel", "_router_gradient_kernel", "_scaled_power_map_backward_kernel",
+    "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
+    "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
+    "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
+    "_stencil_weight_kernel", "_sums_kernel", "_tap_sums_kernel", "_top1_kernel", "_turn_kernel",
+    "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
 }  # fmt: skip
 
 
@@ -212,8 +237,13 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_the_rest(dtype)
     launch_gated(dtype)
     launch_norms_and_windows(dtype)
+    launch_scan(dtype)
     assert set(found) == KERNELS
     assert {name: size for name, size in found.items() if size > SPILL} == {}
+    # A scan that goes through exchanges between threads takes ten times as long.
+    exchanges = compiled.exchanges
+    assert exchanges["_selective_end_kernel"] == exchanges["_selective_output_kernel"] == 0
+    assert exchanges["_selective_gradient_kernel"] <= 32  # sums over channels, of b and of c
 
 
 @pytest.mark.slow

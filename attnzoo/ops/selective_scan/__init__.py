@@ -30,7 +30,8 @@ def selective_scan(
         b: What the state takes in, (batch, n, s).
         c: What is read of the state, (batch, n, s).
         impl: "torch" stores the state of every 64th token and computes the others again in the
-            backward. "mamba" is mamba_ssm's kernel, on a GPU.
+            backward. "triton" is this package's kernels, which store that of every 16th; "mamba"
+            is mamba_ssm's, on a GPU.
 
     Returns:
         (batch, n, d), in the dtype of ``x``.
@@ -52,5 +53,7 @@ def _macs(x: Tensor, _: Tensor, a: Tensor, *__: Any, **___: Any) -> int:
 
 MACS |= {
     "selective_scan": _macs,
+    "selective_scan_kernels": _macs,
+    "selective_scan_kernels_backward": lambda _, __, *operands, **___: 2 * _macs(*operands),
     "selective_scan_backward": lambda _, *operands, **__: 2 * _macs(*operands),
 }

@@ -1,0 +1,367 @@
+"""The selective scan by kernels: chunks of tokens side by side, states in float32.
+
+Three launches: the state that each chunk would leave if it began with none; the states that enter
+the chunks, by a recurrence over them; and the outputs. The gradients of the states are states of
+the scan the other way round, so that the first two serve the backward as well. A chunk has one
+tile of tokens or several. A thread holds a channel's tokens of a tile and takes the numbers of its
+state one after the other: no decay is a quotient, no exponent positive, and the sums over a state
+stay in registers. What passes from tile to tile passes through memory, at its thread's own place.
+"""
+
+# Triton's stubs take a kernel for its Python function, whose launch has other arguments.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.ops.selective_scan.triton_backward import _selective_gradient_kernel
+from attnzoo.ops.selective_scan.triton_common import (
+    _channels,
+    _chunk,
+    _join,
+    _log2_rate,
+    _steps,
+    _tile,
+)
+from attnzoo.ops.triton_common import _ceil, column_sum, launch_kernel, launched
+
+__all__ = ["scan_by_kernels", "selective_scan"]
+
+
+@triton.jit
+def _selective_end_kernel(
+    x, step, bias, rates, taken, ends, totals, n, d, states, chunks, tiles, x_image, x_row,
+    step_image, step_row, ADJOINT: tl.constexpr, UPWARD: tl.constexpr, MAPPED: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    # What a chunk leaves if nothing enters it; UPWARD: the last token comes first. ADJOINT: what
+    # tokens want of the state before the chunk, x the gradient of the output and taken c.
+    image, chunk, count = _chunk(n, chunks, tiles, T)
+    channel, is_channel = _channels(d, D)
+    row = tl.arange(0, T)
+    is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
+    is_first = (row == (T - 1 if UPWARD else 0))[:, None]
+    at = tl.program_id(0).to(tl.int64)
+    ends += at * states * d
+    taken += image * states * n
+    total = tl.zeros((D,), tl.float32)
+    for turn in range(0, count):
+        first = (chunk + (count - 1 - turn if UPWARD else turn)).to(tl.int64) * T
+        is_token = first + row < n
+        mask = is_token[:, None] & is_channel[None, :]
+        z = _tile(step, image, first, row, channel, mask, step_image, step_row)
+        dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
+        given = _tile(x, image, first, row, channel, mask, x_image, x_row)
+        if not ADJOINT:
+            given *= dt
+        total += tl.sum(dt, 0)
+        for s in range(0, states):
+            rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
+            decay = tl.exp2(dt * rate[None, :])
+            fed = given * tl.load(taken + s * n + first + row, mask=is_token, other=0.0)[:, None]
+            if ADJOINT:
+                fed *= decay
+            place = ends + s * d + channel
+            start = tl.load(place, mask=is_channel & (turn > 0), other=0.0)
+            fed = tl.where(is_first, fed + decay * start[None, :], fed)
+            state, _ = _join(decay, fed, T, UPWARD)
+            tl.store(place[None, :] + tl.zeros_like(row)[:, None], state, mask=is_last)
+        tl.debug_barrier()  # the next tile reads what this one wrote
+    tl.store(totals + at * d + channel, total, mask=is_channel)
+
+
+@triton.jit
+def _selective_carry_kernel(
+    states, totals, rates, chunks, size, d, UPWARD: tl.constexpr, E: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    # What the chunks leave becomes what enters them.
+    image = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * E + tl.arange(0, E)
+    mask = entry < size
+    rate = _log2_rate(tl.load(rates + entry, mask=mask, other=0.0))
+    first = chunks - 1 if UPWARD else 0
+    turn: tl.constexpr = -1 if UPWARD else 1
+    states += (image * chunks + first) * size
+    totals += (image * chunks + first) * d
+    state = tl.zeros((E,), tl.float32)
+    for _ in tl.range(0, chunks, num_stages=STAGES):
+        update = tl.load(states + entry, mask=mask, other=0.0)
+        total = tl.load(totals + entry % d, mask=mask, other=0.0)
+        tl.store(states + entry, state, mask=mask)
+        state = state * tl.exp2(total * rate) + update
+        states += turn * size
+        totals += turn * d
+
+
+@triton.jit
+def _selective_output_kernel(
+    x, step, bias, rates, b, c, skip, entering, starts, out, n, d, states, chunks, tiles, x_image,
+    x_row, step_image, step_row, CARRIED: tl.constexpr, SAVED: tl.constexpr, UPWARD: tl.constexpr,
+    MAPPED: tl.constexpr, SKIPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    # entering: the states that enter the chunk, in whose place those stand that enter each of its
+    # tiles; starts: the latter, of all tiles.
+    image, chunk, count = _chunk(n, chunks, tiles, T)
+    channel, is_channel = _channels(d, D)
+    row = tl.arange(0, T)
+    is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
+    is_first = (row == (T - 1 if UPWARD else 0))[:, None]
+    entering += tl.program_id(0).to(tl.int64) * states * d
+    starts += image * tl.cdiv(n, T) * states * d
+    b += image * states * n
+    c += image * states * n
+    for turn in range(0, count):
+        tile = (chunk + (count - 1 - turn if UPWARD else turn)).to(tl.int64)
+        first = tile * T
+        is_token = first + row < n
+        mask = is_token[:, None] & is_channel[None, :]
+        z = _tile(step, image, first, row, channel, mask, step_image, step_row)
+        dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
+        x_tile = _tile(x, image, first, row, channel, mask, x_image, x_row)
+        given = x_tile * dt
+        result = tl.zeros((T, D), tl.float32)
+        if SKIPS:
+            result += x_tile * tl.load(skip + channel, mask=is_channel, other=0.0).to(tl.float32)
+        for s in range(0, states):
+            rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
+            decay = tl.exp2(dt * rate[None, :])
+            fed = given * tl.load(b + s * n + first + row, mask=is_token, other=0.0)[:, None]
+            place = entering + s * d + channel
+            if CARRIED:
+                start = tl.load(place, mask=is_channel, other=0.0)
+                if SAVED:
+                    tl.store(starts + (tile * states + s) * d + channel, start, mask=is_channel)
+                fed = tl.where(is_first, fed + decay * start[None, :], fed)
+            state, _ = _join(decay, fed, T, UPWARD)
+            if CARRIED:
+                tl.store(place[None, :] + tl.zeros_like(row)[:, None], state, mask=is_last)
+            result += state * tl.load(c + s * n + first + row, mask=is_token, other=0.0)[:, None]
+        place = out + (image * n + first) * d + row[:, None] * d + channel[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the next tile reads what this one wrote
+
+
+class Blocks(NamedTuple):
+    """Sizes of the kernels."""
+
+    tokens: int  # of a tile; chunks have several
+    channels: int
+    num_warps: int
+    maxnreg: int | None = None  # registers of a thread
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "maxnreg": self.maxnreg}
+
+
+# Of a forward alone, and of what is differentiated, which stores the state before every tile.
+BLOCKS = {False: Blocks(32, 32, 1, 168), True: Blocks(16, 32, 1)}
+GRADIENT = Blocks(16, 32, 1, 168)  # as many tokens
+CARRY = (128, 2, 8)  # entries of a state, warps, stages
+PROGRAMS = 3072  # about as many as a GPU runs at a time: chunks are no shorter than that
+
+
+class _Call(NamedTuple):
+    """What the launches of one call share."""
+
+    x: Tensor
+    step: Tensor
+    bias: Tensor | None
+    rates: Tensor  # (s, d), float32
+    reverse: bool
+    blocks: Blocks
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        parts = _ceil(self.x.shape[2], self.blocks.channels)
+        return self.x.shape[0] * self.chunks[0], parts
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Chunks of an image, and tiles of a chunk."""
+        images, n, d = self.x.shape
+        total, parts = _ceil(n, self.blocks.tokens), _ceil(d, self.blocks.channels)
+        tiles = min(total, max(1, images * total * parts // PROGRAMS))
+        return _ceil(total, tiles), tiles
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.x.device)
+
+
+def _strides(*operands: Tensor) -> tuple[int, ...]:
+    return tuple(stride for z in operands for stride in z.stride()[:2])
+
+
+def _strided(z: Tensor) -> Tensor:
+    return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
+
+
+def _lines(z: Tensor) -> Tensor:
+    """(b, n, s) -> (b, s, n), so that a thread reads a chunk's tokens at once; float32."""
+    layout = torch.contiguous_format
+    return z.transpose(1, 2).to(torch.float32, copy=True, memory_format=layout)
+
+
+def _call(
+    x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool, blocks: Blocks
+) -> _Call:
+    rates = rates.t().contiguous().float()
+    return _Call(_strided(x), _strided(step), bias, rates, reverse, blocks)
+
+
+def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
+    """The states that enter each chunk, (images, chunks, s, d), which kernels may change."""
+    images, n, d = call.x.shape
+    states, (chunks, tiles) = call.rates.shape[0], call.chunks
+    found = call.new(images, chunks, states, d)
+    if chunks == 1:
+        return found.zero_() if tiles > 1 else found  # which nothing reads
+    is_upward, totals, blocks = call.reverse != adjoint, call.new(images, chunks, d), call.blocks
+    launch_kernel(_selective_end_kernel, call.grid,
+        x, call.step, x if call.bias is None else call.bias, call.rates, taken, found, totals,
+        n, d, states, chunks, tiles, *_strides(x, call.step), adjoint, is_upward,
+        call.bias is not None, *blocks[:2], **blocks.launch,
+    )  # fmt: skip
+    entries, warps, stages = CARRY
+    launch_kernel(_selective_carry_kernel, (images, _ceil(states * d, entries)),
+        found, totals, call.rates, chunks, states * d, d, is_upward, entries, stages,
+        num_warps=warps,
+    )  # fmt: skip
+    return found
+
+
+def _tiles(n: int, blocks: Blocks) -> int:
+    """The tiles of an image whose states before them are stored: none of a single one."""
+    tiles = _ceil(n, blocks.tokens)
+    return tiles if tiles > 1 else 0
+
+
+_OPERANDS = "Tensor x, Tensor step, Tensor rates, Tensor b, Tensor c, Tensor? bias, Tensor? skip"
+
+
+@launched("selective_scan_kernels", f"({_OPERANDS}, bool reverse, bool save) -> (Tensor, Tensor)")
+def scan_forward(
+    x: Tensor, step: Tensor, rates: Tensor, b: Tensor, c: Tensor, bias: Tensor | None,
+    skip: Tensor | None, reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The scan, with what may surround it.
+
+    Args:
+        x: (b, n, d), like the others in float32 or half precision.
+        step: (b, n, d): the step sizes, or, with ``bias``, softplus(step + bias) are.
+        rates: (d, s).
+        b: (b, n, s).
+        c: (b, n, s).
+        bias: (d,), or None.
+        skip: (d,), by which ``x`` is added to the outputs, or None.
+        reverse: Whether the last token is scanned first.
+        save: Whether the states are needed for a backward.
+
+    Returns:
+        (b, n, d) in the dtype of ``x``, and the states before each tile.
+    """
+    call = _call(x, step, bias, rates, reverse, BLOCKS[save])
+    (images, n, d), states = x.shape, rates.shape[1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    starts = call.new(images, _tiles(n, call.blocks) if save else 0, states, d)
+    if out.numel() == 0:
+        return out, starts
+    b, c = _lines(b), _lines(c)
+    entering, (chunks, tiles) = _states(call, call.x, b, False), call.chunks
+    launch_kernel(_selective_output_kernel, call.grid,
+        call.x, call.step, x if bias is None else bias, call.rates, b, c,
+        x if skip is None else skip, entering, starts, out, n, d, states, chunks, tiles,
+        *_strides(call.x, call.step), chunks * tiles > 1, save, reverse, bias is not None,
+        skip is not None, *call.blocks[:2], **call.blocks.launch,
+    )  # fmt: skip
+    return out, starts
+
+
+@scan_forward.register_fake
+def _(x: Tensor, step: Tensor, rates: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    images, n, d = x.shape
+    shape = images, _tiles(n, BLOCKS[True]) if options[-1] else 0, rates.shape[1], d
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+@launched(
+    "selective_scan_kernels_backward",
+    f"(Tensor grad, Tensor starts, {_OPERANDS}, bool reverse) -> Tensor[]",
+)
+def scan_backward(
+    grad: Tensor, starts: Tensor, x: Tensor, step: Tensor, rates: Tensor, b: Tensor, c: Tensor,
+    bias: Tensor | None, skip: Tensor | None, reverse: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the operands that there are, in their dtypes."""
+    call = _call(x, step, bias, rates, reverse, GRADIENT)
+    (images, n, d), states, grad = x.shape, rates.shape[1], _strided(grad)
+    outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]
+    if x.numel() == 0:
+        return outs + [torch.zeros_like(z) for z in (rates, b, c, bias, skip) if z is not None]
+    b_lines, c_lines = _lines(b), _lines(c)
+    later, (chunks, tiles), (rows, parts) = (
+        _states(call, grad, c_lines, True), call.chunks, call.grid,
+    )  # fmt: skip
+    of_rates, surround = call.new(rows, states, d), call.new(rows, 2, d)
+    shared = call.new(parts, 2, images, states, n)
+    launch_kernel(_selective_gradient_kernel, (rows, parts),
+        grad, call.x, call.step, x if bias is None else bias, call.rates, b_lines, c_lines,
+        x if skip is None else skip, starts, later, *outs, of_rates, shared, surround,
+        n, d, states, chunks, tiles, images * states * n, *_strides(grad, call.x, call.step),
+        chunks * tiles > 1, reverse, bias is not None, skip is not None, *GRADIENT[:2],
+        **GRADIENT.launch,
+    )  # fmt: skip
+    outs.append(column_sum(of_rates).t().to(rates.dtype).contiguous())
+    for z, like in zip(column_sum(shared), (b, c), strict=True):
+        outs.append(torch.empty(like.shape, dtype=like.dtype, device=z.device))
+        outs[-1].copy_(z.transpose(1, 2))
+    if bias is not None or skip is not None:
+        for z, like in zip(column_sum(surround), (bias, skip), strict=True):
+            if like is not None:
+                outs.append(z.to(like.dtype, copy=True))
+    return outs
+
+
+@scan_backward.register_fake
+def _(grad: Tensor, starts: Tensor, *operands: Any) -> list[Tensor]:
+    return [z.new_empty(z.shape) for z in operands[:-1] if z is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *operands, ctx.reverse, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *operands)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    starts, *operands = ctx.saved_tensors
+    found = iter(scan_backward(grad, starts, *operands, ctx.reverse))
+    return *(None if z is None else next(found) for z in operands), None, None
+
+
+scan_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """See ``attnzoo.ops.selective_scan``; on a GPU."""
+    return scan_by_kernels(x, dt, a, b, c, None, None, False)
+
+
+def scan_by_kernels(
+    x: Tensor, step: Tensor, rates: Tensor, b: Tensor, c: Tensor, bias: Tensor | None,
+    skip: Tensor | None, reverse: bool,
+) -> Tensor:  # fmt: skip
+    """See ``scan_forward``."""
+    operands = x, step, rates, b, c, bias, skip
+    save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in operands)
+    return scan_forward(*operands, reverse, save)[0]
