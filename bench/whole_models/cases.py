@@ -279,6 +279,7 @@ def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def build_model(case: Case, device: str, **changed: Any) -> DiT:
+    """The model of a case, in whose blocks every gate is open; ``changed`` is of the backbone."""
     torch.manual_seed(0)
     with torch.device(device):
         model = build_backbone(case.mechanism, case.size, "controlled", case.resolution, **changed)
