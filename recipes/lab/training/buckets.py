@@ -115,7 +115,7 @@ class GradientBuckets:
                 given.append(view)
                 old.append(parameter.grad)
         if given:
-            torch._foreach_copy_(given, old)
+            torch._foreach_copy_(given, old)  # type: ignore
         for parameter, view in zip(parameters, views, strict=True):
             parameter.grad = view
         self._reduce(flat)
