@@ -316,7 +316,9 @@ class TestPage:
         assert results.main([str(file), "--out", str(out)]) == 0
         text, picture = out.read_text(), (tmp_path / "plots" / "page.png").read_bytes()
         assert "✓ -3" in text and "below" in text and "This is a rehearsal" not in text
-        assert text.count(page.NOT_YET) > 10  # the controls, and 128 and 256 px
+        assert text.count(page.NOT_YET) > 10  # of other variants and studies
+        assert "| resolution: claim | 32 px | 64 px |\n" in text
+        assert "Of the study `resolution` not measured yet: 128 px, 256 px.\n" in text
         assert r"out of memory | 1 | OutOfMemoryError: 80 \| GiB" in text
         assert "the held-out loss of the median run still changed by: 32 px -20.0 %" in text
         assert picture[:4] == b"\x89PNG"

@@ -136,9 +136,13 @@ def _main_tables(decisions: Sequence[Decision]) -> Iterator[str]:
             yield f"Of the study `{study.name}`: {NOT_YET}."
             continue
         order = sorted(columns, key=_side) if is_by_side else list(columns)
+        empty = [k for k in order if all(row.get(k, NOT_YET) == NOT_YET for row in rows.values())]
+        order = [key for key in order if key not in empty]
         heading = [f"{study.name}: claim", *order]
         body = [[claim, *(row.get(key, NOT_YET) for key in order)] for claim, row in rows.items()]
         yield markdown_table(heading, body)
+        if empty:
+            yield f"Of the study `{study.name}` {NOT_YET}: {', '.join(empty)}."
 
 
 def _side(column: str) -> int:
