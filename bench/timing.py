@@ -28,7 +28,7 @@ def stopwatch_for(device: str, threads: int) -> tuple[Stopwatch, str]:
     machine disturb far less than they disturb wall time.
     """
     if device == "cuda":
-        return _between_events, "CUDA events"
+        return between_events, "CUDA events"
     clock = time.process_time if threads == 1 else time.perf_counter
 
     def watch(call: Callable[[], Any], repeats: int) -> float:
@@ -40,10 +40,18 @@ def stopwatch_for(device: str, threads: int) -> tuple[Stopwatch, str]:
     return watch, "process CPU time" if threads == 1 else "wall time"
 
 
-def _between_events(call: Callable[[], Any], repeats: int) -> float:
+def between_events(call: Callable[[], Any], repeats: int, is_led: bool = True) -> float:
+    """Seconds of one call on a GPU, of so many in a row.
+
+    Args:
+        call: What is timed.
+        repeats: How often.
+        is_led: Whether a call comes before the first event, so that the device is busy already.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    call()  # so that the device is busy already when the first event comes
+    if is_led:
+        call()
     begin.record()
     for _ in range(repeats):
         call()

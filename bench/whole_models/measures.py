@@ -16,7 +16,7 @@ from attnzoo.counting import count_macs
 from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
 from bench.checks import WrongStep, relative_error
 from bench.peers import optional
-from bench.timing import interleave, ratio, spread
+from bench.timing import between_events, interleave, ratio, spread
 from bench.whole_models.cases import (
     LAYER_TOKENS,
     LAYER_WIDTH,
@@ -185,8 +185,7 @@ def measure_scans(mode: str, setup: Setup, tokens: int = LAYER_TOKENS[0]) -> dic
 def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
     """Gives the seconds of one call, of so many in a row; on a GPU between events.
 
-    Without the leading call of ``timing.stopwatch_for``, which would double what a step takes that
-    fills a round by itself.
+    Without a leading call, which would double what a step takes that fills a round by itself.
     """
 
     def watch(call: Callable[[], Any], repeats: int) -> float:
@@ -195,14 +194,7 @@ def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
             for _ in range(repeats):
                 call()
             return (time.perf_counter() - start) / repeats
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / repeats
+        return between_events(call, repeats, is_led=False)
 
     return watch
 

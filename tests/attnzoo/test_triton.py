@@ -9,7 +9,6 @@ import copy
 import functools
 import importlib.util
 import os
-import subprocess
 import sys
 
 import pytest
@@ -32,6 +31,7 @@ from attnzoo.ops.routed_linear import decide, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
+from tests.attnzoo.interpreted import run_interpreted
 from tests.attnzoo.two_parts import assert_equal, halves_and_whole
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -45,14 +45,7 @@ def test_kernels_in_a_process_of_their_own():
         with pytest.raises(RuntimeError, match=r"attnzoo\[triton\]"):
             power_map(torch.ones(1, 4), torch.ones(1), impl="triton")
     elif not CAN_RUN:
-        environment = os.environ | {
-            "TRITON_INTERPRET": "1",
-            "ATTNZOO_TRITON": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+        run_interpreted(__file__)
 
 
 def test_asking_for_triton_without_it_names_the_extra(monkeypatch):

@@ -5,8 +5,6 @@ As in ``test_triton.py``: on a GPU, or interpreted in a process of its own.
 
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
+from tests.attnzoo.interpreted import run_interpreted
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,12 +33,7 @@ HALF = torch.bfloat16
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="runs in this process, or nowhere")
 def test_kernels_in_a_process_of_their_own():
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1", "ATTNZOO_TRITON": "1", "OMP_NUM_THREADS": "1"
-    }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 def random(*shape, seed=0, dtype=torch.float32):

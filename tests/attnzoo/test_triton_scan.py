@@ -5,8 +5,6 @@ As in ``test_triton.py``, one test runs this file again under Triton's interpret
 
 import importlib.util
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from attnzoo.ops.causal_conv import causal_conv
 from attnzoo.ops.selective_scan import selective_scan, selective_scan_macs
 from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.testing import build_scrambled, tokens
+from tests.attnzoo.interpreted import run_interpreted
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,12 +27,7 @@ CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 
 def test_kernels_in_a_process_of_their_own():
     if HAS_TRITON and not CAN_RUN:
-        environment = os.environ | {
-            "TRITON_INTERPRET": "1", "ATTNZOO_TRITON": "1", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+        run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")

@@ -23,7 +23,9 @@ from recipes.lab.console import UserError
 from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
 from recipes.lab.files import write_json
+from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
+from recipes.studies.comparison import execution
 from recipes.studies.comparison.plan import check_plan
 from recipes.studies.quality import launch, page, seconds, table
 from recipes.studies.quality.decide import decide
@@ -190,6 +192,18 @@ def test_a_measurement_needs_no_extractor(tmp_path, monkeypatch):
              "--extractor-weights", str(tmp_path / "none.pth")]  # fmt: skip
     assert study.main(given) == 0
     assert read_seconds(tmp_path / seconds.FILE) == {("sana", 8): 0.1}
+
+
+def test_a_study_takes_its_held_out_losses_from_training(tmp_path, monkeypatch):
+    planned = study_runs(RESOLUTION, TINY, {}, protocols=["depth"], **AT)[0].planned
+    # Runs of an earlier version are found.
+    assert dataclasses.replace(planned, held_out=9).name == planned.name
+    asked = []
+    monkeypatch.setattr(execution, "evaluate", lambda run, **given: asked.append(given) or {})
+    for images in (0, 9):
+        stored = dataclasses.asdict(dataclasses.replace(planned, held_out=images))
+        execution._measured(Run(tmp_path), stored, tmp_path / "runs" / "one", None, False)
+    assert planned.held_out == 0 and [given["held_out"] for given in asked] == [0, 9]
 
 
 @pytest.mark.parametrize("slowest", [1.1, 1.3])
