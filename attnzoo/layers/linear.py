@@ -41,8 +41,8 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     That kernel rounds once, after the activation.
     """
     # The layer is looked at last, so that where there is no such kernel a compiler guards nothing.
-    if type(layer) is nn.Linear and has_fused_gelu(x, layer.weight, layer.bias) and is_bare(layer):
-        rows = x.reshape(-1, layer.in_features)
+    if type(layer) is nn.Linear and has_fused_gelu(x, layer) and is_bare(layer):
+        rows = x.reshape(-1, x.shape[-1])
         rows, weight, bias = autocast_operands(rows, layer.weight, layer.bias)
         out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], layer.out_features)

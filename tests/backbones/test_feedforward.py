@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
@@ -16,6 +17,7 @@ from attnzoo.counting import count_macs, fvcore_macs, measure_macs
 from attnzoo.layers.linear import linear_gelu
 from attnzoo.ops import dispatch
 from backbones import DiT, build_backbone, compile_blocks, record
+from backbones.cast_once import cast_once
 from backbones.feedforward import MLP, DiffMoE, TimeExperts, build_feedforward
 from tests.backbones import weights
 
@@ -111,6 +113,16 @@ class TestFusedGelu:
         assert on_gpu == [torch.bfloat16] and found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
+    @torch.no_grad()
+    def test_weights_are_cast_once_for_it_too(self, on_gpu):
+        layer, x = halves(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            wanted = layer(x, GRID)
+            with cast_once(layer, lambda: layer(x, GRID)) as cast:
+                assert len(cast) == 4 and layer.expand.weight.dtype == torch.bfloat16
+                assert torch.equal(layer(x, GRID), wanted)
+        assert len(on_gpu) == 3
+
     def test_is_for_gpus(self, fused):
         layer, x = halves()
         with torch.no_grad():
@@ -173,11 +185,14 @@ class TestFusedGelu:
         assert not on_gpu
 
     @torch.no_grad()
-    def test_counters_see_the_product(self, on_gpu):
+    def test_counters_and_tracers_see_the_two_calls(self, on_gpu):
         layer, x = halves()
         with FlopCounterMode(display=False) as counter:
             layer(x[:1], GRID)
-        assert counter.get_total_flops() == 2 * layer.macs(GRID) and not on_gpu
+        assert counter.get_total_flops() == 2 * layer.macs(GRID)
+        graph = make_fx(lambda z: layer(z, GRID))(x).graph  # of a mode without hooks
+        assert torch.ops.aten.gelu.default in {node.target for node in graph.nodes}
+        assert not on_gpu
 
     @pytest.mark.parametrize("strict", [False, True])
     @torch.no_grad()
