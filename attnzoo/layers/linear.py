@@ -44,7 +44,8 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     if type(layer) is nn.Linear and has_fused_gelu(x, layer) and is_bare(layer):
         rows = x.reshape(-1, x.shape[-1])
         rows, weight, bias = autocast_operands(rows, layer.weight, layer.bias)
-        out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+        fused = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+        out = fused(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], layer.out_features)
     return F.gelu(layer(x), approximate="tanh")
 
