@@ -83,7 +83,7 @@ _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
-_KNOWS_EXPORT = torch.__version__ >= (2, 9)
+_KNOWS_EXPORT = torch.__version__ >= "2.9"  # which compares numbers
 # Those that need packages that may be missing.
 _LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
