@@ -318,6 +318,15 @@ if CAN_RUN:
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
 
+    @pytest.mark.parametrize("kernel_size", [3, 7])
+    def test_the_gated_convolution_takes_its_kernels(kernel_size, small_convolutions, monkeypatch):
+        layer = build_attention("conv", 24, kernel_size=kernel_size).to(DEVICE)
+        x, exact = tokens((3, 4), 1, 24), reference_of(layer)
+        monkeypatch.setattr("torch.nn.functional.conv2d", None)
+        out = layer(x.to(DEVICE), (3, 4))
+        monkeypatch.undo()
+        torch.testing.assert_close(out, exact(x.to(DEVICE), (3, 4)))
+
     @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(
