@@ -65,14 +65,15 @@ class FixationAttention(LinearAttention):
         qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(-2, 0)  # (3, b, n, dim)
         if self.config.shift:
             qkv = shifted(qkv, grid, first=1)
-        by_head = in_wide_range(qkv).unflatten(-1, (self.num_heads, -1))
-        features, values = by_head.split([2, 1])  # of queries and keys together
-        features = F.relu(features) + features.shape[-1] ** -0.5
-        joined = torch.cat((*features.unbind(), values[0]), -1).to(qkv.dtype)
+        both, value = qkv.split([2, 1])
+        value, heads = value.squeeze(0), (self.num_heads, self.dim // self.num_heads)
+        features, by_head = (in_wide_range(z).unflatten(-1, heads) for z in (both, value))
+        features = F.relu(features) + heads[1] ** -0.5  # of queries and keys together
+        joined = torch.cat((*features.unbind(), by_head), -1).to(value.dtype)
         gate = self.gate(joined).sigmoid()
         gates = 1 if self.config.share_gate else 2
         features = gate.unflatten(-1, (gates, -1)).movedim(-2, 0) * features
-        return *features.flatten(-2).unbind(), qkv[2]
+        return *features.flatten(-2).unbind(), value
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """The features, which ``project`` makes: a gate sees query, key and value together."""
