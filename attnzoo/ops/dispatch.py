@@ -56,6 +56,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_norm": ("triton", "torch", "reference"),
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
+    "gated_depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),

@@ -135,9 +135,9 @@ def launch_the_rest(dtype, width=384):
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
-    weight = torch.ones(width, 1, 5, 5, dtype=dtype)
-    kernels.stencil(tokens, weight, None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+    weight, packed = torch.ones(width, 1, 7, 7, dtype=dtype), tokens.repeat(1, 1, 2)
+    out, raw = kernels._gated_stencil.function(packed, weight, weight, 16, 16, True)
+    kernels._gated_stencil_backward.function(out, raw, packed, weight, 16, 16)
     weights = [torch.ones(width, 1, *size) for size in ((3, 3), (3, 1), (1, 3))]
     gains, grid = torch.ones(3, width), (16, 16)
     out, stats = branches._normed_branches.function(
@@ -206,7 +206,8 @@ KERNELS = {
     "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
     "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
-    "_downsample_kernel", "_downsample_weight_kernel", "_fold_kernel", "_gated_carry_kernel",
+    "_downsample_kernel", "_downsample_weight_kernel", "_fold_kernel", "_gate_gradient_kernel",
+    "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
