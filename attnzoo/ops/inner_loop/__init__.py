@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.inner_loop.torch import read_unit, stepped, unit_gradients
@@ -37,7 +36,7 @@ def unserved(tokens: Tensor, first: Any, *_: Any) -> str | None:
     if not isinstance(first, Tensor):
         return None
     width, dtype = first.shape[-1], operand_dtype(tokens)
-    most = WIDEST_HALF if dtype == torch.bfloat16 else WIDEST
+    most = WIDEST_HALF if dtype == bfloat16 else WIDEST
     return f"heads of width {width} in {dtype}, only up to {most}" if width > most else None
 
 
