@@ -49,9 +49,10 @@ def trained_unit(
 def trained_conv(key: Tensor, value: Tensor, weight: Tensor, rate: float = 1.0) -> Tensor:
     """See ``attnzoo.ops.inner_loop``."""
     height, width = key.shape[2:]
-    windows = F.pad(key, (1, 1, 1, 1)).unfold(2, height, 1).unfold(3, width, 1)
+    padded = F.pad(key, (1, 1, 1, 1))
+    seen = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
     # What each tap sees times the values, not a convolution with a kernel as large as the image.
-    gradient = windows.flatten(4).flatten(2, 3) @ value.flatten(2).unsqueeze(-1)
+    gradient = torch.stack(seen, 2).flatten(3) @ value.flatten(2).unsqueeze(-1)
     gradient = (gradient / (-3 * height * width)).view(*key.shape[:2], 3, 3)
     norm = gradient.norm(dim=(-2, -1), keepdim=True)
     return weight.squeeze(1) - rate * gradient / (norm + 1)
