@@ -6,7 +6,7 @@ step, a third reads. The backward goes the same way back, and computes anew what
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportReturnType=false
 
 from __future__ import annotations
 
