@@ -171,7 +171,8 @@ if CAN_RUN:
         results = []
         for either in (compiled, layer):
             out = either(x, grid)
-            results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+            operands = [x, *layer.parameters()]
+            results.append([out, *torch.autograd.grad(out.square().sum(), operands)])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
         assert counter.frame_count == 1
         with FlopCounterMode(display=False) as flops, torch.no_grad():
