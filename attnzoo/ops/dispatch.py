@@ -65,6 +65,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_delta_rule": ("torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),
     "trained_conv": ("torch", "reference"),
+    "unit_tokens": ("triton", "torch", "reference"),
+    "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("flex", "torch", "reference", "natten"),
