@@ -293,10 +293,11 @@ def _gated(out: Tensor, z: Tensor) -> Tensor:
     return out * F.silu(z)
 
 
-@in_float32
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of what scans give, with Mamba-2's eps."""
-    return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+    """RMSNorm of what scans give, in float32, with Mamba-2's eps."""
+    # PyTorch's computes in float32 whatever the dtype, in one kernel if there is but one.
+    norm = F.rms_norm if x.dtype == weight.dtype else in_float32(F.rms_norm)
+    return norm(x, x.shape[-1:], weight, 1e-5)
 
 
 def _start_of_steps(count: int) -> Tensor:
