@@ -294,10 +294,16 @@ def _gated(out: Tensor, z: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of what scans give, in float32, with Mamba-2's eps."""
-    # PyTorch's computes in float32 whatever the dtype, in one kernel if there is but one.
-    norm = F.rms_norm if x.dtype == weight.dtype else in_float32(F.rms_norm)
-    return norm(x, x.shape[-1:], weight, 1e-5)
+    """RMSNorm of what scans give, computed in float32, with Mamba-2's eps."""
+    # PyTorch's has float32 inside, and takes a GPU one kernel where both dtypes are the same.
+    return (_rms_norm if x.dtype == weight.dtype else _wide_rms_norm)(x, weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+_wide_rms_norm = in_float32(_rms_norm)
 
 
 def _start_of_steps(count: int) -> Tensor:

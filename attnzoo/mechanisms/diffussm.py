@@ -84,7 +84,7 @@ class DiffuSSMAttention(Attention):
         means = _means(x, size) if means is None else means
         out = dense(means)
         if x.shape[-1] > self.dim:  # both directions' deviations
-            x, means = (forth + back for forth, back in (z.chunk(2, dim=-1) for z in (x, means)))
+            x, means = (torch.add(*z.chunk(2, dim=-1)) for z in (x, means))
         return _add_rows(x, out - means, size).to(out.dtype)
 
     @torch.no_grad()
