@@ -80,9 +80,9 @@ class LocalAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
+        # Parts, not a stack: their gradients then lie where the projection's does.
+        parts = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = (rearrange(z, "b n (h d) -> b h n d", h=self.num_heads) for z in parts)
         return query, key, value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
