@@ -43,6 +43,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
+    "routed_scalar": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
