@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.layers.linear_attention import linear
-from attnzoo.ops.dispatch import choose_once
+from attnzoo.ops.dispatch import choose_once, is_without_kernels
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.routed_linear import by_ones
@@ -66,6 +66,8 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def serves_maps(layer: Any, x: Tensor) -> bool:
     """Whether ``map_forward`` computes the layer, and by kernels here."""
+    if is_without_kernels(x):
+        return False
     config = layer.config
     options = config.impl, config.projection, config.differential, config.normalizer
     if options != ("auto", "redundancy", "map", "base") or slower(layer.dim // layer.num_heads):

@@ -82,7 +82,8 @@ class LocalAttention(Attention):
         self.check_tokens(x, grid)
         # Parts, not a stack: their gradients then lie where the projection's does.
         parts = self.qkv(x).chunk(3, dim=-1)
-        query, key, value = (rearrange(z, "b n (h d) -> b h n d", h=self.num_heads) for z in parts)
+        shape = self.num_heads, -1
+        query, key, value = (z.unflatten(-1, shape).transpose(1, 2) for z in parts)
         return query, key, value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

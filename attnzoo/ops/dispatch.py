@@ -415,6 +415,11 @@ def has_half_sums(*operands: Tensor) -> bool:
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
 
 
+def is_without_kernels(x: Tensor) -> bool:
+    """Whether "auto" takes no Triton for a tensor, whatever the operator."""
+    return x.is_cpu and not _IS_FORCED
+
+
 def can_look(x: Tensor) -> bool:
     """Whether looking at numbers costs no waiting for a device and breaks no graph."""
     is_seen = torch.compiler.is_compiling() or is_transformed()

@@ -16,6 +16,7 @@ from attnzoo.ops.dispatch import (
     has_half_sums,
     is_plain,
     is_transformed,
+    is_without_kernels,
 )
 from attnzoo.ops.linear_core.torch import half_matmul
 from attnzoo.ops.precision import autocast_operands, in_float32
@@ -29,10 +30,12 @@ _MOST_CHOICES = 64  # of a router that a kernel holds in registers
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
+    if is_plain(x, weight):
+        return F.linear(x, weight)
     if has_half_sums(x, weight):  # products of bfloat16 are exact in float32, into which they go
         rows = x.reshape(1, -1, x.shape[-1])
         return half_matmul(rows, weight.t()[None]).to(x.dtype).view(*x.shape[:-1], -1)
-    return F.linear(x, weight) if is_plain(x, weight) else _guarded_logits(x, weight)
+    return _guarded_logits(x, weight)
 
 
 @in_float32
@@ -99,7 +102,9 @@ def pick(
 
 def _is_by_kernel(weight: Tensor, parts: Sequence[Tensor]) -> bool:
     x = parts[0]
-    if choose("routed_scalar", "auto", x, x.dtype, lambda: _unserved(weight, parts)) != "triton":
+    if is_without_kernels(x) or (
+        choose("routed_scalar", "auto", x, x.dtype, lambda: _unserved(weight, parts)) != "triton"
+    ):
         return False
     return all(z.dtype is x.dtype and z.shape == x.shape for z in parts)
 
@@ -179,13 +184,13 @@ class _StraightThroughScalar(torch.autograd.Function):
 
 
 def _chosen_sums(grad: Tensor, index: Tensor, experts: int) -> Tensor:
-    """The sum over all tokens that chose each expert: (..., 1), (...,) -> (experts,).
-
-    A GPU would add up by index one after the other.
-    """
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    mine = torch.arange(experts, device=index.device).unsqueeze(-1) == index.flatten()
-    return (mine * grad.flatten()).sum(-1, dtype=wide)
+    """The sum over all tokens that chose each expert: (..., 1), (...,) -> (experts,)."""
+    index, grad = index.flatten(), grad.flatten()
+    if grad.is_cpu:
+        return grad.new_zeros(experts).index_add(0, index, grad)
+    # A GPU would add up by index one after the other, and round each sum.
+    mine = grad.new_zeros(experts, index.numel()).scatter(0, index[None], grad[None])
+    return mine.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def usage_of(index: Tensor, experts: int) -> Tensor:
