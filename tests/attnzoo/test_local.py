@@ -182,7 +182,7 @@ def test_flex_attention_on_a_cpu_is_the_reference(grid, window) -> None:
 
 
 @pytest.mark.parametrize("window", [Window(7), Window(3, 2), Window(1, 1, 5)])
-@pytest.mark.parametrize("grid", [(1, 1), (8, 16), (7, 13), (33, 20)])
+@pytest.mark.parametrize("grid", [(8, 16), (7, 13)])
 def test_flex_attentions_gradient_is_put_back_in_order(grid, window, monkeypatch) -> None:
     # PyTorch has no fused backward for a CPU, and refuses the plain one that it has.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
