@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
+    "routed_scalar": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
@@ -417,6 +418,11 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
+def is_without_kernels(x: Tensor) -> bool:
+    """Whether "auto" takes no Triton for a tensor, whatever the operator."""
+    return x.is_cpu and not _IS_FORCED
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

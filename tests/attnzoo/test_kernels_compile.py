@@ -105,6 +105,11 @@ def launch_routing(dtype, experts, width=384):
     out = kernels.grouped_product(x, weight, order, ends, weight)
     kernels.grouped_product(out, weight.mT, order, ends, weight.mT)
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
+    for line, other in ((router, None), (torch.cat([router, router], 1), x)):
+        operands = x, other, line, line[:, 0].contiguous()
+        for learn in (True, False):
+            scalars, *saved = kernels._routed_scalar.function(*operands, learn)
+            kernels._routed_scalar_backward.function(scalars, *operands, *saved, learn)
 
 
 def launch_linear(dtype, width=384):
@@ -228,7 +233,8 @@ KERNELS = {
     "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
-    "_read_kernel", "_router_gradient_kernel", "_scaled_power_map_backward_kernel",
+    "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
+    "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
