@@ -21,6 +21,7 @@ from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
+from attnzoo.ops.rotary_core import rotary_core
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from tests.attnzoo.interpreted import run_interpreted
 
@@ -87,6 +88,35 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
         return agent_core(qkv, weight, bias, 3, grid, cells, **options)
 
     assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize("is_weighed", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "d", "size", "is_rotated"),
+    # Two parts of the tokens, the first of two tiles; channels beyond those that turn.
+    [((9, 4), 10, 5, True), ((4, 9), 8, 3, False), ((1, 1), 16, 5, True), ((2, 3), 3, 0, True)],
+    ids=str,
+)
+def test_rotary_core(
+    impl, dtype, budget, is_weighed, grid, d, size, is_rotated, small_convolutions, monkeypatch
+):
+    if impl == "triton" and IS_INTERPRETED:
+        from attnzoo.ops.rotary_core import triton as kernels
+
+        block = kernels.Block(16, 8, 4, 1)
+        monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
+    n, heads = grid[0] * grid[1], 2
+    operands = [random(2, n, 3 * heads * d, seed=1)]
+    if size:
+        operands += random(heads * d, 1, size, size, seed=2), random(heads * d, seed=3)
+
+    def run(qkv, weight=None, bias=None, **options):
+        kind = heads, grid, is_rotated, is_weighed, 1e-3
+        return rotary_core(qkv, weight, bias, *kind, **options)
+
+    assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
