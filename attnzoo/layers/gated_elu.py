@@ -84,8 +84,10 @@ class GatedEluAttention(LinearAttention):
         if self.conv is not None:
             local = self.conv.branches[0].weight, self.conv.branches[0].bias
         options = self.num_heads, grid, self.is_rotated, self.is_weighed, self.config.eps
-        out = rotary_core(linear(self.qkv, x), *local, *options, impl="triton")
-        return self.finish(out, x)
+        out = rotary_core(
+            linear(self.qkv, x), linear(self.gate, x), *local, *options, impl="triton"
+        )
+        return linear(self.proj, out)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """See ``LinearAttention.finish``: the gate, which has no activation."""

@@ -13,7 +13,9 @@ from attnzoo.ops.precision import operand_dtype
 MOST_HALF, MOST_FLOAT32 = 128, 64  # channels of a head, in the kernels
 
 
-def unserved(qkv: Tensor, weight: Tensor | None, bias: Any, heads: int, *_: Any) -> str | None:
+def unserved(
+    qkv: Tensor, gate: Any, weight: Tensor | None, bias: Any, heads: int, *_: Any
+) -> str | None:
     """What the Triton kernels do not serve."""
     width = int(qkv.shape[-1]) // (3 * heads)
     if width > (MOST_FLOAT32 if operand_dtype(qkv) == float32 else MOST_HALF):
@@ -26,6 +28,7 @@ def unserved(qkv: Tensor, weight: Tensor | None, bias: Any, heads: int, *_: Any)
 @operator
 def rotary_core(
     qkv: Tensor,
+    gate: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     heads: int,
@@ -36,7 +39,7 @@ def rotary_core(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """MALA's or RALA's attention of ELU(Q) + 1 and ELU(K) + 1, plus a convolution of V.
+    """MALA's or RALA's attention of ELU(Q) + 1 and ELU(K) + 1, and a convolution of V, gated.
 
     With z_i = d_head^-1/2 phi(Q_i) mean_j phi(K_j)^T and rotated features phi~, token i is
     d_head^-1/2 (1 + 1 / (z_i + eps)) phi~(Q_i) mean_j phi~(K_j)^T V_j - z_i mean_j V_j. With
@@ -45,6 +48,7 @@ def rotary_core(
 
     Args:
         qkv: (b, h * w, 3 * c), queries, keys and values side by side.
+        gate: (b, h * w, c), what the sum of both is multiplied by.
         weight: (c, 1, 3, 3) or (c, 1, 5, 5) of the convolution, or None if there is none.
         bias: (c,) of the convolution, or None.
         heads: They divide c.
@@ -61,8 +65,8 @@ def rotary_core(
 
 
 def _macs(
-    qkv: Tensor, table: Any, weight: Tensor | None, bias: Any, heads: int, height: int, width: int,
-    is_weighed: bool, *_: Any, **__: Any,
+    qkv: Tensor, gate: Any, table: Any, weight: Tensor | None, bias: Any, heads: int, height: int,
+    width: int, is_weighed: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     b, n, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     taps = 0 if weight is None else weight.shape[-1] ** 2
@@ -72,5 +76,5 @@ def _macs(
 
 MACS |= {
     "rotary_core": _macs,
-    "rotary_core_backward": lambda *operands, **_: 2 * _macs(*operands[4:]),
+    "rotary_core_backward": lambda *operands, **_: 2 * _macs(*operands[5:]),
 }

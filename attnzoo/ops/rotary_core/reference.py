@@ -12,8 +12,8 @@ from attnzoo.ops.rotary_core.rotary import rotated
 
 @in_float32
 def rotary_core(
-    qkv: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int, grid: tuple[int, int],
-    is_rotated: bool, is_weighed: bool, eps: float,
+    qkv: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int,
+    grid: tuple[int, int], is_rotated: bool, is_weighed: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.rotary_core``."""
     value = qkv.chunk(3, dim=-1)[2]
@@ -30,4 +30,6 @@ def rotary_core(
         z = scale * plain.mean(-1, keepdim=True)
         out = (scale * turned * (1 + 1 / (z + eps)) - z) / tokens @ v
     out = out.transpose(1, 2).flatten(2)
-    return out if weight is None else depthwise_conv(value, grid, weight, bias, out)
+    if weight is not None:
+        out = depthwise_conv(value, grid, weight, bias, out)
+    return out * gate

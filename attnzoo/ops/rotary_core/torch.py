@@ -35,8 +35,8 @@ def key_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def rotary_core(
-    qkv: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int, grid: tuple[int, int],
-    is_rotated: bool, is_weighed: bool, eps: float,
+    qkv: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int,
+    grid: tuple[int, int], is_rotated: bool, is_weighed: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.rotary_core``."""
     tokens = qkv.shape[1]
@@ -53,4 +53,6 @@ def rotary_core(
         out = magnitude_read(turned, q, state, sums, token_sum(value), tokens, eps)
     out = out.transpose(1, 2).flatten(2).to(qkv.dtype)
     value = qkv.chunk(3, dim=-1)[2]
-    return out if weight is None else depthwise_conv(value, grid, weight, bias, out)
+    if weight is not None:
+        out = depthwise_conv(value, grid, weight, bias, out)
+    return out * gate

@@ -33,6 +33,7 @@ from attnzoo.ops.triton_common import (
     _width,
     launch_kernel,
     launched,
+    on_its_device,
 )
 from attnzoo.ops.triton_replay import replayed
 
@@ -79,12 +80,12 @@ def _mean(parts, image, splits, n, c, column, is_column, S: tl.constexpr):
 
 @triton.jit
 def _part(n, heads, d, splits, chunk, W: tl.constexpr):
-    """This program's image and head, its first token and those behind; columns and which exist."""
+    """Image, head, first token and the one behind the last; columns, and which exist."""
     split, image_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     image, head = (image_head // heads).to(tl.int64), image_head % heads
     column = tl.arange(0, W)
     start = split * chunk
-    return image_head, image, head, start, tl.minimum(start + chunk, n), column, column < d
+    return image, head, start, tl.minimum(start + chunk, n), column, column < d
 
 
 @triton.jit
@@ -97,8 +98,7 @@ def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl
     for first in range(start, tl.minimum(start + chunk, n), R):
         row = first + tl.arange(0, R)
         mask = (row < n)[:, None] & (column < c)[None, :]
-        feature, _ = _features(z, row, z_row, column, mask)
-        total += feature
+        total += _features(z, row, z_row, column, mask)[0]
     place = parts + tl.program_id(0).to(tl.int64) * c + column
     tl.store(place, tl.sum(total, 0), mask=column < c)
 
@@ -110,7 +110,7 @@ def _elu_fold_kernel(
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A part of each state; keys are weighed by exp(score - peak of the part)."""
-    _, image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
     key += image * n * k_row + head * d
     value += image * n * k_row + head * d
     acc = tl.zeros((W, W), tl.float32)
@@ -127,7 +127,7 @@ def _elu_fold_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, _ = _features(key, row, k_row, column, mask)
+        x = _features(key, row, k_row, column, mask)[0]
         v = _tile(value, row, k_row, column, mask)
         if WEIGH:
             score = tl.where(is_row, tl.sum(x * anchor[None, :], 1), -float("inf"))
@@ -183,13 +183,16 @@ def _elu_join_kernel(
 
 @triton.jit
 def _elu_read_kernel(
-    query, table, state, out, n, heads, d, q_row, splits, chunk, scale, eps, width, size, pairs,
-    TURN: tl.constexpr, WEIGH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    query, gate, table, state, local, plain, out, n, heads, d, q_row, gate_row, splits, chunk,
+    scale, eps, width, size, pairs, TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
+    KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    image_head, image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    """What queries read, and the convolution, times the gate."""
+    image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
     query += image * n * q_row + head * d
-    out += image * n * heads * d + head * d
-    state += image_head.to(tl.int64) * (d + 2) * d + column
+    gate += image * n * gate_row + head * d
+    whole = image * n * heads * d + head * d
+    state += (image * heads + head) * (d + 2) * d + column
     is_block = is_column[:, None] & is_column[None, :]
     block = tl.load(state[None, :] + column[:, None] * d, mask=is_block, other=0.0)
     block = block.to(query.dtype.element_ty)
@@ -199,7 +202,7 @@ def _elu_read_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, _ = _features(query, row, q_row, column, mask)
+        x = _features(query, row, q_row, column, mask)[0]
         norm = tl.sum(x * keys[None, :], 1)
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
@@ -210,23 +213,33 @@ def _elu_read_kernel(
         else:
             norm *= scale
             z = z * (scale + scale / (norm + eps))[:, None] - norm[:, None] * values[None, :]
-        place = out + row[:, None] * (heads * d) + column[None, :]
-        tl.store(place, z.to(out.dtype.element_ty), mask=mask)
+        place = whole + row[:, None] * (heads * d) + column[None, :]
+        if ADD:
+            z += tl.load(local + place, mask=mask, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(plain + place, z.to(plain.dtype.element_ty), mask=mask)
+        z *= _tile(gate, row, gate_row, column, mask).to(tl.float32)
+        tl.store(out + place, z.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _elu_query_gradient_kernel(
-    grad, query, table, state, spread, grad_q, partial, n, heads, d, g_row, q_row, gq_row, splits,
-    chunk, scale, eps, width, size, pairs, spread_splits, TURN: tl.constexpr, WEIGH: tl.constexpr,
-    FOLD: tl.constexpr, WRITE: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    P: tl.constexpr,
+    grad, query, gate, plain, table, state, spread, grad_q, of_plain, of_gate, partial, n, heads,
+    d, g_row, q_row, gate_row, gq_row, splits, chunk, scale, eps, width, size, pairs,
+    spread_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, FOLD: tl.constexpr,
+    WRITE: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A part of the state's gradient (FOLD), and the queries' (WRITE), with what keys owe them."""
-    image_head, image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    """Of the gate, of what it multiplies, and a part of the state's (FOLD); of queries (WRITE).
+
+    Without FOLD ``grad`` is of what the gate multiplies.
+    """
+    image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
     query += image * n * q_row + head * d
     grad += image * n * g_row + head * d
     grad_q += image * n * gq_row + head * d
-    state += image_head.to(tl.int64) * (d + 2) * d + column
+    gate += image * n * gate_row + head * d
+    whole = image * n * heads * d + head * d
+    state += (image * heads + head) * (d + 2) * d + column
     is_block = is_column[:, None] & is_column[None, :]
     # Transposed: (channels of values, channels of keys).
     block = tl.load(state[:, None] + column[None, :] * d, mask=is_block, other=0.0)
@@ -244,6 +257,14 @@ def _elu_query_gradient_kernel(
         mask = is_row[:, None] & is_column[None, :]
         x, bend = _features(query, row, q_row, column, mask)
         g = _tile(grad, row, g_row, column, mask)
+        if FOLD:
+            place = whole + row[:, None] * (heads * d) + column[None, :]
+            z = tl.load(plain + place, mask=mask, other=0.0).to(tl.float32)
+            z *= g.to(tl.float32)
+            tl.store(of_gate + place, z.to(of_gate.dtype.element_ty), mask=mask)
+            z = _tile(gate, row, gate_row, column, mask).to(tl.float32) * g.to(tl.float32)
+            g = z.to(of_plain.dtype.element_ty)
+            tl.store(of_plain + place, g, mask=mask)
         norm = tl.sum(x * keys[None, :], 1)
         turned = x
         if TURN:
@@ -292,13 +313,13 @@ def _elu_key_gradient_kernel(
     P: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, and a part of that of the mean query, which weighs the keys."""
-    image_head, image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
     key += image * n * k_row + head * d
     value += image * n * k_row + head * d
     grad_k += image * n * gk_row + head * d
     grad_v += image * n * gk_row + head * d
     added += image * n * heads * d + head * d
-    line = image_head.to(tl.int64) * (d + 2) * d + column
+    line = (image * heads + head) * (d + 2) * d + column
     is_block = is_column[:, None] & is_column[None, :]
     wide = tl.load((of_state + line)[None, :] + column[:, None] * d, mask=is_block, other=0.0)
     of_keys = tl.load(of_state + line + d * d, mask=is_column, other=0.0)
@@ -309,7 +330,7 @@ def _elu_key_gradient_kernel(
             anchors, image, anchor_splits, n, heads * d, head * d + column, is_column, S
         )
         anchor *= scale
-        log = tl.load(logs + image_head)
+        log = tl.load(logs + image * heads + head)
         # What a softmax's gradient subtracts: its sum over the keys is one over the state.
         before = tl.load((state + line)[None, :] + column[:, None] * d, mask=is_block, other=0.0)
         sums = tl.load(state + line + d * d, mask=is_column, other=0.0)
@@ -431,25 +452,27 @@ def _joined(partial: Tensor, peaks: Tensor | None, logs: Tensor, n: int) -> Tens
 
 
 SCHEMA = (
-    "Tensor qkv, Tensor? table, Tensor? weight, Tensor? bias, int heads, int height, int width, "
-    "bool is_weighed, float eps"
+    "Tensor qkv, Tensor gate, Tensor? table, Tensor? weight, Tensor? bias, int heads, int height, "
+    "int width, bool is_weighed, float eps"
 )
 
 
-@launched("rotary_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
-def _forward(
-    qkv: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None, heads: int,
-    height: int, width: int, is_weighed: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result; states, (b * h, d + 2, d); of weighed keys log-sums and the queries' sums."""
-    qkv, spacing = _rows(qkv)
+def _run(
+    is_kept: bool, qkv: Tensor, gate: Tensor, table: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, heads: int, height: int, width: int,
+    is_weighed: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result; it before the gate; states, (b * h, d + 2, d); log-sums and queries' sums."""
+    (qkv, spacing), (gate, gate_row) = _rows(qkv), _rows(gate)
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
     d = c // heads
     out = torch.empty(b, n, c, dtype=qkv.dtype, device=qkv.device)
+    plain = torch.empty(out.shape, dtype=out.dtype, device=out.device) if is_kept else out
     logs = _new(qkv, b * heads if is_weighed else 0)
     if not out.numel():
-        return out, _new(qkv, b * heads, d + 2, d), logs, _new(qkv, 0)
+        return out, plain, _new(qkv, b * heads, d + 2, d), logs, _new(qkv, 0)
+    local = out if weight is None else stencil(value, weight, bias, (height, width))
     turn, place = qkv if table is None else table, _place(table, width)
     flags = table is not None, is_weighed
     anchors = _anchors(query, spacing) if is_weighed else _new(qkv, 0)
@@ -465,12 +488,11 @@ def _forward(
     state = _joined(partial, peaks, logs if is_weighed else partial, n)
     s = _sizes("read", query, heads)
     launch_kernel(_elu_read_kernel, (b * heads * s.splits,),
-        query, turn, state, out, n, heads, d, spacing, s.splits, s.chunk,
-        *_scales(n, d, eps, is_weighed), *place, *flags, *s.constants, **s.options,
+        query, gate, turn, state, local, plain, out, n, heads, d, spacing, gate_row, s.splits,
+        s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags, weight is not None,
+        is_kept, *s.constants, **s.options,
     )  # fmt: skip
-    if weight is not None:
-        out = stencil(value, weight, bias, (height, width), out)
-    return out, state, logs, anchors
+    return out, plain, state, logs, anchors
 
 
 def _scales(n: int, d: int, eps: float, is_weighed: bool) -> tuple[float, float]:
@@ -478,46 +500,53 @@ def _scales(n: int, d: int, eps: float, is_weighed: bool) -> tuple[float, float]
     return (1.0, n * eps) if is_weighed else (d**-0.5 / n, eps)
 
 
+@launched("rotary_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _forward(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run(True, qkv, *others)
+
+
 # Nothing but the backward reads the others.
-_forward.register_inference(replayed(_forward.function, 1))
+_forward.register_inference(replayed(on_its_device(functools.partial(_run, False)), 1))
 
 
 @launched(
     "rotary_core_backward",
-    f"(Tensor grad, Tensor state, Tensor logs, Tensor anchors, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor plain, Tensor state, Tensor logs, Tensor anchors, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor, table: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, heads: int, height: int, width: int,
-    is_weighed: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of tokens, and of the convolution's kernels and biases."""
-    (qkv, spacing), (grad, g_row) = _rows(qkv), _rows(grad)
+    grad: Tensor, plain: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor,
+    gate: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None, heads: int,
+    height: int, width: int, is_weighed: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of tokens, of the gate, and of the convolution's kernels and biases."""
+    (qkv, spacing), (gate, gate_row), (grad, g_row) = map(_rows, (qkv, gate, grad))
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
     d, grid = c // heads, (height, width)
     grads = torch.empty(b, n, 3 * c, dtype=qkv.dtype, device=qkv.device)
-    local, of_weight, of_bias = grad, _new(qkv, 0), _new(qkv, 0)
-    if weight is not None:
-        local = stencil(grad, weight, None, grid, is_transposed=True)
-        of_weight, of_bias = stencil_weight_gradient(value, grad, grid, weight)
-    if not grads.numel():
-        return grads, of_weight, of_bias
-    grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
+    of_plain, of_gate = (torch.empty_like(plain) for _ in range(2))
     turn, place = qkv if table is None else table, _place(table, width)
     flags, scales = (table is not None, is_weighed), _scales(n, d, eps, is_weighed)
-
-    def of_queries(spread: Tensor, partial: Tensor, parts: int, *which: bool) -> None:
-        launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
-            grad, query, turn, state, spread, grad_q, partial, n, heads, d, g_row, spacing, 3 * c,
-            s.splits, s.chunk, *scales, *place, parts, *flags, *which, _power_of_2(parts),
-            *s.constants, **s.options,
-        )  # fmt: skip
-
+    grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
     s = _sizes("query_gradient", query, heads)
     partial = _new(qkv, b * heads, s.splits, d + 2, d)
-    of_queries(partial, partial, 1, True, not is_weighed)
+
+    def of_queries(of: Tensor, row: int, spread: Tensor, parts: int, *which: bool) -> None:
+        launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
+            of, query, gate, plain, turn, state, spread, grad_q, of_plain, of_gate, partial, n,
+            heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
+            *flags, *which, _power_of_2(parts), *s.constants, **s.options,
+        )  # fmt: skip
+
+    if grads.numel():
+        of_queries(grad, g_row, state, 1, True, not is_weighed)
+    local, of_weight, of_bias = of_plain, _new(qkv, 0), _new(qkv, 0)
+    if weight is not None:
+        local = stencil(of_plain, weight, None, grid, is_transposed=True)
+        of_weight, of_bias = stencil_weight_gradient(value, of_plain, grid, weight)
+    if not grads.numel():
+        return grads, of_gate, of_weight, of_bias
     of_state = _joined(partial, None, partial, n)
     k = _sizes("key_gradient", query, heads)
     spread, parts = (_new(qkv, b, k.splits, c), anchors.shape[1]) if is_weighed else (state, 1)
@@ -528,15 +557,15 @@ def _backward(
         **k.options,
     )  # fmt: skip
     if is_weighed:
-        of_queries(spread, partial, k.splits, False, True)
-    return grads, of_weight, of_bias
+        of_queries(of_plain, c, spread, k.splits, False, True)
+    return grads, of_gate, of_weight, of_bias
 
 
 @_forward.register_fake
 def _(
-    qkv: Tensor, table: Any, weight: Any, bias: Any, heads: int, height: int, width: int,
-    is_weighed: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor, gate: Tensor, table: Any, weight: Any, bias: Any, heads: int, height: int,
+    width: int, is_weighed: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     b, n, c = qkv.shape
     c //= 3
     wide = {"dtype": torch.float32}
@@ -546,6 +575,7 @@ def _(
         parts = _launch(BLOCKS["sum"], qkv.dtype, "", n, b * columns, 16).splits
     return (
         qkv.new_empty(b, n, c),
+        qkv.new_empty(b, n, c),
         qkv.new_empty(b * heads, c // heads + 2, c // heads, **wide),
         qkv.new_empty(b * heads if is_weighed else 0, **wide),
         qkv.new_empty(b, parts, c, **wide) if parts else qkv.new_empty(0, **wide),
@@ -554,43 +584,43 @@ def _(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor, table: Any,
-    weight: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    none = state.new_empty(0)
+    grad: Tensor, plain: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor,
+    gate: Tensor, table: Any, weight: Tensor | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    of_tokens = qkv.new_empty(qkv.shape), plain.new_empty(plain.shape)
     if weight is None:
-        return qkv.new_empty(qkv.shape), none, none.clone()
-    return (
-        qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight)),
-    )  # fmt: skip
+        return *of_tokens, state.new_empty(0), state.new_empty(0)
+    return *of_tokens, weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    qkv, table, weight, bias, *ctx.sizes = inputs
+    *operands, ctx.heads, ctx.height, ctx.width, ctx.is_weighed, ctx.eps = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], qkv, table, weight, bias)
+    ctx.save_for_backward(*output[1:], *operands)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
-    *saved, weight, bias = ctx.saved_tensors
-    of_qkv, *of_conv = _backward(grad, *saved, weight, bias, *ctx.sizes)
+        return (None,) * 10
+    weight, bias = ctx.saved_tensors[-2:]
+    sizes = ctx.heads, ctx.height, ctx.width, ctx.is_weighed, ctx.eps
+    of_qkv, of_gate, *of_conv = _backward(grad, *ctx.saved_tensors, *sizes)
     of_conv = [
         None if z is None else g.to(z.dtype) for g, z in zip(of_conv, (weight, bias), strict=True)
     ]
-    return of_qkv, None, *of_conv, None, None, None, None, None
+    return of_qkv, of_gate, None, *of_conv, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def rotary_core(
-    qkv: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int, grid: tuple[int, int],
-    is_rotated: bool, is_weighed: bool, eps: float,
+    qkv: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, heads: int,
+    grid: tuple[int, int], is_rotated: bool, is_weighed: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.rotary_core``; features, angles and sums in float32."""
+    qkv = qkv.to(operand_dtype(qkv))
     pairs = qkv.shape[-1] // (12 * heads)
     table = turns(max(grid), pairs, qkv.device, torch.float32) if is_rotated and pairs else None
     sizes = heads, *grid, is_weighed, eps
-    return _forward(qkv.to(operand_dtype(qkv)), table, weight, bias, *sizes)[0]
+    return _forward(qkv, gate.to(qkv.dtype), table, weight, bias, *sizes)[0]
