@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
@@ -13,8 +12,7 @@ from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import elu_plus_one, xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear
 from attnzoo.ops.dispatch import choose_once
-from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.rotary_core import MOST_FLOAT32, MOST_HALF, rotary_core
+from attnzoo.ops.rotary_core import WIDEST, rotary_core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +64,13 @@ class GatedEluAttention(LinearAttention):
         if "is_weighed" not in type(self).__dict__:
             return f"features as {type(self).__name__} makes them"
         width = self.dim // self.num_heads
-        return f"heads of width {width}" if width > MOST_HALF else None
+        return f"heads of width {width}" if width > WIDEST else None
 
     def implementation(self, x: Tensor) -> str:
         """See ``LinearAttention.implementation``."""
         if self.config.impl != "auto":
             return self.config.impl
-        return choose_once(self, "rotary_core", x, lambda: self._why_not(x))
-
-    def _why_not(self, x: Tensor) -> str | None:
-        is_wide = self.dim // self.num_heads > MOST_FLOAT32 and operand_dtype(x) == torch.float32
-        return self.unserved_option() or (f"such heads in {x.dtype}" if is_wide else None)
+        return choose_once(self, "rotary_core", x, self.unserved_option)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""

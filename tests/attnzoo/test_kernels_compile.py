@@ -171,13 +171,12 @@ def launch_norms_and_windows(dtype, width=384):
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
 
-    # The widest heads that are served, and the usual ones.
-    for heads in (width // (64 if dtype == torch.float32 else 128), width // 32):
-        table = torch.ones(2, 16, width // heads // 4)
-        for is_weighed in (False, True):
-            sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
-            out, *saved = turned._forward.function(*sizes)
-            turned._backward.function(out, *saved, *sizes)
+    heads = width // 64  # the widest that are served
+    table = torch.ones(2, 16, 16)
+    for is_weighed in (False, True):
+        sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
+        out, *saved = turned._forward.function(*sizes)
+        turned._backward.function(out, *saved, *sizes)
 
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, float32
+from torch import Tensor
 
 from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.linear_core import linear_attention_macs
-from attnzoo.ops.precision import operand_dtype
 
-MOST_HALF, MOST_FLOAT32 = 128, 64  # channels of a head, in the kernels
+WIDEST = 64  # channels of a head, in the kernels
 
 
 def unserved(
@@ -18,7 +17,7 @@ def unserved(
 ) -> str | None:
     """What the Triton kernels do not serve."""
     width = int(qkv.shape[-1]) // (3 * heads)
-    if width > (MOST_FLOAT32 if operand_dtype(qkv) == float32 else MOST_HALF):
+    if width > WIDEST:
         return f"heads of width {width}"
     if weight is not None and weight.shape[-1] not in (3, 5):
         return f"kernels of {tuple(weight.shape[2:])}"

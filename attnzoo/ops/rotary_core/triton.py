@@ -378,7 +378,7 @@ class Block(NamedTuple):
     stages: int
 
 
-# In half precision, of heads of at most 64 channels.
+# In half precision; in float32 registers hold fewer tokens.
 BLOCKS = {
     "sum": Block(32, 264, 4, 3), "fold": Block(64, 528, 4, 3), "read": Block(64, 528, 4, 3),
     "query_gradient": Block(32, 528, 4, 2), "key_gradient": Block(32, 528, 4, 2),
@@ -402,9 +402,7 @@ def _launch(
     rows, programs, warps, stages = block
     width = _width(d)
     if dtype == torch.float32:
-        rows, stages = min(rows, 32 if width <= 32 else 16), 1
-    elif width > 64:
-        rows, warps, stages = min(rows, 32), 8, 1
+        rows, warps, stages = (min(rows, 32), warps, 1) if width <= 32 else (16, 8, 1)
     splits = max(1, min(_ceil(n, rows), _ceil(programs, max(1, there)), MOST_SPLITS))
     chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
     options = {"num_warps": warps, "num_stages": stages}
