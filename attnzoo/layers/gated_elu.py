@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -74,9 +74,9 @@ class GatedEluAttention(LinearAttention):
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
-        local = (None, None)
-        if self.conv is not None:
-            local = self.conv.branches[0].weight, self.conv.branches[0].bias
+        local, conv = (None, None), cast(Any, self.conv)
+        if conv is not None:
+            local = conv.branches[0].weight, conv.branches[0].bias
         options = self.num_heads, grid, self.is_rotated, self.is_weighed, self.config.eps
         out = rotary_core(
             linear(self.qkv, x), linear(self.gate, x), *local, *options, impl="triton"
