@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import optional
@@ -56,6 +57,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_norm": ("triton", "torch", "reference"),
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
+    "gated_depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),
@@ -64,6 +66,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_delta_rule": ("torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),
     "trained_conv": ("torch", "reference"),
+    "unit_tokens": ("triton", "torch", "reference"),
+    "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("flex", "torch", "reference", "natten"),
@@ -83,6 +87,7 @@ _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
+_KNOWS_EXPORT = torch.__version__ >= "2.9"  # which compares numbers
 # Those that need packages that may be missing.
 _LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
@@ -422,6 +427,35 @@ def has_half_sums(*operands: Tensor) -> bool:
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
 
 
+def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether PyTorch projects, adds the bias and applies GELU's tanh form in one kernel here.
+
+    That call is in half precision and has no gradient, tangent or batching rule; an exporter or a
+    counter knows none, and on other devices it is GELU's exact form.
+    """
+    if not x.is_cuda or layer.bias is None or forward_ad._current_level >= 0:
+        return False
+    dtype, is_recorded = operand_dtype(x), torch.is_grad_enabled()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    for z in (x, layer.weight, layer.bias):
+        if not z.is_cuda or operand_dtype(z) is not dtype or (is_recorded and z.requires_grad):
+            return False
+        if type(z) not in (Tensor, torch.nn.Parameter):  # it may keep its numbers elsewhere
+            return False
+    if is_watched() or is_transformed() or _may_export():
+        return False
+    return _fused_gelu_pays()
+
+
+def _may_export() -> bool:
+    # Not is_exporting(), which is True in every compilation by torch before 2.13 (pytorch issue
+    # 176347); before 2.9 the flag is not set in every export.
+    return torch.compiler.is_compiling() and (
+        not _KNOWS_EXPORT or torch.compiler._is_exporting_flag
+    )
+
+
 def can_look(x: Tensor) -> bool:
     """Whether looking at numbers costs no waiting for a device and breaks no graph."""
     is_seen = torch.compiler.is_compiling() or is_transformed()
@@ -483,6 +517,12 @@ def _try_flash() -> bool:
 
 
 @functools.cache
+def _try_fused_gelu() -> bool:
+    # On Ada and on Blackwell for desktops others have measured it slower than the two kernels.
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+@functools.cache
 def _try_flex() -> bool:
     try:  # FlexAttention is young, and made of what the compiler makes of it
         importlib.import_module("attnzoo.ops.neighborhood.flex").works()
@@ -514,6 +554,10 @@ def flash_works() -> bool:
     return _try_flash()
 
 
+def _fused_gelu_pays() -> bool:
+    return _try_fused_gelu()
+
+
 def _flex_works() -> bool:
     return _try_flex()
 
@@ -532,6 +576,6 @@ def _load(package: str, impl: str, name: str) -> None:
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
 for _constant in (
-    _triton_works, _flex_works, _native_works, flash_works, _load, _is_installed,
+    _triton_works, _flex_works, _native_works, flash_works, _fused_gelu_pays, _load, _is_installed,
 ):  # fmt: skip
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

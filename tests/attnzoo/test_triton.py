@@ -337,15 +337,15 @@ if CAN_RUN:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("grid", [(1, 1), (5, 18)])
     @pytest.mark.parametrize("has_bias", [True, False])
-    @pytest.mark.parametrize("size", [3, 5])
+    @pytest.mark.parametrize("size", [3, 5, 7])
     def test_stencil(size, dtype, grid, has_bias, monkeypatch):
         from attnzoo.ops.depthwise_conv import triton as convolution
 
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
-            for prefix in ("", "WIDE_"):
-                monkeypatch.setattr(convolution, prefix + name, (2, 16, 16, 4))
-        if size == 5:
-            grid = min(grid[0], 3), min(grid[1], 17)
+            monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
+            monkeypatch.setattr(convolution, "WIDE_" + name, (2, 3, 32, 1))
+        if size > 3:
+            grid = min(grid[0], 3), min(grid[1], 8)
         b, c = 2 if size == 3 else 1, 20
         x = random(b, grid[0] * grid[1], c, dtype=dtype)
         weight = random(c, 1, size, size, seed=1, dtype=dtype)

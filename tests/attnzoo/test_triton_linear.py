@@ -14,7 +14,7 @@ from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops.agent_core import agent_core
-from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
@@ -230,7 +230,7 @@ def test_gated_norm(impl, dtype, budget, n, d):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("kernels", [12, 4])
 def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels, small_convolutions):
     operands = [
@@ -243,6 +243,30 @@ def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels, small_co
         return depthwise_conv(x, (9, 6), weight, bias, **options)
 
     assert max(errors(run, operands, (2, 54, 12), torch.float32, impl)) < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "kernels", "size", "has_bias"),
+    [((5, 4), 12, 7, True), ((3, 9), 6, 3, False), ((1, 1), 12, 5, True)],
+    ids=str,
+)
+def test_gated_convolution(
+    impl, dtype, budget, grid, kernels, size, has_bias, small_convolutions
+):  # fmt: skip
+    n = grid[0] * grid[1]
+    operands = [random(2, n, 24), random(kernels, 1, size, size, seed=1)]
+    operands += [random(kernels, seed=2)] * has_bias
+
+    def run(packed, weight, bias=None, **options):
+        return gated_depthwise_conv(packed, grid, weight, bias, **options)
+
+    assert max(errors(run, operands, (2, n, 12), dtype, impl)) < budget
+    with torch.no_grad():  # stores nothing for a backward
+        inputs = [z.to(dtype) for z in operands]
+        exact = run(*[z.double() for z in inputs], impl="reference")
+        assert (run(*inputs, impl=impl) - exact).norm() < budget * exact.norm()
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -361,7 +385,7 @@ if CAN_RUN:
     def test_the_tiles_that_are_used(width):
         check(operands_of(1, 70, 70, 3, width, HALF, True), 3)
 
-    @pytest.mark.parametrize("size", [3, 5])
+    @pytest.mark.parametrize("size", [3, 5, 7])
     def test_the_tiles_that_are_used_for_a_convolution(size):
         operands = [random(1, 18, 66), random(66, 1, size, size, seed=1), random(66, seed=2)]
 
@@ -369,6 +393,15 @@ if CAN_RUN:
             return depthwise_conv(x, (9, 2), weight, bias, **options)
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
+
+    @pytest.mark.parametrize("kernel_size", [3, 7])
+    def test_the_gated_convolution_takes_its_kernels(kernel_size, small_convolutions, monkeypatch):
+        layer = build_attention("conv", 24, kernel_size=kernel_size).to(DEVICE)
+        x, exact = tokens((3, 4), 1, 24), reference_of(layer)
+        monkeypatch.setattr("torch.nn.functional.conv2d", None)
+        out = layer(x.to(DEVICE), (3, 4))
+        monkeypatch.undo()
+        torch.testing.assert_close(out, exact(x.to(DEVICE), (3, 4)))
 
     @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
