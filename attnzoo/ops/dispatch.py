@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
     "gated_norm": ("triton", "torch", "reference"),
@@ -402,6 +403,13 @@ def is_few(name: str, impl: str, *operands: Tensor) -> bool:
         if z.dtype is not torch.float32 or type(z) not in (Tensor, torch.nn.Parameter):
             return False
     return choose(name, impl, x) == "native"
+
+
+def is_passing(device: torch.device) -> bool:
+    """Whether a tensor made now is part of a trace, a transform or a recording, and no number."""
+    if torch.compiler.is_compiling() or is_watched() or is_transformed():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def has_wide_product(x: Tensor) -> bool:
