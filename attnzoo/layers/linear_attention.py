@@ -20,7 +20,6 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import is_bare
-from attnzoo.layers.rotary import rotated
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -42,6 +41,7 @@ from attnzoo.ops.linear_core import (
 )
 from attnzoo.ops.linear_core.native import linear_core
 from attnzoo.ops.precision import in_float32, operand_dtype
+from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
 Normalizer = Literal["base", "diff", "mean", "none"]

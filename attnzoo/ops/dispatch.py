@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
+    "routed_scalar": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
@@ -51,6 +52,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
     "gated_norm": ("triton", "torch", "reference"),
@@ -403,6 +405,13 @@ def is_few(name: str, impl: str, *operands: Tensor) -> bool:
     return choose(name, impl, x) == "native"
 
 
+def is_passing(device: torch.device) -> bool:
+    """Whether a tensor made now is part of a trace, a transform or a recording, and no number."""
+    if torch.compiler.is_compiling() or is_watched() or is_transformed():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def has_wide_product(x: Tensor) -> bool:
     """Whether torch sums products of half-precision matrices into a float32 result here."""
     return x.is_cuda and _HAS_WIDE_PRODUCT
@@ -417,6 +426,11 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
+def is_without_kernels(x: Tensor) -> bool:
+    """Whether "auto" takes no Triton for a tensor, whatever the operator."""
+    return x.is_cpu and not _IS_FORCED
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

@@ -105,6 +105,11 @@ def launch_routing(dtype, experts, width=384):
     out = kernels.grouped_product(x, weight, order, ends, weight)
     kernels.grouped_product(out, weight.mT, order, ends, weight.mT)
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
+    for line, other in ((router, None), (torch.cat([router, router], 1), x)):
+        operands = x, other, line, line[:, 0].contiguous()
+        for learn in (True, False):
+            scalars, *saved = kernels._routed_scalar.function(*operands, learn)
+            kernels._routed_scalar_backward.function(scalars, *operands, *saved, learn)
 
 
 def launch_linear(dtype, width=384):
@@ -151,6 +156,7 @@ def launch_norms_and_windows(dtype, width=384):
     from attnzoo.ops.downsample import triton as windows
     from attnzoo.ops.gated_norm import triton as gates
     from attnzoo.ops.group_norm import triton as groups
+    from attnzoo.ops.rotary_core import triton as turned
 
     x = torch.ones(1, 256, width, dtype=dtype)
     by_head, ones = x.unflatten(-1, (6, -1)), x[0, 0]
@@ -169,6 +175,13 @@ def launch_norms_and_windows(dtype, width=384):
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
+
+    heads = width // 64  # the widest that are served
+    table = torch.ones(2, 16, 16)
+    for is_weighed in (False, True):
+        sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
+        out, *saved = turned._forward.function(*sizes)
+        turned._backward.function(out, *saved, *sizes)
 
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
@@ -219,8 +232,9 @@ KERNELS = {
     "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
     "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
-    "_downsample_kernel", "_downsample_weight_kernel", "_fold_kernel", "_gate_gradient_kernel",
-    "_gated_carry_kernel",
+    "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
+    "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
+    "_elu_sum_kernel", "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
@@ -228,7 +242,8 @@ KERNELS = {
     "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
-    "_read_kernel", "_router_gradient_kernel", "_scaled_power_map_backward_kernel",
+    "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
+    "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",

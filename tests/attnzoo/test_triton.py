@@ -27,7 +27,7 @@ from attnzoo.ops.gated_scan import fla, gated_linear_attention
 from attnzoo.ops.linear_core import half_matmul, linear_attention
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.routed_linear import decide, routed_linear
+from attnzoo.ops.routed_linear import decide, pick, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
@@ -194,6 +194,41 @@ if CAN_RUN:
             found, torch.autograd.grad(expected, operands, cotangent), strict=True
         ):
             close(mine, theirs, dtype, 3)
+
+    @pytest.mark.parametrize("gradient", ["ste", "none"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("rows", "d", "choices", "parts"),
+        [(37, 48, 9, 1), (150, 130, 5, 2), (1, 16, 1, 2), (600, 40, 17, 1), (0, 16, 3, 1)],
+    )
+    def test_routed_scalar(rows, d, choices, parts, dtype, gradient):
+        together = random(2, rows, 3 * d, dtype=dtype)  # whose parts have rows far apart
+        router, scalars = random(choices, parts * d, seed=1), random(choices, seed=2)
+        cotangent, results = random(2, rows, 1, seed=3, grad=False), []
+        # In bfloat16 products are exact, and only the logits' last digit is rounded.
+        router = router.to(dtype).detach().requires_grad_()
+        for impl in ("auto", "reference"):
+            halves = together.split(d, -1)[:parts]
+            if impl == "reference":
+                halves = [z.float() for z in halves]
+            weight = router if impl == "auto" else router.float()
+            chosen, routed = pick(weight, halves, scalars, gradient, impl)
+            assert chosen.shape == (2, rows, 1) and chosen.dtype == torch.float32
+            inputs = (together, router, scalars)
+            grads = torch.autograd.grad(chosen, inputs, cotangent, allow_unused=True)
+            results.append((chosen, routed, grads))
+        (found, routed, slopes), (expected, wanted, exact) = results
+        assert (routed.logits is None) == (gradient == "none")
+        if not rows:
+            assert all(z is None or not z.any() for z in slopes)
+            return
+        assert (routed.index == wanted.index).double().mean() >= 0.98
+        scale = 1 if dtype == torch.float32 else 8
+        close(found, expected, dtype, scale)
+        for mine, theirs in zip(slopes, exact, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                close(mine, theirs, dtype, scale)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(("rows", "d"), [(1, 16), (37, 48), (9, 130), (3, 1024)])

@@ -21,6 +21,7 @@ from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
+from attnzoo.ops.rotary_core import rotary_core
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from tests.attnzoo.interpreted import run_interpreted
 
@@ -87,6 +88,81 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
         return agent_core(qkv, weight, bias, 3, grid, cells, **options)
 
     assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """The interpreter rounds to bfloat16 as a GPU does: a bias shows where numbers cancel."""
+    if not IS_INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, mode)
+        wide = torch.from_numpy(x.copy().view("float32"))
+        return wide.to(HALF).view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def small_turns(rounding, small_convolutions, monkeypatch):
+    if IS_INTERPRETED:
+        from attnzoo.ops.rotary_core import triton as kernels
+
+        block = kernels.Block(8, 8, 4, 1)
+        monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("is_weighed", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "d", "size", "is_rotated"),
+    # Two parts of the tokens, the first of two tiles; channels beyond those that turn.
+    [((5, 4), 10, 5, True), ((3, 6), 8, 3, False), ((1, 1), 16, 0, True), ((2, 3), 3, 0, True)],
+    ids=str,
+)
+def test_rotary_core(impl, dtype, is_weighed, grid, d, size, is_rotated, small_turns):
+    n, heads = grid[0] * grid[1], 2
+    operands = [random(2, n, 3 * heads * d, seed=1), random(2, n, heads * d, seed=4)]
+    if size:
+        operands += random(heads * d, 1, size, size, seed=2), random(heads * d, seed=3)
+
+    def run(qkv, gate, weight=None, bias=None, **options):
+        kind = heads, grid, is_rotated, is_weighed, 1e-3
+        return rotary_core(qkv, gate, weight, bias, *kind, **options)
+
+    shape = 2, n, heads * d
+    if dtype == torch.float32:
+        assert max(errors(run, operands, shape, dtype, impl)) < 1e-6
+        return
+    for error, other in zip(
+        *(errors(run, operands, shape, dtype, either) for either in (impl, "torch")), strict=True
+    ):
+        assert error < max(2**-7, 2 * other) < 0.05
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_a_nan_of_rotary_core_stays_in_its_image(impl, is_weighed, small_turns):
+    clean, gate = random(2, 20, 3 * 16, seed=1), random(2, 20, 16, seed=2)
+    results = []
+    for place in (None, 7, 23, 40):  # of a query, a key, a value
+        qkv = clean.clone()
+        if place is not None:
+            qkv[0, 3, place] = torch.nan
+        qkv.requires_grad_()
+        out = rotary_core(qkv, gate, None, None, 2, (4, 5), True, is_weighed, 1e-6, impl=impl)
+        results.append((out, *torch.autograd.grad(out.sum(), qkv)))
+        assert place is None or out[0, 3].isnan().any()
+    for z in zip(*results, strict=True):
+        assert z[0].isfinite().all()
+        assert all(torch.equal(other[1], z[0][1]) for other in z[1:])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -435,6 +511,8 @@ if CAN_RUN:
             ("sana", "linear_core"),
             ("lit", "linear_core"),
             ("agent", "agent_core"),
+            ("mala", "rotary_core"),
+            ("rala", "rotary_core"),
             ("compressed", "downsample"),
             ("edit", "group_norm"),
         ],
