@@ -81,7 +81,8 @@ class DiffuSSMAttention(Attention):
         """(b, n, d or 2 d) -> (b, n, d): ``dense`` of each group's mean, and the deviations."""
         if (size := self.config.reduction) == 1:
             return dense(x)
-        means = _means(x, size) if means is None else means
+        if means is None:
+            means = _means(x, size)
         out = dense(means)
         if x.shape[-1] > self.dim:  # both directions' deviations
             x, means = (torch.add(*z.chunk(2, dim=-1)) for z in (x, means))
