@@ -21,9 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.delta_rule.triton_backward import _delta_gradient_kernel, _put
+from attnzoo.ops.delta_rule.triton_backward import (
+    _delta_gradient_kernel,
+    _delta_written_kernel,
+    _put,
+)
 from attnzoo.ops.delta_rule.triton_common import (
     _decays,
+    _edges,
     _gates,
     _inverse,
     _is_later,
@@ -69,13 +74,14 @@ def _delta_update_kernel(
     gate, beta = _gates(
         log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
     )
-    decay, start, end = _decays(gate, row, is_up, P, EXACT)
+    decay = _decays(gate, row, is_up, P, EXACT)
     system = _product(k, tl.trans(k), P, HALF) * decay * beta[:, None]
     inverse = _inverse(tl.where(_is_later(row, is_up), system, 0.0), row, levels, P)
     at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
     tl.store(inverses + at * C * C + row[:, None] * C + tl.arange(0, C)[None, :],
              inverse.to(inverses.dtype.element_ty))  # fmt: skip
     if CARRIED:
+        start, end = _edges(gate, row, is_up)
         v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
         if ADJOINT:
             v *= scale
@@ -164,10 +170,11 @@ def _delta_output_kernel(
         gate, beta = _gates(
             log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
         )
-        decay, start, _ = _decays(gate, row, is_up, P, EXACT)
+        decay = _decays(gate, row, is_up, P, EXACT)
         inverse = tl.load(inverses + at * C * C + square).to(tl.float32)
         wanted = v
         if CARRIED:
+            start, _ = _edges(gate, row, is_up)
             mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
             spot = at * dk * dv + column[:, None] * dv + wide[None, :]
             state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
@@ -183,9 +190,10 @@ class Blocks(NamedTuple):
     """Sizes of the kernels for one type of operands."""
 
     chunk: int  # tokens, at most
-    # Warps of the kernels: of chunks, of outputs, of gradients.
+    # Warps of the kernels: of chunks, of outputs, of what is written, of gradients.
     update: int
     output: int
+    written: int
     gradient: int
     carry: tuple[int, int, int]  # columns of a state, warps, stages
     is_half: bool  # whether products, but for the inverse and the states, are of bfloat16
@@ -193,8 +201,8 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = {
-    torch.bfloat16: Blocks(64, 4, 4, 8, (16, 4, 3), False, torch.float32),
-    torch.float32: Blocks(32, 4, 4, 8, (16, 4, 3), False, torch.float32),
+    torch.bfloat16: Blocks(64, 4, 4, 8, 8, (16, 4, 3), False, torch.float32),
+    torch.float32: Blocks(32, 4, 4, 8, 8, (16, 4, 3), False, torch.float32),
 }
 
 
@@ -261,7 +269,7 @@ def _carry(
 
     With the gradient of the outputs, those of the states that leave them.
     """
-    n, heads, dk, dv, rows, chunks, *_ = call.sizes
+    dk, dv, rows, chunks = call.sizes[2:6]
     is_adjoint, is_alone, blocks = grad is not None, chunks == 1, call.blocks
     value = call.value if grad is None else grad
     tail = order.count, rows, chunks
@@ -320,7 +328,7 @@ def delta_scans_forward(
         (b, n, h, dv) in the dtype of ``query``, and the states before each chunk.
     """
     call = _call(query, key, value, log_decay, strength, heads, scale, height, width)
-    n, heads, dk, dv, rows, chunks, *_ = call.sizes
+    dk, dv, rows, chunks = call.sizes[2:6]
     out = torch.empty(call.value.shape, dtype=query.dtype, device=query.device)
     cached, partial, first = [], None, 0
     orders = _orders(bits) if out.numel() else []
@@ -334,7 +342,7 @@ def delta_scans_forward(
             *_strides(call.query, call.key, call.value, to), call.scale, first,
             log_decay.shape[2], order.count, int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, partial is not None, *call.options,
-            num_warps=call.blocks.output,
+            num_warps=call.blocks.output, num_stages=1,
         )  # fmt: skip
         partial, first = to, first + order.count
     if not (save and chunks > 1 and cached):
@@ -346,7 +354,7 @@ def delta_scans_forward(
 def _(query: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
     *_, bits, save = operands
     call = _call(query, *operands[:-2])
-    n, heads, dk, dv, rows, chunks, *_ = call.sizes
+    dk, dv, rows, chunks = call.sizes[2:6]
     is_cached = save and chunks > 1 and call.value.numel() > 0
     count = bits.bit_count() if is_cached else 0
     return query.new_empty(call.value.shape), call.new(count, rows, chunks, dk, dv)
@@ -360,7 +368,7 @@ def delta_scans_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the operands that there are, in their dtypes."""
     call = _call(query, key, value, log_decay, strength, heads, scale, height, width)
-    n, heads, dk, dv, rows, chunks, *_ = call.sizes
+    dv, rows, chunks = call.sizes[3:6]
     grad = grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
     operands = [query] if key is None else [query, key, value]
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in operands]
@@ -377,13 +385,21 @@ def delta_scans_backward(
         if partial is not None:
             before = _parts(partial[0], heads) if key is None else partial
         entering = states[first : first + order.count] if chunks > 1 else state_grads
-        launch_kernel(_delta_gradient_kernel, (rows * chunks,),
+        written, wanted_grads = call.new(2, order.count, rows, chunks, call.chunk, dv)
+        launch_kernel(_delta_written_kernel, (rows * chunks, order.count),
             call.query, call.key, call.value, call.log_decay, call.strength, grad, inverses,
-            entering, state_grads, *places, *before, *gates, *call.sizes,
+            entering, state_grads, written, wanted_grads, *gates, *call.sizes,
+            *_strides(call.query, call.key, call.value, grad), call.scale, first,
+            log_decay.shape[2], int(not order.is_forward), call.is_mapped,
+            order.is_columns, chunks > 1, *call.options, num_warps=call.blocks.written,
+        )  # fmt: skip
+        launch_kernel(_delta_gradient_kernel, (rows * chunks,),
+            call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
+            wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
             *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,
             log_decay.shape[2], order.count, int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, partial is not None, *call.options,
-            num_warps=call.blocks.gradient,
+            num_warps=call.blocks.gradient, num_stages=1,
         )  # fmt: skip
         partial, first = to, first + order.count
     return outs + [z.to(like.dtype) for z, like in zip(gates, (log_decay, strength), strict=True)]

@@ -12,6 +12,7 @@ import triton.language as tl
 from attnzoo.ops.delta_rule.triton_common import (
     _before_map,
     _decays,
+    _edges,
     _gates,
     _is_later,
     _mapped,
@@ -33,8 +34,90 @@ def _put(out, added, image, head, token, column, mask, value, of_image, of_token
 
 
 @triton.jit
-def _delta_gradient_kernel(
+def _written(z, at, dv, C: tl.constexpr, V: tl.constexpr):
+    """A chunk's tile of what ``_delta_written_kernel`` leaves."""
+    row, wide = tl.arange(0, C), tl.arange(0, V)
+    place = z + at * C * dv + row[:, None] * dv + wide[None, :]
+    mask = (row < C)[:, None] & (wide < dv)[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _delta_written_kernel(
     query, key, value, log_decay, strength, grad, inverses, states, state_grads,
+    written, wanted_grads, grad_decay, grad_strength,
+    n, heads, dk, dv, rows, chunks, height, width,
+    q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
+    d_image, d_token, d_head, scale, first, directions, is_reversed,
+    MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    # What tokens write, and the gradients of what the system is solved for, of strengths there,
+    # and of decays through states. states enter the chunk; state_grads are of those that leave.
+    slot = tl.program_id(1)
+    is_up = (slot == 1) | (is_reversed != 0)
+    chunk = tl.program_id(0) % chunks
+    image_head = tl.program_id(0) // chunks
+    image, head = (image_head // heads).to(tl.int64), image_head % heads
+    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
+    row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
+    mask_k = is_token[:, None] & (column < dk)[None, :]
+    mask_v = is_token[:, None] & (wide < dv)[None, :]
+    at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+    gate, beta = _gates(
+        log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
+    )
+    decay = _decays(gate, row, is_up, P, EXACT)
+    start, end = _edges(gate, row, is_up)
+    q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+    k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+    q, k = _mapped(q, MAPPED, True), _mapped(k, MAPPED, True)
+    d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+    weights = _product(k, tl.trans(q), P, HALF) * tl.trans(decay)
+    of_written = _product(weights, d, P, HALF)
+    wanted = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+    wanted = _mapped(wanted, MAPPED, False)
+    of_start, of_end = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    through = 0.0
+    later = tl.zeros((C, V), tl.float32)
+    known = tl.zeros((C, V), tl.float32)
+    if CARRIED:
+        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
+        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
+        state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+        of_start += start * tl.sum(_product(q, state, P, HALF) * d, 1)
+        known = start[:, None] * _product(k, state, P, HALF)
+        wanted -= known
+        state_grad = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
+        through = tl.sum(tl.sum(state * state_grad, 1), 0) * tl.exp2(tl.sum(gate, 0))
+        later = end[:, None] * _product(k, state_grad, P, HALF)
+        of_written += later
+    square = row[:, None] * C + tl.arange(0, C)[None, :]
+    inverse = tl.load(inverses + at * C * C + square).to(tl.float32)
+    given = _product(inverse, beta[:, None] * wanted, P, HALF)
+    of_wanted = _product(tl.trans(inverse), of_written, P, HALF)
+    spot = at * C * dv + row[:, None] * dv + wide[None, :]
+    mask = (row < C)[:, None] & (wide < dv)[None, :]
+    tl.store(written + spot, given.to(written.dtype.element_ty), mask=mask)
+    tl.store(wanted_grads + spot, of_wanted.to(wanted_grads.dtype.element_ty), mask=mask)
+    if CARRIED:
+        of_start -= beta * tl.sum(of_wanted * known, 1)
+        of_end += tl.sum(later * given, 1)
+    # A gate takes part in all that leads from the start past it, or from before it to the end.
+    is_later = _is_later(row, is_up)
+    reaches = is_later | (row[:, None] == row[None, :])
+    of_gate = through + tl.sum(tl.where(reaches, of_start[:, None], 0.0), 0)
+    of_gate += tl.sum(tl.where(is_later, of_end[None, :], 0.0), 1)
+    place = image * n * directions * heads + (first + slot) * heads + head
+    place += token * (directions * heads)
+    tl.store(grad_decay + place, of_gate, mask=is_token)
+    tl.store(grad_strength + place, tl.sum(of_wanted * wanted, 1), mask=is_token)
+
+
+@triton.jit
+def _delta_gradient_kernel(
+    query, key, value, log_decay, strength, grad, written, wanted_grads, states, state_grads,
     grad_query, grad_key, grad_value, added_query, added_key, added_value, grad_decay,
     grad_strength, n, heads, dk, dv, rows, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
@@ -44,7 +127,6 @@ def _delta_gradient_kernel(
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    # states enter the chunk; state_grads are gradients of the states that leave it.
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
@@ -52,79 +134,76 @@ def _delta_gradient_kernel(
     row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
     mask_k = is_token[:, None] & (column < dk)[None, :]
     mask_v = is_token[:, None] & (wide < dv)[None, :]
-    q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-    k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
-    q, k = _mapped(q, MAPPED, True), _mapped(k, MAPPED, True)
-    v = _mapped(v, MAPPED, False)
-    dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+    # Loops of their own, so that few tiles are in registers at a time.
     dv_tile = tl.zeros((C, V), tl.float32)
-    square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+    for slot in range(slots):
+        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+        _, beta = _gates(
+            log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
+        )
+        dv_tile += beta[:, None] * _written(wanted_grads, at, dv, C, V)
+    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+    dv_tile = _before_map(v, dv_tile, MAPPED, False)
+    _put(grad_value, added_value, image, head, token, wide, mask_v, dv_tile, to_v_image,
+         to_v_token, to_v_head, ADD)  # fmt: skip
+    dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+    for slot in range(slots if CARRIED else 0):
+        is_up = (slot == 1) | (is_reversed != 0)
+        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+        gate, beta = _gates(
+            log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
+        )
+        start, end = _edges(gate, row, is_up)
+        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
+        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
+        state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+        d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head)
+        dq += _product(d * (scale * start)[:, None], tl.trans(state), P, HALF)
+        of_wanted = _written(wanted_grads, at, dv, C, V) * (beta * start)[:, None]
+        dk_tile -= _product(of_wanted, tl.trans(state), P, HALF)
+        state = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
+        given = _written(written, at, dv, C, V) * end[:, None]
+        dk_tile += _product(given, tl.trans(state), P, HALF)
     for slot in range(slots):
         is_up = (slot == 1) | (is_reversed != 0)
         at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
         gate, beta = _gates(
             log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
         )
-        decay, start, end = _decays(gate, row, is_up, P, EXACT)
-        is_later = _is_later(row, is_up)
-        inverse = tl.load(inverses + at * C * C + square).to(tl.float32)
-        weights = _product(q, tl.trans(k), P, HALF)
-        wanted = v
-        from_start = tl.zeros((C,), tl.float32)
-        to_end = tl.zeros((C,), tl.float32)
-        passing = 0.0
-        of_written = _product(tl.trans(weights * decay), d, P, HALF)
-        if CARRIED:
-            mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-            spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-            state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
-            wanted -= start[:, None] * _product(k, state, P, HALF)
-            state_grad = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
-            of_written += end[:, None] * _product(k, state_grad, P, HALF)
-            passing = tl.sum(tl.sum(state * state_grad, 1), 0) * tl.exp2(tl.sum(gate, 0))
-        written = _product(inverse, beta[:, None] * wanted, P, HALF)
-        of_wanted = _product(tl.trans(inverse), of_written, P, HALF)
-        of_beta = tl.sum(of_wanted * wanted, 1)
-        of_system = _product(of_wanted, tl.trans(written), P, HALF)
-        of_wanted *= beta[:, None]
-        dv_tile += of_wanted
-        if CARRIED:
-            found = start[:, None] * _product(d, tl.trans(state), P, HALF)
-            dq += found
-            from_start += tl.sum(found * q, 1)
-            found = -start[:, None] * _product(of_wanted, tl.trans(state), P, HALF)
-            from_start += tl.sum(found * k, 1)
-            later = end[:, None] * _product(written, tl.trans(state_grad), P, HALF)
-            to_end += tl.sum(later * k, 1)
-            dk_tile += found + later
-        # Within the chunk: weights of queries, and the system of keys.
-        of_weights = _product(d, tl.trans(written), P, HALF) * decay
-        through = of_weights * weights
-        dq += _product(of_weights, k, P, HALF)
-        dk_tile += _product(tl.trans(of_weights), q, P, HALF)
-        alike = _product(k, tl.trans(k), P, HALF)
-        of_system = tl.where(is_later, -of_system * decay, 0.0)
-        of_beta += tl.sum(of_system * alike, 1)
+        decay = _decays(gate, row, is_up, P, EXACT)
+        given = _written(written, at, dv, C, V)
+        d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+        of_weights = _product(d, tl.trans(given), P, HALF) * decay
+        of_wanted = _written(wanted_grads, at, dv, C, V)
+        of_system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
+        of_system = tl.where(_is_later(row, is_up), of_system, 0.0)
+        k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+        k = _mapped(k, MAPPED, True)
+        alike = of_system * _product(k, tl.trans(k), P, HALF)
+        of_beta = tl.sum(alike, 1)
+        through = alike * beta[:, None]
         of_system *= beta[:, None]
-        through += of_system * alike
         dk_tile += _product(of_system + tl.trans(of_system), k, P, HALF)
-        # A gate at r takes part in all that leads from before it to it or past it.
+        dq += _product(of_weights, k, P, HALF)
+        q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+        q = _mapped(q, MAPPED, True)
+        through += of_weights * _product(q, tl.trans(k), P, HALF)
+        dk_tile += _product(tl.trans(of_weights), q, P, HALF)
+        # A gate takes part in all that leads from before it to it or past it.
         spans = _dot(through, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
-        spans = tl.where(is_later | (row[:, None] == row[None, :]), spans + from_start[:, None], 0)
-        of_gate = tl.sum(spans, 0) + passing
-        of_gate += tl.sum(tl.where(is_later, to_end[None, :], 0.0), 1)
+        reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
+        of_gate = tl.sum(tl.where(reaches, spans, 0.0), 0)
         place = image * n * directions * heads + (first + slot) * heads + head
         place += token * (directions * heads)
+        of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
+        of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
         tl.store(grad_decay + place, of_gate, mask=is_token)
         tl.store(grad_strength + place, of_beta, mask=is_token)
     q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-    _put(grad_query, added_query, image, head, token, column, mask_k,
-         _before_map(q, dq, MAPPED, True), to_q_image, to_q_token, to_q_head, ADD)  # fmt: skip
+    dq = _before_map(q, dq, MAPPED, True)
+    _put(grad_query, added_query, image, head, token, column, mask_k, dq, to_q_image, to_q_token,
+         to_q_head, ADD)  # fmt: skip
     k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-    _put(grad_key, added_key, image, head, token, column, mask_k,
-         _before_map(k, dk_tile, MAPPED, True), to_k_image, to_k_token, to_k_head, ADD)  # fmt: skip
-    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    _put(grad_value, added_value, image, head, token, wide, mask_v,
-         _before_map(v, dv_tile, MAPPED, False), to_v_image, to_v_token, to_v_head, ADD)  # fmt: skip
+    dk_tile = _before_map(k, dk_tile, MAPPED, True)
+    _put(grad_key, added_key, image, head, token, column, mask_k, dk_tile, to_k_image, to_k_token,
+         to_k_head, ADD)  # fmt: skip

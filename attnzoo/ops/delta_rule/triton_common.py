@@ -78,21 +78,30 @@ def _is_later(row, is_up):
 
 
 @triton.jit
-def _decays(gate, row, is_up, P: tl.constexpr, EXACT: tl.constexpr):
-    """Decays from s to t, (C, C), 0 unless t is s or later; from the start; to the end.
-
-    EXACT: no decay is a difference of sums, which after a strong gate would have lost the weak.
-    """
+def _edges(gate, row, is_up):
+    """Decays from the start of the chunk to each token, its own among them, and to the end."""
     is_later = _is_later(row, is_up)
     reaches = is_later | (row[:, None] == row[None, :])
     start = tl.sum(tl.where(reaches, gate[None, :], 0.0), 1)
     end = tl.sum(tl.where(is_later, gate[:, None], 0.0), 0)
+    return tl.exp2(start), tl.exp2(end)
+
+
+@triton.jit
+def _decays(gate, row, is_up, P: tl.constexpr, EXACT: tl.constexpr):
+    """Decays from s to t, (C, C), 0 unless t is s or later.
+
+    EXACT: none is a difference of sums, which after a strong gate would have lost the weak.
+    """
+    is_later = _is_later(row, is_up)
+    reaches = is_later | (row[:, None] == row[None, :])
     if EXACT:
         between = _dot(tl.where(reaches, 1.0, 0.0), tl.where(is_later, gate[:, None], 0.0), P)
     else:
+        start = tl.sum(tl.where(reaches, gate[None, :], 0.0), 1)
         between = start[:, None] - start[None, :]
     decay = tl.exp2(tl.where(reaches, between, 0.0))
-    return tl.where(reaches, decay, 0.0), tl.exp2(start), tl.exp2(end)
+    return tl.where(reaches, decay, 0.0)
 
 
 @triton.jit
