@@ -201,8 +201,8 @@ class Blocks(NamedTuple):
 
 
 BLOCKS = {
-    torch.bfloat16: Blocks(64, 4, 4, 8, 8, (16, 4, 3), False, torch.float32),
-    torch.float32: Blocks(32, 4, 4, 8, 8, (16, 4, 3), False, torch.float32),
+    torch.bfloat16: Blocks(64, 4, 4, 8, 4, (16, 4, 3), False, torch.float32),
+    torch.float32: Blocks(32, 4, 8, 8, 4, (16, 4, 3), False, torch.float32),
 }
 
 
@@ -393,7 +393,7 @@ def delta_scans_backward(
             log_decay.shape[2], int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, *call.options, num_warps=call.blocks.written,
         )  # fmt: skip
-        launch_kernel(_delta_gradient_kernel, (rows * chunks,),
+        launch_kernel(_delta_gradient_kernel, (rows * chunks, 3),
             call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
             wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
             *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,

@@ -134,76 +134,99 @@ def _delta_gradient_kernel(
     row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
     mask_k = is_token[:, None] & (column < dk)[None, :]
     mask_v = is_token[:, None] & (wide < dv)[None, :]
-    # Loops of their own, so that few tiles are in registers at a time.
-    dv_tile = tl.zeros((C, V), tl.float32)
-    for slot in range(slots):
-        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
-        _, beta = _gates(
-            log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
-        )
-        dv_tile += beta[:, None] * _written(wanted_grads, at, dv, C, V)
-    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    dv_tile = _before_map(v, dv_tile, MAPPED, False)
-    _put(grad_value, added_value, image, head, token, wide, mask_v, dv_tile, to_v_image,
-         to_v_token, to_v_head, ADD)  # fmt: skip
-    dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    for slot in range(slots if CARRIED else 0):
-        is_up = (slot == 1) | (is_reversed != 0)
-        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
-        gate, beta = _gates(
-            log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
-        )
-        start, end = _edges(gate, row, is_up)
-        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-        state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
-        d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head)
-        dq += _product(d * (scale * start)[:, None], tl.trans(state), P, HALF)
-        of_wanted = _written(wanted_grads, at, dv, C, V) * (beta * start)[:, None]
-        dk_tile -= _product(of_wanted, tl.trans(state), P, HALF)
-        state = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
-        given = _written(written, at, dv, C, V) * end[:, None]
-        dk_tile += _product(given, tl.trans(state), P, HALF)
-    for slot in range(slots):
-        is_up = (slot == 1) | (is_reversed != 0)
-        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
-        gate, beta = _gates(
-            log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
-        )
-        decay = _decays(gate, row, is_up, P, EXACT)
-        given = _written(written, at, dv, C, V)
-        d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
-        of_weights = _product(d, tl.trans(given), P, HALF) * decay
-        of_wanted = _written(wanted_grads, at, dv, C, V)
-        of_system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
-        of_system = tl.where(_is_later(row, is_up), of_system, 0.0)
-        k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-        k = _mapped(k, MAPPED, True)
-        alike = of_system * _product(k, tl.trans(k), P, HALF)
-        of_beta = tl.sum(alike, 1)
-        through = alike * beta[:, None]
-        of_system *= beta[:, None]
-        dk_tile += _product(of_system + tl.trans(of_system), k, P, HALF)
-        dq += _product(of_weights, k, P, HALF)
+    mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
+    state_spot = column[:, None] * dv + wide[None, :]
+    # Three programs a chunk, so that few tiles are in registers at a time.
+    if tl.program_id(1) == 0:
+        for slot in range(slots):
+            is_up = (slot == 1) | (is_reversed != 0)
+            at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+            gate, beta = _gates(
+                log_decay, strength, image, head, token, is_token, first + slot, n, heads,
+                directions,
+            )  # fmt: skip
+            d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+            given = _written(written, at, dv, C, V)
+            of_wanted = _written(wanted_grads, at, dv, C, V)
+            through = _product(of_wanted, tl.trans(given), P, HALF)
+            k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+            k = _mapped(k, MAPPED, True)
+            decay = _decays(gate, row, is_up, P, EXACT)
+            through *= _product(k, tl.trans(k), P, HALF) * decay
+            through = tl.where(_is_later(row, is_up), -through, 0.0)
+            of_beta = tl.sum(through, 1)
+            through *= beta[:, None]
+            q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+            weights = _product(_mapped(q, MAPPED, True), tl.trans(k), P, HALF)
+            through += _product(d, tl.trans(given), P, HALF) * decay * weights
+            # A gate takes part in all that leads from before it to it or past it.
+            spans = _dot(through, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
+            reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
+            of_gate = tl.sum(tl.where(reaches, spans, 0.0), 0)
+            place = image * n * directions * heads + (first + slot) * heads + head
+            place += token * (directions * heads)
+            of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
+            of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
+            tl.store(grad_decay + place, of_gate, mask=is_token)
+            tl.store(grad_strength + place, of_beta, mask=is_token)
+    elif tl.program_id(1) == 1:
+        of_query, of_value = tl.zeros((C, K), tl.float32), tl.zeros((C, V), tl.float32)
+        for slot in range(slots):
+            is_up = (slot == 1) | (is_reversed != 0)
+            at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+            gate, beta = _gates(
+                log_decay, strength, image, head, token, is_token, first + slot, n, heads,
+                directions,
+            )  # fmt: skip
+            of_value += beta[:, None] * _written(wanted_grads, at, dv, C, V)
+            d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+            if CARRIED:
+                spot = states + at * dk * dv + state_spot
+                state = tl.load(spot, mask=mask_s, other=0.0).to(tl.float32)
+                start, _ = _edges(gate, row, is_up)
+                of_query += _product(d * start[:, None], tl.trans(state), P, HALF)
+            given = _written(written, at, dv, C, V)
+            of_weights = _product(d, tl.trans(given), P, HALF)
+            of_weights *= _decays(gate, row, is_up, P, EXACT)
+            k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+            of_query += _product(of_weights, _mapped(k, MAPPED, True), P, HALF)
+        v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+        of_value = _before_map(v, of_value, MAPPED, False)
+        _put(grad_value, added_value, image, head, token, wide, mask_v, of_value, to_v_image,
+             to_v_token, to_v_head, ADD)  # fmt: skip
         q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-        q = _mapped(q, MAPPED, True)
-        through += of_weights * _product(q, tl.trans(k), P, HALF)
-        dk_tile += _product(tl.trans(of_weights), q, P, HALF)
-        # A gate takes part in all that leads from before it to it or past it.
-        spans = _dot(through, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
-        reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
-        of_gate = tl.sum(tl.where(reaches, spans, 0.0), 0)
-        place = image * n * directions * heads + (first + slot) * heads + head
-        place += token * (directions * heads)
-        of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
-        of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
-        tl.store(grad_decay + place, of_gate, mask=is_token)
-        tl.store(grad_strength + place, of_beta, mask=is_token)
-    q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-    dq = _before_map(q, dq, MAPPED, True)
-    _put(grad_query, added_query, image, head, token, column, mask_k, dq, to_q_image, to_q_token,
-         to_q_head, ADD)  # fmt: skip
-    k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-    dk_tile = _before_map(k, dk_tile, MAPPED, True)
-    _put(grad_key, added_key, image, head, token, column, mask_k, dk_tile, to_k_image, to_k_token,
-         to_k_head, ADD)  # fmt: skip
+        of_query = _before_map(q, of_query, MAPPED, True)
+        _put(grad_query, added_query, image, head, token, column, mask_k, of_query, to_q_image,
+             to_q_token, to_q_head, ADD)  # fmt: skip
+    else:
+        of_key = tl.zeros((C, K), tl.float32)
+        for slot in range(slots):
+            is_up = (slot == 1) | (is_reversed != 0)
+            at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+            gate, beta = _gates(
+                log_decay, strength, image, head, token, is_token, first + slot, n, heads,
+                directions,
+            )  # fmt: skip
+            given = _written(written, at, dv, C, V)
+            of_wanted = _written(wanted_grads, at, dv, C, V) * beta[:, None]
+            if CARRIED:
+                start, end = _edges(gate, row, is_up)
+                spot = at * dk * dv + state_spot
+                state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+                of_key -= _product(of_wanted * start[:, None], tl.trans(state), P, HALF)
+                state = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
+                of_key += _product(given * end[:, None], tl.trans(state), P, HALF)
+            decay = _decays(gate, row, is_up, P, EXACT)
+            of_system = _product(of_wanted, tl.trans(given), P, HALF) * decay
+            of_system = tl.where(_is_later(row, is_up), -of_system, 0.0)
+            k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+            k = _mapped(k, MAPPED, True)
+            of_key += _product(of_system + tl.trans(of_system), k, P, HALF)
+            d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+            of_weights = _product(given, tl.trans(d), P, HALF) * tl.trans(decay)
+            q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+            of_key += _product(of_weights, _mapped(q, MAPPED, True), P, HALF)
+        k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+        of_key = _before_map(k, of_key, MAPPED, True)
+        _put(grad_key, added_key, image, head, token, column, mask_k, of_key, to_k_image,
+             to_k_token, to_k_head, ADD)  # fmt: skip
