@@ -35,6 +35,8 @@ from attnzoo.ops.delta_rule.triton_common import (
     _mapped,
     _product,
     _raw,
+    _state,
+    _tiles,
 )
 from attnzoo.ops.gated_scan.triton import _BITS, _Order, _orders
 from attnzoo.ops.gated_scan.triton_common import _places
@@ -144,7 +146,7 @@ def _delta_output_kernel(
     query, key, value, log_decay, strength, inverses, states, out, added,
     n, heads, dk, dv, rows, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    o_image, o_token, o_head, scale, first, directions, slots, is_reversed,
+    o_image, o_token, o_head, scale, first, directions, slots, nothing, is_reversed,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     EXACT: tl.constexpr,
@@ -152,36 +154,35 @@ def _delta_output_kernel(
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
-    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
-    row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
-    mask_k = is_token[:, None] & (column < dk)[None, :]
-    mask_v = is_token[:, None] & (wide < dv)[None, :]
-    q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-    k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    q, k = _mapped(q, MAPPED, True), _mapped(k, MAPPED, True)
-    v = _mapped(v, MAPPED, False)
-    weights = _product(q, tl.trans(k), P, HALF)
     result = tl.zeros((C, V), tl.float32)
-    square = row[:, None] * C + tl.arange(0, C)[None, :]
     for slot in range(slots):
+        row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+            chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
+        )
         is_up = (slot == 1) | (is_reversed != 0)
         at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
         gate, beta = _gates(
             log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
         )
-        decay = _decays(gate, row, is_up, P, EXACT)
-        inverse = tl.load(inverses + at * C * C + square).to(tl.float32)
-        wanted = v
+        k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+        k = _mapped(k, MAPPED, True)
+        wanted = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+        wanted = _mapped(wanted, MAPPED, False)
+        q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+        q = _mapped(q, MAPPED, True)
         if CARRIED:
             start, _ = _edges(gate, row, is_up)
-            mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-            spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-            state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+            state = _state(states, at, dk, dv, column, wide)
             wanted -= start[:, None] * _product(k, state, P, HALF)
             result += start[:, None] * _product(q, state, P, HALF)
+        weights = _product(q, tl.trans(k), P, HALF) * _decays(gate, row, is_up, P, EXACT)
+        square = inverses + at * C * C + row[:, None] * C + row[None, :]
+        inverse = tl.load(square).to(tl.float32)
         written = _product(inverse, beta[:, None] * wanted, P, HALF)
-        result += _product(weights * decay, written, P, HALF)
+        result += _product(weights, written, P, HALF)
+    row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+        chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
+    )
     _put(out, added, image, head, token, wide, mask_v, scale * result, o_image, o_token, o_head,
          ADD)  # fmt: skip
 
@@ -340,7 +341,7 @@ def delta_scans_forward(
             call.query, call.key, call.value, call.log_decay, call.strength, inverses, states, to,
             to if partial is None else partial, *call.sizes,
             *_strides(call.query, call.key, call.value, to), call.scale, first,
-            log_decay.shape[2], order.count, int(not order.is_forward), call.is_mapped,
+            log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, partial is not None, *call.options,
             num_warps=call.blocks.output, num_stages=1,
         )  # fmt: skip
@@ -397,7 +398,7 @@ def delta_scans_backward(
             call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
             wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
             *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,
-            log_decay.shape[2], order.count, int(not order.is_forward), call.is_mapped,
+            log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, partial is not None, *call.options,
             num_warps=call.blocks.gradient, num_stages=1,
         )  # fmt: skip

@@ -18,6 +18,8 @@ from attnzoo.ops.delta_rule.triton_common import (
     _mapped,
     _product,
     _raw,
+    _state,
+    _tiles,
 )
 from attnzoo.ops.gated_scan.triton_common import _places
 from attnzoo.ops.triton_common import _dot
@@ -34,11 +36,10 @@ def _put(out, added, image, head, token, column, mask, value, of_image, of_token
 
 
 @triton.jit
-def _written(z, at, dv, C: tl.constexpr, V: tl.constexpr):
+def _written(z, at, dv, row, wide):
     """A chunk's tile of what ``_delta_written_kernel`` leaves."""
-    row, wide = tl.arange(0, C), tl.arange(0, V)
-    place = z + at * C * dv + row[:, None] * dv + wide[None, :]
-    mask = (row < C)[:, None] & (wide < dv)[None, :]
+    place = z + at * row.shape[0] * dv + row[:, None] * dv + wide[None, :]
+    mask = (row >= 0)[:, None] & (wide < dv)[None, :]
     return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -83,13 +84,11 @@ def _delta_written_kernel(
     later = tl.zeros((C, V), tl.float32)
     known = tl.zeros((C, V), tl.float32)
     if CARRIED:
-        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-        state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+        state = _state(states, at, dk, dv, column, wide)
         of_start += start * tl.sum(_product(q, state, P, HALF) * d, 1)
         known = start[:, None] * _product(k, state, P, HALF)
         wanted -= known
-        state_grad = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
+        state_grad = _state(state_grads, at, dk, dv, column, wide)
         through = tl.sum(tl.sum(state * state_grad, 1), 0) * tl.exp2(tl.sum(gate, 0))
         later = end[:, None] * _product(k, state_grad, P, HALF)
         of_written += later
@@ -98,7 +97,7 @@ def _delta_written_kernel(
     given = _product(inverse, beta[:, None] * wanted, P, HALF)
     of_wanted = _product(tl.trans(inverse), of_written, P, HALF)
     spot = at * C * dv + row[:, None] * dv + wide[None, :]
-    mask = (row < C)[:, None] & (wide < dv)[None, :]
+    mask = (row >= 0)[:, None] & (wide < dv)[None, :]
     tl.store(written + spot, given.to(written.dtype.element_ty), mask=mask)
     tl.store(wanted_grads + spot, of_wanted.to(wanted_grads.dtype.element_ty), mask=mask)
     if CARRIED:
@@ -122,7 +121,7 @@ def _delta_gradient_kernel(
     grad_strength, n, heads, dk, dv, rows, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
     d_image, d_token, d_head, to_q_image, to_q_token, to_q_head, to_k_image, to_k_token, to_k_head,
-    to_v_image, to_v_token, to_v_head, scale, first, directions, slots, is_reversed,
+    to_v_image, to_v_token, to_v_head, scale, first, directions, slots, nothing, is_reversed,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     EXACT: tl.constexpr,
@@ -130,15 +129,12 @@ def _delta_gradient_kernel(
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
-    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
-    row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
-    mask_k = is_token[:, None] & (column < dk)[None, :]
-    mask_v = is_token[:, None] & (wide < dv)[None, :]
-    mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-    state_spot = column[:, None] * dv + wide[None, :]
     # Three programs a chunk, so that few tiles are in registers at a time.
     if tl.program_id(1) == 0:
         for slot in range(slots):
+            row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+                chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
+            )
             is_up = (slot == 1) | (is_reversed != 0)
             at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
             gate, beta = _gates(
@@ -146,8 +142,8 @@ def _delta_gradient_kernel(
                 directions,
             )  # fmt: skip
             d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
-            given = _written(written, at, dv, C, V)
-            of_wanted = _written(wanted_grads, at, dv, C, V)
+            given = _written(written, at, dv, row, wide)
+            of_wanted = _written(wanted_grads, at, dv, row, wide)
             through = _product(of_wanted, tl.trans(given), P, HALF)
             k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
             k = _mapped(k, MAPPED, True)
@@ -172,24 +168,29 @@ def _delta_gradient_kernel(
     elif tl.program_id(1) == 1:
         of_query, of_value = tl.zeros((C, K), tl.float32), tl.zeros((C, V), tl.float32)
         for slot in range(slots):
+            row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+                chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
+            )
             is_up = (slot == 1) | (is_reversed != 0)
             at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
             gate, beta = _gates(
                 log_decay, strength, image, head, token, is_token, first + slot, n, heads,
                 directions,
             )  # fmt: skip
-            of_value += beta[:, None] * _written(wanted_grads, at, dv, C, V)
+            of_value += beta[:, None] * _written(wanted_grads, at, dv, row, wide)
             d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
             if CARRIED:
-                spot = states + at * dk * dv + state_spot
-                state = tl.load(spot, mask=mask_s, other=0.0).to(tl.float32)
+                state = _state(states, at, dk, dv, column, wide)
                 start, _ = _edges(gate, row, is_up)
                 of_query += _product(d * start[:, None], tl.trans(state), P, HALF)
-            given = _written(written, at, dv, C, V)
+            given = _written(written, at, dv, row, wide)
             of_weights = _product(d, tl.trans(given), P, HALF)
             of_weights *= _decays(gate, row, is_up, P, EXACT)
             k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
             of_query += _product(of_weights, _mapped(k, MAPPED, True), P, HALF)
+        row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+            chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
+        )
         v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
         of_value = _before_map(v, of_value, MAPPED, False)
         _put(grad_value, added_value, image, head, token, wide, mask_v, of_value, to_v_image,
@@ -201,20 +202,22 @@ def _delta_gradient_kernel(
     else:
         of_key = tl.zeros((C, K), tl.float32)
         for slot in range(slots):
+            row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+                chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
+            )
             is_up = (slot == 1) | (is_reversed != 0)
             at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
             gate, beta = _gates(
                 log_decay, strength, image, head, token, is_token, first + slot, n, heads,
                 directions,
             )  # fmt: skip
-            given = _written(written, at, dv, C, V)
-            of_wanted = _written(wanted_grads, at, dv, C, V) * beta[:, None]
+            given = _written(written, at, dv, row, wide)
+            of_wanted = _written(wanted_grads, at, dv, row, wide) * beta[:, None]
             if CARRIED:
                 start, end = _edges(gate, row, is_up)
-                spot = at * dk * dv + state_spot
-                state = tl.load(states + spot, mask=mask_s, other=0.0).to(tl.float32)
+                state = _state(states, at, dk, dv, column, wide)
                 of_key -= _product(of_wanted * start[:, None], tl.trans(state), P, HALF)
-                state = tl.load(state_grads + spot, mask=mask_s, other=0.0).to(tl.float32)
+                state = _state(state_grads, at, dk, dv, column, wide)
                 of_key += _product(given * end[:, None], tl.trans(state), P, HALF)
             decay = _decays(gate, row, is_up, P, EXACT)
             of_system = _product(of_wanted, tl.trans(given), P, HALF) * decay
@@ -226,6 +229,9 @@ def _delta_gradient_kernel(
             of_weights = _product(given, tl.trans(d), P, HALF) * tl.trans(decay)
             q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
             of_key += _product(of_weights, _mapped(q, MAPPED, True), P, HALF)
+        row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+            chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
+        )
         k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
         of_key = _before_map(k, of_key, MAPPED, True)
         _put(grad_key, added_key, image, head, token, column, mask_k, of_key, to_k_image,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnzoo.ops.gated_scan.triton_common import _places
 from attnzoo.ops.triton_common import _dot
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,6 +28,34 @@ def _product(a, b, P: tl.constexpr, HALF: tl.constexpr):
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
     return _dot(a, b, P)
+
+
+@triton.jit
+def _tiles(
+    chunk, n, dk, dv, height, width, shift, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a chunk, channels of keys and of values, tokens, and which there are.
+
+    In loops over directions ``shift`` is 0 in a way that no compiler knows: it would compute all
+    addresses and masks before the loop, for which there are no registers.
+    """
+    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
+    row, column, wide = (
+        tl.arange(0, C) + shift, tl.arange(0, K) + shift, tl.arange(0, V) + shift,
+    )  # fmt: skip
+    token += shift
+    is_token = is_token & (token >= 0)
+    mask_k = is_token[:, None] & (column < dk)[None, :]
+    mask_v = is_token[:, None] & (wide < dv)[None, :]
+    return row, column, wide, token, is_token, mask_k, mask_v
+
+
+@triton.jit
+def _state(states, at, dk, dv, column, wide):
+    place = states + at * dk * dv + column[:, None] * dv + wide[None, :]
+    mask = (column < dk)[:, None] & (wide < dv)[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
