@@ -15,7 +15,7 @@ from attnzoo.ops.dispatch import MACS, Impl, operator
 
 __all__ = ["gated_delta_block", "gated_delta_rule", "gated_delta_rule_macs", "unserved_heads"]
 
-MOST_CHANNELS = 128  # of a head, in the kernels
+MOST_CHANNELS = 64  # of a head, in the kernels
 
 
 def unserved(query: Tensor, _: Tensor, value: Tensor, *__: Tensor) -> str | None:
@@ -55,7 +55,7 @@ def gated_delta_rule(
         strength: (b, h, n), from 0 (nothing is written) to 1 (what was there is replaced).
         impl: "torch" works by chunks of 64 tokens, with one triangular system each; it is exact
             for any decays and never looks at the data. "triton" is this package's kernels, as
-            exact, on a GPU, for up to 128 channels a head; "fla" is flash-linear-attention's.
+            exact, on a GPU, for up to 64 channels a head; "fla" is flash-linear-attention's.
 
     Returns:
         (b, h, n, dv), in the dtype of ``query``; the state stays in float32 or better.

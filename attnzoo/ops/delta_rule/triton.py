@@ -44,6 +44,7 @@ from attnzoo.ops.triton_common import (
     _ceil,
     _dot,
     _precision,
+    _shared_memory,
     _width,
     launch_kernel,
     launched,
@@ -203,8 +204,17 @@ class Blocks(NamedTuple):
 
 BLOCKS = {
     torch.bfloat16: Blocks(64, 4, 4, 8, 4, (16, 4, 3), False, torch.float32),
-    torch.float32: Blocks(32, 4, 8, 8, 4, (16, 4, 3), False, torch.float32),
+    torch.float32: Blocks(32, 4, 8, 8, 8, (16, 4, 3), False, torch.float32),
 }
+# Where products read no operand from shared memory, larger tiles would not fit into registers.
+_SMALL = Blocks(32, 4, 4, 4, 4, (16, 4, 3), False, torch.float32)
+_HOPPER_ROOM = 200 * 2**10  # bytes of shared memory that only such devices have
+
+
+def _blocks(x: Tensor) -> Blocks:
+    room = _shared_memory(x.device)
+    is_small = room is not None and room < _HOPPER_ROOM and x.dtype == torch.bfloat16
+    return _SMALL if is_small else BLOCKS[x.dtype]
 
 
 class _Call(NamedTuple):
@@ -221,7 +231,7 @@ class _Call(NamedTuple):
 
     @property
     def blocks(self) -> Blocks:
-        return BLOCKS[self.query.dtype]
+        return _blocks(self.query)
 
     @property
     def chunk(self) -> int:
@@ -394,14 +404,15 @@ def delta_scans_backward(
             log_decay.shape[2], int(not order.is_forward), call.is_mapped,
             order.is_columns, chunks > 1, *call.options, num_warps=call.blocks.written,
         )  # fmt: skip
-        launch_kernel(_delta_gradient_kernel, (rows * chunks, 3),
-            call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
-            wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
-            *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,
-            log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
-            order.is_columns, chunks > 1, partial is not None, *call.options,
-            num_warps=call.blocks.gradient, num_stages=1,
-        )  # fmt: skip
+        for part in range(4):
+            launch_kernel(_delta_gradient_kernel, (rows * chunks,),
+                call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
+                wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
+                *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,
+                log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
+                order.is_columns, chunks > 1, partial is not None, *call.options, part,
+                num_warps=call.blocks.gradient, num_stages=1,
+            )  # fmt: skip
         partial, first = to, first + order.count
     return outs + [z.to(like.dtype) for z, like in zip(gates, (log_decay, strength), strict=True)]
 

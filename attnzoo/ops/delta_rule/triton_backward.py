@@ -124,13 +124,14 @@ def _delta_gradient_kernel(
     to_v_image, to_v_token, to_v_head, scale, first, directions, slots, nothing, is_reversed,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    # Parts: gates by queries and by keys, queries and values, keys. In one kernel they would take
+    # each other's registers.
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
-    # Three programs a chunk, so that few tiles are in registers at a time.
-    if tl.program_id(1) == 0:
+    if PART < 2:
         for slot in range(slots):
             row, column, wide, token, is_token, mask_k, mask_v = _tiles(
                 chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
@@ -141,20 +142,23 @@ def _delta_gradient_kernel(
                 log_decay, strength, image, head, token, is_token, first + slot, n, heads,
                 directions,
             )  # fmt: skip
-            d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
             given = _written(written, at, dv, row, wide)
-            of_wanted = _written(wanted_grads, at, dv, row, wide)
-            through = _product(of_wanted, tl.trans(given), P, HALF)
             k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
             k = _mapped(k, MAPPED, True)
-            decay = _decays(gate, row, is_up, P, EXACT)
-            through *= _product(k, tl.trans(k), P, HALF) * decay
-            through = tl.where(_is_later(row, is_up), -through, 0.0)
+            if PART == 0:
+                d = _raw(grad, image, head, token, wide, mask_v, d_image, d_token, d_head) * scale
+                through = _product(d, tl.trans(given), P, HALF)
+                q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+                through *= _product(_mapped(q, MAPPED, True), tl.trans(k), P, HALF)
+            else:
+                of_wanted = _written(wanted_grads, at, dv, row, wide)
+                through = -_product(of_wanted, tl.trans(given), P, HALF)
+                through *= _product(k, tl.trans(k), P, HALF)
+            through *= _decays(gate, row, is_up, P, EXACT)
+            through = tl.where(_is_later(row, is_up), through, 0.0)
             of_beta = tl.sum(through, 1)
-            through *= beta[:, None]
-            q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-            weights = _product(_mapped(q, MAPPED, True), tl.trans(k), P, HALF)
-            through += _product(d, tl.trans(given), P, HALF) * decay * weights
+            if PART == 1:
+                through *= beta[:, None]
             # A gate takes part in all that leads from before it to it or past it.
             spans = _dot(through, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
             reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
@@ -162,10 +166,11 @@ def _delta_gradient_kernel(
             place = image * n * directions * heads + (first + slot) * heads + head
             place += token * (directions * heads)
             of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
-            of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
             tl.store(grad_decay + place, of_gate, mask=is_token)
-            tl.store(grad_strength + place, of_beta, mask=is_token)
-    elif tl.program_id(1) == 1:
+            if PART == 1:
+                of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
+                tl.store(grad_strength + place, of_beta, mask=is_token)
+    elif PART == 2:
         of_query, of_value = tl.zeros((C, K), tl.float32), tl.zeros((C, V), tl.float32)
         for slot in range(slots):
             row, column, wide, token, is_token, mask_k, mask_v = _tiles(
