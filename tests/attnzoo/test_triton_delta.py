@@ -137,7 +137,7 @@ if CAN_RUN:
         for z in inputs[:5]:
             z[0, 0, 17] = torch.nan
         found = with_gradients(kernels, inputs)
-        assert found[0][0].isnan().any() and not found[0][0].isnan().all()
+        assert found[0][0, 0, 17:].isnan().all()
         for mine, before in zip(found, clean, strict=True):
             assert torch.equal(mine[1], before[1])
 
@@ -163,7 +163,7 @@ if CAN_RUN:
         layer: Any = build_scrambled("deltanet", 24, num_heads=2, impl="triton", **options)
         exact: Any = build_scrambled("deltanet", 24, num_heads=2, impl="reference", **options)
         for module in (layer.to(DEVICE), exact.to(DEVICE).double()):
-            x = tokens(grid, dim=24).to(DEVICE, next(module.parameters()).dtype).requires_grad_()
+            x = tokens(grid, 1, 24).to(DEVICE, next(module.parameters()).dtype).requires_grad_()
             out = module(x, grid)
             grads = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
             results.append([z.double() for z in (out, *grads)])
