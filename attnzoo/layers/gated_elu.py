@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import elu_plus_one, xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear
+from attnzoo.ops.dispatch import choose_once
+from attnzoo.ops.rotary_core import WIDEST, rotary_core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,13 @@ class GatedEluAttention(LinearAttention):
 
     Sources: MALA (arXiv 2507.00698) and RALA (arXiv 2411.07635), whose blocks differ in what
     weighs queries and keys only.
+
+    Attributes:
+        is_weighed: Whether keys are weighed by the mean query; a class that says so itself has
+            the equations of ``attnzoo.ops.rotary_core``.
     """
 
+    is_weighed: bool
     gate: nn.Linear
 
     def __init__(self, context: AttentionContext, config: GatedEluConfig) -> None:
@@ -52,9 +59,33 @@ class GatedEluAttention(LinearAttention):
         """ELU(K) + 1, (b, n, dim)."""
         return elu_plus_one(key)
 
+    def unserved_option(self) -> str | None:
+        """See ``LinearAttention.unserved_option``."""
+        if "is_weighed" not in type(self).__dict__:
+            return f"features as {type(self).__name__} makes them"
+        width = self.dim // self.num_heads
+        return f"heads of width {width}" if width > WIDEST else None
+
+    def implementation(self, x: Tensor) -> str:
+        """See ``LinearAttention.implementation``."""
+        if self.config.impl != "auto":
+            return self.config.impl
+        return choose_once(self, "rotary_core", x, self.unserved_option)
+
+    def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``LinearAttention.fused``."""
+        local, conv = (None, None), cast(Any, self.conv)
+        if conv is not None:
+            local = conv.branches[0].weight, conv.branches[0].bias
+        options = self.num_heads, grid, self.is_rotated, self.is_weighed, self.config.eps
+        out = rotary_core(
+            linear(self.qkv, x), linear(self.gate, x), *local, *options, impl="triton"
+        )
+        return linear(self.proj, out)
+
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """See ``LinearAttention.finish``: the gate, which has no activation."""
-        return self.proj(out * self.gate(x))
+        return linear(self.proj, out * linear(self.gate, x))
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

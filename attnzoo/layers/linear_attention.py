@@ -14,13 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as of_modules
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
-from attnzoo.layers.rotary import rotated
+from attnzoo.layers.linear import is_bare
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -42,6 +41,7 @@ from attnzoo.ops.linear_core import (
 )
 from attnzoo.ops.linear_core.native import linear_core
 from attnzoo.ops.precision import in_float32, operand_dtype
+from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
 Normalizer = Literal["base", "diff", "mean", "none"]
@@ -359,19 +359,10 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     Not so where a gradient, a compiler, a hook, an adapter or another forward is at work.
     """
-    if type(layer) is nn.Linear and not torch.is_grad_enabled():
-        own = layer.__dict__
-        is_own = not (
-            torch.compiler.is_dynamo_compiling()
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or "forward" in own
-            or "_compiled_call_impl" in own
-            or of_modules._global_forward_hooks
-            or of_modules._global_forward_pre_hooks
-        )
-        if is_own:
-            return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
+    is_watched = torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()
+    if not is_watched and is_bare(layer):
+        own = layer.__dict__["_parameters"]
+        return F.linear(x, own["weight"], own["bias"])
     return layer(x)
 
 

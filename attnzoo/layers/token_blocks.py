@@ -48,17 +48,23 @@ class TokenBlocks(NamedTuple):
         first, stop = self.rows_of(span)
         return slice(first // self.height * self.columns, -(-stop // self.height) * self.columns)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all blocks have as many tokens."""
+        return not (self.grid[0] % self.height or self.grid[1] % self.width)
+
     def cut(self, z: Tensor, span: slice) -> Tensor:
-        """A part, (b, h, m, e), as blocks, (b, h, blocks, tokens, e), filled up with zeros."""
+        """A part, (..., m, e), as blocks, (..., blocks, tokens, e), filled up with zeros."""
         first, stop = self.rows_of(span)
-        image = z.unflatten(2, (stop - first, self.grid[1]))
-        right, bottom = -self.grid[1] % self.width, -stop % self.height
-        image = F.pad(image, (0, 0, 0, right, first % self.height, bottom))
-        pattern = "b h (a p) (c q) e -> b h (a c) (p q) e"
+        image = z.unflatten(-2, (stop - first, self.grid[1]))
+        top, right, bottom = first % self.height, -self.grid[1] % self.width, -stop % self.height
+        if top or right or bottom:
+            image = F.pad(image, (0, 0, 0, right, top, bottom))
+        pattern = "... (a p) (c q) e -> ... (a c) (p q) e"
         return rearrange(image, pattern, p=self.height, q=self.width)
 
     def join(self, z: Tensor, span: slice) -> Tensor:
-        """Undoes ``cut``."""
+        """Undoes ``cut``, of (b, h, blocks, tokens, e)."""
         pattern = "b h (a c) (p q) e -> b h (a p) (c q) e"
         image = rearrange(z, pattern, c=self.columns, p=self.height, q=self.width)
         first, stop = self.rows_of(span)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.layers.linear_attention import linear
+from attnzoo.ops.dispatch import choose_once, is_without_kernels
+from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.routed_linear import by_ones
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
 _SERVED: dict[str, Any] = {
@@ -57,5 +60,51 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         out = triton.dynamic_differential_attention(*operands, layer.num_heads)
     else:
         out = dynamic_differential_attention(*operands, layer.num_heads, impl="triton")
+    conv = layer.conv
+    return linear(layer.proj, out if conv is None else conv(value, grid, out))
+
+
+def serves_maps(layer: Any, x: Tensor) -> bool:
+    """Whether ``map_forward`` computes the layer, and by kernels here."""
+    if is_without_kernels(x):
+        return False
+    config = layer.config
+    options = config.impl, config.projection, config.differential, config.normalizer
+    if options != ("auto", "redundancy", "map", "base") or slower(layer.dim // layer.num_heads):
+        return False
+    if layer.training and config.balance_coefficient:
+        return False
+    return choose_once(layer, "linear_tokens", x, lambda: None) == "triton"
+
+
+def map_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a layer with differences of maps computes of tokens, (b, h * w, dim), by the kernels.
+
+    Both sides are projected together, and each map is linear attention of tokens (DyDiLA,
+    arXiv 2601.13683, Eq. 10).
+    """
+    from attnzoo.ops.routed_linear.triton import routed_pair
+
+    config = layer.config
+    query, key, value = linear(layer.shared, x).chunk(3, dim=-1)
+    x = x if x.dtype is query.dtype else x.to(query.dtype)  # by autocast
+    projectors = [layer.projectors[z].to(x.dtype) for z in ("query", "key")]
+    routers = [layer.projector_routers[z].weight for z in ("query", "key")]
+    primes, _, gates = routed_pair(x, routers, projectors)
+    if config.router_gradient == "ste":
+        primes = by_ones(primes, gates)
+    queries, keys = (
+        [
+            layer.measured(shared, side, "auto")[0],
+            layer.measured(prime, f"{side}_prime", "auto")[0],
+        ]
+        for shared, side, prime in zip((query, key), ("query", "key"), primes, strict=True)
+    )
+    factor, _ = layer.factor(queries, "map", "auto")
+    maps = [
+        linear_tokens(*pair, value, layer.num_heads, False, True, config.eps)
+        for pair in zip(queries, keys, strict=True)
+    ]
+    out = torch.addcmul(maps[0], factor.to(maps[0].dtype), maps[1], value=-1)
     conv = layer.conv
     return linear(layer.proj, out if conv is None else conv(value, grid, out))

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.depthwise_conv import depthwise_conv, depthwise_conv_macs
+from attnzoo.ops.depthwise_conv import SERVED, depthwise_conv_macs, gated_depthwise_conv
 from attnzoo.registry import register_attention
 
 
@@ -39,10 +38,10 @@ class Config(AttentionConfig):
             )
         if self.expansion <= 0:
             raise InvalidValue(f"expansion must be positive, got {self.expansion}")
-        if self.impl == "triton" and self.kernel_size not in (3, 5):
+        if self.impl == "triton" and self.kernel_size not in SERVED:
             raise InvalidValue(
-                f"impl='triton' does not serve kernel_size={self.kernel_size}; choose 3 or 5, or "
-                f"set impl='auto'"
+                f"impl='triton' does not serve kernel_size={self.kernel_size}; choose one of "
+                f"{SERVED}, or set impl='auto'"
             )
 
 
@@ -68,10 +67,8 @@ class GatedConvolution(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        gate, value = self.gate_value(x).chunk(2, dim=-1)
-        weight, bias = self.conv.weight, self.conv.bias
-        value = depthwise_conv(value, grid, weight, bias, impl=self.config.impl)
-        return self.proj(F.gelu(gate) * value)
+        both, weight, bias = self.gate_value(x), self.conv.weight, self.conv.bias
+        return self.proj(gated_depthwise_conv(both, grid, weight, bias, impl=self.config.impl))
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

@@ -113,19 +113,22 @@ class DeltaNet(Attention):
         """``_scans`` from the projections as they are, in their dtype."""
         from attnzoo.ops.delta_rule.triton import delta_scans
 
-        gates = _gates(self.gates(x), self.log_rate, self.step_bias)
+        decay, strength = _gates(self.gates(x), self.log_rate, self.step_bias)
         qkv = self.qkv(x) if self.conv is None else self.conv(self.qkv(x), grid)
         heads, scale = self.num_heads, (self.dim // self.num_heads) ** -0.5
         if self.taps is None:
             qkv = in_wide_range(qkv)
-            return delta_scans(qkv, None, None, *gates, heads, grid, self.directions, scale)
+            of_layer = heads, grid, self.directions, scale
+            return delta_scans(qkv, None, None, decay, strength, *of_layer)
         gathered = []  # of every direction in its order, as images of one column
         for index, direction in enumerate(self.directions):
-            of_scan = [scan(z[:, :, index : index + 1], grid, direction) for z in gates]
+            of_scan = [
+                scan(z[:, :, index : index + 1], grid, direction) for z in (decay, strength)
+            ]
             gathered.append([self._convolved(scan(qkv, grid, direction)), *of_scan])
-        qkv, *gates = (torch.cat(z) for z in zip(*gathered, strict=True))
-        column, qkv = (x.shape[1], 1), in_wide_range(qkv)
-        out = delta_scans(qkv, None, None, *gates, heads, column, ("forward",), scale)
+        qkv, decay, strength = (torch.cat(z) for z in zip(*gathered, strict=True))
+        of_column = heads, (x.shape[1], 1), ("forward",), scale
+        out = delta_scans(in_wide_range(qkv), None, None, decay, strength, *of_column)
         return self._mean(out.chunk(len(self.directions)), grid)
 
     def _scans(

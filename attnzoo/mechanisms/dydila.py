@@ -32,7 +32,12 @@ from attnzoo.layers.linear_attention import (
     linear_parts,
 )
 from attnzoo.layers.router import Router, as_numbers
-from attnzoo.layers.token_difference import fused_forward, unserved_option
+from attnzoo.layers.token_difference import (
+    fused_forward,
+    map_forward,
+    serves_maps,
+    unserved_option,
+)
 from attnzoo.ops.dispatch import Impl, choose_once, is_few
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
@@ -187,6 +192,8 @@ class DyDiLA(LinearAttention):
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``."""
+        if serves_maps(self, x):
+            return map_forward(self, x, grid), {}
         out, routes = super().attend(x, grid)
         if self.training and self.config.balance_coefficient:
             losses = [balance_loss(r) for r in routes.values() if r.logits is not None]
@@ -245,14 +252,11 @@ class DyDiLA(LinearAttention):
         else:
             for i, z in enumerate(pair):
                 name = side if i == 0 else f"{side}_prime"
-                pair[i], decided = self._kernel(z, name, impl)
+                pair[i], decided = self.measured(z, name, impl)
                 routes |= {f"kernel.{name}": decided} if decided else {}
             if is_token or (config.differential == "map" and side == "query"):
-                kind, read = side if is_token else "map", pair
-                if not is_token and config.map_router == "image":
-                    read = [z.mean(1, keepdim=True) for z in pair]
-                weight, lambdas = self.differential_routers[kind].weight, self.lambda_[0]
-                factor, decided = pick(weight, read, lambdas, gradient, impl)
+                kind = side if is_token else "map"
+                factor, decided = self.factor(pair, kind, impl)
                 routes[f"differential.{kind}"] = decided
                 if is_token:  # the token differential operator, Eq. 8
                     factor = factor.to(pair[0].dtype)
@@ -263,7 +267,19 @@ class DyDiLA(LinearAttention):
         factor = None if is_token or factor is None else factor.unsqueeze(1)
         return Features(terms, norms if has_sums else [], factor, routes)
 
-    def _kernel(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
+    def factor(self, pair: Sequence[Tensor], kind: str, impl: Impl) -> tuple[Tensor, Route]:
+        """The factor of a difference that a pair of features chooses, (b, n or 1, 1) (Eq. 7)."""
+        if kind == "map" and self.config.map_router == "image":
+            pair = [z.mean(1, keepdim=True) for z in pair]
+        router, gradient = self.differential_routers[kind].weight, self.config.router_gradient
+        return pick(router, pair, self.lambda_[0], gradient, self._picking(impl))
+
+    def _picking(self, impl: Impl) -> Impl:
+        """How to take decisions: a balance loss wants logits that have a gradient."""
+        is_balanced = self.training and self.config.balance_coefficient
+        return "torch" if is_balanced and impl == "auto" else impl
+
+    def measured(self, z: Tensor, name: str, impl: Impl) -> tuple[Tensor, Route | None]:
         """The measure kernel of Eq. 5, with the token's own power (Eq. 6), and the choices."""
         # Beyond float16's range a gradient of what comes next may be, and be small again.
         z, chosen = z.float() if z.dtype is torch.float16 else z, None
@@ -273,7 +289,8 @@ class DyDiLA(LinearAttention):
             gamma = torch.full((1,), self.config.gamma_init, device=z.device)
         else:
             router, gradient = self.kernel_routers[name].weight, self.config.router_gradient
-            gamma, chosen = pick(router, [z], self.gammas()[0], gradient, impl)
+            gammas = self.gammas()[0]
+            gamma, chosen = pick(router, [z], gammas, gradient, self._picking(impl))
         return power_map(z, gamma, impl=impl), chosen
 
     def gammas(self) -> Tensor:

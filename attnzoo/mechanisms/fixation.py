@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
+from attnzoo.ops.dispatch import is_transformed
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
 
@@ -60,15 +62,18 @@ class FixationAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """The gated features of queries and keys, and the shifted values, (b, n, dim) each."""
-        query, key, value = self.qkv(x).chunk(3, -1)
+        qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(-2, 0)  # (3, b, n, dim)
         if self.config.shift:
-            key, value = shifted(key, grid), shifted(value, grid)
-        heads = (self.num_heads, self.dim // self.num_heads)
-        query, key, by_head = (in_wide_range(z).unflatten(-1, heads) for z in (query, key, value))
-        query, key = (F.relu(z) + heads[1] ** -0.5 for z in (query, key))
-        gate = self.gate(torch.cat((query, key, by_head), -1).to(value.dtype)).sigmoid()
-        first, last = (gate, gate) if self.config.share_gate else gate.chunk(2, -1)
-        return (first * query).flatten(-2), (last * key).flatten(-2), value
+            qkv = shifted(qkv, grid, first=1)
+        both, value = qkv.split([2, 1])
+        value, heads = value.squeeze(0), (self.num_heads, self.dim // self.num_heads)
+        features, by_head = (in_wide_range(z).unflatten(-1, heads) for z in (both, value))
+        features = F.relu(features) + heads[1] ** -0.5  # of queries and keys together
+        joined = torch.cat((*features.unbind(), by_head), -1).to(value.dtype)
+        gate = self.gate(joined).sigmoid()
+        gates = 1 if self.config.share_gate else 2
+        features = gate.unflatten(-1, (gates, -1)).movedim(-2, 0) * features
+        return *features.flatten(-2).unbind(), value
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """The features, which ``project`` makes: a gate sees query, key and value together."""
@@ -105,32 +110,63 @@ class FixationAttention(LinearAttention):
         return parts | {"projections": parts["projections"] + gates}
 
 
-def shifted(z: Tensor, grid: tuple[int, int]) -> Tensor:
+def shifted(z: Tensor, grid: tuple[int, int], first: int = 0) -> Tensor:
     """Takes half of the channels from the neighbors, a sixteenth from each.
 
     Beyond the border the four straight neighbors are zero and the four diagonal ones the token
     itself, as in the released code.
 
     Args:
-        z: (b, h * w, c).
+        z: (parts, ..., h * w, c).
         grid: (h, w).
+        first: Parts before it stay as they are.
 
     Returns:
-        (b, h * w, c).
+        (parts, ..., h * w, c), contiguous.
     """
-    height, width = grid
-    image = z.unflatten(1, grid)
-    fold = z.shape[-1] // 16
-    parts = []
-    for own, (down, right) in zip(image.split(fold, -1), NEIGHBORS, strict=False) if fold else ():
-        pad = (0, 0, max(-right, 0), max(right, 0), max(-down, 0), max(down, 0))
-        rows = slice(max(down, 0), max(height + min(down, 0), 0))
-        columns = slice(max(right, 0), max(width + min(right, 0), 0))
-        near = F.pad(own[:, rows, columns], pad)
-        if down and right:
-            row = torch.arange(height, device=z.device)[:, None, None] + down
-            column = torch.arange(width, device=z.device)[:, None] + right
-            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            near = torch.where(is_inside, near, own)
-        parts.append(near)
-    return torch.cat((*parts, image[..., 8 * fold :]), -1).flatten(1, 2)
+    image = z.unflatten(-2, grid)
+    has_gradient = torch.is_grad_enabled() and z.requires_grad and not is_transformed()
+    out = _Moved.apply(image, first) if has_gradient else _moved(image, first)
+    return out.flatten(-3, -2)
+
+
+class _Moved(torch.autograd.Function):
+    """``_moved``; autograd would fill a tensor with zeros for each of its slices."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, first: int) -> Tensor:
+        ctx.first = first
+        return _moved(image, first)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _moved(grad, ctx.first, is_adjoint=True), None
+
+
+def _moved(image: Tensor, first: int, is_adjoint: bool = False) -> Tensor:
+    """What ``shifted`` makes of (parts, ..., h, w, c), or the adjoint, for its gradient."""
+    out = image.clone(memory_format=torch.contiguous_format)
+    fold = image.shape[-1] // 16
+    for place, (down, right) in enumerate(NEIGHBORS if fold else ()):
+        channels = slice(place * fold, (place + 1) * fold)
+        new, old = out[first:, ..., channels], image[first:, ..., channels]
+        if is_adjoint:
+            down, right = -down, -right
+        inside = _overlap(image.shape[-3], down), _overlap(image.shape[-2], right)
+        near = old[..., inside[0][1], inside[1][1], :]
+        if not (down and right):
+            new[..., inside[0][0], inside[1][0], :] = near
+            border = new.select(-3, -(down > 0)) if down else new.select(-2, -(right > 0))
+            border.zero_()
+        elif is_adjoint:
+            new[..., inside[0][1], inside[1][1], :] = 0  # those that went elsewhere
+            new[..., inside[0][0], inside[1][0], :] += near
+        else:
+            new[..., inside[0][0], inside[1][0], :] = near
+    return out
+
+
+def _overlap(size: int, step: int) -> tuple[slice, slice]:
+    """Places with a neighbor ``step`` further on, and those neighbors."""
+    before, after = max(-step, 0), max(step, 0)
+    return slice(before, size - after), slice(after, size - before)

@@ -68,31 +68,40 @@ class LinformerAttention(Attention):
 
     def maps(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """E and F for a grid: (landmarks, height * width)."""
-        key = _resized(self.key_maps, grid)
-        return key, key if self.config.shares_maps else _resized(self.value_maps, grid)
+        if self.config.shares_maps:
+            key = _resized(self.key_maps, grid)
+            return key, key
+        # A GPU resizes both in the time of one.
+        both = _resized(torch.cat([self.key_maps, self.value_maps]), grid)
+        key, value = both.chunk(2)
+        return key, value
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        query, key, value = self._query_key_value(x, grid)
-        of_keys, of_values = self.maps(grid)
-        if self.config.impl == "reference":
-            out = _weights(query, key, of_keys, of_values).to(value.dtype) @ value
+        self.check_tokens(x, grid)
+        query, *sources = self.qkv(x).chunk(3, dim=-1)
+        maps = self.maps(grid)
+        query, impl = self._by_head(query), self.config.impl
+        if impl == "reference":
+            key, value = map(self._by_head, sources)
+            out = _weights(query, key, *maps).to(value.dtype) @ value
         else:
-            # A product of any type with maps in its own type, as autocast would make them.
-            key, value = of_keys.to(key.dtype) @ key, of_values.to(value.dtype) @ value
-            out = softmax_attention(query, key, value, impl=self.config.impl)
+            # A product of any type with maps in its own type, as autocast would make them, for
+            # all heads together: their tokens need no copy, and nor do the gradients.
+            key, value = (
+                self._by_head(of_tokens.to(z.dtype).expand(len(z), -1, -1) @ z)
+                for of_tokens, z in zip(maps, sources, strict=True)
+            )
+            out = softmax_attention(query, key, value, impl=impl)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
-    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return query, key, value
+    def _by_head(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``; its rows have any sum."""
-        query, key, _ = self._query_key_value(x, grid)
+        self.check_tokens(x, grid)
+        query, key, _ = map(self._by_head, self.qkv(x).chunk(3, dim=-1))
         return _weights(query, key, *self.maps(grid))
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
@@ -118,12 +127,12 @@ def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     What one of their tokens had is shared by those that take it over, so that each map keeps its
     sum: more tokens are not more weight.
     """
-    rows, columns = (
-        _shares(before, after, maps.dtype, maps.device)
-        for before, after in zip(maps.shape[1:], grid, strict=True)
-    )
-    maps = maps / (rows[:, None] * columns)
     if maps.shape[1:] != grid:
+        rows, columns = (
+            _shares(before, after, maps.dtype, maps.device)
+            for before, after in zip(maps.shape[1:], grid, strict=True)
+        )
+        maps = maps / (rows[:, None] * columns)
         maps = F.interpolate(maps[None], grid, mode="bilinear", antialias=True)[0]
     return maps.flatten(1)
 

@@ -80,9 +80,10 @@ class LocalAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
+        # Parts, not a stack: their gradients then lie where the projection's does.
+        parts = self.qkv(x).chunk(3, dim=-1)
+        shape = self.num_heads, -1
+        query, key, value = (z.unflatten(-1, shape).transpose(1, 2) for z in parts)
         return query, key, value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from attnzoo.layers.gated_elu import GatedEluAttention, GatedEluConfig
 from attnzoo.layers.linear_attention import Features
 from attnzoo.layers.streaming import State
-from attnzoo.ops.linear_core import wide_read
 from attnzoo.ops.precision import in_float32
+from attnzoo.ops.rotary_core.torch import magnitude_read, token_sum
 from attnzoo.registry import register_attention
 
 
@@ -36,6 +36,7 @@ class MALAttention(GatedEluAttention):
     config: Config
     paper = "MALA, 2507.00698"
     plot_style = ("#17BECF", "^")
+    is_weighed = False
     tensors_crossed = 7.0  # also the gate
 
     def fold(
@@ -47,8 +48,7 @@ class MALAttention(GatedEluAttention):
         queries: int | None = None,
     ) -> State:
         """See ``LinearAttention.fold``; last comes the sum of all values."""
-        wide = torch.promote_types(value.dtype, torch.float32)
-        total = self._by_head(value).sum(2, keepdim=True, dtype=wide)
+        total = token_sum(self._by_head(value))
         return [*super().fold(keys, value, grid, span, queries), (total,)]
 
     def attended(
@@ -56,11 +56,8 @@ class MALAttention(GatedEluAttention):
     ) -> Tensor:
         """See ``LinearAttention.attended``."""
         products, sums, (total,) = state
-        tokens, query = grid[0] * grid[1], queries.terms[0]
-        scale = query.shape[-1] ** -0.5 / tokens
-        z = wide_read(queries.norms[0], sums) * scale
-        read = wide_read(query, products) * (scale + scale / (z + self.config.eps))
-        return torch.addcmul(read, z, total / tokens, value=-1).to(query.dtype)
+        turned, query, tokens = queries.terms[0], queries.norms[0], grid[0] * grid[1]
+        return magnitude_read(turned, query, products, sums, total, tokens, self.config.eps)
 
     def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.weights``."""

@@ -9,6 +9,7 @@ Cost per sample: 4 d^2 n + 2 n d d_head + n d + M^2 d (d_head + 1) + 9 n d.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +21,17 @@ from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
+from attnzoo.layers.linear_attention import (
+    Features,
+    LinearAttention,
+    LinearConfig,
+    linear,
+)
 from attnzoo.layers.streaming import State
 from attnzoo.layers.token_blocks import TokenBlocks
 from attnzoo.ops.linear_core import fold, key_sum, quotient, wide_read
 from attnzoo.ops.precision import in_float32, in_wide_range
+from attnzoo.ops.routed_linear import Route
 from attnzoo.registry import register_attention
 
 RELU_OFFSET = 1e-6  # MHLA
@@ -108,6 +115,23 @@ class MHLAttention(LinearAttention):
         # A copy, also where the corner lies in one piece: counters tell it from a parameter.
         return blocks, corner.clone().view(blocks.count, blocks.count)
 
+    def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
+        """See ``LinearAttention.attend``; queries and keys are cut by one copy."""
+        blocks, _ = self.blocks(grid)
+        # What fills up a block is to be zero after the kernels, not before.
+        if self.config.impl == "reference" or not blocks.is_whole:
+            return super().attend(x, grid)
+        both, value = linear(self.qkv, x).split([2 * self.dim, self.dim], dim=-1)
+        by_head = both.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key = self.query_kernel(blocks.cut(by_head, slice(None)))  # that of keys, too
+        values = blocks.cut(self._by_head(value), slice(None))
+        state: State = [fold(key, values, None), key_sum(key)]
+        out = self._read_blocks(query, state, grid, slice(None)).to(value.dtype)
+        out = blocks.join(out, slice(None)).transpose(1, 2).flatten(2)
+        if self.conv is not None:
+            out = self.conv(value, grid, out, impl=self.config.impl)
+        return self.finish(out, x), {}
+
     def fold(
         self,
         keys: Features,
@@ -127,16 +151,23 @@ class MHLAttention(LinearAttention):
         self, queries: Features, state: State, grid: tuple[int, int], span: slice = slice(None)
     ) -> Tensor:
         """See ``LinearAttention.attended``."""
+        blocks, _ = self.blocks(grid)
+        query = blocks.cut(queries.terms[0], span)
+        return blocks.join(self._read_blocks(query, state, grid, span).to(query.dtype), span)
+
+    def _read_blocks(
+        self, query: Tensor, state: State, grid: tuple[int, int], span: slice
+    ) -> Tensor:
+        """What the blocks of a part read, in float32 or better: (b, h, blocks, tokens, d)."""
         blocks, weight = self.blocks(grid)
         (products,), (sums,) = state
-        query, here = blocks.cut(queries.terms[0], span), blocks.blocks_of(span)
+        here = blocks.blocks_of(span)
         read = wide_read(query, (mixed(products, weight[here]),))
         if self.config.normalizer == "exact":
             norm = wide_read(query, (mixed(sums, weight[here]),))
         else:
             norm = mixed(wide_read(query, (sums,)), weight)
-        out = quotient(read, norm + self.config.eps).to(query.dtype)
-        return blocks.join(out, span)
+        return quotient(read, norm + self.config.eps)
 
     def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.weights``."""
@@ -176,7 +207,8 @@ def start_of_mixing(side: int, kind: Mixing) -> Tensor:
 @in_float32
 def mixed(state: Tensor, weight: Tensor) -> Tensor:
     """sum_c W_bc of every block's (d, e): (b, h, c, d, e) and (b', c) -> (b, h, b', d, e)."""
-    return (state.flatten(3).mT @ weight.T).mT.unflatten(3, state.shape[3:])
+    weights = weight.expand(*state.shape[:2], -1, -1)  # fvcore counts no other broadcast
+    return (weights @ state.flatten(3)).unflatten(3, state.shape[3:])
 
 
 @in_float32

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from attnzoo.layers.gated_elu import GatedEluAttention, GatedEluConfig
 from attnzoo.layers.linear_attention import Features
-from attnzoo.layers.rotary import rotated
 from attnzoo.layers.streaming import State, first_pass, second_pass, softmax_merge, spans_of
 from attnzoo.ops.linear_core import fold, key_sum
-from attnzoo.ops.precision import in_float32
+from attnzoo.ops.rotary_core.rotary import rotated
+from attnzoo.ops.rotary_core.torch import key_scores, token_sum
 from attnzoo.registry import register_attention
 
 
@@ -40,6 +40,7 @@ class RALAttention(GatedEluAttention):
     config: Config
     paper = "RALA, 2411.07635"
     divides_by_mean = True
+    is_weighed = True
     plot_style = ("#1F77B4", ">")
     tensors_crossed = 8.0  # also the gate, and the weighed keys
 
@@ -50,9 +51,7 @@ class RALAttention(GatedEluAttention):
         return query, (key, anchor), value
 
     def _query_sum(self, query: Tensor) -> Tensor:
-        features = self._by_head(self.query_kernel(query))
-        wide = torch.promote_types(features.dtype, torch.float32)
-        return features.sum(2, keepdim=True, dtype=wide)
+        return token_sum(self._by_head(self.query_kernel(query)))
 
     def keys(
         self, key: Any, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
@@ -64,7 +63,7 @@ class RALAttention(GatedEluAttention):
     def _scored(self, key: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """Features of keys and what the mean query sees in them, (b, heads, 1, m)."""
         features = self._by_head(self.key_kernel(key))
-        return features, similarity(anchor * anchor.shape[-1] ** -0.5, features)
+        return features, key_scores(anchor, features)
 
     def _weighed(
         self, features: Tensor, weight: Tensor, grid: tuple[int, int], span: slice
@@ -97,9 +96,3 @@ class RALAttention(GatedEluAttention):
         parts = super().macs_parts(grid)
         scores = grid[0] * grid[1] * self.dim
         return parts | {"core": parts["core"] + scores}
-
-
-@in_float32
-def similarity(query: Tensor, key: Tensor) -> Tensor:
-    """Q K^T, (b, h, n, m)."""
-    return query @ key.mT

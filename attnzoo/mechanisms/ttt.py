@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -21,8 +20,13 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
-from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.inner_loop import stepped, trained_conv, trained_unit, unit_gradients
+from attnzoo.ops.inner_loop import (
+    conv_tokens,
+    read_unit,
+    stepped,
+    unit_gradients,
+    unit_tokens,
+)
 from attnzoo.registry import register_attention
 
 
@@ -32,7 +36,7 @@ class Config(StreamConfig):
 
     rate: float = 1.0  # eta; ViT3's best of 0.1 to 10
     conv: bool = True  # the head with the 3x3 depthwise convolution; ViT3
-    impl: Literal["auto", "reference", "torch"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,31 +83,19 @@ class InnerLoop(Attention):
         local = self._local(x, grid)
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block, local)
-        query, key, value = (self._by_head(z) for z in self.qkv(x).chunk(3, dim=-1))
         rate, impl = self.config.rate, self.config.impl
-        weights = trained_unit(key, value, self.first, self.second, rate, impl=impl)
-        return self._read(query, *weights, local)
+        operands = self.qkv(x), self.first, self.second, self.num_heads, rate, local
+        return self.proj(unit_tokens(*operands, impl=impl))
 
     def _by_head(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
-
-    def _read(self, query: Tensor, first: Tensor, second: Tensor, local: Tensor | None) -> Tensor:
-        """The output of queries, (b, h, m, d), read by the trained model; (b, m, dim)."""
-        first, second = (w.to(query.dtype) for w in (first, second))
-        out = rearrange(query @ first * F.silu(query @ second), "b h n d -> b n (h d)")
-        return self.proj(out if local is None else torch.cat([out, local.to(out.dtype)], -1))
 
     def _local(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """The head of the convolution, (b, n, d_head)."""
         if not self.config.conv:
             return None
-        query, key, value = to_image(self.local_qkv(x), grid).chunk(3, dim=1)
-        taps = trained_conv(key, value, self.taps, self.config.rate, impl=self.config.impl)
-        # Every image has kernels of its own: as channels of one image they are one call.
-        images = query.flatten(0, 1)[None]
-        kernels = taps.to(query.dtype).flatten(0, 1)[:, None]
-        out = F.conv2d(images, kernels, padding=1, groups=len(kernels))
-        return to_tokens(out.view_as(query))
+        rate, impl = self.config.rate, self.config.impl
+        return conv_tokens(self.local_qkv(x), grid, self.taps, rate, impl=impl)
 
     def _stream(
         self, x: Tensor, grid: tuple[int, int], block: int, local: Tensor | None
@@ -126,7 +118,7 @@ class InnerLoop(Attention):
         def decode(span: slice) -> Tensor:
             [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
             own = None if local is None else local[:, span]
-            return self._read(self._by_head(query), first, second, own)
+            return self.proj(read_unit(self._by_head(query), first, second, own))
 
         return second_pass(None, spans, decode)
 

@@ -8,6 +8,7 @@ out = (y * SiLU(z)) W_3. Cost per sample: 6.25 d^2 n + 136 d n.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.state_space import Carried, Mamba, Mamba2
 from attnzoo.layers.streaming import StreamConfig, stream_orders
+from attnzoo.ops.dispatch import is_transformed, is_watched
+from attnzoo.ops.reorder import reordered
 from attnzoo.registry import register_attention
 
 
@@ -66,13 +69,11 @@ class ZigMaAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        order = zigzag(grid, self.path, x.device)
+        order, places = _path(grid, self.path, x.device)
         if (block := self.config.block(self.training)) is not None:
             return stream_orders(x, [order], block, self._advance)
-        out = self.layer(x.index_select(1, order), self.config.impl)
-        # A sort of the order would take a GPU as long as a projection.
-        places = torch.arange(len(order), device=x.device)
-        return out.index_select(1, places.scatter(0, order, places))
+        out = self.layer(reordered(x, 1, order, places), self.config.impl)
+        return reordered(out, 1, places, order)
 
     def _advance(self, x: Tensor, carried: Carried | None, _: int) -> tuple[Tensor, Carried]:
         return self.layer.advance(x, carried)
@@ -92,10 +93,36 @@ def zigzag(grid: tuple[int, int], path: int, device: torch.device | str | None =
     Returns:
         (height * width,), of row-by-row indices.
     """
-    height, width = grid
-    lines = torch.arange(height * width, device=device).view(height, width)
-    from_below, from_right = path // 4 == 1, path // 2 % 2 == 1
-    lines = lines.flip([axis for axis, is_far in enumerate((from_below, from_right)) if is_far])
-    lines = lines.T if path % 2 else lines
-    is_back = torch.arange(lines.shape[0], device=device).unsqueeze(1) % 2 == 1
-    return torch.where(is_back, lines.flip(1), lines).reshape(-1)
+    tokens = torch.arange(grid[0] * grid[1], device=device).view(grid).flip(_far_axes(path))
+    return _back_and_forth(tokens.T if path % 2 else tokens).reshape(-1)
+
+
+def _places(grid: tuple[int, int], path: int, device: torch.device) -> Tensor:
+    """Where on a path each token is, (height * width,): the inverse of ``zigzag``."""
+    places = torch.arange(grid[0] * grid[1], device=device)
+    lines = _back_and_forth(places.view(grid[::-1] if path % 2 else grid))
+    return (lines.T if path % 2 else lines).flip(_far_axes(path)).reshape(-1)
+
+
+def _far_axes(path: int) -> list[int]:
+    """The axes of the grid at whose far end a path starts."""
+    return [axis for axis, is_far in enumerate((path // 4 == 1, path // 2 % 2 == 1)) if is_far]
+
+
+def _back_and_forth(lines: Tensor) -> Tensor:
+    is_back = torch.arange(lines.shape[0], device=lines.device).unsqueeze(1) % 2 == 1
+    return torch.where(is_back, lines.flip(1), lines)
+
+
+def _path(grid: tuple[int, int], path: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``zigzag`` and its inverse, which take a GPU longer to make than tokens to reorder."""
+    if torch.compiler.is_compiling() or is_transformed() or is_watched():
+        # A compiler makes arithmetic of them; nothing else's tensors may outlive it.
+        return zigzag(grid, path, device), _places(grid, path, device)
+    return _cached_path(grid, path, device)
+
+
+@functools.cache  # for good: a recorded CUDA graph goes on reading it
+def _cached_path(grid: tuple[int, int], path: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # or else no gradient could read them later
+        return zigzag(grid, path, device), _places(grid, path, device)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import optional
@@ -43,6 +44,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "power_map": ("native", "triton", "torch", "reference"),
     "scaled_power_map": ("native", "triton", "torch", "reference"),
     "routed_linear": ("triton", "torch", "reference"),
+    "routed_scalar": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
@@ -50,11 +52,13 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
     "gated_norm": ("triton", "torch", "reference"),
     "normed_difference": ("triton", "torch", "reference"),
     "depthwise_conv": ("triton", "torch", "reference"),
+    "gated_depthwise_conv": ("triton", "torch", "reference"),
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),
@@ -63,6 +67,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_delta_rule": ("triton", "torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),
     "trained_conv": ("torch", "reference"),
+    "unit_tokens": ("triton", "torch", "reference"),
+    "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("flex", "torch", "reference", "natten"),
@@ -82,6 +88,7 @@ _IS_FORCED = os.environ.get("ATTNZOO_TRITON") == "1"
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # torch before 2.8 cannot sum half-precision operands into a float32 result.
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
+_KNOWS_EXPORT = torch.__version__ >= "2.9"  # which compares numbers
 # Those that need packages that may be missing.
 _LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
@@ -398,6 +405,13 @@ def is_few(name: str, impl: str, *operands: Tensor) -> bool:
     return choose(name, impl, x) == "native"
 
 
+def is_passing(device: torch.device) -> bool:
+    """Whether a tensor made now is part of a trace, a transform or a recording, and no number."""
+    if torch.compiler.is_compiling() or is_watched() or is_transformed():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def has_wide_product(x: Tensor) -> bool:
     """Whether torch sums products of half-precision matrices into a float32 result here."""
     return x.is_cuda and _HAS_WIDE_PRODUCT
@@ -412,6 +426,40 @@ def has_half_sums(*operands: Tensor) -> bool:
         if z.dtype is not torch.bfloat16:
             return False
     return (has_wide_product(operands[0]) or _IS_FORCED) and not torch.compiler.is_compiling()
+
+
+def is_without_kernels(x: Tensor) -> bool:
+    """Whether "auto" takes no Triton for a tensor, whatever the operator."""
+    return x.is_cpu and not _IS_FORCED
+
+
+def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether PyTorch projects, adds the bias and applies GELU's tanh form in one kernel here.
+
+    That call is in half precision and has no gradient, tangent or batching rule; an exporter or a
+    counter knows none, and on other devices it is GELU's exact form.
+    """
+    if not x.is_cuda or layer.bias is None or forward_ad._current_level >= 0:
+        return False
+    dtype, is_recorded = operand_dtype(x), torch.is_grad_enabled()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    for z in (x, layer.weight, layer.bias):
+        if not z.is_cuda or operand_dtype(z) is not dtype or (is_recorded and z.requires_grad):
+            return False
+        if type(z) not in (Tensor, torch.nn.Parameter):  # it may keep its numbers elsewhere
+            return False
+    if is_watched() or is_transformed() or _may_export():
+        return False
+    return _fused_gelu_pays()
+
+
+def _may_export() -> bool:
+    # Not is_exporting(), which is True in every compilation by torch before 2.13 (pytorch issue
+    # 176347); before 2.9 the flag is not set in every export.
+    return torch.compiler.is_compiling() and (
+        not _KNOWS_EXPORT or torch.compiler._is_exporting_flag
+    )
 
 
 def can_look(x: Tensor) -> bool:
@@ -475,6 +523,12 @@ def _try_flash() -> bool:
 
 
 @functools.cache
+def _try_fused_gelu() -> bool:
+    # On Ada and on Blackwell for desktops others have measured it slower than the two kernels.
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+@functools.cache
 def _try_flex() -> bool:
     try:  # FlexAttention is young, and made of what the compiler makes of it
         importlib.import_module("attnzoo.ops.neighborhood.flex").works()
@@ -506,6 +560,10 @@ def flash_works() -> bool:
     return _try_flash()
 
 
+def _fused_gelu_pays() -> bool:
+    return _try_fused_gelu()
+
+
 def _flex_works() -> bool:
     return _try_flex()
 
@@ -524,6 +582,6 @@ def _load(package: str, impl: str, name: str) -> None:
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
 for _constant in (
-    _triton_works, _flex_works, _native_works, flash_works, _load, _is_installed,
+    _triton_works, _flex_works, _native_works, flash_works, _fused_gelu_pays, _load, _is_installed,
 ):  # fmt: skip
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from attnzoo.errors import Unavailable
 from bench.checks import WrongStep
 from bench.isolate import one_line
-from bench.scaling.launch import ROOT, end, last_words, start
+from bench.launch import ROOT, end, last_words
+from bench.scaling.launch import start
 from recipes.lab.files import read_json
 from recipes.lab.training.checkpoint import Run
 

@@ -1,4 +1,4 @@
-"""Starts processes on some of the GPUs, and ends them: by torchrun where there are several."""
+"""Starts processes on some of the GPUs, which measure cases, and ends them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import launch
+from bench.launch import end, last_words
 from bench.reports import TOO_SLOW
 from bench.scaling.cases import Case, write_plan
 
-ROOT = Path(__file__).parents[2]
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def start(
     script: Sequence[str], processes: int, devices: Sequence[int] | None, output: Path
 ) -> subprocess.Popen[bytes]:
-    """Starts a script as a user would.
+    """See ``bench.launch.start``.
 
     Args:
         script: Arguments of Python.
@@ -31,27 +31,15 @@ def start(
         devices: GPUs that they see, counted among those of this process; None is a CPU.
         output: File for what they say.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else ()), *script]
     cores, names = os.cpu_count() or 1, os.environ.get(_VISIBLE, "").split(",")
     names = [name for name in names if name]
-    environment = {
-        **os.environ,
+    changed = {
         _VISIBLE: ",".join(names[device] if names else str(device) for device in devices or ()),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         # What torchrun would set, for one process too.
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(16, cores // max(1, processes)))),
     }
-    with output.open("wb") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=output.parent
-        )
-
-
-def last_words(output: Path) -> str:
-    """The last lines of what processes said, as one."""
-    return " ".join(output.read_text("utf-8", "replace").split())[-200:]
+    return launch.start(script, processes, output, launch.ROOT, **changed)
 
 
 class Launch:
@@ -110,14 +98,3 @@ class Launch:
                 with contextlib.suppress(ProcessLookupError, ValueError):
                     os.kill(int(file.read_text()), signal.SIGKILL)
         end(self._process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a script and, where it is torchrun, what that has started."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(40)  # torchrun grants its own thirty
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -29,9 +29,10 @@ from bench.machine import quiet
 from bench.options import split
 from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
-from bench.whole_models.by_recipe import BEFORE, RECIPES
+from bench.whole_models.by_recipe import EXPECTED, RECIPES
 from bench.whole_models.cases import LAYER_TOKENS, LAYER_WIDTH, Case, Layer, Setup
-from bench.whole_models.figures import MODES, TREATMENTS, read_whole, tables
+from bench.whole_models.figures import LAYER_TREATMENTS, MODES, TREATMENTS, read_whole, tables
+from bench.whole_models.older import BEFORE
 from bench.whole_models.process import Bench, Elsewhere, Job, compile_job
 from recipes.lab.console import DONE, UserError, run_script, whole
 
@@ -42,7 +43,7 @@ DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 40
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
 _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
-PARTS = ("cases", "layers", "launches", "recipes", "scans")
+PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
 
 
 class Run(reports.Writer):
@@ -57,6 +58,7 @@ class Run(reports.Writer):
         super().__init__(options, PARTS)
         before, commit = options.before or (None, "")
         self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit)
+        self._taken: dict[str, float] = {}  # most seconds, by kind of EXPECTED
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         if report is not None:
             self.go_on(report, (*PARTS, "peaks"))
@@ -100,19 +102,19 @@ class Run(reports.Writer):
             job = dataclasses.replace(job, peaks=self.report["peaks"])
         if job.softmax is not None and job.softmax.name in late:
             job = dataclasses.replace(job, softmax=without(job.softmax))
-        if case is not None and case.name in late:
+        if case is not None and job.name in late:
             job = dataclasses.replace(job, case=without(case))
         row, reason = self._measured(job)
-        if case is not None and reason.startswith(TOO_SLOW) and case.name not in late:
-            late[case.name] = reason
+        if case is not None and reason.startswith(TOO_SLOW) and job.name not in late:
+            late[job.name] = reason
             row, reason = self._measured(dataclasses.replace(job, case=without(case)))
         if row is None:
             self.miss(job.name, reason)
             return
         if case is not None:
             row["treatments"] = case.treatments
-            if case.name in late:
-                row["missing"]["compiled"] = late[case.name]
+            if job.name in late:
+                row["missing"]["compiled"] = late[job.name]
         self._keep(job.part, row)
 
     def _planned(self) -> list[Job]:
@@ -124,18 +126,21 @@ class Run(reports.Writer):
         return sorted((job for job in jobs if job.part in options.parts), key=self._place)
 
     def _place(self, job: Job) -> int:
-        case, is_first = job.case, job.mechanism in FIRST
+        case, is_first, older = job.case, job.mechanism in FIRST, self.options.before
+        if job.part == "before":
+            return 1
         if isinstance(case, Case):
             is_small = case.size == next(iter(self.options.models))
             return (0 if is_small else 2) if is_first else 6
         if job.part in ("recipes", "scans"):
-            return 3
+            is_spare = job.recipe[1] == "recorded" or (older and job.recipe[1] == "eager")
+            return 7 if is_spare else 3
         if case is not None and case.impl:
             return 5
         return 1 if is_first else 4
 
     def _others(self) -> list[Job]:
-        """Launches, layers, recipes and scans."""
+        """Launches, layers, recipes, scans, and softmax held to an older checkout."""
         names, jobs = self.options.mechanisms, []
         for name in dict.fromkeys(part for pattern in names for part in names_in(pattern)):
             jobs.append(Job("launches", name))
@@ -149,6 +154,9 @@ class Run(reports.Writer):
                 jobs += [Job("recipes", name, recipe=(recipe, way))] * (name in names)
         for mode in MODES:
             jobs += [Job("scans", "gated", mode=mode)] * ("gated" in names)
+            if self.options.before and "softmax" in names:
+                case = Case("softmax", "S", 4096, mode, LAYER_TREATMENTS)
+                jobs.append(Job("before", "softmax", case))
         return jobs
 
     def _keep(self, part: str, row: dict[str, Any]) -> None:
@@ -157,18 +165,27 @@ class Run(reports.Writer):
         self.write()
 
     def _measured(self, job: Job) -> tuple[dict[str, Any] | None, str]:
-        start = time.monotonic()
-        if start >= self.end:
+        if time.monotonic() >= self.end:
             return None, SPENT
         if reason := self._why_wrong(job.mechanism):
             return None, reason
+        kind, left = job.recipe[0] or job.part, self.end - time.monotonic()
+        expected = self._taken.get(kind, EXPECTED.get(kind, 0.0))
+        if isinstance(self._bench, Elsewhere) and left < expected:
+            return None, (f"takes about {expected:.0f} s, and {left:.0f} were left; "
+                          f"raise --seconds, or go on with --resume")  # fmt: skip
         # A recipe starts, compiles and trains; fla tries its block sizes for a minute.
         by_fla = job.part == "scans" or (isinstance(job.case, Layer) and job.case.impl)
-        patience = self.options.patience * (3 if by_fla or job.part == "recipes" else 1)
+        is_long = by_fla or job.part in ("recipes", "before")
+        patience = self.options.patience * (3 if is_long else 1)
+        start = time.monotonic()
         row, reason = self._answer(job, patience)
         if row is not None:
             lacking = f" without {', '.join(row['missing'])}" if row.get("missing") else ""
-            print(f"{job.name}: {time.monotonic() - start:.1f} s{lacking}", flush=True)
+            taken = time.monotonic() - start
+            if kind in EXPECTED:
+                self._taken[kind] = max(taken, self._taken.get(kind, 0.0))
+            print(f"{job.name}: {taken:.1f} s{lacking}", flush=True)
         return row, reason
 
     def _answer(self, job: Job, seconds: float) -> tuple[dict[str, Any] | None, str]:
@@ -271,6 +288,9 @@ def _older(folder: Path) -> tuple[Path, str]:
 
 
 def _name_of(row: dict[str, Any]) -> str:
+    if "over_before" in row:
+        case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
+        return Job("before", case=case).name
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
     if "over_fla" in row:
@@ -300,7 +320,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--before", type=Path, default=None, metavar="FOLDER",
-        help="an older checkout (git worktree add FOLDER COMMIT), whose recipes ours are held to",
+        help="an older checkout (git worktree add FOLDER COMMIT), which recipes and steps of "
+        "softmax are held to",
     )  # fmt: skip
     parser.add_argument(
         "--skip-compiled", default="", help="mechanisms measured without compiled blocks"
@@ -320,14 +341,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if options.no_layers and options.parts is not None:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
+    is_named = options.parts is not None
     options.parts = split(options.parts or ("cases" if is_short else ",".join(PARTS)))
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
     if options.before is not None:
-        if "recipes" not in options.parts:
-            raise UserError("--before is of recipes; give --parts recipes, too")
+        if not {"recipes", "before"} & set(options.parts):
+            raise UserError("--before is of recipes and before; give --parts recipes,before, too")
         options.before = _older(options.before)
+    elif is_named and "before" in options.parts:
+        raise UserError("--parts before times an older checkout; name it by --before FOLDER")
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
     options.sizes, known = split(options.sizes), attnzoo.list_attention()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,17 @@ from torch import Tensor
 from attnzoo.errors import Unavailable
 from backbones import compile_blocks
 from bench.checks import WrongStep, relative_error
-from bench.isolate import one_line
+from bench.launch import ROOT, end, last_words, start
 from bench.machine import quiet
+from bench.reports import TOO_SLOW
 from bench.timing import interleave
 from bench.whole_models.cases import Case, Setup, build_model
 from bench.whole_models.measures import stopwatch
+from bench.whole_models.older import BEFORE, sampling_speeds
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, sample
 
 # Of a recipe, by way: --cuda-graph and --compile.
 WAYS = {"compiled": ("on", "on"), "recorded": ("on", "off"), "eager": ("off", "off")}
-BEFORE = "before"  # by the recipes of an older checkout, which knew no such flags
 GPUS = {"one GPU": 1, "two GPUs": 2}
 # Recipes whose images per second are compared by way, E2, E3 and E11: of which mechanisms.
 RECIPES = {
@@ -36,7 +35,32 @@ RECIPES = {
     ("sample", ("softmax", "dydila")): tuple(WAYS),
     ("train on GPUs", ("dydila",)): tuple(GPUS),
 }
-_STEPS = 60  # of a training, of which the first third does not count
+# Seconds that one takes on an H100, with compilers' caches on disk, until one has been taken:
+# of recipes, and of the part "before".
+EXPECTED = {"train": 25.0, "sample": 25.0, "train on GPUs": 45.0, "before": 40.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Which steps of a training count.
+
+    Attributes:
+        settling: The first ones, which do not.
+        least: Fewest that do.
+        seconds: Of those that do, after which no more than the fewest are waited for.
+        most: After which training ends by itself.
+    """
+
+    settling: int = 10
+    least: int = 20
+    seconds: float = 3.0
+    most: int = 400
+
+    def counted(self, seconds: Sequence[float]) -> Sequence[float] | None:
+        """Those that count, of all that have been taken; None as long as they do not suffice."""
+        found = seconds[self.settling :]
+        is_enough = len(found) >= self.least and sum(found) >= self.seconds
+        return found if is_enough or len(seconds) >= self.most else None
 
 
 def rehearse_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> None:
@@ -45,12 +69,14 @@ def rehearse_recipe(recipe: str, mechanism: str, way: str, setup: Setup) -> None
 
     quiet()
     config.compile_threads = 1
-    measure_recipe(recipe, mechanism, way, dataclasses.replace(setup, seconds=0.0), short=True)
+    setup = dataclasses.replace(setup, seconds=0.0)
+    measure_recipe(recipe, mechanism, way, setup, steps=Steps(0, 4, 0.0, most=4))
 
 
 def measure_recipe(
-    recipe: str, mechanism: str, way: str, setup: Setup, short: bool = False
-) -> dict[str, Any]:
+    recipe: str, mechanism: str, way: str, setup: Setup,
+    patience: float = 170.0, steps: Steps = Steps(),
+) -> dict[str, Any]:  # fmt: skip
     """Images per second of a recipe as a user starts it, DiT-S in bfloat16.
 
     Args:
@@ -59,81 +85,72 @@ def measure_recipe(
         mechanism: The attention.
         way: Of ``WAYS``, or of ``GPUS``; or ``BEFORE``.
         setup: Where.
-        short: Too few steps for a figure.
+        patience: Seconds that a training may take.
+        steps: Which of them count; a few are too few for a figure.
     """
-    steps = 4 if short else _STEPS
     row: dict[str, Any] = {"recipe": recipe, "mechanism": mechanism, "way": way}
     if way == BEFORE:
         row["commit"] = setup.before_commit
     if recipe == "sample" and way == BEFORE:
-        found = _sampling_before(mechanism, setup, rounds=1 if short else 3)
+        found = sampling_speeds(mechanism, setup)
         row["float32_images_per_second"] = found["float32"]  # without the autocast that ours have
-        speed = found["bfloat16"]
-    elif recipe == "sample":
-        speed = _sampling(mechanism, way, setup)
-    elif recipe == "train":
-        graph, compiled = WAYS.get(way, ("", ""))
-        options = ["--resolution", "64"]
-        if way != BEFORE:
+        return row | {"images_per_second": found["bfloat16"]}
+    if recipe == "sample":
+        return row | {"images_per_second": _sampling(mechanism, way, setup)}
+    processes, root = GPUS.get(way, 1), ROOT
+    if recipe == "train":
+        batch, options = 64, ["--resolution", "64"]
+        if way == BEFORE:
+            assert setup.before is not None
+            root = setup.before
+        else:
+            graph, compiled = WAYS[way]
             options += ["--cuda-graph", graph, "--compile", compiled]
-        folder = setup.before if way == BEFORE else None
-        speed = _training(mechanism, 64, options, steps, folder=folder)
     else:
         # One alone has nothing beside it.
         if (there := torch.cuda.device_count()) < (most := max(GPUS.values())):
             raise Unavailable(
                 f"needs {most} GPUs, and there {'is' if there == 1 else 'are'} {there}"
             )
-        options = ["--resolution", "128", "--patch-size", "2"]
-        speed = _training(mechanism, 16 * GPUS[way], options, steps, GPUS[way])
-    return row | {"images_per_second": speed}
+        batch, options = 16 * processes, ["--resolution", "128", "--patch-size", "2"]
+    options = ["--attn", mechanism, "--batch-size", str(batch), *options]
+    seconds = _training(options, processes, root, patience, steps)
+    return row | {"images_per_second": batch / statistics.median(seconds), "steps": len(seconds)}
 
 
 def _training(
-    mechanism: str,
-    batch: int,
-    options: Sequence[str],
-    steps: int,
-    processes: int = 1,
-    folder: Path | None = None,
-) -> float:
-    root = folder or Path(__file__).parents[2]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    never = [f"--{what}-every={2 * steps}" for what in ("checkpoint", "sample", "diagnose")]
-    with tempfile.TemporaryDirectory() as out:
-        command = [
-            sys.executable, *(launcher if processes > 1 else ()),
-            str(root / "recipes" / "train.py"), "--attn", mechanism,
-            "--size", "S", "--data", "shapes", "--precision", "bf16", "--steps", str(steps),
-            "--batch-size", str(batch), "--out", f"{out}/run", *never, *options,
+    options: Sequence[str], processes: int, root: Path, patience: float, steps: Steps
+) -> Sequence[float]:
+    """Seconds of the steps that count; what follows them is cut off."""
+    never = [f"--{what}-every={2 * steps.most}" for what in ("checkpoint", "sample", "diagnose")]
+    with tempfile.TemporaryDirectory() as folder:
+        run, output = Path(folder, "run"), Path(folder, "output.txt")
+        script = [
+            str(root / "recipes" / "train.py"), "--size", "S", "--data", "shapes",
+            "--precision", "bf16", "--steps", str(steps.most), "--out", str(run), *never, *options,
         ]  # fmt: skip
-        _started(command, root)
-        lines = Path(out, "run", "log.jsonl").read_text("utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines][steps // 3 :]
-    return batch / statistics.median(seconds)
+        process, until = start(script, processes, output, root), time.monotonic() + patience
+        try:
+            while True:
+                has_ended = process.poll() is not None
+                if found := steps.counted(_seconds_of_steps(run)):
+                    return found
+                if has_ended:
+                    said = last_words(output)
+                    raise WrongStep(f"train.py ended with {process.returncode}: {said}")
+                if time.monotonic() > until:
+                    raise WrongStep(f"{TOO_SLOW} {patience:.0f} s: {last_words(output)}")
+                time.sleep(0.1)
+        finally:
+            if processes == 1:
+                process.kill()  # it would save and draw first
+            end(process)
 
 
-def _started(command: Sequence[str], root: Path) -> str:
-    """What a program prints that imports the packages of a tree."""
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment)
-    if ended.returncode:
-        program = next(Path(word).name for word in command if word.endswith(".py"))
-        said = one_line(RuntimeError(ended.stderr[-300:]))
-        raise WrongStep(f"{program} ended with {ended.returncode}: {said}")
-    return ended.stdout
-
-
-def _sampling_before(
-    mechanism: str, setup: Setup, rounds: int, **changed: Any
-) -> dict[str, float]:
-    assert setup.before is not None
-    asked = {"mechanism": mechanism, "size": "S", "resolution": 256, "images": 16, "steps": 20,
-             "rounds": rounds, "device": setup.device} | changed  # fmt: skip
-    script = Path(__file__).with_name("before.py")
-    command = [sys.executable, str(script), str(setup.before), json.dumps(asked)]
-    return json.loads(_started(command, setup.before).splitlines()[-1])
+def _seconds_of_steps(run: Path) -> list[float]:
+    log = run / "log.jsonl"
+    lines = log.read_text("utf-8").split("\n")[:-1] if log.exists() else []
+    return [json.loads(line)["seconds"] for line in lines]
 
 
 def _sampling(mechanism: str, way: str, setup: Setup, images: int = 16) -> float:

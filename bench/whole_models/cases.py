@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnzoo
@@ -21,6 +20,7 @@ from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import WrongStep, relative_error
 from bench.isolate import one_line
 from bench.machine import free, quiet
+from bench.whole_models.before import Step, open_gates
 from bench.whole_models.figures import LAYER_TREATMENTS, TREATMENTS, layer_name
 
 # Images of a training step and of a forward, by tokens of one; size L takes half of them.
@@ -119,7 +119,7 @@ class Setup:
     before_commit: str = ""
 
 
-class Subject:
+class Subject(Step):
     """A model in one state of treatment, with one step of it that takes no arguments.
 
     Args:
@@ -130,49 +130,9 @@ class Subject:
 
     def __init__(self, case: Case, setup: Setup, model: DiT | None = None) -> None:
         self.case, self.setup = case, setup
-        self.model = build_model(case, setup.device) if model is None else model
-        generator = torch.Generator().manual_seed(1)
-        shape = (case.batch, 4, 2 * case.side, 2 * case.side)
-        self.images, self.noise = (
-            torch.randn(shape, generator=generator).to(setup.device) for _ in range(2)
-        )
-        self.times = torch.linspace(1, 999, case.batch).to(setup.device)
-        self.labels = (torch.arange(case.batch) % 1000).to(setup.device)
-        self.step: Callable[[], Any] = self._forward
-        if case.mode == "train":
-            self._prepare_training()
-            self.step = self._train
-
-    def _autocast(self) -> torch.autocast:
-        is_gpu = self.setup.device == "cuda"
-        return torch.autocast(self.setup.device, torch.bfloat16, is_gpu, cache_enabled=False)
-
-    def _forward(self) -> Tensor:
-        with torch.no_grad(), self._autocast():
-            return self.model(self.images, self.times, self.labels, return_dict=False)[0]
-
-    def _prepare_training(self) -> None:
-        is_gpu = self.setup.device == "cuda"
-        self.parameters = list(self.model.parameters())
-        # A rate that moves no weight visibly: every round sees the same model.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-9, weight_decay=0.0, fused=True, capturable=is_gpu
-        )
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
-
-    def _train(self) -> Tensor:
-        self.optimizer.zero_grad()
-        with self._autocast():
-            out = self.model(self.images, self.times, self.labels, return_dict=False)[0]
-        loss = F.mse_loss(out.chunk(2, dim=1)[0].float(), self.noise)
-        auxiliary = attnzoo.auxiliary_loss(self.model)
-        (loss if auxiliary is None else loss + auxiliary).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        with torch.no_grad():  # else the averages hold every step's graph
-            lerp(self.average, self.parameters, 1e-4)
-        return loss.detach()
+        self.model: DiT
+        model = build_model(case, setup.device) if model is None else model
+        super().__init__(model, case.mode, case.batch, 2 * case.side, attnzoo.auxiliary_loss)
 
     def found(self, out: Any) -> Tensor:
         """What a step has computed: the output, or all gradients."""
@@ -283,10 +243,7 @@ def build_model(case: Case, device: str, **changed: Any) -> DiT:
     torch.manual_seed(0)
     with torch.device(device):
         model = build_backbone(case.mechanism, case.size, "controlled", case.resolution, **changed)
-        with torch.no_grad():  # zeroed gates would make every block the identity
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.02)
+        open_gates(model)
     model.train(case.mode == "train")
     if case.mode == "forward":
         model.fuse()  # as whoever only samples does

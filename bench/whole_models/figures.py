@@ -179,11 +179,24 @@ def _over_softmax(report: dict[str, Any], mode: str) -> Values:
 
 
 def _softmax_itself(report: dict[str, Any]) -> Values:
+    """Softmax's model over an older checkout's, or over today's where none was timed."""
+    older = {row["mode"]: row for row in report.get("before", [])}
     for mode in MODES:
-        for row in _rows(report, mechanism="softmax", size="S", tokens=4096, mode=mode):
-            spent = {name: z["median"] for name, z in row["seconds"].items()}
-            if {"compiled", "recorded"} <= spent.keys():
-                yield mode, {"": (spent["compiled"] / spent["recorded"], "")}
+        today = _rows(report, mechanism="softmax", size="S", tokens=4096, mode=mode)
+        row = older.get(mode) or next(iter(today), {"seconds": {}})
+        spent = {name: z["median"] for name, z in row["seconds"].items()}
+        alone = None
+        if {"compiled", "recorded"} <= spent.keys():
+            alone = spent["compiled"] / spent["recorded"]
+        if mode in older:
+            best, commit = row["over_before"]["ours"], row["commit"]
+            said = f"{best} {spent[best] * 1e3:.2f} ms, before {spent['before'] * 1e3:.2f}"
+            if alone is not None:
+                said += f"; compiled blocks over today's recorded alone {alone:.3f}"
+            what = f"fastest over recorded at commit {commit}"
+            yield mode, {what: (row["over_before"]["median"], said)}
+        elif alone is not None:
+            yield mode, {"compiled blocks over recorded alone": (alone, "")}
 
 
 def _crossovers(report: dict[str, Any]) -> Values:
@@ -374,7 +387,7 @@ def tables(report: dict[str, Any]) -> str:
                    "floor, µs", "bound by", "over floor"]  # fmt: skip
         parts += filter(None, (markdown_table(heading, layers, padded=True), _over_others(report)))
     lacking = [f"- {row['what']}: {row['reason']}" for row in report["missed"]]
-    for row in report["cases"]:
+    for row in (*report["cases"], *report.get("before", ())):
         of = f"{row['mechanism']} {row['size']} {row['resolution']}px {row['mode']}"
         lacking += [f"- {of}, {name}: {why}" for name, why in row["missing"].items()]
     for row in report["layers"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
 from bench.checks import WrongStep, relative_error
 from bench.peers import optional
 from bench.timing import between_events, interleave, ratio, spread
+from bench.whole_models.before import seconds_of
 from bench.whole_models.cases import (
     LAYER_TOKENS,
     LAYER_WIDTH,
@@ -27,6 +29,9 @@ from bench.whole_models.cases import (
     Setup,
     recorded,
 )
+from bench.whole_models.older import BEFORE, step_of
+
+_TURNS = 5  # of each, held to an older checkout
 
 
 def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict[str, Any]:
@@ -61,6 +66,33 @@ def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict
         "missing": ours.missing,
         "peak_memory": ours.peak_memory,
     }
+
+
+def measure_over_before(case: Case, setup: Setup) -> dict[str, Any]:
+    """Times a case in turn with the same step of an older checkout, recorded without compiling.
+
+    That checkout has a process of its own. Turns are long, because each begins with a device that
+    another process has just left.
+    """
+    ours = Calls(case, setup)
+    ours.require_one()
+    with step_of(case, setup) as theirs:
+        turns: dict[str, Callable[[int], float]] = {BEFORE: theirs}
+        for name, step in ours.steps.items():
+            turns[name] = functools.partial(seconds_of, step, device=setup.device)
+        counts = {name: max(1, round(setup.seconds / 2 / turns[name](1))) for name in turns}
+        rounds: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(_TURNS):
+            for name, turn in turns.items():
+                rounds[name].append(turn(counts[name]))
+    best = _fastest(rounds, ours.steps)
+    return {
+        **dataclasses.asdict(case),
+        "resolution": case.resolution, "batch": case.batch, "commit": setup.before_commit,
+        "seconds": {name: spread(taken) for name, taken in rounds.items()},
+        "over_before": {"ours": best, **ratio(rounds[best], rounds[BEFORE])},
+        "errors": ours.errors, "missing": ours.missing,
+    }  # fmt: skip
 
 
 def _fastest(rounds: dict[str, list[float]], names: Iterable[str]) -> str:

@@ -28,8 +28,10 @@ from bench.whole_models.measures import (
     measure_case,
     measure_launch,
     measure_layer,
+    measure_over_before,
     measure_scans,
 )
+from bench.whole_models.older import BEFORE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,15 @@ class Job:
     """One thing to measure.
 
     Attributes:
-        part: Of the report; or "peaks" or "check".
+        part: Of the report; or "peaks" or "check". Of "before" it is softmax's model, held to an
+            older checkout's.
         mechanism: Whose.
         case: A whole model, or a layer.
         softmax: The same case of softmax, where ``case`` is a model of another mechanism.
         mode: Of scans.
         recipe: Its name and the way it is started.
         peaks: Of the machine, for a layer's floor.
+        seconds: That a training may take.
     """
 
     part: str
@@ -53,18 +57,20 @@ class Job:
     mode: str = ""
     recipe: tuple[str, str] = ("", "")
     peaks: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 170.0
 
     @property
     def is_compiled(self) -> bool:
         """Whether there is something to compile before it is timed."""
         if self.case is not None:
             return "compiled" in self.case.treatments
-        return self.recipe[0] in ("train", "sample") and self.recipe[1] != "eager"
+        # By the other ways nothing is compiled but kernels, by an older checkout its own.
+        return self.recipe[0] in ("train", "sample") and self.recipe[1] in ("compiled", BEFORE)
 
     @property
     def name(self) -> str:
         if self.case is not None:
-            return self.case.name
+            return self.case.name + (f" over {BEFORE}" if self.part == "before" else "")
         return {
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
             "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
@@ -101,7 +107,8 @@ class Bench:
         if isinstance(job.case, Layer):
             return measure_layer(job.case, self.setup, job.peaks)
         if job.part == "recipes":
-            return measure_recipe(job.recipe[0], job.mechanism, job.recipe[1], self.setup)
+            recipe, way = job.recipe
+            return measure_recipe(recipe, job.mechanism, way, self.setup, job.seconds)
         if job.part == "scans":
             return measure_scans(job.mode, self.setup)
         assert job.case is not None
@@ -110,6 +117,8 @@ class Bench:
             self._softmax = None
             free()
             self._group = group
+        if job.part == "before":
+            return measure_over_before(job.case, self.setup)
         if job.softmax is None:
             return measure_case(job.case, self.setup)
         if self._softmax is None:
@@ -196,7 +205,8 @@ class Elsewhere:
             other.close()
         is_sound = False
         try:
-            self._connection.send(job)
+            # A training ends in time to be cut off there, where its processes are known.
+            self._connection.send(dataclasses.replace(job, seconds=max(1.0, seconds - 5)))
             if not self._connection.poll(max(0.0, seconds)):
                 return None, f"{TOO_SLOW} {seconds:.0f} s"
             row, reason, is_sound = self._connection.recv()

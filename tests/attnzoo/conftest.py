@@ -35,8 +35,8 @@ def small_convolutions(monkeypatch):
     from attnzoo.ops.depthwise_conv import triton_branches as three
 
     for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):
-        for prefix in ("", "WIDE_"):
-            monkeypatch.setattr(one, prefix + name, (4, 8, 64, 4))
+        monkeypatch.setattr(one, name, (4, 8, 64, 4))
+        monkeypatch.setattr(one, "WIDE_" + name, (4, 4, 64, 1))
     for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "WEIGHT_BLOCK", "TOKEN_BLOCK"):
         monkeypatch.setattr(three, name, (4, 8, 64, 4))
     monkeypatch.setattr(three, "PARTS", 4)

@@ -67,7 +67,10 @@ def test_closed_form_is_the_count(options: dict) -> None:
         ({"kernel_size": 4}, "kernel_size=4 has no middle; choose 3 or 5"),
         ({"kernel_size": 0}, "kernel_size must be at least 1"),
         ({"expansion": 0.0}, "expansion must be positive, got 0.0"),
-        ({"impl": "triton"}, "does not serve kernel_size=7; choose 3 or 5"),
+        (
+            {"impl": "triton", "kernel_size": 9},
+            r"does not serve kernel_size=9; choose one of \(3, 5, 7\)",
+        ),
     ],
 )
 def test_errors_name_the_remedy(options: dict, message: str) -> None:

@@ -106,6 +106,11 @@ def launch_routing(dtype, experts, width=384):
     out = kernels.grouped_product(x, weight, order, ends, weight)
     kernels.grouped_product(out, weight.mT, order, ends, weight.mT)
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
+    for line, other in ((router, None), (torch.cat([router, router], 1), x)):
+        operands = x, other, line, line[:, 0].contiguous()
+        for learn in (True, False):
+            scalars, *saved = kernels._routed_scalar.function(*operands, learn)
+            kernels._routed_scalar_backward.function(scalars, *operands, *saved, learn)
 
 
 def launch_linear(dtype, width=384):
@@ -136,9 +141,9 @@ def launch_the_rest(dtype, width=384):
     tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
     kernels.stencil(tokens, weight, None, (16, 16))
     kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
-    weight = torch.ones(width, 1, 5, 5, dtype=dtype)
-    kernels.stencil(tokens, weight, None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
+    weight, packed = torch.ones(width, 1, 7, 7, dtype=dtype), tokens.repeat(1, 1, 2)
+    out, raw = kernels._gated_stencil.function(packed, weight, weight, 16, 16, True)
+    kernels._gated_stencil_backward.function(out, raw, packed, weight, 16, 16)
     weights = [torch.ones(width, 1, *size) for size in ((3, 3), (3, 1), (1, 3))]
     gains, grid = torch.ones(3, width), (16, 16)
     out, stats = branches._normed_branches.function(
@@ -152,6 +157,7 @@ def launch_norms_and_windows(dtype, width=384):
     from attnzoo.ops.downsample import triton as windows
     from attnzoo.ops.gated_norm import triton as gates
     from attnzoo.ops.group_norm import triton as groups
+    from attnzoo.ops.rotary_core import triton as turned
 
     x = torch.ones(1, 256, width, dtype=dtype)
     by_head, ones = x.unflatten(-1, (6, -1)), x[0, 0]
@@ -170,6 +176,13 @@ def launch_norms_and_windows(dtype, width=384):
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
+
+    heads = width // 64  # the widest that are served
+    table = torch.ones(2, 16, 16)
+    for is_weighed in (False, True):
+        sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
+        out, *saved = turned._forward.function(*sizes)
+        turned._backward.function(out, *saved, *sizes)
 
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
@@ -211,14 +224,29 @@ def launch_scan(dtype, width=384):
     gates._backward.function(x, x, x, x)
 
 
+def launch_inner(dtype):
+    from attnzoo.ops import inner_loop
+    from attnzoo.ops.inner_loop import triton as kernels
+
+    e = inner_loop.WIDEST_HALF if dtype == torch.bfloat16 else inner_loop.WIDEST
+    x, weight = torch.ones(1, 256, 6 * e, dtype=dtype), torch.ones(2, e, e, dtype=dtype)
+    sizes, taps = (2, 1.0), torch.ones(e, 1, 3, 3, dtype=dtype)
+    out, *saved = kernels._unit.function(x, weight, weight + 1, x[..., :e], *sizes)
+    kernels._unit_backward.function(out, *saved, x, weight, weight + 1, *sizes)
+    out, *saved = kernels._conv.function(x[..., : 3 * e], taps, 16, 16, 1.0)
+    kernels._conv_backward.function(out, *saved, x[..., : 3 * e], 16, 16, 1.0)
+
+
 KERNELS = {
     "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
     "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
     "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel", "_delta_carry_kernel",
     "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
-    "_delta_written_kernel", "_difference_backward_kernel", "_difference_kernel",
-    "_downsample_gradient_kernel", "_downsample_kernel", "_downsample_weight_kernel",
-    "_fold_kernel", "_gated_carry_kernel",
+    "_delta_written_kernel",
+    "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
+    "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
+    "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
+    "_elu_sum_kernel", "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
@@ -226,12 +254,15 @@ KERNELS = {
     "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
-    "_read_kernel", "_router_gradient_kernel", "_scaled_power_map_backward_kernel",
+    "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
+    "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
-    "_stencil_weight_kernel", "_sums_kernel", "_tap_sums_kernel", "_top1_kernel", "_turn_kernel",
-    "_wide_gradient_kernel", "_wide_stencil_kernel", "_wide_stencil_weight_kernel",
+    "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_sums_kernel",
+    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
+    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_stencil_kernel",
+    "_wide_stencil_weight_kernel", "_window_products_kernel", "_window_sum_kernel",
 }  # fmt: skip
 
 
@@ -251,6 +282,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_delta(dtype)
     launch_norms_and_windows(dtype)
     launch_scan(dtype)
+    launch_inner(dtype)
     assert set(found) == KERNELS
     assert {name: size for name, size in found.items() if size > SPILL} == {}
     # A scan that goes through exchanges between threads takes ten times as long.

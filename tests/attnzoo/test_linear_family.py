@@ -15,9 +15,9 @@ import attnzoo
 from attnzoo import InvalidValue, testing
 from attnzoo.counting import fvcore_macs, measure_macs
 from attnzoo.layers.linear_attention import Features
-from attnzoo.layers.rotary import rotated
 from attnzoo.mechanisms.fixation import shifted
 from attnzoo.mechanisms.mhla import start_of_mixing
+from attnzoo.ops.rotary_core.rotary import rotated
 from tests.attnzoo import formulas
 from tests.attnzoo.formulas import (
     GRIDS,
@@ -486,3 +486,18 @@ def test_a_part_of_a_grid_is_rotated_as_the_whole() -> None:
     assert torch.equal(whole[..., 8:], z[..., 8:]) and torch.equal(whole[:, :, 0], z[:, :, 0])
     narrow = torch.randn(1, 1, 35, 3)
     assert torch.equal(rotated(narrow, (5, 7)), narrow)
+    odd = torch.randn(2, 3, 35, 11)[..., 1:]  # no pair lies where a complex number may
+    torch.testing.assert_close(rotated(odd, (5, 7)), rotated(odd.clone(), (5, 7)))
+
+
+def test_wide_heads_of_mala_and_rala_are_not_for_the_kernels() -> None:
+    for name in ("mala", "rala"):
+        layer = build(name, dim=160, num_heads=2)
+        assert layer.unserved_option() == "heads of width 80"
+        assert build(name, dim=128, num_heads=2).unserved_option() is None
+
+        class Own(type(layer)):
+            """What is derived may have other equations."""
+
+        own = Own(attnzoo.AttentionContext(dim=32), type(layer).Config())
+        assert "Own" in own.unserved_option()

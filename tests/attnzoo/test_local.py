@@ -181,6 +181,34 @@ def test_flex_attention_on_a_cpu_is_the_reference(grid, window) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [Window(7), Window(3, 2), Window(1, 1, 5)])
+@pytest.mark.parametrize("grid", [(8, 16), (7, 13)])
+def test_flex_attentions_gradient_is_put_back_in_order(grid, window, monkeypatch) -> None:
+    # PyTorch has no fused backward for a CPU, and refuses the plain one that it has.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    operands = [torch.randn(2, 2, grid[0] * grid[1], 16, requires_grad=True) for _ in range(3)]
+    expected = neighborhood_attention(*operands, grid, window, impl="reference")
+    cotangent = torch.randn_like(expected)
+    slopes = torch.autograd.grad(expected, operands, cotangent)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        out = flex.neighborhood_attention(*operands, grid, window)
+        found = torch.autograd.grad(out, operands, cotangent)
+    torch.testing.assert_close(found, slopes, rtol=1e-5, atol=1e-5)
+    ran = {event.name.removeprefix("aten::") for event in profiled.events()}
+    # What reads the captured places has an index_put of its own, of nothing.
+    assert "index_select" in ran and not ran & {"index_add", "index_add_"}
+
+
+def test_flex_attention_learns_after_an_inference_mode(monkeypatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    z = torch.randn(1, 1, 5 * 11, 256)  # so wide that both take the same plan
+    with torch.inference_mode():
+        flex.neighborhood_attention(z, z, z, (5, 11), Window(5))
+    z.requires_grad_()
+    flex.neighborhood_attention(z, z, z, (5, 11), Window(5)).sum().backward()
+    assert z.grad is not None and z.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("window", [Window(7), Window(3, 2), Window(5, 3), Window(1, 1, 5)])
 @pytest.mark.parametrize("block", [64, 128])
 def test_flex_attentions_blocks_hold_every_pair_and_few_in_vain(window, block) -> None:

@@ -261,7 +261,7 @@ def test_a_decision_of_parts_is_that_of_the_whole(dtype):
     assert torch.equal(decide(weight, parts, "ste").index, expected)
 
 
-@pytest.mark.parametrize("size", [(3, 3), (3, 1), (1, 3), (5, 5)])
+@pytest.mark.parametrize("size", [(3, 3), (3, 1), (1, 3), (5, 5), (7, 7)])
 def test_depthwise_convolution_is_its_reference(size):
     x, weight = torch.randn(2, 30, 6), torch.randn(6, 1, *size)
     bias, added = torch.randn(6), torch.randn(2, 30, 6)

@@ -293,6 +293,15 @@ class TestZigzag:
             assert (steps == 1).all(), (height, width)
             assert torch.equal(order[order.argsort()], torch.arange(height * width))
 
+    def test_learns_after_an_inference_mode(self):
+        layer, x = build_attention("zigma", 16, layer_index=3, depth=8), tokens((3, 17), 1, 16)
+        with torch.inference_mode():
+            expected = layer(x, (3, 17))
+        out = layer(x.requires_grad_(), (3, 17))
+        assert torch.allclose(out, expected.clone(), atol=1e-6)
+        out.sum().backward()
+        assert x.grad.isfinite().all()
+
     @pytest.mark.parametrize("options", [{}, {"state": "ssd"}])
     @pytest.mark.parametrize("layer_index", range(10))
     def test_layers_take_the_paths_in_turn(self, layer_index, options):

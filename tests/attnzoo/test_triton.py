@@ -27,7 +27,7 @@ from attnzoo.ops.gated_scan import fla, gated_linear_attention
 from attnzoo.ops.linear_core import half_matmul, linear_attention
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map import power_map
-from attnzoo.ops.routed_linear import decide, routed_linear
+from attnzoo.ops.routed_linear import decide, pick, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
@@ -195,6 +195,41 @@ if CAN_RUN:
         ):
             close(mine, theirs, dtype, 3)
 
+    @pytest.mark.parametrize("gradient", ["ste", "none"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("rows", "d", "choices", "parts"),
+        [(37, 48, 9, 1), (150, 130, 5, 2), (1, 16, 1, 2), (600, 40, 17, 1), (0, 16, 3, 1)],
+    )
+    def test_routed_scalar(rows, d, choices, parts, dtype, gradient):
+        together = random(2, rows, 3 * d, dtype=dtype)  # whose parts have rows far apart
+        router, scalars = random(choices, parts * d, seed=1), random(choices, seed=2)
+        cotangent, results = random(2, rows, 1, seed=3, grad=False), []
+        # In bfloat16 products are exact, and only the logits' last digit is rounded.
+        router = router.to(dtype).detach().requires_grad_()
+        for impl in ("auto", "reference"):
+            halves = together.split(d, -1)[:parts]
+            if impl == "reference":
+                halves = [z.float() for z in halves]
+            weight = router if impl == "auto" else router.float()
+            chosen, routed = pick(weight, halves, scalars, gradient, impl)
+            assert chosen.shape == (2, rows, 1) and chosen.dtype == torch.float32
+            inputs = (together, router, scalars)
+            grads = torch.autograd.grad(chosen, inputs, cotangent, allow_unused=True)
+            results.append((chosen, routed, grads))
+        (found, routed, slopes), (expected, wanted, exact) = results
+        assert (routed.logits is None) == (gradient == "none")
+        if not rows:
+            assert all(z is None or not z.any() for z in slopes)
+            return
+        assert (routed.index == wanted.index).double().mean() >= 0.98
+        scale = 1 if dtype == torch.float32 else 8
+        close(found, expected, dtype, scale)
+        for mine, theirs in zip(slopes, exact, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                close(mine, theirs, dtype, scale)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(("rows", "d"), [(1, 16), (37, 48), (9, 130), (3, 1024)])
     def test_power_map(rows, d, dtype):
@@ -337,15 +372,15 @@ if CAN_RUN:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("grid", [(1, 1), (5, 18)])
     @pytest.mark.parametrize("has_bias", [True, False])
-    @pytest.mark.parametrize("size", [3, 5])
+    @pytest.mark.parametrize("size", [3, 5, 7])
     def test_stencil(size, dtype, grid, has_bias, monkeypatch):
         from attnzoo.ops.depthwise_conv import triton as convolution
 
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
-            for prefix in ("", "WIDE_"):
-                monkeypatch.setattr(convolution, prefix + name, (2, 16, 16, 4))
-        if size == 5:
-            grid = min(grid[0], 3), min(grid[1], 17)
+            monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
+            monkeypatch.setattr(convolution, "WIDE_" + name, (2, 3, 32, 1))
+        if size > 3:
+            grid = min(grid[0], 3), min(grid[1], 8)
         b, c = 2 if size == 3 else 1, 20
         x = random(b, grid[0] * grid[1], c, dtype=dtype)
         weight = random(c, 1, size, size, seed=1, dtype=dtype)

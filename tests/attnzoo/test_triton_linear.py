@@ -14,13 +14,14 @@ from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops.agent_core import agent_core
-from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
+from attnzoo.ops.rotary_core import rotary_core
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from tests.attnzoo.interpreted import run_interpreted
 
@@ -89,6 +90,81 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
     assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
 
 
+@pytest.fixture
+def rounding(monkeypatch):
+    """The interpreter rounds to bfloat16 as a GPU does: a bias shows where numbers cancel."""
+    if not IS_INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, mode)
+        wide = torch.from_numpy(x.copy().view("float32"))
+        return wide.to(HALF).view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def small_turns(rounding, small_convolutions, monkeypatch):
+    if IS_INTERPRETED:
+        from attnzoo.ops.rotary_core import triton as kernels
+
+        block = kernels.Block(8, 8, 4, 1)
+        monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("is_weighed", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "d", "size", "is_rotated"),
+    # Two parts of the tokens, the first of two tiles; channels beyond those that turn.
+    [((5, 4), 10, 5, True), ((3, 6), 8, 3, False), ((1, 1), 16, 0, True), ((2, 3), 3, 0, True)],
+    ids=str,
+)
+def test_rotary_core(impl, dtype, is_weighed, grid, d, size, is_rotated, small_turns):
+    n, heads = grid[0] * grid[1], 2
+    operands = [random(2, n, 3 * heads * d, seed=1), random(2, n, heads * d, seed=4)]
+    if size:
+        operands += random(heads * d, 1, size, size, seed=2), random(heads * d, seed=3)
+
+    def run(qkv, gate, weight=None, bias=None, **options):
+        kind = heads, grid, is_rotated, is_weighed, 1e-3
+        return rotary_core(qkv, gate, weight, bias, *kind, **options)
+
+    shape = 2, n, heads * d
+    if dtype == torch.float32:
+        assert max(errors(run, operands, shape, dtype, impl)) < 1e-6
+        return
+    for error, other in zip(
+        *(errors(run, operands, shape, dtype, either) for either in (impl, "torch")), strict=True
+    ):
+        assert error < max(2**-7, 2 * other) < 0.05
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_a_nan_of_rotary_core_stays_in_its_image(impl, is_weighed, small_turns):
+    clean, gate = random(2, 20, 3 * 16, seed=1), random(2, 20, 16, seed=2)
+    results = []
+    for place in (None, 7, 23, 40):  # of a query, a key, a value
+        qkv = clean.clone()
+        if place is not None:
+            qkv[0, 3, place] = torch.nan
+        qkv.requires_grad_()
+        out = rotary_core(qkv, gate, None, None, 2, (4, 5), True, is_weighed, 1e-6, impl=impl)
+        results.append((out, *torch.autograd.grad(out.sum(), qkv)))
+        assert place is None or out[0, 3].isnan().any()
+    for z in zip(*results, strict=True):
+        assert z[0].isfinite().all()
+        assert all(torch.equal(other[1], z[0][1]) for other in z[1:])
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
 @pytest.mark.parametrize(
@@ -154,7 +230,7 @@ def test_gated_norm(impl, dtype, budget, n, d):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("kernels", [12, 4])
 def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels, small_convolutions):
     operands = [
@@ -167,6 +243,30 @@ def test_kernels_of_a_convolution_that_parts_share(impl, size, kernels, small_co
         return depthwise_conv(x, (9, 6), weight, bias, **options)
 
     assert max(errors(run, operands, (2, 54, 12), torch.float32, impl)) < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "kernels", "size", "has_bias"),
+    [((5, 4), 12, 7, True), ((3, 9), 6, 3, False), ((1, 1), 12, 5, True)],
+    ids=str,
+)
+def test_gated_convolution(
+    impl, dtype, budget, grid, kernels, size, has_bias, small_convolutions
+):  # fmt: skip
+    n = grid[0] * grid[1]
+    operands = [random(2, n, 24), random(kernels, 1, size, size, seed=1)]
+    operands += [random(kernels, seed=2)] * has_bias
+
+    def run(packed, weight, bias=None, **options):
+        return gated_depthwise_conv(packed, grid, weight, bias, **options)
+
+    assert max(errors(run, operands, (2, n, 12), dtype, impl)) < budget
+    with torch.no_grad():  # stores nothing for a backward
+        inputs = [z.to(dtype) for z in operands]
+        exact = run(*[z.double() for z in inputs], impl="reference")
+        assert (run(*inputs, impl=impl) - exact).norm() < budget * exact.norm()
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -285,7 +385,7 @@ if CAN_RUN:
     def test_the_tiles_that_are_used(width):
         check(operands_of(1, 70, 70, 3, width, HALF, True), 3)
 
-    @pytest.mark.parametrize("size", [3, 5])
+    @pytest.mark.parametrize("size", [3, 5, 7])
     def test_the_tiles_that_are_used_for_a_convolution(size):
         operands = [random(1, 18, 66), random(66, 1, size, size, seed=1), random(66, seed=2)]
 
@@ -293,6 +393,15 @@ if CAN_RUN:
             return depthwise_conv(x, (9, 2), weight, bias, **options)
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
+
+    @pytest.mark.parametrize("kernel_size", [3, 7])
+    def test_the_gated_convolution_takes_its_kernels(kernel_size, small_convolutions, monkeypatch):
+        layer = build_attention("conv", 24, kernel_size=kernel_size).to(DEVICE)
+        x, exact = tokens((3, 4), 1, 24), reference_of(layer)
+        monkeypatch.setattr("torch.nn.functional.conv2d", None)
+        out = layer(x.to(DEVICE), (3, 4))
+        monkeypatch.undo()
+        torch.testing.assert_close(out, exact(x.to(DEVICE), (3, 4)))
 
     @pytest.mark.skipif(IS_INTERPRETED, reason="too slow for the interpreter")
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -402,6 +511,8 @@ if CAN_RUN:
             ("sana", "linear_core"),
             ("lit", "linear_core"),
             ("agent", "agent_core"),
+            ("mala", "rotary_core"),
+            ("rala", "rotary_core"),
             ("compressed", "downsample"),
             ("edit", "group_norm"),
         ],

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -21,9 +22,9 @@ from bench.whole_models import by_recipe, process
 from bench.whole_models import cases as whole_cases
 from bench.whole_models import figures as whole_figures
 from bench.whole_models.__main__ import main, planned
-from bench.whole_models.by_recipe import RECIPES, measure_recipe
+from bench.whole_models.by_recipe import RECIPES, Steps, measure_recipe
 from bench.whole_models.cases import Case, Layer, LayerSubject, Setup, Subject
-from bench.whole_models.measures import measure_launch, measure_layer
+from bench.whole_models.measures import measure_launch, measure_layer, measure_over_before
 from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
 
@@ -144,7 +145,8 @@ def answers(connection, *_):
             time.sleep(60)
         if job.part == "launches":
             os._exit(3)
-        connection.send(({"process": os.getpid()}, "", job.part != "peaks"))
+        row = {"process": os.getpid(), "seconds": job.seconds}
+        connection.send((row, "", job.part != "peaks"))
         if job.part == "peaks":
             return
 
@@ -176,6 +178,7 @@ def test_what_breaks_a_process_breaks_no_other_job():
         found = [bench.answer(Job(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
         first, second, third = (row["process"] for row in found if row is not None)
         assert first == second != third != os.getpid()
+        assert all(row["seconds"] == 25 for row in found)  # a training ends before the process
         row, reason = bench.answer(Job("launches"), 30.0)
         assert row is None and "exit code 3" in reason
         row, reason = bench.answer(Job("check"), 1.0)
@@ -312,25 +315,62 @@ def test_a_launch_is_counted_in_products():
     assert 1 < found["launches"]["median"] < 1000
 
 
-def test_a_recipe_is_started_as_a_user_starts_it(monkeypatch):
-    monkeypatch.setattr(by_recipe, "_STEPS", 3)
-    real, commands = by_recipe.subprocess.run, []
+def test_a_recipe_is_started_as_a_user_starts_it_and_cut_off(monkeypatch):
+    real, begun = by_recipe.start, []
 
-    def run(command, **options):
-        commands.append(command)
-        command = [{"S": "tiny", "64": "16", "on": "off"}.get(word, word) for word in command]
-        return real([*command, "--patch-size", "4"], **options)
+    def start(script, processes, output, root):
+        words = {"S": "tiny", "64": "16", "on": "off"}
+        changed = [words.get(word, word) for word in script]
+        process = real([*changed, "--patch-size", "4"], processes, output, root)
+        begun.append((script, process))
+        return process
 
-    monkeypatch.setattr(by_recipe.subprocess, "run", run)
-    row = measure_recipe("train", "sana", "compiled", ON_CPU)
-    assert row["images_per_second"] > 0 and row["way"] == "compiled"
-    assert commands[0][-4:] == ["--cuda-graph", "on", "--compile", "on"]
-    monkeypatch.setattr(by_recipe.subprocess, "run", lambda _, **how: real(["false"], **how))
-    with pytest.raises(WrongStep, match=r"train\.py ended with 1"):
+    monkeypatch.setattr(by_recipe, "start", start)
+    row = measure_recipe("train", "sana", "compiled", ON_CPU, steps=Steps(1, 2, 0.0, most=10**6))
+    assert row["images_per_second"] > 0 and row["way"] == "compiled" and 2 <= row["steps"] < 10**6
+    [(script, process)] = begun
+    assert script[-4:] == ["--cuda-graph", "on", "--compile", "on"]
+    assert process.returncode == -signal.SIGKILL
+    broken = ["-c", "import sys; sys.exit('it is broken')"]
+    monkeypatch.setattr(by_recipe, "start", lambda _, *others: real(broken, *others))
+    with pytest.raises(WrongStep, match=r"train\.py ended with 1: it is broken"):
         measure_recipe("train", "sana", "eager", ON_CPU)
+    with pytest.raises(WrongStep, match="took longer than 0 s"):
+        measure_recipe("train", "sana", "eager", ON_CPU, patience=0.0)
     if torch.cuda.device_count() < 2:
         with pytest.raises(Unavailable, match=r"needs 2 GPUs, and there (is|are)"):
             measure_recipe("train on GPUs", "dydila", "two GPUs", ON_CPU)
+
+
+def test_which_steps_of_a_training_count():
+    steps = Steps(settling=2, least=3, seconds=5.0, most=9)
+    assert steps.counted([9.0, 9.0, 2.0, 2.0]) is None  # too few
+    assert steps.counted([9.0, 9.0, *[1.0] * 4]) is None  # too short
+    assert steps.counted([9.0, 9.0, *[1.0] * 5]) == [1.0] * 5
+    assert steps.counted([9.0, 9.0, *[0.1] * 6]) is None
+    assert steps.counted([9.0, 9.0, *[0.1] * 7]) == [0.1] * 7  # no more will come
+
+
+def test_what_cannot_end_in_time_is_not_started(tmp_path, monkeypatch):
+    options = whole_models._options(["--out", str(tmp_path / "x.json"), *TINY])
+    run, asked = whole_models.Run(options), []
+
+    class Answering(Elsewhere):
+        def answer(self, job, seconds):
+            asked.append(job.name)
+            return {}, ""
+
+    run._bench = Answering(ON_CPU, None)
+    clock = [100.0]
+    monkeypatch.setattr(whole_models.time, "monotonic", lambda: clock[0])
+    run.end, run._wrong = 120.0, {"dydila": None}
+    job = Job("recipes", "dydila", recipe=("train", "compiled"))
+    row, reason = run._measured(job)
+    assert row is None and not asked
+    assert reason == "takes about 25 s, and 20 were left; raise --seconds, or go on with --resume"
+    assert run._measured(Job("launches", "dydila"))[0] is not None
+    run._taken["train"] = 15.0  # as another took
+    assert run._measured(job)[0] is not None and len(asked) == 2
 
 
 def test_sampling_is_checked_and_timed(monkeypatch):
@@ -360,18 +400,28 @@ def older(tmp_path):
         "note = pathlib.Path(backbones.__file__).with_name('asked.json')\n"
         "note.write_text(json.dumps(sys.argv))\n"
     )
+    (folder / "attnzoo.py").write_text("def auxiliary_loss(model): return None")
     (folder / "backbones" / "__init__.py").write_text(
-        "import torch\n"
+        "import time, torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.gate = torch.nn.Parameter(torch.zeros(1))\n"
+        "    def forward(self, images, times, labels, return_dict):\n"
+        "        time.sleep(0.06 if self.training else 0.03)\n"
+        "        return (torch.cat((images, images), 1) / self.gate,)\n"
         "def build_backbone(*asked):\n"
-        "    assert asked == ('dydila', 'S', 'controlled', 256), asked\n"
-        "    return torch.nn.Linear(2, 2)\n"
+        "    *model, pixels = asked\n"
+        "    assert model in (['dydila', 'S', 'controlled'], ['softmax', 'tiny', 'controlled'])\n"
+        "    assert pixels == (256 if 'S' in model else 64)\n"
+        "    return Model()\n"
     )
     (folder / "recipes" / "diffusion" / "__init__.py").write_text(
         "import time, torch\n"
         "DIFFUSION_PRESETS = {'dit': None}\n"
-        "def sample(model, preset, *, labels, shape, cfg, batch_size, **others):\n"
-        "    assert (shape, cfg, batch_size, others['steps']) == ((4, 32, 32), 4.0, 16, 20)\n"
-        "    time.sleep(0.01 if torch.is_autocast_enabled('cpu') else 0.1)\n"
+        "def sample(model, preset, *, labels, shape, cfg, batch_size, steps, **others):\n"
+        "    assert (shape, cfg, batch_size, steps in (3, 20)) == ((4, 32, 32), 4.0, 16, True)\n"
+        "    time.sleep((0.01 if torch.is_autocast_enabled('cpu') else 0.1) * steps / 20)\n"
         "    return torch.zeros(len(labels))\n"
     )
     return folder
@@ -380,9 +430,10 @@ def older(tmp_path):
 def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
     found, commit = whole_models._older(older)
     assert (found, commit) == (older, "a69f5a4")
-    setup = dataclasses.replace(ON_CPU, before=found, before_commit=commit)
+    setup = dataclasses.replace(ON_CPU, before=found, before_commit=commit, seconds=0.1)
     trained = measure_recipe("train", "dydila", "before", setup)
-    assert trained["images_per_second"] == 128 and trained["commit"] == "a69f5a4"
+    assert (trained["images_per_second"], trained["steps"]) == (128, 50)
+    assert trained["commit"] == "a69f5a4"
     asked = json.loads((older / "backbones" / "asked.json").read_text())
     assert asked[asked.index("--attn") + 1] == "dydila" and "--cuda-graph" not in asked
     sampled = measure_recipe("sample", "dydila", "before", setup)
@@ -399,16 +450,61 @@ def test_an_older_checkout_is_timed_by_its_own_recipes(older, tmp_path):
     run = whole_models.Run(whole_models._options([*arguments, "--parts", "recipes"]))
     jobs = {job.name: job for job in run._planned()}
     names = list(jobs)
-    assert "train before dydila" in names and "sample before softmax" in names
+    # What goals compare comes first, one beside the other.
+    assert names[:4] == ["train before softmax", "train compiled softmax",
+                         "train before dydila", "train compiled dydila"]  # fmt: skip
+    assert {name.split()[0] for name in names[4:8]} == {"sample"}
+    assert {name.split()[1] for name in names[4:8]} == {"before", "compiled"}
+    assert {name.split()[1] for name in names[-8:]} == {"recorded", "eager"}
     # What is compiled on the way is run once before, and is no figure.
     with inductor.patch(compile_threads=1):
         process.compile_job(jobs["sample before dydila"], setup)
     assert jobs["train compiled dydila"].is_compiled
-    assert not jobs["train eager dydila"].is_compiled
+    assert not jobs["train recorded dydila"].is_compiled
     assert not jobs["train on GPUs one GPU dydila"].is_compiled
     assert not [name for name in names if "GPUs before" in name or name.startswith("layer")]
-    with pytest.raises(UserError, match="--parts recipes, too"):
+    with pytest.raises(UserError, match="give --parts recipes,before, too"):
         main([*arguments, "--parts", "cases"])
+
+
+def test_softmax_is_held_to_an_older_checkout_in_turn(older, tmp_path):
+    setup = Setup("cpu", "aot_eager", 0.3, older, "a69f5a4")
+    rows = []
+    ways = {"forward": (0.03, ("recorded", "compiled")), "train": (0.06, ("recorded",))}
+    for mode, (least, treatments) in ways.items():
+        case = Case("softmax", "tiny", 16, mode, treatments)
+        row = measure_over_before(case, setup)
+        spent = {name: found["median"] for name, found in row["seconds"].items()}
+        assert spent.keys() == {"before", *treatments} and not row["missing"]
+        assert least <= spent["before"] < 3 * least  # of one, though several are taken in a row
+        over, best = row["over_before"], row["over_before"]["ours"]
+        assert spent[best] == min(spent[name] for name in treatments)
+        assert 0 < over["q1"] <= over["median"] <= over["q3"] and over["rounds"] == 5
+        rows.append(row | {"treatments": case.treatments})
+    seconds = {"before": 4.0, "recorded": 2.0, "compiled": 1.0}
+    rows[1]["seconds"] = {name: {"median": value} for name, value in seconds.items()}
+    rows[1]["over_before"] |= {"ours": "compiled", "median": 0.25}
+    today = case_row("softmax", 4096, {}, recorded=2.0, compiled=1.0)
+    report = {name: [] for name in ("launches", "layers")}
+    report |= {"before": rows, "cases": [today, today | {"mode": "train"}]}
+    forward, train = whole_figures.figures(report)
+    assert forward.goal == train.goal == "E6" and train.value == 0.25
+    # A goal says what it is over, and nothing is hidden.
+    assert "fastest over recorded at commit a69f5a4, S, 4096 tokens, training step" in train.what
+    assert train.note == ("compiled 1000.00 ms, before 4000.00; "
+                          "compiled blocks over today's recorded alone 0.500")  # fmt: skip
+    del report["before"]
+    forward, train = whole_figures.figures(report)
+    assert "compiled blocks over recorded alone" in train.what and train.value == 0.5
+    # It is planned beside the model of that size, and known again.
+    arguments = ["--out", str(tmp_path / "x.json"), "--mechanisms", "softmax", "--parts", "before"]
+    run = whole_models.Run(whole_models._options([*arguments, "--before", str(older)]))
+    names = [job.name for job in run._planned()]
+    row = rows[0] | {"size": "S", "tokens": 4096}
+    assert len(names) == 2 and names[0] == whole_models._name_of(row)
+    assert names[0] not in (Case("softmax", "S", 4096, "forward").name, names[1])
+    with pytest.raises(UserError, match="name it by --before FOLDER"):
+        main(arguments)
 
 
 def test_what_is_no_older_checkout_is_refused(older, tmp_path):
@@ -456,7 +552,7 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
     assert {whole_models._name_of(row) for row in rows} < set(names)
 
 
-def case(mechanism, tokens, over, size="S", mode="forward", **seconds):
+def case_row(mechanism, tokens, over, size="S", mode="forward", **seconds):
     ratio = {name: {"median": value} for name, value in over.items()}
     spent = {name: {"median": value} for name, value in seconds.items()}
     return {
@@ -483,11 +579,11 @@ def test_figures_are_of_the_last_treatment_and_judged():
              "seconds": {"recorded": {"median": 8.0}, "compiled": {"median": 9.0}}},
         ],
         "cases": [
-            case("sana", 1024, {"eager": 3.0, "compiled": 2.0}),
-            case("sana", 4096, {"eager": 2.0, "compiled": 0.5}),
-            case("dydila", 4096, {"recorded": 1.1}, mode="train"),
-            case("dydila", 16384, {"compiled": 0.25}, size="L"),
-            case("softmax", 4096, {}, recorded=2.0, compiled=1.0),
+            case_row("sana", 1024, {"eager": 3.0, "compiled": 2.0}),
+            case_row("sana", 4096, {"eager": 2.0, "compiled": 0.5}),
+            case_row("dydila", 4096, {"recorded": 1.1}, mode="train"),
+            case_row("dydila", 16384, {"compiled": 0.25}, size="L"),
+            case_row("softmax", 4096, {}, recorded=2.0, compiled=1.0),
         ],
     }  # fmt: skip
     found = {(f.goal, f.what): f for f in whole_figures.figures(report)}
@@ -542,10 +638,10 @@ def whole_report():
     for mode in ("forward", "train"):
         for tokens, factor in ((256, 2.0), (4096, 0.5)):
             seconds = {"eager": 9.0, "recorded": tokens / 256, "compiled": tokens / 128}
-            rows.append(case("softmax", tokens, {}, mode=mode, **seconds))
+            rows.append(case_row("softmax", tokens, {}, mode=mode, **seconds))
             mine = {name: factor * value for name, value in seconds.items()}
             over = {"recorded": factor, "compiled": factor}
-            rows.append(case("sana", tokens, over, mode=mode, **mine))
+            rows.append(case_row("sana", tokens, over, mode=mode, **mine))
             rows[-1]["over_fastest"] = {"median": factor, "ours": "recorded",
                                         "softmax": "recorded"}  # fmt: skip
     layer = {"mechanism": "sana", "mode": "forward", "tokens": 4096, "seconds": 3.0,

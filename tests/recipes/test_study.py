@@ -310,6 +310,16 @@ class TestDecisions:
         many = pd.concat([alone, *(pd.DataFrame(rows(px=px)) for px in (64, 128))])
         assert decided(many)[key].p > 2 * one.p
 
+    def test_runs_that_serve_two_protocols_are_one_claim(self):
+        frame = pd.DataFrame(rows())
+        twice = pd.concat([frame, frame.assign(protocol="MACs")])
+        once = decided(frame)
+        assert {key: one.p for key, one in decided(twice).items()} == {
+            (*key[:3], protocol): one.p
+            for key, one in once.items()
+            for protocol in ("depth", "MACs")
+        }
+
     def test_one_seed_decides_nothing(self):
         one = decided(pd.DataFrame(rows(seeds=1)))["softmax, conv", "softmax", 32, "depth"]
         assert one.kind == "undecided" and "nothing can be said" in page.field(one)
@@ -362,6 +372,16 @@ class TestPage:
         whole = tmp_path / "whole.csv"
         results.main([*sources, "--out", str(tmp_path / "page.md"), "--table", str(whole)])
         assert list(table.read(whole)["state"]) == ["ok"] * len(frame)
+
+    def test_a_run_speaks_for_itself_under_every_protocol(self):
+        frame = pd.DataFrame(rows(seeds=2))
+        planned = frame.assign(protocol="time", state="not run", loss=None, step_seconds=0.5)
+        other = planned.assign(run="another " + planned["run"])
+        found = table.merged([pd.concat([planned, other]), frame]).set_index(["protocol", "run"])
+        for run, value in zip(frame["run"], frame["loss"], strict=True):
+            row = found.loc[("time", run)]
+            assert (row["state"], row["loss"], row["step_seconds"]) == ("ok", value, 0.5)
+        assert set(found.loc[[("time", run) for run in other["run"]], "state"]) == {"not run"}
 
     def test_bad_tables_are_one_line(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=1))

@@ -260,7 +260,7 @@ def _call(
     heads: int, scale: float, height: int, width: int,
 ) -> _Call:  # fmt: skip
     gates = log_decay.float().contiguous(), strength.float().contiguous()
-    parts = _parts(query, heads) if key is None else (query, key, value)
+    parts: Any = _parts(query, heads) if key is None else (query, key, value)
     parts = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in parts]
     return _Call(*parts, *gates, key is None, (height, width), scale / log_decay.shape[2])
 

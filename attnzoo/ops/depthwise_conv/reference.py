@@ -21,3 +21,11 @@ def depthwise_conv(
     out = F.conv2d(image, weight, bias, padding=padding, groups=len(weight))
     out = out.flatten(2).transpose(1, 2)
     return out if added is None else added + out.to(added.dtype)
+
+
+def gated_depthwise_conv(
+    packed: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See ``attnzoo.ops.depthwise_conv``."""
+    gate, x = packed.chunk(2, dim=-1)
+    return F.gelu(gate) * depthwise_conv(x, grid, weight, bias)

@@ -40,3 +40,11 @@ def depthwise_conv(
     out = F.conv2d(image, weight, bias, padding=(high // 2, wide // 2), groups=len(weight))
     out = out.permute(0, 2, 3, 1).flatten(1, 2)
     return out if added is None else added + out.to(added.dtype)
+
+
+def gated_depthwise_conv(
+    packed: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See ``attnzoo.ops.depthwise_conv``."""
+    gate, x = packed.chunk(2, dim=-1)
+    return F.gelu(gate) * depthwise_conv(x, grid, weight, bias)

@@ -1,4 +1,4 @@
-"""The 3x3 and 5x5 depthwise convolutions on tokens, forward and backward."""
+"""The 3x3, 5x5 and 7x7 depthwise convolutions on tokens, forward and backward."""
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -155,181 +155,149 @@ def _pixel(image, h, w, column, height, width, row_stride, is_column):
 
 
 @triton.jit
-def _taps(tap, row: tl.constexpr, c, is_tap, FLIP: tl.constexpr):
-    """One row of the kernels of some channels."""
-    # The transposed stencil is the stencil turned by half a turn.
-    o: tl.constexpr = 24 - 5 * row if FLIP else 5 * row
-    s: tl.constexpr = -1 if FLIP else 1
-    return (
-        tl.load(tap + o * c, mask=is_tap, other=0.0)[None, :],
-        tl.load(tap + (o + s) * c, mask=is_tap, other=0.0)[None, :],
-        tl.load(tap + (o + 2 * s) * c, mask=is_tap, other=0.0)[None, :],
-        tl.load(tap + (o + 3 * s) * c, mask=is_tap, other=0.0)[None, :],
-        tl.load(tap + (o + 4 * s) * c, mask=is_tap, other=0.0)[None, :],
-    )
+def _gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
-# Channels that are known to lie beside one another in fours or more would be loaded so, and a
-# thread had the taps of as many in its registers: more than there are.
-@triton.jit(do_not_specialize=["x_row", "out_row"])
-def _wide_stencil_kernel(
-    x, taps, bias, added, out, height, width, c, kernels, x_row, out_row, strips,
-    UNIT: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
-    ADD: tl.constexpr, FLIP: tl.constexpr,
+@triton.jit
+def _run(
+    image, h, w, column, height, width, row_stride, is_column, first: tl.constexpr,
+    stop: tl.constexpr,
 ):  # fmt: skip
-    """5x5, of ``taps``, (25, c) in float32; rows are UNIT times as far apart as said.
+    """Row ``h`` of the image at columns w + first to w + stop - 1, each by itself; 0 outside."""
+    line = image + h.to(tl.int64) * width * row_stride
+    here = h + tl.zeros_like(column)  # the interpreter loses the type of a scalar mask
+    is_h = (here >= 0) & (here < height) & is_column
+    found = ()
+    for i in tl.static_range(first, stop):
+        at = w + i + tl.zeros_like(column)
+        mask = is_h & (at >= 0) & (at < width)
+        z = tl.load(line + (w + i) * row_stride + column, mask=mask, other=0.0)
+        found += (z.to(tl.float32),)
+    return found
 
-    Each row of pixels adds to the five rows of outputs around it.
+
+@triton.jit
+def _wide_stencil_kernel(
+    x, taps, bias, added, gate, out, raw, height, width, c, kernels, x_row, gate_row, out_row,
+    strips, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr, FLIP: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """SIZE x SIZE, of ``taps``, (SIZE ** 2, c) in float32.
+
+    A thread has one channel and walks down W columns: of a pixel that it loads it makes SIZE ** 2
+    products. Each row of pixels adds to the SIZE rows of outputs around it.
     """
+    R: tl.constexpr = SIZE // 2
     sample = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
+    w = tl.program_id(1) * W
     column = tl.program_id(2) * C + tl.arange(0, C)
-    is_tap = column < c
-    is_column = is_tap[None, :]
-    x_row *= UNIT
-    out_row *= UNIT
-    tap = taps + column
-    k00, k01, k02, k03, k04 = _taps(tap, 0, c, is_tap, FLIP)
-    k10, k11, k12, k13, k14 = _taps(tap, 1, c, is_tap, FLIP)
-    k20, k21, k22, k23, k24 = _taps(tap, 2, c, is_tap, FLIP)
-    k30, k31, k32, k33, k34 = _taps(tap, 3, c, is_tap, FLIP)
-    k40, k41, k42, k43, k44 = _taps(tap, 4, c, is_tap, FLIP)
-    image = x + sample * height * width * x_row
-    start = tl.zeros((W, C), tl.float32)
+    is_column = column < c
+    # The transposed stencil is the stencil turned by half a turn.
+    o: tl.constexpr = SIZE * SIZE - 1 if FLIP else 0
+    s: tl.constexpr = -1 if FLIP else 1
+    k = ()
+    for i in tl.static_range(SIZE * SIZE):
+        k += (tl.load(taps + (o + s * i) * c + column, mask=is_column, other=0.0),)
+    start = tl.zeros((C,), tl.float32)
     if BIAS:
-        start += tl.load(bias + column % kernels, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    s0, s1, s2, s3 = start, start, start, start
-    for turn in range(ROWS + 4):
-        h = first + turn - 2
-        x0 = _pixel(image, h, w - 2, column, height, width, x_row, is_column)
-        x1 = _pixel(image, h, w - 1, column, height, width, x_row, is_column)
-        x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
-        x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
-        x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
-        total = s0 + x0 * k40 + x1 * k41 + x2 * k42 + x3 * k43 + x4 * k44
-        s0 = s1 + x0 * k30 + x1 * k31 + x2 * k32 + x3 * k33 + x4 * k34
-        s1 = s2 + x0 * k20 + x1 * k21 + x2 * k22 + x3 * k23 + x4 * k24
-        s2 = s3 + x0 * k10 + x1 * k11 + x2 * k12 + x3 * k13 + x4 * k14
-        s3 = start + x0 * k00 + x1 * k01 + x2 * k02 + x3 * k03 + x4 * k04
-        done = h - 2
-        line = (sample * height + done) * width * out_row
-        place = (w * out_row)[:, None] + column[None, :]
-        here = done + tl.zeros_like(w)
-        mask = ((w < width) & (here >= first) & (here < height))[:, None] & is_column
-        if ADD:
-            total += tl.load(added + line + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + line + place, total.to(out.dtype.element_ty), mask=mask)
+        start += tl.load(bias + column % kernels, mask=is_column, other=0.0).to(tl.float32)
+    sums = ()
+    for _ in tl.static_range((SIZE - 1) * W):
+        sums += (start,)
+    image = x + sample * height * width * x_row
+    for turn in range(ROWS + SIZE - 1):
+        h = first + turn - R
+        near = _run(image, h, w, column, height, width, x_row, is_column, -R, W + R)
+        # Of the outputs above, which this row completes, down to those below, which it begins.
+        met = ()
+        for i in tl.static_range(SIZE):
+            for j in tl.static_range(W):
+                total = start
+                if i < SIZE - 1:
+                    total = sums[i * W + j]
+                for t in tl.static_range(SIZE):
+                    total += near[j + t] * k[SIZE * (SIZE - 1 - i) + t]
+                met += (total,)
+        done = h - R
+        here = done + tl.zeros_like(column)
+        is_done = (here >= first) & (here < height) & is_column
+        for j in tl.static_range(W):
+            mask = is_done & (w + j + tl.zeros_like(column) < width)
+            place = (sample * height + done) * width + w + j
+            total = met[j]
+            if GATE:
+                if SAVE:
+                    tl.store(raw + place * c + column, total.to(raw.dtype.element_ty), mask=mask)
+                z = tl.load(gate + place * gate_row + column, mask=mask, other=0.0)
+                total *= _gelu(z.to(tl.float32))
+            if ADD:
+                total += tl.load(added + place * c + column, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out + place * out_row + column, total.to(out.dtype.element_ty), mask=mask)
+        sums = met[W:]
 
 
 @triton.jit
 def _wide_stencil_weight_kernel(
     x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """5x5. Each row of pixels meets the five rows of gradients around it."""
+    """SIZE x SIZE. Each row of pixels meets the SIZE rows of gradients around it."""
+    R: tl.constexpr = SIZE // 2
     sample = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
     last = tl.minimum(first + ROWS, height)
-    w = tl.program_id(1) * W + tl.arange(0, W)
+    w = tl.program_id(1) * W
     column = tl.program_id(2) * C + tl.arange(0, C)
-    is_c = column < c
-    is_column = is_c[None, :]
+    is_column = column < c
     image = x + sample * height * width * x_row
     slopes = grad + sample * height * width * g_row
-    g1 = tl.zeros((W, C), tl.float32)
-    g2 = tl.zeros((W, C), tl.float32)
-    g3 = tl.zeros((W, C), tl.float32)
-    g4 = tl.zeros((W, C), tl.float32)
-    t00 = tl.zeros((W, C), tl.float32)
-    t01 = tl.zeros((W, C), tl.float32)
-    t02 = tl.zeros((W, C), tl.float32)
-    t03 = tl.zeros((W, C), tl.float32)
-    t04 = tl.zeros((W, C), tl.float32)
-    t10 = tl.zeros((W, C), tl.float32)
-    t11 = tl.zeros((W, C), tl.float32)
-    t12 = tl.zeros((W, C), tl.float32)
-    t13 = tl.zeros((W, C), tl.float32)
-    t14 = tl.zeros((W, C), tl.float32)
-    t20 = tl.zeros((W, C), tl.float32)
-    t21 = tl.zeros((W, C), tl.float32)
-    t22 = tl.zeros((W, C), tl.float32)
-    t23 = tl.zeros((W, C), tl.float32)
-    t24 = tl.zeros((W, C), tl.float32)
-    t30 = tl.zeros((W, C), tl.float32)
-    t31 = tl.zeros((W, C), tl.float32)
-    t32 = tl.zeros((W, C), tl.float32)
-    t33 = tl.zeros((W, C), tl.float32)
-    t34 = tl.zeros((W, C), tl.float32)
-    t40 = tl.zeros((W, C), tl.float32)
-    t41 = tl.zeros((W, C), tl.float32)
-    t42 = tl.zeros((W, C), tl.float32)
-    t43 = tl.zeros((W, C), tl.float32)
-    t44 = tl.zeros((W, C), tl.float32)
-    tb = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS + 4):
-        h = first + turn - 2
-        g0 = _pixel(slopes, h + 2, w, column, last, width, g_row, is_column)
-        x0 = _pixel(image, h, w - 2, column, height, width, x_row, is_column)
-        x1 = _pixel(image, h, w - 1, column, height, width, x_row, is_column)
-        x2 = _pixel(image, h, w, column, height, width, x_row, is_column)
-        x3 = _pixel(image, h, w + 1, column, height, width, x_row, is_column)
-        x4 = _pixel(image, h, w + 2, column, height, width, x_row, is_column)
-        t00 += g0 * x0
-        t01 += g0 * x1
-        t02 += g0 * x2
-        t03 += g0 * x3
-        t04 += g0 * x4
-        t10 += g1 * x0
-        t11 += g1 * x1
-        t12 += g1 * x2
-        t13 += g1 * x3
-        t14 += g1 * x4
-        t20 += g2 * x0
-        t21 += g2 * x1
-        t22 += g2 * x2
-        t23 += g2 * x3
-        t24 += g2 * x4
-        t30 += g3 * x0
-        t31 += g3 * x1
-        t32 += g3 * x2
-        t33 += g3 * x3
-        t34 += g3 * x4
-        t40 += g4 * x0
-        t41 += g4 * x1
-        t42 += g4 * x2
-        t43 += g4 * x3
-        t44 += g4 * x4
-        tb += g0
-        g1, g2, g3, g4 = g0, g1, g2, g3
-    place = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 26 * c
-    place += column
-    tl.store(place, tl.sum(t00, 0), mask=is_c)
-    tl.store(place + c, tl.sum(t01, 0), mask=is_c)
-    tl.store(place + 2 * c, tl.sum(t02, 0), mask=is_c)
-    tl.store(place + 3 * c, tl.sum(t03, 0), mask=is_c)
-    tl.store(place + 4 * c, tl.sum(t04, 0), mask=is_c)
-    tl.store(place + 5 * c, tl.sum(t10, 0), mask=is_c)
-    tl.store(place + 6 * c, tl.sum(t11, 0), mask=is_c)
-    tl.store(place + 7 * c, tl.sum(t12, 0), mask=is_c)
-    tl.store(place + 8 * c, tl.sum(t13, 0), mask=is_c)
-    tl.store(place + 9 * c, tl.sum(t14, 0), mask=is_c)
-    tl.store(place + 10 * c, tl.sum(t20, 0), mask=is_c)
-    tl.store(place + 11 * c, tl.sum(t21, 0), mask=is_c)
-    tl.store(place + 12 * c, tl.sum(t22, 0), mask=is_c)
-    tl.store(place + 13 * c, tl.sum(t23, 0), mask=is_c)
-    tl.store(place + 14 * c, tl.sum(t24, 0), mask=is_c)
-    tl.store(place + 15 * c, tl.sum(t30, 0), mask=is_c)
-    tl.store(place + 16 * c, tl.sum(t31, 0), mask=is_c)
-    tl.store(place + 17 * c, tl.sum(t32, 0), mask=is_c)
-    tl.store(place + 18 * c, tl.sum(t33, 0), mask=is_c)
-    tl.store(place + 19 * c, tl.sum(t34, 0), mask=is_c)
-    tl.store(place + 20 * c, tl.sum(t40, 0), mask=is_c)
-    tl.store(place + 21 * c, tl.sum(t41, 0), mask=is_c)
-    tl.store(place + 22 * c, tl.sum(t42, 0), mask=is_c)
-    tl.store(place + 23 * c, tl.sum(t43, 0), mask=is_c)
-    tl.store(place + 24 * c, tl.sum(t44, 0), mask=is_c)
-    tl.store(place + 25 * c, tl.sum(tb, 0), mask=is_c)
+    zero = tl.zeros((C,), tl.float32)
+    above = ()
+    for _ in tl.static_range((SIZE - 1) * W):
+        above += (zero,)
+    sums = ()
+    for _ in tl.static_range(SIZE * SIZE + 1):
+        sums += (zero,)
+    for turn in range(ROWS + SIZE - 1):
+        h = first + turn - R
+        near = _run(image, h, w, column, height, width, x_row, is_column, -R, W + R)
+        g = _run(slopes, h + R, w, column, last, width, g_row, is_column, 0, W) + above
+        found = ()
+        for i in tl.static_range(SIZE * SIZE + 1):
+            total = sums[i]
+            for j in tl.static_range(W):
+                if i < SIZE * SIZE:
+                    total += g[i // SIZE * W + j] * near[i % SIZE + j]
+                else:
+                    total += g[j]
+            found += (total,)
+        sums = found
+        above = g[: (SIZE - 1) * W]
+    part = tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)
+    place = partial + part * (SIZE * SIZE + 1) * c + column
+    for i in tl.static_range(SIZE * SIZE + 1):
+        tl.store(place + i * c, sums[i], mask=is_column)
+
+
+@triton.jit
+def _gate_gradient_kernel(
+    grad, raw, gate, of_raw, of_gate, rows, c, grad_row, gate_row, of_row, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Of raw * GELU(gate)."""
+    row = (tl.program_id(0).to(tl.int64) * R + tl.arange(0, R))[:, None]
+    column = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+    mask = (row < rows) & (column < c)
+    g = tl.load(grad + row * grad_row + column, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(raw + row * c + column, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(gate + row * gate_row + column, mask=mask, other=0.0).to(tl.float32)
+    share = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    tl.store(of_raw + row * c + column, (g * z * share).to(of_raw.dtype.element_ty), mask=mask)
+    g *= y * (share + z * 0.3989422804014327 * tl.exp(-0.5 * z * z))
+    tl.store(of_gate + row * of_row + column, g.to(of_gate.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -373,8 +341,9 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 # Rows a program walks down, pixels and channels of its tile, warps.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
-WIDE_STENCIL_BLOCK = (8, 32, 64, 4)
-WIDE_STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
+WIDE_STENCIL_BLOCK = (16, 8, 32, 1)
+WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 1)
+GATE_BLOCK = (8, 256)  # tokens and channels
 
 
 def stencil(
@@ -385,11 +354,11 @@ def stencil(
     added: Tensor | None = None,
     is_transposed: bool = False,
 ) -> Tensor:
-    """3x3 or 5x5 depthwise convolution of tokens, with zero padding.
+    """Square depthwise convolution of tokens, with zero padding.
 
     Args:
         x: (b, h * w, c).
-        weight: (kernels, 1, 3, 3) or (kernels, 1, 5, 5), as in ``depthwise_conv``.
+        weight: (kernels, 1, 3, 3) to (kernels, 1, 7, 7), as in ``depthwise_conv``.
         bias: (kernels,) or None.
         grid: (h, w).
         added: (b, h * w, c), added to the result, or None.
@@ -398,54 +367,62 @@ def stencil(
     Returns:
         (b, h * w, c).
     """
+    if weight.shape[-1] > 3:
+        return wide_stencil(x, weight, bias, grid, added, is_transposed)
     x, spacing = _rows(x)
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    added = out if added is None else added.contiguous()
-    options = bias is not None, added is not out, is_transposed
-    kernels = weight.shape[0]
-    if weight.shape[-1] == 5:
-        rows, w, channels, warps = WIDE_STENCIL_BLOCK
-        # Loaded where they are used, of neighboring channels together.
-        taps = weight.flatten(1).t().unsqueeze(1).expand(25, c // kernels, kernels)
-        taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        unit = 1 if spacing % 2 or c % 2 else 2
-        strides = spacing // unit, c // unit
-    else:
-        rows, w, channels, warps = STENCIL_BLOCK
-        taps = weight.contiguous()
-    strips = _ceil(grid[0], rows)
-    programs = b * strips, _ceil(grid[1], w), _ceil(c, channels)
-    operands = x, taps, taps if bias is None else bias, added, out, *grid, c, kernels
     if not out.numel():
         return out
-    if weight.shape[-1] == 5:
-        launch_kernel(
-            _wide_stencil_kernel,
-            programs,
-            *operands,
-            *strides,
-            strips,
-            unit,
-            rows,
-            w,
-            channels,
-            *options,
-            num_warps=warps,
-        )
-    else:
-        launch_kernel(
-            _stencil_kernel,
-            programs,
-            *operands,
-            spacing,
-            strips,
-            rows,
-            w,
-            channels,
-            *options,
-            num_warps=warps,
-        )
+    added = out if added is None else added.contiguous()
+    rows, w, channels, warps = STENCIL_BLOCK
+    strips, weight = _ceil(grid[0], rows), weight.contiguous()
+    launch_kernel(_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
+        x, weight, weight if bias is None else bias, added, out, *grid, c, len(weight), spacing,
+        strips, rows, w, channels, bias is not None, added is not out, is_transposed,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def wide_stencil(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    added: Tensor | None = None,
+    is_transposed: bool = False,
+    gate: Tensor | None = None,
+    raw: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``stencil`` of any odd size.
+
+    Args:
+        x: As there, like ``weight``, ``bias``, ``grid``, ``added`` and ``is_transposed``.
+        gate: (b, h * w, c), whose GELU multiplies the convolution, or None.
+        raw: Where the convolution itself is to be written, (b, h * w, c), contiguous; or None.
+        out: Where the result is to be written, with equally spaced rows; or None.
+    """
+    x, spacing = _rows(x)
+    b, n, c = x.shape
+    out = torch.empty(b, n, c, dtype=x.dtype, device=x.device) if out is None else out
+    if not out.numel():
+        return out
+    kernels, size = len(weight), weight.shape[-1]
+    # Of neighboring channels together.
+    taps = weight.flatten(1).t().unsqueeze(1).expand(size**2, c // kernels, kernels)
+    taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    other = out if added is None else added.contiguous()
+    factor, gate_spacing = (out, 0) if gate is None else _rows(gate)
+    rows, w, channels, warps = WIDE_STENCIL_BLOCK
+    strips = _ceil(grid[0], rows)
+    launch_kernel(_wide_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
+        x, taps, taps if bias is None else bias, other, factor, out, out if raw is None else raw,
+        *grid, c, kernels, spacing, gate_spacing, out.stride(1), strips, rows, w, channels,
+        bias is not None, added is not None, gate is not None, raw is not None, is_transposed,
+        size, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -456,15 +433,18 @@ def stencil_weight_gradient(
     size = weight.shape[-1]
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
-    is_wide, taps = size == 5, size**2
-    kernel = _wide_stencil_weight_kernel if is_wide else _stencil_weight_kernel
-    rows, w, channels, warps = WIDE_STENCIL_WEIGHT_BLOCK if is_wide else STENCIL_WEIGHT_BLOCK
+    kernel, sizes = _stencil_weight_kernel, ()
+    rows, w, channels, warps = STENCIL_WEIGHT_BLOCK
+    if size > 3:
+        kernel, sizes = _wide_stencil_weight_kernel, (size,)
+        rows, w, channels, warps = WIDE_STENCIL_WEIGHT_BLOCK
     strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
-    partial = torch.empty(b * strips * blocks, taps + 1, c, dtype=torch.float32, device=x.device)
+    shape = b * strips * blocks, size**2 + 1, c
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     if partial.numel():
         launch_kernel(kernel, (b * strips, blocks, _ceil(c, channels)),
             x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
-            num_warps=warps,
+            *sizes, num_warps=warps,
         )  # fmt: skip
     return tap_sums(partial, weight)
 
@@ -522,13 +502,90 @@ _stencil.register_inference(replayed(_stencil.function))
 _stencil.register_autograd(_stencil_gradients, setup_context=_stencil_setup)
 
 
+@launched(
+    "gated_stencil",
+    "(Tensor packed, Tensor weight, Tensor? bias, int height, int width, bool save)"
+    " -> (Tensor, Tensor)",
+)
+def _gated_stencil(
+    packed: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    """What ``gated_depthwise_conv`` gives, and, for a backward, the convolution itself."""
+    gate, x = packed.chunk(2, dim=-1)
+    raw = torch.empty(x.shape if save else 0, dtype=x.dtype, device=x.device)
+    out = wide_stencil(x, weight, bias, (height, width), gate=gate, raw=raw if save else None)
+    return out, raw
+
+
+@_gated_stencil.register_fake
+def _(
+    packed: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    shape = *packed.shape[:2], packed.shape[2] // 2
+    return packed.new_empty(shape), packed.new_empty(shape if save else 0)
+
+
+@launched("gated_stencil_backward")
+def _gated_stencil_backward(
+    grad: Tensor, raw: Tensor, packed: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, x = packed.chunk(2, dim=-1)
+    grads = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    of_gate, of_x = grads.chunk(2, dim=-1)
+    of_raw = torch.empty(raw.shape, dtype=raw.dtype, device=raw.device)
+    (grad, grad_row), (gate, gate_row) = _rows(grad), _rows(gate)
+    b, n, c = raw.shape
+    if raw.numel():
+        rows, channels = GATE_BLOCK
+        launch_kernel(_gate_gradient_kernel, (_ceil(b * n, rows), _ceil(c, channels)),
+            grad, raw, gate, of_raw, of_gate, b * n, c, grad_row, gate_row, 2 * c, rows, channels,
+            num_warps=4,
+        )  # fmt: skip
+    wide_stencil(of_raw, weight, None, (height, width), is_transposed=True, out=of_x)
+    return grads, *stencil_weight_gradient(x, of_raw, (height, width), weight)
+
+
+@_gated_stencil_backward.register_fake
+def _(
+    grad: Tensor, raw: Tensor, packed: Tensor, weight: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = packed.new_empty(packed.shape)
+    return grads, weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    packed, weight, bias, *ctx.grid, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], packed, weight)
+
+
+def _gated_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    found = _gated_stencil_backward(grad, *ctx.saved_tensors, *ctx.grid)
+    return *found[:2], found[2] if ctx.has_bias else None, None, None, None
+
+
+_gated_stencil.register_inference(replayed(_gated_stencil.function, 1))
+_gated_stencil.register_autograd(_gated_gradients, setup_context=_gated_setup)
+
+
 def depthwise_conv(
     x: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None,
     added: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.depthwise_conv``."""
-    dtype, (_, _, high, wide) = operand_dtype(x), weight.shape
-    size = 3 if max(high, wide) <= 3 else 5
-    if high != wide or high != size:
-        weight = widened(weight, size)
+    dtype, weight = operand_dtype(x), widened(weight, max(weight.shape[2:]))
     return _stencil(x if x.dtype is dtype else x.to(dtype), weight, bias, added, *grid)
+
+
+def gated_depthwise_conv(
+    packed: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See ``attnzoo.ops.depthwise_conv``."""
+    dtype, weight = operand_dtype(packed), widened(weight, max(weight.shape[2:]))
+    packed = packed if packed.dtype is dtype else packed.to(dtype)
+    operands = packed, weight, bias
+    save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in operands)
+    return _gated_stencil(*operands, *grid, save)[0]

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.depthwise_conv import to_image
 from attnzoo.ops.dispatch import is_transformed
+from attnzoo.ops.inner_loop.torch import read_conv, read_unit
 from attnzoo.ops.precision import in_float32
 
 
@@ -48,3 +50,20 @@ def trained_conv(key: Tensor, value: Tensor, weight: Tensor, rate: float = 1.0) 
 
     [found] = _gradients(loss, [weights])
     return weights - rate * found / (found.norm(dim=(-2, -1), keepdim=True) + 1)
+
+
+def unit_tokens(
+    tokens: Tensor, first: Tensor, second: Tensor, heads: int, rate: float = 1.0,
+    local: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.inner_loop``."""
+    split = tokens.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return read_unit(split[0], *trained_unit(split[1], split[2], first, second, rate), local)
+
+
+def conv_tokens(
+    tokens: Tensor, grid: tuple[int, int], weight: Tensor, rate: float = 1.0
+) -> Tensor:
+    """See ``attnzoo.ops.inner_loop``."""
+    query, key, value = to_image(tokens, grid).chunk(3, dim=1)
+    return read_conv(query, trained_conv(key, value, weight, rate))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.precision import in_float32
 
 
@@ -23,10 +24,11 @@ def unit_gradients(
         Both (b, h, d, d), in float32 or better.
     """
     linear, gate = key @ first, key @ second
-    error = value / (-3 * tokens)
     squashed = gate.sigmoid()
-    slope = squashed * (1 + gate * (1 - squashed))  # of SiLU
-    return key.mT @ (error * gate * squashed), key.mT @ (error * linear * slope)
+    unit = gate * squashed
+    slope = torch.lerp(unit, unit.new_ones(()), squashed)  # of SiLU: s + s z (1 - s)
+    of_first, of_second = key.mT @ (value * unit), key.mT @ (value * linear * slope)
+    return of_first / (-3 * tokens), of_second / (-3 * tokens)
 
 
 @in_float32
@@ -47,15 +49,44 @@ def trained_unit(
 def trained_conv(key: Tensor, value: Tensor, weight: Tensor, rate: float = 1.0) -> Tensor:
     """See ``attnzoo.ops.inner_loop``."""
     height, width = key.shape[2:]
-    error = (value / (-3 * height * width)).flatten(2).unsqueeze(-1)
     padded = F.pad(key, (1, 1, 1, 1))
-    # Nine products of what a tap sees with the error, not a convolution with a kernel as large as
-    # the image.
-    taps = [
-        padded[..., i : i + height, j : j + width].flatten(2).unsqueeze(-2) @ error
-        for i in range(3)
-        for j in range(3)
-    ]
-    gradient = torch.cat(taps, -1).view(*key.shape[:2], 3, 3)
+    seen = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    # What each tap sees times the values, not a convolution with a kernel as large as the image.
+    gradient = torch.stack(seen, 2).flatten(3) @ value.flatten(2).unsqueeze(-1)
+    gradient = (gradient / (-3 * height * width)).view(*key.shape[:2], 3, 3)
     norm = gradient.norm(dim=(-2, -1), keepdim=True)
     return weight.squeeze(1) - rate * gradient / (norm + 1)
+
+
+def read_unit(query: Tensor, first: Tensor, second: Tensor, local: Tensor | None = None) -> Tensor:
+    """What queries, (b, h, m, d), read of a trained unit, and ``local``: (b, m, h * d + d)."""
+    first, second = (w.to(query.dtype) for w in (first, second))
+    out = (query @ first * F.silu(query @ second)).transpose(1, 2).flatten(2)
+    return out if local is None else torch.cat([out, local.to(out.dtype)], -1)
+
+
+def read_conv(query: Tensor, taps: Tensor) -> Tensor:
+    """What queries, an image (b, c, height, width), read of trained taps: tokens (b, n, c)."""
+    # Every image has kernels of its own: as channels of one image they are one call.
+    images = query.flatten(0, 1)[None]
+    kernels = taps.to(query.dtype).flatten(0, 1)[:, None]
+    out = F.conv2d(images, kernels, padding=1, groups=len(kernels))
+    return to_tokens(out.view_as(query))
+
+
+def unit_tokens(
+    tokens: Tensor, first: Tensor, second: Tensor, heads: int, rate: float = 1.0,
+    local: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See ``attnzoo.ops.inner_loop``."""
+    parts = tokens.chunk(3, dim=-1)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in parts)
+    return read_unit(query, *trained_unit(key, value, first, second, rate), local)
+
+
+def conv_tokens(
+    tokens: Tensor, grid: tuple[int, int], weight: Tensor, rate: float = 1.0
+) -> Tensor:
+    """See ``attnzoo.ops.inner_loop``."""
+    query, key, value = to_image(tokens, grid).chunk(3, dim=1)
+    return read_conv(query, trained_conv(key, value, weight, rate))

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from attnzoo.ops.neighborhood import torch as tiles
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
+from attnzoo.ops.reorder import reordered
 
 # Tokens of a tile, which is a block of the kernels. The backward has none for less than 128.
 _FEW, _MANY = 64, 128
@@ -28,13 +29,17 @@ class Plan:
     Attributes:
         order: The tokens tile by tile, some repeated to fill tiles up: (m,).
         place: Where among them each token is: (n,).
+        fills: Which of them fill tiles up: (m, 1); None where none does.
         blocks: How many blocks of keys each block of queries meets, which these come first of
             all, and both the other way round.
         bounds: y, x, first y, y to stop at, first x, x to stop at, each (m,).
     """
 
-    def __init__(self, order: Tensor, place: Tensor, blocks: Any, bounds: Any) -> None:
-        self.order, self.place, self.blocks, self.bounds = order, place, blocks, bounds
+    def __init__(
+        self, order: Tensor, place: Tensor, fills: Tensor | None, blocks: Any, bounds: Any
+    ) -> None:
+        self.order, self.place, self.fills = order, place, fills
+        self.blocks, self.bounds = blocks, bounds
 
 
 def neighborhood_attention(
@@ -50,7 +55,8 @@ def neighborhood_attention(
     is_wide = query.shape[-1] * query.dtype.itemsize > 128
     block = _MANY if is_trained or is_wide else _FEW
     plan = plan_of(grid, tuple(window), block, query.device)
-    operands = query, key, value, plan.order, plan.place, *plan.blocks, *plan.bounds
+    order = plan.order, plan.place, plan.fills
+    operands = query, key, value, *order, *plan.blocks, *plan.bounds
     limit = window.radius**2
     if torch.compiler.is_compiling() or not query.is_cuda:
         return _attend(limit, *operands)
@@ -60,14 +66,20 @@ def neighborhood_attention(
 
 def _attend(
     limit: int, query: Tensor, key: Tensor, value: Tensor, order: Tensor, place: Tensor,
-    *plan: Tensor,
+    fills: Tensor | None, *plan: Tensor,
 ) -> Tensor:  # fmt: skip
-    query, key, value = (z.index_select(2, order) for z in (query, key, value))
+    # Read and written as (b, n, heads, d), in which projections and their gradients are stored.
+    query, key, value = (
+        reordered(z.transpose(1, 2), 1, order, place).transpose(1, 2).contiguous()
+        for z in (query, key, value)
+    )
     mask = mask_of(limit, *plan)
     sides: Any = None if mask.BLOCK_SIZE[0] == _MANY else {"BLOCK_M": _FEW, "BLOCK_N": _FEW}
     out = flex_attention(query, key, value, block_mask=mask, kernel_options=sides)
     assert isinstance(out, Tensor)
-    return out.index_select(2, place)
+    if fills is not None:  # or else the backward would give them the gradient of what they repeat
+        out = out.masked_fill(fills, 0)
+    return reordered(out.transpose(1, 2), 1, place, order).transpose(1, 2)
 
 
 def mask_of(limit: int, *plan: Tensor) -> BlockMask:
@@ -99,7 +111,8 @@ def mask_of(limit: int, *plan: Tensor) -> BlockMask:
 
 def plan_of(grid: Grid, window: tuple[int, ...], block: int, device: torch.device) -> Plan:
     """The order of the tokens and who meets whom, of tiles of ``block`` tokens."""
-    return _plan(grid, Window(*window), block, device)
+    with torch.inference_mode(False):  # or else no gradient could read it later
+        return _plan(grid, Window(*window), block, device)
 
 
 plan_of._dynamo_marked_constant = True  # type: ignore[attr-defined] # see dispatch
@@ -127,6 +140,7 @@ def _plan(grid: Grid, window: Window, block: int, device: torch.device) -> Plan:
     return Plan(
         order.to(device),
         place.to(device),
+        None if is_real.all() else ~is_real[:, None].to(device),
         [z[None, None].to(device, torch.int32).contiguous() for z in blocks],
         [z.to(device, torch.int32) for z in bounds],
     )

@@ -10,6 +10,7 @@ from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient
 from attnzoo.ops.routed_linear.torch import (
     balance_loss,
+    by_ones,
     decide,
     gated,
     pick,
@@ -21,6 +22,7 @@ __all__ = [
     "Route",
     "RouterGradient",
     "balance_loss",
+    "by_ones",
     "decide",
     "gated",
     "grouped_linear",
@@ -77,12 +79,20 @@ def _gates_macs(x: Tensor, first: Tensor, second: Tensor, **_: Any) -> int:
     return x.shape[0] * (first.numel() + second.numel())
 
 
+def _scalar_macs(x: Tensor, y: Tensor | None, router: Tensor, *_: Any) -> int:
+    return x.shape[0] * router.numel()
+
+
 MACS |= {
     "routed_linear": _linear_macs,
     "routed_linear_backward": lambda grad, *rest, **_: 2 * _linear_macs(*rest),
     "grouped_linear": _grouped_macs,
     "grouped_linear_backward": (
         lambda grad, x, first, *_, **__: 2 * grad.numel() * first.shape[1]
+    ),
+    "routed_scalar": _scalar_macs,
+    "routed_scalar_backward": (
+        lambda grad, *rest, **_: 2 * _scalar_macs(*rest) if rest[-1] else 0
     ),
     "routed_gates": _gates_macs,
     "routed_gates_backward": lambda grad, *args, **_: 2 * _gates_macs(*args[:3]),

@@ -9,18 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.dispatch import Impl, custom_op, is_plain, is_transformed
+from attnzoo.ops.dispatch import (
+    Impl,
+    choose,
+    custom_op,
+    has_half_sums,
+    is_plain,
+    is_transformed,
+    is_without_kernels,
+)
+from attnzoo.ops.linear_core.torch import half_matmul
 from attnzoo.ops.precision import autocast_operands, in_float32
 from attnzoo.ops.routed_linear import reference
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
 
 # Multiply-accumulates that cost less than sorting tokens.
 _FEW = 1 << 20
+_MOST_CHOICES = 64  # of a router that a kernel holds in registers
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of a linear router in float32: (..., d), (experts, d) -> (..., experts)."""
-    return F.linear(x, weight) if is_plain(x, weight) else _guarded_logits(x, weight)
+    if is_plain(x, weight):
+        return F.linear(x, weight)
+    if has_half_sums(x, weight):  # products of bfloat16 are exact in float32, into which they go
+        rows = x.reshape(1, -1, x.shape[-1])
+        return half_matmul(rows, weight.t()[None]).to(x.dtype).view(*x.shape[:-1], -1)
+    return _guarded_logits(x, weight)
 
 
 @in_float32
@@ -62,13 +77,44 @@ def pick(
 
     With "ste" the router receives the gradient of sum_j p_j scalars_j, so that it learns once the
     scalars differ.
+
+    Args:
+        weight: See ``decide``.
+        parts: Likewise.
+        scalars: (experts,).
+        gradient: See above.
+        impl: "auto" takes Triton's kernel on a GPU, which gives the scalars in float32, and
+            logits that have no gradient of their own.
     """
+    if impl == "auto" and _is_by_kernel(weight, parts):
+        from attnzoo.ops.routed_linear import triton
+
+        is_learned = weight.requires_grad or any(z.requires_grad for z in parts)
+        learn = gradient != "none" and torch.is_grad_enabled() and is_learned
+        return triton.routed_scalar(weight, parts, scalars, learn)
     routed = decide(weight, parts, gradient)
     if impl == "reference" or is_transformed():
         return reference.routed_scalar(routed, scalars, gradient), routed
     if routed.logits is None:
         return scalars.take(routed.index.unsqueeze(-1)), routed
     return _StraightThroughScalar.apply(routed.logits, scalars, routed.index), routed
+
+
+def _is_by_kernel(weight: Tensor, parts: Sequence[Tensor]) -> bool:
+    x = parts[0]
+    if is_without_kernels(x) or (
+        choose("routed_scalar", "auto", x, x.dtype, lambda: _unserved(weight, parts)) != "triton"
+    ):
+        return False
+    return all(z.dtype is x.dtype and z.shape == x.shape for z in parts)
+
+
+def _unserved(weight: Tensor, parts: Sequence[Tensor]) -> str | None:
+    if weight.shape[0] > _MOST_CHOICES:
+        return f"{weight.shape[0]} choices of a router, more than {_MOST_CHOICES}"
+    if weight.dtype not in (parts[0].dtype, torch.float32) or len(parts) > 2:
+        return "a router in less than its tokens' precision, or tokens in more than two parts"
+    return None
 
 
 class _StraightThroughGate(torch.autograd.Function):
@@ -101,6 +147,25 @@ def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "a
     return _StraightThroughGate.apply(x, routed.logits, routed.index)
 
 
+class _Gate(torch.autograd.Function):
+    """x * gate for gates of value 1: x itself, but for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        return grad, (grad * x).sum(-1, dtype=torch.float32)
+
+
+def by_ones(x: Tensor, gate: Tensor) -> Tensor:
+    """x, (..., d), times gates of value 1, (...,) in float32, through which routers learn."""
+    return _Gate.apply(x, gate) if torch.is_grad_enabled() else x
+
+
 class _StraightThroughScalar(torch.autograd.Function):
     """The chosen scalar, whose router receives the gradient of sum_j p_j scalars_j."""
 
@@ -115,8 +180,17 @@ class _StraightThroughScalar(torch.autograd.Function):
         probability = softmax_of(logits)
         mean = (probability * scalars).sum(-1, keepdim=True)
         grad_logits = probability * (scalars - mean) * grad
-        grad_scalars = torch.zeros_like(scalars).index_add(0, index.flatten(), grad.flatten())
-        return grad_logits, grad_scalars, None
+        return grad_logits, _chosen_sums(grad, index, len(scalars)).to(scalars.dtype), None
+
+
+def _chosen_sums(grad: Tensor, index: Tensor, experts: int) -> Tensor:
+    """The sum over all tokens that chose each expert: (..., 1), (...,) -> (experts,)."""
+    index, grad = index.flatten(), grad.flatten()
+    if grad.is_cpu:
+        return grad.new_zeros(experts).index_add(0, index, grad)
+    # A GPU would add up by index one after the other, and round each sum.
+    mine = grad.new_zeros(experts, index.numel()).scatter(0, index[None], grad[None])
+    return mine.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def usage_of(index: Tensor, experts: int) -> Tensor:

@@ -164,7 +164,7 @@ class Blocks(NamedTuple):
 
 # Of a forward alone, and of what is differentiated, which stores the state before every tile.
 BLOCKS = {False: Blocks(32, 32, 1, 168), True: Blocks(16, 32, 1)}
-GRADIENT = Blocks(16, 32, 1, 168)  # as many tokens
+GRADIENT = Blocks(16, 32, 1)  # as many tokens; a cap of registers costs half as much again
 CARRY = (128, 2, 8)  # entries of a state, warps, stages
 PROGRAMS = 3072  # about as many as a GPU runs at a time: chunks are no shorter than that
 

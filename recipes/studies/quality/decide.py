@@ -1,7 +1,8 @@
 """What a table of runs decides: each claim in each setting, corrected together by study.
 
 Differences are of the held-out loss, paired by seed; Holm's correction takes the claims of one
-study as one family. A pair counts only where both runs are of one device and one torch.
+study as one family, in which the same runs count once, whichever protocols they serve. A pair
+counts only where both runs are of one device and one torch.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Decision(NamedTuple):
             below 0 is of the other; NaN where curves do not cross or steps differ.
         foreign: Pairs that were left out, as they are of two machines.
         needed: Seeds that would decide, from these; NaN below two.
+        runs: Names of the pairs' runs.
     """
 
     claim: Claim
@@ -50,6 +52,7 @@ class Decision(NamedTuple):
     saved: float
     foreign: int
     needed: float
+    runs: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Literal["holds", "opposite", "undecided", "not measured"]:
@@ -84,8 +87,9 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
                 for protocol in study.protocols
                 for px in study.resolutions
             ]
-        corrected = holm([one.difference.p for one in of_study])
-        found += [one._replace(p=p) for one, p in zip(of_study, corrected, strict=True)]
+        family = {one.runs: one.difference.p for one in of_study}
+        corrected = dict(zip(family, holm(family.values()), strict=True))
+        found += [one._replace(p=corrected[one.runs]) for one in of_study]
     return found
 
 
@@ -107,7 +111,7 @@ def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: b
     study, protocol, data, px = setting
     return Decision(
         claim, study, protocol, data, px, difference, math.nan, _saved(one, other),
-        len(both) - len(same), needed,
+        len(both) - len(same), needed, (*one["run"], *other["run"]),
     )  # fmt: skip
 
 

@@ -142,6 +142,7 @@ CONTROLS = Study(
         Claim("type", "dydila", "softmax", True),
         Claim("type", "dydila", "softmax, conv", True),
         Claim("type", "dydila, no conv", "softmax", True),
+        Claim("type", "softmax", "sana", True),
         Claim("type", "focused", "softmax, conv"),
         Claim("type", "dydila", "focused", True),
         *(Claim("parts", after, before, True)

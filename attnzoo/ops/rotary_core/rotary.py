@@ -1,0 +1,82 @@
+"""Rotary positions on a grid (RoFormer, arXiv 2104.09864; in two axes as in RALA, 2411.07635)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.dispatch import is_passing
+from attnzoo.ops.precision import in_float32
+
+SLOWEST = 10_000.0  # RoFormer's base; RALA's slowest pair turns by its inverse per step
+_TURNS: dict[tuple[object, ...], Tensor] = {}  # never let go: a recorded graph reads them
+
+
+def turns(steps: int, pairs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of what each pair has turned after 0, 1, ... steps; cached.
+
+    Args:
+        steps: How many.
+        pairs: Pair i turns by 10000 ** -t per step, t evenly from 0 to 1.
+        device: Where to.
+        dtype: Of the result, whose angles are those of float64.
+
+    Returns:
+        (2, steps, pairs).
+    """
+    key = steps, pairs, device, dtype
+    is_kept = not is_passing(device)
+    if is_kept and key in _TURNS:
+        return _TURNS[key]
+    with torch.inference_mode(False), torch.no_grad():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        speed = SLOWEST ** -torch.linspace(0, 1, pairs, dtype=wide, device=device)
+        angle = torch.arange(steps, dtype=wide, device=device)[:, None] * speed
+        table = torch.stack((angle.cos(), angle.sin())).to(dtype)
+    if is_kept:
+        _TURNS[key] = table
+    return table
+
+
+@in_float32
+def rotated(z: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tensor:
+    """Turns pairs of channels by angles that grow with the token's row or column.
+
+    The first half of a head's channels turns with the row, the second with the column; of d
+    channels d / 4 pairs each, by 10000 ** -t per step, t evenly from 0 to 1. Channels beyond the
+    last multiple of four stay as they are.
+
+    Args:
+        z: (b, heads, m, d), tokens of whole rows.
+        grid: (height, width).
+        span: The tokens' place in it.
+
+    Returns:
+        (b, heads, m, d).
+    """
+    height, width = grid
+    pairs = z.shape[-1] // 4
+    if not pairs:
+        return z
+    first, stop, _ = span.indices(height * width)
+    table = turns(max(grid), pairs, z.device, z.dtype)
+    rows = table[:, first // width : stop // width, None].expand(-1, -1, width, -1)
+    columns = table[:, None, :width].expand_as(rows)
+    # (m, 2 * pairs), of every token.
+    cosine, sine = torch.cat((rows, columns), -1).flatten(1, 2)
+    turning, rest = z[..., : 4 * pairs], z[..., 4 * pairs :]
+    if _is_complex(turning):
+        numbers = torch.view_as_complex(turning.unflatten(-1, (2 * pairs, 2)))
+        turned = torch.view_as_real(numbers * torch.complex(cosine, sine)).flatten(-2)
+    else:
+        # Of a pair (a, b): (a, b) cos + (b, a) (-sin, sin).
+        swapped = turning.unflatten(-1, (2 * pairs, 2)).flip(-1).flatten(-2)
+        sines = torch.stack((-sine, sine), -1).flatten(-2)
+        turned = torch.addcmul(turning * cosine.repeat_interleave(2, -1), swapped, sines)
+    return turned if not rest.shape[-1] else torch.cat((turned, rest), -1)
+
+
+def _is_complex(z: Tensor) -> bool:
+    """Whether pairs may be multiplied as complex numbers, in one pass: compilers know none."""
+    is_paired = z.stride(-1) == 1 and not any(step % 2 for step in z.stride()[:-1])
+    return is_paired and not z.storage_offset() % 2 and z.is_cpu and not is_passing(z.device)
