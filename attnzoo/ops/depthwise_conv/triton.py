@@ -338,10 +338,10 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-# Rows a program walks down, pixels and channels of its tile, warps.
+# Rows a program walks down, pixels and channels of its tile, warps; wide ones by their size.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
-WIDE_STENCIL_BLOCK = (16, 8, 32, 1)
+WIDE_STENCIL_BLOCK = {5: (16, 8, 32, 1), 7: (16, 8, 32, 1)}
 WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 1)
 GATE_BLOCK = (8, 256)  # tokens and channels
 
@@ -396,7 +396,7 @@ def wide_stencil(
     raw: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``stencil`` of any odd size.
+    """``stencil`` of 5x5 and 7x7.
 
     Args:
         x: As there, like ``weight``, ``bias``, ``grid``, ``added`` and ``is_transposed``.
@@ -415,7 +415,7 @@ def wide_stencil(
     taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     other = out if added is None else added.contiguous()
     factor, gate_spacing = (out, 0) if gate is None else _rows(gate)
-    rows, w, channels, warps = WIDE_STENCIL_BLOCK
+    rows, w, channels, warps = WIDE_STENCIL_BLOCK[size]
     strips = _ceil(grid[0], rows)
     launch_kernel(_wide_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
         x, taps, taps if bias is None else bias, other, factor, out, out if raw is None else raw,
