@@ -293,10 +293,17 @@ def _gated(out: Tensor, z: Tensor) -> Tensor:
     return out * F.silu(z)
 
 
-@in_float32
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of what scans give, with Mamba-2's eps."""
+    """RMSNorm of what scans give, computed in float32, with Mamba-2's eps."""
+    # PyTorch's has float32 inside, and takes a GPU one kernel where both dtypes are the same.
+    return (_rms_norm if x.dtype == weight.dtype else _wide_rms_norm)(x, weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+_wide_rms_norm = in_float32(_rms_norm)
 
 
 def _start_of_steps(count: int) -> Tensor:

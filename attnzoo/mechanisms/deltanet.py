@@ -9,7 +9,9 @@ of norm 1; then out = (RMSNorm(mean of o) * SiLU(x W_g)) W_o. Cost per sample, c
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,13 +24,20 @@ from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.streaming import StreamConfig, stream_scans
-from attnzoo.ops.delta_rule import gated_delta_block, gated_delta_rule, gated_delta_rule_macs
-from attnzoo.ops.dispatch import Impl
-from attnzoo.ops.gated_scan import DIRECTIONS, Direction, scan, unscan
-from attnzoo.ops.precision import in_float32
+from attnzoo.ops.delta_rule import (
+    gated_delta_block,
+    gated_delta_rule,
+    gated_delta_rule_macs,
+    unserved_heads,
+)
+from attnzoo.ops.dispatch import Impl, choose
+from attnzoo.ops.gated_norm import gated_norm
+from attnzoo.ops.gated_scan import DIRECTIONS, Direction, is_counted, scan, unscan
+from attnzoo.ops.precision import in_float32, in_wide_range, operand_dtype
 from attnzoo.registry import register_attention
 
 _TAPS = 4  # of Gated DeltaNet's convolution along the scan
+_EPS = 1e-5  # of the norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,7 @@ class Config(StreamConfig):
     ] = "both"
     # Gated DeltaNet's own, "causal", has 4 taps along the scan and sees no row above or below.
     conv: Literal["3x3", "causal", "none"] = "3x3"
-    impl: Literal["auto", "reference", "torch", "fla"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
 
 
 @register_attention("deltanet")
@@ -74,7 +83,7 @@ class DeltaNet(Attention):
         step = torch.exp(torch.empty(scans).uniform_(math.log(1e-3), math.log(0.1)))
         self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus inverted
         self.output_gate = xavier_linear(dim, dim, bias=False)
-        self.norm = nn.RMSNorm(dim // self.num_heads, eps=1e-5)
+        self.norm = nn.RMSNorm(dim // self.num_heads, eps=_EPS)
         self.proj = xavier_linear(dim, dim, bias=False)
 
     @classmethod
@@ -88,7 +97,39 @@ class DeltaNet(Attention):
         if (block := self.config.block(self.training)) is not None:
             steps = self._advance, self._finish, self._prepare
             return stream_scans(x, grid, block, self.directions, *steps)
+        if self._takes_kernels(x):
+            return self._finish(x, self._by_kernels(x, grid))
         return self._finish(x, self._scans(x, grid, self.config.impl))
+
+    def _takes_kernels(self, x: Tensor) -> bool:
+        if is_counted():
+            return False
+        width = self.dim // self.num_heads
+        limits = functools.partial(unserved_heads, x.shape[1] * self.num_heads, width, width)
+        impl, dtype = self.config.impl, operand_dtype(x)
+        return choose("gated_delta_rule", impl, x, dtype, limits) == "triton"
+
+    def _by_kernels(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``_scans`` from the projections as they are, in their dtype."""
+        from attnzoo.ops.delta_rule.triton import delta_scans
+
+        decay, strength = _gates(self.gates(x), self.log_rate, self.step_bias)
+        qkv = self.qkv(x) if self.conv is None else self.conv(self.qkv(x), grid)
+        heads, scale = self.num_heads, (self.dim // self.num_heads) ** -0.5
+        if self.taps is None:
+            qkv = in_wide_range(qkv)
+            of_layer = heads, grid, self.directions, scale
+            return delta_scans(qkv, None, None, decay, strength, *of_layer)
+        gathered = []  # of every direction in its order, as images of one column
+        for index, direction in enumerate(self.directions):
+            of_scan = [
+                scan(z[:, :, index : index + 1], grid, direction) for z in (decay, strength)
+            ]
+            gathered.append([self._convolved(scan(qkv, grid, direction)), *of_scan])
+        qkv, decay, strength = (torch.cat(z) for z in zip(*gathered, strict=True))
+        of_column = heads, (x.shape[1], 1), ("forward",), scale
+        out = delta_scans(in_wide_range(qkv), None, None, decay, strength, *of_column)
+        return self._mean(out.chunk(len(self.directions)), grid)
 
     def _scans(
         self, x: Tensor, grid: tuple[int, int], impl: Impl, value: Tensor | None = None
@@ -107,7 +148,10 @@ class DeltaNet(Attention):
         if impl == "fla":  # its kernels sum half precision in float32 themselves
             operands[:3] = [z.to(qkv.dtype) for z in operands[:3]]
         out = gated_delta_rule(*operands, impl=impl).to(decay.dtype)
-        outs = out.transpose(1, 2).chunk(len(self.directions))
+        return self._mean(out.transpose(1, 2).chunk(len(self.directions)), grid)
+
+    def _mean(self, outs: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+        """Of the scans' outputs, each in its order."""
         outs = [unscan(z, grid, d) for z, d in zip(outs, self.directions, strict=True)]
         return torch.stack(outs).mean(0) if len(outs) > 1 else outs[0]
 
@@ -149,7 +193,8 @@ class DeltaNet(Attention):
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Tokens and their mean of the scans, (b, n, h, dv) -> (b, n, dim)."""
         gate = self.output_gate(x).unflatten(-1, (self.num_heads, -1))
-        return self.proj(_gated_norm(gate, mixed, self.norm.weight, self.norm.eps).flatten(2))
+        impl = "auto" if self.config.impl == "fla" else self.config.impl
+        return self.proj(gated_norm(mixed, gate, self.norm.weight, _EPS, impl=impl))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``: before the norm, mean over directions; may be negative.
@@ -192,9 +237,3 @@ def _operands(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 def _unit(z: Tensor) -> Tensor:
     # The 1e-6 is under the root, where a token of zeros has a gradient.
     return z * torch.rsqrt(z.square().sum(-1, keepdim=True) + 1e-6)
-
-
-@in_float32
-def _gated_norm(gate: Tensor, x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """RMSNorm(x) * SiLU(gate) over the last dimension, in the dtype of ``gate``."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps) * F.silu(gate)

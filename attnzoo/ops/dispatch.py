@@ -64,7 +64,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "silu_gate": ("triton", "torch", "reference"),
     "selective_scan": ("triton", "torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
-    "gated_delta_rule": ("torch", "reference", "fla"),
+    "gated_delta_rule": ("triton", "torch", "reference", "fla"),
     "trained_unit": ("torch", "reference"),
     "trained_conv": ("torch", "reference"),
     "unit_tokens": ("triton", "torch", "reference"),

@@ -40,6 +40,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from attnzoo.ops.delta_rule import triton as delta
     from attnzoo.ops.linear_core import triton as linear
     from attnzoo.ops.routed_linear import triton as grouped
     from attnzoo.ops.token_difference import triton_backward
@@ -70,7 +71,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (grouped, linear, triton_backward):
+        for module in (delta, grouped, linear, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
@@ -193,6 +194,15 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
     kernels.gated_scans_backward(out, key, key, value, key, states, *options)
 
 
+def launch_delta(dtype, width=64, bits=0b0011):
+    from attnzoo.ops.delta_rule import triton as kernels
+
+    gate, z = torch.ones(1, 256, bits.bit_count(), 2), torch.ones(1, 256, 6 * width, dtype=dtype)
+    operands = z, None, None, gate, gate, 2, 1.0, 16, 16, bits
+    out, states = kernels.delta_scans_forward.function(*operands, True)
+    kernels.delta_scans_backward.function(out, states, *operands)
+
+
 def launch_scan(dtype, width=384):
     from attnzoo.ops.causal_conv import triton as convolutions
     from attnzoo.ops.selective_scan import triton as scans
@@ -230,7 +240,9 @@ def launch_inner(dtype):
 KERNELS = {
     "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
     "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
-    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel",
+    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel", "_delta_carry_kernel",
+    "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
+    "_delta_written_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
@@ -267,6 +279,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_linear(dtype)
     launch_the_rest(dtype)
     launch_gated(dtype)
+    launch_delta(dtype)
     launch_norms_and_windows(dtype)
     launch_scan(dtype)
     launch_inner(dtype)
@@ -285,6 +298,16 @@ def test_the_widest_gated_heads_fit(compiled, capability, dtype):
     found = compiled(capability)
     launch_gated(dtype, 128, 128)
     launch_gated(dtype, 16, 16, 0b1101)  # one direction of an order, and a sum of two orders
+    assert {name: size for name, size in found.items() if size > SPILL} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_any_scans_of_the_delta_rule_fit(compiled, capability, dtype):
+    found = compiled(capability)
+    launch_delta(dtype)
+    launch_delta(dtype, 16, 0b1110)  # one direction of an order, and a sum of two orders
     assert {name: size for name, size in found.items() if size > SPILL} == {}
 
 

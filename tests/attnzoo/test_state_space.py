@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo import InvalidType, InvalidValue, build_attention
+from attnzoo.layers.state_space import rms_norm
 from attnzoo.mechanisms.zigma import zigzag
 from attnzoo.ops.selective_scan import mamba, selective_scan
 from attnzoo.ops.selective_scan import torch as chunked
@@ -445,6 +446,17 @@ class TestLayers:
         rates, steps = layer.log_rates.exp(), F.softplus(layer.step_bias)
         assert rates.min() >= 1 and rates.max() <= 16 and rates.std() > 1
         assert steps.min() > 1e-3 * 0.999 and steps.max() < 0.1 * 1.001
+
+    @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+    def test_the_norm_of_half_precision_is_computed_in_float32(self, weight_dtype):
+        """4,096 squares summed in bfloat16 would stand still at 256 of them."""
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(3, 4096, generator=draw).bfloat16()
+        weight = torch.randn(4096, generator=draw).to(weight_dtype)
+        out = rms_norm(x, weight)
+        assert out.dtype == torch.bfloat16
+        exact = F.rms_norm(x.double(), (4096,), weight.double(), 1e-5)
+        torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=0)
 
     def test_parameters_are_those_of_mamba(self):
         d, rank = 64, 4
