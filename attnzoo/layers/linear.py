@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as of_modules
 
 from attnzoo.ops.dispatch import has_fused_gelu
-from attnzoo.ops.precision import autocast_operands, in_wide_range
+from attnzoo.ops.precision import autocast_operands
 
 
 def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -48,12 +48,3 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
         out = fused(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], layer.out_features)
     return F.gelu(layer(x), approximate="tanh")
-
-
-def elu_plus_one(z: Tensor) -> Tensor:
-    """ELU(z) + 1, the positive kernel function of Linear Transformers (arXiv 2006.16236).
-
-    As ReLU(z) + exp(min(z, 0)): -1 + 1 would leave nothing of a small exponential.
-    """
-    z = in_wide_range(z)
-    return F.relu(z) + z.clamp_max(0).exp()

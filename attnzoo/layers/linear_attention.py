@@ -31,6 +31,8 @@ from attnzoo.layers.streaming import (
 )
 from attnzoo.ops.dispatch import choose_once, is_few, require_triton
 from attnzoo.ops.linear_core import (
+    Activation,
+    activated,
     fold,
     key_sum,
     linear_attention_macs,
@@ -100,7 +102,7 @@ class LinearAttention(Attention):
     key_position: KeyPosition | None
     normalizer: Normalizer
     divides_by_mean = False
-    activation: Literal["relu", "none"] = "none"
+    activation: Activation = "none"
     complexity = "O(n d d_head)"
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
@@ -129,7 +131,7 @@ class LinearAttention(Attention):
 
     def activated(self, z: Tensor) -> Tensor:
         """The ``activation`` of tokens."""
-        return F.relu(z) if self.activation == "relu" else z
+        return activated(z, self.activation)
 
     def unserved_option(self) -> str | None:
         """What the fused core does not serve of the layer, or None."""
@@ -241,7 +243,7 @@ class LinearAttention(Attention):
                 key = self.key_position(key, grid, slice(None))
             operands = *self.kernels(query, key), value
         eps = self.config.eps * (tokens if self.divides_by_mean else 1)
-        options = self.num_heads, self.activation == "relu", self.normalizer == "base", eps
+        options = self.num_heads, self.activation, self.normalizer == "base", eps
         out = linear_tokens(*operands, *options, impl="triton")
         if self.normalizer == "mean":
             out = out / tokens

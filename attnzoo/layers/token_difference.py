@@ -102,7 +102,7 @@ def map_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     )
     factor, _ = layer.factor(queries, "map", "auto")
     maps = [
-        linear_tokens(*pair, value, layer.num_heads, False, True, config.eps)
+        linear_tokens(*pair, value, layer.num_heads, eps=config.eps)
         for pair in zip(queries, keys, strict=True)
     ]
     out = torch.addcmul(maps[0], factor.to(maps[0].dtype), maps[1], value=-1)

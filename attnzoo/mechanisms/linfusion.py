@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import elu_plus_one, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.registry import register_attention
 
@@ -55,6 +55,7 @@ class LinFusionAttention(LinearAttention):
     Config = Config
     config: Config
     paper = "LinFusion, 2409.02097"
+    activation = "elu"
     divides_by_mean = True  # q . mean_j k_j + eps is (q . sum_j k_j + n eps) / n
     plot_style = ("#8C564B", "s")
     tensors_crossed = 12.0  # twice x, f's two layers and their sum
@@ -88,12 +89,12 @@ class LinFusionAttention(LinearAttention):
         return self.key(self.key_network(x)), self.value(x)
 
     def query_kernel(self, query: Tensor) -> Tensor:
-        """ELU(Q) + 1."""
-        return elu_plus_one(query)
+        """Q, before its ELU + 1."""
+        return query
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """ELU(K) + 1."""
-        return elu_plus_one(key)
+        """K, before its ELU + 1."""
+        return key
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

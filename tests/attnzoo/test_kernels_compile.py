@@ -117,8 +117,8 @@ def launch_linear(dtype, width=384):
     from attnzoo.ops.linear_core import triton as kernels
 
     for heads in (width // 32, width // 64, width // 128, 1):
-        for normalize in (True, False):
-            options = heads, True, normalize, 1e-6
+        for activation, normalize in (("relu", True), ("relu", False), ("elu", True)):
+            options = heads, activation, normalize, 1e-6
             packed = torch.ones(1, 512, 3 * width, dtype=dtype)
             out, *saved = kernels._linear_core.function(packed, None, None, *options)
             kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)

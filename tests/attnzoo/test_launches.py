@@ -142,7 +142,7 @@ def test_results_are_those_of_triton(monkeypatch, dtype):
                 torch.manual_seed(n + offset)
                 flat = torch.randn(n * 192 + offset, device="cuda", dtype=dtype)
                 z = flat[offset:].view(1, n, 192)
-                found.append(linear_tokens(z, None, None, 2, True, impl="triton"))
+                found.append(linear_tokens(z, None, None, 2, "relu", impl="triton"))
         return found
 
     monkeypatch.setattr(triton_common, "_CAN_SKIP", False)

@@ -189,9 +189,9 @@ def test_operands_may_share_memory_or_not(by_address):
     apart = [z.clone().repeat(1, 1, 3)[..., :32] for z in parts]  # strides as of the packed
     results = []
     for operands in (parts, apart, parts[::-1]):
-        results.append([linear_tokens(*operands, 2, True) for _ in range(3)][-1])
+        results.append([linear_tokens(*operands, 2, "relu") for _ in range(3)][-1])
     assert torch.equal(results[0], results[1])
-    wanted = linear_tokens(*[z.contiguous() for z in parts[::-1]], 2, True)
+    wanted = linear_tokens(*[z.contiguous() for z in parts[::-1]], 2, "relu")
     torch.testing.assert_close(results[2], wanted, rtol=0, atol=0)
 
 

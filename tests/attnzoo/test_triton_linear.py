@@ -272,16 +272,25 @@ def test_gated_convolution(
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("is_normalized", [True, False])
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_tokens_are_heads_side_by_side(impl, is_normalized, is_packed):
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_tokens_are_heads_side_by_side(impl, activation, is_normalized, is_packed):
     whole = random(2, 7, 36)
-    query, key, value = (z.view(2, 7, 3, 4).transpose(1, 2).relu() for z in whole.split(12, -1))
+    feature = torch.relu if activation == "relu" else lambda z: torch.nn.functional.elu(z) + 1
+    query, key, value = (feature(z.view(2, 7, 3, 4).transpose(1, 2)) for z in whole.split(12, -1))
     value = whole[..., 24:].view(2, 7, 3, 4).transpose(1, 2)
     weights = query @ key.mT
     if is_normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + 0.1)
     operands = (whole, None, None) if is_packed else whole.split(12, -1)
-    found = linear_tokens(*operands, 3, True, is_normalized, 0.1, impl=impl)
+    found = linear_tokens(*operands, 3, activation, is_normalized, 0.1, impl=impl)
     torch.testing.assert_close(found, (weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("activation", [True, "gelu"])
+def test_an_unknown_kernel_function_is_refused(impl, activation):
+    with pytest.raises(InvalidValue, match=f"activation={activation!r}; give 'relu', 'elu'"):
+        linear_tokens(random(1, 3, 24), None, None, 2, activation, impl=impl)
 
 
 class OwnFeatures(LinearAttention):
@@ -325,19 +334,19 @@ if CAN_RUN:
         _, key, value = wide.chunk(3, dim=-1)
         return [random(b, n, heads * width, seed=2, dtype=dtype), key, value]
 
-    def run(impl, operands, heads, is_relu, is_normalized, eps, cotangent):
+    def run(impl, operands, heads, activation, is_normalized, eps, cotangent):
         operands = [z.detach().requires_grad_() for z in operands]
         filled = operands if len(operands) == 3 else [*operands, None, None]
-        out = linear_tokens(*filled, heads, is_relu, is_normalized, eps, impl=impl)
+        out = linear_tokens(*filled, heads, activation, is_normalized, eps, impl=impl)
         return out, *torch.autograd.grad(out, operands, cotangent.to(out.dtype))
 
-    def check(operands, heads, is_relu=True, is_normalized=True, eps=1e-6):
+    def check(operands, heads, activation="relu", is_normalized=True, eps=1e-6):
         """Outputs and gradients, in norm: 1e-6, or twice the reference's error in bfloat16."""
         first, width = operands[0], operands[0].shape[-1] // (3 if len(operands) == 1 else 1)
-        if not is_relu:
+        if activation == "none":
             operands = [z.abs() for z in operands]
         cotangent = random(*first.shape[:2], width, seed=9, dtype=first.dtype)
-        options = heads, is_relu, is_normalized, eps, cotangent
+        options = heads, activation, is_normalized, eps, cotangent
         if first.shape[1] <= 100:
             exact = run("reference", [z.double() for z in operands], *options)
             own = run("reference", operands, *options)
@@ -361,18 +370,26 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(
-        ("is_relu", "is_normalized", "is_packed"),
-        [(True, True, True), (True, True, False), (False, True, True), (True, False, False)],
+        ("activation", "is_normalized", "is_packed"),
+        [
+            ("relu", True, True),
+            ("relu", True, False),
+            ("none", True, True),
+            ("relu", False, False),
+            ("elu", True, True),
+            ("elu", False, False),
+        ],
     )
     @pytest.mark.parametrize(
         ("b", "n", "heads", "width"),
         [(2, 37, 5, 8), (1, 21, 2, 24), (1, 70, 2, 40), (1, 5, 1, 36)],
     )
     def test_outputs_and_gradients(
-        b, n, heads, width, is_relu, is_normalized, is_packed, dtype, monkeypatch
+        b, n, heads, width, activation, is_normalized, is_packed, dtype, monkeypatch
     ):
         small_tiles(monkeypatch)
-        check(operands_of(b, n, n, heads, width, dtype, is_packed), heads, is_relu, is_normalized)
+        operands = operands_of(b, n, n, heads, width, dtype, is_packed)
+        check(operands, heads, activation, is_normalized)
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize("width", [8, 24, 40])
@@ -420,15 +437,18 @@ if CAN_RUN:
         if IS_INTERPRETED:
             monkeypatch.setattr(kernels, "FLOAT32_ROWS", 4096)
         whole = random(1, n, 3 * width)
-        packed = linear_tokens(whole, None, None, 1, True, True, 1e-6, impl="triton")
+        packed = linear_tokens(whole, None, None, 1, "relu", True, 1e-6, impl="triton")
         query, key, value = whole.double().split(width, -1)
         query, key = query.relu(), key.relu()
         norm = query @ key.sum(1).unsqueeze(-1) + 1e-6
         exact = query @ (key.mT @ value) / norm
         assert (packed - exact).norm() <= 1e-6 * exact.norm()
 
-    @pytest.mark.parametrize("width", [8, 24, 40])
-    def test_a_nan_stays_in_its_image(width, monkeypatch):
+    @pytest.mark.parametrize(
+        ("width", "activation"),
+        [(8, "relu"), (24, "relu"), (40, "relu"), (24, "elu"), (40, "elu")],
+    )
+    def test_a_nan_stays_in_its_image(width, activation, monkeypatch):
         small_tiles(monkeypatch)
         whole = random(3, 11, 3 * 2 * width)
         for place in (0, 2 * width + 1, 4 * width + 1):  # of a query, a key, a value
@@ -437,7 +457,7 @@ if CAN_RUN:
             results = []
             for z in (whole, broken):
                 z.requires_grad_()
-                out = linear_tokens(z, None, None, 2, True, True, 1e-6, impl="triton")
+                out = linear_tokens(z, None, None, 2, activation, True, 1e-6, impl="triton")
                 results.append((out, *torch.autograd.grad(out.square().sum(), z)))
             for clean, found in zip(*results, strict=True):
                 assert torch.equal(clean[::2], found[::2])
@@ -448,7 +468,7 @@ if CAN_RUN:
         operands = whole.detach().clone()
         operands[0, 4, :8] = -1.0
         operands.requires_grad_()
-        out = linear_tokens(operands, None, None, 2, True, True, 1e-15, impl="triton")
+        out = linear_tokens(operands, None, None, 2, "relu", True, 1e-15, impl="triton")
         assert out[0, 4].eq(0).all()
         (grad,) = torch.autograd.grad(out.sum(), operands)
         assert grad.isfinite().all() and grad[0, 4, :8].eq(0).all()
@@ -456,7 +476,7 @@ if CAN_RUN:
     def test_nothing_in_nothing_out():
         for shape in ((0, 5, 24), (2, 0, 24)):
             whole = torch.zeros(*shape, device=DEVICE, requires_grad=True)
-            out = linear_tokens(whole, None, None, 2, True, True, 1e-6, impl="triton")
+            out = linear_tokens(whole, None, None, 2, "relu", True, 1e-6, impl="triton")
             (grad,) = torch.autograd.grad(out.sum(), whole)
             assert out.shape == (*shape[:2], 8) and grad.shape == shape
 
@@ -510,6 +530,7 @@ if CAN_RUN:
         [
             ("sana", "linear_core"),
             ("lit", "linear_core"),
+            ("linfusion", "linear_core"),
             ("agent", "agent_core"),
             ("mala", "rotary_core"),
             ("rala", "rotary_core"),
@@ -575,7 +596,7 @@ if CAN_RUN:
         whole = random(2, 300, 96, dtype=HALF).requires_grad_()
         results = []
         for _ in range(2):
-            out = linear_tokens(whole, None, None, 1, True, True, 1e-6, impl="triton")
+            out = linear_tokens(whole, None, None, 1, "relu", True, 1e-6, impl="triton")
             results.append((out, *torch.autograd.grad(out.float().square().sum(), whole)))
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)

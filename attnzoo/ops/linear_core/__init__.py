@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.linear_core.torch import (
+    activated,
+    elu_plus_one,
     fold,
     half_matmul,
     key_sum,
@@ -20,7 +22,12 @@ from attnzoo.ops.linear_core.torch import (
 FASTER_UP_TO = 384  # width of a head
 PLAIN_FASTER_UP_TO = 128  # without a normalizer, which leaves PyTorch two products
 
+Activation = Literal["relu", "elu", "none"]  # "elu" is ELU + 1
+
 __all__ = [
+    "Activation",
+    "activated",
+    "elu_plus_one",
     "fold",
     "half_matmul",
     "key_sum",
@@ -59,7 +66,7 @@ def linear_tokens(
     key: Tensor | None,
     value: Tensor | None,
     heads: int,
-    is_relu: bool = False,
+    activation: Activation = "none",
     is_normalized: bool = True,
     eps: float = 1e-15,
     *,
@@ -72,14 +79,17 @@ def linear_tokens(
         key: (b, m, h * d), or None if they come with the queries.
         value: Likewise.
         heads: h.
-        is_relu: Whether the kernel function is a ReLU, still to be applied to queries and keys;
-            otherwise they come after theirs.
+        activation: The kernel function that is still to be applied to queries and keys, a ReLU or
+            ELU + 1; with "none" they come after theirs.
         is_normalized: Whether to divide by the normalizer.
         eps: Added to the normalizer.
         impl: See ``attnzoo.ops.dispatch``.
 
     Returns:
         (b, n, h * d), in the dtype of the values.
+
+    Raises:
+        InvalidValue: The activation has another name.
     """
     ...
 
@@ -103,7 +113,7 @@ def _matmul_macs(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _core_macs(
-    query: Tensor, key: Tensor | None, value: Any, heads: int, is_relu: Any, divide: bool,
+    query: Tensor, key: Tensor | None, value: Any, heads: int, activation: Any, divide: bool,
     *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     b, n, width = query.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo.ops.linear_core.torch import activated
 from attnzoo.ops.precision import in_float32
 
 
@@ -23,14 +24,13 @@ def linear_map(query: Tensor, key: Tensor, eps: float = 1e-15) -> Tensor:
 
 @in_float32
 def linear_tokens(
-    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str = "none",
     is_normalized: bool = True, eps: float = 1e-15,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.linear_core``."""
     if key is None or value is None:
         query, key, value = query.chunk(3, dim=-1)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
-    if is_relu:
-        query, key = query.relu(), key.relu()
+    query, key = activated(query, activation), activated(key, activation)
     weights = linear_map(query, key, eps) if is_normalized else query @ key.mT
     return (weights @ value).transpose(1, 2).flatten(2)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.dispatch import (
     custom_op,
     has_half_sums,
@@ -14,7 +16,30 @@ from attnzoo.ops.dispatch import (
     is_plain,
     is_transformed,
 )
-from attnzoo.ops.precision import in_float32
+from attnzoo.ops.precision import in_float32, in_wide_range
+
+
+def elu_plus_one(z: Tensor) -> Tensor:
+    """ELU(z) + 1, the positive kernel function of Linear Transformers (arXiv 2006.16236).
+
+    As ReLU(z) + exp(min(z, 0)): -1 + 1 would leave nothing of a small exponential.
+    """
+    z = in_wide_range(z)
+    return F.relu(z) + z.clamp_max(0).exp()
+
+
+def check_activation(activation: str) -> None:
+    """Raises InvalidValue for what is no kernel function of ``linear_tokens``."""
+    if activation not in ("relu", "elu", "none"):
+        raise InvalidValue(f"activation={activation!r}; give 'relu', 'elu' (ELU + 1) or 'none'")
+
+
+def activated(z: Tensor, activation: str) -> Tensor:
+    """The kernel function of that name of tokens."""
+    check_activation(activation)
+    if activation == "relu":
+        return F.relu(z)
+    return elu_plus_one(z) if activation == "elu" else z
 
 
 def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
@@ -196,15 +221,13 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
 
 
 def linear_tokens(
-    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str = "none",
     is_normalized: bool = True, eps: float = 1e-15,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.linear_core``."""
     if key is None or value is None:
         query, key, value = query.chunk(3, dim=-1)
-    if is_relu:
-        query, key = query.relu(), key.relu()
-    dtype = value.dtype
+    query, key, dtype = activated(query, activation), activated(key, activation), value.dtype
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     state = fold(key, value, query.shape[-2])
     sums = key_sum(key) if is_normalized else None

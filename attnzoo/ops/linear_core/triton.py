@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.linear_core.torch import check_activation
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
     _add_dot,
@@ -47,10 +48,24 @@ def _unit(tile, i, heads, head_dim, G: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _tokens(base, row, spacing, column, mask, RELU: tl.constexpr):
+def _tokens(base, row, spacing, column, mask, PHI: tl.constexpr):
     x = tl.load(base + row[:, None] * spacing + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
-    return tl.where(x <= 0, 0.0, x) if RELU else x  # as torch's, keeps NaN
+    if PHI == "relu":
+        x = tl.where(x <= 0, 0.0, x)  # as torch's, keeps NaN
+    if PHI == "elu":  # which is 1 where there is no token
+        x = tl.where(mask, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
+    return x
+
+
+@triton.jit
+def _to_token(slope, x, PHI: tl.constexpr):
+    """The slope of a token, of that of its features ``x``."""
+    if PHI == "relu":
+        slope = tl.where(x <= 0, 0.0, slope)
+    if PHI == "elu":  # its derivative is exp(z) = x up to z = 0, and 1 beyond
+        slope *= tl.where(x > 1, 1.0, x)
+    return slope
 
 
 @triton.jit
@@ -110,7 +125,7 @@ def _per_head(x, same, dtype: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _fold_kernel(
     a, b, inverse, weight, state, n, a_row, b_row, heads, head_dim, tiles, units, splits, chunk,
-    RELU: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PHI: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """phi(a)^T b and the sum of phi(a) of a part of the tokens; or of scaled b, weighted a."""
@@ -132,8 +147,8 @@ def _fold_kernel(
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         is_row = row < length
-        x = _tokens(a, row, a_row, a_column, is_row[:, None] & is_a[None, :], RELU)
-        y = _tokens(b, row, b_row, b_column, is_row[:, None] & is_b[None, :], False)
+        x = _tokens(a, row, a_row, a_column, is_row[:, None] & is_a[None, :], PHI)
+        y = _tokens(b, row, b_row, b_column, is_row[:, None] & is_b[None, :], "none")
         if SCALED:
             y *= tl.load(inverse + scales + row, mask=is_row, other=0.0)[:, None]
             total += x * tl.load(weight + scales + row, mask=is_row, other=0.0)[:, None]
@@ -150,7 +165,7 @@ def _fold_kernel(
 @triton.jit
 def _read_kernel(
     q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits,
-    chunk, eps, RELU: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
+    chunk, eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens.
@@ -182,7 +197,7 @@ def _read_kernel(
             norm = tl.zeros((R, W), tl.float32)
             for i in range(tiles):
                 _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, G, W)
-                x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], RELU)
+                x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
                 here, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, G)
                 tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
                 acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
@@ -195,7 +210,7 @@ def _read_kernel(
                 tl.store(line, factor, mask=is_row & (j == 0))
                 acc *= factor[:, None]
         else:
-            x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], RELU)
+            x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], PHI)
             acc = _dot(x.to(DTYPE), block, P)
             if DIVIDE:
                 acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
@@ -208,7 +223,7 @@ def _read_kernel(
 @triton.jit
 def _query_gradient_kernel(
     q, grad, state, grad_q, grad_state, n, q_row, grad_row, out_row, heads, head_dim, units,
-    splits, chunk, eps, RELU: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
+    splits, chunk, eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of queries, and of the state a part of it; heads no wider than a tile."""
@@ -234,8 +249,8 @@ def _query_gradient_kernel(
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         mask = (row < length)[:, None] & is_column[None, :]
-        x = _tokens(q, row, q_row, column, mask, RELU)
-        g = _tokens(grad, row, grad_row, column, mask, False)
+        x = _tokens(q, row, q_row, column, mask, PHI)
+        g = _tokens(grad, row, grad_row, column, mask, "none")
         if DIVIDE:
             norm = _per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps
             g = tl.where(mask, g / norm, 0.0)
@@ -246,8 +261,7 @@ def _query_gradient_kernel(
             slope += of_norm * key_sum[None, :]
             total += x * of_norm
         acc = _add_dot(acc, tl.trans(x.to(DTYPE)), rounded, P)
-        if RELU:
-            slope = tl.where(x <= 0, 0.0, slope)
+        slope = _to_token(slope, x, PHI)
         here = grad_q + row[:, None] * out_row + column[None, :]
         tl.store(here, slope.to(grad_q.dtype.element_ty), mask=mask)
     grad_state += part * heads * (head_dim + 1) * head_dim
@@ -260,7 +274,7 @@ def _query_gradient_kernel(
 @triton.jit
 def _key_gradient_kernel(
     k, v, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row, heads, head_dim,
-    units, splits, chunk, RELU: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
+    units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, from the state's; heads no wider than a tile."""
@@ -282,15 +296,14 @@ def _key_gradient_kernel(
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         mask = (row < length)[:, None] & is_column[None, :]
-        x = _tokens(k, row, k_row, column, mask, RELU)
-        y = _tokens(v, row, v_row, column, mask, False)
+        x = _tokens(k, row, k_row, column, mask, PHI)
+        y = _tokens(v, row, v_row, column, mask, "none")
         here = grad_v + row[:, None] * grad_v_row + column[None, :]
         tl.store(here, _dot(x.to(DTYPE), block, P).to(grad_v.dtype.element_ty), mask=mask)
         slope = _dot(y.to(DTYPE), tl.trans(block), P)
         if DIVIDE:
             slope += grad_sum[None, :]
-        if RELU:
-            slope = tl.where(x <= 0, 0.0, slope)
+        slope = _to_token(slope, x, PHI)
         here = grad_k + row[:, None] * grad_k_row + column[None, :]
         tl.store(here, slope.to(grad_k.dtype.element_ty), mask=mask)
 
@@ -298,7 +311,7 @@ def _key_gradient_kernel(
 @triton.jit
 def _wide_gradient_kernel(
     x, y, out, inverse, state, rounded, grad, weight, n, x_row, y_row, grad_row, heads, head_dim,
-    tiles, units, blocks, RELU: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
+    tiles, units, blocks, PHI: tl.constexpr, SCALED: tl.constexpr, DIVIDE: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of queries, from the outputs' (scaled), or of keys, from values and the state's gradient."""
@@ -324,9 +337,9 @@ def _wide_gradient_kernel(
     for j in range(tiles):
         _, _, b, is_b = _unit(tile // tiles, j, heads, head_dim, 1, W)
         is_here = is_row[:, None] & is_b[None, :]
-        z = _tokens(y, row, y_row, b, is_here, False)
+        z = _tokens(y, row, y_row, b, is_here, "none")
         if SCALED:
-            along += z * _tokens(out, row, heads * head_dim, b, is_here, False)
+            along += z * _tokens(out, row, heads * head_dim, b, is_here, "none")
             z *= factor[:, None]
         place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
         acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
@@ -339,8 +352,8 @@ def _wide_gradient_kernel(
         else:
             acc += last[None, :]
     mask = is_row[:, None] & is_column[None, :]
-    if RELU:
-        acc = tl.where(_tokens(x, row, x_row, column, mask, False) <= 0, 0.0, acc)
+    if PHI != "none":
+        acc = _to_token(acc, _tokens(x, row, x_row, column, mask, PHI), PHI)
     here = grad + row[:, None] * grad_row + column[None, :]
     tl.store(here, acc.to(grad.dtype.element_ty), mask=mask)
 
@@ -458,7 +471,7 @@ def _sum(partial: Tensor) -> Tensor:
 
 
 def _fold(
-    a: Tensor, b: Tensor, heads: int, is_relu: bool, dtype: torch.dtype,
+    a: Tensor, b: Tensor, heads: int, activation: str, dtype: torch.dtype,
     inverse: Tensor | None = None, weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """States and sums of (b, m, h * d), (b, m, h * d): (b, h, d + 1, d), the sum last."""
@@ -475,14 +488,14 @@ def _fold(
         stand_in = partial if inverse is None else inverse
         launch_kernel(_fold_kernel, (batch * s.splits * s.units * s.tiles**2,),
             a, b, stand_in, stand_in if weight is None else weight, partial, m, a_row, b_row,
-            heads, width, s.tiles, s.units, s.splits, s.chunk, is_relu, inverse is not None,
+            heads, width, s.tiles, s.units, s.splits, s.chunk, activation, inverse is not None,
             *_tail(s, dtype), **s.options,
         )  # fmt: skip
     return _sum(partial)
 
 
 def _read(
-    query: Tensor, state: Tensor, out: Tensor, heads: int, is_relu: bool, divide: bool,
+    query: Tensor, state: Tensor, out: Tensor, heads: int, activation: str, divide: bool,
     eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Writes ``out``, (b, n, h * d), and returns 1 / norm of wide heads, (b, h, n)."""
@@ -498,14 +511,14 @@ def _read(
         launch_kernel(_read_kernel, (b * s.splits * s.units * s.tiles,),
             query, state, state.to(dtype) if is_wide else state, out,
             inverse if inverse.numel() else state, n, q_row, out.stride(1), heads, width, s.tiles,
-            s.units, s.splits, s.chunk, eps, is_relu, divide, is_wide, *_tail(s, dtype),
+            s.units, s.splits, s.chunk, eps, activation, divide, is_wide, *_tail(s, dtype),
             **s.options,
         )  # fmt: skip
     return inverse
 
 
 def _wide_gradient(
-    x: Tensor, y: Tensor, state: Tensor, grad: Tensor, heads: int, is_relu: bool, divide: bool,
+    x: Tensor, y: Tensor, state: Tensor, grad: Tensor, heads: int, activation: str, divide: bool,
     dtype: torch.dtype, kernel: str, out: Tensor | None = None, inverse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Writes ``grad`` of ``x``, and returns the norms' gradient, (b, h, n), given inverses."""
@@ -519,14 +532,14 @@ def _wide_gradient(
         launch_kernel(_wide_gradient_kernel, (b * blocks * s.units * s.tiles,),
             x, y, y if out is None else out, state if inverse is None else inverse, state,
             state.to(dtype), grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
-            s.units, blocks, is_relu, inverse is not None, divide, *_tail(s, dtype)[1:],
+            s.units, blocks, activation, inverse is not None, divide, *_tail(s, dtype)[1:],
             **s.options,
         )  # fmt: skip
     return weight
 
 
 SCHEMA = (
-    "Tensor query, Tensor? key, Tensor? value, int heads, bool is_relu, bool divide, float eps"
+    "Tensor query, Tensor? key, Tensor? value, int heads, str activation, bool divide, float eps"
 )
 
 
@@ -536,14 +549,14 @@ def _split(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Ten
 
 @launched("linear_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
 def _linear_core(
-    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool,
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str,
     divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _split(query, key, value)
     dtype = value.dtype
-    state = _fold(key, value, heads, is_relu, dtype)
+    state = _fold(key, value, heads, activation, dtype)
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    inverse = _read(query, state, out, heads, is_relu, divide, eps, dtype)
+    inverse = _read(query, state, out, heads, activation, divide, eps, dtype)
     return out, state, inverse
 
 
@@ -553,7 +566,7 @@ _linear_core.register_inference(replayed(_linear_core.function, 1))
 
 @_linear_core.register_fake
 def _(
-    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool,
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str,
     divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _split(query, key, value)
@@ -574,7 +587,7 @@ def _(
 )
 def _linear_core_backward(
     grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
-    value: Tensor | None, heads: int, is_relu: bool, divide: bool, eps: float,
+    value: Tensor | None, heads: int, activation: str, divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of query, key and value; of packed ones all in the first, and then nothing."""
     is_packed = key is None or value is None
@@ -592,19 +605,19 @@ def _linear_core_backward(
         weight = None
         if divide:
             weight = _wide_gradient(
-                query, grad, state, grad_query, heads, is_relu, True, dtype, "query_gradient",
+                query, grad, state, grad_query, heads, activation, True, dtype, "query_gradient",
                 out, inverse,
             )  # fmt: skip
-            grad_state = _fold(query, grad, heads, is_relu, dtype, inverse, weight)
+            grad_state = _fold(query, grad, heads, activation, dtype, inverse, weight)
         else:
             _wide_gradient(
-                query, grad, state, grad_query, heads, is_relu, False, dtype, "query_gradient"
+                query, grad, state, grad_query, heads, activation, False, dtype, "query_gradient"
             )
-            grad_state = _fold(query, grad, heads, is_relu, dtype)
+            grad_state = _fold(query, grad, heads, activation, dtype)
         _wide_gradient(
-            key, value, grad_state, grad_key, heads, is_relu, divide, dtype, "key_gradient"
+            key, value, grad_state, grad_key, heads, activation, divide, dtype, "key_gradient"
         )
-        _read(key, grad_state, grad_value, heads, is_relu, False, 0.0, dtype)
+        _read(key, grad_state, grad_value, heads, activation, False, 0.0, dtype)
         return found  # type: ignore[return-value]
     (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
     b, n, _ = q.shape
@@ -616,7 +629,8 @@ def _linear_core_backward(
     if n and partial.numel():
         launch_kernel(_query_gradient_kernel, (b * s.splits * s.units,),
             q, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1), heads,
-            width, s.units, s.splits, s.chunk, eps, is_relu, divide, *_tail(s, dtype), **s.options,
+            width, s.units, s.splits, s.chunk, eps, activation, divide, *_tail(s, dtype),
+            **s.options,
         )  # fmt: skip
     elif not n:
         partial.zero_()
@@ -625,7 +639,7 @@ def _linear_core_backward(
     if grad_key.numel():
         launch_kernel(_key_gradient_kernel, (b * s.splits * s.units,),
             k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
-            grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, is_relu, divide,
+            grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, activation, divide,
             *_tail(s, dtype), **s.options,
         )  # fmt: skip
     return found  # type: ignore[return-value]
@@ -634,7 +648,7 @@ def _linear_core_backward(
 @_linear_core_backward.register_fake
 def _(
     grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
-    value: Tensor | None, heads: int, is_relu: bool, divide: bool, eps: float,
+    value: Tensor | None, heads: int, activation: str, divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     others = [query.new_empty(0) if z is None else z.new_empty(z.shape) for z in (key, value)]
     return query.new_empty(query.shape), others[0], others[1]
@@ -661,14 +675,15 @@ _linear_core.register_autograd(_gradients, setup_context=_setup)
 
 
 def linear_tokens(
-    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, is_relu: bool = False,
+    query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str = "none",
     is_normalized: bool = True, eps: float = 1e-15,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.linear_core``."""
+    check_activation(activation)
     last = query if value is None else value
     dtype = operand_dtype(last)
     if last.dtype != dtype:
         last = last.to(dtype)
     if value is None:
-        return _linear_core(last, None, None, heads, is_relu, is_normalized, eps)[0]
-    return _linear_core(query, key, last, heads, is_relu, is_normalized, eps)[0]
+        return _linear_core(last, None, None, heads, activation, is_normalized, eps)[0]
+    return _linear_core(query, key, last, heads, activation, is_normalized, eps)[0]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.torch import depthwise_conv
-from attnzoo.ops.linear_core.torch import fold, key_sum, wide_read
-from attnzoo.ops.precision import in_float32, in_wide_range
+from attnzoo.ops.linear_core.torch import elu_plus_one, fold, key_sum, wide_read
+from attnzoo.ops.precision import in_float32
 from attnzoo.ops.rotary_core.rotary import rotated
 
 
@@ -41,7 +40,7 @@ def rotary_core(
     """See ``attnzoo.ops.rotary_core``."""
     tokens = qkv.shape[1]
     query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = (F.relu(z) + z.clamp_max(0).exp() for z in map(in_wide_range, (query, key)))
+    q, k = elu_plus_one(query), elu_plus_one(key)
     if is_weighed:
         shares = key_scores(token_sum(q) / tokens, k).softmax(-1) * tokens
         k = (k * shares.mT).to(k.dtype)
