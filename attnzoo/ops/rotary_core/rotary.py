@@ -78,5 +78,7 @@ def rotated(z: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tens
 
 def _is_complex(z: Tensor) -> bool:
     """Whether pairs may be multiplied as complex numbers, in one pass: compilers know none."""
-    is_paired = z.stride(-1) == 1 and not any(step % 2 for step in z.stride()[:-1])
-    return is_paired and not z.storage_offset() % 2 and z.is_cpu and not is_passing(z.device)
+    if not z.is_cpu or is_passing(z.device):  # first: a graph breaks on asking for an offset
+        return False
+    steps = *z.stride()[:-1], z.storage_offset()
+    return z.stride(-1) == 1 and not any(step % 2 for step in steps)
