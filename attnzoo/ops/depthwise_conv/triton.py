@@ -341,7 +341,7 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 # Rows a program walks down, pixels and channels of its tile, warps; wide ones by their size.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
-WIDE_STENCIL_BLOCK = {5: (16, 8, 32, 1), 7: (16, 8, 32, 1)}
+WIDE_STENCIL_BLOCK = {5: (8, 4, 64, 1), 7: (16, 4, 32, 1)}
 WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 1)
 GATE_BLOCK = (8, 256)  # tokens and channels
 
