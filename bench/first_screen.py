@@ -144,7 +144,7 @@ def _best_quality(screen: Screen) -> str:
 
 
 def safe_choice(screen: Screen) -> tuple[Choice, str]:
-    """The fastest that is not slower than softmax, nor worse as far as quality was measured.
+    """The fastest of those clearly faster than softmax, and no worse where quality was measured.
 
     That is softmax, where quality was measured on far fewer tokens, or of few seeds.
     """
@@ -162,12 +162,11 @@ def safe_choice(screen: Screen) -> tuple[Choice, str]:
 
     good = [
         c for c in screen.found
-        if c.seconds <= screen.softmax.seconds and c.label in known and is_no_worse(known[c.label])
+        if screen.over_softmax(c) <= 1 - TIE and c.label in known and is_no_worse(known[c.label])
     ]  # fmt: skip
-    best = min(good, key=lambda c: c.seconds)
-    if best.label == "softmax":
-        return best, "nothing faster is as good"
-    return best, "no worse at small scale"
+    if not good:
+        return screen.softmax, "nothing faster is as good"
+    return min(good, key=lambda c: c.seconds), "no worse at small scale"
 
 
 def _since(figures: Figures, device: str) -> str:
@@ -212,7 +211,7 @@ def caption(figures: Figures, device: str) -> str:
         f"{metric} of small models on {' and '.join(settings)}, {seeds} seeds"
         for (metric, seeds), settings in alike.items()
     )
-    commits = ", ".join(source.commit for source in used)
+    commits = ", ".join(dict.fromkeys(source.commit for source in used))
     dates = ", ".join(sorted({source.date for source in used}))
     return (
         f"Time: a sampling step of a latent DiT, an image, recorded and compiled where faster, on "

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as of_modules
 
-from attnzoo.ops.dispatch import has_fused_gelu
+from attnzoo.ops.dispatch import has_fused_gelu, is_bare
 from attnzoo.ops.precision import autocast_operands
 
 
@@ -18,21 +17,6 @@ def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def is_bare(layer: nn.Module) -> bool:
-    """Whether a call of a layer is ``F.linear``: no hook, adapter or other forward."""
-    if type(layer) is not nn.Linear:
-        return False
-    own = layer.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or "forward" in own
-        or "_compiled_call_impl" in own
-        or of_modules._global_forward_hooks
-        or of_modules._global_forward_pre_hooks
-    )
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:

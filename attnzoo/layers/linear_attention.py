@@ -19,7 +19,6 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
-from attnzoo.layers.linear import is_bare
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -29,7 +28,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_few, require_triton
+from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton
 from attnzoo.ops.linear_core import (
     Activation,
     activated,

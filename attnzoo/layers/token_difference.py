@@ -65,12 +65,12 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def serves_maps(layer: Any, x: Tensor) -> bool:
-    """Whether ``map_forward`` computes the layer, and by kernels here."""
+    """Whether ``map_forward`` computes a layer of maps, and by kernels here."""
     if is_without_kernels(x):
         return False
     config = layer.config
-    options = config.impl, config.projection, config.differential, config.normalizer
-    if options != ("auto", "redundancy", "map", "base") or slower(layer.dim // layer.num_heads):
+    options = config.impl, config.projection, config.normalizer
+    if options != ("auto", "redundancy", "base") or slower(layer.dim // layer.num_heads):
         return False
     if layer.training and config.balance_coefficient:
         return False

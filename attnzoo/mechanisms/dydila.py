@@ -192,7 +192,7 @@ class DyDiLA(LinearAttention):
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``."""
-        if serves_maps(self, x):
+        if self.config.differential == "map" and serves_maps(self, x):
             return map_forward(self, x, grid), {}
         out, routes = super().attend(x, grid)
         if self.training and self.config.balance_coefficient:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as of_modules
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import optional
@@ -431,6 +432,21 @@ def has_half_sums(*operands: Tensor) -> bool:
 def is_without_kernels(x: Tensor) -> bool:
     """Whether "auto" takes no Triton for a tensor, whatever the operator."""
     return x.is_cpu and not _IS_FORCED
+
+
+def is_bare(layer: torch.nn.Module) -> bool:
+    """Whether a call of a layer is ``F.linear``: no hook, adapter or other forward."""
+    if type(layer) is not torch.nn.Linear:
+        return False
+    own = layer.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own
+        or of_modules._global_forward_hooks
+        or of_modules._global_forward_pre_hooks
+    )
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

@@ -78,14 +78,15 @@ def is_as_run(row: dict[str, Any], device: str) -> bool:
 def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of several reports the newest, with the newest of every case and layer, and its commit.
 
-    An older case stays where the newer one did not run as users run it.
+    An older case stays where the newer one did not run as users run it, or lacks a treatment.
     """
     ordered = sorted(reports, key=lambda report: str(report["datetime"]))
     cases, layers = {}, {}
     for report in ordered:
         for row in report["cases"]:
             key = tuple(row[name] for name in ("mechanism", "size", "mode", "tokens"))
-            if key not in cases or is_as_run(row, report.get("device", "")):
+            lacking = row.get("missing", {}).keys() & cases.get(key, row)["seconds"].keys()
+            if key not in cases or (is_as_run(row, report.get("device", "")) and not lacking):
                 cases[key] = {**row, "commit": report["commit"]}
         for row in report["layers"]:
             layers[layer_label(row), row["mode"], row["tokens"]] = row
@@ -94,11 +95,21 @@ def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def newest_figures(reports: Iterable[dict[str, Any]]) -> list[tuple[GoalFigure, str]]:
-    """Every figure of the newest report that has it, and that report's commit, by goal."""
+    """Every figure of the newest report that has it, and that report's commit, by goal.
+
+    Where a model becomes faster than softmax's is read from the newest of every resolution.
+    Softmax over its own uncompiled step gives way to softmax over the checkout that E6 names.
+    """
+    reports = list(reports)
     found: dict[tuple[str, str], tuple[GoalFigure, str]] = {}
     for report in sorted(reports, key=lambda report: str(report["datetime"])):
         for figure in figures(report):
             found[figure.goal, figure.what] = figure, report["commit"]
+    for figure in figures(joined(reports)):
+        if (figure.goal, figure.what) in found and figure.goal == "E7":
+            found[figure.goal, figure.what] = figure, "as below"
+    if any(report.get("before") for report in reports):
+        found = {key: pair for key, pair in found.items() if "recorded alone" not in key[1]}
     return sorted(found.values(), key=lambda pair: int(pair[0].goal[1:]))
 
 
@@ -253,7 +264,8 @@ def _rows(report: dict[str, Any], **equal: Any) -> list[dict[str, Any]]:
 def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]:
     """By mechanism the px from which its model is faster than softmax's; infinite if never.
 
-    Those that lack a resolution of softmax's are left out: its curve bends between two others.
+    Those that lack a resolution of softmax's are left out: its curve bends between two others; and
+    those that have only one.
     """
     rows = _rows(report, size=size, mode=mode)
     wanted = {row["resolution"] for row in rows if row["mechanism"] == "softmax"}
@@ -264,7 +276,7 @@ def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]
     return {
         name: first_faster(points.items())
         for name, points in found.items()
-        if points.keys() >= wanted
+        if points.keys() >= wanted and len(points) > 1
     }
 
 

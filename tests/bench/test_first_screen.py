@@ -153,6 +153,9 @@ def test_a_difference_that_two_runs_have_too_is_no_win():
     rows = [row("softmax", 256, 1.0), row("sana", 256, 0.97)]
     text = first_screen.table(small(rows=rows), "h100")
     assert cells(text, "256 px")[1].startswith("softmax and sana alike (0.97 x time)")
+    equal = [near("softmax", 0.5, tokens=256), near("sana", 0.5, tokens=256)]
+    text = first_screen.table(small(*equal, rows=rows), "h100")
+    assert cells(text, "256 px")[-1] == "softmax; nothing faster is as good"
 
 
 def test_page_and_picture_are_written_between_the_marks(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -698,6 +699,38 @@ def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
     [(value, commit)] = [pair for what, pair in found.items() if what.startswith("layer")]
     assert (value, commit) == (4.0, "def")
     assert "abc" in {commit for _, commit in found.values()}  # what only the old one has
+
+
+def test_a_file_of_one_resolution_moves_the_crossover_of_the_others():
+    old = whole_report() | {"layers": []}
+    new = old | {"commit": "def", "datetime": "2031-01-02T03:04"}
+    new["cases"] = [
+        copy.deepcopy(row)
+        for row in old["cases"]
+        if (row["tokens"], row["mode"]) == (256, "forward")
+    ]
+    new["cases"][1]["over_fastest"]["median"] = 0.9
+
+    def crossover(*reports):
+        found = {f.what: f.value for f, _ in whole_figures.newest_figures(reports)}
+        return found.get("px from which sana's model is faster than softmax's, S, forward")
+
+    assert crossover(old) == pytest.approx(512) and crossover(new) is None
+    assert crossover(old, new) == 256
+    # What was not compiled in time replaces nothing.
+    new["cases"][1]["missing"]["compiled"] = "was not compiled in time"
+    assert crossover(old, new) == pytest.approx(512)
+
+
+def test_softmax_over_the_older_checkout_goes_before_softmax_over_itself():
+    alone = whole_report() | {"layers": []}
+    alone["cases"] = [case_row("softmax", 4096, {}, recorded=2.0, compiled=1.4)]
+    row = case_row("softmax", 4096, {}, recorded=2.0, compiled=1.4, before=2.8)
+    row |= {"commit": "abc", "over_before": {"ours": "compiled", "median": 0.5}}
+    older = alone | {"cases": [], "before": [row], "datetime": "2029"}
+    for reports, value in (([alone], 0.7), ([alone, older], 0.5)):
+        found = [f.value for f, _ in whole_figures.newest_figures(reports) if f.goal == "E6"]
+        assert found == [value]
 
 
 def test_files_of_the_suite_are_drawn_one_at_a_time(tmp_path):
