@@ -379,7 +379,7 @@ if CAN_RUN:
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
             monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
         block = 2, 3, 32, 1
-        monkeypatch.setattr(convolution, "WIDE_STENCIL_BLOCK", dict.fromkeys((5, 7), block))
+        monkeypatch.setattr(convolution, "WIDE_STENCIL_BLOCK", dict.fromkeys((3, 5, 7), block))
         monkeypatch.setattr(convolution, "WIDE_STENCIL_WEIGHT_BLOCK", block)
         if size > 3:
             grid = min(grid[0], 3), min(grid[1], 8)

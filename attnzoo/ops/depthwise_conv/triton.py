@@ -341,7 +341,7 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 # Rows a program walks down, pixels and channels of its tile, warps; wide ones by their size.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
-WIDE_STENCIL_BLOCK = {5: (8, 4, 64, 1), 7: (16, 4, 32, 1)}
+WIDE_STENCIL_BLOCK = {3: (8, 4, 64, 1), 5: (8, 4, 64, 1), 7: (16, 4, 32, 1)}
 WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 1)
 GATE_BLOCK = (8, 256)  # tokens and channels
 
@@ -396,7 +396,7 @@ def wide_stencil(
     raw: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``stencil`` of 5x5 and 7x7.
+    """``stencil`` of 3x3, 5x5 and 7x7 by one kernel.
 
     Args:
         x: As there, like ``weight``, ``bias``, ``grid``, ``added`` and ``is_transposed``.
