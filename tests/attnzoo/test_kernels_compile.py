@@ -98,6 +98,7 @@ def launch_difference(dtype, choices, heads, width=384):
 
 def launch_routing(dtype, experts, width=384):
     from attnzoo.ops.routed_linear import triton as kernels
+    from attnzoo.ops.routed_linear import triton_scalar
 
     x, weight = torch.ones(512, width, dtype=dtype), torch.ones(experts, width, 64, dtype=dtype)
     router = torch.ones(experts, width, dtype=dtype)
@@ -109,8 +110,8 @@ def launch_routing(dtype, experts, width=384):
     for line, other in ((router, None), (torch.cat([router, router], 1), x)):
         operands = x, other, line, line[:, 0].contiguous()
         for learn in (True, False):
-            scalars, *saved = kernels._routed_scalar.function(*operands, learn)
-            kernels._routed_scalar_backward.function(scalars, *operands, *saved, learn)
+            scalars, *saved = triton_scalar._routed_scalar.function(*operands, learn)
+            triton_scalar._routed_scalar_backward.function(scalars, *operands, *saved, learn)
 
 
 def launch_linear(dtype, width=384):

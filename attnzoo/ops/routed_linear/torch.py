@@ -87,11 +87,11 @@ def pick(
             logits that have no gradient of their own.
     """
     if impl == "auto" and _is_by_kernel(weight, parts):
-        from attnzoo.ops.routed_linear import triton
+        from attnzoo.ops.routed_linear import triton_scalar
 
         is_learned = weight.requires_grad or any(z.requires_grad for z in parts)
         learn = gradient != "none" and torch.is_grad_enabled() and is_learned
-        return triton.routed_scalar(weight, parts, scalars, learn)
+        return triton_scalar.routed_scalar(weight, parts, scalars, learn)
     routed = decide(weight, parts, gradient)
     if impl == "reference" or is_transformed():
         return reference.routed_scalar(routed, scalars, gradient), routed
