@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.ops.dispatch import has_fused_gelu, is_bare
+from attnzoo.ops.linear_core import elu_plus_one as elu_plus_one  # for mechanisms of your own
 from attnzoo.ops.precision import autocast_operands
 
 
