@@ -1,8 +1,16 @@
-"""Runs a file of tests in a process in which Triton interprets kernels, which a start decides."""
+"""Where tests of kernels run: on a GPU, or in a process in which Triton interprets them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a start decides it
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 
 
 def run_interpreted(file):

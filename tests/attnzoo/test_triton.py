@@ -7,8 +7,6 @@ and with ATTNZOO_TRITON=1 so that "auto" takes the kernels as it does on a GPU.
 
 import copy
 import functools
-import importlib.util
-import os
 import sys
 
 import pytest
@@ -31,13 +29,8 @@ from attnzoo.ops.routed_linear import decide, pick, routed_linear
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
-from tests.attnzoo.interpreted import run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, run_interpreted
 from tests.attnzoo.two_parts import assert_equal, halves_and_whole
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 
 
 def test_kernels_in_a_process_of_their_own():
@@ -179,8 +172,8 @@ if CAN_RUN:
         out, index, gates = routed_pair(x, routers, weights)
         assert torch.equal(gates, torch.ones_like(gates))
         # Whoever uses the tokens owes the gates their gradient.
-        owed = (out.detach().float() * cotangent.float()).sum(-1)
-        found = torch.autograd.grad([out, gates], operands, [cotangent, owed])
+        of_gates = (out.detach().float() * cotangent.float()).sum(-1)
+        found = torch.autograd.grad([out, gates], operands, [cotangent, of_gates])
         routed = [decide(router, [x], "ste") for router in routers]
         expected = torch.stack(
             [

@@ -3,8 +3,6 @@
 As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
 """
 
-import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -15,12 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.delta_rule import gated_delta_rule, gated_delta_rule_macs
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import run_interpreted
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
 
 
 def test_kernels_in_a_process_of_their_own():

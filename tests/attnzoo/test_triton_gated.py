@@ -3,8 +3,6 @@
 As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
 """
 
-import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -20,12 +18,8 @@ from attnzoo.ops.gated_scan import (
     mean_of_scans_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
-from tests.attnzoo.interpreted import run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 FOUR = ("forward", "backward", "columns-forward", "columns-backward")
 # 16 times the default gates, by which a chunk still forgets little, and what shuts most of them.
 STRENGTHS = {"default": 1.0, "strong": 16.0, "shut": 1e6}

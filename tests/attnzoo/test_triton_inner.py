@@ -3,9 +3,6 @@
 As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
 """
 
-import importlib.util
-import os
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,12 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.inner_loop import conv_tokens, unit_tokens
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 HALF = torch.bfloat16
 
 

@@ -3,9 +3,6 @@
 As in ``test_triton.py``: on a GPU, or interpreted in a process of its own.
 """
 
-import importlib.util
-import os
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -23,12 +20,8 @@ from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.rotary_core import rotary_core
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
-from tests.attnzoo.interpreted import run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 HALF = torch.bfloat16
 
 
@@ -410,6 +403,15 @@ if CAN_RUN:
             return depthwise_conv(x, (9, 2), weight, bias, **options)
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
+
+    @pytest.mark.parametrize("size", [3, 5, 7])
+    def test_the_tiles_that_are_used_for_a_gated_convolution(size):
+        packed, weight = random(1, 2, 8), random(4, 1, size, size, seed=1)
+        found, exact = (
+            gated_depthwise_conv(packed, (1, 2), weight, None, impl=impl)
+            for impl in ("triton", "reference")
+        )
+        torch.testing.assert_close(found, exact)
 
     @pytest.mark.parametrize("kernel_size", [3, 7])
     def test_the_gated_convolution_takes_its_kernels(kernel_size, small_convolutions, monkeypatch):

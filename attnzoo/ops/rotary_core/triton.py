@@ -250,7 +250,7 @@ def _elu_query_gradient_kernel(
     of_keys = tl.zeros((R, W), tl.float32)
     of_values = tl.zeros((R, W), tl.float32)
     if WRITE and WEIGH:
-        owed = _mean(spread, image, spread_splits, n, heads * d, head * d + column, is_column, S)
+        shared = _mean(spread, image, spread_splits, n, heads * d, head * d + column, is_column, S)
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
         is_row = row < stop
@@ -295,7 +295,7 @@ def _elu_query_gradient_kernel(
                 slope = _turned(slope, cosine, -sine, R, W)
             slope += of_norm[:, None] * keys[None, :]
             if WEIGH:
-                slope += owed[None, :]
+                slope += shared[None, :]
             place = grad_q + row[:, None] * gq_row + column[None, :]
             tl.store(place, (slope * bend).to(grad_q.dtype.element_ty), mask=mask)
     if FOLD:
