@@ -60,8 +60,8 @@ def _part(line, column, d, EVEN: tl.constexpr):
 def _in_order(tile, W: tl.constexpr, E: tl.constexpr):
     """A tile (rows, columns) with its columns, and the rows of W warps, in another order.
 
-    A product sums over columns in any order. In this one every thread finds the operand of a
-    product where loads of 16 bytes leave it, and nothing goes through shared memory.
+    A product may sum over columns in any order. In this one a thread's part of the operand is
+    what it loaded, 16 bytes of a row at once; E entries fill a register.
     """
     R: tl.constexpr = tile.shape[0]
     C: tl.constexpr = tile.shape[1]
@@ -71,7 +71,7 @@ def _in_order(tile, W: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _in_rows(logits, W: tl.constexpr):
-    """Products of ``_routed`` with their rows as they were."""
+    """What ``_routed`` returns, with its rows in their own order."""
     R: tl.constexpr = logits.shape[0]
     G: tl.constexpr = logits.shape[1]
     logits = tl.reshape(logits, (R // (16 * W), W, 2, 8, G))
@@ -80,7 +80,7 @@ def _in_rows(logits, W: tl.constexpr):
 
 @triton.jit
 def _routed(total, x, w, W: tl.constexpr, P: tl.constexpr):
-    """Adds products of rows x (R, C) with a router's w (choices, C)."""
+    """Adds products of x (rows, columns) with a router's w (choices, columns)."""
     E: tl.constexpr = 32 // w.dtype.primitive_bitwidth
     w = tl.trans(_in_order(w, 1, E))
     return _add_dot(total, _in_order(x.to(w.dtype), W, E), w, P)
@@ -280,14 +280,14 @@ def _difference_kernel(
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
 
 
-# Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
-# a warp takes: with fewer, several warps compute the same powers, which pays where few rows would
-# leave most of a GPU idle.
-DIFFERENCE_BLOCK = (64, 32, 4, 1)
-# Of a thread, where rows are many: what few decisions spill costs less than warps that do not fit.
-MOST_REGISTERS = 96
-FEW_DIFFERENCE_BLOCK = (16, 32, 2, 3)
-EXACT_DIFFERENCE_BLOCK = (32, 32, 2, 3)
+# Rows and columns of a tile, warps and stages. A warp takes the sixteen rows of one product, and a
+# tile the columns that four threads load, 16 bytes each: with others ``_in_order`` saves nothing.
+# Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle.
+DIFFERENCE_BLOCK = (32, 32, 2, 3)
+FEW_DIFFERENCE_BLOCK = (16, 128, 8, 3)
+EXACT_DIFFERENCE_BLOCK = (32, 16, 2, 1)
+# Of a thread, for many rows: what decisions spill costs less than warps that find no room.
+MOST_REGISTERS = 128
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
