@@ -284,7 +284,7 @@ def _difference_kernel(
 # tile the columns that four threads load, 16 bytes each: with others ``_in_order`` saves nothing.
 # Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle.
 DIFFERENCE_BLOCK = (32, 32, 2, 3)
-FEW_DIFFERENCE_BLOCK = (16, 128, 8, 3)
+FEW_DIFFERENCE_BLOCK = (16, 64, 4, 3)
 EXACT_DIFFERENCE_BLOCK = (32, 16, 2, 1)
 # Of a thread, for many rows: what decisions spill costs less than warps that find no room.
 MOST_REGISTERS = 128
