@@ -159,6 +159,13 @@ class LinearAttention(Attention):
         """``project`` for kernels that read rows with any spacing."""
         return self.project(x, grid)
 
+    def packed_map(self) -> tuple[Tensor, float, float] | None:
+        """What ``scaled_power_map`` takes of packed queries and keys: scale, power and offset.
+
+        The scale comes before its softplus. None where ``activation`` is all of the kernels.
+        """
+        return None
+
     def project_query(self, x: Tensor) -> Any:
         """Q of some tokens."""
         return linear_parts(self.qkv, x, self.dim, slice(1))[0]
@@ -234,16 +241,23 @@ class LinearAttention(Attention):
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The output of all tokens at once, by Triton's kernels."""
         tokens, value = x.shape[1], None
-        if self.is_packed:
-            operands = linear(self.qkv, x), None, None
+        eps = self.config.eps * (tokens if self.divides_by_mean else 1)
+        options = self.activation, self.normalizer == "base", eps
+        kernel = None if self.conv is None else self.conv.kernel
+        if self.is_packed and (self.conv is None or kernel is not None):
+            qkv, mapped = linear(self.qkv, x), self.packed_map()
+            if kernel is None and mapped is None:
+                out = linear_tokens(qkv, None, None, self.num_heads, *options, impl="triton")
+            else:
+                from attnzoo.ops.linear_core.triton_packed import packed_tokens
+
+                out = packed_tokens(qkv, self.num_heads, grid, *options, kernel, mapped)
         else:
             query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
                 key = self.key_position(key, grid, slice(None))
             operands = *self.kernels(query, key), value
-        eps = self.config.eps * (tokens if self.divides_by_mean else 1)
-        options = self.num_heads, self.activation, self.normalizer == "base", eps
-        out = linear_tokens(*operands, *options, impl="triton")
+            out = linear_tokens(*operands, self.num_heads, *options, impl="triton")
         if self.normalizer == "mean":
             out = out / tokens
         if self.conv is not None and value is not None:

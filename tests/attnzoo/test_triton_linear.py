@@ -531,7 +531,8 @@ if CAN_RUN:
         ("name", "operator"),
         [
             ("sana", "linear_core"),
-            ("lit", "linear_core"),
+            ("lit", "packed_core"),
+            ("focused", "packed_core"),
             ("linfusion", "linear_core"),
             ("agent", "agent_core"),
             ("mala", "rotary_core"),
