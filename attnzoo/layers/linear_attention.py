@@ -28,7 +28,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton
+from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton, sums_bias
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -41,7 +41,7 @@ from attnzoo.ops.linear_core import (
     wide_read,
 )
 from attnzoo.ops.linear_core.native import linear_core
-from attnzoo.ops.precision import in_float32, operand_dtype
+from attnzoo.ops.precision import autocast_operands, in_float32, operand_dtype
 from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
@@ -378,7 +378,30 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     if not is_watched and is_bare(layer):
         own = layer.__dict__["_parameters"]
         return F.linear(x, own["weight"], own["bias"])
+    if is_watched and type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
+        return _Biased.apply(*autocast_operands(x, layer.weight, layer.bias))
     return layer(x)
+
+
+class _Biased(torch.autograd.Function):
+    """A linear layer; PyTorch's sum for its bias took as long as a product of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        from attnzoo.ops.triton_common import column_sum
+
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled():  # and it is differentiated once more
+            return of_x, of_weight, rows.sum(0)
+        return of_x, of_weight, column_sum(rows, grad.dtype)
 
 
 def linear_parts(

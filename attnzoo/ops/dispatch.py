@@ -449,6 +449,24 @@ def is_bare(layer: torch.nn.Module) -> bool:
     )
 
 
+def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether a kernel of ours adds up the gradient of a linear layer's bias, over many tokens.
+
+    In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
+    """
+    bias = layer.bias
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return False
+    if torch.compiler.is_dynamo_compiling() or is_watched() or is_transformed():
+        return False
+    if forward_ad._current_level >= 0 or operand_dtype(x) not in _KERNEL_DTYPES:
+        return False
+    for z in (x, layer.weight, bias):
+        if type(z) not in (Tensor, torch.nn.Parameter):  # it may keep its numbers elsewhere
+            return False
+    return _IS_FORCED or (x.is_cuda and _triton_works())
+
+
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:
     """Whether PyTorch projects, adds the bias and applies GELU's tanh form in one kernel here.
 

@@ -186,62 +186,78 @@ def _state_sum_kernel(
 
 @triton.jit
 def _read_kernel(
-    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits,
-    chunk, eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
-    G: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+    q, state, out, n, q_row, out_row, heads, head_dim, units, splits, chunk, eps,
+    PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens.
-
-    Wide heads read the state ``rounded`` to the operands' type. With ADD what lies in ``out`` is
-    added.
-    """
-    tile = tl.program_id(0) % (units * tiles)
-    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens."""
+    unit = tl.program_id(0) % units
+    part = (tl.program_id(0) // units).to(tl.int64)
     sample = part // splits
     start = (part % splits) * chunk
     length = tl.minimum(chunk, n - start).to(tl.int32)
+    head, first, column, is_column = _unit(unit, 0, heads, head_dim, G, W)
+    q += (sample * n + start) * q_row + first
+    out += (sample * n + start) * out_row + first
+    state += sample * heads * (head_dim + 1) * head_dim
+    place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    last = _key_sum(state, head, column, head_dim, G)
+    key_sum = tl.load(last, mask=is_column, other=0.0)
+    same = _same_head(column, head_dim, DTYPE)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        mask = (row < length)[:, None] & is_column[None, :]
+        x = _tokens(q, row, q_row, column, mask, PHI)
+        acc = _dot(x.to(DTYPE), block, P)
+        if DIVIDE:
+            acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
+        here = out + row[:, None] * out_row + column[None, :]
+        tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wide_read_kernel(
+    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, blocks,
+    eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``_read_kernel`` of heads of several tiles, from the state ``rounded``.
+
+    With ADD what lies in ``out`` is added.
+    """
+    tile = tl.program_id(0) % (units * tiles)
+    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    sample = part // blocks
+    start = (part % blocks) * R
     j = tile % tiles
-    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, G, W)
+    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, 1, W)
+    row = tl.arange(0, R)
+    is_row = row < n - start
     q += (sample * n + start) * q_row + first
     out += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
     rounded += sample * heads * (head_dim + 1) * head_dim
-    if not WIDE:
-        place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
-        block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-        last = _key_sum(state, head, column, head_dim, G)
-        key_sum = tl.load(last, mask=is_column, other=0.0)
-        same = _same_head(column, head_dim, DTYPE)
-    for begin in range(0, length, R):
-        row = begin + tl.arange(0, R)
-        is_row = row < length
-        if WIDE:
-            acc = tl.zeros((R, W), tl.float32)
-            norm = tl.zeros((R,), tl.float32)
-            for i in range(tiles):
-                _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, G, W)
-                x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
-                here, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, G)
-                tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
-                acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
-                if DIVIDE:
-                    sums = _key_sum(state, head, a, head_dim, G)
-                    norm += tl.sum(x * tl.load(sums, mask=is_a, other=0.0)[None, :], 1)
-            if DIVIDE:
-                factor = 1 / (norm + eps)
-                line = inverse + (sample * heads + head) * n + start + row
-                tl.store(line, factor, mask=is_row & (j == 0))
-                acc *= factor[:, None]
-        else:
-            x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], PHI)
-            acc = _dot(x.to(DTYPE), block, P)
-            if DIVIDE:
-                acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
-        mask = is_row[:, None] & is_column[None, :]
-        here = out + row[:, None] * out_row + column[None, :]
-        if ADD:
-            acc += tl.load(here, mask=mask, other=0.0).to(tl.float32)
-        tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
+    acc = tl.zeros((R, W), tl.float32)
+    norm = tl.zeros((R,), tl.float32)
+    for i in range(tiles):
+        _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, 1, W)
+        x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
+        place, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, 1)
+        acc = _add_dot(acc, x.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
+        if DIVIDE:
+            sums = tl.load(_key_sum(state, head, a, head_dim, 1), mask=is_a, other=0.0)
+            norm += tl.sum(x * sums[None, :], 1)
+    if DIVIDE:
+        factor = 1 / (norm + eps)
+        line = inverse + (sample * heads + head) * n + start + row
+        tl.store(line, factor, mask=is_row & (j == 0))
+        acc *= factor[:, None]
+    mask = is_row[:, None] & is_column[None, :]
+    here = out + row[:, None] * out_row + column[None, :]
+    if ADD:
+        acc += tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -405,12 +421,12 @@ class Block(NamedTuple):
 
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
-    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 264, 4, 2)),
-    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
+    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 126, 8, 3)),
+    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 8, 2)),
     "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
-                       Block(128, 64, 0, 4, 2)),
+                       Block(128, 64, 0, 8, 2)),
     "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
-                     Block(128, 64, 0, 4, 2)),
+                     Block(128, 64, 0, 8, 2)),
 }  # fmt: skip
 # Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
 SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
@@ -538,7 +554,10 @@ def _read(
     query: Tensor, state: Tensor, out: Tensor, heads: int, activation: str, divide: bool,
     eps: float, dtype: torch.dtype, rounded: Tensor, add: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Writes ``out``, (b, n, h * d), or adds to it; returns 1 / norm of wide heads, (b, h, n)."""
+    """Writes ``out``, (b, n, h * d), and returns 1 / norm of wide heads, (b, h, n).
+
+    Of wide heads ``add`` adds to what lies there.
+    """
     query, q_row = _rows(query)
     b, n, width = query.shape
     width //= heads
@@ -547,11 +566,17 @@ def _read(
     inverse = torch.empty(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
-    if out.numel():
-        launch_kernel(_read_kernel, (b * s.splits * s.units * s.tiles,),
-            query, state, rounded, out, inverse if inverse.numel() else state, n, q_row,
-            out.stride(1), heads, width, s.tiles, s.units, s.splits, s.chunk, eps, activation,
-            divide, add, is_wide, *_tail(s, dtype), **s.options,
+    if out.numel() and is_wide:
+        blocks = _ceil(n, s.tile[0])
+        launch_kernel(_wide_read_kernel, (b * blocks * s.units * s.tiles,),
+            query, state, rounded, out, inverse if divide else state, n, q_row, out.stride(1),
+            heads, width, s.tiles, s.units, blocks, eps, activation, divide, add,
+            *_tail(s, dtype)[1:], **s.options,
+        )  # fmt: skip
+    elif out.numel():
+        launch_kernel(_read_kernel, (b * s.splits * s.units,),
+            query, state, out, n, q_row, out.stride(1), heads, width, s.units, s.splits, s.chunk,
+            eps, activation, divide, *_tail(s, dtype), **s.options,
         )  # fmt: skip
     return inverse
 

@@ -24,7 +24,6 @@ from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import _rows, launched
 from attnzoo.ops.triton_replay import replayed
 
-
 SCHEMA = (
     "Tensor qkv, Tensor? weight, Tensor? bias, Tensor? scale, int heads, int height, int width, "
     "str activation, bool divide, float eps, float gamma, float offset"
@@ -138,7 +137,8 @@ _packed_core.register_inference(replayed(_packed_core.function, 1))
 
 def packed_tokens(
     qkv: Tensor, heads: int, grid: tuple[int, int], activation: str, is_normalized: bool,
-    eps: float, kernel: tuple[Tensor, Tensor | None] | None, mapped: tuple[Tensor, float, float] | None,
+    eps: float, kernel: tuple[Tensor, Tensor | None] | None,
+    mapped: tuple[Tensor, float, float] | None,
 ) -> Tensor:  # fmt: skip
     """``linear_tokens`` of packed tokens, of mapped queries and keys, plus a convolution.
 

@@ -265,9 +265,8 @@ def _scaled_power_map_backward_kernel(
     stats += part * rows
     total = tl.num_programs(1) * rows
     inverse = _divisors(scale, SOFT, D, B)
-    sums = ()
-    for i in tl.static_range(len(inverse)):
-        sums += (tl.zeros((R, B), tl.float32),)
+    zero = tl.zeros((R, B), tl.float32)
+    sums = (zero,) * len(inverse)
     for turn in range(TURNS):
         row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
         is_row = row < rows
