@@ -102,31 +102,31 @@ def _(
     stats: Tensor, qkv: Tensor, weight: Tensor | None, bias: Tensor | None,
     scale: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none = [qkv.new_empty(0) for _ in range(3)]
+    of_weight, of_bias, of_scale = (qkv.new_empty(0) for _ in range(3))
     if weight is not None:
-        none[:2] = weight.new_empty(weight.shape), weight.new_empty(len(weight))
+        of_weight, of_bias = weight.new_empty(weight.shape), weight.new_empty(len(weight))
     if scale is not None:
-        none[2] = scale.new_empty(scale.shape)
-    return qkv.new_empty(qkv.shape), *none
+        of_scale = scale.new_empty(scale.shape)
+    return qkv.new_empty(qkv.shape), of_weight, of_bias, of_scale
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, weight, bias, scale, *ctx.options = inputs
     ctx.set_materialize_grads(False)
-    out, of_core, *others = output
-    if weight is None and others[1].numel():
+    out, of_core, state, inverse, *mapped = output
+    if weight is None and inverse.numel():
         of_core = out
-    ctx.save_for_backward(of_core, *others, qkv, weight, bias, scale)
+    ctx.save_for_backward(of_core, state, inverse, *mapped, qkv, weight, bias, scale)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 12
-    *_, weight, bias, scale = saved = ctx.saved_tensors
+    saved = ctx.saved_tensors
     grads, *found = _packed_core_backward(grad, *saved, *ctx.options)
     found = [
         None if z is None else g.to(z.dtype)
-        for g, z in zip(found, (weight, bias, scale), strict=True)
+        for g, z in zip(found, saved[-3:], strict=True)
     ]
     return grads, *found, *(None for _ in range(8))
 

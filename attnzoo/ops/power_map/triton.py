@@ -2,7 +2,7 @@
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportReturnType=false
+# pyright: reportReturnType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
