@@ -124,10 +124,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
         return (None,) * 12
     saved = ctx.saved_tensors
     grads, *found = _packed_core_backward(grad, *saved, *ctx.options)
-    found = [
-        None if z is None else g.to(z.dtype)
-        for g, z in zip(found, saved[-3:], strict=True)
-    ]
+    found = [None if z is None else g.to(z.dtype) for g, z in zip(found, saved[-3:], strict=True)]
     return grads, *found, *(None for _ in range(8))
 
 
