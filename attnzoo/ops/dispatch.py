@@ -454,9 +454,10 @@ def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
     """Whether a kernel of ours adds up the gradient of a linear layer's bias, over many tokens.
 
     In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
+    Of 16,384 tokens PyTorch's sum is the faster one.
     """
     if torch.compiler.is_dynamo_compiling() or not (
-        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY)
+        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY and x[..., 0].numel() <= 8192)
     ):
         return False
     bias = layer.bias

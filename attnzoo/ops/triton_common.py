@@ -153,23 +153,17 @@ def _shared_memory(device: torch.device) -> int | None:
 
 
 @triton.jit
-def _column_sum_kernel(parts, out, n, size, chunk, R: tl.constexpr, C: tl.constexpr):
-    """Of each ``chunk`` of rows; a second axis of programs goes through them."""
+def _column_sum_kernel(parts, out, n, size, R: tl.constexpr, C: tl.constexpr):
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = (column < size)[None, :]
     total = tl.zeros((R, C), tl.float32)
-    start = tl.program_id(1) * chunk
-    last = tl.minimum(start + chunk, n)
-    for first in range(start, last, R):
-        row = first + tl.arange(0, R)
-        mask = (row < last)[:, None] & is_column
-        place = parts + row.to(tl.int64)[:, None] * size + column[None, :]
+    row = tl.arange(0, R)
+    place = parts + row.to(tl.int64)[:, None] * size + column[None, :]
+    for first in range(0, n, R):
+        mask = (first + row < n)[:, None] & is_column
         total += tl.load(place, mask=mask, other=0.0)
-    found = tl.sum(total, 0).to(out.dtype.element_ty)
-    tl.store(out + tl.program_id(1).to(tl.int64) * size + column, found, mask=column < size)
-
-
-_LONG = 8192  # rows that one program adds up
+        place += R * size
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < size)
 
 
 def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -182,21 +176,13 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     size, n = out.numel(), parts.shape[0]
     if parts.numel() == 0:
         return out.zero_()
-    is_long = n > _LONG
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
-    columns = 32 if is_long or (n < 1024 and size >= 1 << 12) else 16
+    columns = 32 if n < 1024 and size >= 1 << 12 else 16
     rows, warps = (2048 // columns, 4) if n < 1024 else (8192 // columns, 8)
-    programs = _ceil(size, columns)
-    splits = min(_ceil(n, _LONG), max(2, _ceil(264, programs))) if is_long else 1
-    chunk = _ceil(_ceil(n, splits), rows) * rows
-    splits = _ceil(n, chunk)
-    found = out
-    if splits > 1:
-        found = torch.empty(splits, size, dtype=torch.float32, device=parts.device)
-    launch_kernel(_column_sum_kernel, (programs, splits),
-        parts, found, n, size, chunk, rows, columns, num_warps=warps,
+    launch_kernel(_column_sum_kernel, (_ceil(size, columns),),
+        parts, out, n, size, rows, columns, num_warps=warps,
     )  # fmt: skip
-    return out if splits == 1 else column_sum(found, dtype).view(out.shape)
+    return out
 
 
 @triton.jit

@@ -422,11 +422,11 @@ class Block(NamedTuple):
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
     "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 126, 8, 3)),
-    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 8, 2)),
+    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
     "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
-                       Block(128, 64, 0, 8, 2)),
+                       Block(128, 64, 0, 4, 2)),
     "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
-                     Block(128, 64, 0, 8, 2)),
+                     Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
 # Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
 SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
