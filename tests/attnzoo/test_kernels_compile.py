@@ -125,6 +125,20 @@ def launch_linear(dtype, width=384):
             kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
 
 
+def launch_packed(dtype, width=384):
+    from attnzoo.ops.linear_core import triton_packed as kernels
+    from attnzoo.ops.triton_common import column_sum
+
+    qkv, weight = torch.ones(1, 256, 3 * width, dtype=dtype), torch.ones(32, 1, 5, 5, dtype=dtype)
+    for heads in (width // 32, 1):
+        for gamma in (3.0, 2.5):
+            options = weight, weight[:, 0, 0, 0], qkv[0, 0, :width], heads, 16, 16
+            options += "none", True, 1e-6, gamma, 1e-6
+            out, *saved = kernels._packed_core.function(qkv, *options)
+            kernels._packed_core_backward.function(out, *saved, qkv, *options)
+    column_sum(qkv.expand(9, -1, -1).flatten(0, 1)[:2048], dtype)
+
+
 def launch_the_rest(dtype, width=384):
     from attnzoo.ops.depthwise_conv import triton as kernels
     from attnzoo.ops.depthwise_conv import triton_branches as branches
@@ -256,13 +270,15 @@ KERNELS = {
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
     "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
-    "_scaled_power_map_backward_kernel",
+    "_scale_gradient_kernel", "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
-    "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_sums_kernel",
+    "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_state_sum_kernel",
+    "_sums_kernel",
     "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
-    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_stencil_kernel",
+    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_read_kernel",
+    "_wide_stencil_kernel",
     "_wide_stencil_weight_kernel", "_window_products_kernel", "_window_sum_kernel",
 }  # fmt: skip
 
@@ -278,6 +294,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_difference(dtype, choices=21, heads=1)
     launch_difference(dtype, choices=21, heads=6)
     launch_linear(dtype)
+    launch_packed(dtype)
     launch_the_rest(dtype)
     launch_gated(dtype)
     launch_delta(dtype)

@@ -9,7 +9,7 @@ import torch._dynamo.testing
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear_attention import LinearAttention
+from attnzoo.layers.linear_attention import LinearAttention, linear
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
@@ -532,7 +532,8 @@ if CAN_RUN:
         ("name", "operator"),
         [
             ("sana", "linear_core"),
-            ("lit", "linear_core"),
+            ("lit", "packed_core"),
+            ("focused", "packed_core"),
             ("linfusion", "linear_core"),
             ("agent", "agent_core"),
             ("mala", "rotary_core"),
@@ -572,6 +573,88 @@ if CAN_RUN:
         for exact, found in zip(*results, strict=True):
             budget = 2e-6 if dtype == torch.float32 else 2**-7
             assert (found - exact).norm() <= budget * exact.norm()
+
+    @pytest.mark.parametrize("gamma", [1.0, 2.5, 12.0, -1.5])
+    def test_scaled_power_map_of_any_exponent(gamma):
+        z, scale = random(9, 40).add(0.1), random(40, seed=1).abs().add(0.5)
+        results = []
+        for impl, wide in (("reference", torch.float64), ("triton", torch.float32)):
+            operands = [x.to(wide).requires_grad_() for x in (z, scale)]
+            out = scaled_power_map(*operands, gamma, 1e-2, impl=impl)
+            grads = torch.autograd.grad(out, operands, random(9, 40, seed=2).to(wide))
+            results.append([out, *grads])
+        for exact, found in zip(*results, strict=True):
+            assert (found - exact).norm() <= 2e-6 * exact.norm()
+
+    @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-6), (HALF, 2**-6)], ids=str)
+    @pytest.mark.parametrize(
+        ("heads", "width", "activation", "size", "is_mapped"),
+        # One tile a head, and several; the convolution alone, the map alone, and both.
+        [(2, 40, "relu", 3, False), (4, 8, "none", 3, True), (2, 80, "none", 0, True)],
+    )
+    def test_packed_tokens_with_what_surrounds_them(
+        heads, width, activation, size, is_mapped, dtype, budget, small_convolutions, monkeypatch
+    ):
+        from attnzoo.ops.linear_core.triton_packed import packed_tokens
+
+        small_tiles(monkeypatch)
+        grid, c, gamma = (5, 7), heads * width, 3.0
+        operands = {"qkv": random(2, 35, 3 * c)}
+        if size:
+            operands["weight"] = random(width, 1, size, size, seed=1) * 0.2
+            operands["bias"] = random(width, seed=2)
+        if is_mapped:
+            operands["scale"] = random(c, seed=3) * 0.3
+
+        def exact(qkv, weight=None, bias=None, scale=None):
+            query, key, value = qkv.chunk(3, dim=-1)
+            if scale is not None:
+                soft = torch.nn.functional.softplus(scale)
+                query, key = (
+                    scaled_power_map(z, soft, gamma, 1e-6, impl="reference") for z in (query, key)
+                )
+            out = linear_tokens(query, key, value, heads, activation, True, 1e-3, impl="reference")
+            return out if weight is None else depthwise_conv(value, grid, weight, bias, out)
+
+        def kernels(qkv, weight=None, bias=None, scale=None):
+            kernel = None if weight is None else (weight, bias)
+            mapped = None if scale is None else (scale, gamma, 1e-6)
+            return packed_tokens(qkv, heads, grid, activation, True, 1e-3, kernel, mapped)
+
+        results = []
+        for function, wide in ((exact, torch.float64), (kernels, dtype)):
+            inputs = {k: z.to(dtype).to(wide).requires_grad_() for k, z in operands.items()}
+            out = function(**inputs)
+            cotangent = random(2, 35, c, seed=4, dtype=dtype).to(wide)
+            results.append([out, *torch.autograd.grad(out, list(inputs.values()), cotangent)])
+        for wanted, found in zip(*results, strict=True):
+            assert found.shape == wanted.shape
+            assert (found - wanted).norm() <= budget * wanted.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize("shape", [(5, 7), (1500, 40), (9000, 2, 10), (100, 4100), (0, 3)])
+    def test_column_sum(shape, dtype):
+        from attnzoo.ops.triton_common import column_sum
+
+        parts = random(*shape, dtype=dtype)
+        exact = parts.double().sum(0)
+        torch.testing.assert_close(column_sum(parts), exact.float(), rtol=1e-5, atol=1e-4)
+        found = column_sum(parts, dtype)
+        assert found.dtype == dtype and found.shape == exact.shape
+        torch.testing.assert_close(found, exact.to(dtype), rtol=2**-7, atol=1e-4)
+
+    def test_a_biased_layer_is_torchs_and_differentiated_twice():
+        layer = torch.nn.Linear(6, 5).to(DEVICE)
+        x = random(2, 7, 6).requires_grad_()
+        results = []
+        for call in (layer, lambda z: linear(layer, z)):
+            out = call(x)
+            assert (type(out.grad_fn).__name__ == "_BiasedBackward") == (call is not layer)
+            operands = x, layer.weight, layer.bias
+            grads = torch.autograd.grad(out.square().sum(), operands, create_graph=True)
+            twice = torch.autograd.grad(sum(z.square().sum() for z in grads), operands)
+            results.append([out, *grads, *twice])
+        torch.testing.assert_close(*results)
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (300, 128)])
