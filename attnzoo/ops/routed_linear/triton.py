@@ -166,7 +166,8 @@ def _grouped_kernel(
         is_row = row < stop
         token = tl.load(order + row, mask=is_row, other=0).to(tl.int32)
         k = tl.arange(0, K_BLOCK)
-        a_tile = a + (token % a_rows).to(tl.int64)[:, None] * a_row + k[None, :]
+        source = tl.where(token < a_rows, token, token - a_rows)
+        a_tile = a + source.to(tl.int64)[:, None] * a_row + k[None, :]
         if expert < b_experts:
             b_mine = b + expert.to(tl.int64) * b_expert
         else:
@@ -190,20 +191,28 @@ def _grouped_kernel(
 
 
 @triton.jit
-def _segments(ends, CHUNK, experts: tl.constexpr, SLOTS: tl.constexpr):
-    """Where each expert's segment starts and ends, and its parts of CHUNK, with those before."""
+def _shares(
+    ends, tiles, programs, experts: tl.constexpr, SLOTS: tl.constexpr, K_BLOCK: tl.constexpr
+):
+    """The sums over tokens as one line of steps, expert by expert and tile by tile.
+
+    Returns where each expert's tokens start and end, its steps for a tile, the steps of all
+    experts up to it, and how many steps a program takes, so that all take as many.
+    """
     slots = tl.arange(0, SLOTS)
     is_slot = slots < experts
     end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
     start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
-    parts = (end - start + CHUNK - 1) // CHUNK
-    return start, end, parts, tl.cumsum(parts, 0)
+    steps = (end - start + K_BLOCK - 1) // K_BLOCK
+    last = tl.cumsum(steps * tiles, 0)
+    return start, end, steps, last, tl.cdiv(tl.max(last, 0), programs)
 
 
 @triton.jit
 def _grouped_weight_kernel(
     a,
     g,
+    out,
     partial,
     order,
     ends,
@@ -212,75 +221,106 @@ def _grouped_weight_kernel(
     N,
     a_row,
     g_row,
-    chunk,
+    programs,
     experts: tl.constexpr,
     SLOTS: tl.constexpr,
     M_BLOCK: tl.constexpr,
     N_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    IS_TWICE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program sums over one part of one expert's tokens, however many tokens each expert has.
+    # A program takes one share of all steps, however many tokens each expert has.
     tiles_n = tl.cdiv(N, N_BLOCK)
     tiles = tiles_n * tl.cdiv(M, M_BLOCK)
-    m = (tl.program_id(0) % tiles // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
-    n = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
-    part = tl.program_id(0) // tiles
-    begin, end, parts, last = _segments(ends, chunk, experts, SLOTS)
+    begin, end, steps, last, share = _shares(ends, tiles, programs, experts, SLOTS, K_BLOCK)
     slots = tl.arange(0, SLOTS)
-    expert = tl.sum(((slots < experts) & (last <= part)).to(tl.int32), 0)
-    if expert < experts:
+    here = tl.program_id(0) * share
+    stop = tl.minimum(here + share, tl.max(last, 0))
+    slot = partial + tl.program_id(0).to(tl.int64) * 2 * M_BLOCK * N_BLOCK
+    while here < stop:
+        expert = tl.sum((last <= here).to(tl.int32), 0)
         mine = slots == expert
-        start = tl.sum(tl.where(mine, begin + (part - last + parts) * chunk, 0), 0)
-        stop = tl.minimum(start + chunk, tl.sum(tl.where(mine, end, 0), 0))
+        depth = tl.sum(tl.where(mine, steps, 0), 0)
+        place = here - tl.sum(tl.where(mine, last - steps * tiles, 0), 0)
+        tile, step = place // depth, place % depth
+        count = tl.minimum(depth - step, stop - here)
+        first = tl.sum(tl.where(mine, begin, 0), 0) + step * K_BLOCK
+        limit = tl.sum(tl.where(mine, end, 0), 0)
+        m = (tile // tiles_n) * M_BLOCK + tl.arange(0, M_BLOCK)
+        n = (tile % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
         total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
-        for first in range(start, stop, K_BLOCK):
-            row = first + tl.arange(0, K_BLOCK)
-            is_row = row < stop
-            token = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
-            x_tile = a + (token % a_rows)[:, None] * a_row + m[None, :]
-            y_tile = g + token[:, None] * g_row + n[None, :]
+        for turn in range(count):
+            row = first + turn * K_BLOCK + tl.arange(0, K_BLOCK)
+            is_row = row < limit
+            token = tl.load(order + row, mask=is_row, other=0).to(tl.int32)
+            source = tl.where(token < a_rows, token, token - a_rows) if IS_TWICE else token
+            x_tile = a + m[None, :] + source.to(tl.int64)[:, None] * a_row
+            y_tile = g + n[None, :] + token.to(tl.int64)[:, None] * g_row
+            # Rows past the segment are 0 in one operand, and repeat token 0 in the other.
             if IS_EVEN:
                 x = tl.load(x_tile, mask=is_row[:, None], other=0.0)
-                y = tl.load(y_tile, mask=is_row[:, None], other=0.0)
+                y = tl.load(y_tile)
             else:
                 x = tl.load(x_tile, mask=is_row[:, None] & (m[None, :] < M), other=0.0)
-                y = tl.load(y_tile, mask=is_row[:, None] & (n[None, :] < N), other=0.0)
+                y = tl.load(y_tile, mask=n[None, :] < N, other=0.0)
             total = _add_dot(total, tl.trans(x), y, PRECISION)
-        tile = partial + part.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
-        tl.store(tile, total, mask=(m[:, None] < M) & (n[None, :] < N))
+        if count == depth:
+            whole = out + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+            mask = (m[:, None] < M) & (n[None, :] < N)
+            tl.store(whole, total.to(out.dtype.element_ty), mask=mask)
+        else:
+            entry = tl.arange(0, M_BLOCK)[:, None] * N_BLOCK + tl.arange(0, N_BLOCK)[None, :]
+            tl.store(slot + entry, total)
+        slot = partial + (tl.program_id(0).to(tl.int64) * 2 + 1) * M_BLOCK * N_BLOCK
+        here += count
 
 
 @triton.jit
 def _grouped_sum_kernel(
-    partial, out, ends, size, chunk, experts: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial, out, ends, M, N, programs, experts: tl.constexpr, SLOTS: tl.constexpr,
+    M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up what the parts of each expert's tokens gave."""
-    expert = tl.program_id(1)
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _, _, parts, last = _segments(ends, chunk, experts, SLOTS)
+    """Adds up those tiles of which several programs took a part."""
+    tiles_n = tl.cdiv(N, N_BLOCK)
+    tiles = tiles_n * tl.cdiv(M, M_BLOCK)
+    expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    _, _, steps, last, share = _shares(ends, tiles, programs, experts, SLOTS, K_BLOCK)
     mine = tl.arange(0, SLOTS) == expert
-    count = tl.sum(tl.where(mine, parts, 0), 0)
-    first = tl.sum(tl.where(mine, last - parts, 0), 0)
-    tile = partial + first.to(tl.int64) * size + place
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(tile, mask=place < size, other=0.0)
-        tile += size
-    here = out + expert.to(tl.int64) * size + place
-    tl.store(here, total.to(out.dtype.element_ty), mask=place < size)
+    depth = tl.sum(tl.where(mine, steps, 0), 0)
+    begin = tl.sum(tl.where(mine, last, 0), 0) - (tiles - tile) * depth
+    share = tl.maximum(share, 1)
+    first, stop = begin // share, (begin + depth + share - 1) // share
+    if (stop - first > 1) | (depth == 0):
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, N_BLOCK)[None, :]
+        total = tl.zeros((ROWS, N_BLOCK), tl.float32)
+        for program in range(tl.where(depth == 0, stop, first), stop):
+            # The second of a program that began with an earlier tile.
+            slot = 2 * program + tl.where(program * share < begin, 1, 0)
+            spot = partial + slot.to(tl.int64) * M_BLOCK * N_BLOCK
+            total += tl.load(spot + row * N_BLOCK + column)
+        m, n = tile // tiles_n * M_BLOCK + row, tile % tiles_n * N_BLOCK + column
+        spot = out + expert.to(tl.int64) * M * N + m * N + n
+        tl.store(spot, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
 
 
 # (rows, columns, depth of a tile, warps, stages) by bytes of an element.
 GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
 # Where wide tiles would be half empty.
 NARROW_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
-WEIGHT_TILES = {2: (128, 128, 32, 8, 5), 4: (64, 64, 32, 4, 2)}
-# Programs to split the sums of weights' gradients for; entries of one that adds the parts up.
-WEIGHT_PROGRAMS = 264
-SUM_BLOCK = 1024
+# With how many programs each multiprocessor gets; the second where wide tiles would be half empty.
+WEIGHT_TILES = {2: (128, 256, 64, 8, 3, 1), 4: (64, 64, 32, 4, 2, 4)}
+NARROW_WEIGHT_TILES = {2: (128, 128, 64, 8, 3, 2), 4: (64, 64, 32, 4, 2, 4)}
+SUM_ROWS = 16  # of a tile, that a program adds up
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _fitting(
@@ -296,9 +336,11 @@ def _grouped_tile(a: Tensor, width: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def _within(tile: tuple[int, ...], itemsize: int, room: int | None) -> tuple[int, ...]:
+def _within(
+    tile: tuple[int, ...], itemsize: int, room: int | None, of_result: int = 0
+) -> tuple[int, ...]:
     m, n, k, warps, stages = tile
-    while room and (m + n) * k * itemsize * stages > room and n > 16:
+    while room and n > 16 and max((m + n) * k * itemsize * stages, m * n * of_result) > room:
         stages, n = (stages - 1, n) if stages > 2 else (stages, n // 2)
     return m, n, k, warps, stages
 
@@ -318,7 +360,7 @@ def grouped_product(
     Args:
         a: (rows, k).
         weight: (experts, k, n), any strides.
-        order: (t,), a multiple of rows; from ``sort_by_expert``.
+        order: (t,), as many as rows, or twice as many; from ``sort_by_expert``.
         ends: From ``sort_by_expert``.
         other: More experts, (experts, k, n), strides as of ``weight``; saves joining the two.
         tiles: Overrides ``GROUPED_TILES``.
@@ -351,32 +393,25 @@ def grouped_weight_gradient(
     grad, grad_spacing = _rows(grad)
     depth, width = a.shape[1], grad.shape[1]
     out = torch.empty(experts, depth, width, dtype=a.dtype, device=a.device)
-    m, n, k, warps, stages = tiles or _fitting(WEIGHT_TILES, a.element_size(), a.device)
+    table = NARROW_WEIGHT_TILES if width % 256 else WEIGHT_TILES
+    m, n, k, warps, stages, each = tiles or table[a.element_size()]
+    tile = m, n, k, warps, stages
+    m, n, k, warps, stages = _within(tile, a.element_size(), _shared_memory(a.device), 4)
     blocks, total = _ceil(depth, m) * _ceil(width, n), order.numel()
-    # The last part of an expert's tokens is half full on average.
-    parts = max(1, WEIGHT_PROGRAMS // blocks - experts // 2)
-    chunk = _ceil(_ceil(total, parts), k) * k
-    most = _ceil(total, chunk) + experts if total else 0
-    partial = torch.empty(most, depth, width, dtype=torch.float32, device=a.device)
-    slots = max(2, _power_of_2(experts))
+    programs = each * _processors(a.device)
+    partial = torch.empty(2 * programs, m, n, dtype=torch.float32, device=a.device)
+    sizes = experts, max(2, _power_of_2(experts)), m, n, k
     if total:
-        launch_kernel(_grouped_weight_kernel, (blocks * most,),
-            a, grad, partial, order, ends, a.shape[0], depth, width, spacing, grad_spacing, chunk,
-            experts, slots, m, n, k, depth % m == 0 and width % n == 0, _precision(a.dtype),
-            num_warps=warps, num_stages=stages,
+        launch_kernel(_grouped_weight_kernel, (programs,),
+            a, grad, out, partial, order, ends, a.shape[0], depth, width, spacing, grad_spacing,
+            programs, *sizes, depth % m == 0 and width % n == 0, total > a.shape[0],
+            # Every other stage waits for tokens' numbers.
+            _precision(a.dtype), num_warps=warps, num_stages=2 * stages - 1,
         )  # fmt: skip
-    launch_kernel(
-        _grouped_sum_kernel,
-        (_ceil(depth * width, SUM_BLOCK), experts),
-        partial,
-        out,
-        ends,
-        depth * width,
-        max(1, chunk),
-        experts,
-        slots,
-        SUM_BLOCK,
-    )
+    if out.numel():
+        launch_kernel(_grouped_sum_kernel, (blocks * experts, _ceil(m, SUM_ROWS)),
+            partial, out, ends, depth, width, programs, *sizes, SUM_ROWS,
+        )  # fmt: skip
     return out
 
 
