@@ -132,6 +132,7 @@ def _grouped_kernel(
     order,
     ends,
     a_rows,
+    c_rows,
     N,
     K,
     a_row,
@@ -139,6 +140,7 @@ def _grouped_kernel(
     b_k,
     b_n,
     b_experts,
+    FIRST: tl.constexpr,
     experts: tl.constexpr,
     SLOTS: tl.constexpr,
     M_BLOCK: tl.constexpr,
@@ -155,7 +157,7 @@ def _grouped_kernel(
     is_slot = slots < experts
     end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
     start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
-    tiles = (end - start + M_BLOCK - 1) // M_BLOCK
+    tiles = tl.where(slots < FIRST, 0, (end - start + M_BLOCK - 1) // M_BLOCK)
     last = tl.cumsum(tiles, 0)
     expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
     if expert < experts:
@@ -186,8 +188,12 @@ def _grouped_kernel(
             total = _add_dot(total, x, w, PRECISION)
             a_tile += K_BLOCK
             b_tile += K_BLOCK * b_k
-        out = c + token.to(tl.int64)[:, None] * N + column[None, :]
-        tl.store(out, total.to(c.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < N))
+        target = tl.where(token < c_rows, token, token - c_rows)
+        out = c + target.to(tl.int64)[:, None] * N + column[None, :]
+        mask = is_row[:, None] & (column[None, :] < N)
+        if FIRST:
+            total += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out, total.to(c.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -352,6 +358,7 @@ def grouped_product(
     ends: Tensor,
     other: Tensor | None = None,
     tiles: tuple[int, ...] | None = None,
+    is_sum: bool = False,
 ) -> Tensor:
     """Row i of the result is a[i mod rows of a] times the matrix of the expert that i chose.
 
@@ -364,23 +371,29 @@ def grouped_product(
         ends: From ``sort_by_expert``.
         other: More experts, (experts, k, n), strides as of ``weight``; saves joining the two.
         tiles: Overrides ``GROUPED_TILES``.
+        is_sum: Adds rows i and t / 2 + i of the result, whose experts are of ``weight`` and of
+            ``other``.
 
     Returns:
-        (t, n).
+        (t, n), or (t / 2, n).
     """
     a, spacing = _rows(a)
     experts, depth, width = weight.shape
     total = experts * (1 if other is None else 2)
-    out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
+    rows = order.numel() // 2 if is_sum else order.numel()
+    out = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
     m, n, k, warps, stages = tiles or _grouped_tile(a, width)
-    grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
-    launch_kernel(_grouped_kernel, grid,
-        a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
-        spacing, *weight.stride(), experts, total, max(2, _power_of_2(total)), m, n, k,
-        width % n == 0 and depth % k == 0, _precision(a.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    # One after the other, as the second adds to what the first has stored.
+    for first, stop in [(0, experts), (experts, total)] if is_sum else [(0, total)]:
+        grid = ((_ceil(rows, m) + stop - first) * _ceil(width, n),)
+        launch_kernel(_grouped_kernel, grid,
+            a, weight, weight if other is None else other, out, order, ends, a.shape[0], rows,
+            width, depth, spacing, *weight.stride(), experts, first, stop,
+            max(2, _power_of_2(stop)), m, n, k, width % n == 0 and depth % k == 0,
+            _precision(a.dtype), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return out
 
 
@@ -581,13 +594,10 @@ def _grouped_linear_backward(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     first, second = first.contiguous(), None if second is None else second.contiguous()
-    other = None if second is None else second.mT
-    grad_x = grouped_product(grad, first.mT, order, ends, other)
-    grad_weight = grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
-    if second is not None:
-        one, two = grad_x.view(2, *x.shape).unbind(0)
-        grad_x = one + two
-    return grad_x, grad_weight
+    is_pair = second is not None
+    other = second.mT if is_pair else None
+    grad_x = grouped_product(grad, first.mT, order, ends, other, is_sum=is_pair)
+    return grad_x, grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
 
 
 @_grouped_linear_backward.register_fake
