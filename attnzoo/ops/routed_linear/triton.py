@@ -151,16 +151,16 @@ def _grouped_kernel(
 ):
     # Programs that share rows of `a` are neighbours; the weights of all experts fit in L2.
     tiles_n = tl.cdiv(N, N_BLOCK)
-    tile = tl.program_id(0) // tiles_n
-    column = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
     slots = tl.arange(0, SLOTS)
     is_slot = slots < experts
     end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
     start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
     tiles = tl.where(slots < FIRST, 0, (end - start + M_BLOCK - 1) // M_BLOCK)
     last = tl.cumsum(tiles, 0)
-    expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
-    if expert < experts:
+    for turn in range(tl.program_id(0), tl.max(last, 0) * tiles_n, tl.num_programs(0)):
+        tile = turn // tiles_n
+        column = (turn % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
+        expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
         mine = slots == expert
         first = tl.sum(tl.where(mine, start + (tile - last + tiles) * M_BLOCK, 0), 0)
         stop = tl.sum(tl.where(mine, end, 0), 0)
@@ -170,24 +170,23 @@ def _grouped_kernel(
         k = tl.arange(0, K_BLOCK)
         source = tl.where(token < a_rows, token, token - a_rows)
         a_tile = a + source.to(tl.int64)[:, None] * a_row + k[None, :]
-        if expert < b_experts:
-            b_mine = b + expert.to(tl.int64) * b_expert
-        else:
-            b_mine = b_other + (expert - b_experts).to(tl.int64) * b_expert
+        is_other = expert >= b_experts
+        own = tl.where(is_other, expert - b_experts, expert).to(tl.int64)
+        b_mine = tl.where(is_other, b_other, b) + own * b_expert
         b_tile = b_mine + k[:, None] * b_k + column[None, :] * b_n
         total = tl.zeros((M_BLOCK, N_BLOCK), tl.float32)
-        for done in range(0, K, K_BLOCK):
+        # Tiles by their number: pointers that move would be added to one by one.
+        for step in range(tl.cdiv(K, K_BLOCK)):
+            x_tile, w_tile = a_tile + step * K_BLOCK, b_tile + step * K_BLOCK * b_k
             if IS_EVEN:
                 # Rows past the segment repeat token 0 and are never stored.
-                x = tl.load(a_tile)
-                w = tl.load(b_tile)
+                x = tl.load(x_tile)
+                w = tl.load(w_tile)
             else:
-                is_k = k < K - done
-                x = tl.load(a_tile, mask=is_row[:, None] & is_k[None, :], other=0.0)
-                w = tl.load(b_tile, mask=is_k[:, None] & (column[None, :] < N), other=0.0)
+                is_k = k < K - step * K_BLOCK
+                x = tl.load(x_tile, mask=is_row[:, None] & is_k[None, :], other=0.0)
+                w = tl.load(w_tile, mask=is_k[:, None] & (column[None, :] < N), other=0.0)
             total = _add_dot(total, x, w, PRECISION)
-            a_tile += K_BLOCK
-            b_tile += K_BLOCK * b_k
         target = tl.where(token < c_rows, token, token - c_rows)
         out = c + target.to(tl.int64)[:, None] * N + column[None, :]
         mask = is_row[:, None] & (column[None, :] < N)
@@ -312,12 +311,12 @@ def _grouped_sum_kernel(
         tl.store(spot, total.to(out.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-# (rows, columns, depth of a tile, warps, stages) by bytes of an element.
-GROUPED_TILES = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
-# Where wide tiles would be half empty.
-NARROW_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
-# With how many programs each multiprocessor gets; the second where wide tiles would be half empty.
+# (rows, columns, depth of a tile, warps, stages, programs of each multiprocessor) by bytes of an
+# element; 0 programs are one for each tile.
+GROUPED_TILES = {2: (128, 256, 64, 8, 4, 1), 4: (64, 64, 32, 4, 2, 0)}
 WEIGHT_TILES = {2: (128, 256, 64, 8, 3, 1), 4: (64, 64, 32, 4, 2, 4)}
+# Where wide tiles would be half empty.
+NARROW_TILES = {2: (128, 128, 64, 8, 3, 0), 4: (64, 64, 32, 4, 2, 0)}
 NARROW_WEIGHT_TILES = {2: (128, 128, 64, 8, 3, 2), 4: (64, 64, 32, 4, 2, 4)}
 SUM_ROWS = 16  # of a tile, that a program adds up
 
@@ -329,26 +328,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fitting(
-    table: dict[int, tuple[int, ...]], itemsize: int, device: torch.device
-) -> tuple[int, ...]:
-    """The tile for elements of ``itemsize`` bytes, made smaller where shared memory is."""
-    return _within(table[itemsize], itemsize, _shared_memory(device))
-
-
-def _grouped_tile(a: Tensor, width: int) -> tuple[int, ...]:
-    table = GROUPED_TILES if width % 256 == 0 else NARROW_TILES
-    return _fitting(table, a.element_size(), a.device)
-
-
 @functools.cache
 def _within(
     tile: tuple[int, ...], itemsize: int, room: int | None, of_result: int = 0
 ) -> tuple[int, ...]:
-    m, n, k, warps, stages = tile
+    """The tile, made smaller where shared memory is."""
+    m, n, k, warps, stages, each = tile
     while room and n > 16 and max((m + n) * k * itemsize * stages, m * n * of_result) > room:
         stages, n = (stages - 1, n) if stages > 2 else (stages, n // 2)
-    return m, n, k, warps, stages
+    return m, n, k, warps, stages, each
 
 
 def grouped_product(
@@ -384,11 +372,15 @@ def grouped_product(
     out = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    m, n, k, warps, stages = tiles or _grouped_tile(a, width)
+    size, room = a.element_size(), _shared_memory(a.device)
+    tiles = tiles or (NARROW_TILES if width % 256 else GROUPED_TILES)[size]
+    m, n, k, warps, stages, each = _within(tiles, size, room)
     # One after the other, as the second adds to what the first has stored.
     for first, stop in [(0, experts), (experts, total)] if is_sum else [(0, total)]:
-        grid = ((_ceil(rows, m) + stop - first) * _ceil(width, n),)
-        launch_kernel(_grouped_kernel, grid,
+        programs = (_ceil(rows, m) + stop - first) * _ceil(width, n)
+        if each:
+            programs = min(programs, each * _processors(a.device))
+        launch_kernel(_grouped_kernel, (programs,),
             a, weight, weight if other is None else other, out, order, ends, a.shape[0], rows,
             width, depth, spacing, *weight.stride(), experts, first, stop,
             max(2, _power_of_2(stop)), m, n, k, width % n == 0 and depth % k == 0,
@@ -406,10 +398,9 @@ def grouped_weight_gradient(
     grad, grad_spacing = _rows(grad)
     depth, width = a.shape[1], grad.shape[1]
     out = torch.empty(experts, depth, width, dtype=a.dtype, device=a.device)
-    table = NARROW_WEIGHT_TILES if width % 256 else WEIGHT_TILES
-    m, n, k, warps, stages, each = tiles or table[a.element_size()]
-    tile = m, n, k, warps, stages
-    m, n, k, warps, stages = _within(tile, a.element_size(), _shared_memory(a.device), 4)
+    size, room = a.element_size(), _shared_memory(a.device)
+    tiles = tiles or (NARROW_WEIGHT_TILES if width % 256 else WEIGHT_TILES)[size]
+    m, n, k, warps, stages, each = _within(tiles, size, room, 4)
     blocks, total = _ceil(depth, m) * _ceil(width, n), order.numel()
     programs = each * _processors(a.device)
     partial = torch.empty(2 * programs, m, n, dtype=torch.float32, device=a.device)
