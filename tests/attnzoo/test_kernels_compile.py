@@ -253,9 +253,10 @@ def launch_inner(dtype):
 
 
 KERNELS = {
-    "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
-    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
-    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel", "_delta_carry_kernel",
+    "_add_mean_kernel", "_branch_gradient_kernel", "_branch_merge_kernel",
+    "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
+    "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
+    "_count_kernel", "_delta_carry_kernel",
     "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
     "_delta_written_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
