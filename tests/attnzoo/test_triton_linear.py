@@ -13,6 +13,7 @@ from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
+from attnzoo.ops.few_keys import few_keys
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
@@ -81,6 +82,44 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
         return agent_core(qkv, weight, bias, 3, grid, cells, **options)
 
     assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "is_packed"),
+    # One token to one key; two parts of the tokens, the first of two tiles, the last not full.
+    [(1, 1, False), (41, 3, True), (41, 37, True)],
+)
+def test_few_keys(impl, dtype, budget, n, m, is_packed, monkeypatch):
+    if impl == "triton" and IS_INTERPRETED:
+        from attnzoo.ops.few_keys import triton as kernels
+
+        monkeypatch.setattr(kernels, "PROGRAMS", 12)
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(kernels, name, {kernels.MOST_HALF: (16, 4)})
+    query, both = random(2, n, 72, seed=1), random(2, m, 48, seed=2)
+
+    def run(query, both, **options):
+        operands = query[..., 24:48], *both.chunk(2, dim=-1)  # parts of wider rows
+        if not is_packed:
+            operands = (z.contiguous() for z in operands)
+        return few_keys(*operands, 3, **options)
+
+    found = errors(run, [query, both], (2, n, 24), dtype, impl)
+    assert max(found) < budget
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "heads"), [((1, 4, 64), 129, 1), ((1, 4, 256), 8, 1), ((1, 4, 64), 0, 1)]
+)
+def test_other_keys_are_left_to_pytorch(shape, keys, heads):
+    query, key = random(*shape), random(1, keys, shape[-1])
+    exact = few_keys(query, key, key, heads, impl="reference")
+    torch.testing.assert_close(few_keys(query, key, key, heads), exact, equal_nan=True)
+    if CAN_RUN:
+        with pytest.raises(InvalidValue, match=f"does not serve {keys} keys with heads of"):
+            few_keys(query, key, key, heads, impl="triton")
 
 
 @pytest.fixture
@@ -534,6 +573,7 @@ if CAN_RUN:
             ("lit", "linear_core"),
             ("linfusion", "linear_core"),
             ("agent", "agent_core"),
+            ("linformer", "few_keys"),
             ("mala", "rotary_core"),
             ("rala", "rotary_core"),
             ("compressed", "downsample"),
