@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.depthwise_conv import to_image, to_tokens
+from attnzoo.layers.linear import windows_linear, xavier_linear
+from attnzoo.ops.depthwise_conv import to_image
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -80,7 +80,7 @@ class PVTAttention(Attention):
             return x
         if self.config.kind == "pool":
             image = F.adaptive_avg_pool2d(to_image(x, grid), self.coarse_grid(grid))
-            return F.gelu(self.norm(to_tokens(self.reduce(image))))
+            return F.gelu(self.norm(windows_linear(self.reduce, image)))
         missing = [-side % self.config.ratio for side in grid]
         image = to_image(x, grid)
         if any(missing):  # the last windows' sums count as those of full ones
@@ -93,7 +93,7 @@ class PVTAttention(Attention):
                 )
                 scales.append(scale)
             image = image * (scales[0][:, None] * scales[1])
-        return self.norm(to_tokens(self.reduce(image)))
+        return self.norm(windows_linear(self.reduce, image))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
