@@ -239,15 +239,16 @@ def _launch(kernel: str, query: Tensor, height: int, width: int, window: Window,
     """The grid; what the kernel is told behind its tensors; what Triton is told."""
     b, d = len(query), query.shape[2] // heads
     high, wide, warps, stages = BLOCKS[kernel]
+    side = SIDE
     if query.dtype == torch.float32:
-        high, wide, stages = 2, 8, 1
-    tiles = _ceil(width, SIDE)
+        side, high, wide, stages = SIDE if d <= 64 else 4, 2, 8, 1
+    tiles = _ceil(width, side)
     constants = (
-        window.dilation > 1 and not window.radius, window.radius > 0, SIDE, high, wide, _width(d),
+        window.dilation > 1 and not window.radius, window.radius > 0, side, high, wide, _width(d),
         _precision(query.dtype),
     )  # fmt: skip
     options = {"num_warps": warps, "num_stages": stages}
-    return (_ceil(height, SIDE) * tiles, b * heads), tiles, constants, options
+    return (_ceil(height, side) * tiles, b * heads), tiles, constants, options
 
 
 SCHEMA = (
