@@ -69,7 +69,8 @@ class LinformerAttention(Attention):
 
     def maps(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """E and F for a grid: (landmarks, height * width)."""
-        each = [self.key_maps] if self.config.shares_maps else [self.key_maps, self.value_maps]
+        is_one = self.config.shares_maps
+        each = (self.key_maps,) if is_one else (self.key_maps, self.value_maps)
         resized = _resized(torch.cat(each), grid).chunk(len(each))
         return resized[0], resized[-1]
 

@@ -235,7 +235,9 @@ def _tables(grid: Grid, window: Window, device: torch.device) -> tuple[Tensor, T
     return order, seen, seeing
 
 
-def _launch(kernel: str, query: Tensor, height: int, width: int, window: Window, heads: int):
+def _launch(
+    kernel: str, query: Tensor, height: int, width: int, window: Window, heads: int
+) -> tuple[Any, ...]:
     """The grid; what the kernel is told behind its tensors; what Triton is told."""
     b, d = len(query), query.shape[2] // heads
     high, wide, warps, stages = BLOCKS[kernel]
@@ -305,7 +307,7 @@ def _backward(
         _neighborhood_query_kernel, grid, grad, out, query, key, value, order, seen, logs, grad_q,
         along, *numbers, *constants, **options,
     )  # fmt: skip
-    *_, constants, options = _launch("key", query, height, width, shape, heads)
+    constants, options = _launch("key", query, height, width, shape, heads)[2:]
     launch_kernel(
         _neighborhood_key_kernel, grid, grad, query, key, value, order, seeing, logs, along,
         grad_k, grad_v, *numbers, *constants, **options,
