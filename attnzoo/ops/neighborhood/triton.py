@@ -317,7 +317,7 @@ def _backward(
 
 @_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, heads: int, *_: Any) -> tuple[Tensor, Tensor]:
-    b, n, _ = query.shape
+    b, n = query.shape[:2]
     return query.new_empty(query.shape), query.new_empty(b, heads, n, dtype=torch.float32)
 
 
