@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "few_keys": ("triton", "torch", "reference"),
     "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
@@ -72,7 +73,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
-    "neighborhood_attention": ("flex", "torch", "reference", "natten"),
+    "neighborhood_attention": ("flex", "torch", "reference", "triton", "natten"),
 }
 # Transforms of torch.func that the "torch" of an operator does not go through: it writes into
 # tensors of its own, or has a gradient of its own.
@@ -436,8 +437,11 @@ def is_without_kernels(x: Tensor) -> bool:
 
 
 def is_bare(layer: torch.nn.Module) -> bool:
-    """Whether a call of a layer is ``F.linear``: no hook, adapter or other forward."""
-    if type(layer) is not torch.nn.Linear:
+    """Whether a call of a linear layer or an image's convolution is PyTorch's function alone.
+
+    That is, with no hook, adapter or other forward.
+    """
+    if type(layer) not in (torch.nn.Linear, torch.nn.Conv2d):
         return False
     own = layer.__dict__
     return not (

@@ -170,8 +170,10 @@ def launch_the_rest(dtype, width=384):
 def launch_norms_and_windows(dtype, width=384):
     from attnzoo.ops.agent_core import triton as agents
     from attnzoo.ops.downsample import triton as windows
+    from attnzoo.ops.few_keys import triton as few
     from attnzoo.ops.gated_norm import triton as gates
     from attnzoo.ops.group_norm import triton as groups
+    from attnzoo.ops.neighborhood import triton as neighbors
     from attnzoo.ops.rotary_core import triton as turned
 
     x = torch.ones(1, 256, width, dtype=dtype)
@@ -191,6 +193,13 @@ def launch_norms_and_windows(dtype, width=384):
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
+    for keys in (32,) if dtype == torch.float32 else (64, 128):  # of 64 channels
+        key = torch.ones(1, keys, width, dtype=dtype)
+        few._forward.function(x, key, key, 6)
+        few._backward.function(x, x, key, key, 6)
+    for radius in (0, 8):
+        sizes = x, x, x, width // 128, 16, 16, 7, 1 + (not radius), radius  # the widest heads
+        neighbors._backward.function(x, *neighbors._forward.function(*sizes), *sizes)
 
     heads = width // 64  # the widest that are served
     table = torch.ones(2, 16, 16)
@@ -262,12 +271,14 @@ KERNELS = {
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
-    "_elu_sum_kernel", "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
+    "_elu_sum_kernel", "_few_keys_gradient_kernel", "_few_keys_kernel", "_few_keys_sum_kernel",
+    "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
     "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
     "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
+    "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
     "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
