@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv.triton import wide_stencil
+from attnzoo.ops.depthwise_conv.triton import stencil
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.processes import gathered, summed
 from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
@@ -195,7 +195,7 @@ def _branch_merge_kernel(
     partial, square, upright, level, gains, shifts, stats, merged, bias, parts, c, total, eps,
     B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Means, variances and 1 / deviations (9, c), and the one kernel (9, c) with its bias."""
+    """Means, variances and 1 / deviations (9, c), and the one kernel (c, 9) with its bias."""
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_c = column < c
     mean1, variance1 = _total_moments(partial, 0, parts, c, total, column, is_c, B, C)
@@ -230,7 +230,7 @@ def _branch_merge_kernel(
         if tap // 3 == 1:
             along = tl.load(level + column * 3 + tap % 3, mask=is_c, other=0.0)
             k += along.to(tl.float32) * scale3
-        tl.store(merged + tap * c + column, k, mask=is_c)
+        tl.store(merged + column * 9 + tap, k, mask=is_c)
 
 
 @triton.jit
@@ -432,7 +432,6 @@ def _put_row(
 MOMENTS_BLOCK = (16, 4, 64, 4)
 SUMS_BLOCK = (16, 4, 64, 4)
 GRADIENT_BLOCK = (32, 4, 32, 4)
-MERGED_BLOCK = (16, 4, 64, 4)
 UNROLL = tl.constexpr(3)  # rows of pixels take turns in three places: none is moved
 PARTS = 64  # that a program adds up at a time
 CHANNELS = 16  # whose parts a program adds up
@@ -472,7 +471,7 @@ def _normed_branches(
         return torch.empty(*shape, dtype=torch.float32, device=x.device)
 
     partial = new(parts, 7, c)
-    stats, merged, bias = new(9, c), new(9, c), new(c)
+    stats, merged, bias = new(9, c), new(c, 1, 3, 3), new(c)
     square, upright, level = (z.contiguous() for z in (square, upright, level))
     _branch_moments_kernel[(programs,)](
         tokens, square, upright, level, partial, height, width, c, strips, blocks, spacing,
@@ -490,7 +489,7 @@ def _normed_branches(
         # Processes have as many pixels each: their variances are sums of squares of one.
         stats[6].fill_(1.0)
         merge(gathered.function(stats[:7], processes), processes)
-    return wide_stencil(x, merged, bias, grid, added, block=MERGED_BLOCK), stats
+    return stencil(x, merged, bias, grid, added), stats
 
 
 @_normed_branches.register_fake
