@@ -91,16 +91,22 @@ def _table_gradient(grad, choice_of_row, is_row, C: tl.constexpr):
 
 @triton.jit
 def _power_and_log(x, gamma, shift, dead, FAST: tl.constexpr):
-    """ReLU(x) over the pivot to a power, and the same times the logarithm of x."""
-    log = tl.where(x <= _NORMAL, dead[:, None], _log2(x, FAST))
-    power = _exp2(gamma[:, None] * log + shift[:, None], FAST)
-    return power, power * log
+    """ReLU(x) over the pivot to a power, and the same times its logarithm; see ``_dead``."""
+    log_unit = tl.where(x <= _NORMAL, dead[:, None], _log2(x, FAST) + shift[:, None])
+    power = _exp2(gamma[:, None] * log_unit, FAST)
+    return power, power * log_unit
 
 
 @triton.jit
-def _power_slope(grad, x, gamma, shift, along, steep, radial, FAST: tl.constexpr):
-    """Gradient of x."""
-    slope = _exp2(gamma[:, None] * _log2(x, FAST) + shift[:, None], FAST)
+def _dead(gamma):
+    """The logarithm of a 0, finite, so that its power times it is 0 too."""
+    return tl.where(gamma < 0.0, _LARGEST, -_LARGEST)
+
+
+@triton.jit
+def _power_slope(grad, x, less, shift, along, steep, radial, FAST: tl.constexpr):
+    """Gradient of x, given its row's numbers; ``less`` is gamma - 1."""
+    slope = _exp2(less[:, None] * _log2(x, FAST) + shift[:, None], FAST)
     grad = grad - slope * x * along[:, None]
     grad = grad * slope * steep[:, None] + x * radial[:, None]
     return tl.where(x <= _NORMAL, 0.0, grad)
@@ -214,10 +220,8 @@ def _difference_backward_kernel(
     factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
     gamma1 = _exponent(gamma1)
     gamma2 = _exponent(gamma2)
-    shift1 = gamma1 * tl.log2(inverse1)
-    shift2 = gamma2 * tl.log2(inverse2)
-    dead1 = tl.where(gamma1 < 0.0, _LARGEST, -_LARGEST)
-    dead2 = tl.where(gamma2 < 0.0, _LARGEST, -_LARGEST)
+    shift1 = tl.log2(inverse1)
+    shift2 = tl.log2(inverse2)
     c1 = tl.load(choices + row, mask=is_row, other=0)
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
@@ -257,7 +261,7 @@ def _difference_backward_kernel(
             head = 0 if H == 1 else first // head_dim
             gd *= _of_head(over, head, H)[:, None]
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma2, shift2, dead2, FAST)
+        power, slope = _power_and_log(x, gamma2, shift2, _dead(gamma2), FAST)
         along2 = _add_products(along2, gd, power, F)
         slope2 = _add_products(slope2, gd, slope, F)
         self2 = _add_products(self2, power, slope, F)
@@ -270,7 +274,7 @@ def _difference_backward_kernel(
             here = tl.sum(gd * power, 1) * scale2 * factor
             normals += tl.where(heads[None, :] == head, here[:, None], 0.0)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        power, slope = _power_and_log(x, gamma1, shift1, dead1, FAST)
+        power, slope = _power_and_log(x, gamma1, shift1, _dead(gamma1), FAST)
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
             if H == 1:
@@ -329,13 +333,13 @@ def _difference_backward_kernel(
     along1 = mean1 / norm1 * inverse1
     steep1 = scale1 * gamma1 * inverse1
     radial1 = mean1 / tl.maximum(scale1 * norm1, _NORMAL)
-    shift1 -= tl.log2(inverse1)
-    gamma1 -= 1.0
+    less1 = gamma1 - 1.0
+    shift1 *= less1
     along2 = mean2 / norm2 * inverse2
     steep2 = scale2 * gamma2 * inverse2
     radial2 = mean2 / tl.maximum(scale2 * norm2, _NORMAL)
-    shift2 -= tl.log2(inverse2)
-    gamma2 -= 1.0
+    less2 = gamma2 - 1.0
+    shift2 *= less2
 
     gate_tile = tl.zeros((R, C // F), tl.float32)
     for first in tl.range(0, d, C, num_stages=S):
@@ -351,7 +355,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma2, shift2, along2, steep2, radial2, FAST)
+        gx = _power_slope(gx, x, less2, shift2, along2, steep2, radial2, FAST)
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
@@ -367,7 +371,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma1, shift1, along1, steep1, radial1, FAST)
+        gx = _power_slope(gx, x, less1, shift1, along1, steep1, radial1, FAST)
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
