@@ -113,39 +113,12 @@ def _power_slope(grad, x, less, shift, along, steep, radial, FAST: tl.constexpr)
 
 
 @triton.jit
-def _halves(tile, R: tl.constexpr, C: tl.constexpr):
-    """Of columns, (R, C / 2) each."""
-    return tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _pairs(tile, R: tl.constexpr, C: tl.constexpr):
-    """Of columns, (R, C / 2) each."""
-    return tl.split(tl.reshape(tile, (R, C // 2, 2)))
-
-
-@triton.jit
-def _add_products(total, a, b, F: tl.constexpr):
-    """Adds up columns that lie in one thread."""
-    if F == 1:
-        total += a * b
-    else:
-        R: tl.constexpr = a.shape[0]
-        C: tl.constexpr = a.shape[1]
-        a0, a1 = _pairs(a, R, C)
-        b0, b1 = _pairs(b, R, C)
-        if F == 2:
-            total += a0 * b0
-            total += a1 * b1
-        else:
-            a2, a3 = _halves(a1, R, C // 2)
-            b2, b3 = _halves(b1, R, C // 2)
-            a0, a1 = _halves(a0, R, C // 2)
-            b0, b1 = _halves(b0, R, C // 2)
-            total += a0 * b0
-            total += a1 * b1
-            total += a2 * b2
-            total += a3 * b3
+def _add_products(total, a, b):
+    """Adds a * b, (R, C), to (R, C / 2): neighbors lie in one thread, and take one register."""
+    a0, a1 = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
+    b0, b1 = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
+    total += a0 * b0
+    total += a1 * b1
     return total
 
 
@@ -167,6 +140,7 @@ def _difference_backward_kernel(
     grad_z1,
     grad_z2,
     grad_gate,
+    shifts,
     grad_logits,
     grad_norm,
     grad_tables,
@@ -192,7 +166,6 @@ def _difference_backward_kernel(
     FAST: tl.constexpr,
     EVEN: tl.constexpr,
     S: tl.constexpr,
-    F: tl.constexpr,
 ):
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -222,6 +195,9 @@ def _difference_backward_kernel(
     gamma2 = _exponent(gamma2)
     shift1 = tl.log2(inverse1)
     shift2 = tl.log2(inverse2)
+    # Of the powers with their norms restored, for the kernel that follows.
+    tl.store(shifts + row, gamma1 * shift1 + tl.log2(scale1), mask=is_row)
+    tl.store(shifts + rows + row, gamma2 * shift2 + tl.log2(scale2), mask=is_row)
     c1 = tl.load(choices + row, mask=is_row, other=0)
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
@@ -233,6 +209,8 @@ def _difference_backward_kernel(
     if LEARN:
         share = _share(lambdas, line + 2 * n_gamma, is_row, n_lambda, L)
         bend = share.to(dtype)
+        # The compiler lays tiles out for products where what they are multiplied with comes from
+        # one. Else it computes powers twice: as they are loaded, and as the products need them.
         left = tl.zeros((R, 16), dtype)
         right = tl.zeros((16, C), dtype)
         nothing = tl.sum(_add_dot(_dot(left, right, P), left, right, P), 1)
@@ -241,17 +219,17 @@ def _difference_backward_kernel(
 
     # One walk for all sums over a row. What the gradients of the factor and of the normalizers
     # add to those of the powers is linear in them, and is added to the sums.
-    along1 = tl.zeros((R, C // F), tl.float32)
-    along2 = tl.zeros((R, C // F), tl.float32)
-    slope1 = tl.zeros((R, C // F), tl.float32)
-    slope2 = tl.zeros((R, C // F), tl.float32)
-    self1 = tl.zeros((R, C // F), tl.float32)
-    self2 = tl.zeros((R, C // F), tl.float32)
-    bend_along1 = tl.zeros((R, C // F), tl.float32)
-    bend_along2 = tl.zeros((R, C // F), tl.float32)
-    bend_slope1 = tl.zeros((R, C // F), tl.float32)
-    bend_slope2 = tl.zeros((R, C // F), tl.float32)
-    total_slope = tl.zeros((R, C // F), tl.float32)
+    along1 = tl.zeros((R, C // 2), tl.float32)
+    along2 = tl.zeros((R, C // 2), tl.float32)
+    slope1 = tl.zeros((R, C // 2), tl.float32)
+    slope2 = tl.zeros((R, C // 2), tl.float32)
+    self1 = tl.zeros((R, C // 2), tl.float32)
+    self2 = tl.zeros((R, C // 2), tl.float32)
+    bend_along1 = tl.zeros((R, C // 2), tl.float32)
+    bend_along2 = tl.zeros((R, C // 2), tl.float32)
+    bend_slope1 = tl.zeros((R, C // 2), tl.float32)
+    bend_slope2 = tl.zeros((R, C // 2), tl.float32)
+    total_slope = tl.zeros((R, C // 2), tl.float32)
     normals = tl.zeros((R, H), tl.float32)
     totals = tl.zeros((R, H), tl.float32)
     for first in tl.range(0, d, C, num_stages=S):
@@ -262,14 +240,14 @@ def _difference_backward_kernel(
             gd *= _of_head(over, head, H)[:, None]
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
         power, slope = _power_and_log(x, gamma2, shift2, _dead(gamma2), FAST)
-        along2 = _add_products(along2, gd, power, F)
-        slope2 = _add_products(slope2, gd, slope, F)
-        self2 = _add_products(self2, power, slope, F)
+        along2 = _add_products(along2, gd, power)
+        slope2 = _add_products(slope2, gd, slope)
+        self2 = _add_products(self2, power, slope)
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             bent = _dot(bend.to(w.dtype), w, P)
-            bend_along2 = _add_products(bend_along2, bent, power, F)
-            bend_slope2 = _add_products(bend_slope2, bent, slope, F)
+            bend_along2 = _add_products(bend_along2, bent, power)
+            bend_slope2 = _add_products(bend_slope2, bent, slope)
         if NORMALIZE and H > 1:
             here = tl.sum(gd * power, 1) * scale2 * factor
             normals += tl.where(heads[None, :] == head, here[:, None], 0.0)
@@ -278,21 +256,21 @@ def _difference_backward_kernel(
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
             if H == 1:
-                total_slope = _add_products(total_slope, slope, tl.broadcast_to(total, (R, C)), F)
+                total_slope = _add_products(total_slope, slope, tl.broadcast_to(total, (R, C)))
             else:
                 mine = heads[None, :] == head
                 normals -= tl.where(mine, (tl.sum(gd * power, 1) * scale1)[:, None], 0.0)
                 totals += tl.where(mine, tl.sum(slope * total, 1)[:, None], 0.0)
         else:
             gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
-        along1 = _add_products(along1, gd, power, F)
-        slope1 = _add_products(slope1, gd, slope, F)
-        self1 = _add_products(self1, power, slope, F)
+        along1 = _add_products(along1, gd, power)
+        slope1 = _add_products(slope1, gd, slope)
+        self1 = _add_products(self1, power, slope)
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             bent = _dot(bend.to(w.dtype), w, P)
-            bend_along1 = _add_products(bend_along1, bent, power, F)
-            bend_slope1 = _add_products(bend_slope1, bent, slope, F)
+            bend_along1 = _add_products(bend_along1, bent, power)
+            bend_slope1 = _add_products(bend_slope1, bent, slope)
     sum1 = tl.sum(along1, 1)
     sum2 = tl.sum(along2, 1)
     line_sum1 = tl.sum(slope1, 1)
@@ -341,7 +319,7 @@ def _difference_backward_kernel(
     less2 = gamma2 - 1.0
     shift2 *= less2
 
-    gate_tile = tl.zeros((R, C // F), tl.float32)
+    gate_tile = tl.zeros((R, C // 2), tl.float32)
     for first in tl.range(0, d, C, num_stages=S):
         column = first + tl.arange(0, C)
         mask = is_row[:, None] & (column < d)[None, :]
@@ -360,7 +338,7 @@ def _difference_backward_kernel(
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
         tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
-        gate_tile = _add_products(gate_tile, gx, x, F)
+        gate_tile = _add_products(gate_tile, gx, x)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
         gx = gd
         if NORMALIZE:
@@ -385,13 +363,12 @@ def _difference_backward_kernel(
 
 
 @triton.jit
-def _restored(x, row, rows, stats, first, is_row, FAST: tl.constexpr):
-    """What the forward made of tile ``x``, from the rows' saved statistics."""
-    gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
-    inverse = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
-    scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
-    x = x.to(tl.float32)
-    return _risen(x, x * inverse[:, None], _exponent(gamma), FAST) * scale[:, None]
+def _restored(x, row, gammas, shifts, is_row, FAST: tl.constexpr):
+    """What the forward made of tile ``x``."""
+    gamma = _exponent(tl.load(gammas + row, mask=is_row, other=1.0))
+    shift = tl.load(shifts + row, mask=is_row, other=0.0)
+    power = _exp2(gamma[:, None] * _log2(x.to(tl.float32), FAST) + shift[:, None], FAST)
+    return tl.where(x <= _NORMAL, 0.0, power)
 
 
 @triton.jit
@@ -399,6 +376,7 @@ def _router_gradient_kernel(
     z1,
     z2,
     stats,
+    shifts,
     grad_logits,
     grad_norm,
     grad_routers,
@@ -436,30 +414,34 @@ def _router_gradient_kernel(
     total2 = tl.zeros((G, C), tl.float32)
     base_total = tl.zeros((L, C), tl.float32)
     redundant_total = tl.zeros((L, C), tl.float32)
-    key_total = tl.zeros((C,), tl.float32)
+    key_total = tl.zeros((16, C), tl.float32)
+    lines = tl.arange(0, 16)
     for first in range(start, stop, R):
         inside = first + tl.arange(0, R)
         is_row = inside < stop
         row = sample * n + inside
+        line = grad_logits + row[None, :] * (2 * G + L)
+        if LEARN:
+            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
+            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
+            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
+            total2 = _add_dot(total2, g2, x, P)
+            redundant = _restored(x, row, stats + 4 * rows, shifts + rows, is_row, FAST)
+            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
         x = _tile(z1 + row[:, None] * z1_row, column, is_row, d, EVEN)
-        base = _restored(x, row, rows, stats, 0, is_row, FAST)
+        base = _restored(x, row, stats, shifts, is_row, FAST)
         if NORMALIZE:
+            # As the first row of a product: a sum's layout would have powers computed twice.
             head = tl.program_id(0) * C // head_dim
             normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
-            key_total += tl.sum(normal[:, None] * base, 0)
+            normal = tl.where(lines[:, None] == 0, normal[None, :], 0.0)
+            key_total = _add_dot(key_total, normal.to(dtype), base.to(dtype), P)
         if LEARN:
-            line = grad_logits + row[None, :] * (2 * G + L)
-            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
-            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
-            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
-            total1 = _add_dot(total1, g1, x, P)
             base_total = _add_dot(base_total, gl, base.to(dtype), P)
-            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
-            total2 = _add_dot(total2, g2, x, P)
-            redundant = _restored(x, row, rows, stats, 4, is_row, FAST)
-            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
+            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
+            total1 = _add_dot(total1, g1, x, P)
     if NORMALIZE:
-        tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
+        tl.store(grad_key_sum + part * d + column, tl.sum(key_total, 0), mask=column < d)
     if LEARN:
         is_g = (g[:, None] < n_gamma) & is_column
         is_l = (lam[:, None] < n_lambda) & is_column
@@ -471,11 +453,13 @@ def _router_gradient_kernel(
         tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
-# Of the kernel that walks along (z1, z2): rows and columns of a tile, warps, stages, columns that
-# a thread adds up at once, and registers of a thread.
-DIFFERENCE_BACKWARD_BLOCK = (32, 64, 8, 2, 2, 128)
-FEW_BACKWARD_BLOCK = (16, 64, 4, 2, 4, 128)
-EXACT_BACKWARD_BLOCK = (16, 64, 4, 1, 1, None)
+# Rows and columns of a tile, warps, and stages, of the kernel that walks along (z1, z2). Columns
+# are split between warps, so that few rows are under way at once, and the second walk finds most
+# of them in the cache that the first has left them in.
+DIFFERENCE_BACKWARD_BLOCK = (32, 64, 8, 3)
+FEW_BACKWARD_BLOCK = (16, 64, 4, 3)
+# Registers of a thread, which leave an H100 sixteen warps; what spills is used between walks.
+BACKWARD_REGISTERS = 128
 FEW_ROWS = 8192
 # Rows and columns of the routers' gradients: products of 64 rows spill registers in float32.
 ROUTER_GRADIENT_TILE = (32, 64)
@@ -492,9 +476,14 @@ def _columns(most: int, head_dim: int, heads: int) -> int:
     return most if heads == 1 else min(most, head_dim & -head_dim)
 
 
-def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
+def _fitting_columns(
+    columns: int, rows: int, stages: int, choices: int, itemsize: int, room: int | None
+) -> int:
     """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
-    while room and choices * (4 * columns * itemsize + 384) + 2**13 > room and columns > 16:
+    factors, loads = 3 * rows * choices * itemsize, max(1, stages - 1) * itemsize
+    while room and columns > 16:
+        if factors + loads * columns * (4 * choices + 3 * rows) + 2**13 <= room:
+            break
         columns //= 2
     return columns
 
@@ -534,14 +523,16 @@ def difference_backward(
     grad, grad_spacing = _rows(grad)
     r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
     is_many = _are_many(b * n, z1)
-    block = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
-    if z1.element_size() == 4:
-        block = EXACT_BACKWARD_BLOCK
-    size, chunk, warps, stages, fold, registers = block
+    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
-    choices_width = max(_width(n_gamma), _width(n_lambda))
-    chunk = _fitting_columns(_columns(chunk, d // heads, heads), choices_width, itemsize, room)
+    gammas_width, lambdas_width = _width(n_gamma), _width(n_lambda)
+    chunk = _fitting_columns(
+        _columns(chunk, d // heads, heads), size, stages, max(gammas_width, lambdas_width),
+        itemsize, room,
+    )  # fmt: skip
+    if chunk <= size:
+        warps = size // 16  # the compiler lets warps share columns then, sixteen rows each
     blocks = _ceil(n, size)
     width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
 
@@ -550,7 +541,8 @@ def difference_backward(
 
     grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
     grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
-    grad_logits = new(rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype)
+    grad_logits = new(rows if learn else 0, 2 * gammas_width + lambdas_width, dtype=z1.dtype)
+    shifts = new(2, rows)
     tables = new(b * blocks, width)
     router_rows, router_columns = ROUTER_GRADIENT_TILE
     router_columns = _columns(router_columns, d // heads, heads)
@@ -563,23 +555,26 @@ def difference_backward(
     grad_key_sum = new(b, splits if is_normalized else 0, d)
     stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
     if rows:
-        shared = _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast()
+        shared = gammas_width, lambdas_width, _precision(r1.dtype), _is_fast()
+        # Eight entries of a tile a thread, of half precision, do with those.
+        is_small, is_half = size * chunk <= 256 * warps, z1.element_size() == 2
+        limits = {"maxnreg": BACKWARD_REGISTERS} if is_half and _is_fast() else {}
         launch_kernel(_difference_backward_kernel, (b * blocks,),
             grad, stand_in, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
-            grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
+            grad_gate, shifts, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
             grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size,
-            chunk, _power_of_2(heads), *shared, d % chunk == 0, stages, fold,
-            num_warps=warps, maxnreg=registers,
+            chunk, _power_of_2(heads), *shared, d % chunk == 0, stages,
+            num_warps=warps, **(limits if is_small else {}),
         )  # fmt: skip
         if learn or is_normalized:
             size, chunk = router_rows, router_columns
-            loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
+            loaded = size * itemsize * (2 * chunk + 2 * gammas_width + lambdas_width)
             launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), parts),
-                z1, z2, stats, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
+                z1, z2, stats, shifts, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
                 d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
                 is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
-                num_stages=_fitting_stages(loaded, room),
+                num_stages=_fitting_stages(loaded, room), **limits,
             )  # fmt: skip
     routers, scalars = column_sum(grad_routers), column_sum(tables)
     return grad_z1, grad_z2, grad_gate, routers, scalars, grad_key_sum.sum(1)
