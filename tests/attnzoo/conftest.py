@@ -1,29 +1,13 @@
-"""Triton's interpreter, without what it does again and again."""
+"""Kernels in Triton's interpreter, in less time."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
+from tests.attnzoo.quick_interpreter import quicken
 
-@pytest.fixture(scope="session", autouse=True)
-def language_is_patched_once():
-    """Each call of a function in a kernel patches Triton's language anew: half of all the time.
-
-    It is patched by the first call from each module, and stays so.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    own, done = interpreter._patch_lang, {}
-
-    def patch(function):
-        if function.__module__ not in done:
-            done[function.__module__] = own(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 
 @pytest.fixture
@@ -38,6 +22,6 @@ def small_convolutions(monkeypatch):
         monkeypatch.setattr(one, name, (4, 8, 64, 4))
     monkeypatch.setattr(one, "WIDE_STENCIL_BLOCK", dict.fromkeys((3, 5, 7), (4, 4, 64, 1)))
     monkeypatch.setattr(one, "WIDE_STENCIL_WEIGHT_BLOCK", (4, 4, 64, 1))
-    for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "WEIGHT_BLOCK", "TOKEN_BLOCK"):
-        monkeypatch.setattr(three, name, (4, 8, 64, 4))
+    for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "GRADIENT_BLOCK", "MERGED_BLOCK"):
+        monkeypatch.setattr(three, name, (4, 4, 64, 2))
     monkeypatch.setattr(three, "PARTS", 4)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -145,16 +146,6 @@ def _stencil_weight_kernel(
 
 
 @triton.jit
-def _pixel(image, h, w, column, height, width, row_stride, is_column):
-    """Row ``h`` of the image at columns ``w``; 0 outside."""
-    here = h + tl.zeros_like(w)
-    mask = (here >= 0) & (here < height) & (w >= 0) & (w < width)
-    line = image + h.to(tl.int64) * width * row_stride
-    place = (w * row_stride)[:, None] + column[None, :]
-    return tl.load(line + place, mask=mask[:, None] & is_column, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
@@ -182,18 +173,18 @@ def _wide_stencil_kernel(
     x, taps, bias, added, gate, out, raw, height, width, c, kernels, x_row, gate_row, out_row,
     strips, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr, FLIP: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """SIZE x SIZE, of ``taps``, (SIZE ** 2, c) in float32.
 
-    A thread has one channel and walks down W columns: of a pixel that it loads it makes SIZE ** 2
-    products. Each row of pixels adds to the SIZE rows of outputs around it.
+    A thread has one channel or two and walks down W columns: of a pixel that it loads it makes
+    SIZE ** 2 products. Each row of pixels adds to the SIZE rows of outputs around it.
     """
     R: tl.constexpr = SIZE // 2
     sample = (tl.program_id(0) // strips).to(tl.int64)
     first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W
-    column = tl.program_id(2) * C + tl.arange(0, C)
+    w = (tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None]) * W
+    column = tl.program_id(2) * C + tl.arange(0, C)[None, :] + tl.zeros((WARPS, 1), tl.int32)
     is_column = column < c
     # The transposed stencil is the stencil turned by half a turn.
     o: tl.constexpr = SIZE * SIZE - 1 if FLIP else 0
@@ -201,7 +192,7 @@ def _wide_stencil_kernel(
     k = ()
     for i in tl.static_range(SIZE * SIZE):
         k += (tl.load(taps + (o + s * i) * c + column, mask=is_column, other=0.0),)
-    start = tl.zeros((C,), tl.float32)
+    start = tl.zeros((WARPS, C), tl.float32)
     if BIAS:
         start += tl.load(bias + column % kernels, mask=is_column, other=0.0).to(tl.float32)
     sums = ()
@@ -338,7 +329,8 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-# Rows a program walks down, pixels and channels of its tile, warps; wide ones by their size.
+# Rows a program walks down, pixels and channels of its tile, warps. Wide ones by their size: there
+# the pixels are of a warp.
 STENCIL_BLOCK = (8, 32, 64, 4)
 STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
 WIDE_STENCIL_BLOCK = {3: (8, 4, 64, 1), 5: (8, 4, 64, 1), 7: (16, 4, 32, 1)}
@@ -395,33 +387,38 @@ def wide_stencil(
     gate: Tensor | None = None,
     raw: Tensor | None = None,
     out: Tensor | None = None,
+    block: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``stencil`` of 3x3, 5x5 and 7x7 by one kernel.
 
     Args:
-        x: As there, like ``weight``, ``bias``, ``grid``, ``added`` and ``is_transposed``.
+        x: As there, like ``bias``, ``grid``, ``added`` and ``is_transposed``.
+        weight: As there, or tap by tap, (taps, c) in float32.
         gate: (b, h * w, c), whose GELU multiplies the convolution, or None.
         raw: Where the convolution itself is to be written, (b, h * w, c), contiguous; or None.
         out: Where the result is to be written, with equally spaced rows; or None.
+        block: Overrides ``WIDE_STENCIL_BLOCK``.
     """
     x, spacing = _rows(x)
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device) if out is None else out
     if not out.numel():
         return out
-    kernels, size = len(weight), weight.shape[-1]
-    # Of neighboring channels together.
-    taps = weight.flatten(1).t().unsqueeze(1).expand(size**2, c // kernels, kernels)
-    taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    taps, kernels, size = weight, c, math.isqrt(len(weight))
+    if weight.ndim == 4:
+        # Of neighboring channels together.
+        kernels, size = len(weight), weight.shape[-1]
+        taps = weight.flatten(1).t().unsqueeze(1).expand(size**2, c // kernels, kernels)
+        taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     other = out if added is None else added.contiguous()
     factor, gate_spacing = (out, 0) if gate is None else _rows(gate)
-    rows, w, channels, warps = WIDE_STENCIL_BLOCK[size]
-    strips = _ceil(grid[0], rows)
-    launch_kernel(_wide_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
+    rows, w, channels, warps = block or WIDE_STENCIL_BLOCK[size]
+    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w * warps)
+    launch_kernel(_wide_stencil_kernel, (b * strips, blocks, _ceil(c, channels)),
         x, taps, taps if bias is None else bias, other, factor, out, out if raw is None else raw,
         *grid, c, kernels, spacing, gate_spacing, out.stride(1), strips, rows, w, channels,
         bias is not None, added is not None, gate is not None, raw is not None, is_transposed,
-        size, num_warps=warps,
+        size, warps, num_warps=warps,
     )  # fmt: skip
     return out
 
