@@ -482,7 +482,7 @@ def _fitting_columns(
     """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
     factors, loads = 3 * rows * choices * itemsize, max(1, stages - 1) * itemsize
     while room and columns > 16:
-        if factors + loads * columns * (4 * choices + 3 * rows) + 2**13 <= room:
+        if factors + loads * columns * (4 * choices + 3 * rows) + 2**14 <= room:
             break
         columns //= 2
     return columns
@@ -527,6 +527,8 @@ def difference_backward(
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
     gammas_width, lambdas_width = _width(n_gamma), _width(n_lambda)
+    if itemsize == 4:  # twice the bytes: one load under way
+        stages = 2
     chunk = _fitting_columns(
         _columns(chunk, d // heads, heads), size, stages, max(gammas_width, lambdas_width),
         itemsize, room,
