@@ -73,61 +73,59 @@ def _of_head(tile, head, H: tl.constexpr):
 
 
 @triton.jit
-def _scalar_backward(
-    grad, table, choice_of_row, line, is_row, choices, LEARN: tl.constexpr, C: tl.constexpr
-):
-    """Straight-through gradients of a routed scalar: of the logits (R, C), of the table (C,)."""
+def _share(table, line, is_row, choices, C: tl.constexpr):
+    """Straight-through gradient (R, C) of the logits, for one of the scalar they choose."""
     choice = tl.arange(0, C)
     is_choice = choice < choices
-    mine = choice[None, :] == choice_of_row[:, None]
-    grad_table = tl.sum(tl.where(mine & is_row[:, None], grad[:, None], 0.0), 0)
-    if LEARN:
-        values = tl.load(table + choice, mask=is_choice, other=0.0)
-        p = tl.load(line + choice[None, :], mask=is_row[:, None] & is_choice[None, :], other=0.0)
-        mean = tl.sum(p * values[None, :], 1)
-        grad_logits = grad[:, None] * p * (values[None, :] - mean[:, None])
-    else:
-        grad_logits = tl.zeros(mine.shape, tl.float32)
-    return grad_logits, grad_table
+    values = tl.load(table + choice, mask=is_choice, other=0.0)
+    p = tl.load(line + choice[None, :], mask=is_row[:, None] & is_choice[None, :], other=0.0)
+    return p * (values[None, :] - tl.sum(p * values[None, :], 1)[:, None])
 
 
 @triton.jit
-def _log_unit(unit, FAST: tl.constexpr):
-    # What overflowed and what is 0 too: their power is 0, and stays it times a finite logarithm.
-    unit = tl.maximum(unit, _NORMAL, propagate_nan=tl.PropagateNan.ALL)
-    return _log2(tl.minimum(unit, _LARGEST, propagate_nan=tl.PropagateNan.ALL), FAST)
+def _table_gradient(grad, choice_of_row, is_row, C: tl.constexpr):
+    """Of the values (C,) that rows chose from."""
+    mine = (tl.arange(0, C)[None, :] == choice_of_row[:, None]) & is_row[:, None]
+    return tl.sum(tl.where(mine, grad[:, None], 0.0), 0)
 
 
 @triton.jit
-def _power_and_log(x, gamma, inverse, FAST: tl.constexpr):
-    """ReLU(x) over the pivot to a power, and the same times its logarithm."""
-    log_unit = _log_unit(x * inverse[:, None], FAST)
-    power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma[:, None] * log_unit, FAST))
+def _power_and_log(x, gamma, shift, dead, FAST: tl.constexpr):
+    """ReLU(x) over the pivot to a power, and the same times its logarithm; see ``_dead``."""
+    log_unit = tl.where(x <= _NORMAL, dead[:, None], _log2(x, FAST) + shift[:, None])
+    power = _exp2(gamma[:, None] * log_unit, FAST)
     return power, power * log_unit
 
 
 @triton.jit
-def _power_slope(grad, x, gamma, inverse, norm, scale, mean, x_norm, FAST: tl.constexpr):
-    """Gradient of x, given <grad, power> / norm of the whole row as ``mean``."""
-    unit = x * inverse[:, None]
-    # One exponential for the power's slope, and the power is that times the unit.
-    slope = _exp2((gamma - 1.0)[:, None] * _log_unit(unit, FAST), FAST)
-    grad = grad - slope * unit * (mean / norm)[:, None]
-    grad = grad * slope * (scale * gamma * inverse)[:, None] + x * (mean / x_norm)[:, None]
+def _dead(gamma):
+    """The logarithm of a 0, finite, so that its power times it is 0 too."""
+    return tl.where(gamma < 0.0, _LARGEST, -_LARGEST)
+
+
+@triton.jit
+def _power_slope(grad, x, less, shift, along, steep, radial, FAST: tl.constexpr):
+    """Gradient of x, given its row's numbers; ``less`` is gamma - 1."""
+    slope = _exp2(less[:, None] * _log2(x, FAST) + shift[:, None], FAST)
+    grad = grad - slope * x * along[:, None]
+    grad = grad * slope * steep[:, None] + x * radial[:, None]
     return tl.where(x <= _NORMAL, 0.0, grad)
 
 
 @triton.jit
-def _inverse_norm(stats, rows, row, is_row, head):
-    """By what the forward multiplied this head of the rows, (rows, 1)."""
-    return (1.0 / tl.load(stats + (9 + head) * rows + row, mask=is_row, other=1.0))[:, None]
+def _add_products(total, a, b):
+    """Adds a * b, (R, C), to (R, C / 2): neighbors lie in one thread, and take one register."""
+    a0, a1 = tl.split(tl.reshape(a, (a.shape[0], a.shape[1] // 2, 2)))
+    b0, b1 = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
+    total += a0 * b0
+    total += a1 * b1
+    return total
 
 
 @triton.jit
 def _difference_backward_kernel(
     grad,
     grad_sum,
-    out,
     z1,
     z2,
     r1,
@@ -142,6 +140,7 @@ def _difference_backward_kernel(
     grad_z1,
     grad_z2,
     grad_gate,
+    shifts,
     grad_logits,
     grad_norm,
     grad_tables,
@@ -166,7 +165,7 @@ def _difference_backward_kernel(
     P: tl.constexpr,
     FAST: tl.constexpr,
     EVEN: tl.constexpr,
-    MANY: tl.constexpr,
+    S: tl.constexpr,
 ):
     sample = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -182,6 +181,7 @@ def _difference_backward_kernel(
     gate_line = grad_logits + row[:, None] * (2 * G + L)
     g = tl.arange(0, G)
     lam = tl.arange(0, L)
+    heads = tl.arange(0, H)
     gamma1 = tl.load(stats + row, mask=is_row, other=1.0)
     inverse1 = tl.load(stats + rows + row, mask=is_row, other=1.0)
     norm1 = tl.load(stats + 2 * rows + row, mask=is_row, other=1.0)
@@ -191,217 +191,165 @@ def _difference_backward_kernel(
     norm2 = tl.load(stats + 6 * rows + row, mask=is_row, other=1.0)
     scale2 = tl.load(stats + 7 * rows + row, mask=is_row, other=0.0)
     factor = tl.load(stats + 8 * rows + row, mask=is_row, other=0.0)
+    gamma1 = _exponent(gamma1)
+    gamma2 = _exponent(gamma2)
+    shift1 = tl.log2(inverse1)
+    shift2 = tl.log2(inverse2)
+    # Of the powers with their norms restored, for the kernel that follows.
+    tl.store(shifts + row, gamma1 * shift1 + tl.log2(scale1), mask=is_row)
+    tl.store(shifts + rows + row, gamma2 * shift2 + tl.log2(scale2), mask=is_row)
     c1 = tl.load(choices + row, mask=is_row, other=0)
     c2 = tl.load(choices + rows + row, mask=is_row, other=0)
     cd = tl.load(choices + 2 * rows + row, mask=is_row, other=0)
-    heads = tl.arange(0, H)
-    if MANY:
+    if NORMALIZE:
+        is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+        line_of_norms = stats + (9 + heads[None, :]) * rows + row[:, None]
+        found = tl.load(line_of_norms, mask=is_head, other=1.0)
+        over = 1.0 / found
+    if LEARN:
+        share = _share(lambdas, line + 2 * n_gamma, is_row, n_lambda, L)
+        bend = share.to(dtype)
         # The compiler lays tiles out for products where what they are multiplied with comes from
         # one. Else it computes powers twice: as they are loaded, and as the products need them.
-        zeros = tl.zeros((R, 16), dtype)
-        nothing = tl.sum(_dot(zeros, tl.zeros((16, 16), dtype), P), 1)
-        gamma1 += nothing
-        gamma2 += nothing
-        inverse1 += nothing
-        inverse2 += nothing
-        # One walk for all sums over a row. What the gradients of the factor and of the
-        # normalizers add to those of the powers is linear in them, and is added to the sums.
-        norm_tile = tl.zeros((R, C), tl.float32)
-        total_tile = tl.zeros((R, C), tl.float32)
-        normals = tl.zeros((R, H), tl.float32)
-        totals = tl.zeros((R, H), tl.float32)
-        along1 = tl.zeros((R, C), tl.float32)
-        along2 = tl.zeros((R, C), tl.float32)
-        slope1 = tl.zeros((R, C), tl.float32)
-        slope2 = tl.zeros((R, C), tl.float32)
-        self1 = tl.zeros((R, C), tl.float32)
-        self2 = tl.zeros((R, C), tl.float32)
-        of_power1 = tl.zeros((R, L), tl.float32)
-        of_power2 = tl.zeros((R, L), tl.float32)
-        of_slope1 = tl.zeros((R, L), tl.float32)
-        of_slope2 = tl.zeros((R, L), tl.float32)
-        for first in range(0, d, C):
-            column = first + tl.arange(0, C)
-            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
-            if NORMALIZE:
-                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
-                if H == 1:
-                    norm_tile += slope
-                else:
-                    mine = heads[None, :] == first // head_dim
-                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
-            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
-            along2 += gd * power
-            slope2 += gd * slope
-            self2 += power * slope
-            if LEARN:
-                w = tl.trans(_weights(rd + d, 2 * d, d, n_lambda, column, L))
-                of_power2 = _add_dot(of_power2, power.to(dtype).to(w.dtype), w, P)
-                of_slope2 = _add_dot(of_slope2, slope.to(dtype).to(w.dtype), w, P)
-            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
-            if NORMALIZE:
-                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-                if H == 1:
-                    total_tile += slope * total[None, :]
-                else:
-                    sums_here = tl.sum(slope * total[None, :], 1)[:, None]
-                    totals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
-            else:
-                gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
-            along1 += gd * power
-            slope1 += gd * slope
-            self1 += power * slope
-            if LEARN:
-                w = tl.trans(_weights(rd, 2 * d, d, n_lambda, column, L))
-                of_power1 = _add_dot(of_power1, power.to(dtype).to(w.dtype), w, P)
-                of_slope1 = _add_dot(of_slope1, slope.to(dtype).to(w.dtype), w, P)
-        sum1 = tl.sum(along1, 1)
-        sum2 = tl.sum(along2, 1)
-        line_sum1 = tl.sum(slope1, 1)
-        line_sum2 = -factor * tl.sum(slope2, 1)
+        left = tl.zeros((R, 16), dtype)
+        right = tl.zeros((16, C), dtype)
+        nothing = tl.sum(_add_dot(_dot(left, right, P), left, right, P), 1)
+        shift1 += nothing
+        shift2 += nothing
+
+    # One walk for all sums over a row. What the gradients of the factor and of the normalizers
+    # add to those of the powers is linear in them, and is added to the sums.
+    along1 = tl.zeros((R, C // 2), tl.float32)
+    along2 = tl.zeros((R, C // 2), tl.float32)
+    slope1 = tl.zeros((R, C // 2), tl.float32)
+    slope2 = tl.zeros((R, C // 2), tl.float32)
+    self1 = tl.zeros((R, C // 2), tl.float32)
+    self2 = tl.zeros((R, C // 2), tl.float32)
+    bend_along1 = tl.zeros((R, C // 2), tl.float32)
+    bend_along2 = tl.zeros((R, C // 2), tl.float32)
+    bend_slope1 = tl.zeros((R, C // 2), tl.float32)
+    bend_slope2 = tl.zeros((R, C // 2), tl.float32)
+    total_slope = tl.zeros((R, C // 2), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    totals = tl.zeros((R, H), tl.float32)
+    for first in tl.range(0, d, C, num_stages=S):
+        column = first + tl.arange(0, C)
+        gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         if NORMALIZE:
-            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
-            if H == 1:
-                normals = -tl.sum(norm_tile, 1)[:, None]
-                totals = tl.sum(total_tile, 1)[:, None]
-            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
-            # phi(Z) . key_sum as the forward found it, from what it saved.
-            line_of_norms = stats + (9 + heads[None, :]) * rows + row[:, None]
-            found = tl.load(line_of_norms, mask=is_head, other=eps) - eps
-            found = tl.where(scale1[:, None] > 0.0, found / scale1[:, None], 0.0)
-            sum1 += tl.sum(normals * found, 1)
-            line_sum1 += tl.sum(normals * totals, 1)
-        gl, lambda_table = _scalar_backward(
-            -scale2 * sum2, lambdas, cd, line + 2 * n_gamma, is_row, n_lambda, LEARN, L
-        )
-        gl = gl.to(dtype)
-        sum2 *= -factor
+            head = 0 if H == 1 else first // head_dim
+            gd *= _of_head(over, head, H)[:, None]
+        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
+        power, slope = _power_and_log(x, gamma2, shift2, _dead(gamma2), FAST)
+        along2 = _add_products(along2, gd, power)
+        slope2 = _add_products(slope2, gd, slope)
+        self2 = _add_products(self2, power, slope)
         if LEARN:
-            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
-            rounded = gl.to(tl.float32)
-            sum1 += tl.sum(rounded * of_power1, 1)
-            sum2 += tl.sum(rounded * of_power2, 1)
-            line_sum1 += tl.sum(rounded * of_slope1, 1)
-            line_sum2 += tl.sum(rounded * of_slope2, 1)
-    else:
-        # The gradients of the factor and of the normalizers first, so that no power is part of a
-        # product: then warps may share rows, and few tokens fill more of the device.
-        factor_tile = tl.zeros((R, C), tl.float32)
-        norm_tile = tl.zeros((R, C), tl.float32)
-        normals = tl.zeros((R, H), tl.float32)
-        for first in range(0, d, C):
-            column = first + tl.arange(0, C)
-            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
-            if NORMALIZE:
-                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-                slope = gd * _tile(out + row[:, None] * d, column, is_row, d, EVEN).to(tl.float32)
-                if H == 1:
-                    norm_tile += slope
-                else:
-                    mine = heads[None, :] == first // head_dim
-                    normals -= tl.where(mine, tl.sum(slope, 1)[:, None], 0.0)
-            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-            power, _ = _power_and_log(x, gamma2, inverse2, FAST)
-            factor_tile += gd * power
+            w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
+            bent = _dot(bend.to(w.dtype), w, P)
+            bend_along2 = _add_products(bend_along2, bent, power)
+            bend_slope2 = _add_products(bend_slope2, bent, slope)
+        if NORMALIZE and H > 1:
+            here = tl.sum(gd * power, 1) * scale2 * factor
+            normals += tl.where(heads[None, :] == head, here[:, None], 0.0)
+        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
+        power, slope = _power_and_log(x, gamma1, shift1, _dead(gamma1), FAST)
         if NORMALIZE:
+            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
             if H == 1:
-                normals = -tl.sum(norm_tile, 1)[:, None]
-            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
-            tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
-        gl, lambda_table = _scalar_backward(
-            -scale2 * tl.sum(factor_tile, 1), lambdas, cd, line + 2 * n_gamma, is_row, n_lambda,
-            LEARN, L,
-        )  # fmt: skip
-        gl = gl.to(dtype)
-        if LEARN:
-            tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
-        along1 = tl.zeros((R, C), tl.float32)
-        along2 = tl.zeros((R, C), tl.float32)
-        slope1 = tl.zeros((R, C), tl.float32)
-        slope2 = tl.zeros((R, C), tl.float32)
-        self1 = tl.zeros((R, C), tl.float32)
-        self2 = tl.zeros((R, C), tl.float32)
-        for first in range(0, d, C):
-            column = first + tl.arange(0, C)
-            gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
-            if NORMALIZE:
-                gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
-            gx = -factor[:, None] * gd
-            if LEARN:
-                w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
-                gx += _dot(gl.to(w.dtype), w, P)
-            x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-            power, slope = _power_and_log(x, gamma2, inverse2, FAST)
-            along2 += gx * power
-            slope2 += gx * slope
-            self2 += power * slope
-            gx = gd
-            if NORMALIZE:
-                total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-                gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+                total_slope = _add_products(total_slope, slope, tl.broadcast_to(total, (R, C)))
             else:
-                gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
-            if LEARN:
-                w = _weights(rd, 2 * d, d, n_lambda, column, L)
-                gx += _dot(gl.to(w.dtype), w, P)
-            x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-            power, slope = _power_and_log(x, gamma1, inverse1, FAST)
-            along1 += gx * power
-            slope1 += gx * slope
-            self1 += power * slope
-        sum1 = tl.sum(along1, 1)
-        sum2 = tl.sum(along2, 1)
-        line_sum1 = tl.sum(slope1, 1)
-        line_sum2 = tl.sum(slope2, 1)
+                mine = heads[None, :] == head
+                normals -= tl.where(mine, (tl.sum(gd * power, 1) * scale1)[:, None], 0.0)
+                totals += tl.where(mine, tl.sum(slope * total, 1)[:, None], 0.0)
+        else:
+            gd += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
+        along1 = _add_products(along1, gd, power)
+        slope1 = _add_products(slope1, gd, slope)
+        self1 = _add_products(self1, power, slope)
+        if LEARN:
+            w = _weights(rd, 2 * d, d, n_lambda, column, L)
+            bent = _dot(bend.to(w.dtype), w, P)
+            bend_along1 = _add_products(bend_along1, bent, power)
+            bend_slope1 = _add_products(bend_slope1, bent, slope)
+    sum1 = tl.sum(along1, 1)
+    sum2 = tl.sum(along2, 1)
+    line_sum1 = tl.sum(slope1, 1)
+    line_sum2 = -factor * tl.sum(slope2, 1)
+    grad_factor = -scale2 * sum2
+    if NORMALIZE:
+        if H == 1:
+            normals = (scale2 * factor * sum2 - scale1 * sum1)[:, None]
+            totals = tl.sum(total_slope, 1)[:, None]
+        # The gradients of the normalizers, which the forward found as phi(Z) . key_sum.
+        normals *= over
+        tl.store(grad_norm + heads[None, :] * rows + row[:, None], normals, mask=is_head)
+        found = tl.where(is_head & (scale1 > 0.0)[:, None], (found - eps) / scale1[:, None], 0.0)
+        sum1 += tl.sum(normals * found, 1)
+        line_sum1 += tl.sum(normals * totals, 1)
+    lambda_table = _table_gradient(grad_factor, cd, is_row, L)
+    sum2 *= -factor
+    if LEARN:
+        gl = (grad_factor[:, None] * share).to(dtype)
+        tl.store(gate_line + 2 * G + lam[None, :], gl, mask=is_row[:, None])
+        sum1 += grad_factor * tl.sum(bend_along1, 1)
+        sum2 += grad_factor * tl.sum(bend_along2, 1)
+        line_sum1 += grad_factor * tl.sum(bend_slope1, 1)
+        line_sum2 += grad_factor * tl.sum(bend_slope2, 1)
     mean1 = sum1 / norm1
     mean2 = sum2 / norm2
     grad_gamma1 = (line_sum1 - mean1 / norm1 * tl.sum(self1, 1)) * scale1 * _LN2
     grad_gamma2 = (line_sum2 - mean2 / norm2 * tl.sum(self2, 1)) * scale2 * _LN2
-    g1, gamma_table1 = _scalar_backward(grad_gamma1, gammas, c1, line, is_row, n_gamma, LEARN, G)
-    g2, gamma_table2 = _scalar_backward(
-        grad_gamma2, gammas + n_gamma, c2, line + n_gamma, is_row, n_gamma, LEARN, G
-    )
-    g1 = g1.to(dtype)
-    g2 = g2.to(dtype)
+    gamma_table1 = _table_gradient(grad_gamma1, c1, is_row, G)
+    gamma_table2 = _table_gradient(grad_gamma2, c2, is_row, G)
     if LEARN:
+        g1 = grad_gamma1[:, None] * _share(gammas, line, is_row, n_gamma, G)
+        g2 = grad_gamma2[:, None] * _share(gammas + n_gamma, line + n_gamma, is_row, n_gamma, G)
+        g1 = g1.to(dtype)
+        g2 = g2.to(dtype)
         tl.store(gate_line + g[None, :], g1, mask=is_row[:, None])
         tl.store(gate_line + G + g[None, :], g2, mask=is_row[:, None])
-    x_norm1 = tl.maximum(scale1 * norm1, _NORMAL)
-    x_norm2 = tl.maximum(scale2 * norm2, _NORMAL)
+    along1 = mean1 / norm1 * inverse1
+    steep1 = scale1 * gamma1 * inverse1
+    radial1 = mean1 / tl.maximum(scale1 * norm1, _NORMAL)
+    less1 = gamma1 - 1.0
+    shift1 *= less1
+    along2 = mean2 / norm2 * inverse2
+    steep2 = scale2 * gamma2 * inverse2
+    radial2 = mean2 / tl.maximum(scale2 * norm2, _NORMAL)
+    less2 = gamma2 - 1.0
+    shift2 *= less2
 
-    gate_tile = tl.zeros((R, C), tl.float32)
-    for first in range(0, d, C):
+    gate_tile = tl.zeros((R, C // 2), tl.float32)
+    for first in tl.range(0, d, C, num_stages=S):
         column = first + tl.arange(0, C)
         mask = is_row[:, None] & (column < d)[None, :]
         place = row[:, None] * d + column[None, :]
         gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         if NORMALIZE:
-            gd *= _inverse_norm(stats, rows, row, is_row, first // head_dim)
+            head = 0 if H == 1 else first // head_dim
+            gd *= _of_head(over, head, H)[:, None]
         x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
         gx = -factor[:, None] * gd
         if LEARN:
             w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma2, inverse2, norm2, scale2, mean2, x_norm2, FAST)
+        gx = _power_slope(gx, x, less2, shift2, along2, steep2, radial2, FAST)
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
         tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
-        gate_tile += gx * x
+        gate_tile = _add_products(gate_tile, gx, x)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
         gx = gd
         if NORMALIZE:
             total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            gx += _of_head(normals, first // head_dim, H)[:, None] * total[None, :]
+            gx += _of_head(normals, head, H)[:, None] * total[None, :]
         else:
             gx += tl.load(grad_sum + sample * d + column, mask=column < d, other=0.0)[None, :]
         if LEARN:
             w = _weights(rd, 2 * d, d, n_lambda, column, L)
             gx += _dot(gl.to(w.dtype), w, P)
-        gx = _power_slope(gx, x, gamma1, inverse1, norm1, scale1, mean1, x_norm1, FAST)
+        gx = _power_slope(gx, x, less1, shift1, along1, steep1, radial1, FAST)
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
@@ -415,13 +363,12 @@ def _difference_backward_kernel(
 
 
 @triton.jit
-def _restored(x, row, rows, stats, first, is_row, FAST: tl.constexpr):
-    """What the forward made of tile ``x``, from the rows' saved statistics."""
-    gamma = tl.load(stats + first * rows + row, mask=is_row, other=1.0)
-    inverse = tl.load(stats + (first + 1) * rows + row, mask=is_row, other=1.0)
-    scale = tl.load(stats + (first + 3) * rows + row, mask=is_row, other=0.0)
-    x = x.to(tl.float32)
-    return _risen(x, x * inverse[:, None], _exponent(gamma), FAST) * scale[:, None]
+def _restored(x, row, gammas, shifts, is_row, FAST: tl.constexpr):
+    """What the forward made of tile ``x``."""
+    gamma = _exponent(tl.load(gammas + row, mask=is_row, other=1.0))
+    shift = tl.load(shifts + row, mask=is_row, other=0.0)
+    power = _exp2(gamma[:, None] * _log2(x.to(tl.float32), FAST) + shift[:, None], FAST)
+    return tl.where(x <= _NORMAL, 0.0, power)
 
 
 @triton.jit
@@ -429,6 +376,7 @@ def _router_gradient_kernel(
     z1,
     z2,
     stats,
+    shifts,
     grad_logits,
     grad_norm,
     grad_routers,
@@ -466,30 +414,34 @@ def _router_gradient_kernel(
     total2 = tl.zeros((G, C), tl.float32)
     base_total = tl.zeros((L, C), tl.float32)
     redundant_total = tl.zeros((L, C), tl.float32)
-    key_total = tl.zeros((C,), tl.float32)
+    key_total = tl.zeros((16, C), tl.float32)
+    lines = tl.arange(0, 16)
     for first in range(start, stop, R):
         inside = first + tl.arange(0, R)
         is_row = inside < stop
         row = sample * n + inside
+        line = grad_logits + row[None, :] * (2 * G + L)
+        if LEARN:
+            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
+            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
+            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
+            total2 = _add_dot(total2, g2, x, P)
+            redundant = _restored(x, row, stats + 4 * rows, shifts + rows, is_row, FAST)
+            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
         x = _tile(z1 + row[:, None] * z1_row, column, is_row, d, EVEN)
-        base = _restored(x, row, rows, stats, 0, is_row, FAST)
+        base = _restored(x, row, stats, shifts, is_row, FAST)
         if NORMALIZE:
+            # As the first row of a product: a sum's layout would have powers computed twice.
             head = tl.program_id(0) * C // head_dim
             normal = tl.load(grad_norm + head * rows + row, mask=is_row, other=0.0)
-            key_total += tl.sum(normal[:, None] * base, 0)
+            normal = tl.where(lines[:, None] == 0, normal[None, :], 0.0)
+            key_total = _add_dot(key_total, normal.to(dtype), base.to(dtype), P)
         if LEARN:
-            line = grad_logits + row[None, :] * (2 * G + L)
-            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
-            g2 = tl.load(line + G + g[:, None], mask=is_row[None, :], other=0.0)
-            gl = tl.load(line + 2 * G + lam[:, None], mask=is_row[None, :], other=0.0)
-            total1 = _add_dot(total1, g1, x, P)
             base_total = _add_dot(base_total, gl, base.to(dtype), P)
-            x = _tile(z2 + row[:, None] * z2_row, column, is_row, d, EVEN)
-            total2 = _add_dot(total2, g2, x, P)
-            redundant = _restored(x, row, rows, stats, 4, is_row, FAST)
-            redundant_total = _add_dot(redundant_total, gl, redundant.to(dtype), P)
+            g1 = tl.load(line + g[:, None], mask=is_row[None, :], other=0.0)
+            total1 = _add_dot(total1, g1, x, P)
     if NORMALIZE:
-        tl.store(grad_key_sum + part * d + column, key_total, mask=column < d)
+        tl.store(grad_key_sum + part * d + column, tl.sum(key_total, 0), mask=column < d)
     if LEARN:
         is_g = (g[:, None] < n_gamma) & is_column
         is_l = (lam[:, None] < n_lambda) & is_column
@@ -501,10 +453,13 @@ def _router_gradient_kernel(
         tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages, of the kernel that walks along (z1, z2): sixteen
-# rows a warp, as of the forward; and of few rows, which would leave most of a GPU idle so.
-DIFFERENCE_BACKWARD_BLOCK = (32, 32, 2, 2)
-FEW_BACKWARD_BLOCK = (16, 64, 4, 2)
+# Rows and columns of a tile, warps, and stages, of the kernel that walks along (z1, z2). Columns
+# are split between warps, so that few rows are under way at once, and the second walk finds most
+# of them in the cache that the first has left them in.
+DIFFERENCE_BACKWARD_BLOCK = (32, 64, 8, 3)
+FEW_BACKWARD_BLOCK = (16, 64, 4, 3)
+# Registers of a thread, which leave an H100 sixteen warps; what spills is used between walks.
+BACKWARD_REGISTERS = 128
 FEW_ROWS = 8192
 # Rows and columns of the routers' gradients: products of 64 rows spill registers in float32.
 ROUTER_GRADIENT_TILE = (32, 64)
@@ -521,9 +476,14 @@ def _columns(most: int, head_dim: int, heads: int) -> int:
     return most if heads == 1 else min(most, head_dim & -head_dim)
 
 
-def _fitting_columns(columns: int, choices: int, itemsize: int, room: int | None) -> int:
+def _fitting_columns(
+    columns: int, rows: int, stages: int, choices: int, itemsize: int, room: int | None
+) -> int:
     """Columns of a tile, ``columns`` or less, with which four routers of ``choices`` rows fit."""
-    while room and choices * (4 * columns * itemsize + 384) + 2**13 > room and columns > 16:
+    factors, loads = 3 * rows * choices * itemsize, max(1, stages - 1) * itemsize
+    while room and columns > 16:
+        if factors + loads * columns * (4 * choices + 3 * rows) + 2**14 <= room:
+            break
         columns //= 2
     return columns
 
@@ -566,8 +526,15 @@ def difference_backward(
     size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
     room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
-    choices_width = max(_width(n_gamma), _width(n_lambda))
-    chunk = _fitting_columns(_columns(chunk, d // heads, heads), choices_width, itemsize, room)
+    gammas_width, lambdas_width = _width(n_gamma), _width(n_lambda)
+    if itemsize == 4:  # twice the bytes: one load under way
+        stages = 2
+    chunk = _fitting_columns(
+        _columns(chunk, d // heads, heads), size, stages, max(gammas_width, lambdas_width),
+        itemsize, room,
+    )  # fmt: skip
+    if chunk <= size:
+        warps = size // 16  # the compiler lets warps share columns then, sixteen rows each
     blocks = _ceil(n, size)
     width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
 
@@ -576,7 +543,8 @@ def difference_backward(
 
     grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
     grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
-    grad_logits = new(rows if learn else 0, 2 * _width(n_gamma) + _width(n_lambda), dtype=z1.dtype)
+    grad_logits = new(rows if learn else 0, 2 * gammas_width + lambdas_width, dtype=z1.dtype)
+    shifts = new(2, rows)
     tables = new(b * blocks, width)
     router_rows, router_columns = ROUTER_GRADIENT_TILE
     router_columns = _columns(router_columns, d // heads, heads)
@@ -589,23 +557,26 @@ def difference_backward(
     grad_key_sum = new(b, splits if is_normalized else 0, d)
     stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
     if rows:
-        shared = _width(n_gamma), _width(n_lambda), _precision(r1.dtype), _is_fast()
+        shared = gammas_width, lambdas_width, _precision(r1.dtype), _is_fast()
+        # Eight entries of a tile a thread, of half precision, do with those.
+        is_small, is_half = size * chunk <= 256 * warps, z1.element_size() == 2
+        limits = {"maxnreg": BACKWARD_REGISTERS} if is_half and _is_fast() else {}
         launch_kernel(_difference_backward_kernel, (b * blocks,),
-            grad, stand_in, out, z1, z2, r1, r2, gammas, rd, lambdas,
+            grad, stand_in, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
-            grad_gate, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
+            grad_gate, shifts, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
             grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size,
-            chunk, _power_of_2(heads), *shared, d % chunk == 0, is_many,
-            num_warps=warps, num_stages=stages,
+            chunk, _power_of_2(heads), *shared, d % chunk == 0, stages,
+            num_warps=warps, **(limits if is_small else {}),
         )  # fmt: skip
         if learn or is_normalized:
             size, chunk = router_rows, router_columns
-            loaded = size * itemsize * (2 * chunk + 2 * _width(n_gamma) + _width(n_lambda))
+            loaded = size * itemsize * (2 * chunk + 2 * gammas_width + lambdas_width)
             launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), parts),
-                z1, z2, stats, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
+                z1, z2, stats, shifts, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
                 d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
                 is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
-                num_stages=_fitting_stages(loaded, room),
+                num_stages=_fitting_stages(loaded, room), **limits,
             )  # fmt: skip
     routers, scalars = column_sum(grad_routers), column_sum(tables)
     return grad_z1, grad_z2, grad_gate, routers, scalars, grad_key_sum.sum(1)
