@@ -453,10 +453,9 @@ def _router_gradient_kernel(
         tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
 
 
-# Rows and columns of a tile, warps, and stages, of the kernel that walks along (z1, z2). Columns
-# are split between warps, so that few rows are under way at once, and the second walk finds most
-# of them in the cache that the first has left them in.
-DIFFERENCE_BACKWARD_BLOCK = (32, 64, 8, 3)
+# Rows and columns of a tile, warps, and stages, of the kernel that walks along (z1, z2). Of few
+# rows columns are split between warps, so that these fill more of a GPU.
+DIFFERENCE_BACKWARD_BLOCK = (32, 16, 2, 3)
 FEW_BACKWARD_BLOCK = (16, 64, 4, 3)
 # Registers of a thread, which leave an H100 sixteen warps; what spills is used between walks.
 BACKWARD_REGISTERS = 128
