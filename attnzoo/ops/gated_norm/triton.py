@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.triton_common import _ceil, launched
+from attnzoo.ops.triton_common import _ceil, column_sum, launched
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def _backward(
             x.shape[3], eps, *x.stride()[1:3], *gate.stride()[1:3], turns, block, columns,
             num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_gate, partial.sum(0).to(weight.dtype)
+    return grad_x, grad_gate, column_sum(partial).to(weight.dtype)
 
 
 @_forward.register_fake

@@ -197,16 +197,17 @@ def _gated_output_kernel(
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, C: tl.constexpr,
     K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
-    REST: tl.constexpr, P: tl.constexpr,
+    MILD: tl.constexpr, REST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    # TURNED: queries are keys and keys queries, so that the transposed weights are taken. REST:
-    # only chunks that are not mild.
+    # TURNED: queries are keys and keys queries, so that the transposed weights are taken. MILD and
+    # REST: chunks that are mild, and those that are not.
     dtype: tl.constexpr = query.dtype.element_ty
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     at = image_head.to(tl.int64) * chunks + chunk
-    if _is_mild(totals, at, dk, WIDE) if REST else False:
-        return
+    if not (MILD and REST) and WIDE:
+        if _is_mild(totals, at, dk, WIDE) == REST:
+            return
     image, head = (image_head // heads).to(tl.int64), image_head % heads
     token, is_token = _places(chunk, n, height, width, C, COLUMNS)
     row, wide = tl.arange(0, C), tl.arange(0, V)
@@ -231,7 +232,7 @@ def _gated_output_kernel(
         half = tl.zeros((K,), tl.float32)
         if CARRIED:
             half = _half(tl.load(totals + at * dk + column, mask=column < dk, other=0.0))
-        if _is_mild(totals, at, dk, WIDE) if WIDE and not REST else False:
+        if _is_mild(totals, at, dk, WIDE) if MILD and REST else MILD:
             weights, for_left, for_right = _mild_pairs(
                 weights, q, k, g, row, FORWARD, BACKWARD, TURNED, C, dtype, P
             )
@@ -260,7 +261,8 @@ class Blocks(NamedTuple):
     chunk: int  # tokens, at most
     # Channels of a tile of keys (and of values), at most.
     update: tuple[int, int, _Launch]
-    output: tuple[int, _Launch]
+    # Of mild gates, if they have a launch of their own, and of the rest.
+    output: tuple[int, _Launch | None, _Launch]
     # Of gates that are not mild, in tiles of keys and values, and launches with one tile of values
     # and with several; and of mild gates.
     gradient: tuple[int, int, _Launch, _Launch]
@@ -272,15 +274,15 @@ BLOCKS = {
     torch.bfloat16: Blocks(
         64,
         (32, 64, _Launch(4)),
-        (32, _Launch(4)),
-        (16, 64, _Launch(8), _Launch(8)),
+        (32, _Launch(4, 1, 128), _Launch(8, 1, 128)),
+        (16, 64, _Launch(8, 1, 128), _Launch(8)),
         (32, _Launch(4)),
         (64, _Launch(4)),
     ),
     torch.float32: Blocks(
         32,
         (32, 64, _Launch(4)),
-        (32, _Launch(4)),
+        (32, None, _Launch(4)),
         (16, 32, _Launch(4), _Launch(4)),
         (32, _Launch(4)),
         (64, _Launch(4)),
@@ -431,15 +433,19 @@ def _output(
     if is_turned:
         order = order._replace(is_forward=order.is_backward, is_backward=order.is_forward)
     _, n, heads, dk, dv, levels, chunks = call.sizes
-    keys, launch = BLOCKS[call.dtype].output
+    keys, mild, rest = BLOCKS[call.dtype].output
     keys = min(keys, _width(dk))
-    launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
-        *operands, *carried.or_else(out), out, out if added is None else added,
-        n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale,
-        levels, call.normalizer != 0, *order, carried.states is not None, added is not None,
-        is_turned, 1 << levels, keys, _ceil(dk, keys), _width(dv), call.wide, is_rest,
-        _precision(call.dtype), **launch._asdict(),
-    )  # fmt: skip
+    forms = [(True, True, rest)] if mild is None else [(True, False, mild), (False, True, rest)]
+    if is_rest or not call.wide:
+        forms = [(False, True, rest)]
+    for *form, launch in forms:
+        launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
+            *operands, *carried.or_else(out), out, out if added is None else added,
+            n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale,
+            levels, call.normalizer != 0, *order, carried.states is not None, added is not None,
+            is_turned, 1 << levels, keys, _ceil(dk, keys), _width(dv), call.wide, *form,
+            _precision(call.dtype), **launch._asdict(),
+        )  # fmt: skip
 
 
 def _gradient(
@@ -467,9 +473,10 @@ def _gradient(
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
     tiles = _ceil(dv, values)
     launch = single if tiles == 1 else several
-    launch_kernel(_gated_gradient_kernel, (call.sizes.rows * chunks, _ceil(dk, keys)),
-        *operands, *states, *outs[:3], *added[:3], *sizes, levels, *options, 1 << levels, keys,
-        values, tiles, call.wide, precision, **launch._asdict(),
+    count, turns = call.sizes.rows * chunks, 4 if call.wide else 1
+    launch_kernel(_gated_gradient_kernel, (_ceil(count, turns), _ceil(dk, keys)),
+        *operands, *states, *outs[:3], *added[:3], *sizes, count, levels, *options, 1 << levels,
+        keys, values, tiles, call.wide, turns, precision, **launch._asdict(),
     )  # fmt: skip
     turned, to = (key, query, grad, gate), added[3] if is_added else None
     _output(call, order, True, turned, leaving, outs[3], to, has_values)

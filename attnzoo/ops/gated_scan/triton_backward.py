@@ -12,6 +12,7 @@ import triton.language as tl
 from attnzoo.ops.gated_scan.triton_common import (
     _are_pairs,
     _LOG2E,
+    _MILD,
     _exp2,
     _half,
     _is_mild,
@@ -173,106 +174,113 @@ def _gated_gradient_kernel(
     grad_query, grad_key, grad_gate, added_query, added_key, added_gate,
     n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, d_image, d_token, d_head, per_gate, scale, levels,
+    g_image, g_token, g_head, d_image, d_token, d_head, per_gate, scale, count, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    V: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TURNS: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     # left and right are the states that enter the chunk; grad_left and grad_right the gradients
     # of those that leave it there: of what the forward scan takes on, grad_right.
     dtype: tl.constexpr = query.dtype.element_ty
-    chunk = tl.program_id(0) % chunks
-    image_head = tl.program_id(0) // chunks
-    at = image_head.to(tl.int64) * chunks + chunk
-    if _is_mild(totals, at, dk, WIDE) if WIDE else False:
-        return
-    image, head = (image_head // heads).to(tl.int64), image_head % heads
-    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
-    row = tl.arange(0, C)
-    value_rows = value + image * v_image + head.to(tl.int64) * v_head + token[:, None] * v_token
-    grad_rows = grad + image * d_image + head.to(tl.int64) * d_head + token[:, None] * d_token
-    weight_grad, own_grad = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
-    for part in range(TILES):
-        wide = part * V + tl.arange(0, V)
-        mask = is_token[:, None] & (wide < dv)[None, :]
-        v = tl.load(value_rows + wide[None, :], mask=mask, other=0.0)
-        d = tl.load(grad_rows + wide[None, :], mask=mask, other=0.0).to(dtype)
-        weight_grad = _add_dot(weight_grad, d, tl.trans(v), P)
-        own_grad += tl.sum(d.to(tl.float32) * v.to(tl.float32), 1)
+    # The few chunks that are not mild are looked for TURNS at a time, so that few programs start.
+    first = tl.program_id(0).to(tl.int64) * TURNS
+    if WIDE:
+        turn, channel = (first + tl.arange(0, TURNS))[:, None], tl.arange(0, WIDE)[None, :]
+        is_total = (turn < count) & (channel < dk)
+        total = tl.load(totals + turn * dk + channel, mask=is_total, other=0.0)
+        if tl.min(tl.min(total, 1), 0) > _MILD:
+            return
+    for at in range(first, tl.minimum(first + TURNS, count)):
+        if _is_mild(totals, at, dk, WIDE) == 0 if WIDE else True:
+            chunk, image_head = at % chunks, at // chunks
+            image, head = (image_head // heads).to(tl.int64), image_head % heads
+            token, is_token = _places(chunk, n, height, width, C, COLUMNS)
+            row = tl.arange(0, C)
+            value_rows = value + image * v_image + head.to(tl.int64) * v_head + token[:, None] * v_token
+            grad_rows = grad + image * d_image + head.to(tl.int64) * d_head + token[:, None] * d_token
+            weight_grad, own_grad = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+            for part in range(TILES):
+                wide = part * V + tl.arange(0, V)
+                mask = is_token[:, None] & (wide < dv)[None, :]
+                v = tl.load(value_rows + wide[None, :], mask=mask, other=0.0)
+                d = tl.load(grad_rows + wide[None, :], mask=mask, other=0.0).to(dtype)
+                weight_grad = _add_dot(weight_grad, d, tl.trans(v), P)
+                own_grad += tl.sum(d.to(tl.float32) * v.to(tl.float32), 1)
 
-    column = tl.program_id(1) * K + tl.arange(0, K)
-    mask = is_token[:, None] & (column < dk)[None, :]
-    q = _tile(query, image, head, token, column, mask, q_image, q_token, q_head)
-    k = _tile(key, image, head, token, column, mask, k_image, k_token, k_head)
-    raw = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
-    g = _log2_gate(raw, mask, per_gate, MAPPED)
-    gated = q.to(tl.float32) * _exp2(g)
-    k = k.to(tl.float32)
-    dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    # A span of gates gets a part of q dq at one end and takes it back as k dk at the other: until
-    # and since are summed from each token on and up to it, own is what it takes back itself. With
-    # the operands as they were multiplied, what is taken back is exact.
-    until, since, own = tl.zeros_like(dq), tl.zeros_like(dq), tl.zeros_like(dq)
-    before, after = tl.zeros_like(dq), tl.zeros_like(dq)
-    for level in range(0, levels):
-        factor, is_second = _level_factor(before, after, row, level)
-        are_pairs = _are_pairs(row, level, FORWARD, BACKWARD)
-        pair_grad = tl.where(are_pairs, weight_grad, 0.0).to(dtype)
-        gated_there, k_there = (gated * factor).to(dtype), (k * factor).to(dtype)
-        found = _dot(pair_grad, k_there, P)
-        dq += found * factor
-        given = gated_there.to(tl.float32) * found
-        found = _dot(tl.trans(pair_grad), gated_there, P)
-        dk_tile += found * factor
-        taken = k_there.to(tl.float32) * found
-        until += tl.where(is_second, given + taken, -given - taken)
-        own += tl.where(is_second, taken, -given)
-        before, after = _join(before, after, g, row, level)
-    if CARRIED:
-        # By which the states are multiplied already.
-        total = tl.load(totals + at * dk + column, mask=column < dk, other=0.0)
-        half = _half(total)[None, :]
-        to_end, to_start = _exp2(after - half), _exp2(before - half)
-        through = tl.zeros((K,), tl.float32)
-        if FORWARD:
-            from_state, from_grad, passing = _of_states(
-                left, grad_right, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
-                TILES, P,
-            )  # fmt: skip
-            from_state *= to_start
-            from_grad *= to_end
-            dq += from_state
-            dk_tile += from_grad
-            until += gated * from_state
-            since += k * from_grad
-            own += k * from_grad
-            through += passing
-        if BACKWARD:
-            from_state, from_grad, passing = _of_states(
-                right, grad_left, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
-                TILES, P,
-            )  # fmt: skip
-            from_state *= to_end
-            from_grad *= to_start
-            dq += from_state
-            dk_tile += from_grad
-            since += gated * from_state
-            until += k * from_grad
-            own += k * from_grad
-            through += passing
-        own -= _exp2(total[None, :] - 2 * half) * through[None, :]
-    dg = tl.cumsum(until, 0, reverse=True) - own
-    if CARRIED:
-        dg += tl.cumsum(since, 0)
-    if MAPPED:
-        dg *= 1.0 / (1.0 + tl.exp(raw.to(tl.float32)))
-    both: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
-    own_grad = both * own_grad
-    dq = dq * _exp2(g) + own_grad[:, None] * k
-    dk_tile += own_grad[:, None] * q.to(tl.float32)
-    dq *= scale
-    _put(grad_query, added_query, image, head, token, column, mask, dq, n, heads, dk, ADD)
-    dk_tile *= scale
-    _put(grad_key, added_key, image, head, token, column, mask, dk_tile, n, heads, dk, ADD)
-    dg *= scale * per_gate
-    _put(grad_gate, added_gate, image, head, token, column, mask, dg, n, heads, dk, ADD)
+            column = tl.program_id(1) * K + tl.arange(0, K)
+            mask = is_token[:, None] & (column < dk)[None, :]
+            q = _tile(query, image, head, token, column, mask, q_image, q_token, q_head)
+            k = _tile(key, image, head, token, column, mask, k_image, k_token, k_head)
+            raw = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
+            g = _log2_gate(raw, mask, per_gate, MAPPED)
+            gated = q.to(tl.float32) * _exp2(g)
+            k = k.to(tl.float32)
+            dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+            # A span of gates gets a part of q dq at one end and takes it back as k dk at the other: until
+            # and since are summed from each token on and up to it, own is what it takes back itself. With
+            # the operands as they were multiplied, what is taken back is exact.
+            until, since, own = tl.zeros_like(dq), tl.zeros_like(dq), tl.zeros_like(dq)
+            before, after = tl.zeros_like(dq), tl.zeros_like(dq)
+            for level in range(0, levels):
+                factor, is_second = _level_factor(before, after, row, level)
+                are_pairs = _are_pairs(row, level, FORWARD, BACKWARD)
+                pair_grad = tl.where(are_pairs, weight_grad, 0.0).to(dtype)
+                gated_there, k_there = (gated * factor).to(dtype), (k * factor).to(dtype)
+                found = _dot(pair_grad, k_there, P)
+                dq += found * factor
+                given = gated_there.to(tl.float32) * found
+                found = _dot(tl.trans(pair_grad), gated_there, P)
+                dk_tile += found * factor
+                taken = k_there.to(tl.float32) * found
+                until += tl.where(is_second, given + taken, -given - taken)
+                own += tl.where(is_second, taken, -given)
+                before, after = _join(before, after, g, row, level)
+            if CARRIED:
+                # By which the states are multiplied already.
+                decay = tl.load(totals + at * dk + column, mask=column < dk, other=0.0)
+                half = _half(decay)[None, :]
+                to_end, to_start = _exp2(after - half), _exp2(before - half)
+                through = tl.zeros((K,), tl.float32)
+                if FORWARD:
+                    from_state, from_grad, passing = _of_states(
+                        left, grad_right, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
+                        TILES, P,
+                    )  # fmt: skip
+                    from_state *= to_start
+                    from_grad *= to_end
+                    dq += from_state
+                    dk_tile += from_grad
+                    until += gated * from_state
+                    since += k * from_grad
+                    own += k * from_grad
+                    through += passing
+                if BACKWARD:
+                    from_state, from_grad, passing = _of_states(
+                        right, grad_left, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
+                        TILES, P,
+                    )  # fmt: skip
+                    from_state *= to_end
+                    from_grad *= to_start
+                    dq += from_state
+                    dk_tile += from_grad
+                    since += gated * from_state
+                    until += k * from_grad
+                    own += k * from_grad
+                    through += passing
+                own -= _exp2(decay[None, :] - 2 * half) * through[None, :]
+            dg = tl.cumsum(until, 0, reverse=True) - own
+            if CARRIED:
+                dg += tl.cumsum(since, 0)
+            if MAPPED:
+                dg *= 1.0 / (1.0 + tl.exp(raw.to(tl.float32)))
+            both: tl.constexpr = 2.0 if FORWARD and BACKWARD else 1.0
+            own_grad = both * own_grad
+            dq = dq * _exp2(g) + own_grad[:, None] * k
+            dk_tile += own_grad[:, None] * q.to(tl.float32)
+            dq *= scale
+            _put(grad_query, added_query, image, head, token, column, mask, dq, n, heads, dk, ADD)
+            dk_tile *= scale
+            _put(grad_key, added_key, image, head, token, column, mask, dk_tile, n, heads, dk, ADD)
+            dg *= scale * per_gate
+            _put(grad_gate, added_gate, image, head, token, column, mask, dg, n, heads, dk, ADD)
