@@ -18,18 +18,23 @@ from attnzoo.ops.triton_common import _add_dot, _dot, _is_fast
 _MILD = tl.constexpr(-80.0)
 # What is less is 0 as a power of 2, and this stays finite where gates are shut.
 _LEAST = tl.constexpr(-160.0)
-_FLUSHES = tl.constexpr(_is_fast())
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def _exp2(x):
-    """2^x, where a result below the normal numbers may be 0; exp2 spends four instructions on it."""
-    if _FLUSHES:
+if _is_fast():
+
+    @triton.jit
+    def _exp2(x):
+        """2^x, 0 where that is below the normal numbers, on which exp2 spends instructions."""
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp2(x)
+
+else:
+
+    @triton.jit
+    def _exp2(x):
+        return tl.exp2(x)
 
 
 @triton.jit
