@@ -140,7 +140,7 @@ def _mild_gradient_kernel(
     through += tl.sum(all_over + 0.5 * given, 0)
     dg = _summed(_signs(C, False), given, P) + own + through[None, :]
     if MAPPED:
-        dg *= 1.0 / (1.0 + _exp2(_LOG2E * raw.to(tl.float32)))
+        dg *= 1.0 / (1.0 + _exp2(raw.to(tl.float32) * _LOG2E))
     dg *= scale * per_gate
     _put(grad_gate, added_gate, image, head, token, column, mask, dg, n, heads, dk, ADD)
 

@@ -60,7 +60,7 @@ def _log2_gate(gate, mask, per_gate, MAPPED: tl.constexpr):
     gate = gate.to(tl.float32)
     if MAPPED:
         # log(1 + e) / e to 5e-9, so that nothing is lost where e is small and the memory long.
-        e = _exp2(-_LOG2E * tl.abs(gate))
+        e = _exp2(tl.abs(gate) * -_LOG2E)
         series = 0.106036169 + e * (-0.0569591591 + e * (0.0198512627 - e * 0.00324398087))
         series = -0.249541321 + e * (0.196759315 + e * (-0.153055701 + e * series))
         series = 0.999999995 + e * (-0.499999024 + e * (0.333299623 + e * series))
