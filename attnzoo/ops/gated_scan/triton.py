@@ -128,21 +128,21 @@ def _gated_carry_kernel(
         total = tl.load(totals + chunk * dk, mask=turn < chunks, other=0.0)
         total = tl.maximum(total, _LEAST)
         decay = _sums_between(total, is_later, update.dtype, P)
-        half = _half(total)[:, None]
-        decay = _exp2(tl.where(is_later, decay + half, float("-inf"))).to(update.dtype)
+        decay = _exp2(tl.where(is_later, decay, float("-inf"))).to(update.dtype)
         found = _dot(decay, update, P)
         if MANY:
             since = tl.sum(tl.where(is_later, total[None, :], 0.0), 1)[:, None]
-            found += _exp2(since + half) * state[None, :]
-        tl.store(states + spot, found.to(states.dtype.element_ty), mask=mask)
-        if MANY:
+            found += _exp2(since) * state[None, :]
             last = tl.where(from_left, first + B - 1, chunks - first - B)
-            is_there = first + B <= chunks
-            total = tl.maximum(tl.load(totals + last * dk, mask=is_there, other=0.0), _LEAST)
+            mask_v = (wide < dv) & (first + B <= chunks)
+            total_there = tl.load(totals + last * dk, mask=first + B <= chunks, other=0.0)
             state = tl.sum(tl.where((place == B - 1)[:, None], found, 0.0), 0)
-            state *= _exp2(total - _half(total))
-            update = updates + first_entry + last.to(tl.int64) * (dk * dv) + wide
-            state += tl.load(update, mask=is_there & (wide < dv), other=0.0).to(tl.float32)
+            state *= _exp2(total_there)
+            there = updates + first_entry + last.to(tl.int64) * (dk * dv) + wide
+            state += tl.load(there, mask=mask_v, other=0.0).to(tl.float32)
+        # Outside the product, in which the chunk before counts exactly as it is.
+        found *= _exp2(_half(total))[:, None]
+        tl.store(states + spot, found.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
