@@ -50,6 +50,7 @@ from attnzoo.ops.triton_common import (
     _dot,
     _precision,
     _width,
+    column_sum,
     launch_kernel,
     launched,
 )
@@ -193,7 +194,7 @@ def _gated_output_kernel(
     query, key, value, gate, left, right, totals, out, added,
     n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, per_gate, scale, levels,
+    g_image, g_token, g_head, o_token, per_gate, scale, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
     CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, C: tl.constexpr,
     K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
@@ -205,9 +206,9 @@ def _gated_output_kernel(
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     at = image_head.to(tl.int64) * chunks + chunk
-    if not (MILD and REST) and WIDE:
-        if _is_mild(totals, at, dk, WIDE) == REST:
-            return
+    is_split: tl.constexpr = WIDE > 0 and not (MILD and REST)
+    if _is_mild(totals, at, dk, WIDE) == REST if is_split else False:
+        return
     image, head = (image_head // heads).to(tl.int64), image_head % heads
     token, is_token = _places(chunk, n, height, width, C, COLUMNS)
     row, wide = tl.arange(0, C), tl.arange(0, V)
@@ -246,7 +247,8 @@ def _gated_output_kernel(
             result = _add_dot(result, for_right, from_right, P)
     v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
     result = _add_dot(result, weights.to(dtype), v.to(dtype), P)
-    _put(out, added, image, head, token, wide, mask_v, scale * result, n, heads, dv, ADD)
+    result *= scale
+    _put(out, added, image, head, token, wide, mask_v, result, n, heads, dv, o_token, ADD)
 
 
 class _Launch(NamedTuple):
@@ -441,33 +443,41 @@ def _output(
     for *form, launch in forms:
         launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
             *operands, *carried.or_else(out), out, out if added is None else added,
-            n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale,
-            levels, call.normalizer != 0, *order, carried.states is not None, added is not None,
-            is_turned, 1 << levels, keys, _ceil(dk, keys), _width(dv), call.wide, *form,
-            _precision(call.dtype), **launch._asdict(),
+            n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), out.stride(1),
+            call.per_gate, call.scale, levels, call.normalizer != 0, *order,
+            carried.states is not None, added is not None, is_turned, 1 << levels, keys,
+            _ceil(dk, keys), _width(dv), call.wide, *form, _precision(call.dtype),
+            **launch._asdict(),
         )  # fmt: skip
 
 
 def _gradient(
     call: _Call, order: _Order, operands: Sequence[Tensor], entering: _Carried, leaving: _Carried,
-    outs: Sequence[Tensor], added: Sequence[Tensor] | None,
+    outs: Sequence[Tensor], added: Sequence[Tensor] | None, parts: Tensor | None,
 ) -> None:  # fmt: skip
-    """Gradients of queries, keys, gates and values; the operands end with that of the output."""
-    query, key, value, gate, grad = operands
+    """Gradients of queries, keys, gates and values; the operands end with that of the output.
+
+    ``parts`` takes the sums of those of the gates, of each chunk.
+    """
+    query, key, _, gate, grad = operands
     _, n, heads, dk, dv, levels, chunks = call.sizes
     blocks, added = BLOCKS[call.dtype], outs if added is None else added
     is_added, precision = added is not outs, _precision(call.dtype)
     states = *entering.or_else(outs[0])[:2], *leaving.or_else(outs[0])
-    sizes = n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), call.per_gate, call.scale
-    options = call.normalizer != 0, *order, leaving.states is not None, is_added
+    spacings = [z.stride(1) for z in outs]
+    sizes = n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), *spacings
+    sizes = *sizes, call.per_gate, call.scale
+    has_parts = parts is not None
+    parts = outs[0] if parts is None else parts
+    options = call.normalizer != 0, *order, leaving.states is not None, is_added, has_parts
     has_values = False
     if call.wide:
         keys, launch = blocks.mild
         keys = min(keys, _width(dk))
         has_values = keys >= dk
         launch_kernel(_mild_gradient_kernel, (call.sizes.rows * chunks, _ceil(dk, keys)),
-            *operands, *states, *outs, *added, *sizes, *options, has_values, 1 << levels, keys,
-            _width(dv), call.wide, precision, **launch._asdict(),
+            *operands, *states, *outs, *added, parts, *sizes, *options, has_values, 1 << levels,
+            keys, _width(dv), call.wide, precision, **launch._asdict(),
         )  # fmt: skip
     keys, values, single, several = blocks.gradient
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
@@ -475,8 +485,8 @@ def _gradient(
     launch = single if tiles == 1 else several
     count, turns = call.sizes.rows * chunks, 4 if call.wide else 1
     launch_kernel(_gated_gradient_kernel, (_ceil(count, turns), _ceil(dk, keys)),
-        *operands, *states, *outs[:3], *added[:3], *sizes, count, levels, *options, 1 << levels,
-        keys, values, tiles, call.wide, turns, precision, **launch._asdict(),
+        *operands, *states, *outs[:3], *added[:3], parts, *sizes, count, levels, *options,
+        1 << levels, keys, values, tiles, call.wide, turns, precision, **launch._asdict(),
     )  # fmt: skip
     turned, to = (key, query, grad, gate), added[3] if is_added else None
     _output(call, order, True, turned, leaving, outs[3], to, has_values)
@@ -526,13 +536,17 @@ def gated_scans_forward(
     return out, kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
-@gated_scans_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *options: Any) -> Any:
-    directions, save = options[-2:]
+def kept(query: Tensor, value: Tensor, directions: int, save: bool) -> Tensor:
+    """What a forward keeps of its states, without their numbers."""
     sizes = _sizes(query, value)
     count = bin(directions).count("1") if save and sizes.chunks > 1 and value.numel() else 0
-    shape = *query.shape[:3], value.shape[-1]
-    return query.new_empty(shape), query.new_empty(count, *sizes.tail)
+    return query.new_empty(count, *sizes.tail)
+
+
+@gated_scans_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *options: Any) -> Any:
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    return out, kept(query, value, *options[-2:])
 
 
 @launched(
@@ -546,27 +560,55 @@ def gated_scans_backward(
     normalizer: float, scale: float, height: int, width: int, directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys, values and gates, in their dtypes."""
-    grad, query, key, value, gate = map(_strided, (grad, query, key, value, gate))
-    orders, sizes = _orders(directions), _sizes(query, value)
-    scale /= sum(order.count for order in orders)
-    call = _Call(sizes, (height, width), normalizer, scale, query.dtype)
     outs = [
         torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (query, key, gate, value)
     ]
+    operands, options = (query, key, value, gate), (normalizer, scale, height, width, directions)
+    put_gradients(grad, operands, states, options, outs)
+    grad_query, grad_key, grad_gate, grad_value = outs
+    return grad_query, grad_key, grad_value, grad_gate
+
+
+def put_gradients(
+    grad: Tensor, operands: Sequence[Tensor], states: Tensor, options: tuple[Any, ...],
+    outs: Sequence[Tensor], has_sum: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Gradients into ``outs``, of queries, keys, gates and values.
+
+    Args:
+        grad: (b, n, h, dv), of the output.
+        operands: Queries, keys, values and gates.
+        states: What the forward kept.
+        options: Normalizer, scale, height, width and directions; see ``gated_scans_forward``.
+        outs: (b, n, h, d), whose tokens lie equally far apart over the batch.
+        has_sum: Whether the sum of the gates' gradients over all tokens is wanted.
+
+    Returns:
+        It, (h, dk) in float32.
+    """
+    normalizer, scale, height, width, directions = options
+    query, key, value, gate, grad = map(_strided, (*operands, grad))
+    orders, sizes = _orders(directions), _sizes(query, value)
+    scale /= sum(order.count for order in orders)
+    call = _Call(sizes, (height, width), normalizer, scale, query.dtype)
+    parts = None
+    if has_sum:
+        parts = call.new(grad, sizes.images * sizes.chunks, sizes.heads, sizes.dk)
     partial, done = None, 0
     for order in orders if value.numel() else ():
         part = states[done : done + order.count]
         entering = _Carried(part if sizes.chunks > 1 else None, None)
         leaving = _carry(call, order, True, query, grad, gate)
         done += order.count
-        to = outs
-        if order is not orders[-1]:
-            to = [torch.empty_like(z, dtype=torch.float32) for z in outs]
+        to, is_last = outs, order is orders[-1]
+        if not is_last:
+            to = [torch.empty(z.shape, dtype=torch.float32, device=z.device) for z in outs]
         operands = query, key, value, gate, grad
-        _gradient(call, order, operands, entering, leaving, to, partial)
+        _gradient(
+            call, order, operands, entering, leaving, to, partial, parts if is_last else None
+        )
         partial = to
-    grad_query, grad_key, grad_gate, grad_value = outs
-    return grad_query, grad_key, grad_value, grad_gate
+    return None if parts is None else column_sum(parts)
 
 
 @gated_scans_backward.register_fake
@@ -592,6 +634,11 @@ gated_scans_forward.register_autograd(_gradients, setup_context=_setup)
 _BITS = {"forward": 1, "backward": 2, "columns-forward": 4, "columns-backward": 8}
 
 
+def bits_of(directions: Any) -> int:
+    """As ``gated_scans_forward`` takes them."""
+    return sum(_BITS[direction] for direction in directions)
+
+
 def gated_scans(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, grid: tuple[int, int],
     directions: Any, scale: float = 1.0, normalizer: float = 0.0,
@@ -599,7 +646,7 @@ def gated_scans(
     """See ``gated_scans_forward``; operands of any of the types that the layers have."""
     operands = (query, key, value, gate)
     save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
-    bits = sum(_BITS[direction] for direction in directions)
+    bits = bits_of(directions)
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     dtype = torch.float32 if dtype == torch.float16 else dtype  # which overflows
     query, key, value = (z.to(dtype) for z in (query, key, value))

@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.gated_scan.triton_common import (
-    _are_pairs,
     _LOG2E,
     _MILD,
+    _are_pairs,
     _exp2,
     _half,
     _is_mild,
     _join,
+    _leads,
     _level_factor,
     _log2_gate,
-    _leads,
     _places,
     _signs,
     _summed,
@@ -29,25 +29,36 @@ from attnzoo.ops.triton_common import _add_dot, _dot
 
 
 @triton.jit
-def _put(out, added, image, head, token, column, mask, value, n, heads, d, ADD: tl.constexpr):
-    first = (image * n * heads + head) * d
-    out, added = out + first, added + first
-    place = token[:, None] * (heads * d) + column[None, :]
+def _put(
+    out, added, image, head, token, column, mask, value, n, heads, d, o_token, ADD: tl.constexpr
+):  # fmt: skip
+    """Stores a tile in rows with any spacing, with what is ``added``; returns what it stores."""
     if ADD:
+        place = image * n * heads * d + head * d + token[:, None] * (heads * d) + column[None, :]
         value += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
+    place = image * n * o_token + head * d + token[:, None] * o_token + column[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+    return value
+
+
+@triton.jit
+def _put_sum(parts, image, head, chunk, column, mask, value, chunks, heads, d):
+    place = parts + ((image * chunks + chunk) * heads + head) * d + column
+    tl.store(place, tl.sum(tl.where(mask, value, 0.0), 0), mask=column < d)
 
 
 @triton.jit
 def _mild_gradient_kernel(
     query, key, value, gate, grad, left, right, grad_left, grad_right, totals,
     grad_query, grad_key, grad_gate, grad_value,
-    added_query, added_key, added_gate, added_value, n, heads, dk, dv, chunks, height, width,
+    added_query, added_key, added_gate, added_value, parts,
+    n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, d_image, d_token, d_head, per_gate, scale,
+    g_image, g_token, g_head, d_image, d_token, d_head, oq_token, ok_token, og_token, ov_token,
+    per_gate, scale,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    CARRIED: tl.constexpr, ADD: tl.constexpr, VALUES: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    CARRIED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # left and right are the states that enter the chunk; grad_left and grad_right the gradients
     # of those that leave it there: of what the forward scan takes on, grad_right.
@@ -95,7 +106,10 @@ def _mild_gradient_kernel(
         if CARRIED and BACKWARD:
             result = _add_dot(result, k_back, grad_back, P)
         result *= scale
-        _put(grad_value, added_value, image, head, token, wide, mask_v, result, n, heads, dv, ADD)
+        _put(
+            grad_value, added_value, image, head,
+            token, wide, mask_v, result, n, heads, dv, ov_token, ADD,
+        )  # fmt: skip
     # A span of gates gets a part of q dq at one end and takes it back as k dk at the other: with
     # the operands as they were multiplied, what is taken back is exact.
     dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
@@ -117,7 +131,10 @@ def _mild_gradient_kernel(
         dq += found * _exp2(-before)
         own += q_back.to(tl.float32) * found
     dq *= scale
-    _put(grad_query, added_query, image, head, token, column, mask, dq, n, heads, dk, ADD)
+    _put(
+        grad_query, added_query, image, head,
+        token, column, mask, dq, n, heads, dk, oq_token, ADD,
+    )  # fmt: skip
     weight_grad = _dot(v, tl.trans(d), P)
     if FORWARD:
         found = tl.zeros_like(dq)
@@ -135,14 +152,22 @@ def _mild_gradient_kernel(
         dk_tile += found * _exp2(before)
         own -= k_back.to(tl.float32) * found
     dk_tile *= scale
-    _put(grad_key, added_key, image, head, token, column, mask, dk_tile, n, heads, dk, ADD)
+    _put(
+        grad_key, added_key, image, head,
+        token, column, mask, dk_tile, n, heads, dk, ok_token, ADD,
+    )  # fmt: skip
     given += own
     through += tl.sum(all_over + 0.5 * given, 0)
     dg = _summed(_signs(C, False), given, P) + own + through[None, :]
     if MAPPED:
         dg *= 1.0 / (1.0 + _exp2(raw.to(tl.float32) * _LOG2E))
     dg *= scale * per_gate
-    _put(grad_gate, added_gate, image, head, token, column, mask, dg, n, heads, dk, ADD)
+    dg = _put(
+        grad_gate, added_gate, image, head,
+        token, column, mask, dg, n, heads, dk, og_token, ADD,
+    )  # fmt: skip
+    if BIAS:
+        _put_sum(parts, image, head, chunk, column, mask, dg, chunks, heads, dk)
 
 
 @triton.jit
@@ -171,13 +196,14 @@ def _of_states(
 @triton.jit
 def _gated_gradient_kernel(
     query, key, value, gate, grad, left, right, grad_left, grad_right, totals,
-    grad_query, grad_key, grad_gate, added_query, added_key, added_gate,
+    grad_query, grad_key, grad_gate, added_query, added_key, added_gate, parts,
     n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, d_image, d_token, d_head, per_gate, scale, count, levels,
+    g_image, g_token, g_head, d_image, d_token, d_head, oq_token, ok_token, og_token, ov_token,
+    per_gate, scale, count, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    CARRIED: tl.constexpr, ADD: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TURNS: tl.constexpr,
+    CARRIED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TURNS: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
     # left and right are the states that enter the chunk; grad_left and grad_right the gradients
@@ -197,8 +223,9 @@ def _gated_gradient_kernel(
             image, head = (image_head // heads).to(tl.int64), image_head % heads
             token, is_token = _places(chunk, n, height, width, C, COLUMNS)
             row = tl.arange(0, C)
-            value_rows = value + image * v_image + head.to(tl.int64) * v_head + token[:, None] * v_token
-            grad_rows = grad + image * d_image + head.to(tl.int64) * d_head + token[:, None] * d_token
+            head_at = head.to(tl.int64)
+            value_rows = value + image * v_image + head_at * v_head + token[:, None] * v_token
+            grad_rows = grad + image * d_image + head_at * d_head + token[:, None] * d_token
             weight_grad, own_grad = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
             for part in range(TILES):
                 wide = part * V + tl.arange(0, V)
@@ -217,9 +244,9 @@ def _gated_gradient_kernel(
             gated = q.to(tl.float32) * _exp2(g)
             k = k.to(tl.float32)
             dq, dk_tile = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-            # A span of gates gets a part of q dq at one end and takes it back as k dk at the other: until
-            # and since are summed from each token on and up to it, own is what it takes back itself. With
-            # the operands as they were multiplied, what is taken back is exact.
+            # A span of gates gets a part of q dq at one end and takes it back as k dk at the
+            # other: until and since are summed from each token on and up to it, own is what it
+            # takes back itself. With the operands as they were multiplied, that is exact.
             until, since, own = tl.zeros_like(dq), tl.zeros_like(dq), tl.zeros_like(dq)
             before, after = tl.zeros_like(dq), tl.zeros_like(dq)
             for level in range(0, levels):
@@ -244,8 +271,8 @@ def _gated_gradient_kernel(
                 through = tl.zeros((K,), tl.float32)
                 if FORWARD:
                     from_state, from_grad, passing = _of_states(
-                        left, grad_right, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
-                        TILES, P,
+                        left, grad_right, value_rows, grad_rows, is_token, at, column, dk, dv, C,
+                        K, V, TILES, P,
                     )  # fmt: skip
                     from_state *= to_start
                     from_grad *= to_end
@@ -257,8 +284,8 @@ def _gated_gradient_kernel(
                     through += passing
                 if BACKWARD:
                     from_state, from_grad, passing = _of_states(
-                        right, grad_left, value_rows, grad_rows, is_token, at, column, dk, dv, C, K, V,
-                        TILES, P,
+                        right, grad_left, value_rows, grad_rows, is_token, at, column, dk, dv, C,
+                        K, V, TILES, P,
                     )  # fmt: skip
                     from_state *= to_end
                     from_grad *= to_start
@@ -279,8 +306,19 @@ def _gated_gradient_kernel(
             dq = dq * _exp2(g) + own_grad[:, None] * k
             dk_tile += own_grad[:, None] * q.to(tl.float32)
             dq *= scale
-            _put(grad_query, added_query, image, head, token, column, mask, dq, n, heads, dk, ADD)
+            _put(
+                grad_query, added_query, image, head,
+                token, column, mask, dq, n, heads, dk, oq_token, ADD,
+            )  # fmt: skip
             dk_tile *= scale
-            _put(grad_key, added_key, image, head, token, column, mask, dk_tile, n, heads, dk, ADD)
+            _put(
+                grad_key, added_key, image, head,
+                token, column, mask, dk_tile, n, heads, dk, ok_token, ADD,
+            )  # fmt: skip
             dg *= scale * per_gate
-            _put(grad_gate, added_gate, image, head, token, column, mask, dg, n, heads, dk, ADD)
+            dg = _put(
+                grad_gate, added_gate, image, head,
+                token, column, mask, dg, n, heads, dk, og_token, ADD,
+            )  # fmt: skip
+            if BIAS:
+                _put_sum(parts, image, head, chunk, column, mask, dg, chunks, heads, dk)

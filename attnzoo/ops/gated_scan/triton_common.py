@@ -125,7 +125,7 @@ def _summed(signs, x, P: tl.constexpr):
 
 @triton.jit
 def _leads(gate, C: tl.constexpr, P: tl.constexpr):
-    """Of a mild chunk: sums of the gates before, and up to, each token, less half of the chunk's."""
+    """Of a mild chunk: sums of gates before, and up to, each token, less half of the chunk's."""
     return _summed(_signs(C, False), gate, P), _summed(_signs(C, True), gate, P)
 
 
