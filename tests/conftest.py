@@ -7,17 +7,16 @@ TESTS = Path(__file__).parent
 LONG = [
     TESTS / name
     for name in (
-        "bench/test_borders.py",
-        "attnzoo/test_kernels_compile.py",
-        "attnzoo/test_triton.py",
         "test_roads.py",
-        "recipes/test_compare_safety.py",
-        "attnzoo/test_triton_linear.py",
-        "bench/test_gpu_goals.py",
-        "attnzoo/test_triton_gated.py",
+        "attnzoo/test_kernels_compile.py",
         "bench/test_suite.py",
+        "bench/test_borders.py",
+        "recipes/test_compare_safety.py",
+        "bench/test_gpu_goals.py",
         "bench/test_whole_models.py",
         "attnzoo/test_counting.py",
+        "attnzoo/test_triton.py",
+        "attnzoo/test_triton_linear.py",
         "recipes/test_session.py",
         "recipes/test_compare.py",
         "recipes/test_distributed.py",

@@ -1,29 +1,13 @@
-"""Triton's interpreter, without what it does again and again."""
+"""Kernels in Triton's interpreter, in less time."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 
+from tests.attnzoo.quick_interpreter import quicken
 
-@pytest.fixture(scope="session", autouse=True)
-def language_is_patched_once():
-    """Each call of a function in a kernel patches Triton's language anew: half of all the time.
-
-    It is patched by the first call from each module, and stays so.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    own, done = interpreter._patch_lang, {}
-
-    def patch(function):
-        if function.__module__ not in done:
-            done[function.__module__] = own(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
 
 
 @pytest.fixture

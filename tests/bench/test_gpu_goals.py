@@ -43,7 +43,10 @@ def test_every_figure_has_a_value_and_stands_on_a_check(eager, goal):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton's interpreter")
 def test_the_goal_of_a_triton_kernel_is_measured_by_its_interpreter():
-    code = "from tests.bench.test_gpu_goals import check_figures; check_figures('U2')"
+    code = (
+        "from tests.attnzoo.quick_interpreter import quicken; quicken()\n"
+        "from tests.bench.test_gpu_goals import check_figures; check_figures('U2')"
+    )
     environment = os.environ | {"TRITON_INTERPRET": "1", "ATTNZOO_TRITON": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
                           text=True, timeout=300)  # fmt: skip

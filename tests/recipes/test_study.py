@@ -320,6 +320,16 @@ class TestDecisions:
             for protocol in ("depth", "MACs")
         }
 
+    def test_a_run_that_has_not_trained_decides_nothing(self):
+        frame = pd.DataFrame(rows())
+        frame.loc[(frame["variant"] == "sana") & (frame["seed"] == 1), "loss"] = 0.3
+        found = decided(frame)
+        one = found["softmax", "sana", 32, "depth"]
+        assert one.kind == "not trained" and page.field(one) == "sana did not train, 5 seeds"
+        assert found["softmax, conv", "softmax", 32, "depth"].kind == "holds"
+        text = page.results_page(frame, "p.png", "t.csv")
+        assert re.search(r"\d not decided as sana did not train", text)
+
     def test_one_seed_decides_nothing(self):
         one = decided(pd.DataFrame(rows(seeds=1)))["softmax, conv", "softmax", 32, "depth"]
         assert one.kind == "undecided" and "nothing can be said" in page.field(one)
@@ -382,6 +392,9 @@ class TestPage:
             row = found.loc[("time", run)]
             assert (row["state"], row["loss"], row["step_seconds"]) == ("ok", value, 0.5)
         assert set(found.loc[[("time", run) for run in other["run"]], "state"]) == {"not run"}
+        again = planned.assign(state="ok", loss=9.0, device="another")
+        found = table.merged([again, frame]).set_index("protocol")
+        assert set(found.loc["time", "device"]) == {"another"} != set(found.loc["depth", "device"])
 
     def test_bad_tables_are_one_line(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=1))

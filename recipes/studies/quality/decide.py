@@ -22,6 +22,7 @@ from recipes.studies.quality.plans import STUDIES, Claim
 from recipes.studies.quality.table import SETTING, curve_of
 
 LOSS = "loss"
+FAR = 1.5  # times the median loss of a setting, above which a run has not trained
 
 
 class Decision(NamedTuple):
@@ -40,6 +41,8 @@ class Decision(NamedTuple):
         foreign: Pairs that were left out, as they are of two machines.
         needed: Seeds that would decide, from these; NaN below two.
         runs: Names of the pairs' runs.
+        failed: Those of the two of which a run has not trained: its loss is above ``FAR`` times
+            the median of the setting's runs.
     """
 
     claim: Claim
@@ -53,10 +56,13 @@ class Decision(NamedTuple):
     foreign: int
     needed: float
     runs: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     @property
-    def kind(self) -> Literal["holds", "opposite", "undecided", "not measured"]:
+    def kind(self) -> Literal["holds", "opposite", "undecided", "not trained", "not measured"]:
         """What is decided at 5 % for the whole family."""
+        if self.failed:
+            return "not trained"
         if self.difference.pairs < 2 or math.isnan(self.difference.p):
             return "not measured" if not self.difference.pairs else "undecided"
         if self.p >= LEVEL:
@@ -87,7 +93,7 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
                 for protocol in study.protocols
                 for px in study.resolutions
             ]
-        family = {one.runs: one.difference.p for one in of_study}
+        family = {one.runs: math.nan if one.failed else one.difference.p for one in of_study}
         corrected = dict(zip(family, holm(family.values()), strict=True))
         found += [one._replace(p=corrected[one.runs]) for one in of_study]
     return found
@@ -109,9 +115,15 @@ def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: b
     if difference.pairs >= 2 and difference.std > 0:
         needed = needed_of((one[LOSS] - other[LOSS]).tolist())
     study, protocol, data, px = setting
+    far = FAR * here[LOSS].median()
+    failed = [
+        label
+        for label, frame in ((claim.first, one), (claim.second, other))
+        if (frame[LOSS] > far).any()
+    ]
     return Decision(
         claim, study, protocol, data, px, difference, math.nan, _saved(one, other),
-        len(both) - len(same), needed, (*one["run"], *other["run"]),
+        len(both) - len(same), needed, (*one["run"], *other["run"]), tuple(failed),
     )  # fmt: skip
 
 

@@ -154,6 +154,8 @@ def field(one: Decision) -> str:
     found = one.difference
     if one.kind == "not measured":
         return NOT_YET
+    if one.failed:
+        return f"{' and '.join(one.failed)} did not train, {found.pairs} seeds"
     if found.pairs < 2:
         return f"{found.percent:+.2g} %, 1 seed: nothing can be said"
     low, high = (_percent(found.mean + sign * found.margin, found.scale) for sign in (-1, 1))
@@ -203,6 +205,10 @@ def _count(decisions: Sequence[Decision]) -> str:
     bounds = [b for one in open_ones if math.isfinite(b := one.difference.bound_percent)]
     below = f", where differences stay below {max(bounds):.2g} %" if bounds else ""
     parts.append(f"{len(open_ones)} {'is' if len(open_ones) == 1 else 'are'} undecided{below}")
+    failed = dict.fromkeys(label for one in by_kind.get("not trained", []) for label in one.failed)
+    if failed:
+        count = len(by_kind["not trained"])
+        parts.append(f"{count} not decided as {' and '.join(failed)} did not train")
     text = f"Of {len(known)} comparisons {', '.join(parts)}."
     missing = len(decisions) - len(known)
     return text + (f" {missing} more {NOT_YET}." if missing else "")

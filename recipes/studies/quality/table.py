@@ -95,16 +95,22 @@ def _short(value: Any) -> Any:
 
 
 def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One table of several, in which a run that is done speaks for the same one elsewhere.
+    """One table of several, in which a run that is done speaks for one that is not.
 
     Also for the same one under another protocol: what softmax takes is the measure of all three.
+    What is done under both keeps its own, which may be of the one machine that pairs ask for.
     """
     found = pd.concat(tables, ignore_index=True)
     found = found.sort_values("state", key=lambda s: s != OK, kind="stable")
     rows = found.drop_duplicates(KEY).sort_index().to_dict("records")
     done = {row["run"]: row for row in rows if row["state"] == OK}
     own = (*KEY, "variant", "step_seconds")
-    taken_over = [done.get(row["run"], row) | {name: row[name] for name in own} for row in rows]
+    taken_over = [
+        row
+        if row["state"] == OK
+        else done.get(row["run"], row) | {name: row[name] for name in own}
+        for row in rows
+    ]
     return pd.DataFrame(taken_over, columns=found.columns)
 
 
