@@ -424,6 +424,11 @@ def _carry(
     return _Carried(states, totals)
 
 
+def _for_width(launch: _Launch, dv: int) -> _Launch:
+    """With 8 warps for wide heads, of which 4 would spill kilobytes a thread."""
+    return launch if _width(dv) <= 64 else _Launch(8)
+
+
 def _output(
     call: _Call, order: _Order, is_turned: bool, operands: Sequence[Tensor], carried: _Carried,
     out: Tensor, added: Tensor | None, is_rest: bool = False,
@@ -441,6 +446,7 @@ def _output(
     if is_rest or not call.wide:
         forms = [(False, True, rest)]
     for *form, launch in forms:
+        launch = _for_width(launch, dv)
         launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
             *operands, *carried.or_else(out), out, out if added is None else added,
             n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), out.stride(1),
@@ -472,7 +478,7 @@ def _gradient(
     options = call.normalizer != 0, *order, leaving.states is not None, is_added, has_parts
     has_values = False
     if call.wide:
-        keys, launch = blocks.mild
+        keys, launch = blocks.mild[0], _for_width(blocks.mild[1], dv)
         keys = min(keys, _width(dk))
         has_values = keys >= dk
         launch_kernel(_mild_gradient_kernel, (call.sizes.rows * chunks, _ceil(dk, keys)),
