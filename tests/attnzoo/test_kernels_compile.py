@@ -41,6 +41,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime.jit import JITFunction
 
     from attnzoo.ops.delta_rule import triton as delta
+    from attnzoo.ops.gated_scan import triton as gated
     from attnzoo.ops.linear_core import triton as linear
     from attnzoo.ops.routed_linear import triton as grouped
     from attnzoo.ops.token_difference import triton_backward
@@ -71,7 +72,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (delta, grouped, linear, triton_backward):
+        for module in (delta, gated, grouped, linear, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 

@@ -49,6 +49,7 @@ from attnzoo.ops.triton_common import (
     _ceil,
     _dot,
     _precision,
+    _shared_memory,
     _width,
     column_sum,
     launch_kernel,
@@ -476,23 +477,26 @@ def _gradient(
     has_parts = parts is not None
     parts = outs[0] if parts is None else parts
     options = call.normalizer != 0, *order, leaving.states is not None, is_added, has_parts
-    has_values = False
-    if call.wide:
+    has_values, wide, room = False, call.wide, _shared_memory(query.device)
+    is_small = room is not None and room < 200 * 2**10
+    if is_small and dv > 64:
+        wide = 0  # before Hopper the kernel of mild gates spills kilobytes a thread
+    if wide:
         keys, launch = blocks.mild[0], _for_width(blocks.mild[1], dv)
-        keys = min(keys, _width(dk))
+        keys = min(16 if is_small else keys, _width(dk))
         has_values = keys >= dk
         launch_kernel(_mild_gradient_kernel, (call.sizes.rows * chunks, _ceil(dk, keys)),
             *operands, *states, *outs, *added, parts, *sizes, *options, has_values, 1 << levels,
-            keys, _width(dv), call.wide, precision, **launch._asdict(),
+            keys, _width(dv), wide, precision, **launch._asdict(),
         )  # fmt: skip
     keys, values, single, several = blocks.gradient
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
     tiles = _ceil(dv, values)
     launch = single if tiles == 1 else several
-    count, turns = call.sizes.rows * chunks, 4 if call.wide else 1
+    count, turns = call.sizes.rows * chunks, 4 if wide else 1
     launch_kernel(_gated_gradient_kernel, (_ceil(count, turns), _ceil(dk, keys)),
         *operands, *states, *outs[:3], *added[:3], parts, *sizes, count, levels, *options,
-        1 << levels, keys, values, tiles, call.wide, turns, precision, **launch._asdict(),
+        1 << levels, keys, values, tiles, wide, turns, precision, **launch._asdict(),
     )  # fmt: skip
     turned, to = (key, query, grad, gate), added[3] if is_added else None
     _output(call, order, True, turned, leaving, outs[3], to, has_values)
