@@ -125,6 +125,13 @@ class DepthwiseConv(nn.Module):
         return out
 
     @property
+    def kernel(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the one convolution that this is, or None if it is several."""
+        if len(self.branches) > 1:
+            return None
+        return self.branches[0].weight, self.branches[0].bias
+
+    @property
     def reach(self) -> int:
         """Rows up and down that an output depends on."""
         return self.branches[0].kernel_size[0] // 2
@@ -211,6 +218,11 @@ class ValueConv(nn.Module):
             return out if added is None else added + out.to(added.dtype)
         [branch] = branches.values()
         return depthwise_conv(value, grid, branch.weight, branch.bias, added, impl=impl)
+
+    @property
+    def kernel(self) -> tuple[Tensor, Tensor | None] | None:
+        """See ``DepthwiseConv.kernel``."""
+        return self.conv.kernel
 
     @property
     def reach(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.ops.dispatch import has_fused_gelu, is_bare
+from attnzoo.ops.dispatch import has_fused_gelu, is_bare, is_without_kernels
 from attnzoo.ops.linear_core import elu_plus_one as elu_plus_one  # for mechanisms of your own
 from attnzoo.ops.precision import autocast_operands
 
@@ -33,3 +34,16 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
         out = fused(bias, rows, weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], layer.out_features)
     return F.gelu(layer(x), approximate="tanh")
+
+
+def windows_linear(conv: nn.Conv2d, image: Tensor) -> Tensor:
+    """A convolution whose windows touch, to tokens: (b, c, h, w) -> (b, n / window, out).
+
+    On a GPU it is one product of the windows, and so are its gradients: cuDNN copies kernels
+    between layouts, and their gradients back.
+    """
+    if image.is_meta or is_without_kernels(image) or not is_bare(conv):
+        return rearrange(conv(image), "b c h w -> b (h w) c")
+    height, width = conv.kernel_size
+    rows = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width)
+    return F.linear(rows, conv.weight.flatten(1), conv.bias)

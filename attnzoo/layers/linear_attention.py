@@ -28,7 +28,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton
+from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton, sums_bias
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -41,7 +41,7 @@ from attnzoo.ops.linear_core import (
     wide_read,
 )
 from attnzoo.ops.linear_core.native import linear_core
-from attnzoo.ops.precision import in_float32, operand_dtype
+from attnzoo.ops.precision import autocast_operands, in_float32, operand_dtype
 from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
@@ -159,6 +159,13 @@ class LinearAttention(Attention):
         """``project`` for kernels that read rows with any spacing."""
         return self.project(x, grid)
 
+    def packed_map(self) -> tuple[Tensor, float, float] | None:
+        """What ``scaled_power_map`` takes of packed queries and keys: scale, power and offset.
+
+        The scale comes before its softplus. None where ``activation`` is all of the kernels.
+        """
+        return None
+
     def project_query(self, x: Tensor) -> Any:
         """Q of some tokens."""
         return linear_parts(self.qkv, x, self.dim, slice(1))[0]
@@ -234,16 +241,23 @@ class LinearAttention(Attention):
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The output of all tokens at once, by Triton's kernels."""
         tokens, value = x.shape[1], None
-        if self.is_packed:
-            operands = linear(self.qkv, x), None, None
+        eps = self.config.eps * (tokens if self.divides_by_mean else 1)
+        options = self.activation, self.normalizer == "base", eps
+        kernel = None if self.conv is None else self.conv.kernel
+        if self.is_packed and (self.conv is None or kernel is not None):
+            qkv, mapped = linear(self.qkv, x), self.packed_map()
+            if kernel is None and mapped is None:
+                out = linear_tokens(qkv, None, None, self.num_heads, *options, impl="triton")
+            else:
+                from attnzoo.ops.linear_core.triton_packed import packed_tokens
+
+                out = packed_tokens(qkv, self.num_heads, grid, *options, kernel, mapped)
         else:
             query, key, value = self.project_together(x, grid)
             if self.key_position is not None:
                 key = self.key_position(key, grid, slice(None))
             operands = *self.kernels(query, key), value
-        eps = self.config.eps * (tokens if self.divides_by_mean else 1)
-        options = self.num_heads, self.activation, self.normalizer == "base", eps
-        out = linear_tokens(*operands, *options, impl="triton")
+            out = linear_tokens(*operands, self.num_heads, *options, impl="triton")
         if self.normalizer == "mean":
             out = out / tokens
         if self.conv is not None and value is not None:
@@ -364,7 +378,30 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     if not is_watched and is_bare(layer):
         own = layer.__dict__["_parameters"]
         return F.linear(x, own["weight"], own["bias"])
+    if is_watched and type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
+        return _Biased.apply(*autocast_operands(x, layer.weight, layer.bias))
     return layer(x)
+
+
+class _Biased(torch.autograd.Function):
+    """A linear layer; PyTorch's sum for its bias took as long as a product of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        from attnzoo.ops.triton_common import column_sum
+
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled():  # and it is differentiated once more
+            return of_x, of_weight, rows.sum(0)
+        return of_x, of_weight, column_sum(rows, grad.dtype)
 
 
 def linear_parts(

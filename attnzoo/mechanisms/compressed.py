@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import (
@@ -24,7 +23,8 @@ from attnzoo.contract import (
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
+from attnzoo.ops.few_keys import attend_tokens, by_head
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -91,8 +91,8 @@ class CompressedAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        operands = self._query_key_value(x, grid)
+        return self.proj(attend_tokens(*operands, self.num_heads, self.config.impl))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
@@ -105,10 +105,7 @@ class CompressedAttention(Attention):
             both = self.compress(both, grid, impl).unflatten(-1, (2, self.dim))
             # Autocast norms in float32, which fused attention does not mix with half precision.
             key, value = self.compress_norm(both).to(query.dtype).unbind(2)
-        return self._heads(query), self._heads(key), self._heads(value)
-
-    def _heads(self, z: Tensor) -> Tensor:
-        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
+        return query, key, value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.
@@ -116,7 +113,7 @@ class CompressedAttention(Attention):
         A compressed key's weight is shared evenly by the tokens of its window, which is what
         the mean pooling it starts from does.
         """
-        query, key, _ = self._query_key_value(x, grid)
+        query, key, _ = (by_head(z, self.num_heads) for z in self._query_key_value(x, grid))
         weights = softmax_map(query, key)
         return weights if self.compress is None else self.compress.spread(weights, grid)
 

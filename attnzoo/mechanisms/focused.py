@@ -72,6 +72,7 @@ class FocusedAttention(LinearAttention):
         if config.conv != "none":
             self.conv = ValueConv(dim, self.num_heads, config.conv)
         self.proj = xavier_linear(dim, dim, bias=True)
+        self.is_packed = config.key_position is None
 
     @classmethod
     def default_num_heads(cls, dim: int) -> int:
@@ -85,6 +86,10 @@ class FocusedAttention(LinearAttention):
     def project_together(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """See ``LinearAttention``."""
         return linear(self.qkv, x).chunk(3, dim=-1)
+
+    def packed_map(self) -> tuple[Tensor, float, float]:
+        """See ``LinearAttention``."""
+        return self.scale, self.config.focusing_factor, RELU_OFFSET
 
     def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """See ``LinearAttention``."""

@@ -2,7 +2,7 @@
 
 O = softmax(Q (E K)^T / sqrt(d_head)) (F V) per head, where the r rows of E and of F weigh all
 tokens, and all heads share them. Each row is a map on the grid, and is resized for other grids
-with its sum kept. Cost per sample: 4 d^2 n + 4 r n d.
+with its sum kept. Cost per sample: 4 d^2 n + 4 r n d; resizing is next to nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.dispatch import is_watched
+from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.precision import in_float32
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -68,49 +69,45 @@ class LinformerAttention(Attention):
 
     def maps(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """E and F for a grid: (landmarks, height * width)."""
-        if self.config.shares_maps:
-            key = _resized(self.key_maps, grid)
-            return key, key
-        # A GPU resizes both in the time of one.
-        both = _resized(torch.cat([self.key_maps, self.value_maps]), grid)
-        key, value = both.chunk(2)
-        return key, value
+        is_one = self.config.shares_maps
+        each = (self.key_maps,) if is_one else (self.key_maps, self.value_maps)
+        resized = _resized(torch.cat(each), grid).chunk(len(each))
+        return resized[0], resized[-1]
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
         query, *sources = self.qkv(x).chunk(3, dim=-1)
         maps = self.maps(grid)
-        query, impl = self._by_head(query), self.config.impl
-        if impl == "reference":
-            key, value = map(self._by_head, sources)
+        if self.config.impl == "reference":
+            query, key, value = (by_head(z, self.num_heads) for z in (query, *sources))
             out = _weights(query, key, *maps).to(value.dtype) @ value
-        else:
-            # A product of any type with maps in its own type, as autocast would make them, for
-            # all heads together: their tokens need no copy, and nor do the gradients.
-            key, value = (
-                self._by_head(of_tokens.to(z.dtype).expand(len(z), -1, -1) @ z)
-                for of_tokens, z in zip(maps, sources, strict=True)
-            )
-            out = softmax_attention(query, key, value, impl=impl)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def _by_head(self, z: Tensor) -> Tensor:
-        return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
+            return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        # A product of any type with maps in its own type, as autocast would make them, for all
+        # heads together: their tokens need no copy, and nor do the gradients.
+        key, value = (
+            of_tokens.to(z.dtype).expand(len(z), -1, -1) @ z
+            for of_tokens, z in zip(maps, sources, strict=True)
+        )
+        return self.proj(attend_tokens(query, key, value, self.num_heads, self.config.impl))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``; its rows have any sum."""
         self.check_tokens(x, grid)
-        query, key, _ = map(self._by_head, self.qkv(x).chunk(3, dim=-1))
+        query, key, _ = (by_head(z, self.num_heads) for z in self.qkv(x).chunk(3, dim=-1))
         return _weights(query, key, *self.maps(grid))
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""
         n, landmarks = grid[0] * grid[1], self.config.landmarks
         compress = 2 * landmarks * n * self.dim
+        maps, (rows, columns) = landmarks * (2 - self.config.shares_maps), self.config.map_grid
+        resize = 0
+        if grid != self.config.map_grid:  # rows, then columns
+            resize = maps * grid[0] * columns * (rows + grid[1])
         return {
             "projections": 4 * self.dim**2 * n,
-            "core": compress + softmax_macs(n, landmarks, self.dim, self.dim),
+            "core": resize + compress + softmax_macs(n, landmarks, self.dim, self.dim),
         }
 
 
@@ -125,20 +122,20 @@ def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """Maps for another grid, by linear interpolation: (r, h0, w0) -> (r, h * w).
 
     What one of their tokens had is shared by those that take it over, so that each map keeps its
-    sum: more tokens are not more weight.
+    sum: more tokens are not more weight. In products, as PyTorch's interpolation takes a GPU, and
+    its gradient still more, longer than the rest of a layer.
     """
     if maps.shape[1:] != grid:
         rows, columns = (
             _shares(before, after, maps.dtype, maps.device)
             for before, after in zip(maps.shape[1:], grid, strict=True)
         )
-        maps = maps / (rows[:, None] * columns)
-        maps = F.interpolate(maps[None], grid, mode="bilinear", antialias=True)[0]
+        maps = rows.expand(len(maps), -1, -1) @ maps @ columns.t()
     return maps.flatten(1)
 
 
 def _shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much of all weights along an axis falls on each old place: (before,)."""
+    """How much of each old place of an axis the new ones take over: (after, before)."""
     if is_watched():  # a tracer's stand-in must not be cached
         return torch.tensor(_numbers(before, after), dtype=dtype, device=device)
     return _made_shares(before, after, dtype, device)
@@ -153,8 +150,8 @@ def _made_shares(before: int, after: int, dtype: torch.dtype, device: torch.devi
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(before: int, after: int) -> list[float]:
+def _numbers(before: int, after: int) -> list[list[float]]:
     with _disable_current_modes():  # a tracer has no numbers
         each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
         resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
-        return resized.sum(0).tolist()
+        return (resized / resized.sum(0)).tolist()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear
 from attnzoo.registry import register_attention
 
 
@@ -45,7 +45,7 @@ class TokenNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, dim) -> (b, n, dim)."""
-        return x + self.second(self.activation(self.norm(self.first(x))))
+        return x + linear(self.second, self.activation(self.norm(linear(self.first, x))))
 
 
 @register_attention("linfusion")

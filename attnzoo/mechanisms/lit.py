@@ -48,6 +48,7 @@ class LiTAttention(LinearAttention):
         if config.conv != "none":
             self.conv = ValueConv(self.dim, self.num_heads, config.conv)
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
+        self.is_packed = True
 
     @classmethod
     def default_num_heads(cls, dim: int) -> int:

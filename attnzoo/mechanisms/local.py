@@ -32,7 +32,7 @@ class Config(AttentionConfig):
     dilation: int = 1  # of the square; NAT has none, DiNAT's are chosen by resolution
     radius: int = 8  # r, of the disc: 193 keys; CLEAR's smallest, beside 16 and 32
     # "flex": PyTorch's FlexAttention; "auto" takes it on a GPU where it runs.
-    impl: Literal["auto", "reference", "torch", "flex", "natten"] = "auto"
+    impl: Literal["auto", "reference", "torch", "flex", "triton", "natten"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

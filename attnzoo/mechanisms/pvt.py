@@ -14,13 +14,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
+from attnzoo.layers.linear import windows_linear, xavier_linear
+from attnzoo.ops.depthwise_conv import to_image
+from attnzoo.ops.few_keys import attend_tokens, by_head
+from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention
 
@@ -80,7 +80,7 @@ class PVTAttention(Attention):
             return x
         if self.config.kind == "pool":
             image = F.adaptive_avg_pool2d(to_image(x, grid), self.coarse_grid(grid))
-            return F.gelu(self.norm(to_tokens(self.reduce(image))))
+            return F.gelu(self.norm(windows_linear(self.reduce, image)))
         missing = [-side % self.config.ratio for side in grid]
         image = to_image(x, grid)
         if any(missing):  # the last windows' sums count as those of full ones
@@ -93,29 +93,23 @@ class PVTAttention(Attention):
                 )
                 scales.append(scale)
             image = image * (scales[0][:, None] * scales[1])
-        return self.norm(to_tokens(self.reduce(image)))
+        return self.norm(windows_linear(self.reduce, image))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        out = softmax_attention(*self._query_key_value(x, grid), impl=self.config.impl)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-    def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.num_heads)
-        key, value = rearrange(
-            self.key_value(self.reduced(x, grid)),
-            "b m (two h d) -> two b h m d", two=2, h=self.num_heads,
-        )  # fmt: skip
-        return query, key, value
+        key, value = self.key_value(self.reduced(x, grid)).chunk(2, dim=-1)
+        operands = self.query(x), key, value
+        return self.proj(attend_tokens(*operands, self.num_heads, self.config.impl))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.
 
         A key's weight is shared evenly by the tokens of its window.
         """
-        query, key, _ = self._query_key_value(x, grid)
-        weights = softmax_map(query, key)
+        self.check_tokens(x, grid)
+        key, _ = self.key_value(self.reduced(x, grid)).chunk(2, dim=-1)
+        weights = softmax_map(*(by_head(z, self.num_heads) for z in (self.query(x), key)))
         if self.reduce is None:
             return weights
         n = grid[0] * grid[1]

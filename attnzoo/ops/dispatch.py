@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "few_keys": ("triton", "torch", "reference"),
     "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
@@ -72,7 +73,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
-    "neighborhood_attention": ("flex", "torch", "reference", "natten"),
+    "neighborhood_attention": ("flex", "torch", "reference", "triton", "natten"),
 }
 # Transforms of torch.func that the "torch" of an operator does not go through: it writes into
 # tensors of its own, or has a gradient of its own.
@@ -93,6 +94,7 @@ _KNOWS_EXPORT = torch.__version__ >= "2.9"  # which compares numbers
 # Those that need packages that may be missing.
 _LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
+_MANY = 1 << 20  # numbers, of which a sum takes a GPU longer than a host to start it from Python
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
 
 
@@ -435,8 +437,11 @@ def is_without_kernels(x: Tensor) -> bool:
 
 
 def is_bare(layer: torch.nn.Module) -> bool:
-    """Whether a call of a layer is ``F.linear``: no hook, adapter or other forward."""
-    if type(layer) is not torch.nn.Linear:
+    """Whether a call of a linear layer or an image's convolution is PyTorch's function alone.
+
+    That is, with no hook, adapter or other forward.
+    """
+    if type(layer) not in (torch.nn.Linear, torch.nn.Conv2d):
         return False
     own = layer.__dict__
     return not (
@@ -447,6 +452,29 @@ def is_bare(layer: torch.nn.Module) -> bool:
         or of_modules._global_forward_hooks
         or of_modules._global_forward_pre_hooks
     )
+
+
+def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether a kernel of ours adds up the gradient of a linear layer's bias, over many tokens.
+
+    In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
+    Of 16,384 tokens PyTorch's sum is the faster one.
+    """
+    if torch.compiler.is_dynamo_compiling() or not (
+        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY and x[..., 0].numel() <= 8192)
+    ):
+        return False
+    bias = layer.bias
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return False
+    if is_watched() or is_transformed() or forward_ad._current_level >= 0:
+        return False
+    if operand_dtype(x) not in _KERNEL_DTYPES:
+        return False
+    for z in (x, layer.weight, bias):
+        if type(z) not in (Tensor, torch.nn.Parameter):  # it may keep its numbers elsewhere
+            return False
+    return _IS_FORCED or _triton_works()
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

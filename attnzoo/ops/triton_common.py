@@ -163,23 +163,25 @@ def _column_sum_kernel(parts, out, n, size, R: tl.constexpr, C: tl.constexpr):
         mask = (first + row < n)[:, None] & is_column
         total += tl.load(place, mask=mask, other=0.0)
         place += R * size
-    tl.store(out + column, tl.sum(total, 0), mask=column < size)
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < size)
 
 
-def column_sum(parts: Tensor) -> Tensor:
-    """The sum over the first dimension of what programs left behind, in float32.
+def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sum over the first dimension, in float32, as ``dtype``: what programs left, or tokens.
 
     PyTorch's takes several times as long for hundreds of parts.
     """
-    out = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
-    size = out.numel()
+    parts = parts.contiguous()
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    size, n = out.numel(), parts.shape[0]
     if parts.numel() == 0:
         return out.zero_()
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
-    columns = 32 if size >= 1 << 12 else 16
-    _column_sum_kernel[(_ceil(size, columns),)](
-        parts, out, parts.shape[0], size, 2048 // columns, columns
-    )
+    columns = 32 if n < 1024 and size >= 1 << 12 else 16
+    rows, warps = (2048 // columns, 4) if n < 1024 else (8192 // columns, 8)
+    launch_kernel(_column_sum_kernel, (_ceil(size, columns),),
+        parts, out, n, size, rows, columns, num_warps=warps,
+    )  # fmt: skip
     return out
 
 

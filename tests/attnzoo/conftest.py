@@ -22,6 +22,6 @@ def small_convolutions(monkeypatch):
         monkeypatch.setattr(one, name, (4, 8, 64, 4))
     monkeypatch.setattr(one, "WIDE_STENCIL_BLOCK", dict.fromkeys((3, 5, 7), (4, 4, 64, 1)))
     monkeypatch.setattr(one, "WIDE_STENCIL_WEIGHT_BLOCK", (4, 4, 64, 1))
-    for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "WEIGHT_BLOCK", "TOKEN_BLOCK"):
-        monkeypatch.setattr(three, name, (4, 8, 64, 4))
+    for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "GRADIENT_BLOCK"):
+        monkeypatch.setattr(three, name, (4, 4, 64, 2))
     monkeypatch.setattr(three, "PARTS", 4)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo import Attention, build_attention
+from attnzoo.ops.few_keys import by_head
 from tests.attnzoo import formulas
 from tests.attnzoo.formulas import assert_near, assert_same, grads, head_slices, projected, tokens
 
@@ -122,7 +123,7 @@ def test_keys_and_values_share_one_compressor() -> None:
 def test_attention_map_shares_a_window_among_its_tokens() -> None:
     layer, grid = build(num_heads=2), (3, 5)
     x = tokens(grid)
-    query, key, _ = layer._query_key_value(x, grid)
+    query, key, _ = (by_head(z, 2) for z in layer._query_key_value(x, grid))
     coarse = torch.einsum("bhnd,bhmd->bhnm", query, key).mul(32**-0.5).softmax(-1)
     expected = torch.empty(1, 2, 15, 15, dtype=torch.float64)
     for token in range(15):

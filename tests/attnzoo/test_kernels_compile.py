@@ -126,6 +126,20 @@ def launch_linear(dtype, width=384):
             kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
 
 
+def launch_packed(dtype, width=384):
+    from attnzoo.ops.linear_core import triton_packed as kernels
+    from attnzoo.ops.triton_common import column_sum
+
+    qkv, weight = torch.ones(1, 256, 3 * width, dtype=dtype), torch.ones(32, 1, 5, 5, dtype=dtype)
+    for heads in (width // 32, 1):
+        for gamma in (3.0, 2.5):
+            options = weight, weight[:, 0, 0, 0], qkv[0, 0, :width], heads, 16, 16
+            options += "none", True, 1e-6, gamma, 1e-6
+            out, *saved = kernels._packed_core.function(qkv, *options)
+            kernels._packed_core_backward.function(out, *saved, qkv, *options)
+    column_sum(qkv.expand(9, -1, -1).flatten(0, 1)[:2048], dtype)
+
+
 def launch_the_rest(dtype, width=384):
     from attnzoo.ops.depthwise_conv import triton as kernels
     from attnzoo.ops.depthwise_conv import triton_branches as branches
@@ -157,8 +171,10 @@ def launch_the_rest(dtype, width=384):
 def launch_norms_and_windows(dtype, width=384):
     from attnzoo.ops.agent_core import triton as agents
     from attnzoo.ops.downsample import triton as windows
+    from attnzoo.ops.few_keys import triton as few
     from attnzoo.ops.gated_norm import triton as gates
     from attnzoo.ops.group_norm import triton as groups
+    from attnzoo.ops.neighborhood import triton as neighbors
     from attnzoo.ops.rotary_core import triton as turned
 
     x = torch.ones(1, 256, width, dtype=dtype)
@@ -178,6 +194,13 @@ def launch_norms_and_windows(dtype, width=384):
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
+    for keys in (32,) if dtype == torch.float32 else (64, 128):  # of 64 channels
+        key = torch.ones(1, keys, width, dtype=dtype)
+        few._forward.function(x, key, key, 6)
+        few._backward.function(x, x, key, key, 6)
+    for radius in (0, 8):
+        sizes = x, x, x, width // 128, 16, 16, 7, 1 + (not radius), radius  # the widest heads
+        neighbors._backward.function(x, *neighbors._forward.function(*sizes), *sizes)
 
     heads = width // 64  # the widest that are served
     table = torch.ones(2, 16, 16)
@@ -240,30 +263,35 @@ def launch_inner(dtype):
 
 
 KERNELS = {
-    "_add_mean_kernel", "_branch_merge_kernel", "_branch_moments_kernel", "_branch_slopes_kernel",
-    "_branch_sums_kernel", "_branch_token_kernel", "_branch_weight_kernel", "_causal_conv_kernel",
-    "_causal_conv_slope_kernel", "_column_sum_kernel", "_count_kernel", "_delta_carry_kernel",
+    "_add_mean_kernel", "_branch_gradient_kernel", "_branch_merge_kernel",
+    "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
+    "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
+    "_count_kernel", "_delta_carry_kernel",
     "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
     "_delta_written_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
-    "_elu_sum_kernel", "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
+    "_elu_sum_kernel", "_few_keys_gradient_kernel", "_few_keys_kernel", "_few_keys_sum_kernel",
+    "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
     "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
     "_key_gradient_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
+    "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
     "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
-    "_scaled_power_map_backward_kernel",
+    "_scale_gradient_kernel", "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
-    "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_sums_kernel",
+    "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_state_sum_kernel",
+    "_sums_kernel",
     "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
-    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_stencil_kernel",
+    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_read_kernel",
+    "_wide_stencil_kernel",
     "_wide_stencil_weight_kernel", "_window_products_kernel", "_window_sum_kernel",
 }  # fmt: skip
 
@@ -279,6 +307,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_difference(dtype, choices=21, heads=1)
     launch_difference(dtype, choices=21, heads=6)
     launch_linear(dtype)
+    launch_packed(dtype)
     launch_the_rest(dtype)
     launch_gated(dtype)
     launch_delta(dtype)

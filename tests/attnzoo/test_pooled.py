@@ -148,6 +148,23 @@ def test_pvt_on_every_grid(options: dict, grid: tuple[int, int], batch: int) -> 
     assert_same(x, (layer, layer(x, grid)), (layer, expected))
 
 
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("options", [{"ratio": 3}, {"kind": "pool", "pool": 3}], ids=str)
+def test_pvts_windows_in_one_product(options: dict, hook: bool, monkeypatch) -> None:
+    """As on a GPU; a convolution that something hangs on is called all the same."""
+    monkeypatch.setattr("attnzoo.layers.linear.is_without_kernels", lambda _: False)
+    layer, x, grid, calls = (
+        build("pvt", 8, num_heads=2, **options),
+        tokens((7, 5), 2, 8),
+        (7, 5),
+        [],
+    )
+    if hook:
+        layer.reduce.register_forward_hook(lambda *_: calls.append(True))
+    assert_same(x, (layer, layer(x, grid)), (layer, pvt_oracle(layer, x, grid, options)))
+    assert len(calls) == hook
+
+
 def test_without_reduction_pvt_is_softmax_attention() -> None:
     layer, softmax = build("pvt", ratio=1), formulas.build("softmax")
     softmax.proj.load_state_dict(layer.proj.state_dict())

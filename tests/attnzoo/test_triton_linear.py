@@ -9,13 +9,15 @@ import torch._dynamo.testing
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear_attention import LinearAttention
+from attnzoo.layers.linear_attention import LinearAttention, linear
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
+from attnzoo.ops.few_keys import few_keys
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
+from attnzoo.ops.neighborhood import Window, neighborhood_attention
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.rotary_core import rotary_core
@@ -81,6 +83,69 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
         return agent_core(qkv, weight, bias, 3, grid, cells, **options)
 
     assert max(errors(run, operands, (2, n, 24), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "is_packed"),
+    # One token to one key; two parts of the tokens, the first of two tiles, the last not full.
+    [(1, 1, False), (41, 3, True), (41, 37, True)],
+)
+def test_few_keys(impl, dtype, budget, n, m, is_packed, monkeypatch):
+    if impl == "triton" and IS_INTERPRETED:
+        from attnzoo.ops.few_keys import triton as kernels
+
+        monkeypatch.setattr(kernels, "PROGRAMS", 12)
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(kernels, name, {kernels.MOST_HALF: (16, 4)})
+    query, both = random(2, n, 72, seed=1), random(2, m, 48, seed=2)
+
+    def run(query, both, **options):
+        operands = query[..., 24:48], *both.chunk(2, dim=-1)  # parts of wider rows
+        if not is_packed:
+            operands = (z.contiguous() for z in operands)
+        return few_keys(*operands, 3, **options)
+
+    found = errors(run, [query, both], (2, n, 24), dtype, impl)
+    assert max(found) < budget
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    # More than one tile, each with more than one block; windows that end at the border, are
+    # moved, dilated, wider than the map; a disc.
+    [
+        ((9, 18), Window(3)),
+        ((13, 10), Window(5, 2)),
+        ((10, 9), Window(7, 1, 3)),
+        ((1, 1), Window(7)),
+    ],
+    ids=str,
+)
+def test_neighborhoods(dtype, budget, grid, window):
+    n = grid[0] * grid[1]
+
+    def run(x, impl):
+        parts = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1))
+        return neighborhood_attention(*parts, grid, window, impl=impl)
+
+    found = errors(run, [random(2, n, 144, seed=1)], (2, 2, n, 24), dtype, "triton")
+    assert max(found) < budget
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "heads"), [((1, 4, 64), 129, 1), ((1, 4, 256), 8, 1), ((1, 4, 64), 0, 1)]
+)
+def test_other_keys_are_left_to_pytorch(shape, keys, heads):
+    query, key = random(*shape), random(1, keys, shape[-1])
+    exact = few_keys(query, key, key, heads, impl="reference")
+    torch.testing.assert_close(few_keys(query, key, key, heads), exact, equal_nan=True)
+    if CAN_RUN:
+        with pytest.raises(InvalidValue, match=f"does not serve {keys} keys with heads of"):
+            few_keys(query, key, key, heads, impl="triton")
 
 
 @pytest.fixture
@@ -532,9 +597,11 @@ if CAN_RUN:
         ("name", "operator"),
         [
             ("sana", "linear_core"),
-            ("lit", "linear_core"),
+            ("lit", "packed_core"),
+            ("focused", "packed_core"),
             ("linfusion", "linear_core"),
             ("agent", "agent_core"),
+            ("linformer", "few_keys"),
             ("mala", "rotary_core"),
             ("rala", "rotary_core"),
             ("compressed", "downsample"),
@@ -542,7 +609,8 @@ if CAN_RUN:
         ],
     )
     def test_compiles_into_one_graph(name, operator, small_convolutions):
-        layer, grid = build_scrambled(name).to(DEVICE), (4, 4)
+        options = {"landmarks": 16} if name == "linformer" else {}  # few enough in float32
+        layer, grid = build_scrambled(name, **options).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -572,6 +640,88 @@ if CAN_RUN:
         for exact, found in zip(*results, strict=True):
             budget = 2e-6 if dtype == torch.float32 else 2**-7
             assert (found - exact).norm() <= budget * exact.norm()
+
+    @pytest.mark.parametrize("gamma", [1.0, 2.5, 12.0, -1.5])
+    def test_scaled_power_map_of_any_exponent(gamma):
+        z, scale = random(9, 40).add(0.1), random(40, seed=1).abs().add(0.5)
+        results = []
+        for impl, wide in (("reference", torch.float64), ("triton", torch.float32)):
+            operands = [x.to(wide).requires_grad_() for x in (z, scale)]
+            out = scaled_power_map(*operands, gamma, 1e-2, impl=impl)
+            grads = torch.autograd.grad(out, operands, random(9, 40, seed=2).to(wide))
+            results.append([out, *grads])
+        for exact, found in zip(*results, strict=True):
+            assert (found - exact).norm() <= 2e-6 * exact.norm()
+
+    @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-6), (HALF, 2**-6)], ids=str)
+    @pytest.mark.parametrize(
+        ("heads", "width", "activation", "size", "is_mapped"),
+        # One tile a head, and several; the convolution alone, the map alone, and both.
+        [(2, 40, "relu", 3, False), (4, 8, "none", 3, True), (2, 80, "none", 0, True)],
+    )
+    def test_packed_tokens_with_what_surrounds_them(
+        heads, width, activation, size, is_mapped, dtype, budget, small_convolutions, monkeypatch
+    ):
+        from attnzoo.ops.linear_core.triton_packed import packed_tokens
+
+        small_tiles(monkeypatch)
+        grid, c, gamma = (5, 7), heads * width, 3.0
+        operands = {"qkv": random(2, 35, 3 * c)}
+        if size:
+            operands["weight"] = random(width, 1, size, size, seed=1) * 0.2
+            operands["bias"] = random(width, seed=2)
+        if is_mapped:
+            operands["scale"] = random(c, seed=3) * 0.3
+
+        def exact(qkv, weight=None, bias=None, scale=None):
+            query, key, value = qkv.chunk(3, dim=-1)
+            if scale is not None:
+                soft = torch.nn.functional.softplus(scale)
+                query, key = (
+                    scaled_power_map(z, soft, gamma, 1e-6, impl="reference") for z in (query, key)
+                )
+            out = linear_tokens(query, key, value, heads, activation, True, 1e-3, impl="reference")
+            return out if weight is None else depthwise_conv(value, grid, weight, bias, out)
+
+        def kernels(qkv, weight=None, bias=None, scale=None):
+            kernel = None if weight is None else (weight, bias)
+            mapped = None if scale is None else (scale, gamma, 1e-6)
+            return packed_tokens(qkv, heads, grid, activation, True, 1e-3, kernel, mapped)
+
+        results = []
+        for function, wide in ((exact, torch.float64), (kernels, dtype)):
+            inputs = {k: z.to(dtype).to(wide).requires_grad_() for k, z in operands.items()}
+            out = function(**inputs)
+            cotangent = random(2, 35, c, seed=4, dtype=dtype).to(wide)
+            results.append([out, *torch.autograd.grad(out, list(inputs.values()), cotangent)])
+        for wanted, found in zip(*results, strict=True):
+            assert found.shape == wanted.shape
+            assert (found - wanted).norm() <= budget * wanted.norm()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+    @pytest.mark.parametrize("shape", [(5, 7), (1500, 40), (9000, 2, 10), (100, 4100), (0, 3)])
+    def test_column_sum(shape, dtype):
+        from attnzoo.ops.triton_common import column_sum
+
+        parts = random(*shape, dtype=dtype)
+        exact = parts.double().sum(0)
+        torch.testing.assert_close(column_sum(parts), exact.float(), rtol=1e-5, atol=1e-4)
+        found = column_sum(parts, dtype)
+        assert found.dtype == dtype and found.shape == exact.shape
+        torch.testing.assert_close(found, exact.to(dtype), rtol=2**-7, atol=1e-4)
+
+    def test_a_biased_layer_is_torchs_and_differentiated_twice():
+        layer = torch.nn.Linear(6, 5).to(DEVICE)
+        x = random(2, 7, 6).requires_grad_()
+        results = []
+        for call in (layer, lambda z: linear(layer, z)):
+            out = call(x)
+            assert (type(out.grad_fn).__name__ == "_BiasedBackward") == (call is not layer)
+            operands = x, layer.weight, layer.bias
+            grads = torch.autograd.grad(out.square().sum(), operands, create_graph=True)
+            twice = torch.autograd.grad(sum(z.square().sum() for z in grads), operands)
+            results.append([out, *grads, *twice])
+        torch.testing.assert_close(*results)
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (300, 128)])

@@ -145,16 +145,6 @@ def _stencil_weight_kernel(
 
 
 @triton.jit
-def _pixel(image, h, w, column, height, width, row_stride, is_column):
-    """Row ``h`` of the image at columns ``w``; 0 outside."""
-    here = h + tl.zeros_like(w)
-    mask = (here >= 0) & (here < height) & (w >= 0) & (w < width)
-    line = image + h.to(tl.int64) * width * row_stride
-    place = (w * row_stride)[:, None] + column[None, :]
-    return tl.load(line + place, mask=mask[:, None] & is_column, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 

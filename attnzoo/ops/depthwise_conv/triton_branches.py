@@ -20,109 +20,151 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv.triton import _pixel, _shifted, stencil
+from attnzoo.ops.depthwise_conv.triton import stencil
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.processes import gathered, summed
 from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
 
 
 @triton.jit
-def _three(weight, column, is_column):
-    tap = weight + column * 3
-    k0 = tl.load(tap, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    k1 = tl.load(tap + 1, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    k2 = tl.load(tap + 2, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    return k0, k1, k2
+def _place(c, strips, blocks_w, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    WARPS: tl.constexpr):  # fmt: skip
+    """Which part, image and first row; the columns' first for each warp, (WARPS, 1); channels.
+
+    Programs of a row of pixels are neighbors: they share what memory hands out at a time.
+    """
+    channels = tl.cdiv(c, C)
+    part = tl.program_id(0) // channels
+    block, strip = part % blocks_w, part // blocks_w
+    w = (block * WARPS + tl.arange(0, WARPS)[:, None]) * W
+    channel = (tl.program_id(0) % channels) * C + tl.arange(0, C)
+    sample, first = (strip // strips).to(tl.int64), strip % strips * ROWS
+    return part.to(tl.int64), sample, first, w, channel
 
 
 @triton.jit
-def _row_of(weight, row: tl.constexpr, column, is_column):
-    """A row of the 3x3 kernel."""
-    tap = weight + column * 9 + 3 * row
-    k0 = tl.load(tap, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    k1 = tl.load(tap + 1, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    k2 = tl.load(tap + 2, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    return k0, k1, k2
+def _row(
+    tile, h, w, height, width, is_column, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    STOP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Row ``h`` of the image at columns w + FIRST to w + STOP - 1, each by itself; 0 outside.
+
+    Args:
+        tile: Pointers to row 0 at columns w.
+        EVEN: Whether columns w to w + W - 1 are all inside.
+    """
+    here = h + tl.zeros_like(w)  # the interpreter loses the type of a scalar mask
+    is_h = (here >= 0) & (here < height) & is_column
+    line = tile + h.to(tl.int64) * width * STRIDE
+    found = ()
+    for i in tl.static_range(FIRST, STOP):
+        mask = is_h
+        if i < 0:
+            mask = is_h & (w + i >= 0) & (w + i < width)
+        elif (i >= W) | (not EVEN):
+            mask = is_h & (w + i < width)
+        z = tl.load(line + i * STRIDE, mask=mask, other=0.0)
+        found += (z.to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _taps(weight, column, is_column, N: tl.constexpr):
+    found = ()
+    for i in tl.static_range(N):
+        z = tl.load(weight + column * N + i, mask=is_column, other=0.0)
+        found += (z.to(tl.float32),)
+    return found
 
 
 @triton.jit
 def _of(table, row: tl.constexpr, c, column, is_column):
     """Row ``row`` of a table (rows, c), by channel."""
-    return tl.load(table + row * c + column, mask=is_column, other=0.0)[None, :]
+    return tl.load(table + row * c + column, mask=is_column, other=0.0)
+
+
+@triton.jit
+def _square(start, a, b, c, k, j: tl.constexpr):
+    """Adds the 3x3 branch of three rows of pixels, of which ``j`` is the leftmost."""
+    start = start + a[j] * k[0] + a[j + 1] * k[1] + a[j + 2] * k[2]
+    start = start + b[j] * k[3] + b[j + 1] * k[4] + b[j + 2] * k[5]
+    return start + c[j] * k[6] + c[j + 1] * k[7] + c[j + 2] * k[8]
+
+
+@triton.jit
+def _dot3(start, p, q, r, k):
+    return start + p * k[0] + q * k[1] + r * k[2]
+
+
+@triton.jit
+def _put_sums(line, sums, c, is_c):
+    """Sums over a program's threads, one row of ``line`` each."""
+    for i in tl.static_range(len(sums)):
+        tl.store(line + i * c, tl.sum(sums[i], 0), mask=is_c)
 
 
 @triton.jit
 def _branch_moments_kernel(
-    x, square, upright, level, partial, height, width, c, x_row, strips, blocks_w,
-    ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    x, square, upright, level, partial, height, width, c, strips, blocks_w,
+    X_ROW: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of the branches in a strip, (6, c), and its pixels."""
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_c = column < c
-    is_column = is_c[None, :]
-    k00, k01, k02 = _row_of(square, 0, column, is_c)
-    k10, k11, k12 = _row_of(square, 1, column, is_c)
-    k20, k21, k22 = _row_of(square, 2, column, is_c)
-    u0, u1, u2 = _three(upright, column, is_c)
-    l0, l1, l2 = _three(level, column, is_c)
-    image = x + sample * height * width * x_row
-    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
-    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
-    # Of deviations from each pixel of the first row: squares of numbers far from 0 lose digits.
-    origin1 = tl.zeros((W, C), tl.float32)
-    origin2 = tl.zeros((W, C), tl.float32)
-    origin3 = tl.zeros((W, C), tl.float32)
-    sum1 = tl.zeros((W, C), tl.float32)
-    sum2 = tl.zeros((W, C), tl.float32)
-    sum3 = tl.zeros((W, C), tl.float32)
-    square1 = tl.zeros((W, C), tl.float32)
-    square2 = tl.zeros((W, C), tl.float32)
-    square3 = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS):
+    part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
+    column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    is_column = (column < c) | EVEN
+    k = _taps(square, column, is_column, 9)
+    u = _taps(upright, column, is_column, 3)
+    v = _taps(level, column, is_column, 3)
+    image = x + sample * height * width * X_ROW + (w * X_ROW + column)
+    stop = tl.minimum(first + ROWS, height)
+    end = tl.minimum(stop + 1, height)
+    above = _row(image, first - 1, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    here = _row(image, first, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    below = _row(image, first + 1, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    # Of deviations from the first pixel: squares of numbers far from 0 lose digits.
+    zero = tl.zeros((WARPS, C), tl.float32)
+    origin1 = _square(zero, above, here, below, k, 0)
+    origin2 = _dot3(zero, above[1], here[1], below[1], u)
+    origin3 = _dot3(zero, here[0], here[1], here[2], v)
+    sum1, sum2, sum3, square1, square2, square3 = zero, zero, zero, zero, zero, zero
+    for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
         h = first + turn
-        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
-        y1 = a0 * k00 + a1 * k01 + a2 * k02 + b0 * k10 + b1 * k11 + b2 * k12
-        y1 += c0 * k20 + c1 * k21 + c2 * k22
-        y2 = a1 * u0 + b1 * u1 + c1 * u2
-        y3 = b0 * l0 + b1 * l1 + b2 * l2
-        start = turn + tl.zeros_like(w) == 0
-        origin1 = tl.where(start[:, None], y1, origin1)
-        origin2 = tl.where(start[:, None], y2, origin2)
-        origin3 = tl.where(start[:, None], y3, origin3)
-        is_row = (h + tl.zeros_like(w) < height)[:, None]
-        y1 = tl.where(is_row, y1 - origin1, 0.0)
-        y2 = tl.where(is_row, y2 - origin2, 0.0)
-        y3 = tl.where(is_row, y3 - origin3, 0.0)
-        sum1 += y1
-        sum2 += y2
-        sum3 += y3
-        square1 += y1 * y1
-        square2 += y2 * y2
-        square3 += y3 * y3
-        a0, a1, a2 = b0, b1, b2
-        b0, b1, b2 = c0, c1, c2
-    line = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 7 * c
-    line += column
-    rows = tl.minimum(ROWS, height - first).to(tl.float32)
-    lanes = tl.minimum(W, width - tl.program_id(1) * W).to(tl.float32)
-    is_w = (w < width)[:, None]
-    _put_moments(line, c, origin1, sum1, square1, rows, lanes, is_w, is_c)
-    _put_moments(line + c, c, origin2, sum2, square2, rows, lanes, is_w, is_c)
-    _put_moments(line + 2 * c, c, origin3, sum3, square3, rows, lanes, is_w, is_c)
-    tl.store(line + 6 * c, rows * lanes + tl.zeros((C,), tl.float32), mask=is_c)
+        # Loaded a turn ahead of its use.
+        after = _row(image, h + 2, w, end, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+        for j in tl.static_range(W):
+            y1 = _square(-origin1, above, here, below, k, j)
+            y2 = _dot3(-origin2, above[j + 1], here[j + 1], below[j + 1], u)
+            y3 = _dot3(-origin3, here[j], here[j + 1], here[j + 2], v)
+            if not EVEN:
+                is_w = w + j < width
+                y1 = tl.where(is_w, y1, 0.0)
+                y2 = tl.where(is_w, y2, 0.0)
+                y3 = tl.where(is_w, y3, 0.0)
+            sum1 += y1
+            sum2 += y2
+            sum3 += y3
+            square1 += y1 * y1
+            square2 += y2 * y2
+            square3 += y3 * y3
+        above, here, below = here, below, after
+    pixels = (tl.maximum(tl.minimum(width - w, W), 0) * (stop - first)).to(tl.float32)
+    line = partial + part * 7 * c + channel
+    is_c = channel < c
+    _put_moments(line, c, origin1, sum1, square1, pixels, is_c)
+    _put_moments(line + c, c, origin2, sum2, square2, pixels, is_c)
+    _put_moments(line + 2 * c, c, origin3, sum3, square3, pixels, is_c)
+    tl.store(line + 6 * c, tl.sum(pixels + zero, 0), mask=is_c)
 
 
 @triton.jit
-def _put_moments(line, c, origin, total, squares, rows, lanes, is_w, is_c):
-    mean_here = origin + total / rows
-    mean = tl.sum(tl.where(is_w, mean_here, 0.0), 0) / lanes
-    off = mean_here - mean[None, :]
-    squares = squares - total * total / rows + rows * off * off
+def _put_moments(line, c, origin, total, squares, pixels, is_c):
+    off = total / tl.maximum(pixels, 1.0)
+    mean = tl.sum((origin + off) * pixels, 0) / tl.sum(pixels, 0)
+    squares -= total * off
+    off += origin - mean[None, :]
     tl.store(line, mean, mask=is_c)
-    tl.store(line + 3 * c, tl.sum(tl.where(is_w, squares, 0.0), 0), mask=is_c)
+    tl.store(line + 3 * c, tl.sum(squares + pixels * off * off, 0), mask=is_c)
 
 
 @triton.jit
@@ -193,50 +235,43 @@ def _branch_merge_kernel(
 
 @triton.jit
 def _branch_sums_kernel(
-    x, grad, square, upright, level, stats, partial, height, width, c, x_row, g_row, strips,
-    blocks_w, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    x, grad, square, upright, level, stats, partial, height, width, c, strips, blocks_w,
+    X_ROW: tl.constexpr, G_ROW: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sums of the gradient, and of it times each branch less its mean, in a strip, (4, c)."""
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_c = column < c
-    is_column = is_c[None, :]
-    k00, k01, k02 = _row_of(square, 0, column, is_c)
-    k10, k11, k12 = _row_of(square, 1, column, is_c)
-    k20, k21, k22 = _row_of(square, 2, column, is_c)
-    u0, u1, u2 = _three(upright, column, is_c)
-    l0, l1, l2 = _three(level, column, is_c)
-    mean1 = _of(stats, 0, c, column, is_c)
-    mean2 = _of(stats, 1, c, column, is_c)
-    mean3 = _of(stats, 2, c, column, is_c)
-    image = x + sample * height * width * x_row
-    slopes = grad + sample * height * width * g_row
-    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
-    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
-    total = tl.zeros((W, C), tl.float32)
-    sum1 = tl.zeros((W, C), tl.float32)
-    sum2 = tl.zeros((W, C), tl.float32)
-    sum3 = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS):
+    part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
+    column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    is_column = (column < c) | EVEN
+    k = _taps(square, column, is_column, 9)
+    u = _taps(upright, column, is_column, 3)
+    v = _taps(level, column, is_column, 3)
+    mean1 = _of(stats, 0, c, column, is_column)
+    mean2 = _of(stats, 1, c, column, is_column)
+    mean3 = _of(stats, 2, c, column, is_column)
+    image = x + sample * height * width * X_ROW + (w * X_ROW + column)
+    slopes = grad + sample * height * width * G_ROW + (w * G_ROW + column)
+    stop = tl.minimum(first + ROWS, height)
+    end = tl.minimum(stop + 1, height)
+    above = _row(image, first - 1, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    here = _row(image, first, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    below = _row(image, first + 1, w, height, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+    g = _row(slopes, first, w, height, width, is_column, G_ROW, 0, W, W, EVEN)
+    total = tl.zeros((WARPS, C), tl.float32)
+    sum1, sum2, sum3 = total, total, total
+    for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
         h = first + turn
-        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
-        g = _pixel(slopes, h, w, column, height, width, g_row, is_column)
-        y1 = a0 * k00 + a1 * k01 + a2 * k02 + b0 * k10 + b1 * k11 + b2 * k12
-        y1 += c0 * k20 + c1 * k21 + c2 * k22
-        total += g
-        sum1 += g * (y1 - mean1)
-        sum2 += g * (a1 * u0 + b1 * u1 + c1 * u2 - mean2)
-        sum3 += g * (b0 * l0 + b1 * l1 + b2 * l2 - mean3)
-        a0, a1, a2 = b0, b1, b2
-        b0, b1, b2 = c0, c1, c2
-    line = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 4 * c
-    line += column
-    tl.store(line, tl.sum(total, 0), mask=is_c)
-    tl.store(line + c, tl.sum(sum1, 0), mask=is_c)
-    tl.store(line + 2 * c, tl.sum(sum2, 0), mask=is_c)
-    tl.store(line + 3 * c, tl.sum(sum3, 0), mask=is_c)
+        # Loaded a turn ahead of their use.
+        after = _row(image, h + 2, w, end, width, is_column, X_ROW, -1, W + 1, W, EVEN)
+        later = _row(slopes, h + 1, w, stop, width, is_column, G_ROW, 0, W, W, EVEN)
+        for j in tl.static_range(W):
+            total += g[j]
+            sum1 += g[j] * _square(-mean1, above, here, below, k, j)
+            sum2 += g[j] * _dot3(-mean2, above[j + 1], here[j + 1], below[j + 1], u)
+            sum3 += g[j] * _dot3(-mean3, here[j], here[j + 1], here[j + 2], v)
+        above, here, below, g = here, below, after, later
+    line = partial + part * 4 * c + channel
+    _put_sums(line, (total, sum1, sum2, sum3), c, channel < c)
 
 
 @triton.jit
@@ -289,193 +324,130 @@ def _put_slopes(slopes, stats, gains, grad_gains, along, mean, c, total, column,
 
 
 @triton.jit
-def _branch_weight_kernel(
-    x, grad, square, upright, level, slopes, partial, height, width, c, x_row, g_row, strips,
-    blocks_w, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the branches' weights in a strip, (15, c)."""
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_c = column < c
-    is_column = is_c[None, :]
-    image = x + sample * height * width * x_row
-    grads = grad + sample * height * width * g_row
-    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
-    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
-    t00 = tl.zeros((W, C), tl.float32)
-    t01 = tl.zeros((W, C), tl.float32)
-    t02 = tl.zeros((W, C), tl.float32)
-    t10 = tl.zeros((W, C), tl.float32)
-    t11 = tl.zeros((W, C), tl.float32)
-    t12 = tl.zeros((W, C), tl.float32)
-    t20 = tl.zeros((W, C), tl.float32)
-    t21 = tl.zeros((W, C), tl.float32)
-    t22 = tl.zeros((W, C), tl.float32)
-    tu0 = tl.zeros((W, C), tl.float32)
-    tu1 = tl.zeros((W, C), tl.float32)
-    tu2 = tl.zeros((W, C), tl.float32)
-    tl0 = tl.zeros((W, C), tl.float32)
-    tl1 = tl.zeros((W, C), tl.float32)
-    tl2 = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS):
-        h = first + turn
-        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
-        g = _pixel(grads, h, w, column, height, width, g_row, is_column)
-        # Taps are loaded where they are used: they would not fit into registers.
-        k0, k1, k2 = _row_of(square, 0, column, is_c)
-        y = a0 * k0 + a1 * k1 + a2 * k2
-        k0, k1, k2 = _row_of(square, 1, column, is_c)
-        y += b0 * k0 + b1 * k1 + b2 * k2
-        k0, k1, k2 = _row_of(square, 2, column, is_c)
-        y += c0 * k0 + c1 * k1 + c2 * k2
-        is_here = ((h + tl.zeros_like(w) < height) & (w < width))[:, None]
-        y = _slope(g, y, slopes, 0, c, column, is_c, is_here)
-        t00 += y * a0
-        t01 += y * a1
-        t02 += y * a2
-        t10 += y * b0
-        t11 += y * b1
-        t12 += y * b2
-        t20 += y * c0
-        t21 += y * c1
-        t22 += y * c2
-        k0, k1, k2 = _three(upright, column, is_c)
-        y = _slope(g, a1 * k0 + b1 * k1 + c1 * k2, slopes, 3, c, column, is_c, is_here)
-        tu0 += y * a1
-        tu1 += y * b1
-        tu2 += y * c1
-        k0, k1, k2 = _three(level, column, is_c)
-        y = _slope(g, b0 * k0 + b1 * k1 + b2 * k2, slopes, 6, c, column, is_c, is_here)
-        tl0 += y * b0
-        tl1 += y * b1
-        tl2 += y * b2
-        a0, a1, a2 = b0, b1, b2
-        b0, b1, b2 = c0, c1, c2
-    line = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 15 * c
-    line += column
-    tl.store(line, tl.sum(t00, 0), mask=is_c)
-    tl.store(line + c, tl.sum(t01, 0), mask=is_c)
-    tl.store(line + 2 * c, tl.sum(t02, 0), mask=is_c)
-    tl.store(line + 3 * c, tl.sum(t10, 0), mask=is_c)
-    tl.store(line + 4 * c, tl.sum(t11, 0), mask=is_c)
-    tl.store(line + 5 * c, tl.sum(t12, 0), mask=is_c)
-    tl.store(line + 6 * c, tl.sum(t20, 0), mask=is_c)
-    tl.store(line + 7 * c, tl.sum(t21, 0), mask=is_c)
-    tl.store(line + 8 * c, tl.sum(t22, 0), mask=is_c)
-    tl.store(line + 9 * c, tl.sum(tu0, 0), mask=is_c)
-    tl.store(line + 10 * c, tl.sum(tu1, 0), mask=is_c)
-    tl.store(line + 11 * c, tl.sum(tu2, 0), mask=is_c)
-    tl.store(line + 12 * c, tl.sum(tl0, 0), mask=is_c)
-    tl.store(line + 13 * c, tl.sum(tl1, 0), mask=is_c)
-    tl.store(line + 14 * c, tl.sum(tl2, 0), mask=is_c)
+def _products(sums, d1, d2, d3, a, b, c, W: tl.constexpr):
+    """Adds the products of three rows of pixels that the weights' gradients sum up."""
+    rows = (a, b, c)
+    found = ()
+    for i in tl.static_range(9):
+        total = sums[i]
+        for j in tl.static_range(W):
+            total += d1[j + 1] * rows[i // 3][j + 1 + i % 3]
+        found += (total,)
+    for i in tl.static_range(3):
+        total = sums[9 + i]
+        for j in tl.static_range(W):
+            total += d2[j] * rows[i][j + 2]
+        found += (total,)
+    for i in tl.static_range(3):
+        total = sums[12 + i]
+        for j in tl.static_range(W):
+            total += d3[j + 1] * b[j + 1 + i]
+        found += (total,)
+    return found
 
 
 @triton.jit
-def _slope(g, y, slopes, row: tl.constexpr, c, column, is_c, is_here):
-    """The gradient of a branch's pixels; 0 where there is none."""
-    found = g * _of(slopes, row, c, column, is_c) - _of(slopes, row + 1, c, column, is_c)
-    return tl.where(is_here, found - y * _of(slopes, row + 2, c, column, is_c), 0.0)
+def _branch_gradient_kernel(
+    x, grad, square, upright, level, slopes, out, partial, height, width, c, strips, blocks_w,
+    X_ROW: tl.constexpr, G_ROW: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The tokens' gradient, and those of the branches' weights in a strip, (15, c).
+
+    Each row of the branches' gradients adds to three rows of the tokens'.
+    """
+    part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
+    column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    is_column = (column < c) | EVEN
+    k = _taps(square, column, is_column, 9)
+    u = _taps(upright, column, is_column, 3)
+    v = _taps(level, column, is_column, 3)
+    s = ()
+    for i in tl.static_range(9):
+        s += (_of(slopes, i, c, column, is_column),)
+    image = x + sample * height * width * X_ROW + (w * X_ROW + column)
+    grads = grad + sample * height * width * G_ROW + (w * G_ROW + column)
+    target = out + sample * height * width * OUT_ROW + (w * OUT_ROW + column)
+    begin, stop = tl.maximum(first - 1, 0), tl.minimum(first + ROWS + 1, height)
+    a = _row(image, begin - 1, w, height, width, is_column, X_ROW, -2, W + 2, W, EVEN)
+    b = _row(image, begin, w, height, width, is_column, X_ROW, -2, W + 2, W, EVEN)
+    zero = tl.zeros((WARPS, C), tl.float32)
+    before, here, sums = (), (), ()
+    for _ in tl.static_range(W):
+        before += (zero,)
+        here += (zero,)
+    for _ in tl.static_range(15):
+        sums += (zero,)
+    for turn in tl.range(0, stop - begin, loop_unroll_factor=UNROLL):
+        h = begin + turn
+        below = _row(image, h + 1, w, height, width, is_column, X_ROW, -2, W + 2, W, EVEN)
+        g = _row(grads, h, w, height, width, is_column, G_ROW, -1, W + 1, W, EVEN)
+        d1, d2, d3 = (), (), ()
+        for j in tl.static_range(W + 2):
+            z1 = g[j] * s[0] - s[1] - s[2] * _square(zero, a, b, below, k, j)
+            z3 = g[j] * s[6] - s[7] - s[8] * _dot3(zero, b[j], b[j + 1], b[j + 2], v)
+            if (j == 0) | (j == W + 1) | (not EVEN):
+                at = w + j - 1
+                is_w = (at >= 0) & (at < width)
+                z1 = tl.where(is_w, z1, 0.0)
+                z3 = tl.where(is_w, z3, 0.0)
+            d1 += (z1,)
+            d3 += (z3,)
+        for j in tl.static_range(W):
+            z2 = g[j + 1] * s[3] - s[4] - s[5] * _dot3(zero, a[j + 2], b[j + 2], below[j + 2], u)
+            if not EVEN:
+                z2 = tl.where(w + j < width, z2, 0.0)
+            d2 += (z2,)
+        if (h >= first) & (h < first + ROWS):
+            sums = _products(sums, d1, d2, d3, a, b, below, W)
+        done, met, after = (), (), ()
+        for j in tl.static_range(W):
+            done += (_dot3(before[j] + d2[j] * u[0], d1[j + 2], d1[j + 1], d1[j], k),)
+            z = _dot3(here[j] + d2[j] * u[1], d1[j + 2], d1[j + 1], d1[j], k[3:6])
+            met += (_dot3(z, d3[j + 2], d3[j + 1], d3[j], v),)
+            after += (_dot3(d2[j] * u[2], d1[j + 2], d1[j + 1], d1[j], k[6:9]),)
+        _put_row(target, done, h - 1, h > first, w, width, is_column, OUT_ROW, W, EVEN)
+        before, here, a, b = met, after, b, below
+    # Below the image's last row there is none that completes it.
+    is_last = stop <= first + ROWS
+    _put_row(target, before, stop - 1, is_last, w, width, is_column, OUT_ROW, W, EVEN)
+    line = partial + part * 15 * c + channel
+    _put_sums(line, sums, c, channel < c)
 
 
 @triton.jit
-def _branch_token_kernel(
-    x, grad, square, upright, level, slopes, out, height, width, c, x_row, g_row, strips,
-    ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+def _put_row(
+    tile, row, h, is_row, w, width, is_column, STRIDE: tl.constexpr, W: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The tokens' gradient. Each row of the branches' gradients adds to three rows of it."""
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_c = column < c
-    is_column = is_c[None, :]
-    image = x + sample * height * width * x_row
-    grads = grad + sample * height * width * g_row
-    a0 = _pixel(image, first - 2, w - 2, column, height, width, x_row, is_column)
-    a1 = _pixel(image, first - 2, w - 1, column, height, width, x_row, is_column)
-    a2 = _pixel(image, first - 2, w, column, height, width, x_row, is_column)
-    a3 = _pixel(image, first - 2, w + 1, column, height, width, x_row, is_column)
-    a4 = _pixel(image, first - 2, w + 2, column, height, width, x_row, is_column)
-    b0 = _pixel(image, first - 1, w - 2, column, height, width, x_row, is_column)
-    b1 = _pixel(image, first - 1, w - 1, column, height, width, x_row, is_column)
-    b2 = _pixel(image, first - 1, w, column, height, width, x_row, is_column)
-    b3 = _pixel(image, first - 1, w + 1, column, height, width, x_row, is_column)
-    b4 = _pixel(image, first - 1, w + 2, column, height, width, x_row, is_column)
-    before = tl.zeros((W, C), tl.float32)
-    here = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS + 2):
-        h = first + turn - 1
-        c0 = _pixel(image, h + 1, w - 2, column, height, width, x_row, is_column)
-        c1 = _pixel(image, h + 1, w - 1, column, height, width, x_row, is_column)
-        c2 = _pixel(image, h + 1, w, column, height, width, x_row, is_column)
-        c3 = _pixel(image, h + 1, w + 1, column, height, width, x_row, is_column)
-        c4 = _pixel(image, h + 1, w + 2, column, height, width, x_row, is_column)
-        is_row = (h + tl.zeros_like(w) >= 0) & (h + tl.zeros_like(w) < height)
-        is_left = (is_row & (w > 0) & (w <= width))[:, None]
-        is_here = (is_row & (w < width))[:, None]
-        is_right = (is_row & (w + 1 < width))[:, None]
-        g0 = _pixel(grads, h, w - 1, column, height, width, g_row, is_column)
-        g1 = _pixel(grads, h, w, column, height, width, g_row, is_column)
-        g2 = _pixel(grads, h, w + 1, column, height, width, g_row, is_column)
-        # The 3x3 branch.
-        k0, k1, k2 = _row_of(square, 0, column, is_c)
-        y0 = a0 * k0 + a1 * k1 + a2 * k2
-        y1 = a1 * k0 + a2 * k1 + a3 * k2
-        y2 = a2 * k0 + a3 * k1 + a4 * k2
-        k0, k1, k2 = _row_of(square, 1, column, is_c)
-        y0 += b0 * k0 + b1 * k1 + b2 * k2
-        y1 += b1 * k0 + b2 * k1 + b3 * k2
-        y2 += b2 * k0 + b3 * k1 + b4 * k2
-        k0, k1, k2 = _row_of(square, 2, column, is_c)
-        y0 += c0 * k0 + c1 * k1 + c2 * k2
-        y1 += c1 * k0 + c2 * k1 + c3 * k2
-        y2 += c2 * k0 + c3 * k1 + c4 * k2
-        y0 = _slope(g0, y0, slopes, 0, c, column, is_c, is_left)
-        y1 = _slope(g1, y1, slopes, 0, c, column, is_c, is_here)
-        y2 = _slope(g2, y2, slopes, 0, c, column, is_c, is_right)
-        after = y2 * k0 + y1 * k1 + y0 * k2
-        k0, k1, k2 = _row_of(square, 1, column, is_c)
-        here += y2 * k0 + y1 * k1 + y0 * k2
-        k0, k1, k2 = _row_of(square, 0, column, is_c)
-        before += y2 * k0 + y1 * k1 + y0 * k2
-        # The 3x1 branch.
-        k0, k1, k2 = _three(upright, column, is_c)
-        y = a2 * k0 + b2 * k1 + c2 * k2
-        y = _slope(g1, y, slopes, 3, c, column, is_c, is_here)
-        before += y * k0
-        here += y * k1
-        after += y * k2
-        # The 1x3 branch.
-        k0, k1, k2 = _three(level, column, is_c)
-        y0 = _slope(g0, b0 * k0 + b1 * k1 + b2 * k2, slopes, 6, c, column, is_c, is_left)
-        y1 = _slope(g1, b1 * k0 + b2 * k1 + b3 * k2, slopes, 6, c, column, is_c, is_here)
-        y2 = _slope(g2, b2 * k0 + b3 * k1 + b4 * k2, slopes, 6, c, column, is_c, is_right)
-        here += y2 * k0 + y1 * k1 + y0 * k2
-        done = h - 1
-        place = ((sample * height + done) * width + w)[:, None] * c + column[None, :]
-        row = done + tl.zeros_like(w)
-        mask = ((w < width) & (row >= first) & (row < height))[:, None] & is_column
-        tl.store(out + place, before.to(out.dtype.element_ty), mask=mask)
-        before, here = here, after
-        a0, a1, a2, a3, a4 = b0, b1, b2, b3, b4
-        b0, b1, b2, b3, b4 = c0, c1, c2, c3, c4
+    line = tile + h.to(tl.int64) * width * STRIDE
+    for j in tl.static_range(W):
+        mask = is_column & is_row
+        if not EVEN:
+            mask &= w + j < width
+        tl.store(line + j * STRIDE, row[j].to(tile.dtype.element_ty), mask=mask)
 
 
-# Rows that a program walks down, pixels and channels of its tile, warps.
-MOMENTS_BLOCK = (16, 16, 64, 4)
-SUMS_BLOCK = (16, 16, 64, 4)
-WEIGHT_BLOCK = (16, 8, 32, 2)
-TOKEN_BLOCK = (16, 8, 64, 4)
+# Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side.
+MOMENTS_BLOCK = (16, 4, 64, 4)
+SUMS_BLOCK = (16, 4, 64, 4)
+GRADIENT_BLOCK = (32, 4, 32, 4)
+UNROLL = tl.constexpr(3)  # rows of pixels take turns in three places: none is moved
 PARTS = 64  # that a program adds up at a time
 CHANNELS = 16  # whose parts a program adds up
 
 
 def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tuple[int, ...]:
-    """Strips of an image, blocks of its width, and the launch's grid."""
-    strips, blocks = _ceil(grid[0], block[0]), _ceil(grid[1], block[1])
-    return strips, blocks, b * strips, blocks, _ceil(c, block[2])
+    """Strips of an image, blocks of its width, parts of all images, and programs."""
+    rows, w, channels, warps = block
+    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w * warps)
+    return strips, blocks, b * strips * blocks, b * strips * blocks * _ceil(c, channels)
+
+
+def _is_even(width: int, c: int, block: tuple[int, ...]) -> bool:
+    """Whether no program reaches over the image's right edge or the channels' last."""
+    _, w, channels, warps = block
+    return width % (w * warps) == 0 and c % channels == 0
 
 
 SCHEMA = (
@@ -493,18 +465,17 @@ def _normed_branches(
     tokens, spacing = _rows(x)
     b, _, c = x.shape
     grid = height, width
-    rows, w, channels, warps = MOMENTS_BLOCK
-    strips, blocks, *launch = _parts(grid, b, c, MOMENTS_BLOCK)
+    strips, blocks, parts, programs = _parts(grid, b, c, MOMENTS_BLOCK)
 
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=x.device)
 
-    partial = new(b * strips * blocks, 7, c)
+    partial = new(parts, 7, c)
     stats, merged, bias = new(9, c), new(c, 1, 3, 3), new(c)
     square, upright, level = (z.contiguous() for z in (square, upright, level))
-    _branch_moments_kernel[tuple(launch)](
-        tokens, square, upright, level, partial, height, width, c, spacing, strips, blocks, rows,
-        w, channels, num_warps=warps,
+    _branch_moments_kernel[(programs,)](
+        tokens, square, upright, level, partial, height, width, c, strips, blocks, spacing,
+        *MOMENTS_BLOCK, _is_even(width, c, MOMENTS_BLOCK), num_warps=MOMENTS_BLOCK[3],
     )  # fmt: skip
 
     def merge(partial: Tensor, pixels: int) -> None:
@@ -548,12 +519,12 @@ def _normed_branches_backward(
 
     slopes, grad_gains = new(9, c), new(4, c)
     square, upright, level = (z.contiguous() for z in (square, upright, level))
-    rows, w, channels, warps = SUMS_BLOCK
-    strips, blocks, *launch = _parts(grid, b, c, SUMS_BLOCK)
-    partial = new(b * strips * blocks, 4, c)
-    _branch_sums_kernel[tuple(launch)](
-        tokens, grad, square, upright, level, stats, partial, height, width, c, spacing,
-        grad_spacing, strips, blocks, rows, w, channels, num_warps=warps,
+    strips, blocks, parts, programs = _parts(grid, b, c, SUMS_BLOCK)
+    partial = new(parts, 4, c)
+    _branch_sums_kernel[(programs,)](
+        tokens, grad, square, upright, level, stats, partial, height, width, c, strips,
+        blocks, spacing, grad_spacing, *SUMS_BLOCK, _is_even(width, c, SUMS_BLOCK),
+        num_warps=SUMS_BLOCK[3],
     )  # fmt: skip
     own = None
     if processes > 1:
@@ -566,19 +537,13 @@ def _normed_branches_backward(
     if own is not None:  # weights see the loss of their own process
         torch.mul(own[1:], stats[6:], out=grad_gains[:3])
         grad_gains[3].copy_(own[0])
-    rows, w, channels, warps = WEIGHT_BLOCK
-    strips, blocks, *launch = _parts(grid, b, c, WEIGHT_BLOCK)
-    partial = new(b * strips * blocks, 15, c)
-    _branch_weight_kernel[tuple(launch)](
-        tokens, grad, square, upright, level, slopes, partial, height, width, c, spacing,
-        grad_spacing, strips, blocks, rows, w, channels, num_warps=warps,
-    )  # fmt: skip
+    strips, blocks, parts, programs = _parts(grid, b, c, GRADIENT_BLOCK)
+    partial = new(parts, 15, c)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, w, channels, warps = TOKEN_BLOCK
-    strips, blocks, *launch = _parts(grid, b, c, TOKEN_BLOCK)
-    _branch_token_kernel[tuple(launch)](
-        tokens, grad, square, upright, level, slopes, grad_x, height, width, c, spacing,
-        grad_spacing, strips, rows, w, channels, num_warps=warps,
+    _branch_gradient_kernel[(programs,)](
+        tokens, grad, square, upright, level, slopes, grad_x, partial, height, width, c, strips,
+        blocks, spacing, grad_spacing, c, *GRADIENT_BLOCK, _is_even(width, c, GRADIENT_BLOCK),
+        num_warps=GRADIENT_BLOCK[3],
     )  # fmt: skip
     return grad_x, column_sum(partial), grad_gains
 

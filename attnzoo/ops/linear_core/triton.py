@@ -16,6 +16,7 @@ launch adds them up, always in the same order.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -163,61 +164,100 @@ def _fold_kernel(
 
 
 @triton.jit
-def _read_kernel(
-    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, splits,
-    chunk, eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens.
+def _state_sum_kernel(
+    partial, total, rounded, parts, size, ROUND: tl.constexpr, S: tl.constexpr, C: tl.constexpr
+):
+    """The sum of the parts of a sample's states, and, with ROUND, that in another type too."""
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    is_column = column < size
+    sample = tl.program_id(1).to(tl.int64)
+    found = tl.zeros((S, C), tl.float32)
+    for first in range(0, parts, S):
+        part = first + tl.arange(0, S)
+        place = partial + (sample * parts + part)[:, None] * size + column[None, :]
+        mask = (part < parts)[:, None] & is_column[None, :]
+        found += tl.load(place, mask=mask, other=0.0)
+    found = tl.sum(found, 0)
+    tl.store(total + sample * size + column, found, mask=is_column)
+    if ROUND:
+        rounding = found.to(rounded.dtype.element_ty)
+        tl.store(rounded + sample * size + column, rounding, mask=is_column)
 
-    Wide heads read the state ``rounded`` to the operands' type.
-    """
-    tile = tl.program_id(0) % (units * tiles)
-    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+
+@triton.jit
+def _read_kernel(
+    q, state, out, n, q_row, out_row, heads, head_dim, units, splits, chunk, eps,
+    PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """phi(q) state, divided by phi(q) . key sum + eps where asked for, of a part of the tokens."""
+    unit = tl.program_id(0) % units
+    part = (tl.program_id(0) // units).to(tl.int64)
     sample = part // splits
     start = (part % splits) * chunk
     length = tl.minimum(chunk, n - start).to(tl.int32)
+    head, first, column, is_column = _unit(unit, 0, heads, head_dim, G, W)
+    q += (sample * n + start) * q_row + first
+    out += (sample * n + start) * out_row + first
+    state += sample * heads * (head_dim + 1) * head_dim
+    place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
+    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    last = _key_sum(state, head, column, head_dim, G)
+    key_sum = tl.load(last, mask=is_column, other=0.0)
+    same = _same_head(column, head_dim, DTYPE)
+    for begin in range(0, length, R):
+        row = begin + tl.arange(0, R)
+        mask = (row < length)[:, None] & is_column[None, :]
+        x = _tokens(q, row, q_row, column, mask, PHI)
+        acc = _dot(x.to(DTYPE), block, P)
+        if DIVIDE:
+            acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
+        here = out + row[:, None] * out_row + column[None, :]
+        tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wide_read_kernel(
+    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, blocks,
+    eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``_read_kernel`` of heads of several tiles, from the state ``rounded``.
+
+    With ADD what lies in ``out`` is added.
+    """
+    tile = tl.program_id(0) % (units * tiles)
+    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    sample = part // blocks
+    start = (part % blocks) * R
     j = tile % tiles
-    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, G, W)
+    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, 1, W)
+    row = tl.arange(0, R)
+    is_row = row < n - start
     q += (sample * n + start) * q_row + first
     out += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
     rounded += sample * heads * (head_dim + 1) * head_dim
-    if not WIDE:
-        place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
-        block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
-        last = _key_sum(state, head, column, head_dim, G)
-        key_sum = tl.load(last, mask=is_column, other=0.0)
-        same = _same_head(column, head_dim, DTYPE)
-    for begin in range(0, length, R):
-        row = begin + tl.arange(0, R)
-        is_row = row < length
-        if WIDE:
-            acc = tl.zeros((R, W), tl.float32)
-            norm = tl.zeros((R, W), tl.float32)
-            for i in range(tiles):
-                _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, G, W)
-                x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
-                here, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, G)
-                tile_of_state = tl.load(here, mask=exists, other=0.0).to(DTYPE)
-                acc = _add_dot(acc, x.to(DTYPE), tile_of_state, P)
-                if DIVIDE:
-                    sums = _key_sum(state, head, a, head_dim, G)
-                    norm += x * tl.load(sums, mask=is_a, other=0.0)[None, :]
-            if DIVIDE:
-                factor = 1 / (tl.sum(norm, 1) + eps)
-                line = inverse + (sample * heads + head) * n + start + row
-                tl.store(line, factor, mask=is_row & (j == 0))
-                acc *= factor[:, None]
-        else:
-            x = _tokens(q, row, q_row, column, is_row[:, None] & is_column[None, :], PHI)
-            acc = _dot(x.to(DTYPE), block, P)
-            if DIVIDE:
-                acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
-        mask = is_row[:, None] & is_column[None, :]
-        tl.store(
-            out + row[:, None] * out_row + column[None, :], acc.to(out.dtype.element_ty), mask=mask
-        )
+    acc = tl.zeros((R, W), tl.float32)
+    norm = tl.zeros((R,), tl.float32)
+    for i in range(tiles):
+        _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, 1, W)
+        x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
+        place, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, 1)
+        acc = _add_dot(acc, x.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
+        if DIVIDE:
+            sums = tl.load(_key_sum(state, head, a, head_dim, 1), mask=is_a, other=0.0)
+            norm += tl.sum(x * sums[None, :], 1)
+    if DIVIDE:
+        factor = 1 / (norm + eps)
+        line = inverse + (sample * heads + head) * n + start + row
+        tl.store(line, factor, mask=is_row & (j == 0))
+        acc *= factor[:, None]
+    mask = is_row[:, None] & is_column[None, :]
+    here = out + row[:, None] * out_row + column[None, :]
+    if ADD:
+        acc += tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -274,8 +314,8 @@ def _query_gradient_kernel(
 @triton.jit
 def _key_gradient_kernel(
     k, v, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row, heads, head_dim,
-    units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+    units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, from the state's; heads no wider than a tile."""
     unit = tl.program_id(0) % units
@@ -299,7 +339,10 @@ def _key_gradient_kernel(
         x = _tokens(k, row, k_row, column, mask, PHI)
         y = _tokens(v, row, v_row, column, mask, "none")
         here = grad_v + row[:, None] * grad_v_row + column[None, :]
-        tl.store(here, _dot(x.to(DTYPE), block, P).to(grad_v.dtype.element_ty), mask=mask)
+        of_value = _dot(x.to(DTYPE), block, P)
+        if ADD:
+            of_value += tl.load(here, mask=mask, other=0.0).to(tl.float32)
+        tl.store(here, of_value.to(grad_v.dtype.element_ty), mask=mask)
         slope = _dot(y.to(DTYPE), tl.trans(block), P)
         if DIVIDE:
             slope += grad_sum[None, :]
@@ -331,7 +374,7 @@ def _wide_gradient_kernel(
     rounded += sample * heads * (head_dim + 1) * head_dim
     scales = (sample * heads + head) * n + start + row
     acc = tl.zeros((R, W), tl.float32)
-    along = tl.zeros((R, W), tl.float32)
+    along = tl.zeros((R,), tl.float32)
     if SCALED:
         factor = tl.load(inverse + scales, mask=is_row, other=0.0)
     for j in range(tiles):
@@ -339,14 +382,14 @@ def _wide_gradient_kernel(
         is_here = is_row[:, None] & is_b[None, :]
         z = _tokens(y, row, y_row, b, is_here, "none")
         if SCALED:
-            along += z * _tokens(out, row, heads * head_dim, b, is_here, "none")
+            along += tl.sum(z * _tokens(out, row, heads * head_dim, b, is_here, "none"), 1)
             z *= factor[:, None]
         place, exists = _block_transposed(rounded, head, column, b, is_column, is_b, head_dim, 1)
         acc = _add_dot(acc, z.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
     if DIVIDE:
         last = tl.load(_key_sum(state, head, column, head_dim, 1), mask=is_column, other=0.0)
         if SCALED:
-            of_norm = -tl.sum(along, 1) * factor
+            of_norm = -along * factor
             tl.store(weight + scales, of_norm, mask=is_row & (i == 0))
             acc += of_norm[:, None] * last[None, :]
         else:
@@ -378,7 +421,7 @@ class Block(NamedTuple):
 
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
-    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 264, 4, 2)),
+    "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 126, 8, 3)),
     "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
     "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
                        Block(128, 64, 0, 4, 2)),
@@ -465,16 +508,29 @@ def _tail(launch: _Launch, dtype: torch.dtype) -> tuple[Any, ...]:
     return launch.group, *launch.tile, _precision(dtype), _TYPES[dtype]
 
 
-def _sum(partial: Tensor) -> Tensor:
-    """(b, splits, ...) -> (b, ...)."""
-    return partial.squeeze(1) if partial.shape[1] == 1 else partial.sum(1)
+def _sum(partial: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(b, splits, ...) -> (b, ...), and that in another type too."""
+    b, splits, *sizes = partial.shape
+    total = torch.empty(b, *sizes, dtype=torch.float32, device=partial.device)
+    rounded = total
+    if dtype != torch.float32:
+        rounded = torch.empty(b, *sizes, dtype=dtype, device=partial.device)
+    if total.numel():
+        size = sizes[0] * sizes[1] * sizes[2]
+        launch_kernel(_state_sum_kernel, (_ceil(size, 256), b),
+            partial, total, rounded, splits, size, dtype != torch.float32, 8, 256, num_warps=4,
+        )  # fmt: skip
+    return total, rounded
 
 
 def _fold(
     a: Tensor, b: Tensor, heads: int, activation: str, dtype: torch.dtype,
     inverse: Tensor | None = None, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """States and sums of (b, m, h * d), (b, m, h * d): (b, h, d + 1, d), the sum last."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """States and sums of (b, m, h * d), (b, m, h * d): (b, h, d + 1, d), the sum last.
+
+    Those of wide heads a second time in ``dtype``.
+    """
     (a, a_row), (b, b_row) = _rows(a), _rows(b)
     batch, m, width = a.shape
     width //= heads
@@ -491,14 +547,17 @@ def _fold(
             heads, width, s.tiles, s.units, s.splits, s.chunk, activation, inverse is not None,
             *_tail(s, dtype), **s.options,
         )  # fmt: skip
-    return _sum(partial)
+    return _sum(partial, dtype if _is_wide(dtype, width) else torch.float32)
 
 
 def _read(
     query: Tensor, state: Tensor, out: Tensor, heads: int, activation: str, divide: bool,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, rounded: Tensor, add: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Writes ``out``, (b, n, h * d), and returns 1 / norm of wide heads, (b, h, n)."""
+    """Writes ``out``, (b, n, h * d), and returns 1 / norm of wide heads, (b, h, n).
+
+    Of wide heads ``add`` adds to what lies there.
+    """
     query, q_row = _rows(query)
     b, n, width = query.shape
     width //= heads
@@ -507,19 +566,25 @@ def _read(
     inverse = torch.empty(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
-    if out.numel():
-        launch_kernel(_read_kernel, (b * s.splits * s.units * s.tiles,),
-            query, state, state.to(dtype) if is_wide else state, out,
-            inverse if inverse.numel() else state, n, q_row, out.stride(1), heads, width, s.tiles,
-            s.units, s.splits, s.chunk, eps, activation, divide, is_wide, *_tail(s, dtype),
-            **s.options,
+    if out.numel() and is_wide:
+        blocks = _ceil(n, s.tile[0])
+        launch_kernel(_wide_read_kernel, (b * blocks * s.units * s.tiles,),
+            query, state, rounded, out, inverse if divide else state, n, q_row, out.stride(1),
+            heads, width, s.tiles, s.units, blocks, eps, activation, divide, add,
+            *_tail(s, dtype)[1:], **s.options,
+        )  # fmt: skip
+    elif out.numel():
+        launch_kernel(_read_kernel, (b * s.splits * s.units,),
+            query, state, out, n, q_row, out.stride(1), heads, width, s.units, s.splits, s.chunk,
+            eps, activation, divide, *_tail(s, dtype), **s.options,
         )  # fmt: skip
     return inverse
 
 
 def _wide_gradient(
-    x: Tensor, y: Tensor, state: Tensor, grad: Tensor, heads: int, activation: str, divide: bool,
-    dtype: torch.dtype, kernel: str, out: Tensor | None = None, inverse: Tensor | None = None,
+    x: Tensor, y: Tensor, state: Tensor, rounded: Tensor, grad: Tensor, heads: int,
+    activation: str, divide: bool, dtype: torch.dtype, kernel: str, out: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Writes ``grad`` of ``x``, and returns the norms' gradient, (b, h, n), given inverses."""
     (x, x_row), (y, y_row) = _rows(x), _rows(y)
@@ -531,7 +596,7 @@ def _wide_gradient(
     if grad.numel():
         launch_kernel(_wide_gradient_kernel, (b * blocks * s.units * s.tiles,),
             x, y, y if out is None else out, state if inverse is None else inverse, state,
-            state.to(dtype), grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
+            rounded, grad, weight, n, x_row, y_row, grad.stride(1), heads, width, s.tiles,
             s.units, blocks, activation, inverse is not None, divide, *_tail(s, dtype)[1:],
             **s.options,
         )  # fmt: skip
@@ -554,9 +619,9 @@ def _linear_core(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _split(query, key, value)
     dtype = value.dtype
-    state = _fold(key, value, heads, activation, dtype)
+    state, rounded = _fold(key, value, heads, activation, dtype)
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
-    inverse = _read(query, state, out, heads, activation, divide, eps, dtype)
+    inverse = _read(query, state, out, heads, activation, divide, eps, dtype, rounded)
     return out, state, inverse
 
 
@@ -569,7 +634,13 @@ def _(
     query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str,
     divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = _split(query, key, value)
+    return fake_core(*_split(query, key, value), heads, divide)
+
+
+def fake_core(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, divide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of the core without numbers."""
     b, n, width = query.shape
     width //= heads
     wide = divide and _is_wide(value.dtype, width)
@@ -580,45 +651,33 @@ def _(
     )
 
 
-@launched(
-    "linear_core_backward",
-    f"(Tensor grad, Tensor out, Tensor state, Tensor inverse, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def _linear_core_backward(
-    grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
-    value: Tensor | None, heads: int, activation: str, divide: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of query, key and value; of packed ones all in the first, and then nothing."""
-    is_packed = key is None or value is None
-    parts = _split(query, key, value)
-    if is_packed:
-        whole = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        grad_query, grad_key, grad_value = whole.chunk(3, dim=-1)
-        found = whole, *(whole.new_empty(0) for _ in range(2))
-    else:
-        found = tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in parts)
-        grad_query, grad_key, grad_value = found
-    query, key, value = parts
+def core_gradients(
+    grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, heads: int, activation: str, divide: bool, eps: float, found: Sequence[Tensor],
+    add: bool = False,
+) -> None:  # fmt: skip
+    """Writes gradients of query, key and value, that of the value added to what is there."""
+    grad_query, grad_key, grad_value = found
     dtype, width = value.dtype, query.shape[2] // heads
     if _is_wide(dtype, width):
-        weight = None
+        options = heads, activation
+        rounded, weight = state.to(dtype), None
         if divide:
             weight = _wide_gradient(
-                query, grad, state, grad_query, heads, activation, True, dtype, "query_gradient",
+                query, grad, state, rounded, grad_query, *options, True, dtype, "query_gradient",
                 out, inverse,
             )  # fmt: skip
-            grad_state = _fold(query, grad, heads, activation, dtype, inverse, weight)
+            grad_state, rounded = _fold(query, grad, *options, dtype, inverse, weight)
         else:
             _wide_gradient(
-                query, grad, state, grad_query, heads, activation, False, dtype, "query_gradient"
+                query, grad, state, rounded, grad_query, *options, False, dtype, "query_gradient"
             )
-            grad_state = _fold(query, grad, heads, activation, dtype)
+            grad_state, rounded = _fold(query, grad, *options, dtype)
         _wide_gradient(
-            key, value, grad_state, grad_key, heads, activation, divide, dtype, "key_gradient"
+            key, value, grad_state, rounded, grad_key, *options, divide, dtype, "key_gradient"
         )
-        _read(key, grad_state, grad_value, heads, activation, False, 0.0, dtype)
-        return found  # type: ignore[return-value]
+        _read(key, grad_state, grad_value, *options, False, 0.0, dtype, rounded, add)
+        return
     (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
     b, n, _ = q.shape
     m = k.shape[1]
@@ -634,14 +693,34 @@ def _linear_core_backward(
         )  # fmt: skip
     elif not n:
         partial.zero_()
-    grad_state = _sum(partial)
+    grad_state, _ = _sum(partial)
     s = _launch("key_gradient", dtype, q.device, b, m, heads, width)
     if grad_key.numel():
         launch_kernel(_key_gradient_kernel, (b * s.splits * s.units,),
             k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
             grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, activation, divide,
-            *_tail(s, dtype), **s.options,
+            add, *_tail(s, dtype), **s.options,
         )  # fmt: skip
+
+
+@launched(
+    "linear_core_backward",
+    f"(Tensor grad, Tensor out, Tensor state, Tensor inverse, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _linear_core_backward(
+    grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor | None,
+    value: Tensor | None, heads: int, activation: str, divide: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of query, key and value; of packed ones all in the first, and then nothing."""
+    parts = _split(query, key, value)
+    if key is None or value is None:
+        whole = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        grads = whole.chunk(3, dim=-1)
+        found = whole, *(whole.new_empty(0) for _ in range(2))
+    else:
+        grads = found = tuple(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in parts)
+    core_gradients(grad, out, state, inverse, *parts, heads, activation, divide, eps, grads)
     return found  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ __all__ = ["Window", "neighborhood_attention", "neighborhood_macs"]
 
 
 def unserved(query: Tensor, *_: Any) -> str | None:
-    """What FlexAttention's kernels do not serve; wider heads were not tried."""
+    """What kernels do not serve; wider heads were not tried."""
     width = query.shape[-1]
     return f"heads of width {width}" if width < 16 or width > 128 else None
 
@@ -39,8 +39,8 @@ def neighborhood_attention(
         grid: (height, width).
         window: Which keys a query sees. One that is larger than the map is cut to the map.
         impl: See ``attnzoo.ops.dispatch``. "torch" multiplies tiles, anywhere; "flex" is PyTorch's
-            FlexAttention, on a GPU, compiled at the first call of each grid; "natten" the library
-            of that name, for windows that fit into the map.
+            FlexAttention, on a GPU, compiled at the first call of each grid; "triton" kernels of
+            our own; "natten" the library of that name, for windows that fit into the map.
 
     Returns:
         (batch, heads, height * width, d).
@@ -65,7 +65,14 @@ def _macs(query: Tensor, key: Tensor, value: Tensor, height: int, width: int, *w
     return batch * heads * macs
 
 
+def _macs_of_tokens(query: Tensor, key: Tensor, value: Tensor, _: int, *sizes: int) -> int:
+    (height, width, *window), (batch, _, channels) = sizes, query.shape
+    return batch * neighborhood_macs((height, width), Window(*window), channels)
+
+
 MACS |= {
+    "neighborhood_tokens": lambda *args, **_: _macs_of_tokens(*args),
+    "neighborhood_tokens_backward": lambda *args, **_: 5 * _macs_of_tokens(*args[3:]) // 2,
     "neighborhood": lambda *args, **_: _macs(*args),
     "neighborhood_backward": lambda _, *args, **__: 5 * _macs(*args) // 2,
 }

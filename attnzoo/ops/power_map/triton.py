@@ -2,7 +2,7 @@
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportReturnType=false
+# pyright: reportReturnType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from attnzoo.ops.triton_common import (
     launched,
 )
 from attnzoo.ops.triton_replay import replayed
-
-_TURNS = 4  # tiles of rows of a program whose sums over rows leave together
 
 
 @triton.jit
@@ -144,59 +142,184 @@ def _power_map_backward_kernel(
 
 
 @triton.jit
-def _scaled(z, row, z_row, column, scale, offset, mask):
-    """(ReLU(z) + offset) over the scale of its column."""
-    x = tl.load(z + row[:, None] * z_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = (tl.where(x <= 0, 0.0, x) + offset) / scale[None, :]
-    return tl.where(mask, x, 0.0)
+def _softplus(z):
+    small = tl.exp(-tl.abs(z))
+    # 1 + small would round what a small divisor is made of.
+    log = tl.where(small < 0.01, small * (1 - small * (0.5 - small / 3)), tl.log(1 + small))
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + log
+
+
+@triton.jit
+def _divisors(scale, SOFT: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    """1 over the scale of each column, by blocks of columns."""
+    found = ()
+    for first in tl.static_range(0, D, B):
+        column = first + tl.arange(0, B)
+        s = tl.load(scale + column, mask=column < D, other=1.0).to(tl.float32)
+        found += (1.0 / (_softplus(s) if SOFT else s),)
+    return found
+
+
+@triton.jit
+def _load(
+    z, row, spacing, is_row, first: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of rows, in float32; 0 outside."""
+    column = first + tl.arange(0, B)
+    mask = is_row[:, None] & (column < D)[None, :] if first + B > D else is_row[:, None]
+    place = z + row[:, None] * spacing + column[None, :]
+    policy: tl.constexpr = "evict_last" if KEEP else ""
+    return tl.load(place, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def _store(out, x, row, spacing, is_row, first: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    column = first + tl.arange(0, B)
+    mask = is_row[:, None] & (column < D)[None, :] if first + B > D else is_row[:, None]
+    place = out + row[:, None] * spacing + column[None, :]
+    tl.store(place, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(z, inverse, offset, first: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    """(ReLU(z) + offset) over the scale of its column; 0 outside."""
+    x = (tl.where(z <= 0, 0.0, z) + offset) * inverse[None, :]
+    if first + B > D:
+        x = tl.where((first + tl.arange(0, B) < D)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def _same_power(unit, x, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
+    """(unit to the power of gamma, that over unit); POWER is gamma if that is a small integer."""
+    if POWER > 0:  # products, without a logarithm or an exponential
+        lower = tl.zeros_like(unit) + 1.0
+        for _ in tl.static_range(POWER - 1):
+            lower *= unit
+        return lower * unit, lower
+    bounded = tl.where(unit < _NORMAL, _NORMAL, tl.where(unit > _LARGEST, _LARGEST, unit))
+    power = tl.where(x <= _NORMAL, 0.0, _exp2(gamma * _log2(bounded, FAST), FAST))
+    return power, tl.where(unit < _NORMAL, 0.0, power / bounded)
 
 
 @triton.jit
 def _scaled_power_map_kernel(
-    z, scale, out, stats, rows, d, z_row, gamma, offset, R: tl.constexpr, D: tl.constexpr,
+    z, scale, out, stats, rows, z_row, out_row, gamma, offset, POWER: tl.constexpr,
+    SOFT: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column = tl.arange(0, D)
-    is_row = row < rows
-    mask = is_row[:, None] & (column < d)[None, :]
-    divisor = tl.load(scale + column, mask=column < d, other=1.0).to(tl.float32)
-    x = _scaled(z, row, z_row, column, divisor, offset, mask)
-    power, pivot, norm, factor = _power(x, tl.zeros((R,), tl.float32) + gamma, FAST)
-    result = (power * factor[:, None]).to(out.dtype.element_ty)
-    tl.store(out + row[:, None] * d + column[None, :], result, mask=mask)
-    tl.store(stats + row, pivot, mask=is_row)
-    tl.store(stats + rows + row, norm, mask=is_row)
-    tl.store(stats + 2 * rows + row, factor, mask=is_row)
+    """Of one part of each row, D columns; a second axis of programs goes through the parts."""
+    part = tl.program_id(1)
+    z += part * D
+    out += part * D
+    stats += part * rows
+    total = tl.num_programs(1) * rows
+    inverse = _divisors(scale, SOFT, D, B)
+    for turn in range(TURNS):
+        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
+        is_row = row < rows
+        xs = ()
+        for i in tl.static_range(len(inverse)):
+            x = _load(z, row, z_row, is_row, i * B, D, B, False)
+            xs += (_scaled(x, inverse[i], offset, i * B, D, B),)
+        highest = xs[0]
+        for i in tl.static_range(1, len(xs)):
+            highest = tl.maximum(highest, xs[i])
+        peak = tl.maximum(tl.max(highest, 1), _NORMAL)
+        pivot = peak
+        if POWER == 0:
+            lowest = tl.where(xs[0] > _NORMAL, xs[0], _LARGEST)
+            for i in tl.static_range(1, len(xs)):
+                lowest = tl.minimum(lowest, tl.where(xs[i] > _NORMAL, xs[i], _LARGEST))
+            pivot = _pivot(gamma, tl.min(lowest, 1), peak)
+        squares = tl.zeros((R, B), tl.float32)
+        of_powers = tl.zeros((R, B), tl.float32)
+        powers = ()
+        for i in tl.static_range(len(xs)):
+            power, _ = _same_power(xs[i] * (1.0 / pivot)[:, None], xs[i], gamma, POWER, FAST)
+            ratio = xs[i] * (1.0 / peak)[:, None]
+            squares += ratio * ratio
+            of_powers += power * power
+            powers += (power,)
+        norm = tl.maximum(tl.sqrt(tl.sum(of_powers, 1)), _NORMAL)
+        factor = peak * tl.sqrt(tl.sum(squares, 1)) / norm
+        for i in tl.static_range(len(powers)):
+            _store(out, powers[i] * factor[:, None], row, out_row, is_row, i * B, D, B)
+        tl.store(stats + row, pivot, mask=is_row)
+        tl.store(stats + total + row, norm, mask=is_row)
+        tl.store(stats + 2 * total + row, factor, mask=is_row)
 
 
 @triton.jit
 def _scaled_power_map_backward_kernel(
-    grad, z, scale, stats, grad_z, partial, rows, d, g_row, z_row, gamma, offset,
-    TURNS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, FAST: tl.constexpr,
+    grad, z, scale, stats, grad_z, partial, rows, g_row, z_row, out_row, gamma, offset,
+    POWER: tl.constexpr, SOFT: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, B: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, D)
-    is_column = column < d
-    divisor = tl.load(scale + column, mask=is_column, other=1.0).to(tl.float32)
-    total = tl.zeros((R, D), tl.float32)
+    """``grad_z`` may be ``grad``; ``partial`` gets sums over rows of x times its gradient."""
+    part = tl.program_id(1)
+    z += part * D
+    grad += part * D
+    grad_z += part * D
+    stats += part * rows
+    total = tl.num_programs(1) * rows
+    inverse = _divisors(scale, SOFT, D, B)
+    zero = tl.zeros((R, B), tl.float32)
+    sums = (zero,) * len(inverse)
     for turn in range(TURNS):
         row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
         is_row = row < rows
-        mask = is_row[:, None] & is_column[None, :]
-        x = _scaled(z, row, z_row, column, divisor, offset, mask)
-        g = tl.load(grad + row[:, None] * g_row + column[None, :], mask=mask, other=0.0)
         pivot = tl.load(stats + row, mask=is_row, other=1.0)
-        norm = tl.load(stats + rows + row, mask=is_row, other=1.0)
-        factor = tl.load(stats + 2 * rows + row, mask=is_row, other=0.0)
-        power = tl.zeros((R,), tl.float32) + gamma
-        slope, _ = _power_backward(g.to(tl.float32), x, power, pivot, norm, factor, FAST)
-        slope = tl.where(x == 0, 0.0, slope) / divisor[None, :]
-        total += tl.where(mask, slope * x, 0.0)
-        line = z + row[:, None] * z_row + column[None, :]
-        slope = tl.where(tl.load(line, mask=mask, other=0.0) <= 0, 0.0, slope)
-        here = grad_z + row[:, None] * d + column[None, :]
-        tl.store(here, slope.to(grad_z.dtype.element_ty), mask=mask)
-    tl.store(partial + tl.program_id(0) * d + column, -tl.sum(total, 0), mask=is_column)
+        norm = tl.load(stats + total + row, mask=is_row, other=1.0)
+        factor = tl.load(stats + 2 * total + row, mask=is_row, other=0.0)
+        along = tl.zeros((R, B), tl.float32)
+        for i in tl.static_range(len(inverse)):
+            x = _load(z, row, z_row, is_row, i * B, D, B, True)
+            x = _scaled(x, inverse[i], offset, i * B, D, B)
+            power, _ = _same_power(x * (1.0 / pivot)[:, None], x, gamma, POWER, FAST)
+            along += _load(grad, row, g_row, is_row, i * B, D, B, True) * power
+        along = tl.sum(along, 1) / norm
+        of_power = along / norm
+        of_x = along / tl.maximum(factor * norm, _NORMAL)
+        steep = gamma * factor / pivot
+        found = ()
+        for i in tl.static_range(len(inverse)):  # loads again: registers are few, caches near
+            raw = _load(z, row, z_row, is_row, i * B, D, B, False)
+            x = _scaled(raw, inverse[i], offset, i * B, D, B)
+            power, lower = _same_power(x * (1.0 / pivot)[:, None], x, gamma, POWER, FAST)
+            slope = _load(grad, row, g_row, is_row, i * B, D, B, False)
+            slope = (slope - power * of_power[:, None]) * lower * steep[:, None]
+            slope += x * of_x[:, None]
+            found += (sums[i] + slope * x,)
+            slope = tl.where(raw <= 0, 0.0, slope * inverse[i][None, :])
+            _store(grad_z, slope, row, out_row, is_row, i * B, D, B)
+        sums = found
+    partial += (tl.program_id(0) * tl.num_programs(1) + part) * D
+    for i in tl.static_range(len(sums)):
+        column = i * B + tl.arange(0, B)
+        tl.store(partial + column, tl.sum(sums[i], 0), mask=column < D)
+
+
+@triton.jit
+def _scale_gradient_kernel(
+    partial, scale, out, parts, D: tl.constexpr, SOFT: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Of what divides x, from the parts of the sums of x times its gradient."""
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    is_column = column < D
+    total = tl.zeros((R, C), tl.float32)
+    for first in range(0, parts, R):
+        row = first + tl.arange(0, R)
+        mask = (row < parts)[:, None] & is_column[None, :]
+        total += tl.load(partial + row[:, None] * D + column[None, :], mask=mask, other=0.0)
+    s = tl.load(scale + column, mask=is_column, other=1.0).to(tl.float32)
+    slope = -1.0 / s
+    if SOFT:
+        slope = -1.0 / (_softplus(s) * (1.0 + tl.exp(-s)))
+    slope *= tl.sum(total, 0)
+    tl.store(out + column, slope.to(out.dtype.element_ty), mask=is_column)
 
 
 def _row_block(d: int) -> tuple[int, int]:
@@ -262,24 +385,88 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
 power_map_forward.register_autograd(_gradients, setup_context=_setup)
 
 
+# Rows of a tile of 256 columns, warps, and tiles that a program goes through.
+FOCUS_BLOCK, FOCUS_GRADIENT_BLOCK = (4, 4, 4), (4, 4, 4)
+_MOST_PRODUCTS = 8  # up to this power
+
+
+def _focus_tile(
+    block: tuple[int, int, int], rows: int, d: int, gamma: float, is_soft: bool
+) -> tuple[int, tuple[Any, ...], int]:
+    """Programs, what a kernel is told behind its numbers, and warps."""
+    high, warps, turns = block
+    columns = min(256, _power_of_2(d))
+    while d > 8 * columns:
+        columns *= 2
+    high = max(1, high * 256 // columns)
+    power = int(gamma) if 1 <= gamma <= _MOST_PRODUCTS and gamma == int(gamma) else 0
+    constants = power, is_soft, turns, high, d, columns, _is_fast()
+    return _ceil(rows, high * turns), constants, warps
+
+
+def focus(
+    z: Tensor, scale: Tensor, gamma: float, offset: float, parts: int, is_soft: bool
+) -> tuple[Tensor, Tensor]:
+    """``scaled_power_map`` of each of the first parts of rows, which share the scale.
+
+    Args:
+        z: (..., n, at least parts * d), with equally spaced rows.
+        scale: (d,).
+        gamma: As there, like ``offset``.
+        parts: How many.
+        is_soft: Whether the scale is yet to go through softplus.
+
+    Returns:
+        (..., n, parts * d), and statistics of the rows, (3, parts, rows).
+    """
+    z, spacing = _rows(z)
+    *sizes, width = z.shape
+    d = len(scale)
+    rows = z.numel() // max(1, width)
+    out = torch.empty(*sizes, parts * d, dtype=z.dtype, device=z.device)
+    stats = torch.empty(3, parts, rows, dtype=torch.float32, device=z.device)
+    programs, constants, warps = _focus_tile(FOCUS_BLOCK, rows, d, gamma, is_soft)
+    if rows:
+        launch_kernel(_scaled_power_map_kernel, (programs, parts),
+            z, scale, out, stats, rows, spacing, parts * d, gamma, offset, *constants,
+            num_warps=warps,
+        )  # fmt: skip
+    return out, stats
+
+
+def focus_gradient(
+    grad: Tensor, z: Tensor, scale: Tensor, stats: Tensor, gamma: float, offset: float,
+    is_soft: bool, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """Writes the gradient of ``focus`` into the first parts of ``out``, and returns the scale's.
+
+    ``out`` may be ``grad``; both have equally spaced rows.
+    """
+    (z, spacing), (grad, grad_spacing) = _rows(z), _rows(grad)
+    d, (_, parts, rows) = len(scale), stats.shape
+    programs, constants, warps = _focus_tile(FOCUS_GRADIENT_BLOCK, rows, d, gamma, is_soft)
+    partial = torch.empty(programs * parts, d, dtype=torch.float32, device=z.device)
+    of_scale = torch.empty(d, dtype=scale.dtype, device=z.device)
+    if rows:
+        launch_kernel(_scaled_power_map_backward_kernel, (programs, parts),
+            grad, z, scale, stats, out, partial, rows, grad_spacing, spacing, out.stride(-2),
+            gamma, offset, *constants, num_warps=warps,
+        )  # fmt: skip
+    if d:
+        launch_kernel(_scale_gradient_kernel, (_ceil(d, 16),),
+            partial, scale, of_scale, len(partial), d, is_soft, 128, 16, num_warps=4,
+        )  # fmt: skip
+    return of_scale
+
+
 @launched(
     "scaled_power_map", "(Tensor z, Tensor scale, float gamma, float offset) -> (Tensor, Tensor)"
 )
 def _scaled_forward(
     z: Tensor, scale: Tensor, gamma: float, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Power map of (ReLU(z) + offset) / scale: (t, d), (d,) -> (t, d) and statistics, (3, t)."""
-    z, spacing = _rows(z)
-    rows, d = z.shape
-    out = torch.empty(rows, d, dtype=z.dtype, device=z.device)
-    stats = torch.empty(3, rows, dtype=torch.float32, device=z.device)
-    block, warps = _row_block(d)
-    if rows:
-        launch_kernel(_scaled_power_map_kernel, (_ceil(rows, block),),
-            z, scale, out, stats, rows, d, spacing, gamma, offset, block,
-            _power_of_2(d), _is_fast(), num_warps=warps,
-        )  # fmt: skip
-    return out, stats
+    """Power map of (ReLU(z) + offset) / scale: (t, d), (d,) -> (t, d) and its statistics."""
+    return focus(z, scale, gamma, offset, 1, False)
 
 
 @launched(
@@ -291,23 +478,13 @@ def _scaled_backward(
     grad: Tensor, z: Tensor, scale: Tensor, stats: Tensor, gamma: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to z, (t, d), and scale, (d,)."""
-    (z, spacing), (grad, grad_spacing) = _rows(z), _rows(grad)
-    rows, d = z.shape
-    grad_z = torch.empty(rows, d, dtype=z.dtype, device=z.device)
-    block, warps = _row_block(d)
-    programs = _ceil(rows, block * _TURNS)
-    partial = torch.empty(programs, d, dtype=torch.float32, device=z.device)
-    if rows:
-        launch_kernel(_scaled_power_map_backward_kernel, (programs,),
-            grad, z, scale, stats, grad_z, partial, rows, d, grad_spacing, spacing, gamma, offset,
-            _TURNS, block, _power_of_2(d), _is_fast(), num_warps=warps,
-        )  # fmt: skip
-    return grad_z, partial.sum(0).to(scale.dtype)
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    return out, focus_gradient(grad, z, scale, stats, gamma, offset, False, out)
 
 
 @_scaled_forward.register_fake
 def _(z: Tensor, scale: Tensor, gamma: float, offset: float) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty(3, z.shape[0], dtype=torch.float32)
+    return z.new_empty(z.shape), z.new_empty(3, 1, z.shape[0], dtype=torch.float32)
 
 
 @_scaled_backward.register_fake

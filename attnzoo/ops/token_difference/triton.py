@@ -30,8 +30,6 @@ from attnzoo.ops.token_difference.triton_backward import (
     _of_head,
     _relu,
     _risen,
-    _tile,
-    _weights,
     difference_backward,
 )
 from attnzoo.ops.triton_common import (
@@ -51,24 +49,132 @@ from attnzoo.ops.triton_replay import replayed
 
 
 @triton.jit
-def _falling(line, is_row, gamma, peak, d, R: tl.constexpr, C: tl.constexpr):
+def _part(line, column, d, EVEN: tl.constexpr):
+    """Columns of the rows that ``line`` points to."""
+    if EVEN:
+        return tl.load(line + column[None, :])
+    return tl.load(line + column[None, :], mask=(column < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _in_order(tile, W: tl.constexpr, E: tl.constexpr):
+    """A tile (rows, columns) with its columns, and the rows of W warps, in another order.
+
+    A product may sum over columns in any order. In this one a thread's part of the operand is
+    what it loaded, 16 bytes of a row at once; E entries fill a register.
+    """
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    tile = tl.reshape(tile, (R // (16 * W), 2, W, 8, 4, C // (4 * E), E))
+    return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 4, 6)), (R, C))
+
+
+@triton.jit
+def _in_rows(logits, W: tl.constexpr):
+    """What ``_routed`` returns, with its rows in their own order."""
+    R: tl.constexpr = logits.shape[0]
+    G: tl.constexpr = logits.shape[1]
+    logits = tl.reshape(logits, (R // (16 * W), W, 2, 8, G))
+    return tl.reshape(tl.permute(logits, (0, 2, 1, 3, 4)), (R, G))
+
+
+@triton.jit
+def _routed(total, x, w, W: tl.constexpr, P: tl.constexpr):
+    """Adds products of x (rows, columns) with a router's w (choices, columns)."""
+    E: tl.constexpr = 32 // w.dtype.primitive_bitwidth
+    w = tl.trans(_in_order(w, 1, E))
+    return _add_dot(total, _in_order(x.to(w.dtype), W, E), w, P)
+
+
+@triton.jit
+def _falling(line, gamma, peak, d, C: tl.constexpr, EVEN: tl.constexpr):
     """(pivot, norm of ReLU(z)) of rows, where the smallest positive entry may be the pivot."""
-    low = tl.full((R, C), _LARGEST, tl.float32)
-    squares = tl.zeros((R, C), tl.float32)
+    low = tl.full(peak.shape, _LARGEST, tl.float32)
+    squares = tl.zeros(peak.shape, tl.float32)
     for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        mask = is_row[:, None] & (column < d)[None, :]
-        x = tl.load(line + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.where(x > _NORMAL, x, _LARGEST))
+        x = _part(line, first + tl.arange(0, C), d, EVEN).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(x > _NORMAL, x, _LARGEST), 1))
         ratio = tl.where(x <= 0, 0.0, x) * (1.0 / peak)[:, None]
-        squares += ratio * ratio
-    return _pivot(gamma, tl.min(low, 1), peak), peak * tl.sqrt(tl.sum(squares, 1))
+        squares += tl.sum(ratio * ratio, 1)
+    return _pivot(gamma, low, peak), peak * tl.sqrt(squares)
+
+
+@triton.jit
+def _keep(place, index, line, p, is_row, choices):
+    """Stores a decision and its probabilities."""
+    choice = tl.arange(0, p.shape[1])[None, :]
+    tl.store(place, index, mask=is_row)
+    tl.store(line[:, None] + choice, p, mask=is_row[:, None] & (choice < choices))
 
 
 @triton.jit
 def _is_extreme(peak):
     """Of rows, whether squares leave float32's range; rows of zeros do not."""
     return (peak > 1e15) | ((peak < 1e-12) & (peak > _NORMAL))
+
+
+@triton.jit
+def _powers(
+    line, router, table, choices, difference_router, n_lambda, key_sum, kept, kept_line, is_row,
+    d, head_dim, dtype: tl.constexpr, NORMALIZE: tl.constexpr, SAVE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
+    P: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """What turns rows into their powers, and sums over these.
+
+    Returns:
+        The exponent, one over the pivot, the norm of the unscaled powers, what restores the norm,
+        and of the powers so scaled products with the difference router (R, L) and, for each head,
+        with ``key_sum`` (R, H).
+    """
+    peak = tl.full((R,), _NORMAL, tl.float32)
+    squares = tl.zeros((R,), tl.float32)
+    logits = tl.zeros((R, G), tl.float32)
+    # Choices past the last are the last once more, so that no load needs a mask.
+    router += tl.minimum(tl.arange(0, G), choices - 1)[:, None] * d
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        x = _part(line, column, d, EVEN)
+        logits = _routed(logits, x, _part(router, column, d, EVEN), W, P)
+        x = _relu(x)
+        peak = tl.maximum(peak, tl.max(x, 1))
+        squares += tl.sum(x * x, 1)
+    gamma, p, index = _decide(_in_rows(logits, W), table, choices, dtype, G)
+    if SAVE:
+        _keep(kept, index, kept_line, p, is_row, choices)
+    pivot, length = peak, tl.sqrt(squares)
+    # Rare enough for a walk of its own: exponents that fall, and squares out of range.
+    is_rare = (gamma < 0.0) | _is_extreme(peak)
+    if tl.max(is_rare.to(tl.int32), 0) > 0:
+        pivot, length = _falling(line, gamma, peak, d, C, EVEN)
+    inverse, exponent = 1.0 / pivot, _exponent(gamma)
+
+    squares = tl.zeros((R,), tl.float32)
+    along = tl.zeros((R,), tl.float32)
+    normals = tl.zeros((R, H), tl.float32)
+    heads = tl.arange(0, H)[None, :]
+    logits = tl.zeros((R, L), tl.float32)
+    difference_router += tl.minimum(tl.arange(0, L), n_lambda - 1)[:, None] * (2 * d)
+    for first in range(0, d, C):
+        column = first + tl.arange(0, C)
+        x = _part(line, column, d, EVEN).to(tl.float32)
+        power = _risen(x, x * inverse[:, None], exponent, FAST)
+        squares += tl.sum(power * power, 1)
+        w = _part(difference_router, column, d, EVEN)
+        logits = _routed(logits, power.to(dtype), w, W, P)
+        if NORMALIZE:
+            total = tl.load(key_sum + column, mask=column < d, other=0.0)
+            sums_here = tl.sum(power * total[None, :], 1)
+            if H == 1:
+                along += sums_here
+            else:
+                normals += tl.where(heads == first // head_dim, sums_here[:, None], 0.0)
+    if H == 1:
+        normals = along[:, None]
+    norm = tl.maximum(tl.sqrt(squares), _NORMAL)
+    scale = length / norm
+    logits = _in_rows(logits, W) * scale[:, None]
+    return gamma, inverse, norm, scale, logits, normals * scale[:, None]
 
 
 @triton.jit
@@ -106,6 +212,7 @@ def _difference_kernel(
     P: tl.constexpr,
     FAST: tl.constexpr,
     EVEN: tl.constexpr,
+    W: tl.constexpr,
 ):
     # Tokens are walked three times, from memory once: for the exponents, for the norms and the
     # factor, and for the result. With several heads no tile of columns spans two of them.
@@ -113,99 +220,53 @@ def _difference_kernel(
     block = tl.program_id(0) % blocks
     inside = block * R + tl.arange(0, R)
     is_row = inside < n
-    row = sample.to(tl.int64) * n + inside
+    # Rows past the last are the last once more.
+    row = sample.to(tl.int64) * n + tl.minimum(inside, n - 1)
     dtype: tl.constexpr = out.dtype.element_ty
     line1 = z1 + row[:, None] * z1_row
     line2 = z2 + row[:, None] * z2_row
+    kept = probability + row * (2 * n_gamma + n_lambda)
+    key_sum += sample * d
 
-    peak_tile1 = tl.zeros((R, C), tl.float32)
-    peak_tile2 = tl.zeros((R, C), tl.float32)
-    units1 = tl.zeros((R, C), tl.float32)
-    units2 = tl.zeros((R, C), tl.float32)
-    logits1 = tl.zeros((R, G), tl.float32)
-    logits2 = tl.zeros((R, G), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        x = _tile(line1, column, is_row, d, EVEN)
-        y = _tile(line2, column, is_row, d, EVEN)
-        w = _weights(r1, d, d, n_gamma, column, G)
-        logits1 = _add_dot(logits1, x.to(w.dtype), tl.trans(w), P)
-        x = _relu(x)
-        peak_tile1 = tl.maximum(peak_tile1, x)
-        units1 += x * x
-        w = _weights(r2, d, d, n_gamma, column, G)
-        logits2 = _add_dot(logits2, y.to(w.dtype), tl.trans(w), P)
-        y = _relu(y)
-        peak_tile2 = tl.maximum(peak_tile2, y)
-        units2 += y * y
-    gamma1, p1, c1 = _decide(logits1, gammas, n_gamma, dtype, G)
-    gamma2, p2, c2 = _decide(logits2, gammas + n_gamma, n_gamma, dtype, G)
-    peak1 = tl.maximum(tl.max(peak_tile1, 1), _NORMAL)
-    peak2 = tl.maximum(tl.max(peak_tile2, 1), _NORMAL)
-    pivot1, pivot2 = peak1, peak2
-    length1, length2 = tl.sqrt(tl.sum(units1, 1)), tl.sqrt(tl.sum(units2, 1))
+    gamma1, inverse1, norm1, scale1, logits1, normals = _powers(
+        line1, r1, gammas, n_gamma, rd, n_lambda, key_sum, choices + row, kept, is_row,
+        d, head_dim, dtype, NORMALIZE, SAVE, R, C, H, G, L, P, FAST, EVEN, W,
+    )  # fmt: skip
+    gamma2, inverse2, norm2, scale2, logits2, _ = _powers(
+        line2, r2, gammas + n_gamma, n_gamma, rd + d, n_lambda, key_sum, choices + rows + row,
+        kept + n_gamma, is_row,
+        d, head_dim, dtype, False, SAVE, R, C, 1, G, L, P, FAST, EVEN, W,
+    )  # fmt: skip
+    factor, p, index = _decide(logits1 + logits2, lambdas, n_lambda, dtype, L)
+    if SAVE:
+        _keep(choices + 2 * rows + row, index, kept + 2 * n_gamma, p, is_row, n_lambda)
+
     power1, power2 = _exponent(gamma1), _exponent(gamma2)
-    # Rare enough for a walk of its own: exponents that fall, and squares out of range.
-    is_rare = (tl.minimum(gamma1, gamma2) < 0.0) | _is_extreme(peak1) | _is_extreme(peak2)
-    if tl.max(is_rare.to(tl.int32), 0) > 0:
-        pivot1, length1 = _falling(line1, is_row, gamma1, peak1, d, R, C)
-        pivot2, length2 = _falling(line2, is_row, gamma2, peak2, d, R, C)
-    inverse1, inverse2 = 1.0 / pivot1, 1.0 / pivot2
-
-    squares1 = tl.zeros((R, C), tl.float32)
-    squares2 = tl.zeros((R, C), tl.float32)
-    along = tl.zeros((R, C), tl.float32)
-    normals = tl.zeros((R, H), tl.float32)
+    gain, share = tl.where(is_row, scale1, 0.0), scale2 * factor
     heads = tl.arange(0, H)
-    logits1 = tl.zeros((R, L), tl.float32)
-    logits2 = tl.zeros((R, L), tl.float32)
-    for first in range(0, d, C):
-        column = first + tl.arange(0, C)
-        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        power = _risen(x, x * inverse1[:, None], power1, FAST)
-        squares1 += power * power
-        w = _weights(rd, 2 * d, d, n_lambda, column, L)
-        logits1 = _add_dot(logits1, power.to(dtype).to(w.dtype), tl.trans(w), P)
-        if NORMALIZE:
-            total = tl.load(key_sum + sample * d + column, mask=column < d, other=0.0)
-            if H == 1:
-                along += power * total[None, :]
-            else:
-                sums_here = tl.sum(power * total[None, :], 1)[:, None]
-                normals += tl.where(heads[None, :] == first // head_dim, sums_here, 0.0)
-        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        power = _risen(x, x * inverse2[:, None], power2, FAST)
-        squares2 += power * power
-        w = _weights(rd + d, 2 * d, d, n_lambda, column, L)
-        logits2 = _add_dot(logits2, power.to(dtype).to(w.dtype), tl.trans(w), P)
-    norm1 = tl.maximum(tl.sqrt(tl.sum(squares1, 1)), _NORMAL)
-    norm2 = tl.maximum(tl.sqrt(tl.sum(squares2, 1)), _NORMAL)
-    scale1, scale2 = length1 / norm1, length2 / norm2
-    logits = logits1 * scale1[:, None] + logits2 * scale2[:, None]
-    factor, pd, cd = _decide(logits, lambdas, n_lambda, dtype, L)
     if NORMALIZE:
+        normals += eps
+        if SAVE:
+            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
+            tl.store(stats + (9 + heads[None, :]) * rows + row[:, None], normals, mask=is_head)
         if H == 1:
-            normals = tl.sum(along, 1)[:, None]
-        normals = normals * scale1[:, None] + eps
-
-    share = scale2 * factor
+            over = 1.0 / _of_head(normals, 0, H)
+            gain *= over
+            share *= over
     for first in range(0, d, C):
         column = first + tl.arange(0, C)
-        x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
-        result = _risen(x, x * inverse1[:, None], power1, FAST)
-        x = _tile(line2, column, is_row, d, EVEN).to(tl.float32)
-        redundant = _risen(x, x * inverse2[:, None], power2, FAST)
-        if NORMALIZE:
-            over = 1.0 / _of_head(normals, first // head_dim, H)
-            result *= (scale1 * over)[:, None]
-            result -= redundant * (share * over)[:, None]
-        else:
-            result *= scale1[:, None]
+        x = _part(line1, column, d, EVEN).to(tl.float32)
+        result = _risen(x, x * inverse1[:, None], power1, FAST) * gain[:, None]
+        x = _part(line2, column, d, EVEN).to(tl.float32)
+        redundant = _risen(x, x * inverse2[:, None], power2, FAST) * share[:, None]
+        if not NORMALIZE:
             # Rows that are not there are 0.
             place = tl.program_id(0).to(tl.int64) * d + column
             tl.store(sums + place, tl.sum(result, 0), mask=column < d)
-            result -= redundant * share[:, None]
-        mask = is_row[:, None] & (column < d)[None, :]
+        result -= redundant
+        if NORMALIZE and H > 1:
+            result *= (1.0 / _of_head(normals, first // head_dim, H))[:, None]
+        mask = is_row[:, None] if EVEN else is_row[:, None] & (column < d)[None, :]
         tl.store(out + row[:, None] * d + column[None, :], result.to(dtype), mask=mask)
     if SAVE:
         tl.store(stats + row, gamma1, mask=is_row)
@@ -217,29 +278,16 @@ def _difference_kernel(
         tl.store(stats + 6 * rows + row, norm2, mask=is_row)
         tl.store(stats + 7 * rows + row, scale2, mask=is_row)
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
-        if NORMALIZE:
-            is_head = is_row[:, None] & (heads[None, :] * head_dim < d)
-            tl.store(stats + (9 + heads[None, :]) * rows + row[:, None], normals, mask=is_head)
-        tl.store(choices + row, c1, mask=is_row)
-        tl.store(choices + rows + row, c2, mask=is_row)
-        tl.store(choices + 2 * rows + row, cd, mask=is_row)
-        width = 2 * n_gamma + n_lambda
-        g = tl.arange(0, G)
-        is_g = is_row[:, None] & (g[None, :] < n_gamma)
-        line = probability + row[:, None] * width
-        tl.store(line + g[None, :], p1, mask=is_g)
-        tl.store(line + n_gamma + g[None, :], p2, mask=is_g)
-        lam = tl.arange(0, L)
-        is_l = is_row[:, None] & (lam[None, :] < n_lambda)
-        tl.store(line + 2 * n_gamma + lam[None, :], pd, mask=is_l)
 
 
-# Rows and columns of a tile, warps and stages. Sixteen rows a warp, which is what one product of
-# a warp takes: with fewer, several warps compute the same powers, which pays where few rows would
-# leave most of a GPU idle.
-DIFFERENCE_BLOCK = (64, 64, 4, 3)
-FEW_DIFFERENCE_BLOCK = (16, 32, 2, 3)
-EXACT_DIFFERENCE_BLOCK = (32, 32, 2, 3)
+# Rows and columns of a tile, warps and stages. A warp takes the sixteen rows of one product, and a
+# tile the columns that four threads load, 16 bytes each: with others ``_in_order`` saves nothing.
+# Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle.
+DIFFERENCE_BLOCK = (32, 32, 2, 3)
+FEW_DIFFERENCE_BLOCK = (16, 64, 4, 3)
+EXACT_DIFFERENCE_BLOCK = (32, 16, 2, 1)
+# Of a thread, for many rows: what decisions spill costs less than warps that find no room.
+MOST_REGISTERS = 128
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
@@ -256,7 +304,8 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
-    block = DIFFERENCE_BLOCK if _are_many(rows, z1) else FEW_DIFFERENCE_BLOCK
+    is_many = _are_many(rows, z1)
+    block = DIFFERENCE_BLOCK if is_many else FEW_DIFFERENCE_BLOCK
     size, chunk, warps, stages = block if z1.element_size() == 2 else EXACT_DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
@@ -269,14 +318,15 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     kept = rows if save else 0
     stats, choices = new(9 + heads, kept), new(3, kept, dtype=torch.int32)
     probability = new(kept, 2 * n_gamma + n_lambda)
+    limit = {"maxnreg": MOST_REGISTERS} if is_many and _is_fast() and MOST_REGISTERS else {}
     if rows:
         launch_kernel(_difference_kernel, (b * blocks,),
             z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
             n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
             _power_of_2(heads), _width(n_gamma), _width(n_lambda),
-            _precision(r1.dtype), _is_fast(), d % chunk == 0,
-            num_warps=warps, num_stages=stages,
+            _precision(r1.dtype), _is_fast(), d % chunk == 0, min(warps, size // 16),
+            num_warps=warps, num_stages=stages, **limit,
         )  # fmt: skip
     # Queries, which bring a sum, have none: nothing to launch for.
     return out, sums.sum(1) if key_sum is None else sums.flatten(1), stats, choices, probability
