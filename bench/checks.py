@@ -31,8 +31,9 @@ def check_layer(
     """Compares a mechanism's fast path with its reference on a small grid.
 
     Outputs are compared in norm, since a token that chooses another expert after rounding moves
-    its whole row. In float32 on a CPU ``attnzoo.testing.deviations`` comes first: output and all
-    gradients against the reference in float64.
+    its whole row; and so is every gradient by itself, since a small one would hide among others.
+    In float32 on a CPU ``attnzoo.testing.deviations`` comes first: output and all gradients
+    against the reference in float64.
 
     Returns:
         What was found, for the record.
@@ -55,6 +56,9 @@ def check_layer(
         own = relative_error(reference(x, grid), exact)
         found[what] = relative_error(layer(x, grid), exact)
     found[f"allowed {what}"] = max(4 * own, HALF_PRECISION_BUDGET.get(dtype, 1e-4))
+    if not has_gradients:
+        least = 2 * HALF_PRECISION_BUDGET.get(dtype, 1e-4)
+        found |= _gradients(layer, reference, x, grid, least)
     for kind in ("output", "gradients", "inference"):
         if kind in found and not found[kind] <= found[f"allowed {kind}"]:
             raise WrongResult(
@@ -62,6 +66,28 @@ def check_layer(
                 f"{width}: {kind} by {found[kind]:.1e}, allowed {found[f'allowed {kind}']:.1e}"
             )
     return {"sibling": f"{side}x{side}"} | {key: float(value) for key, value in found.items()}
+
+
+def _gradients(
+    layer: Attention, reference: Any, x: Tensor, grid: tuple[int, int], least: float
+) -> dict[str, float]:
+    """Of all gradients the one that is furthest off for what is allowed, ``least`` or more."""
+    exact, own, fast = (
+        testing.outputs_and_gradients(model, z, grid)
+        for model, z in (
+            (copy.deepcopy(reference).double(), x.double()), (reference, x), (layer, x)
+        )
+    )  # fmt: skip
+    pairs = [
+        (
+            relative_error(fast[key], exact[key]),
+            max(4 * relative_error(own[key], exact[key]), least),
+        )
+        for key in exact
+        if key != "output" and exact[key].norm() > 0
+    ]
+    error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+    return {"gradients": error, "allowed gradients": allowed}
 
 
 def check_gradients(mechanism: str, options: dict[str, Any], width: int, device: str) -> float:

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention, linear
+from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
@@ -89,8 +90,8 @@ def test_agent_core(impl, dtype, budget, grid, cells, has_conv, small_convolutio
 @pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
 @pytest.mark.parametrize(
     ("n", "m", "is_packed"),
-    # One token to one key; two parts of the tokens, the first of two tiles, the last not full.
-    [(1, 1, False), (41, 3, True), (41, 37, True)],
+    # One token; two parts of the tokens, the first of two tiles, the last not full.
+    [(1, 2, False), (41, 3, True), (41, 37, True)],
 )
 def test_few_keys(impl, dtype, budget, n, m, is_packed, monkeypatch):
     if impl == "triton" and IS_INTERPRETED:
@@ -710,7 +711,8 @@ if CAN_RUN:
         assert found.dtype == dtype and found.shape == exact.shape
         torch.testing.assert_close(found, exact.to(dtype), rtol=2**-7, atol=1e-4)
 
-    def test_a_biased_layer_is_torchs_and_differentiated_twice():
+    def test_a_biased_layer_is_torchs_and_differentiated_twice(monkeypatch):
+        monkeypatch.setattr(dispatch, "_MANY", 0)
         layer = torch.nn.Linear(6, 5).to(DEVICE)
         x = random(2, 7, 6).requires_grad_()
         results = []

@@ -85,6 +85,23 @@ def test_a_wrong_training_step_is_told_from_a_right_one(monkeypatch):
         checks.check_gradients("sana", {}, 96, "cpu")
 
 
+def test_a_small_gradient_that_is_wrong_does_not_hide_among_others(monkeypatch):
+    found, calls = checks.testing.outputs_and_gradients, []
+
+    def wrong(*arguments):
+        results = found(*arguments)
+        calls.append(results)
+        if len(calls) == 3:  # after the reference, exact and not
+            results["grad proj.bias"] = -results["grad proj.bias"]
+        return results
+
+    assert checks.check_layer("sana", {}, 96, "bfloat16", "cpu", 4)["gradients"] < 0.05
+    monkeypatch.setattr(checks.testing, "outputs_and_gradients", wrong)
+    with pytest.raises(checks.WrongResult, match="gradients by 2"):
+        checks.check_layer("sana", {}, 96, "bfloat16", "cpu", 4)
+    assert len(calls) == 3
+
+
 def test_the_device_time_counts_where_both_could_be_recorded():
     race = Race(
         launched={"a": [2.0, 2.0], "b": [1.0, 1.0], "c": [8.0, 8.0]},

@@ -282,12 +282,15 @@ def _difference_kernel(
 
 # Rows and columns of a tile, warps and stages. A warp takes the sixteen rows of one product, and a
 # tile the columns that four threads load, 16 bytes each: with others ``_in_order`` saves nothing.
-# Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle.
+# Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle. So are
+# wide ones: as many as otherwise are under way at once find no room in its cache until the second
+# and third walk, and size L took 1.1 times as long as before.
 DIFFERENCE_BLOCK = (32, 32, 2, 3)
 FEW_DIFFERENCE_BLOCK = (16, 64, 4, 3)
 EXACT_DIFFERENCE_BLOCK = (32, 16, 2, 1)
 # Of a thread, for many rows: what decisions spill costs less than warps that find no room.
 MOST_REGISTERS = 128
+MOST_COLUMNS = 512  # of rows that are not wide
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
@@ -304,7 +307,7 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
-    is_many = _are_many(rows, z1)
+    is_many = d <= MOST_COLUMNS and _are_many(rows, z1)
     block = DIFFERENCE_BLOCK if is_many else FEW_DIFFERENCE_BLOCK
     size, chunk, warps, stages = block if z1.element_size() == 2 else EXACT_DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
