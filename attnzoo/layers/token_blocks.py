@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from attnzoo.ops.rotary_core.rotary import rows_of
+
 
 class TokenBlocks(NamedTuple):
     """The blocks of a grid; the last ones have fewer tokens where a side does not divide.
@@ -40,8 +42,7 @@ class TokenBlocks(NamedTuple):
 
     def rows_of(self, span: slice) -> tuple[int, int]:
         """First row of the grid and the one after the last, of a part that is whole rows."""
-        first, stop, _ = span.indices(self.grid[0] * self.grid[1])
-        return first // self.grid[1], stop // self.grid[1]
+        return rows_of(span, self.grid)
 
     def blocks_of(self, span: slice) -> slice:
         """The blocks that a part touches."""

@@ -78,11 +78,18 @@ class Job:
 
 
 def compile_job(job: Job, setup: Setup) -> None:
-    """Compiles what a job will need, so that compilers' caches on disk have it."""
-    if job.case is not None:
-        compile_ahead(job.case, setup)
-    else:
-        rehearse_recipe(job.recipe[0], job.mechanism, job.recipe[1], setup)
+    """Compiles what a job will need, so that compilers' caches on disk have it.
+
+    Raises:
+        RuntimeError: It fails; in words, since not every error can be sent to another process.
+    """
+    try:
+        if job.case is not None:
+            compile_ahead(job.case, setup)
+        else:
+            rehearse_recipe(job.recipe[0], job.mechanism, job.recipe[1], setup)
+    except Exception as error:  # of a compiler, anything
+        raise RuntimeError(one_line(error)) from None
 
 
 class Bench:

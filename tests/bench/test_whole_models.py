@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -86,6 +87,17 @@ def test_a_mechanism_that_differs_from_its_reference_is_not_timed(tmp_path, monk
     report = run(tmp_path, "--mechanisms", "softmax,sana")
     assert {row["mechanism"] for row in report["cases"]} == {"softmax"}
     assert [miss["reason"] for miss in report["missed"]] == ["ValueError: it differs"] * 2
+
+
+def test_why_a_compiler_failed_can_be_sent_to_another_process(monkeypatch):
+    def fails(*_):
+        raise NotImplementedError("no such call", json)  # a module has no pickle
+
+    monkeypatch.setattr(process, "compile_ahead", fails)
+    job = process.Job("cases", "softmax", whole_cases.Case("softmax", "tiny", 16, "forward"))
+    with pytest.raises(RuntimeError, match=r"NotImplementedError: .*no such call") as raised:
+        process.compile_job(job, whole_cases.Setup("cpu", "eager"))
+    assert "no such call" in str(pickle.loads(pickle.dumps(raised.value)))
 
 
 def test_a_run_without_time_left_says_what_it_lacks(tmp_path, capsys):

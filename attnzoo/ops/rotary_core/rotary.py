@@ -38,6 +38,13 @@ def turns(steps: int, pairs: int, device: torch.device, dtype: torch.dtype) -> T
     return table
 
 
+def rows_of(span: slice, grid: tuple[int, int]) -> tuple[int, int]:
+    """First row of the grid and the one after the last, of a part of the tokens, whole rows."""
+    # Not ``span.indices``, which torch.compile of torch 2.11 cannot trace.
+    stop = grid[0] * grid[1] if span.stop is None else span.stop
+    return (span.start or 0) // grid[1], stop // grid[1]
+
+
 @in_float32
 def rotated(z: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tensor:
     """Turns pairs of channels by angles that grow with the token's row or column.
@@ -54,13 +61,12 @@ def rotated(z: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tens
     Returns:
         (b, heads, m, d).
     """
-    height, width = grid
-    pairs = z.shape[-1] // 4
+    width, pairs = grid[1], z.shape[-1] // 4
     if not pairs:
         return z
-    first, stop, _ = span.indices(height * width)
+    first, stop = rows_of(span, grid)
     table = turns(max(grid), pairs, z.device, z.dtype)
-    rows = table[:, first // width : stop // width, None].expand(-1, -1, width, -1)
+    rows = table[:, first:stop, None].expand(-1, -1, width, -1)
     columns = table[:, None, :width].expand_as(rows)
     # (m, 2 * pairs), of every token.
     cosine, sine = torch.cat((rows, columns), -1).flatten(1, 2)
