@@ -126,32 +126,38 @@ def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     its gradient still more, longer than the rest of a layer.
     """
     if maps.shape[1:] != grid:
-        rows, columns = (
-            _shares(before, after, maps.dtype, maps.device)
-            for before, after in zip(maps.shape[1:], grid, strict=True)
-        )
-        maps = rows.expand(len(maps), -1, -1) @ maps @ columns.t()
+        before = int(maps.shape[1]), int(maps.shape[2])
+        numbers = _shares(before, grid, maps.dtype, maps.device)
+        rows, columns = numbers.split([grid[0] * before[0], grid[1] * before[1]])
+        rows = rows.view(grid[0], -1).expand(len(maps), -1, -1)
+        maps = rows @ maps @ columns.view(grid[1], -1).t()
     return maps.flatten(1)
 
 
-def _shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much of each old place of an axis the new ones take over: (after, before)."""
+def _shares(
+    before: tuple[int, int], after: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """How much of each old place of an axis the new ones take over, (after, before), both flat."""
     if is_watched():  # a tracer's stand-in must not be cached
-        return torch.tensor(_numbers(before, after), dtype=dtype, device=device)
+        return _made_shares.__wrapped__(before, after, dtype, device)
     return _made_shares(before, after, dtype, device)
 
 
-_shares._dynamo_marked_constant = True  # type: ignore[attr-defined] # else it traces the making
+# Else a compiler traces the making. In one tensor, as it knows one such constant a graph.
+_shares._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=64)
-def _made_shares(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(_numbers(before, after), dtype=dtype, device=device)
+def _made_shares(
+    before: tuple[int, int], after: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    numbers = [x for sides in zip(before, after, strict=True) for x in _numbers(*sides)]
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(before: int, after: int) -> list[list[float]]:
+def _numbers(before: int, after: int) -> list[float]:
     with _disable_current_modes():  # a tracer has no numbers
         each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
         resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
-        return (resized / resized.sum(0)).tolist()
+        return (resized / resized.sum(0)).flatten().tolist()
