@@ -27,6 +27,7 @@ _IS_INTERPRETED = triton.knobs.runtime.interpret  # fixed when kernels are decla
 _NORMAL = tl.constexpr(1.1754943508222875e-38)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where tests of kernels run: on a GPU, or in a process in which Triton interprets them."""
+"""Where tests of kernels run, on a GPU or interpreted, and what they hold an operator to."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a start decides it
+HALF = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 CAN_RUN = HAS_TRITON and (DEVICE == "cuda" or IS_INTERPRETED)
 
@@ -20,3 +21,28 @@ def run_interpreted(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def errors(function, operands, shape, dtype, impl):
+    """Of an operator's output and gradients, against its reference in float64."""
+    generator = torch.Generator().manual_seed(5)
+    cotangent = torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    results = []
+    for name, wide in (("reference", torch.float64), (impl, dtype)):
+        inputs = [z.to(dtype).to(wide).requires_grad_() for z in operands]
+        out = function(*inputs, impl=name)
+        assert out.dtype == wide
+        results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(wide))])
+    for exact, found in zip(*results, strict=True):
+        assert found.shape == exact.shape
+        yield ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+IMPLEMENTATIONS = ["torch"] + ["triton"] * CAN_RUN
+# The interpreter cuts digits off where a GPU rounds.
+BUDGETS = [(torch.float32, 1e-6), (HALF, 2**-6)]

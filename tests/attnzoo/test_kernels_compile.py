@@ -93,7 +93,7 @@ def launch_difference(dtype, choices, heads, width=384):
         )
         for triton_backward.FEW_ROWS in (0, 8192):
             out, sums, *saved = difference_forward(*operands)
-            difference_backward(out, sums if key_sum is None else None, out, *saved, *operands)
+            difference_backward(out, sums if key_sum is None else None, *saved, *operands)
 
 
 def launch_routing(dtype, experts, width=384):

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -70,6 +71,24 @@ def test_threads_make_the_same_batches(data, ahead, images):
 def settle(batches):
     for batch in batches._begun.values():
         batch.result()
+
+
+def test_one_thread_at_a_time_reads_from_the_data_set(ahead, monkeypatch):
+    batches = Trainer(Settings(**SMALL)).batches
+    read, readers, most = batches.dataset.batch, [], []
+
+    def slow(indices):
+        readers.append(1)
+        most.append(len(readers))
+        time.sleep(0.02)
+        readers.pop()
+        return read(indices)
+
+    monkeypatch.setattr(batches.dataset, "batch", slow)
+    batches.take(0)
+    settle(batches)
+    assert len(most) == AHEAD + 1 and max(most) == 1
+    batches.close()
 
 
 def test_a_run_with_threads_equals_one_without_and_resumes_exactly(ahead, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from torch import Tensor
 from attnzoo.ops.depthwise_conv.triton import stencil, stencil_weight_gradient
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
+    _LOG2E,
     _add_dot,
     _ceil,
     _dot,
@@ -29,8 +30,6 @@ from attnzoo.ops.triton_common import (
     _width,
     launched,
 )
-
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 
 from attnzoo.ops.gated_scan.triton_common import _places
-from attnzoo.ops.triton_common import _dot
+from attnzoo.ops.triton_common import (
+    _LOG2E,
+    _dot,
+)
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _STRONGEST = tl.constexpr(-110.0)  # its exponential is 0, and finite sums of it stay exact
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnzoo.ops.few_keys import MOST_HALF
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
+    _LOG2E,
     _add_dot,
     _ceil,
     _dot,
@@ -31,8 +32,6 @@ from attnzoo.ops.triton_common import (
     launched,
 )
 from attnzoo.ops.triton_replay import replayed
-
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

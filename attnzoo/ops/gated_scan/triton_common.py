@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnzoo.ops.triton_common import _LOG2E
+
 # The least log2 of a chunk's decay for which its half, as an exponent, is left to bfloat16.
 _MILD = tl.constexpr(-80.0)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from torch import Tensor
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
+    _LOG2E,
     _add_dot,
     _ceil,
     _dot,
@@ -31,8 +32,6 @@ from attnzoo.ops.triton_common import (
     launch_kernel,
     launched,
 )
-
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -57,6 +56,21 @@ def _bounds(spans, y, x, is_real, height, width):
     left = tl.load(spans + 2 * height + x, mask=is_real, other=width)
     right = tl.load(spans + 2 * height + width + x, mask=is_real, other=0)
     return top, bottom, left, right
+
+
+@triton.jit
+def _tile_here(order, spans, height, width, tiles, S: tl.constexpr, KH: tl.constexpr,
+               KW: tl.constexpr, MOVED: tl.constexpr):  # fmt: skip
+    """A program's tile, whom its places see, and the blocks of the map that hold these."""
+    y, x, is_real, token = _places(
+        tl.program_id(0) // tiles * S, tl.program_id(0) % tiles * S, height, width, order, S, S,
+        MOVED,
+    )  # fmt: skip
+    top, bottom, left, right = _bounds(spans, y, x, is_real, height, width)
+    start_y, start_x = tl.min(top, 0), tl.min(left, 0)
+    across = tl.cdiv(tl.max(right, 0) - start_x, KW)
+    blocks = tl.cdiv(tl.max(bottom, 0) - start_y, KH) * across
+    return y, x, is_real, token, top, bottom, left, right, start_y, start_x, across, blocks
 
 
 @triton.jit
@@ -86,20 +100,16 @@ def _neighborhood_kernel(
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     first = image.to(tl.int64) * height * width
     column = tl.arange(0, D)
-    y, x, is_real, token = _places(
-        tl.program_id(0) // tiles * S, tl.program_id(0) % tiles * S, height, width, order, S, S,
-        MOVED,
-    )  # fmt: skip
-    top, bottom, left, right = _bounds(spans, y, x, is_real, height, width)
-    start_y, start_x = tl.min(top, 0), tl.min(left, 0)
-    across = tl.cdiv(tl.max(right, 0) - start_x, KW)
+    y, x, is_real, token, top, bottom, left, right, start_y, start_x, across, blocks = _tile_here(
+        order, spans, height, width, tiles, S, KH, KW, MOVED
+    )
     key += first * k_row + head * d
     value += first * v_row + head * d
     q = _tile(query + first * q_row + head * d, token, q_row, column, is_real, d)
     peak = tl.full((S * S,), -1e30, tl.float32)
     total = tl.zeros((S * S,), tl.float32)
     acc = tl.zeros((S * S, D), tl.float32)
-    for step in range(tl.cdiv(tl.max(bottom, 0) - start_y, KH) * across):
+    for step in range(blocks):
         other_y, other_x, is_key, other = _places(
             start_y + step // across * KH, start_x + step % across * KW, height, width, order,
             KH, KW, MOVED,
@@ -133,13 +143,9 @@ def _neighborhood_query_kernel(
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     first = image.to(tl.int64) * height * width
     column, row = tl.arange(0, D), heads * d
-    y, x, is_real, token = _places(
-        tl.program_id(0) // tiles * S, tl.program_id(0) % tiles * S, height, width, order, S, S,
-        MOVED,
-    )  # fmt: skip
-    top, bottom, left, right = _bounds(spans, y, x, is_real, height, width)
-    start_y, start_x = tl.min(top, 0), tl.min(left, 0)
-    across = tl.cdiv(tl.max(right, 0) - start_x, KW)
+    y, x, is_real, token, top, bottom, left, right, start_y, start_x, across, blocks = _tile_here(
+        order, spans, height, width, tiles, S, KH, KW, MOVED
+    )
     key += first * k_row + head * d
     value += first * v_row + head * d
     q = _tile(query + first * q_row + head * d, token, q_row, column, is_real, d)
@@ -150,7 +156,7 @@ def _neighborhood_query_kernel(
     tl.store(along + place, delta, mask=is_real)
     log = tl.load(logs + place, mask=is_real, other=0.0)
     acc = tl.zeros((S * S, D), tl.float32)
-    for step in range(tl.cdiv(tl.max(bottom, 0) - start_y, KH) * across):
+    for step in range(blocks):
         other_y, other_x, is_key, other = _places(
             start_y + step // across * KH, start_x + step % across * KW, height, width, order,
             KH, KW, MOVED,
@@ -177,13 +183,9 @@ def _neighborhood_key_kernel(
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     first = image.to(tl.int64) * height * width
     column, row = tl.arange(0, D), heads * d
-    y, x, is_real, token = _places(
-        tl.program_id(0) // tiles * S, tl.program_id(0) % tiles * S, height, width, order, S, S,
-        MOVED,
-    )  # fmt: skip
-    top, bottom, left, right = _bounds(spans, y, x, is_real, height, width)
-    start_y, start_x = tl.min(top, 0), tl.min(left, 0)
-    across = tl.cdiv(tl.max(right, 0) - start_x, KW)
+    y, x, is_real, token, top, bottom, left, right, start_y, start_x, across, blocks = _tile_here(
+        order, spans, height, width, tiles, S, KH, KW, MOVED
+    )
     query += first * q_row + head * d
     grad += first * g_row + head * d
     logs += tl.program_id(1).to(tl.int64) * height * width
@@ -192,7 +194,7 @@ def _neighborhood_key_kernel(
     v = _tile(value + first * v_row + head * d, token, v_row, column, is_real, d)
     of_key = tl.zeros((S * S, D), tl.float32)
     of_value = tl.zeros((S * S, D), tl.float32)
-    for step in range(tl.cdiv(tl.max(bottom, 0) - start_y, KH) * across):
+    for step in range(blocks):
         other_y, other_x, is_query, other = _places(
             start_y + step // across * KH, start_x + step % across * KW, height, width, order,
             KH, KW, MOVED,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+from attnzoo.ops.triton_common import _LOG2E
+
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _STRONGEST = tl.constexpr(-2e38)  # times log2(e) it is finite, and times a step of 0 it is 0
 

@@ -79,8 +79,7 @@ def _forward_macs(*args: Any, **_: Any) -> int:
 
 
 def _backward_macs(
-    grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probability: Any, *args: Any,
-    **_: Any,
+    grad: Tensor, grad_sum: Any, stats: Any, choices: Any, probability: Any, *args: Any, **_: Any
 ) -> int:  # fmt: skip
     # What is computed again is not counted, as nowhere.
     p = Operands(*args)

@@ -351,21 +351,21 @@ def _(*operands: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    p, (out, _, *saved) = Operands(*inputs), output
+    p, (_, _, *saved) = Operands(*inputs), output
     ctx.set_materialize_grads(False)
     ctx.options = p[9:]
-    ctx.save_for_backward(out, *saved, *p[:7], p.key_sum)
+    ctx.save_for_backward(*saved, *p[:7], p.key_sum)
 
 
 def _gradients(
     ctx: Any, grad: Tensor, grad_sum: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     *saved, key_sum = ctx.saved_tensors
-    p = Operands(*saved[4:], None, key_sum, *ctx.options)
+    p = Operands(*saved[3:], None, key_sum, *ctx.options)
     if key_sum is None and grad_sum is None:
         grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
     z1, z2, gate, routers, scalars, grad_key_sum = difference_backward(
-        grad, grad_sum, *saved[:4], *p
+        grad, grad_sum, *saved[:3], *p
     )
     # Without a straight-through gradient routers get none, not 0.
     learned = [None] * 3

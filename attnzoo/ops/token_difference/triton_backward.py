@@ -497,13 +497,12 @@ def _fitting_stages(operands: int, room: int | None) -> int:
 
 @launched(
     "focused_difference_backward",
-    "(Tensor grad, Tensor? grad_sum, Tensor out, Tensor stats, Tensor choices, "
+    "(Tensor grad, Tensor? grad_sum, Tensor stats, Tensor choices, "
     f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
 )
 def difference_backward(
     grad: Tensor,
     grad_sum: Tensor | None,
-    out: Tensor,
     stats: Tensor,
     choices: Tensor,
     probability: Tensor,
@@ -582,7 +581,7 @@ def difference_backward(
 
 
 @difference_backward.register_fake
-def _(grad: Tensor, grad_sum: Any, out: Any, stats: Any, choices: Any, probability: Any,
+def _(grad: Tensor, grad_sum: Any, stats: Any, choices: Any, probability: Any,
       *operands: Any) -> tuple[Tensor, ...]:  # fmt: skip
     p = Operands(*operands)
     b, n, d = p.z1.shape
