@@ -244,6 +244,9 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(tmp_path
     (run,) = (out / "runs").glob("*softmax*")
     assert f'"held_out_loss": {found["loss"][0]:.4f}'[:-2] in (run / "run/log.jsonl").read_text()
     other = ["--out", str(tmp_path / "other"), "--report-only"]
+    more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
+    assert study.main(more) == 0  # of a run that is done its own number counts
+    assert set(table.read(out / "table.csv")["held_out"]) == {32}
     assert study.main([*given, *other]) == 1
     assert "not run: resolution, equal depth, 8 px, sana, seed 0" in capsys.readouterr().out
     assert study.main([*given, *other, "--table", str(out / "table.csv")]) == 0
@@ -268,7 +271,7 @@ def rows(name="resolution", protocol="depth", px=32, seeds=5, losses=LOSSES, **o
                 "run": f"{name}-{protocol}-{px}-{variant}-{seed}", "parameters": 10, "macs": 1000,
                 "step_seconds": 0.01, "wall_seconds": 6.0, "loss": value, "loss_model": value,
                 **{f"q{q}": value for q in range(1, 5)}, "train_loss": value, "device": "H100",
-                "torch": "2.11", "elsewhere": 0, "FID[efflite0]": 100 * value,
+                "torch": "2.11", "held_out": 512, "elsewhere": 0, "FID[efflite0]": 100 * value,
                 "curve": f"20:{3 * value:.6g} 80:{1.25 * value:.6g} 100:{value:.6g}",
             } | other  # fmt: skip
 
@@ -301,6 +304,24 @@ class TestDecisions:
         assert decided(frame)["softmax, conv", "softmax", 32, "depth"].foreign == 3
         both = decided(frame, mixed=True)["softmax, conv", "softmax", 32, "depth"]
         assert (both.difference.pairs, both.foreign) == (5, 0)
+
+    def test_losses_on_other_images_are_no_pair_and_a_run_measured_twice_serves_both(self):
+        frame = pd.DataFrame(rows())
+        is_softmax = frame["variant"] == "softmax"
+        frame.loc[~is_softmax & (frame["seed"] > 2), ["held_out", "loss"]] = [1024, 0.2]
+        key = "softmax, conv", "softmax", 32, "depth"
+        one = decided(frame)[key]
+        assert (one.difference.pairs, one.foreign) == (3, 2)
+        again = frame.loc[is_softmax & (frame["seed"] > 2)].assign(held_out=1024, loss=0.21)
+        planned = again.assign(state="not run", loss=None)
+        both = table.merged([frame, again, planned])
+        assert len(both) == len(frame) + 2
+        one = decided(both)[key]
+        assert (one.difference.pairs, one.foreign) == (5, 0)
+        assert one.difference.percent < decided(frame)[key].difference.percent - 0.5
+        text = page.results_page(both, "p.png", "t.csv")
+        assert "losses on 512 held-out images" in text and "| 512, 1,024 |" in text
+        assert f"| {len(frame)} of {len(frame)} |" in text
 
     def test_claims_of_a_study_are_corrected_together(self):
         alone = pd.DataFrame(rows(losses={k: LOSSES[k] for k in ("softmax", "softmax, conv")}))

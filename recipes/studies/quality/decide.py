@@ -2,14 +2,15 @@
 
 Differences are of the held-out loss, paired by seed; Holm's correction takes the claims of one
 study as one family, in which the same runs count once, whichever protocols they serve. A pair
-counts only where both runs are of one device and one torch.
+counts only where both runs are of one device, one torch, and the same held-out images.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -19,7 +20,7 @@ from recipes.studies.comparison.statistics import LEVEL, Difference, holm, paire
 from recipes.studies.comparison.statistics import seeds_needed as needed_of
 from recipes.studies.comparison.statistics import steps_saved as saved_of
 from recipes.studies.quality.plans import STUDIES, Claim
-from recipes.studies.quality.table import SETTING, curve_of
+from recipes.studies.quality.table import MEASURE, SETTING, curve_of
 
 LOSS = "loss"
 FAR = 1.5  # times the median loss of a setting, above which a run has not trained
@@ -38,7 +39,7 @@ class Decision(NamedTuple):
         p: Corrected; NaN where nothing is known.
         saved: Share of the second's steps that the first needs less to reach its final loss;
             below 0 is of the other; NaN where curves do not cross or steps differ.
-        foreign: Pairs that were left out, as they are of two machines.
+        foreign: Pairs that were left out, as they were not measured alike.
         needed: Seeds that would decide, from these; NaN below two.
         runs: Names of the pairs' runs.
         failed: Those of the two of which a run has not trained: its loss is above ``FAR`` times
@@ -75,7 +76,7 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
 
     Args:
         table: See ``table.read``.
-        mixed: Whether pairs of two devices or versions of torch count too.
+        mixed: Whether pairs that were not measured alike count too.
     """
     found: list[Decision] = []
     for name, study in STUDIES.items():
@@ -102,14 +103,17 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
 def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: bool) -> Decision:
     here = rows.loc[(rows[SETTING] == list(setting)).all(axis=1)]
     first, second = (
-        here.loc[here["variant"] == label].drop_duplicates("seed").set_index("seed")
+        here.loc[here["variant"] == label].to_dict("records")
         for label in (claim.first, claim.second)
     )
-    both = [seed for seed in first.index if seed in second.index]
-    same = [
-        seed for seed in both if mixed or _are_of_one_machine(first.loc[seed], second.loc[seed])
-    ]
-    one, other = (frame.loc[same] for frame in (first, second))
+    pairs = {}
+    for one, other in itertools.product(first, second):
+        if one["seed"] == other["seed"] and (mixed or _are_measured_alike(one, other)):
+            pairs.setdefault(one["seed"], (one, other))
+    both = {row["seed"] for row in first} & {row["seed"] for row in second}
+    one, other = (
+        pd.DataFrame([pair[k] for pair in pairs.values()], columns=here.columns) for k in (0, 1)
+    )
     difference = paired_difference(one[LOSS].tolist(), other[LOSS].tolist())
     needed = math.nan
     if difference.pairs >= 2 and difference.std > 0:
@@ -123,16 +127,13 @@ def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: b
     ]
     return Decision(
         claim, study, protocol, data, px, difference, math.nan, _saved(one, other),
-        len(both) - len(same), needed, (*one["run"], *other["run"]), tuple(failed),
+        len(both) - len(pairs), needed, (*one["run"], *other["run"]), tuple(failed),
     )  # fmt: skip
 
 
-def _are_of_one_machine(first: pd.Series, second: pd.Series) -> bool:
-    return (
-        first["device"] == second["device"]
-        and first["torch"] == second["torch"]
-        and not (first.get("elsewhere") or second.get("elsewhere"))
-    )
+def _are_measured_alike(first: dict[Hashable, Any], second: dict[Hashable, Any]) -> bool:
+    alike = all(first[name] == second[name] for name in MEASURE)
+    return alike and not (first.get("elsewhere") or second.get("elsewhere"))
 
 
 def _saved(one: pd.DataFrame, other: pd.DataFrame) -> float:

@@ -19,12 +19,15 @@ from recipes.studies.comparison.planned import OK
 from recipes.studies.quality.decide import LOSS, Decision, decide
 from recipes.studies.quality.plans import REFERENCE, RESOLUTION, STUDIES
 from recipes.studies.quality.table import (
+    KEY,
+    MEASURE,
     METRICS,
     NUMBERS,
     SETTING,
     change_at_end,
     curve_of,
     group_name,
+    one_each,
 )
 
 TOPICS = {
@@ -82,7 +85,7 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
 
 def _scale(done: pd.DataFrame) -> str:
     """How large what was measured is, and what it is too small for."""
-    runs = done.drop_duplicates("run")
+    runs = done.drop_duplicates(["run", *MEASURE])
     devices = ", ".join(f"{d} (torch {t})" for d, t in _unique(runs, ["device", "torch"]))
     settings = "; ".join(
         f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px"
@@ -252,14 +255,15 @@ def _all_claims(decisions: Sequence[Decision]) -> str:
             one.foreign or "",
         ])  # fmt: skip
     heading = ["claim", "setting", "decided", "difference", "p, corrected", "steps saved",
-               "seeds that would decide", "pairs left out: two machines"]  # fmt: skip
+               "seeds that would decide", "pairs left out: not measured alike"]  # fmt: skip
     return markdown_table(heading, rows)
 
 
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
-    for setting, rows in done.groupby(SETTING, sort=False):
-        body = []
+    for setting, rows in one_each(done).groupby(SETTING, sort=False):
+        images = rows["held_out"].mode()[0]  # means are of losses on the same images
+        rows, body = rows.loc[rows["held_out"] == images], []
         for variant, own in rows.groupby("variant", sort=False):
             shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
             body.append([
@@ -270,7 +274,8 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
                    "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
         named = dict(zip(SETTING, cast(tuple, setting), strict=True))
-        yield f"{group_name(named)}, {named['data']}\n\n{markdown_table(heading, body)}"
+        title = f"{group_name(named)}, {named['data']}, losses on {images:,} held-out images"
+        yield f"{title}\n\n{markdown_table(heading, body)}"
 
 
 def _mean(values: pd.Series) -> str:
@@ -283,17 +288,19 @@ def _mean(values: pd.Series) -> str:
 def _origins(table: pd.DataFrame) -> str:
     rows = []
     for setting, own in table.groupby(SETTING, sort=False):
-        done = own.loc[own["state"] == OK]
+        done, planned = own.loc[own["state"] == OK], own.drop_duplicates(KEY)
         named = dict(zip(SETTING, cast(tuple, setting), strict=True))
         machines = _unique(done, ["device", "torch"])
         rows.append([
-            group_name(named), named["data"], f"{len(done)} of {len(own)}",
+            group_name(named), named["data"], f"{done['run'].nunique()} of {len(planned)}",
             ", ".join(sorted(own["arithmetic"].unique())),
             ", ".join(f"{device}, torch {version}" for device, version in machines),
+            ", ".join(f"{images:,}" for (images,) in _unique(done, ["held_out"])),
             int(done["elsewhere"].fillna(0).sum()),
             f"{done['wall_seconds'].sum() / 60:.1f}",
         ])  # fmt: skip
-    heading = ["setting", "data", "runs done", "arithmetic", "machine", "resumed elsewhere",
+    heading = ["setting", "data", "runs done", "arithmetic", "machine", "held-out images",
+               "resumed elsewhere",
                "minutes"]  # fmt: skip
     return markdown_table(heading, rows)
 
@@ -313,10 +320,10 @@ def _left(table: pd.DataFrame) -> str:
 
 def picture(table: pd.DataFrame) -> Figure:
     """Held-out loss against softmax's, and FID, by tokens; seeds as bands."""
-    done = table.loc[
+    done: Any = one_each(table.loc[
         (table["state"] == OK) & (table["study"] == RESOLUTION.name)
         & (table["protocol"] == "depth")
-    ]  # fmt: skip
+    ])  # fmt: skip
     keys = ["px", "seed"]
     softmax = done.loc[done["variant"] == REFERENCE].drop_duplicates(keys).set_index(keys)[LOSS]
     settings = zip(done["px"], done["seed"], strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from recipes.lab.console import UserError, one_line
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.planned import OK, read_result
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
@@ -19,9 +20,12 @@ from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
 LIMIT = 300 * 1024  # bytes of a table that is committed
 KEY = ["study", "protocol", "run"]
 SETTING = ["study", "protocol", "data", "px"]
+# What two runs share whose losses compare: a run that another machine does again, or whose loss is
+# of other held-out images, is another measurement.
+MEASURE = ["device", "torch", "held_out"]
 _TEXTS = (*KEY, "data", "variant", "model", "arithmetic", "state", "error", "device", "torch",
           "curve")  # fmt: skip
-_WHOLE = ("px", "tokens", "seed", "steps", "batch")
+_WHOLE = ("px", "tokens", "seed", "steps", "batch", "held_out")
 METRICS = ("FID", "KID", "precision", "recall", "density", "coverage")
 NUMBERS = ("loss", "loss_model", "q1", "q2", "q3", "q4", "train_loss")
 _DIGITS = 6
@@ -51,6 +55,7 @@ def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
         "data": settings.data + ("" if settings.level == "easy" else f"/{settings.level}"),
         "px": side, "tokens": (side // PATCH) ** 2, "seed": settings.seed,
         "steps": settings.steps, "batch": settings.batch_size,
+        "held_out": settings.held_out_images,
         "model": f"{backbone.get('dim')}x{backbone.get('depth')}",
         "arithmetic": settings.precision + (", compiled" if settings.compile == "on" else ""),
         "run": planned.name, "state": result["state"],
@@ -77,6 +82,7 @@ def _trained(run: Run) -> dict[str, Any]:
     tail = losses[-max(1, len(losses) // 10) :]
     found: dict[str, Any] = {
         "device": environment["device"], "torch": environment["torch"],
+        "held_out": config["settings"]["held_out_images"],
         # Resumed in another environment: its bits are of neither.
         "elsewhere": int(any("environment" in line for change in config.get("changes", [])
                              for line in change["changes"])),
@@ -98,20 +104,32 @@ def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One table of several, in which a run that is done speaks for one that is not.
 
     Also for the same one under another protocol: what softmax takes is the measure of all three.
-    What is done under both keeps its own, which may be of the one machine that pairs ask for.
+    What is done under both keeps its own, which may be of the one machine that pairs ask for. A
+    run that was measured in several ways (``MEASURE``) keeps a row of each.
     """
     found = pd.concat(tables, ignore_index=True)
+    is_done = found["state"] == OK
     found = found.sort_values("state", key=lambda s: s != OK, kind="stable")
-    rows = found.drop_duplicates(KEY).sort_index().to_dict("records")
-    done = {row["run"]: row for row in rows if row["state"] == OK}
+    once = ~found.duplicated(KEY) | (is_done & ~found.duplicated(KEY + MEASURE))
+    rows = found.loc[once].sort_index().to_dict("records")
+    done: dict[str, list[dict[Hashable, Any]]] = {}
+    for row in rows:
+        if row["state"] == OK:
+            done.setdefault(row["run"], []).append(row)
     own = (*KEY, "variant", "step_seconds")
     taken_over = [
-        row
-        if row["state"] == OK
-        else done.get(row["run"], row) | {name: row[name] for name in own}
+        one | {name: row[name] for name in own}
         for row in rows
+        for one in ([row] if row["state"] == OK else done.get(row["run"], [row]))
     ]
     return pd.DataFrame(taken_over, columns=found.columns)
+
+
+def one_each(table: pd.DataFrame) -> pd.DataFrame:
+    """A row of each run and protocol: in a setting those that most have measured alike."""
+    sizes = table.groupby([*SETTING, *MEASURE], dropna=False)["run"].transform("size")
+    order = (-sizes).sort_values(kind="stable").index
+    return table.loc[order].drop_duplicates(KEY).sort_index()
 
 
 def done_in(table: pd.DataFrame | None) -> set[str]:
@@ -135,6 +153,8 @@ def read(path: Path) -> pd.DataFrame:
         UserError: It is none, or damaged.
     """
     frame = read_table(path, _TEXTS)
+    if "held_out" not in frame:  # a table of before it was noted
+        frame["held_out"] = Settings.held_out_images
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
