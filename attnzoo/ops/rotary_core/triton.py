@@ -21,12 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.triton import stencil, stencil_weight_gradient
+from attnzoo.ops.power_map.triton import _exp2
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.rotary_core.rotary import turns
 from attnzoo.ops.triton_common import (
+    _LOG2E,
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
     _power_of_2,
     _precision,
     _rows,
@@ -44,22 +47,26 @@ def _tile(z, row, spacing, column, mask):
 
 
 @triton.jit
-def _features(z, row, spacing, column, mask):
+def _features(z, row, spacing, column, mask, FAST: tl.constexpr):
     """ELU + 1 of a tile, and its slope."""
     x = _tile(z, row, spacing, column, mask).to(tl.float32)
-    slope = tl.exp(tl.where(x > 0, 0.0, x))  # not tl.minimum, which would hide a NaN
+    # Not tl.minimum, which would hide a NaN.
+    slope = _exp2(tl.where(x > 0, 0.0, x * _LOG2E), FAST)
     return tl.where(mask, tl.where(x > 0, x + 1.0, slope), 0.0), slope
 
 
 @triton.jit
-def _angles(table, row, is_row, width, size, pairs, H: tl.constexpr):
+def _angles(table, row, is_row, width, steps, d: tl.constexpr, H: tl.constexpr):
     """Cosines and sines of each token's pairs of channels; 1 and 0 of those that do not turn."""
+    pairs: tl.constexpr = d // 4  # known here, so that neighbors are loaded together
     pair = tl.arange(0, H)[None, :]
-    step = tl.where(pair < pairs, (row // width)[:, None], (row % width)[:, None])
+    line = ((row.to(tl.float32) + 0.5) * (1.0 / width)).to(tl.int32)  # quicker than a division
+    line += (line * width + width <= row).to(tl.int32) - (line * width > row).to(tl.int32)
+    step = tl.where(pair < pairs, line[:, None], (row - line * width)[:, None])
     place = table + step * pairs + pair % pairs
     mask = is_row[:, None] & (pair < 2 * pairs)
     cosine = tl.load(place, mask=mask, other=1.0)
-    return cosine, tl.load(place + size * pairs, mask=mask, other=0.0)
+    return cosine, tl.load(place + steps * pairs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def _part(n, heads, d, splits, chunk, W: tl.constexpr):
 
 
 @triton.jit
-def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr):
+def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr):
     """Sums of features over a part of the tokens."""
     image, start = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * chunk
     column = tl.program_id(1) * C + tl.arange(0, C)
@@ -98,16 +105,16 @@ def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl
     for first in range(start, tl.minimum(start + chunk, n), R):
         row = first + tl.arange(0, R)
         mask = (row < n)[:, None] & (column < c)[None, :]
-        total += _features(z, row, z_row, column, mask)[0]
+        total += _features(z, row, z_row, column, mask, FAST)[0]
     place = parts + tl.program_id(0).to(tl.int64) * c + column
     tl.store(place, tl.sum(total, 0), mask=column < c)
 
 
 @triton.jit
 def _elu_fold_kernel(
-    key, value, table, anchors, partial, peaks, n, heads, d, k_row, splits, chunk, scale, width,
-    size, pairs, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    key, value, table, anchors, partial, peaks, n, heads, d: tl.constexpr, k_row, splits, chunk, scale, width,
+    steps, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A part of each state; keys are weighed by exp(score - peak of the part)."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -127,7 +134,7 @@ def _elu_fold_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x = _features(key, row, k_row, column, mask)[0]
+        x = _features(key, row, k_row, column, mask, FAST)[0]
         v = _tile(value, row, k_row, column, mask)
         if WEIGH:
             score = tl.where(is_row, tl.sum(x * anchor[None, :], 1), -float("inf"))
@@ -143,7 +150,7 @@ def _elu_fold_kernel(
             values += v.to(tl.float32)
         keys += x
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             x = _turned(x, cosine, sine, R, W)
         acc = _add_dot(acc, tl.trans(x.to(v.dtype)), v, P)
     state = partial + tl.program_id(0).to(tl.int64) * (d + 2) * d + column
@@ -183,9 +190,9 @@ def _elu_join_kernel(
 
 @triton.jit
 def _elu_read_kernel(
-    query, gate, table, state, local, plain, out, n, heads, d, q_row, gate_row, splits, chunk,
-    scale, eps, width, size, pairs, TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
-    KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    query, gate, table, state, local, plain, out, n, heads, d: tl.constexpr, q_row, gate_row, splits, chunk,
+    scale, eps, width, steps, TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
+    KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What queries read, and the convolution, times the gate."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -202,10 +209,10 @@ def _elu_read_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x = _features(query, row, q_row, column, mask)[0]
+        x = _features(query, row, q_row, column, mask, FAST)[0]
         norm = tl.sum(x * keys[None, :], 1)
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             x = _turned(x, cosine, sine, R, W)
         z = _dot(x.to(block.dtype), block, P)
         if WEIGH:
@@ -225,9 +232,9 @@ def _elu_read_kernel(
 @triton.jit
 def _elu_query_gradient_kernel(
     grad, query, gate, plain, table, state, spread, grad_q, of_plain, of_gate, partial, n, heads,
-    d, g_row, q_row, gate_row, gq_row, splits, chunk, scale, eps, width, size, pairs,
+    d: tl.constexpr, g_row, q_row, gate_row, gq_row, splits, chunk, scale, eps, width, steps,
     spread_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, FOLD: tl.constexpr,
-    WRITE: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    WRITE: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the gate, of what it multiplies, and a part of the state's (FOLD); of queries (WRITE).
 
@@ -255,7 +262,7 @@ def _elu_query_gradient_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, bend = _features(query, row, q_row, column, mask)
+        x, bend = _features(query, row, q_row, column, mask, FAST)
         g = _tile(grad, row, g_row, column, mask)
         if FOLD:
             place = whole + row[:, None] * (heads * d) + column[None, :]
@@ -268,7 +275,7 @@ def _elu_query_gradient_kernel(
         norm = tl.sum(x * keys[None, :], 1)
         turned = x
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             turned = _turned(x, cosine, sine, R, W)
         slope = _dot(g.to(block.dtype), block, P)
         along = tl.sum(slope * turned, 1)
@@ -307,10 +314,10 @@ def _elu_query_gradient_kernel(
 
 @triton.jit
 def _elu_key_gradient_kernel(
-    key, value, table, anchors, state, logs, of_state, added, grad_k, grad_v, spread, n, heads, d,
-    k_row, gk_row, splits, chunk, scale, width, size, pairs, anchor_splits, TURN: tl.constexpr,
+    key, value, table, anchors, state, logs, of_state, added, grad_k, grad_v, spread, n, heads,
+    d: tl.constexpr, k_row, gk_row, splits, chunk, scale, width, steps, anchor_splits, TURN: tl.constexpr,
     WEIGH: tl.constexpr, ADD: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, and a part of that of the mean query, which weighs the keys."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -340,12 +347,12 @@ def _elu_key_gradient_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, bend = _features(key, row, k_row, column, mask)
+        x, bend = _features(key, row, k_row, column, mask, FAST)
         v = _tile(value, row, k_row, column, mask)
         slope = _dot(v, tl.trans(block), P)
         turned = x
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             turned = _turned(x, cosine, sine, R, W)
             slope = _turned(slope, cosine, -sine, R, W)
         slope += of_keys[None, :]
@@ -406,7 +413,7 @@ def _launch(
     splits = max(1, min(_ceil(n, rows), _ceil(programs, max(1, there)), MOST_SPLITS))
     chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
     options = {"num_warps": warps, "num_stages": stages}
-    return _Launch(max(1, _ceil(n, chunk)), chunk, (rows, width, precision), options)
+    return _Launch(max(1, _ceil(n, chunk)), chunk, (rows, width, precision, _is_fast()), options)
 
 
 def _sizes(kernel: str, query: Tensor, heads: int) -> _Launch:
@@ -415,9 +422,9 @@ def _sizes(kernel: str, query: Tensor, heads: int) -> _Launch:
     return _launch(BLOCKS[kernel], query.dtype, precision, n, b * heads, c // heads)
 
 
-def _place(table: Tensor | None, width: int) -> tuple[int, int, int]:
-    """What kernels are told of positions: width of the grid, steps and pairs of the table."""
-    return (width, 1, 1) if table is None else (width, table.shape[1], table.shape[2])
+def _place(table: Tensor | None, width: int) -> tuple[int, int]:
+    """What kernels are told of positions: width of the grid, steps of the table."""
+    return width, 1 if table is None else table.shape[1]
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -431,7 +438,7 @@ def _anchors(query: Tensor, spacing: int) -> Tensor:
     s = _launch(BLOCKS["sum"], query.dtype, "", n, b * columns, 16)
     parts = _new(query, b, s.splits, c)
     launch_kernel(_elu_sum_kernel, (b * s.splits, columns),
-        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, **s.options,
+        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, _is_fast(), **s.options,
     )  # fmt: skip
     return parts
 
