@@ -85,9 +85,14 @@ def _whole(even, odd, R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def _turn(even, odd, cosine, sine):
+    return even * cosine - odd * sine, odd * cosine + even * sine
+
+
+@triton.jit
 def _turned(x, cosine, sine, R: tl.constexpr, W: tl.constexpr):
     even, odd = _halves(x, R, W)
-    return _whole(even * cosine - odd * sine, odd * cosine + even * sine, R, W)
+    return _whole(*_turn(even, odd, cosine, sine), R, W)
 
 
 @triton.jit
@@ -132,7 +137,9 @@ def _part(n, heads, d, splits, chunk, W: tl.constexpr):
 
 
 @triton.jit
-def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr):
+def _elu_sum_kernel(
+    z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr
+):
     """Sums of features over a part of the tokens."""
     image, start = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * chunk
     column = tl.program_id(1) * C + tl.arange(0, C)
@@ -248,7 +255,8 @@ def _elu_read_kernel(
     norms += (image * heads + head) * n
     state += (image * heads + head) * (d + 2) * d
     evens, odds, even_keys, odd_keys = _state_halves(state, d, W, dtype)
-    even_keys, odd_keys = _beside(even_keys, dtype), _beside(odd_keys, dtype)
+    # Means, for sums over many tokens may be too large for float16.
+    even_keys, odd_keys = _beside(even_keys / n, dtype), _beside(odd_keys / n, dtype)
     values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0) / n
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
@@ -262,9 +270,9 @@ def _elu_read_kernel(
         norm = tl.sum(_add_dot(_dot(even.to(dtype), even_keys, P), odd.to(dtype), odd_keys, P), 1)
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
-            even, odd = even * cosine - odd * sine, odd * cosine + even * sine
+            even, odd = _turn(even, odd, cosine, sine)
         z = _add_dot(_dot(even.to(dtype), evens, P), odd.to(dtype), odds, P)
-        norm *= scale
+        norm *= scale * n
         if WEIGH:
             z *= (1.0 / (norm + eps))[:, None]
         else:
@@ -342,10 +350,8 @@ def _elu_query_gradient_kernel(
         turned_even, turned_odd = even, odd
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
-            turned_even, turned_odd = even * cosine - odd * sine, odd * cosine + even * sine
-            even_slope, odd_slope = (
-                even_slope * cosine + odd_slope * sine, odd_slope * cosine - even_slope * sine
-            )  # fmt: skip
+            turned_even, turned_odd = _turn(even, odd, cosine, sine)
+            even_slope, odd_slope = _turn(even_slope, odd_slope, cosine, -sine)
         along = tl.sum(even_slope * even + odd_slope * odd, 1)
         inverse = 1.0 / (norm + eps)
         if WEIGH:
@@ -456,11 +462,13 @@ class Block(NamedTuple):
     stages: int
 
 
-# In half precision; in float32 registers hold fewer tokens.
+# In half precision; in float32 registers hold fewer tokens. Of heads of 32 channels.
 BLOCKS = {
-    "sum": Block(32, 264, 4, 3), "fold": Block(64, 528, 4, 1), "read": Block(64, 528, 4, 1),
+    "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1), "read": Block(64, 528, 4, 1),
     "query_gradient": Block(64, 528, 4, 1), "key_gradient": Block(64, 528, 4, 1),
 }  # fmt: skip
+# Of a thread, so that four programs of 128 threads fit into an SM at once.
+REGISTERS = 128
 SUM_CHANNELS, JOINED, MOST_SPLITS = 128, 2048, 128
 
 
@@ -479,11 +487,16 @@ def _launch(
 ) -> _Launch:
     rows, programs, warps, stages = block
     width = max(32, _width(d))  # of which a product takes the half
+    limit = {}
     if dtype == torch.float32:
         rows, warps, stages = (min(rows, 32), warps, 1) if width <= 32 else (16, 8, 1)
+    elif width > 32:
+        warps = 8
+    elif _is_fast():
+        limit = {"maxnreg": REGISTERS}
     splits = max(1, min(_ceil(n, rows), _ceil(programs, max(1, there)), MOST_SPLITS))
     chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **limit}
     return _Launch(max(1, _ceil(n, chunk)), chunk, (rows, width, precision, _is_fast()), options)
 
 
