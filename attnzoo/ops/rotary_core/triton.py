@@ -156,8 +156,8 @@ def _elu_sum_kernel(
 
 @triton.jit
 def _elu_fold_kernel(
-    key, value, table, anchors, partial, peaks, n, heads, d: tl.constexpr, k_row, splits, chunk, scale, width,
-    steps, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
+    key, value, table, anchors, partial, peaks, n, heads, d: tl.constexpr, k_row, splits, chunk,
+    scale, width, steps, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A part of each state; keys are weighed by exp(score - peak of the part)."""
@@ -236,9 +236,10 @@ def _elu_join_kernel(
 
 @triton.jit
 def _elu_read_kernel(
-    query, gate, table, state, local, plain, norms, out, n, heads, d: tl.constexpr, q_row, gate_row, splits, chunk,
-    scale, eps, width, steps, TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
-    KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
+    query, gate, table, state, local, plain, norms, out, n, heads, d: tl.constexpr, q_row,
+    gate_row, splits, chunk, scale, eps, width, steps, TURN: tl.constexpr, WEIGH: tl.constexpr,
+    ADD: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """What queries read, and the convolution, times the gate.
 
@@ -392,9 +393,9 @@ def _elu_query_gradient_kernel(
 @triton.jit
 def _elu_key_gradient_kernel(
     key, value, table, anchors, state, logs, of_state, added, grad_k, grad_v, spread, n, heads,
-    d: tl.constexpr, k_row, gk_row, splits, chunk, scale, width, steps, anchor_splits, TURN: tl.constexpr,
-    WEIGH: tl.constexpr, ADD: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    P: tl.constexpr, FAST: tl.constexpr,
+    d: tl.constexpr, k_row, gk_row, splits, chunk, scale, width, steps, anchor_splits,
+    TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, and a part of that of the mean query, which weighs the keys."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -454,21 +455,25 @@ def _elu_key_gradient_kernel(
 
 
 class Block(NamedTuple):
-    """How a kernel is launched: tokens of a tile, programs at least, warps, stages."""
+    """How a kernel is launched: tokens of a tile, programs at least, warps, stages; registers.
+
+    Those are what a thread may take at most; 0 does not say.
+    """
 
     rows: int
     programs: int
     warps: int
     stages: int
+    registers: int = 0
 
 
-# In half precision; in float32 registers hold fewer tokens. Of heads of 32 channels.
+# In half precision, of heads of 32 channels; four programs fit into an SM, and run at once.
+# In float32 registers hold fewer tokens.
 BLOCKS = {
-    "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1), "read": Block(64, 528, 4, 1),
-    "query_gradient": Block(64, 528, 4, 1), "key_gradient": Block(64, 528, 4, 1),
+    "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1, 128),
+    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 528, 4, 1, 128),
+    "key_gradient": Block(64, 528, 4, 1, 128),
 }  # fmt: skip
-# Of a thread, so that four programs of 128 threads fit into an SM at once.
-REGISTERS = 128
 SUM_CHANNELS, JOINED, MOST_SPLITS = 128, 2048, 128
 
 
@@ -485,15 +490,15 @@ class _Launch(NamedTuple):
 def _launch(
     block: Block, dtype: torch.dtype, precision: str, n: int, there: int, d: int
 ) -> _Launch:
-    rows, programs, warps, stages = block
+    rows, programs, warps, stages, registers = block
     width = max(32, _width(d))  # of which a product takes the half
     limit = {}
     if dtype == torch.float32:
         rows, warps, stages = (min(rows, 32), warps, 1) if width <= 32 else (16, 8, 1)
     elif width > 32:
         warps = 8
-    elif _is_fast():
-        limit = {"maxnreg": REGISTERS}
+    elif registers and _is_fast():
+        limit = {"maxnreg": registers}
     splits = max(1, min(_ceil(n, rows), _ceil(programs, max(1, there)), MOST_SPLITS))
     chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
     options = {"num_warps": warps, "num_stages": stages, **limit}
@@ -522,7 +527,8 @@ def _anchors(query: Tensor, spacing: int) -> Tensor:
     s = _launch(BLOCKS["sum"], query.dtype, "", n, b * columns, 16)
     parts = _new(query, b, s.splits, c)
     launch_kernel(_elu_sum_kernel, (b * s.splits, columns),
-        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, _is_fast(), **s.options,
+        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, _is_fast(),
+        **s.options,
     )  # fmt: skip
     return parts
 
@@ -580,8 +586,8 @@ def _run(
     state = _joined(partial, peaks, logs if is_weighed else partial, n)
     s = _sizes("read", query, heads)
     launch_kernel(_elu_read_kernel, (b * heads * s.splits,),
-        query, gate, turn, state, local, plain, norms, out, n, heads, d, spacing, gate_row, s.splits,
-        s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags, weight is not None,
+        query, gate, turn, state, local, plain, norms, out, n, heads, d, spacing, gate_row,
+        s.splits, s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags, weight is not None,
         is_kept, *s.constants, **s.options,
     )  # fmt: skip
     return out, plain, norms, state, logs, anchors
@@ -603,13 +609,13 @@ _forward.register_inference(replayed(on_its_device(functools.partial(_run, False
 
 @launched(
     "rotary_core_backward",
-    f"(Tensor grad, Tensor plain, Tensor norms, Tensor state, Tensor logs, Tensor anchors, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor plain, Tensor norms, Tensor state, Tensor logs, Tensor anchors, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor, plain: Tensor, norms: Tensor, state: Tensor, logs: Tensor, anchors: Tensor,
-    qkv: Tensor, gate: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None, heads: int,
-    height: int, width: int, is_weighed: bool, eps: float,
+    qkv: Tensor, gate: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    heads: int, height: int, width: int, is_weighed: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of tokens, of the gate, and of the convolution's kernels and biases."""
     (qkv, spacing), (gate, gate_row), (grad, g_row) = map(_rows, (qkv, gate, grad))
@@ -626,8 +632,8 @@ def _backward(
 
     def of_queries(of: Tensor, row: int, spread: Tensor, parts: int, *which: bool) -> None:
         launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
-            of, query, gate, plain, norms, turn, state, spread, grad_q, of_plain, of_gate, partial, n,
-            heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
+            of, query, gate, plain, norms, turn, state, spread, grad_q, of_plain, of_gate, partial,
+            n, heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
             *flags, *which, _power_of_2(parts), *s.constants, **s.options,
         )  # fmt: skip
 
