@@ -586,9 +586,9 @@ def _run(
     state = _joined(partial, peaks, logs if is_weighed else partial, n)
     s = _sizes("read", query, heads)
     launch_kernel(_elu_read_kernel, (b * heads * s.splits,),
-        query, gate, turn, state, local, plain, norms, out, n, heads, d, spacing, gate_row,
-        s.splits, s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags, weight is not None,
-        is_kept, *s.constants, **s.options,
+        query, gate, turn, state, local, plain, norms if is_kept else state, out, n, heads, d,
+        spacing, gate_row, s.splits, s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags,
+        weight is not None, is_kept, *s.constants, **s.options,
     )  # fmt: skip
     return out, plain, norms, state, logs, anchors
 
