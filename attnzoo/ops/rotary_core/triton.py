@@ -425,8 +425,11 @@ def _elu_key_gradient_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x = _features(_tile(key, row, k_row, column, mask), FAST)
+        x = _tile(key, row, k_row, column, mask)
         v = _tile(value, row, k_row, column, mask)
+        if ADD:
+            near = _tile(added, row, heads * d, column, mask)
+        x = _features(x, FAST)
         slope = _dot(v, tl.trans(block), P)
         turned = x
         if TURN:
@@ -444,7 +447,7 @@ def _elu_key_gradient_kernel(
         else:
             of_v += of_values[None, :]
         if ADD:
-            of_v += _tile(added, row, heads * d, column, mask).to(tl.float32)
+            of_v += near.to(tl.float32)
         place = row[:, None] * gk_row + column[None, :]
         tl.store(grad_v + place, of_v.to(grad_v.dtype.element_ty), mask=mask)
         tl.store(grad_k + place, _to_token(slope, x).to(grad_k.dtype.element_ty), mask=mask)
