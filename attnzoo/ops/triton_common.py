@@ -179,7 +179,7 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return out.zero_()
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
     columns = 32 if n < 1024 and size >= 1 << 12 else 16
-    rows, warps = (2048 // columns, 4) if n < 1024 else (8192 // columns, 8)
+    rows, warps = (2048 // columns, 4) if n < 1024 else (16384 // columns, 16)
     launch_kernel(_column_sum_kernel, (_ceil(size, columns),),
         parts, out, n, size, rows, columns, num_warps=warps,
     )  # fmt: skip

@@ -75,5 +75,5 @@ def _macs(
 
 MACS |= {
     "rotary_core": _macs,
-    "rotary_core_backward": lambda *operands, **_: 2 * _macs(*operands[5:]),
+    "rotary_core_backward": lambda *operands, **_: 2 * _macs(*operands[6:]),
 }

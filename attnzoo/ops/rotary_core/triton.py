@@ -21,12 +21,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.triton import stencil, stencil_weight_gradient
+from attnzoo.ops.power_map.triton import _exp2
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.rotary_core.rotary import turns
 from attnzoo.ops.triton_common import (
+    _LOG2E,
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
     _power_of_2,
     _precision,
     _rows,
@@ -44,29 +47,74 @@ def _tile(z, row, spacing, column, mask):
 
 
 @triton.jit
-def _features(z, row, spacing, column, mask):
-    """ELU + 1 of a tile, and its slope."""
-    x = _tile(z, row, spacing, column, mask).to(tl.float32)
-    slope = tl.exp(tl.where(x > 0, 0.0, x))  # not tl.minimum, which would hide a NaN
-    return tl.where(mask, tl.where(x > 0, x + 1.0, slope), 0.0), slope
+def _features(x, FAST: tl.constexpr):
+    """ELU + 1 of a tile; 1 where nothing was loaded."""
+    x = x.to(tl.float32)
+    return tl.where(x > 0, x + 1.0, _exp2(x * _LOG2E, FAST))
 
 
 @triton.jit
-def _angles(table, row, is_row, width, size, pairs, H: tl.constexpr):
+def _to_token(slope, x):
+    """The slope of a token, of that of its features ``x``."""
+    return slope * tl.where(x > 1, 1.0, x)
+
+
+@triton.jit
+def _angles(table, row, is_row, width, steps, d: tl.constexpr, H: tl.constexpr):
     """Cosines and sines of each token's pairs of channels; 1 and 0 of those that do not turn."""
+    pairs: tl.constexpr = d // 4  # known here, so that neighbors are loaded together
     pair = tl.arange(0, H)[None, :]
-    step = tl.where(pair < pairs, (row // width)[:, None], (row % width)[:, None])
+    line = ((row.to(tl.float32) + 0.5) * (1.0 / width)).to(tl.int32)  # quicker than a division
+    line += (line * width + width <= row).to(tl.int32) - (line * width > row).to(tl.int32)
+    step = tl.where(pair < pairs, line[:, None], (row - line * width)[:, None])
     place = table + step * pairs + pair % pairs
     mask = is_row[:, None] & (pair < 2 * pairs)
     cosine = tl.load(place, mask=mask, other=1.0)
-    return cosine, tl.load(place + size * pairs, mask=mask, other=0.0)
+    return cosine, tl.load(place + steps * pairs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _halves(x, R: tl.constexpr, W: tl.constexpr):
+    """Even and odd columns."""
+    return tl.split(tl.reshape(x, (R, W // 2, 2)))
+
+
+@triton.jit
+def _whole(even, odd, R: tl.constexpr, W: tl.constexpr):
+    return tl.reshape(tl.join(even, odd), (R, W))
+
+
+@triton.jit
+def _turn(even, odd, cosine, sine):
+    return even * cosine - odd * sine, odd * cosine + even * sine
 
 
 @triton.jit
 def _turned(x, cosine, sine, R: tl.constexpr, W: tl.constexpr):
-    even, odd = tl.split(tl.reshape(x, (R, W // 2, 2)))
-    pairs = tl.join(even * cosine - odd * sine, odd * cosine + even * sine)
-    return tl.reshape(pairs, (R, W))
+    even, odd = _halves(x, R, W)
+    return _whole(*_turn(even, odd, cosine, sine), R, W)
+
+
+@triton.jit
+def _state_halves(state, d: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr):
+    """K^T V of keys' even and odd channels, (W / 2, W), and their sums over tokens, (W / 2,)."""
+    even, column = 2 * tl.arange(0, W // 2), tl.arange(0, W)
+    is_even, is_odd, is_column = even < d, even + 1 < d, column < d
+    place = state + even[:, None] * d + column[None, :]
+    evens = tl.load(place, mask=is_even[:, None] & is_column[None, :], other=0.0)
+    odds = tl.load(place + d, mask=is_odd[:, None] & is_column[None, :], other=0.0)
+    even_keys = tl.load(state + d * d + even, mask=is_even, other=0.0)
+    odd_keys = tl.load(state + d * d + even + 1, mask=is_odd, other=0.0)
+    return evens.to(dtype), odds.to(dtype), even_keys, odd_keys
+
+
+@triton.jit
+def _beside(line, dtype: tl.constexpr):
+    """A line as the first of 16 columns, the others 0.
+
+    Sums over channels are products with it: by ``tl.sum`` features would be made anew for them.
+    """
+    return tl.where(tl.arange(0, 16)[None, :] == 0, line[:, None], 0.0).to(dtype)
 
 
 @triton.jit
@@ -89,7 +137,9 @@ def _part(n, heads, d, splits, chunk, W: tl.constexpr):
 
 
 @triton.jit
-def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr):
+def _elu_sum_kernel(
+    z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr
+):
     """Sums of features over a part of the tokens."""
     image, start = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * chunk
     column = tl.program_id(1) * C + tl.arange(0, C)
@@ -98,16 +148,17 @@ def _elu_sum_kernel(z, parts, n, c, z_row, splits, chunk, R: tl.constexpr, C: tl
     for first in range(start, tl.minimum(start + chunk, n), R):
         row = first + tl.arange(0, R)
         mask = (row < n)[:, None] & (column < c)[None, :]
-        total += _features(z, row, z_row, column, mask)[0]
+        x = _features(_tile(z, row, z_row, column, mask), FAST)
+        total += tl.where(mask, x, 0.0)
     place = parts + tl.program_id(0).to(tl.int64) * c + column
     tl.store(place, tl.sum(total, 0), mask=column < c)
 
 
 @triton.jit
 def _elu_fold_kernel(
-    key, value, table, anchors, partial, peaks, n, heads, d, k_row, splits, chunk, scale, width,
-    size, pairs, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
-    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    key, value, table, anchors, partial, peaks, n, heads, d: tl.constexpr, k_row, splits, chunk,
+    scale, width, steps, anchor_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """A part of each state; keys are weighed by exp(score - peak of the part)."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -127,8 +178,9 @@ def _elu_fold_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x = _features(key, row, k_row, column, mask)[0]
+        x = _tile(key, row, k_row, column, mask)
         v = _tile(value, row, k_row, column, mask)
+        x = _features(x, FAST)
         if WEIGH:
             score = tl.where(is_row, tl.sum(x * anchor[None, :], 1), -float("inf"))
             higher = tl.maximum(peak, tl.max(score, 0))
@@ -141,9 +193,10 @@ def _elu_fold_kernel(
             x *= weight[:, None]
         else:
             values += v.to(tl.float32)
+            x = tl.where(is_row[:, None], x, 0.0)
         keys += x
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             x = _turned(x, cosine, sine, R, W)
         acc = _add_dot(acc, tl.trans(x.to(v.dtype)), v, P)
     state = partial + tl.program_id(0).to(tl.int64) * (d + 2) * d + column
@@ -183,134 +236,166 @@ def _elu_join_kernel(
 
 @triton.jit
 def _elu_read_kernel(
-    query, gate, table, state, local, plain, out, n, heads, d, q_row, gate_row, splits, chunk,
-    scale, eps, width, size, pairs, TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr,
-    KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    query, gate, table, state, local, plain, norms, out, n, heads, d: tl.constexpr, q_row,
+    gate_row, splits, chunk, scale, eps, width, steps, TURN: tl.constexpr, WEIGH: tl.constexpr,
+    ADD: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """What queries read, and the convolution, times the gate."""
+    """What queries read, and the convolution, times the gate.
+
+    Features stay apart, even channels and odd: joined, they would be laid out anew for products.
+    """
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    dtype: tl.constexpr = query.dtype.element_ty
     query += image * n * q_row + head * d
     gate += image * n * gate_row + head * d
     whole = image * n * heads * d + head * d
-    state += (image * heads + head) * (d + 2) * d + column
-    is_block = is_column[:, None] & is_column[None, :]
-    block = tl.load(state[None, :] + column[:, None] * d, mask=is_block, other=0.0)
-    block = block.to(query.dtype.element_ty)
-    keys = tl.load(state + d * d, mask=is_column, other=0.0)
-    values = tl.load(state + (d + 1) * d, mask=is_column, other=0.0) / n
+    local += whole
+    plain += whole
+    out += whole
+    norms += (image * heads + head) * n
+    state += (image * heads + head) * (d + 2) * d
+    evens, odds, even_keys, odd_keys = _state_halves(state, d, W, dtype)
+    # Means, for sums over many tokens may be too large for float16.
+    even_keys, odd_keys = _beside(even_keys / n, dtype), _beside(odd_keys / n, dtype)
+    values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0) / n
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x = _features(query, row, q_row, column, mask)[0]
-        norm = tl.sum(x * keys[None, :], 1)
+        x = _tile(query, row, q_row, column, mask)
+        factor = _tile(gate, row, gate_row, column, mask)
+        if ADD:
+            near = _tile(local, row, heads * d, column, mask)
+        even, odd = _halves(_features(x, FAST), R, W)
+        norm = tl.sum(_add_dot(_dot(even.to(dtype), even_keys, P), odd.to(dtype), odd_keys, P), 1)
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
-            x = _turned(x, cosine, sine, R, W)
-        z = _dot(x.to(block.dtype), block, P)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
+            even, odd = _turn(even, odd, cosine, sine)
+        z = _add_dot(_dot(even.to(dtype), evens, P), odd.to(dtype), odds, P)
+        norm *= scale * n
         if WEIGH:
             z *= (1.0 / (norm + eps))[:, None]
         else:
-            norm *= scale
             z = z * (scale + scale / (norm + eps))[:, None] - norm[:, None] * values[None, :]
-        place = whole + row[:, None] * (heads * d) + column[None, :]
         if ADD:
-            z += tl.load(local + place, mask=mask, other=0.0).to(tl.float32)
+            z += near.to(tl.float32)
+        place = row[:, None] * (heads * d) + column[None, :]
         if KEEP:
             tl.store(plain + place, z.to(plain.dtype.element_ty), mask=mask)
-        z *= _tile(gate, row, gate_row, column, mask).to(tl.float32)
+            tl.store(norms + row, norm, mask=is_row)
+        z *= factor.to(tl.float32)
         tl.store(out + place, z.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _elu_query_gradient_kernel(
-    grad, query, gate, plain, table, state, spread, grad_q, of_plain, of_gate, partial, n, heads,
-    d, g_row, q_row, gate_row, gq_row, splits, chunk, scale, eps, width, size, pairs,
-    spread_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, FOLD: tl.constexpr,
+    grad, query, gate, plain, norms, table, state, spread, grad_q, of_plain, of_gate, partial, n,
+    heads, d: tl.constexpr, g_row, q_row, gate_row, gq_row, splits, chunk, scale, eps, width,
+    steps, spread_splits, TURN: tl.constexpr, WEIGH: tl.constexpr, FOLD: tl.constexpr,
     WRITE: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Of the gate, of what it multiplies, and a part of the state's (FOLD); of queries (WRITE).
 
     Without FOLD ``grad`` is of what the gate multiplies.
     """
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
+    dtype: tl.constexpr = query.dtype.element_ty
     query += image * n * q_row + head * d
     grad += image * n * g_row + head * d
     grad_q += image * n * gq_row + head * d
     gate += image * n * gate_row + head * d
     whole = image * n * heads * d + head * d
-    state += (image * heads + head) * (d + 2) * d + column
-    is_block = is_column[:, None] & is_column[None, :]
-    # Transposed: (channels of values, channels of keys).
-    block = tl.load(state[:, None] + column[None, :] * d, mask=is_block, other=0.0)
-    block = block.to(query.dtype.element_ty)
-    keys = tl.load(state + d * d, mask=is_column, other=0.0)
-    values = tl.load(state + (d + 1) * d, mask=is_column, other=0.0) / n
-    acc = tl.zeros((W, W), tl.float32)
-    of_keys = tl.zeros((R, W), tl.float32)
-    of_values = tl.zeros((R, W), tl.float32)
+    plain += whole
+    of_gate += whole
+    of_plain += whole
+    norms += (image * heads + head) * n
+    state += (image * heads + head) * (d + 2) * d
+    evens, odds, even_keys, odd_keys = _state_halves(state, d, W, dtype)
+    even_column = 2 * tl.arange(0, W // 2)
+    is_even, is_odd = even_column < d, even_column + 1 < d
+    if not WEIGH:
+        values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0)
+        values = _beside(values / n, dtype)
+    if FOLD:
+        # Transposed: (channels of values, channels of keys).
+        acc_even = tl.zeros((W, W // 2), tl.float32)
+        acc_odd = tl.zeros((W, W // 2), tl.float32)
+        of_even_keys = tl.zeros((R, W // 2), tl.float32)
+        of_odd_keys = tl.zeros((R, W // 2), tl.float32)
+        of_values = tl.zeros((R, W), tl.float32)
     if WRITE and WEIGH:
-        shared = _mean(spread, image, spread_splits, n, heads * d, head * d + column, is_column, S)
+        sums = spread + head * d
+        even_shared = _mean(sums, image, spread_splits, n, heads * d, even_column, is_even, S)
+        odd_shared = _mean(sums + 1, image, spread_splits, n, heads * d, even_column, is_odd, S)
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, bend = _features(query, row, q_row, column, mask)
+        x = _tile(query, row, q_row, column, mask)
         g = _tile(grad, row, g_row, column, mask)
+        norm = tl.load(norms + row, mask=is_row, other=1.0)
         if FOLD:
-            place = whole + row[:, None] * (heads * d) + column[None, :]
-            z = tl.load(plain + place, mask=mask, other=0.0).to(tl.float32)
-            z *= g.to(tl.float32)
-            tl.store(of_gate + place, z.to(of_gate.dtype.element_ty), mask=mask)
-            z = _tile(gate, row, gate_row, column, mask).to(tl.float32) * g.to(tl.float32)
-            g = z.to(of_plain.dtype.element_ty)
-            tl.store(of_plain + place, g, mask=mask)
-        norm = tl.sum(x * keys[None, :], 1)
-        turned = x
+            z = _tile(plain, row, heads * d, column, mask).to(tl.float32)
+            factor = _tile(gate, row, gate_row, column, mask).to(tl.float32)
+            wide = g.to(tl.float32)
+            place = row[:, None] * (heads * d) + column[None, :]
+            tl.store(of_gate + place, (z * wide).to(of_gate.dtype.element_ty), mask=mask)
+            tl.store(of_plain + place, (factor * wide).to(dtype), mask=mask)
+            # Read back, or it would be made anew in the layout of each product.
+            tl.debug_barrier()
+            g = tl.load(of_plain + place, mask=mask, other=0.0)
+        even, odd = _halves(_features(x, FAST), R, W)
+        even_slope, odd_slope = _dot(g, tl.trans(evens), P), _dot(g, tl.trans(odds), P)
+        turned_even, turned_odd = even, odd
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
-            turned = _turned(x, cosine, sine, R, W)
-        slope = _dot(g.to(block.dtype), block, P)
-        along = tl.sum(slope * turned, 1)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
+            turned_even, turned_odd = _turn(even, odd, cosine, sine)
+            even_slope, odd_slope = _turn(even_slope, odd_slope, cosine, -sine)
+        along = tl.sum(even_slope * even + odd_slope * odd, 1)
+        inverse = 1.0 / (norm + eps)
         if WEIGH:
-            factor = 1.0 / (norm + eps)
-            of_norm = -along * factor * factor
+            factor = inverse
+            of_norm = -along * inverse * inverse
         else:
-            norm *= scale
-            inverse = 1.0 / (norm + eps)
             factor = scale + scale * inverse
             of_norm = -along * scale * inverse * inverse
-            wide = g.to(tl.float32)
-            of_norm = (of_norm - tl.sum(wide * values[None, :], 1)) * scale
-            if FOLD:
-                of_values -= wide * (norm / n)[:, None]
-        of_norm = tl.where(is_row, of_norm, 0.0)
+            of_norm = (of_norm - tl.sum(_dot(g, values, P), 1)) * scale
         if FOLD:
-            weighed = tl.where(is_row[:, None], turned * factor[:, None], 0.0)
-            acc = _add_dot(acc, tl.trans(weighed.to(block.dtype)), g.to(block.dtype), P)
-            of_keys += x * of_norm[:, None]
+            turned_even, turned_odd = turned_even * factor[:, None], turned_odd * factor[:, None]
+            acc_even = _add_dot(acc_even, tl.trans(g), turned_even.to(dtype), P)
+            acc_odd = _add_dot(acc_odd, tl.trans(g), turned_odd.to(dtype), P)
+            of_even_keys += even * of_norm[:, None]
+            of_odd_keys += odd * of_norm[:, None]
+            if not WEIGH:
+                of_values -= g.to(tl.float32) * (norm / n)[:, None]
         if WRITE:
-            slope *= factor[:, None]
-            if TURN:
-                slope = _turned(slope, cosine, -sine, R, W)
-            slope += of_norm[:, None] * keys[None, :]
+            even_slope = even_slope * factor[:, None] + of_norm[:, None] * even_keys[None, :]
+            odd_slope = odd_slope * factor[:, None] + of_norm[:, None] * odd_keys[None, :]
             if WEIGH:
-                slope += shared[None, :]
+                even_slope += even_shared[None, :]
+                odd_slope += odd_shared[None, :]
+            even_slope, odd_slope = _to_token(even_slope, even), _to_token(odd_slope, odd)
             place = grad_q + row[:, None] * gq_row + column[None, :]
-            tl.store(place, (slope * bend).to(grad_q.dtype.element_ty), mask=mask)
+            tl.store(place, _whole(even_slope.to(dtype), odd_slope.to(dtype), R, W), mask=mask)
     if FOLD:
-        part = partial + tl.program_id(0).to(tl.int64) * (d + 2) * d + column
-        tl.store(part[None, :] + column[:, None] * d, acc, mask=is_block)
-        tl.store(part + d * d, tl.sum(of_keys, 0), mask=is_column)
-        tl.store(part + (d + 1) * d, tl.sum(of_values, 0), mask=is_column)
+        partial += tl.program_id(0).to(tl.int64) * (d + 2) * d
+        place = partial + even_column[None, :] * d + column[:, None]
+        tl.store(place, acc_even, mask=is_column[:, None] & is_even[None, :])
+        tl.store(place + d, acc_odd, mask=is_column[:, None] & is_odd[None, :])
+        partial += d * d
+        tl.store(partial + even_column, tl.sum(of_even_keys, 0), mask=is_even)
+        tl.store(partial + even_column + 1, tl.sum(of_odd_keys, 0), mask=is_odd)
+        tl.store(partial + d + column, tl.sum(of_values, 0), mask=is_column)
 
 
 @triton.jit
 def _elu_key_gradient_kernel(
-    key, value, table, anchors, state, logs, of_state, added, grad_k, grad_v, spread, n, heads, d,
-    k_row, gk_row, splits, chunk, scale, width, size, pairs, anchor_splits, TURN: tl.constexpr,
-    WEIGH: tl.constexpr, ADD: tl.constexpr, S: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    P: tl.constexpr,
+    key, value, table, anchors, state, logs, of_state, added, grad_k, grad_v, spread, n, heads,
+    d: tl.constexpr, k_row, gk_row, splits, chunk, scale, width, steps, anchor_splits,
+    TURN: tl.constexpr, WEIGH: tl.constexpr, ADD: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, and a part of that of the mean query, which weighs the keys."""
     image, head, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -340,18 +425,21 @@ def _elu_key_gradient_kernel(
         row = first + tl.arange(0, R)
         is_row = row < stop
         mask = is_row[:, None] & is_column[None, :]
-        x, bend = _features(key, row, k_row, column, mask)
+        x = _tile(key, row, k_row, column, mask)
         v = _tile(value, row, k_row, column, mask)
+        if ADD:
+            near = _tile(added, row, heads * d, column, mask)
+        x = _features(x, FAST)
         slope = _dot(v, tl.trans(block), P)
         turned = x
         if TURN:
-            cosine, sine = _angles(table, row, is_row, width, size, pairs, W // 2)
+            cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
             turned = _turned(x, cosine, sine, R, W)
             slope = _turned(slope, cosine, -sine, R, W)
         slope += of_keys[None, :]
         of_v = _dot(turned.to(block.dtype), block, P)
         if WEIGH:
-            weight = tl.exp(tl.sum(x * anchor[None, :], 1) - log)
+            weight = tl.where(is_row, tl.exp(tl.sum(x * anchor[None, :], 1) - log), 0.0)
             of_v *= weight[:, None]
             of_score = weight * (tl.sum(slope * x, 1) - common)
             slope = slope * weight[:, None] + of_score[:, None] * anchor[None, :]
@@ -359,10 +447,10 @@ def _elu_key_gradient_kernel(
         else:
             of_v += of_values[None, :]
         if ADD:
-            of_v += _tile(added, row, heads * d, column, mask).to(tl.float32)
+            of_v += near.to(tl.float32)
         place = row[:, None] * gk_row + column[None, :]
         tl.store(grad_v + place, of_v.to(grad_v.dtype.element_ty), mask=mask)
-        tl.store(grad_k + place, (slope * bend).to(grad_k.dtype.element_ty), mask=mask)
+        tl.store(grad_k + place, _to_token(slope, x).to(grad_k.dtype.element_ty), mask=mask)
     if WEIGH:
         split = tl.program_id(0) % splits
         place = spread + (image * splits + split) * heads * d + head * d + column
@@ -370,18 +458,24 @@ def _elu_key_gradient_kernel(
 
 
 class Block(NamedTuple):
-    """How a kernel is launched: tokens of a tile, programs at least, warps, stages."""
+    """How a kernel is launched: tokens of a tile, programs at least, warps, stages; registers.
+
+    Those are what a thread may take at most; 0 does not say.
+    """
 
     rows: int
     programs: int
     warps: int
     stages: int
+    registers: int = 0
 
 
-# In half precision; in float32 registers hold fewer tokens.
+# In half precision, of heads of 32 channels; four programs fit into an SM, and run at once.
+# In float32 registers hold fewer tokens.
 BLOCKS = {
-    "sum": Block(32, 264, 4, 3), "fold": Block(64, 528, 4, 3), "read": Block(64, 528, 4, 3),
-    "query_gradient": Block(32, 528, 4, 2), "key_gradient": Block(32, 528, 4, 2),
+    "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1, 128),
+    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 528, 4, 1, 128),
+    "key_gradient": Block(64, 528, 4, 1, 128),
 }  # fmt: skip
 SUM_CHANNELS, JOINED, MOST_SPLITS = 128, 2048, 128
 
@@ -399,14 +493,19 @@ class _Launch(NamedTuple):
 def _launch(
     block: Block, dtype: torch.dtype, precision: str, n: int, there: int, d: int
 ) -> _Launch:
-    rows, programs, warps, stages = block
-    width = _width(d)
+    rows, programs, warps, stages, registers = block
+    width = max(32, _width(d))  # of which a product takes the half
+    limit = {}
     if dtype == torch.float32:
         rows, warps, stages = (min(rows, 32), warps, 1) if width <= 32 else (16, 8, 1)
+    elif width > 32:
+        warps = 8
+    elif registers and _is_fast():
+        limit = {"maxnreg": registers}
     splits = max(1, min(_ceil(n, rows), _ceil(programs, max(1, there)), MOST_SPLITS))
     chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
-    options = {"num_warps": warps, "num_stages": stages}
-    return _Launch(max(1, _ceil(n, chunk)), chunk, (rows, width, precision), options)
+    options = {"num_warps": warps, "num_stages": stages, **limit}
+    return _Launch(max(1, _ceil(n, chunk)), chunk, (rows, width, precision, _is_fast()), options)
 
 
 def _sizes(kernel: str, query: Tensor, heads: int) -> _Launch:
@@ -415,9 +514,9 @@ def _sizes(kernel: str, query: Tensor, heads: int) -> _Launch:
     return _launch(BLOCKS[kernel], query.dtype, precision, n, b * heads, c // heads)
 
 
-def _place(table: Tensor | None, width: int) -> tuple[int, int, int]:
-    """What kernels are told of positions: width of the grid, steps and pairs of the table."""
-    return (width, 1, 1) if table is None else (width, table.shape[1], table.shape[2])
+def _place(table: Tensor | None, width: int) -> tuple[int, int]:
+    """What kernels are told of positions: width of the grid, steps of the table."""
+    return width, 1 if table is None else table.shape[1]
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -431,7 +530,8 @@ def _anchors(query: Tensor, spacing: int) -> Tensor:
     s = _launch(BLOCKS["sum"], query.dtype, "", n, b * columns, 16)
     parts = _new(query, b, s.splits, c)
     launch_kernel(_elu_sum_kernel, (b * s.splits, columns),
-        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, **s.options,
+        query, parts, n, c, spacing, s.splits, s.chunk, s.constants[0], SUM_CHANNELS, _is_fast(),
+        **s.options,
     )  # fmt: skip
     return parts
 
@@ -459,17 +559,20 @@ def _run(
     is_kept: bool, qkv: Tensor, gate: Tensor, table: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, heads: int, height: int, width: int,
     is_weighed: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result; it before the gate; states, (b * h, d + 2, d); log-sums and queries' sums."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The result; it before the gate; norms, (b * h, n); states, (b * h, d + 2, d); log-sums;
+    queries' sums.
+    """
     (qkv, spacing), (gate, gate_row) = _rows(qkv), _rows(gate)
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
     d = c // heads
     out = torch.empty(b, n, c, dtype=qkv.dtype, device=qkv.device)
     plain = torch.empty(out.shape, dtype=out.dtype, device=out.device) if is_kept else out
+    norms = _new(qkv, b * heads, n if is_kept else 0)
     logs = _new(qkv, b * heads if is_weighed else 0)
     if not out.numel():
-        return out, plain, _new(qkv, b * heads, d + 2, d), logs, _new(qkv, 0)
+        return out, plain, norms, _new(qkv, b * heads, d + 2, d), logs, _new(qkv, 0)
     local = out if weight is None else stencil(value, weight, bias, (height, width))
     turn, place = qkv if table is None else table, _place(table, width)
     flags = table is not None, is_weighed
@@ -486,11 +589,11 @@ def _run(
     state = _joined(partial, peaks, logs if is_weighed else partial, n)
     s = _sizes("read", query, heads)
     launch_kernel(_elu_read_kernel, (b * heads * s.splits,),
-        query, gate, turn, state, local, plain, out, n, heads, d, spacing, gate_row, s.splits,
-        s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags, weight is not None,
-        is_kept, *s.constants, **s.options,
+        query, gate, turn, state, local, plain, norms if is_kept else state, out, n, heads, d,
+        spacing, gate_row, s.splits, s.chunk, *_scales(n, d, eps, is_weighed), *place, *flags,
+        weight is not None, is_kept, *s.constants, **s.options,
     )  # fmt: skip
-    return out, plain, state, logs, anchors
+    return out, plain, norms, state, logs, anchors
 
 
 def _scales(n: int, d: int, eps: float, is_weighed: bool) -> tuple[float, float]:
@@ -498,8 +601,8 @@ def _scales(n: int, d: int, eps: float, is_weighed: bool) -> tuple[float, float]
     return (1.0, n * eps) if is_weighed else (d**-0.5 / n, eps)
 
 
-@launched("rotary_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _forward(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@launched("rotary_core", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _forward(qkv: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return _run(True, qkv, *others)
 
 
@@ -509,13 +612,13 @@ _forward.register_inference(replayed(on_its_device(functools.partial(_run, False
 
 @launched(
     "rotary_core_backward",
-    f"(Tensor grad, Tensor plain, Tensor state, Tensor logs, Tensor anchors, {SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor plain, Tensor norms, Tensor state, Tensor logs, Tensor anchors, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor, plain: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor,
-    gate: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None, heads: int,
-    height: int, width: int, is_weighed: bool, eps: float,
+    grad: Tensor, plain: Tensor, norms: Tensor, state: Tensor, logs: Tensor, anchors: Tensor,
+    qkv: Tensor, gate: Tensor, table: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    heads: int, height: int, width: int, is_weighed: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of tokens, of the gate, and of the convolution's kernels and biases."""
     (qkv, spacing), (gate, gate_row), (grad, g_row) = map(_rows, (qkv, gate, grad))
@@ -532,8 +635,8 @@ def _backward(
 
     def of_queries(of: Tensor, row: int, spread: Tensor, parts: int, *which: bool) -> None:
         launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
-            of, query, gate, plain, turn, state, spread, grad_q, of_plain, of_gate, partial, n,
-            heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
+            of, query, gate, plain, norms, turn, state, spread, grad_q, of_plain, of_gate, partial,
+            n, heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
             *flags, *which, _power_of_2(parts), *s.constants, **s.options,
         )  # fmt: skip
 
@@ -563,7 +666,7 @@ def _backward(
 def _(
     qkv: Tensor, gate: Tensor, table: Any, weight: Any, bias: Any, heads: int, height: int,
     width: int, is_weighed: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     b, n, c = qkv.shape
     c //= 3
     wide = {"dtype": torch.float32}
@@ -574,6 +677,7 @@ def _(
     return (
         qkv.new_empty(b, n, c),
         qkv.new_empty(b, n, c),
+        qkv.new_empty(b * heads, n, **wide),
         qkv.new_empty(b * heads, c // heads + 2, c // heads, **wide),
         qkv.new_empty(b * heads if is_weighed else 0, **wide),
         qkv.new_empty(b, parts, c, **wide) if parts else qkv.new_empty(0, **wide),
@@ -582,8 +686,8 @@ def _(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, plain: Tensor, state: Tensor, logs: Tensor, anchors: Tensor, qkv: Tensor,
-    gate: Tensor, table: Any, weight: Tensor | None, *_: Any,
+    grad: Tensor, plain: Tensor, norms: Tensor, state: Tensor, logs: Tensor, anchors: Tensor,
+    qkv: Tensor, gate: Tensor, table: Any, weight: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     of_tokens = qkv.new_empty(qkv.shape), plain.new_empty(plain.shape)
     if weight is None:
