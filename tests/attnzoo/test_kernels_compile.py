@@ -41,6 +41,7 @@ def compiled(monkeypatch, tmp_path):
     from triton.runtime.jit import JITFunction
 
     from attnzoo.ops.delta_rule import triton as delta
+    from attnzoo.ops.gated_scan import triton as gated
     from attnzoo.ops.linear_core import triton as linear
     from attnzoo.ops.routed_linear import triton as grouped
     from attnzoo.ops.token_difference import triton_backward
@@ -71,7 +72,7 @@ def compiled(monkeypatch, tmp_path):
 
         monkeypatch.setattr(driver, "_active", Driver())
         monkeypatch.setattr(JITFunction, "run", run)
-        for module in (delta, grouped, linear, triton_backward):
+        for module in (delta, gated, grouped, linear, triton_backward):
             monkeypatch.setattr(module, "_shared_memory", lambda device: ROOM[capability])
         return found
 
@@ -277,7 +278,7 @@ KERNELS = {
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
     "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
-    "_key_gradient_kernel", "_means_kernel", "_moments_kernel",
+    "_key_gradient_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
     "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
