@@ -21,8 +21,6 @@ from attnzoo.ops.gated_scan.triton_common import (
     _level_factor,
     _log2_gate,
     _places,
-    _signs,
-    _summed,
     _tile,
 )
 from attnzoo.ops.triton_common import _add_dot, _dot
@@ -156,9 +154,8 @@ def _mild_gradient_kernel(
         grad_key, added_key, image, head,
         token, column, mask, dk_tile, n, heads, dk, ok_token, ADD,
     )  # fmt: skip
-    given += own
-    through += tl.sum(all_over + 0.5 * given, 0)
-    dg = _summed(_signs(C, False), given, P) + own + through[None, :]
+    through += tl.sum(all_over, 0)
+    dg = tl.cumsum(given + own, 0) - given + through[None, :]
     if MAPPED:
         dg *= 1.0 / (1.0 + _exp2(raw.to(tl.float32) * _LOG2E))
     dg *= scale * per_gate
