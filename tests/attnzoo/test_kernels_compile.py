@@ -248,11 +248,15 @@ def launch_norms_and_windows(dtype, width=384):
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
     from attnzoo.ops.gated_scan import triton as kernels
+    from attnzoo.ops.gated_scan import triton_tokens
 
     key, value = (torch.ones(1, 256, 2, d, dtype=dtype) for d in (key_dim, value_dim))
+    packed = torch.ones(1, 256, 4 * (key_dim + value_dim) + 16, dtype=dtype)
+    weight, norm = torch.ones(2 * key_dim, 16, dtype=dtype), torch.ones(value_dim)
+    options = 2, 1e-5, 16.0, 16, 16, directions, True
+    out, *_, states = triton_tokens._forward.function(packed, weight, weight[:, 0], norm, *options)
     options = 16.0, 1.0, 16, 16, directions
-    out, states = kernels.gated_scans_forward(key, key, value, key, *options, True)
-    kernels.gated_scans_backward(out, key, key, value, key, states, *options)
+    kernels.gated_scans_backward(out.view(value.shape), key, key, value, key, states, *options)
 
 
 def launch_delta(dtype, width=64, bits=0b0011):

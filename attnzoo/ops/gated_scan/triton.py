@@ -12,7 +12,7 @@ that one product gives the weights of both directions and no exponent is positiv
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from attnzoo.ops.gated_scan.triton_backward import (
     _gated_gradient_kernel,
     _mild_gradient_kernel,
     _put,
+    _rows_of,
 )
 from attnzoo.ops.gated_scan.triton_common import (
     _LEAST,
+    _LOG2E,
     _MILD,
     _are_pairs,
     _exp2,
@@ -59,14 +61,17 @@ from attnzoo.ops.triton_common import (
 
 @triton.jit
 def _gated_update_kernel(
-    x, y, gate, left, right, totals, n, heads, dk, dv, chunks, height, width,
-    x_image, x_token, x_head, y_image, y_token, y_head, g_image, g_token, g_head, per_gate,
-    levels, QUERY: tl.constexpr, MAPPED: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    x, y, gate, reduced, weight, bias, left, right, totals,
+    n, heads, dk, dv, chunks, height, width, rank,
+    x_image, x_token, x_head, y_image, y_token, y_head, g_image, g_token, g_head,
+    r_image, r_token, per_gate, levels,
+    QUERY: tl.constexpr, MAPPED: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     FAST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # left: x^T y with x decayed until the end of the chunk, for what comes from the left of the
-    # next; right: until its start. QUERY: x decays by its own gate as well.
+    # next; right: until its start. QUERY: x decays by its own gate as well. With R, a tile of
+    # ``rank``, the gates are computed here, and kept for the launches that follow.
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
@@ -75,7 +80,19 @@ def _gated_update_kernel(
     column = tl.program_id(1) * K + tl.arange(0, K)
     mask = is_token[:, None] & (column < dk)[None, :]
     a = _tile(x, image, head, token, column, mask, x_image, x_token, x_head).to(tl.float32)
-    g = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
+    if R:
+        part, line = tl.arange(0, R), head * dk + column
+        mask_r = is_token[:, None] & (part < rank)[None, :]
+        low = _tile(reduced, image, head, token, part, mask_r, r_image, r_token, 0)
+        mask_r = (column < dk)[:, None] & (part < rank)[None, :]
+        w = tl.load(weight + line[:, None] * rank + part[None, :], mask=mask_r, other=0.0)
+        g = tl.load(bias + line, mask=column < dk, other=0.0).to(tl.float32)[None, :]
+        g = (_dot(low, tl.trans(w), P) + g).to(gate.dtype.element_ty)
+        if tl.program_id(2) == 0:
+            place = gate + image * g_image + head.to(tl.int64) * g_head
+            tl.store(place + token[:, None] * g_token + column[None, :], g, mask=mask)
+    else:
+        g = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
     mask_v = is_token[:, None] & (wide < dv)[None, :]
     b = _tile(y, image, head, token, wide, mask_v, y_image, y_token, y_head)
     b = b.to(x.dtype.element_ty)
@@ -192,16 +209,17 @@ def _any_pairs(
 
 @triton.jit
 def _gated_output_kernel(
-    query, key, value, gate, left, right, totals, out, added,
+    query, key, value, gate, left, right, totals, out, added, out_gate, norm, normed,
     n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, o_token, per_gate, scale, levels,
+    g_image, g_token, g_head, o_token, z_image, z_token, z_head, per_gate, scale, eps, levels,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
-    MILD: tl.constexpr, REST: tl.constexpr, P: tl.constexpr,
+    CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
+    KEEP: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr,
+    WIDE: tl.constexpr, MILD: tl.constexpr, REST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    # TURNED: queries are keys and keys queries, so that the transposed weights are taken. MILD and
+    # TURNED: queries are keys and keys queries, so that the transposed weights are taken. NORM:
+    # the output is normed and gated as well, into ``normed``; KEEP: it is stored itself. MILD and
     # REST: chunks that are mild, and those that are not.
     dtype: tl.constexpr = query.dtype.element_ty
     chunk = tl.program_id(0) % chunks
@@ -249,7 +267,20 @@ def _gated_output_kernel(
     v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
     result = _add_dot(result, weights.to(dtype), v.to(dtype), P)
     result *= scale
-    _put(out, added, image, head, token, wide, mask_v, result, n, heads, dv, o_token, ADD)
+    if KEEP:
+        result = _put(
+            out, added, image, head, token, wide, mask_v, result, n, heads, dv, o_token, ADD
+        )
+    elif ADD:
+        result += _rows_of(added, image, head, token, wide, mask_v, n, heads, dv)
+    if NORM:
+        z = _tile(out_gate, image, head, token, wide, mask_v, z_image, z_token, z_head)
+        z = z.to(tl.float32)
+        result *= tl.rsqrt(tl.sum(result * result, 1) / dv + eps)[:, None]
+        w = tl.load(norm + wide, mask=wide < dv, other=0.0).to(tl.float32)[None, :]
+        result *= w * z / (1.0 + _exp2(z * -_LOG2E))
+        place = image * n * heads * dv + head * dv + token[:, None] * (heads * dv) + wide[None, :]
+        tl.store(normed + place, result.to(normed.dtype.element_ty), mask=mask_v)
 
 
 class _Launch(NamedTuple):
@@ -387,18 +418,37 @@ class _Carried(NamedTuple):
         return *states, other if self.totals is None else self.totals
 
 
+class Low(NamedTuple):
+    """What gates are computed of: (b, n, rank), (h * dk, rank) and (h * dk,)."""
+
+    reduced: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Norm(NamedTuple):
+    """What follows the scans: output gates (b, n, h, dv), weight (dv,) and eps of the norm."""
+
+    gate: Tensor
+    weight: Tensor
+    eps: float
+    out: Tensor  # (b, n, h * dv)
+
+
 def _carry(
-    call: _Call, order: _Order, is_query: bool, x: Tensor, y: Tensor, gate: Tensor
-) -> _Carried:
+    call: _Call, order: _Order, is_query: bool, x: Tensor, y: Tensor, gate: Tensor,
+    low: Low | None = None,
+) -> _Carried:  # fmt: skip
     """Of the forward scan from the left, and of the backward scan from the right.
 
     With queries and the gradient of the output, the gradients of the states that leave a chunk:
-    those of the backward scan from the left, and those of the forward scan from the right.
+    those of the backward scan from the left, and those of the forward scan from the right. With
+    ``low``, the gates are written first.
     """
     sizes, blocks = call.sizes, BLOCKS[call.dtype]
     _, n, heads, dk, dv, levels, chunks = sizes
     is_alone, is_checked = chunks == 1, call.wide > 0
-    if is_alone and not is_checked:
+    if is_alone and not is_checked and low is None:
         return _Carried(None, None)
     is_left, is_right = order.is_forward, order.is_backward
     if is_query:
@@ -407,11 +457,14 @@ def _carry(
     updates = totals if is_alone else call.new(x, order.count, *sizes.tail, dtype=call.dtype)
     keys, values, launch = blocks.update
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
+    rank = 0 if low is None else low.weight.shape[1]
+    reduced, weight, bias = (gate,) * 3 if low is None else low
     launch_kernel(_gated_update_kernel, (sizes.rows * chunks, _ceil(dk, keys), _ceil(dv, values)),
-        x, y, gate, updates[0], updates[-1], totals, n, heads, dk, dv, chunks, *call.grid,
-        *_strides(x, y, gate), call.per_gate, levels, is_query, call.normalizer != 0,
-        order.is_columns, is_left and not is_alone, is_right and not is_alone, 1 << levels, keys,
-        values, is_checked, _precision(call.dtype), **launch._asdict(),
+        x, y, gate, reduced, weight, bias, updates[0], updates[-1], totals,
+        n, heads, dk, dv, chunks, *call.grid, rank, *_strides(x, y, gate), *reduced.stride()[:2],
+        call.per_gate, levels, is_query, call.normalizer != 0, order.is_columns,
+        is_left and not is_alone, is_right and not is_alone, 1 << levels, keys, values,
+        rank and _width(rank), is_checked, _precision(call.dtype), **launch._asdict(),
     )  # fmt: skip
     if is_alone:
         return _Carried(None, totals)
@@ -432,12 +485,15 @@ def _for_width(launch: _Launch, dv: int) -> _Launch:
 
 def _output(
     call: _Call, order: _Order, is_turned: bool, operands: Sequence[Tensor], carried: _Carried,
-    out: Tensor, added: Tensor | None, is_rest: bool = False,
+    out: Tensor | None, added: Tensor | None, is_rest: bool = False, norm: Norm | None = None,
 ) -> None:  # fmt: skip
     """Outputs of queries, keys, values and gates; turned, gradients of values.
 
     Those are outputs of keys, queries and the gradient of the output, with the scans turned.
     """
+    is_kept, value = out is not None, operands[2]
+    gate, weight, eps, normed = (value, value, 0.0, value) if norm is None else norm
+    out = normed.view(value.shape) if out is None else out
     if is_turned:
         order = order._replace(is_forward=order.is_backward, is_backward=order.is_forward)
     _, n, heads, dk, dv, levels, chunks = call.sizes
@@ -450,11 +506,11 @@ def _output(
         launch = _for_width(launch, dv)
         launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
             *operands, *carried.or_else(out), out, out if added is None else added,
-            n, heads, dk, dv, chunks, *call.grid, *_strides(*operands), out.stride(1),
-            call.per_gate, call.scale, levels, call.normalizer != 0, *order,
-            carried.states is not None, added is not None, is_turned, 1 << levels, keys,
-            _ceil(dk, keys), _width(dv), call.wide, *form, _precision(call.dtype),
-            **launch._asdict(),
+            gate, weight, normed, n, heads, dk, dv, chunks, *call.grid, *_strides(*operands),
+            out.stride(1), *_strides(gate), call.per_gate, call.scale, eps, levels,
+            call.normalizer != 0, *order, carried.states is not None, added is not None,
+            is_turned, norm is not None, is_kept, 1 << levels, keys, _ceil(dk, keys), _width(dv),
+            call.wide, *form, _precision(call.dtype), **launch._asdict(),
         )  # fmt: skip
 
 
@@ -528,22 +584,47 @@ def gated_scans_forward(
     Returns:
         (b, n, h, dv) in the dtype of ``query``, and what the backward needs of the states.
     """
-    operands = query, key, value, gate = [_strided(z) for z in (query, key, value, gate)]
+    operands = [_strided(z) for z in (query, key, value, gate)]
+    out = torch.empty(value.shape, dtype=query.dtype, device=query.device)
+    return out, put_outputs(operands, (normalizer, scale, height, width, directions), out, save)
+
+
+def put_outputs(
+    operands: Sequence[Tensor], options: tuple[Any, ...], out: Tensor | None, save: bool,
+    low: Low | None = None, norm: Norm | None = None,
+) -> Tensor:  # fmt: skip
+    """The mean of scans into ``out``, if it is wanted.
+
+    Args:
+        operands: Queries, keys, values and gates, channels beside each other.
+        options: Normalizer, scale, height, width and directions; see ``gated_scans_forward``.
+        out: (b, n, h, dv); may be None with ``norm``.
+        save: See ``gated_scans_forward``.
+        low: What the gates are computed of, which are written then.
+        norm: What takes the result normed and gated.
+
+    Returns:
+        What the backward needs of the states.
+    """
+    query, key, value, gate = operands
+    normalizer, scale, height, width, directions = options
     orders, sizes = _orders(directions), _sizes(query, value)
     scale /= sum(order.count for order in orders)
     call = _Call(sizes, (height, width), normalizer, scale, query.dtype)
-    out = torch.empty(value.shape, dtype=query.dtype, device=query.device)
     kept, partial = [], None
-    for order in orders if out.numel() else ():
-        carried = _carry(call, order, False, key, value, gate)
-        if carried.states is not None:
+    for order in orders if value.numel() else ():
+        carried = _carry(call, order, False, key, value, gate, low)
+        if carried.states is not None and save:
             kept.append(carried.states)
-        to = out if order is orders[-1] else torch.empty_like(out, dtype=torch.float32)
-        _output(call, order, False, operands, carried, to, partial)
-        partial = to
-    if not (save and kept):
-        return out, query.new_empty(0, *sizes.tail)
-    return out, kept[0] if len(kept) == 1 else torch.cat(kept)
+        if order is orders[-1]:
+            _output(call, order, False, operands, carried, out, partial, norm=norm)
+        else:
+            to = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+            _output(call, order, False, operands, carried, to, partial)
+            partial, low = to, None
+    if not kept:
+        return query.new_empty(0, *sizes.tail)
+    return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
 def kept(query: Tensor, value: Tensor, directions: int, save: bool) -> Tensor:

@@ -27,13 +27,19 @@ from attnzoo.ops.triton_common import _add_dot, _dot
 
 
 @triton.jit
+def _rows_of(z, image, head, token, column, mask, n, heads, d):
+    """A tile of (images, n, heads, d)."""
+    place = image * n * heads * d + head * d + token[:, None] * (heads * d) + column[None, :]
+    return tl.load(z + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _put(
     out, added, image, head, token, column, mask, value, n, heads, d, o_token, ADD: tl.constexpr
 ):  # fmt: skip
     """Stores a tile in rows with any spacing, with what is ``added``; returns what it stores."""
     if ADD:
-        place = image * n * heads * d + head * d + token[:, None] * (heads * d) + column[None, :]
-        value += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
+        value += _rows_of(added, image, head, token, column, mask, n, heads, d)
     place = image * n * o_token + head * d + token[:, None] * o_token + column[None, :]
     tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
     return value

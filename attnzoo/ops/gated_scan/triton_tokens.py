@@ -26,7 +26,7 @@ def _parts(packed: Tensor, weight: Tensor, norm: Tensor, heads: int) -> list[Ten
     """Queries, keys, values and output gates, (b, n, h, d), and what gives the forget gates."""
     (keys, rank), values = weight.shape, heads * norm.numel()
     *parts, reduced = packed.split([keys, keys, values, values, rank], -1)
-    return [*(z.unflatten(-1, (heads, -1)) for z in parts), reduced.flatten(0, 1)]
+    return [*(z.unflatten(-1, (heads, -1)) for z in parts), reduced]
 
 
 @launched("gated_tokens", f"({_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -34,12 +34,20 @@ def _forward(
     packed: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, heads: int, eps: float,
     normalizer: float, height: int, width: int, directions: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result; logits of the forget gates, the mean of the scans, and their states."""
+    """The result; logits of the forget gates, the mean of the scans if saved, and their states."""
     query, key, value, gate, reduced = _parts(packed, weight, norm, heads)
-    logit = torch.addmm(bias, reduced, weight.t()).view(query.shape)
+    logit, mixed = packed.new_empty(query.shape), _mixed(value, save)
+    out = packed.new_empty(*packed.shape[:2], heads * norm.numel())
     options = normalizer, query.shape[-1] ** -0.5, height, width, directions
-    mixed, states = scans.gated_scans_forward.function(query, key, value, logit, *options, save)
-    return norms._forward.function(mixed, gate, norm, eps), logit, mixed, states
+    low = scans.Low(reduced, weight.contiguous(), bias.contiguous())
+    last = scans.Norm(gate, norm.contiguous(), eps, out)
+    operands, kept = (query, key, value, logit), mixed if save else None
+    states = scans.put_outputs(operands, options, kept, save, low, last)
+    return out, logit, mixed, states
+
+
+def _mixed(value: Tensor, save: bool) -> Tensor:
+    return value.new_empty(value.shape if save else (0,))
 
 
 @launched(
@@ -64,17 +72,17 @@ def _backward(
         (of_query, of_key, of_logit, of_value), has_sum=True,
     )  # fmt: skip
     assert of_bias is not None
-    of_logit = of_logit.view(-1, len(weight))
-    torch.mm(of_logit, weight, out=of_reduced)
+    of_logit, reduced = of_logit.view(-1, len(weight)), reduced.flatten(0, 1)
+    torch.mm(of_logit, weight, out=of_reduced.flatten(0, 1))
     return grads, of_logit.t() @ reduced, of_bias.flatten().to(bias.dtype), of_norm
 
 
 @_forward.register_fake
 def _(packed: Tensor, weight: Tensor, bias: Any, norm: Tensor, heads: int, *options: Any) -> Any:
     query, _, value, *_ = _parts(packed, weight, norm, heads)
-    mixed = packed.new_empty(value.shape)
     logit, states = packed.new_empty(query.shape), scans.kept(query, value, *options[-2:])
-    return packed.new_empty(mixed.flatten(2).shape), logit, mixed, states
+    mixed = _mixed(value, options[-1])
+    return packed.new_empty(value.flatten(2).shape), logit, mixed, states
 
 
 @_backward.register_fake
