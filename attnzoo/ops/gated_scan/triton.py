@@ -34,6 +34,7 @@ from attnzoo.ops.gated_scan.triton_common import (
     _LEAST,
     _LOG2E,
     _MILD,
+    _are_mild,
     _are_pairs,
     _exp2,
     _half,
@@ -212,75 +213,101 @@ def _gated_output_kernel(
     query, key, value, gate, left, right, totals, out, added, out_gate, norm, normed,
     n, heads, dk, dv, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    g_image, g_token, g_head, o_token, z_image, z_token, z_head, per_gate, scale, eps, levels,
-    MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
-    CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
-    KEEP: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, V: tl.constexpr,
-    WIDE: tl.constexpr, MILD: tl.constexpr, REST: tl.constexpr, P: tl.constexpr,
+    g_image, g_token, g_head, o_token, z_image, z_token, z_head, per_gate, scale, eps, count,
+    levels, MAPPED: tl.constexpr, COLUMNS: tl.constexpr, FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr, TURNED: tl.constexpr,
+    NORM: tl.constexpr, KEEP: tl.constexpr, C: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    V: tl.constexpr, WIDE: tl.constexpr, MILD: tl.constexpr, REST: tl.constexpr,
+    TURNS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # TURNED: queries are keys and keys queries, so that the transposed weights are taken. NORM:
     # the output is normed and gated as well, into ``normed``; KEEP: it is stored itself. MILD and
-    # REST: chunks that are mild, and those that are not.
+    # REST: chunks that are mild, and those that are not, which are looked for TURNS at a time.
     dtype: tl.constexpr = query.dtype.element_ty
-    chunk = tl.program_id(0) % chunks
-    image_head = tl.program_id(0) // chunks
-    at = image_head.to(tl.int64) * chunks + chunk
     is_split: tl.constexpr = WIDE > 0 and not (MILD and REST)
-    if _is_mild(totals, at, dk, WIDE) == REST if is_split else False:
+    first = tl.program_id(0) * TURNS
+    if TURNS > 1:
+        if _are_mild(totals, first, count, dk, WIDE, TURNS):
+            return
+    elif _is_mild(totals, first.to(tl.int64), dk, WIDE) == REST if is_split else False:
         return
-    image, head = (image_head // heads).to(tl.int64), image_head % heads
-    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
-    row, wide = tl.arange(0, C), tl.arange(0, V)
-    mask_v = is_token[:, None] & (wide < dv)[None, :]
-    weights = tl.zeros((C, C), tl.float32)
-    result = tl.zeros((C, V), tl.float32)
-    for tile in range(TILES):
-        column = tile * K + tl.arange(0, K)
-        mask = is_token[:, None] & (column < dk)[None, :]
-        q = _tile(query, image, head, token, column, mask, q_image, q_token, q_head)
-        k = _tile(key, image, head, token, column, mask, k_image, k_token, k_head)
-        g = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
-        mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-        from_left, from_right = result, result
-        if CARRIED and FORWARD:
-            from_left = tl.load(left + spot, mask=mask_s, other=0.0)
-        if CARRIED and BACKWARD:
-            from_right = tl.load(right + spot, mask=mask_s, other=0.0)
-        q, k = q.to(tl.float32), k.to(tl.float32)
-        g = _log2_gate(g, mask, per_gate, MAPPED)
-        half = tl.zeros((K,), tl.float32)
-        if CARRIED:
-            half = _half(tl.load(totals + at * dk + column, mask=column < dk, other=0.0))
-        if _is_mild(totals, at, dk, WIDE) if MILD and REST else MILD:
-            weights, for_left, for_right = _mild_pairs(
-                weights, q, k, g, row, FORWARD, BACKWARD, TURNED, C, dtype, P
-            )
-        else:
-            weights, for_left, for_right = _any_pairs(
-                weights, q, k, g, half, row, levels, FORWARD, BACKWARD, TURNED, dtype, P
-            )
-        if CARRIED and FORWARD:
-            result = _add_dot(result, for_left, from_left, P)
-        if CARRIED and BACKWARD:
-            result = _add_dot(result, for_right, from_right, P)
-    v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-    result = _add_dot(result, weights.to(dtype), v.to(dtype), P)
-    result *= scale
-    if KEEP:
-        result = _put(
-            out, added, image, head, token, wide, mask_v, result, n, heads, dv, o_token, ADD
-        )
-    elif ADD:
-        result += _rows_of(added, image, head, token, wide, mask_v, n, heads, dv)
-    if NORM:
-        z = _tile(out_gate, image, head, token, wide, mask_v, z_image, z_token, z_head)
-        z = z.to(tl.float32)
-        result *= tl.rsqrt(tl.sum(result * result, 1) / dv + eps)[:, None]
-        w = tl.load(norm + wide, mask=wide < dv, other=0.0).to(tl.float32)[None, :]
-        result *= w * z / (1.0 + _exp2(z * -_LOG2E))
-        place = image * n * heads * dv + head * dv + token[:, None] * (heads * dv) + wide[None, :]
-        tl.store(normed + place, result.to(normed.dtype.element_ty), mask=mask_v)
+    for turn in range(0, 1 if TURNS == 1 else tl.minimum(TURNS, count - first)):
+        chunk, image_head = (first + turn) % chunks, (first + turn) // chunks
+        at = image_head.to(tl.int64) * chunks + chunk
+        if _is_mild(totals, at, dk, WIDE) == 0 if TURNS > 1 else True:
+            image, head = (image_head // heads).to(tl.int64), image_head % heads
+            token, is_token = _places(chunk, n, height, width, C, COLUMNS)
+            row, wide = tl.arange(0, C), tl.arange(0, V)
+            mask_v = is_token[:, None] & (wide < dv)[None, :]
+            weights = tl.zeros((C, C), tl.float32)
+            result = tl.zeros((C, V), tl.float32)
+            for tile in range(TILES):
+                column = tile * K + tl.arange(0, K)
+                mask = is_token[:, None] & (column < dk)[None, :]
+                q = _tile(query, image, head, token, column, mask, q_image, q_token, q_head)
+                k = _tile(key, image, head, token, column, mask, k_image, k_token, k_head)
+                g = _tile(gate, image, head, token, column, mask, g_image, g_token, g_head)
+                mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
+                spot = at * dk * dv + column[:, None] * dv + wide[None, :]
+                from_left, from_right = result, result
+                if CARRIED and FORWARD:
+                    from_left = tl.load(left + spot, mask=mask_s, other=0.0)
+                if CARRIED and BACKWARD:
+                    from_right = tl.load(right + spot, mask=mask_s, other=0.0)
+                q, k = q.to(tl.float32), k.to(tl.float32)
+                g = _log2_gate(g, mask, per_gate, MAPPED)
+                half = tl.zeros((K,), tl.float32)
+                if CARRIED:
+                    half = _half(tl.load(totals + at * dk + column, mask=column < dk, other=0.0))
+                if _is_mild(totals, at, dk, WIDE) if MILD and REST else MILD:
+                    weights, for_left, for_right = _mild_pairs(
+                        weights, q, k, g, row, FORWARD, BACKWARD, TURNED, C, dtype, P
+                    )
+                else:
+                    weights, for_left, for_right = _any_pairs(
+                        weights, q, k, g, half, row, levels, FORWARD, BACKWARD, TURNED, dtype, P
+                    )
+                if CARRIED and FORWARD:
+                    result = _add_dot(result, for_left, from_left, P)
+                if CARRIED and BACKWARD:
+                    result = _add_dot(result, for_right, from_right, P)
+            v = _tile(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+            result = _add_dot(result, weights.to(dtype), v.to(dtype), P)
+            result *= scale
+            if KEEP:
+                result = _put(
+                    out,
+                    added,
+                    image,
+                    head,
+                    token,
+                    wide,
+                    mask_v,
+                    result,
+                    n,
+                    heads,
+                    dv,
+                    o_token,
+                    ADD,
+                )
+            elif ADD:
+                result += _rows_of(added, image, head, token, wide, mask_v, n, heads, dv)
+            if NORM:
+                z = _tile(out_gate, image, head, token, wide, mask_v, z_image, z_token, z_head)
+                z = z.to(tl.float32)
+                result *= tl.rsqrt(tl.sum(result * result, 1) / dv + eps)[:, None]
+                w = tl.load(norm + wide, mask=wide < dv, other=0.0).to(tl.float32)[None, :]
+                result *= w * z / (1.0 + _exp2(z * -_LOG2E))
+                place = (
+                    image * n * heads * dv
+                    + head * dv
+                    + token[:, None] * (heads * dv)
+                    + wide[None, :]
+                )
+                tl.store(normed + place, result.to(normed.dtype.element_ty), mask=mask_v)
+
+
+_TURNS = 4  # of chunks of which few are not mild, so that few programs start
 
 
 class _Launch(NamedTuple):
@@ -502,15 +529,16 @@ def _output(
     forms = [(True, True, rest)] if mild is None else [(True, False, mild), (False, True, rest)]
     if is_rest or not call.wide:
         forms = [(False, True, rest)]
+    count = call.sizes.rows * chunks
     for *form, launch in forms:
-        launch = _for_width(launch, dv)
-        launch_kernel(_gated_output_kernel, (call.sizes.rows * chunks,),
+        launch, turns = _for_width(launch, dv), _TURNS if call.wide and not form[0] else 1
+        launch_kernel(_gated_output_kernel, (_ceil(count, turns),),
             *operands, *carried.or_else(out), out, out if added is None else added,
             gate, weight, normed, n, heads, dk, dv, chunks, *call.grid, *_strides(*operands),
-            out.stride(1), *_strides(gate), call.per_gate, call.scale, eps, levels,
+            out.stride(1), *_strides(gate), call.per_gate, call.scale, eps, count, levels,
             call.normalizer != 0, *order, carried.states is not None, added is not None,
             is_turned, norm is not None, is_kept, 1 << levels, keys, _ceil(dk, keys), _width(dv),
-            call.wide, *form, _precision(call.dtype), **launch._asdict(),
+            call.wide, *form, turns, _precision(call.dtype), **launch._asdict(),
         )  # fmt: skip
 
 
@@ -549,7 +577,7 @@ def _gradient(
     keys, values = min(keys, _width(dk)), min(values, _width(dv))
     tiles = _ceil(dv, values)
     launch = single if tiles == 1 else several
-    count, turns = call.sizes.rows * chunks, 4 if wide else 1
+    count, turns = call.sizes.rows * chunks, _TURNS if wide else 1
     launch_kernel(_gated_gradient_kernel, (_ceil(count, turns), _ceil(dk, keys)),
         *operands, *states, *outs[:3], *added[:3], parts, *sizes, count, levels, *options,
         1 << levels, keys, values, tiles, wide, turns, precision, **launch._asdict(),

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from attnzoo.ops.gated_scan.triton_common import (
     _LOG2E,
-    _MILD,
+    _are_mild,
     _are_pairs,
     _exp2,
     _half,
@@ -214,12 +214,8 @@ def _gated_gradient_kernel(
     dtype: tl.constexpr = query.dtype.element_ty
     # The few chunks that are not mild are looked for TURNS at a time, so that few programs start.
     first = tl.program_id(0).to(tl.int64) * TURNS
-    if WIDE:
-        turn, channel = (first + tl.arange(0, TURNS))[:, None], tl.arange(0, WIDE)[None, :]
-        is_total = (turn < count) & (channel < dk)
-        total = tl.load(totals + turn * dk + channel, mask=is_total, other=0.0)
-        if tl.min(tl.min(total, 1), 0) > _MILD:
-            return
+    if _are_mild(totals, first, count, dk, WIDE, TURNS) if WIDE else False:
+        return
     for at in range(first, tl.minimum(first + TURNS, count)):
         if _is_mild(totals, at, dk, WIDE) == 0 if WIDE else True:
             chunk, image_head = at % chunks, at // chunks

@@ -89,6 +89,15 @@ def _is_mild(totals, at, dk, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _are_mild(totals, first, count, dk, WIDE: tl.constexpr, TURNS: tl.constexpr):
+    """Whether ``TURNS`` chunks from the first on are."""
+    turn, column = first + tl.arange(0, TURNS)[:, None], tl.arange(0, WIDE)[None, :]
+    mask = (turn < count) & (column < dk)
+    total = tl.load(totals + turn.to(tl.int64) * dk + column, mask=mask, other=0.0)
+    return tl.min(tl.min(total, 1), 0) > _MILD
+
+
+@triton.jit
 def _half(total):
     """log2 of what the states of a chunk are multiplied by: half of its decay, if that is mild.
 
