@@ -161,6 +161,7 @@ def _mild_gradient_kernel(
         token, column, mask, dk_tile, n, heads, dk, ok_token, ADD,
     )  # fmt: skip
     through += tl.sum(all_over, 0)
+    # A product would sum faster, but ptxas 12.8 gave it a wrong address here on Hopper.
     dg = tl.cumsum(given + own, 0) - given + through[None, :]
     if MAPPED:
         dg *= 1.0 / (1.0 + _exp2(raw.to(tl.float32) * _LOG2E))
