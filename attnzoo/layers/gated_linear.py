@@ -24,6 +24,7 @@ from attnzoo.ops.gated_scan import (
     mean_of_scans_by_kernels,
     scan,
     takes_kernels,
+    tokens_by_kernels,
     unscan,
 )
 from attnzoo.ops.precision import in_float32, operand_dtype
@@ -86,14 +87,8 @@ class GatedLinear(nn.Module):
         """(b, height * width, dim) -> (b, height * width, dim)."""
         if (block := self.config.block(self.training)) is not None:
             return stream_scans(x, grid, block, directions, self._advance, self._finish)
-        if (parts := self._project_together(x)) is not None:
-            query, key, value, logit, gate = parts
-            normalizer, impl = self.config.gate_normalizer, self.config.impl
-            mixed = mean_of_scans_by_kernels(
-                query, key, value, logit, normalizer, grid, directions, impl
-            )
-            assert mixed is not None
-            return self._gated(gate, mixed)
+        if self._takes_kernels(x):
+            return self._by_kernels(x, grid, directions)
         mixed = self._scans(x, self._heads(self.value(x)), grid, directions)
         return self._finish(x, mixed)
 
@@ -113,27 +108,37 @@ class GatedLinear(nn.Module):
         impl = "auto" if self.config.impl == "fla" else self.config.impl
         return self.proj(gated_norm(mixed, gate, self.norm.weight, self.norm_eps, impl=impl))
 
-    def _project_together(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Q, K, V, logits of the forget gates, and the output gate, per head, by one product.
+    def _takes_kernels(self, x: Tensor) -> bool:
+        """Whether kernels run, which read rows with any spacing.
 
-        None where no kernels run, which read rows with any spacing; a CPU pays for the spacing
-        more than for products.
+        So one product projects; a CPU pays for the spacing more than for products.
         """
         heads, impl = self.num_heads, self.config.impl
         key_dim, value_dim = self.query.out_features // heads, self.value.out_features // heads
-        if not takes_kernels(x, operand_dtype(x), key_dim, value_dim, x.shape[1] * heads, impl):
-            return None
+        return takes_kernels(x, operand_dtype(x), key_dim, value_dim, x.shape[1] * heads, impl)
+
+    def _by_kernels(
+        self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]
+    ) -> Tensor:
+        normalizer, impl = self.config.gate_normalizer, self.config.impl
         low, high = self.forget_gate
         layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
-        if any(type(layer) is not nn.Linear for layer in layers):  # an adapter is around one
-            query, key, value, gate, reduced = (layer(x) for layer in layers)
-        else:
-            weight = torch.cat([layer.weight for layer in layers])
-            parts = F.linear(x, weight).split([layer.out_features for layer in layers], -1)
-            query, key, value, gate, reduced = parts
-        # Rows of two dimensions: of three, with spaces between them, the bias is another pass.
-        logit = high(reduced.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return tuple(map(self._heads, (query, key, value, logit, gate)))
+        if any(type(layer) is not nn.Linear for layer in (*layers, high)):  # an adapter
+            logit, query, key = self._gate_query_key(x)
+            value = self._heads(self.value(x))
+            mixed = mean_of_scans_by_kernels(
+                query, key, value, logit, normalizer, grid, directions, impl
+            )
+            assert mixed is not None
+            return self._finish(x, mixed)
+        packed = F.linear(x, torch.cat([layer.weight for layer in layers]))
+        if packed.dtype == torch.float16:  # which overflows
+            packed = packed.float()
+        out = tokens_by_kernels(
+            packed, high.weight, high.bias, self.norm.weight, self.num_heads, self.norm_eps,
+            normalizer, grid, directions,
+        )  # fmt: skip
+        return self.proj(out.to(operand_dtype(x)))
 
     def attention_map(
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.triton_common import _ceil, launched
+from attnzoo.ops.triton_common import _ceil, column_sum, launched
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _gated_norm_kernel(
 @triton.jit
 def _gated_norm_backward_kernel(
     grad, x, gate, weight, grad_x, grad_gate, partial, rows, heads, d, eps, x_token, x_head,
-    g_token, g_head, turns, R: tl.constexpr, D: tl.constexpr,
+    g_token, g_head, o_token, o_head, turns, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, D)
     w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
@@ -58,7 +58,9 @@ def _gated_norm_backward_kernel(
         share = 1 / (1 + tl.exp(-z))
         y *= inverse
         of_gate = g * w * y * share * (1 + z * (1 - share))
-        tl.store(grad_gate + place, of_gate.to(grad_gate.dtype.element_ty), mask=mask)
+        spot = (row // heads).to(tl.int64) * o_token + (row % heads) * o_head
+        spot = grad_gate + spot[:, None] + column[None, :]
+        tl.store(spot, of_gate.to(grad_gate.dtype.element_ty), mask=mask)
         g *= z * share
         of_weight += g * y
         g *= w
@@ -105,19 +107,28 @@ def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _backward(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    of_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    of_x, of_weight = put_gradients(grad, x, gate, weight, eps, of_gate)
+    return of_x, of_gate, of_weight
+
+
+def put_gradients(
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, of_gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weight; that of the gate into ``of_gate``, whose rows have spaces."""
     x, gate = _spaced(x), _spaced(gate)
-    grad_x, grad_gate = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, gate))
+    of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, block, columns = _sizes(x)
     turns = max(1, _ceil(rows, block * _PROGRAMS))
     programs = _ceil(rows, block * turns)
     partial = torch.empty(programs, x.shape[3], dtype=torch.float32, device=x.device)
     if rows:
         _gated_norm_backward_kernel[(programs,)](
-            grad.contiguous(), x, gate, weight, grad_x, grad_gate, partial, rows, x.shape[2],
-            x.shape[3], eps, *x.stride()[1:3], *gate.stride()[1:3], turns, block, columns,
-            num_warps=4,
+            grad.contiguous(), x, gate, weight, of_x, of_gate, partial, rows, x.shape[2],
+            x.shape[3], eps, *x.stride()[1:3], *gate.stride()[1:3], *of_gate.stride()[1:3], turns,
+            block, columns, num_warps=4,
         )  # fmt: skip
-    return grad_x, grad_gate, partial.sum(0).to(weight.dtype)
+    return of_x, column_sum(partial).to(weight.dtype)
 
 
 @_forward.register_fake

@@ -28,6 +28,7 @@ __all__ = [
     "mean_of_scans_by_kernels",
     "scan",
     "takes_kernels",
+    "tokens_by_kernels",
     "unscan",
 ]
 
@@ -182,6 +183,51 @@ def mean_of_scans_by_kernels(
     return gated_scans(*operands, grid, directions, scale, normalizer).to(query.dtype)
 
 
+def tokens_by_kernels(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Tensor,
+    heads: int,
+    eps: float,
+    normalizer: float,
+    grid: tuple[int, int],
+    directions: Sequence[Direction],
+) -> Tensor:
+    """Between the projections of a layer: ``mean_of_scans_by_kernels``, then ``gated_norm``.
+
+    Where ``takes_kernels``. One gradient for the packed projection spares a pass that puts the
+    parts together.
+
+    Args:
+        packed: (b, height * width, c), side by side queries, keys, values, output gates and what
+            ``weight`` makes logits of the forget gates of; float32 or bfloat16.
+        weight: (h * dk, rank).
+        bias: (h * dk,).
+        norm: (dv,), weight of the norm.
+        heads: h.
+        eps: Of the norm.
+        normalizer: See ``mean_of_scans_by_kernels``.
+        grid: (height, width).
+        directions: Without repetition.
+
+    Returns:
+        (b, height * width, h * dv) in the dtype of ``packed``.
+    """
+    from attnzoo.ops.gated_scan.triton_tokens import gated_tokens
+
+    return gated_tokens(packed, weight, bias, norm, heads, eps, normalizer, grid, directions)
+
+
+def _token_macs(
+    packed: Tensor, weight: Tensor, _: Any, norm: Tensor, heads: int, *options: Any, **__: Any
+) -> int:
+    scans = packed.shape[0] * heads * bin(options[4]).count("1")
+    rows = packed.shape[0] * packed.shape[1]
+    one = gated_linear_attention_macs(packed.shape[1], weight.shape[0] // heads, norm.shape[0])
+    return scans * one + rows * weight.numel()
+
+
 def _kernel_macs(query: Tensor, value: Tensor, directions: int) -> int:
     images, n, heads, dk = query.shape
     scans = images * heads * bin(directions).count("1")
@@ -198,7 +244,12 @@ def _backward_macs(
     return 2 * _kernel_macs(query, value, options[-1])
 
 
-MACS |= {"gated_scans": _forward_macs, "gated_scans_backward": _backward_macs}
+MACS |= {
+    "gated_scans": _forward_macs,
+    "gated_scans_backward": _backward_macs,
+    "gated_tokens": _token_macs,
+    "gated_tokens_backward": lambda *operands, **_: 2 * _token_macs(*operands[4:]),
+}
 
 
 @contextmanager

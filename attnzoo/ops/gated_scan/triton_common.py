@@ -12,10 +12,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.ops.triton_common import _LOG2E
+from attnzoo.ops.triton_common import _LOG2E, _add_dot, _dot, _is_fast
 
 # The least log2 of a chunk's decay for which its half, as an exponent, is left to bfloat16.
 _MILD = tl.constexpr(-80.0)
+# What is less is 0 as a power of 2, and this stays finite where gates are shut.
+_LEAST = tl.constexpr(-160.0)
+
+
+if _is_fast():
+
+    @triton.jit
+    def _exp2(x):
+        """2^x, 0 where that is below the normal numbers, on which exp2 spends instructions."""
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+else:
+
+    @triton.jit
+    def _exp2(x):
+        return tl.exp2(x)
 
 
 @triton.jit
@@ -40,13 +58,12 @@ def _log2_gate(gate, mask, per_gate, MAPPED: tl.constexpr):
     """
     gate = gate.to(tl.float32)
     if MAPPED:
-        # log(1 + e) = 2 artanh(e / (2 + e)) loses nothing where e is small and the memory long.
-        e = tl.exp(-tl.abs(gate))
-        s = e / (2.0 + e)
-        z = s * s
-        series = 1 / 11 + z * (1 / 13 + z * (1 / 15))
-        series = 1 / 3 + z * (1 / 5 + z * (1 / 7 + z * (1 / 9 + z * series)))
-        gate = tl.minimum(gate, 0.0) - 2.0 * s * (1.0 + z * series)
+        # log(1 + e) / e to 5e-9, so that nothing is lost where e is small and the memory long.
+        e = _exp2(tl.abs(gate) * -_LOG2E)
+        series = 0.106036169 + e * (-0.0569591591 + e * (0.0198512627 - e * 0.00324398087))
+        series = -0.249541321 + e * (0.196759315 + e * (-0.153055701 + e * series))
+        series = 0.999999995 + e * (-0.499999024 + e * (0.333299623 + e * series))
+        gate = tl.minimum(gate, 0.0) - e * series
     return tl.where(mask, gate * per_gate * _LOG2E, 0.0)
 
 
@@ -65,29 +82,59 @@ def _join(before, after, gate, row, level):
 
 
 @triton.jit
-def _is_mine(total, dk, WIDE: tl.constexpr, MILD: tl.constexpr):
-    """Whether a chunk is for the kernels of mild gates, or for the others.
-
-    Mild: it forgets so little that a factor each, of both signs, is exact enough. In one kernel
-    the two forms would take each other's registers.
-    """
+def _is_mild(totals, at, dk, WIDE: tl.constexpr):
+    """Whether a chunk forgets so little that a factor each, of both signs, is exact enough."""
     column = tl.arange(0, WIDE)
-    is_mild = tl.min(tl.load(total + column, mask=column < dk, other=0.0), 0) > _MILD
-    return is_mild if MILD else is_mild == 0
+    return tl.min(tl.load(totals + at * dk + column, mask=column < dk, other=0.0), 0) > _MILD
 
 
 @triton.jit
-def _mild_sums(gate):
-    """``before`` and ``after`` of a whole chunk, as differences."""
-    until = tl.cumsum(gate, 0)
-    return until - gate, tl.sum(gate, 0)[None, :] - until
+def _are_mild(totals, first, count, dk, WIDE: tl.constexpr, TURNS: tl.constexpr):
+    """Whether ``TURNS`` chunks from the first on are."""
+    turn, column = first + tl.arange(0, TURNS)[:, None], tl.arange(0, WIDE)[None, :]
+    mask = (turn < count) & (column < dk)
+    total = tl.load(totals + turn.to(tl.int64) * dk + column, mask=mask, other=0.0)
+    return tl.min(tl.min(total, 1), 0) > _MILD
 
 
 @triton.jit
-def _mild_factors(before, after, gate):
-    """2^(sum before - c) and 2^(c - sum up to the token), with c half of the chunk's decay."""
-    lead = 0.5 * (before - after - gate)
-    return tl.exp2(lead), tl.exp2(-lead - gate)
+def _half(total):
+    """log2 of what the states of a chunk are multiplied by: half of its decay, if that is mild.
+
+    So they meet the factors that the chunk's own pairs have, which lead to its middle.
+    """
+    return 0.5 * tl.maximum(total, _MILD)
+
+
+@triton.jit
+def _sums_between(total, is_later, dtype: tl.constexpr, P: tl.constexpr):
+    """(i, j): the sum of the totals after j and before i. None is less than ``_LEAST``."""
+    if dtype == tl.float32:
+        later = tl.where(is_later, total[:, None], 0.0)
+        return _dot(tl.where(is_later, 1.0, 0.0), later, P)
+    until = tl.cumsum(total, 0)  # a difference, which is exact enough for bfloat16
+    return (until - total)[:, None] - until[None, :]
+
+
+@triton.jit
+def _signs(C: tl.constexpr, OWN: tl.constexpr):
+    """(i, j): half, negative where token j comes after i, and, but for OWN, is i."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.where(i >= j if OWN else i > j, 0.5, -0.5).to(tl.bfloat16)
+
+
+@triton.jit
+def _summed(signs, x, P: tl.constexpr):
+    """Their product, in two halves that are exact enough; it sums faster than a scan."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    return _add_dot(_dot(signs, high, P), signs, low, P)
+
+
+@triton.jit
+def _leads(gate, C: tl.constexpr, P: tl.constexpr):
+    """Of a mild chunk: sums of gates before, and up to, each token, less half of the chunk's."""
+    return _summed(_signs(C, False), gate, P), _summed(_signs(C, True), gate, P)
 
 
 @triton.jit
@@ -98,7 +145,7 @@ def _level_factor(before, after, row, level):
     others, so that one product serves both directions. Queries have their own gate on top.
     """
     is_second = ((row & (1 << level)) != 0)[:, None]
-    return tl.exp2(tl.where(is_second, before, after)), is_second
+    return _exp2(tl.where(is_second, before, after)), is_second
 
 
 @triton.jit
