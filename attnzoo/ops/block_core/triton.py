@@ -412,7 +412,7 @@ def _backward(
             key, value, of_state, local, grad_k, grad_v, n, heads, d, spacing, 3 * c, *s.sizes,
             weight is not None, *s.tile, **s.options,
         )  # fmt: skip
-    return grads, column_sum(of_mixing), of_weight, of_bias
+    return grads, column_sum(of_mixing, mixing.dtype), of_weight, of_bias
 
 
 @_forward.register_fake
@@ -430,7 +430,7 @@ def _(
     grad: Tensor, state: Tensor, mixed: Tensor, qkv: Tensor, mixing: Tensor,
     weight: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    of_tokens, of_mixing = qkv.new_empty(qkv.shape), state.new_empty(mixing.shape)
+    of_tokens, of_mixing = qkv.new_empty(qkv.shape), mixing.new_empty(mixing.shape)
     if weight is None:
         return of_tokens, of_mixing, state.new_empty(0), state.new_empty(0)
     return of_tokens, of_mixing, weight.new_empty(weight.shape), weight.new_empty(len(weight))
