@@ -28,13 +28,20 @@ from attnzoo.layers.linear_attention import (
     linear,
 )
 from attnzoo.layers.streaming import State
-from attnzoo.layers.token_blocks import TokenBlocks
+from attnzoo.ops.block_core import (
+    TokenBlocks,
+    block_core,
+    block_features,
+    block_map,
+    mixed,
+    read_blocks,
+    unserved_sizes,
+)
+from attnzoo.ops.dispatch import choose_once
 from attnzoo.ops.linear_core import fold, key_sum, quotient, wide_read
-from attnzoo.ops.precision import in_float32, in_wide_range
 from attnzoo.ops.routed_linear import Route
 from attnzoo.registry import register_attention
 
-RELU_OFFSET = 1e-6  # MHLA
 Mixing = Literal["linear", "cosine", "exponential", "local"]
 
 
@@ -89,11 +96,11 @@ class MHLAttention(LinearAttention):
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """phi(Q)."""
-        return F.relu(in_wide_range(query)) + RELU_OFFSET
+        return block_features(query)
 
     def key_kernel(self, key: Tensor) -> Tensor:
         """phi(K)."""
-        return F.relu(in_wide_range(key)) + RELU_OFFSET
+        return block_features(key)
 
     def blocks(self, grid: tuple[int, int]) -> tuple[TokenBlocks, Tensor]:
         """The blocks that a grid has, and W of these.
@@ -115,22 +122,52 @@ class MHLAttention(LinearAttention):
         # A copy, also where the corner lies in one piece: counters tell it from a parameter.
         return blocks, corner.clone().view(blocks.count, blocks.count)
 
+    def unserved_option(self) -> str | None:
+        """See ``LinearAttention.unserved_option``."""
+        width = self.dim // self.num_heads
+        return self._no_core() or unserved_sizes(width, self.config.n_blocks)
+
+    def _no_core(self) -> str | None:
+        """What no implementation of ``block_core`` computes of the layer, or None."""
+        here, own = type(self), MHLAttention
+        kernels = own.query_kernel, own.key_kernel, own.fold, own.attended
+        if (here.query_kernel, here.key_kernel, here.fold, here.attended) != kernels:
+            return f"features as {here.__name__} makes them"
+        return None if self.config.normalizer == "exact" else "normalizer='official'"
+
+    def implementation(self, x: Tensor) -> str:
+        """See ``LinearAttention.implementation``."""
+        if self.config.impl != "auto":
+            return self.config.impl
+        return choose_once(self, "block_core", x, self.unserved_option)
+
+    def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``LinearAttention.fused``."""
+        weight, bias = (self.conv and self.conv.kernel) or (None, None)
+        out = self._core(linear(self.qkv, x), weight, bias, grid, "triton")
+        return self.finish(out, x)
+
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; queries and keys are cut by one copy."""
-        blocks, _ = self.blocks(grid)
-        # What fills up a block is to be zero after the kernels, not before.
-        if self.config.impl == "reference" or not blocks.is_whole:
+        if self.config.impl == "reference" or self._no_core():
             return super().attend(x, grid)
-        both, value = linear(self.qkv, x).split([2 * self.dim, self.dim], dim=-1)
-        by_head = both.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key = self.query_kernel(blocks.cut(by_head, slice(None)))  # that of keys, too
-        values = blocks.cut(self._by_head(value), slice(None))
-        state: State = [fold(key, values, None), key_sum(key)]
-        out = self._read_blocks(query, state, grid, slice(None)).to(value.dtype)
-        out = blocks.join(out, slice(None)).transpose(1, 2).flatten(2)
+        qkv = linear(self.qkv, x)
+        out = self._core(qkv, None, None, grid, "torch")
         if self.conv is not None:
-            out = self.conv(value, grid, out, impl=self.config.impl)
+            out = self.conv(qkv.chunk(3, dim=-1)[2], grid, out, impl=self.config.impl)
         return self.finish(out, x), {}
+
+    def _core(
+        self,
+        qkv: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        grid: tuple[int, int],
+        impl: Literal["torch", "triton"],
+    ) -> Tensor:
+        blocks, mixing = self.blocks(grid)
+        options = self.num_heads, blocks, self.config.eps
+        return block_core(qkv, mixing, weight, bias, *options, impl=impl)
 
     def fold(
         self,
@@ -162,12 +199,10 @@ class MHLAttention(LinearAttention):
         blocks, weight = self.blocks(grid)
         (products,), (sums,) = state
         here = blocks.blocks_of(span)
-        read = wide_read(query, (mixed(products, weight[here]),))
         if self.config.normalizer == "exact":
-            norm = wide_read(query, (mixed(sums, weight[here]),))
-        else:
-            norm = mixed(wide_read(query, (sums,)), weight)
-        return quotient(read, norm + self.config.eps)
+            return read_blocks(query, products, sums, weight[here], self.config.eps)
+        norm = mixed(wide_read(query, (sums,)), weight) + self.config.eps
+        return quotient(wide_read(query, (mixed(products, weight),)), norm)
 
     def weights(self, queries: Features, keys: Features, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.weights``."""
@@ -202,25 +237,3 @@ def start_of_mixing(side: int, kind: Mixing) -> Tensor:
         "local": (distance <= 1.5).float(),
     }[kind]
     return start / start.sum(0, keepdim=True)
-
-
-@in_float32
-def mixed(state: Tensor, weight: Tensor) -> Tensor:
-    """sum_c W_bc of every block's (d, e): (b, h, c, d, e) and (b', c) -> (b, h, b', d, e)."""
-    weights = weight.expand(*state.shape[:2], -1, -1)  # fvcore counts no other broadcast
-    return (weights @ state.flatten(3)).unflatten(3, state.shape[3:])
-
-
-@in_float32
-def block_map(
-    query: Tensor, key: Tensor, mixing: Tensor, block: Tensor, place: Tensor | None, eps: float
-) -> Tensor:
-    """The n x n map, of every token's block and, for the official normalizer, place in it."""
-    similarity = torch.einsum("bhnd,bhmd->bhnm", query, key)
-    weight = mixing[block][:, block]
-    terms = similarity * weight
-    if place is None:
-        return terms / (terms.sum(-1, keepdim=True) + eps)
-    own = (similarity * (block[:, None] == block)).sum(-1)
-    norm = torch.einsum("nm,bhm->bhn", weight * (place[:, None] == place), own)
-    return terms / (norm.unsqueeze(-1) + eps)

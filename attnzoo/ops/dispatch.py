@@ -53,6 +53,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "linear_attention": ("torch", "reference"),
     "linear_tokens": ("triton", "torch", "reference"),
     "agent_core": ("triton", "torch", "reference"),
+    "block_core": ("triton", "torch", "reference"),
     "few_keys": ("triton", "torch", "reference"),
     "rotary_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),

@@ -206,6 +206,7 @@ def launch_the_rest(dtype, width=384):
 
 def launch_norms_and_windows(dtype, width=384):
     from attnzoo.ops.agent_core import triton as agents
+    from attnzoo.ops.block_core import triton as states
     from attnzoo.ops.downsample import triton as windows
     from attnzoo.ops.few_keys import triton as few
     from attnzoo.ops.gated_norm import triton as gates
@@ -239,6 +240,9 @@ def launch_norms_and_windows(dtype, width=384):
         neighbors._backward.function(x, *neighbors._forward.function(*sizes), *sizes)
 
     heads = width // 64  # the widest that are served
+    sizes = qkv, torch.ones(64, 64), None, None, heads, 16, 16, 2, 2, 1e-6  # the most blocks
+    out, *saved = states._forward.function(*sizes)
+    states._backward.function(out, *saved, *sizes)
     table = torch.ones(2, 16, 16)
     for is_weighed in (False, True):
         sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
@@ -303,7 +307,9 @@ def launch_inner(dtype):
 
 
 KERNELS = {
-    "_add_mean_kernel", "_branch_gradient_kernel", "_branch_merge_kernel",
+    "_add_mean_kernel", "_block_fold_kernel", "_block_key_gradient_kernel", "_block_mix_kernel",
+    "_block_mix_gradient_kernel", "_block_query_gradient_kernel", "_block_read_kernel",
+    "_branch_gradient_kernel", "_branch_merge_kernel",
     "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
     "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
     "_count_kernel", "_delta_carry_kernel",

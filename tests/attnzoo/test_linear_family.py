@@ -416,8 +416,13 @@ def test_errors_of_mhla_name_the_remedy() -> None:
         InvalidValue, match="sides that 4 divides, got 8x6; set normalizer='exact'"
     ):
         build_attention("mhla", 48, normalizer="official")(torch.zeros(1, 48, 48), (8, 6))
-    with pytest.raises(InvalidValue, match="impl='triton' does not serve"):
-        build_attention("mhla", 48, impl="triton")
+    for options, unserved in (
+        ({"normalizer": "official"}, "normalizer='official'"),
+        ({"num_heads": 1}, "heads of width 192"),
+        ({"n_blocks": 81}, "81 blocks"),
+    ):
+        with pytest.raises(InvalidValue, match=f"impl='triton' does not serve {unserved}; set"):
+            build_attention("mhla", 192, impl="triton", **options)
 
 
 @pytest.mark.parametrize("name", ["mala", "rala"])

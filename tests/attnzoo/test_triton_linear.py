@@ -12,6 +12,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear_attention import LinearAttention, linear
 from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
+from attnzoo.ops.block_core import TokenBlocks, block_core
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
 from attnzoo.ops.gated_norm import gated_norm
@@ -142,6 +143,35 @@ def test_a_nan_of_rotary_core_stays_in_its_image(impl, is_weighed, small_turns):
     for z in zip(*results, strict=True):
         assert z[0].isfinite().all()
         assert all(torch.equal(other[1], z[0][1]) for other in z[1:])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "side", "d", "size"),
+    # Two parts of a block, the first of two tiles; blocks that are cut off, below and aside.
+    [((8, 12), 2, 10, 3), ((5, 7), 2, 16, 5), ((9, 7), 4, 8, 0), ((3, 1), 4, 3, 0)],
+    ids=str,
+)
+def test_block_core(
+    impl, dtype, budget, grid, side, d, size, rounding, small_convolutions, monkeypatch
+):
+    if IS_INTERPRETED:
+        from attnzoo.ops.block_core import triton as kernels
+
+        block = kernels.Block(8, 12, 4, 1)
+        monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
+        monkeypatch.setattr(kernels, "MIXED", 1024)  # several tiles of the states
+    n, heads, blocks = grid[0] * grid[1], 2, TokenBlocks.of(grid, side)
+    mixing = random(blocks.count, blocks.count, seed=4).abs()
+    operands = [random(2, n, 3 * heads * d, seed=1), mixing]
+    if size:
+        operands += random(heads * d, 1, size, size, seed=2), random(heads * d, seed=3)
+
+    def run(qkv, mixing, weight=None, bias=None, **options):
+        return block_core(qkv, mixing, weight, bias, heads, blocks, 1e-3, **options)
+
+    assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -471,7 +501,7 @@ if CAN_RUN:
     LAYERS = [
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
         ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
-        ("linfusion", {}), ("efficient", {}), ("fixation", {}),
+        ("linfusion", {}), ("efficient", {}), ("fixation", {}), ("mhla", {}),
         ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
     ]  # fmt: skip
 
@@ -523,6 +553,7 @@ if CAN_RUN:
             ("agent", "agent_core"),
             ("linformer", "few_keys"),
             ("mala", "rotary_core"),
+            ("mhla", "block_core"),
             ("rala", "rotary_core"),
             ("compressed", "downsample"),
             ("edit", "group_norm"),

@@ -32,8 +32,12 @@ class TokenBlocks(NamedTuple):
     @classmethod
     def of(cls, grid: tuple[int, int], side: int) -> TokenBlocks:
         """Cuts a grid into at most ``side`` blocks along each side."""
-        height, width = -(-grid[0] // side), -(-grid[1] // side)
-        return cls(-(-grid[0] // height), -(-grid[1] // width), height, width, grid)
+        return cls.of_size(grid, (-(-grid[0] // side), -(-grid[1] // side)))
+
+    @classmethod
+    def of_size(cls, grid: tuple[int, int], size: tuple[int, int]) -> TokenBlocks:
+        """Cuts a grid into blocks of ``size``."""
+        return cls(-(-grid[0] // size[0]), -(-grid[1] // size[1]), *size, grid)
 
     @property
     def count(self) -> int:
@@ -48,11 +52,6 @@ class TokenBlocks(NamedTuple):
         """The blocks that a part touches."""
         first, stop = self.rows_of(span)
         return slice(first // self.height * self.columns, -(-stop // self.height) * self.columns)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all blocks have as many tokens."""
-        return not (self.grid[0] % self.height or self.grid[1] % self.width)
 
     def cut(self, z: Tensor, span: slice) -> Tensor:
         """A part, (..., m, e), as blocks, (..., blocks, tokens, e), filled up with zeros."""
