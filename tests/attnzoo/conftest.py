@@ -19,9 +19,7 @@ def small_convolutions(monkeypatch):
     from attnzoo.ops.depthwise_conv import triton_branches as three
 
     for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):
-        monkeypatch.setattr(one, name, (4, 8, 64, 4))
-    monkeypatch.setattr(one, "WIDE_STENCIL_BLOCK", dict.fromkeys((3, 5, 7), (4, 4, 64, 1)))
-    monkeypatch.setattr(one, "WIDE_STENCIL_WEIGHT_BLOCK", (4, 4, 64, 1))
+        monkeypatch.setattr(one, name, dict.fromkeys((3, 5, 7), (4, 4, 64, 2, 1, 1, 255)))
     for name in ("MOMENTS_BLOCK", "SUMS_BLOCK", "GRADIENT_BLOCK"):
         monkeypatch.setattr(three, name, (4, 4, 64, 2))
     monkeypatch.setattr(three, "PARTS", 4)

@@ -369,11 +369,9 @@ if CAN_RUN:
     def test_stencil(size, dtype, grid, has_bias, monkeypatch):
         from attnzoo.ops.depthwise_conv import triton as convolution
 
-        for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):  # small ones, for the interpreter
-            monkeypatch.setattr(convolution, name, (2, 16, 16, 4))
-        block = 2, 3, 32, 1
-        monkeypatch.setattr(convolution, "WIDE_STENCIL_BLOCK", dict.fromkeys((3, 5, 7), block))
-        monkeypatch.setattr(convolution, "WIDE_STENCIL_WEIGHT_BLOCK", block)
+        block = 2, 3, 16, 2, 1, 2, 255  # small, for the interpreter
+        for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):
+            monkeypatch.setattr(convolution, name, {size: block})
         if size > 3:
             grid = min(grid[0], 3), min(grid[1], 8)
         b, c = 2 if size == 3 else 1, 20

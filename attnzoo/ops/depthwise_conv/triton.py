@@ -15,133 +15,120 @@ from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.torch import widened
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.triton_common import _ceil, _rows, launch_kernel, launched
+from attnzoo.ops.triton_common import _ceil, _is_fast, _rows, launch_kernel, launched
 from attnzoo.ops.triton_replay import replayed
 
 
 @triton.jit
-def _shifted(image, h, w, column, height, width, c, row_stride, is_column):
-    """Rows ``h`` of the image at columns w - 1, w, w + 1; 0 outside."""
+def _place(c, strips, blocks_w, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    WARPS: tl.constexpr):  # fmt: skip
+    """Which part, image and first row; the columns' first for each warp, (WARPS, 1); channels.
+
+    Programs of a row of pixels are neighbors: they share what memory hands out at a time.
+    """
+    channels = tl.cdiv(c, C)
+    part = tl.program_id(0) // channels
+    block, strip = part % blocks_w, part // blocks_w
+    w = (block * WARPS + tl.arange(0, WARPS)[:, None]) * W
+    channel = (tl.program_id(0) % channels) * C + tl.arange(0, C)
+    sample, first = (strip // strips).to(tl.int64), strip % strips * ROWS
+    return part.to(tl.int64), sample, first, w, channel
+
+
+@triton.jit
+def _row(
+    tile, h, w, height, width, is_column, STRIDE: tl.constexpr, FIRST: tl.constexpr,
+    STOP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Row ``h`` of the image at columns w + FIRST to w + STOP - 1, each by itself; 0 outside.
+
+    Args:
+        tile: Pointers to row 0 at columns w.
+        EVEN: Whether columns w to w + W - 1 are all inside.
+    """
     here = h + tl.zeros_like(w)  # the interpreter loses the type of a scalar mask
-    is_h = (here >= 0) & (here < height)
-    line = image + h.to(tl.int64) * width * row_stride + column[None, :]
-    left = tl.load(
-        line + (w - 1)[:, None] * row_stride,
-        mask=((w > 0) & (w <= width) & is_h)[:, None] & is_column,
-        other=0.0,
-    )
-    middle = tl.load(
-        line + w[:, None] * row_stride, mask=((w < width) & is_h)[:, None] & is_column, other=0.0
-    )
-    right = tl.load(
-        line + (w + 1)[:, None] * row_stride,
-        mask=((w + 1 < width) & is_h)[:, None] & is_column,
-        other=0.0,
-    )
-    return left.to(tl.float32), middle.to(tl.float32), right.to(tl.float32)
+    is_h = (here >= 0) & (here < height) & is_column
+    line = tile + h.to(tl.int64) * width * STRIDE
+    found = ()
+    for i in tl.static_range(FIRST, STOP):
+        mask = is_h
+        if i < 0:
+            mask = is_h & (w + i >= 0) & (w + i < width)
+        elif (i >= W) | (not EVEN):
+            mask = is_h & (w + i < width)
+        z = tl.load(line + i * STRIDE, mask=mask, other=0.0)
+        found += (z.to(tl.float32),)
+    return found
 
 
 @triton.jit
-def _stencil_kernel(
-    x, weight, bias, added, out, height, width, c, kernels, x_row, strips, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    FLIP: tl.constexpr,
+def _put_row(
+    tile, row, h, w, width, mask, STRIDE: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_column = (column < c)[None, :]
-    tap = weight + column % kernels * 9
-    is_tap = column < c
-    # The transposed stencil is the stencil turned by half a turn.
-    o: tl.constexpr = 8 if FLIP else 0
-    s: tl.constexpr = -1 if FLIP else 1
-    k00 = tl.load(tap + o, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k01 = tl.load(tap + o + s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k02 = tl.load(tap + o + 2 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k10 = tl.load(tap + o + 3 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k11 = tl.load(tap + 4, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k12 = tl.load(tap + o + 5 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k20 = tl.load(tap + o + 6 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k21 = tl.load(tap + o + 7 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    k22 = tl.load(tap + o + 8 * s, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-    image = x + sample * height * width * x_row
-    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
-    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
-    for turn in range(ROWS):
-        h = first + turn
-        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
-        total = a0 * k00 + a1 * k01 + a2 * k02 + b0 * k10 + b1 * k11 + b2 * k12
-        total += c0 * k20 + c1 * k21 + c2 * k22
-        if BIAS:
-            here = bias + column % kernels
-            total += tl.load(here, mask=is_tap, other=0.0).to(tl.float32)[None, :]
-        place = ((sample * height + h) * width + w)[:, None] * c + column[None, :]
-        here = h + tl.zeros_like(w)
-        mask = ((w < width) & (here < height))[:, None] & is_column
-        if ADD:
-            total += tl.load(added + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
-        a0, a1, a2 = b0, b1, b2
-        b0, b1, b2 = c0, c1, c2
+    line = tile + h.to(tl.int64) * width * STRIDE
+    for j in tl.static_range(W):
+        here = mask
+        if not EVEN:
+            here = mask & (w + j < width)
+        tl.store(line + j * STRIDE, row[j].to(tile.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _stencil_weight_kernel(
-    x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr,
+def _put_sums(
+    line, sums, c, channel, WARPS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr
 ):  # fmt: skip
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W + tl.arange(0, W)
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_column = (column < c)[None, :]
-    image = x + sample * height * width * x_row
-    a0, a1, a2 = _shifted(image, first - 1, w, column, height, width, c, x_row, is_column)
-    b0, b1, b2 = _shifted(image, first, w, column, height, width, c, x_row, is_column)
-    t00 = tl.zeros((W, C), tl.float32)
-    t01 = tl.zeros((W, C), tl.float32)
-    t02 = tl.zeros((W, C), tl.float32)
-    t10 = tl.zeros((W, C), tl.float32)
-    t11 = tl.zeros((W, C), tl.float32)
-    t12 = tl.zeros((W, C), tl.float32)
-    t20 = tl.zeros((W, C), tl.float32)
-    t21 = tl.zeros((W, C), tl.float32)
-    t22 = tl.zeros((W, C), tl.float32)
-    tb = tl.zeros((W, C), tl.float32)
-    for turn in range(ROWS):
-        h = first + turn
-        c0, c1, c2 = _shifted(image, h + 1, w, column, height, width, c, x_row, is_column)
-        place = ((sample * height + h) * width + w)[:, None] * g_row + column[None, :]
-        here = h + tl.zeros_like(w)
-        mask = ((w < width) & (here < height))[:, None] & is_column
-        g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        t00 += g * a0
-        t01 += g * a1
-        t02 += g * a2
-        t10 += g * b0
-        t11 += g * b1
-        t12 += g * b2
-        t20 += g * c0
-        t21 += g * c1
-        t22 += g * c2
-        tb += g
-        a0, a1, a2 = b0, b1, b2
-        b0, b1, b2 = c0, c1, c2
-    line = partial + (tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)) * 10 * c
-    line += column
-    is_c = column < c
-    tl.store(line, tl.sum(t00, 0), mask=is_c)
-    tl.store(line + c, tl.sum(t01, 0), mask=is_c)
-    tl.store(line + 2 * c, tl.sum(t02, 0), mask=is_c)
-    tl.store(line + 3 * c, tl.sum(t10, 0), mask=is_c)
-    tl.store(line + 4 * c, tl.sum(t11, 0), mask=is_c)
-    tl.store(line + 5 * c, tl.sum(t12, 0), mask=is_c)
-    tl.store(line + 6 * c, tl.sum(t20, 0), mask=is_c)
-    tl.store(line + 7 * c, tl.sum(t21, 0), mask=is_c)
-    tl.store(line + 8 * c, tl.sum(t22, 0), mask=is_c)
-    tl.store(line + 9 * c, tl.sum(tb, 0), mask=is_c)
+    """Sums over a program's warps, at most 2 ** LEVELS, one row of ``line`` each.
+
+    Side by side in one tile: each sum by itself would wait for all warps several times.
+    """
+    count: tl.constexpr = len(sums)
+    for _i in tl.static_range(2**LEVELS - count):
+        sums += (tl.zeros((WARPS, C), tl.float32),)
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for i in tl.static_range(2 ** (LEVELS - 1 - level)):
+            both = tl.join(sums[i], sums[i + 2 ** (LEVELS - 1 - level)])
+            joined += (tl.reshape(both, (WARPS, C, 2 ** (level + 1))),)
+        sums = joined
+    row, channel = tl.arange(0, 2**LEVELS)[None, :], channel[:, None]
+    tl.store(line + row * c + channel, tl.sum(sums[0], 0), mask=(row < count) & (channel < c))
+
+
+@triton.jit
+def _first_rows(
+    tile, h, w, height, width, is_column, STRIDE: tl.constexpr, COUNT: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """COUNT rows of the image from ``h`` on, with R columns on both sides."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found += _row(tile, h + i, w, height, width, is_column, STRIDE, -R, W + R, W, EVEN)
+    return found
+
+
+@triton.jit
+def _kernel_taps(
+    weight, channel, is_c, kernels, SIZE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr
+):  # fmt: skip
+    """The taps of each channel, (1, C) each.
+
+    A channel's taps lie side by side: loaded one by one, each would fetch all of their lines.
+    """
+    tap = tl.arange(0, 2**LEVELS)[None, :]
+    place = weight + (channel % kernels)[:, None] * (SIZE * SIZE) + tap
+    z = tl.load(place, mask=is_c[:, None] & (tap < SIZE * SIZE), other=0.0)
+    parts = (z.to(tl.float32),)
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for i in tl.static_range(2**level):
+            both = tl.reshape(parts[i], (C, 2, 2 ** (LEVELS - 1 - level)))
+            a, b = tl.split(tl.permute(both, (0, 2, 1)))
+            halves += (a, b)
+        parts = halves
+    taps = ()
+    for i in tl.static_range(SIZE * SIZE):
+        taps += (tl.reshape(parts[i], (1, C)),)
+    return taps
 
 
 @triton.jit
@@ -150,126 +137,109 @@ def _gelu(z):
 
 
 @triton.jit
-def _run(
-    image, h, w, column, height, width, row_stride, is_column, first: tl.constexpr,
-    stop: tl.constexpr,
-):  # fmt: skip
-    """Row ``h`` of the image at columns w + first to w + stop - 1, each by itself; 0 outside."""
-    line = image + h.to(tl.int64) * width * row_stride
-    here = h + tl.zeros_like(column)  # the interpreter loses the type of a scalar mask
-    is_h = (here >= 0) & (here < height) & is_column
-    found = ()
-    for i in tl.static_range(first, stop):
-        at = w + i + tl.zeros_like(column)
-        mask = is_h & (at >= 0) & (at < width)
-        z = tl.load(line + (w + i) * row_stride + column, mask=mask, other=0.0)
-        found += (z.to(tl.float32),)
-    return found
-
-
-@triton.jit
-def _wide_stencil_kernel(
-    x, taps, bias, added, gate, out, raw, height, width, c, kernels, x_row, gate_row, out_row,
-    strips, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BIAS: tl.constexpr,
+def _stencil_kernel(
+    x, weight, bias, other, out, raw, height, width, c, kernels, strips, blocks_w,
+    X_ROW: tl.constexpr, OTHER_ROW: tl.constexpr, OUT_ROW: tl.constexpr, BIAS: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr, FLIP: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """SIZE x SIZE, of ``taps``, (SIZE ** 2, c) in float32.
+    """A thread walks down W columns of few channels, and keeps the rows that it needs again.
 
-    A thread has one channel and walks down W columns: of a pixel that it loads it makes SIZE ** 2
-    products. Each row of pixels adds to the SIZE rows of outputs around it.
+    AHEAD: How many rows of the image, and of ``other``, are loaded before the row of their use.
     """
     R: tl.constexpr = SIZE // 2
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    w = tl.program_id(1) * W
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_column = column < c
-    # The transposed stencil is the stencil turned by half a turn.
-    o: tl.constexpr = SIZE * SIZE - 1 if FLIP else 0
-    s: tl.constexpr = -1 if FLIP else 1
-    k = ()
-    for i in tl.static_range(SIZE * SIZE):
-        k += (tl.load(taps + (o + s * i) * c + column, mask=is_column, other=0.0),)
-    start = tl.zeros((C,), tl.float32)
+    N: tl.constexpr = W + 2 * R
+    _part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
+    column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    is_column = (column < c) | EVEN
+    pixels = sample * height * width
+    image = x + pixels * X_ROW + (w * X_ROW + column)
+    others = other + pixels * OTHER_ROW + (w * OTHER_ROW + column)
+    place = pixels * OUT_ROW + (w * OUT_ROW + column)
+    stop = tl.minimum(first + ROWS, height)
+    end = tl.minimum(stop + R, height)
+    rows = _first_rows(
+        image, first - R, w, end, width, is_column, X_ROW, SIZE - 1 + AHEAD, R, W, EVEN
+    )
+    near = ()
+    if ADD | GATE:
+        near = _first_rows(others, first, w, stop, width, is_column, OTHER_ROW, AHEAD, 0, W, EVEN)
+    k = _kernel_taps(weight, channel, (channel < c) | EVEN, kernels, SIZE, C, LEVELS)
+    start = tl.zeros((WARPS, C), tl.float32)
     if BIAS:
         start += tl.load(bias + column % kernels, mask=is_column, other=0.0).to(tl.float32)
-    sums = ()
-    for _ in tl.static_range((SIZE - 1) * W):
-        sums += (start,)
-    image = x + sample * height * width * x_row
-    for turn in range(ROWS + SIZE - 1):
-        h = first + turn - R
-        near = _run(image, h, w, column, height, width, x_row, is_column, -R, W + R)
-        # Of the outputs above, which this row completes, down to those below, which it begins.
-        met = ()
-        for i in tl.static_range(SIZE):
+    for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
+        h = first + turn
+        rows += _row(image, h + R + AHEAD, w, end, width, is_column, X_ROW, -R, W + R, W, EVEN)
+        if ADD | GATE:
+            near += _row(others, h + AHEAD, w, stop, width, is_column, OTHER_ROW, 0, W, W, EVEN)
+        sums = ()
+        for _ in tl.static_range(W):
+            sums += (start,)
+        for i in tl.static_range(SIZE * SIZE):
+            # The transposed stencil is the stencil turned by half a turn.
+            tap = k[SIZE * SIZE - 1 - i if FLIP else i]
+            met = ()
             for j in tl.static_range(W):
-                total = start
-                if i < SIZE - 1:
-                    total = sums[i * W + j]
-                for t in tl.static_range(SIZE):
-                    total += near[j + t] * k[SIZE * (SIZE - 1 - i) + t]
-                met += (total,)
-        done = h - R
-        here = done + tl.zeros_like(column)
-        is_done = (here >= first) & (here < height) & is_column
+                met += (sums[j] + rows[i // SIZE * N + i % SIZE + j] * tap,)
+            sums = met
+        if SAVE:
+            _put_row(raw + place, sums, h, w, width, is_column, OUT_ROW, W, EVEN)
+        found = ()
         for j in tl.static_range(W):
-            mask = is_done & (w + j + tl.zeros_like(column) < width)
-            place = (sample * height + done) * width + w + j
-            total = met[j]
+            total = sums[j]
             if GATE:
-                if SAVE:
-                    tl.store(raw + place * c + column, total.to(raw.dtype.element_ty), mask=mask)
-                z = tl.load(gate + place * gate_row + column, mask=mask, other=0.0)
-                total *= _gelu(z.to(tl.float32))
+                total *= _gelu(near[j])
             if ADD:
-                total += tl.load(added + place * c + column, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out + place * out_row + column, total.to(out.dtype.element_ty), mask=mask)
-        sums = met[W:]
+                total += near[j]
+            found += (total,)
+        _put_row(out + place, found, h, w, width, is_column, OUT_ROW, W, EVEN)
+        rows = rows[N:]
+        if ADD | GATE:
+            near = near[W:]
 
 
 @triton.jit
-def _wide_stencil_weight_kernel(
-    x, grad, partial, height, width, c, x_row, g_row, strips, blocks_w, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
+def _stencil_weight_kernel(
+    x, grad, partial, height, width, c, strips, blocks_w, X_ROW: tl.constexpr,
+    G_ROW: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """SIZE x SIZE. Each row of pixels meets the SIZE rows of gradients around it."""
+    """Sums of the gradient times each pixel around it, and of it, (SIZE ** 2 + 1, c)."""
     R: tl.constexpr = SIZE // 2
-    sample = (tl.program_id(0) // strips).to(tl.int64)
-    first = (tl.program_id(0) % strips) * ROWS
-    last = tl.minimum(first + ROWS, height)
-    w = tl.program_id(1) * W
-    column = tl.program_id(2) * C + tl.arange(0, C)
-    is_column = column < c
-    image = x + sample * height * width * x_row
-    slopes = grad + sample * height * width * g_row
-    zero = tl.zeros((C,), tl.float32)
-    above = ()
-    for _ in tl.static_range((SIZE - 1) * W):
-        above += (zero,)
+    N: tl.constexpr = W + 2 * R
+    part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
+    column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
+    is_column = (column < c) | EVEN
+    image = x + sample * height * width * X_ROW + (w * X_ROW + column)
+    slopes = grad + sample * height * width * G_ROW + (w * G_ROW + column)
+    stop = tl.minimum(first + ROWS, height)
+    end = tl.minimum(stop + R, height)
+    rows = _first_rows(
+        image, first - R, w, end, width, is_column, X_ROW, SIZE - 1 + AHEAD, R, W, EVEN
+    )
+    g = _row(slopes, first, w, stop, width, is_column, G_ROW, 0, W, W, EVEN)
     sums = ()
     for _ in tl.static_range(SIZE * SIZE + 1):
-        sums += (zero,)
-    for turn in range(ROWS + SIZE - 1):
-        h = first + turn - R
-        near = _run(image, h, w, column, height, width, x_row, is_column, -R, W + R)
-        g = _run(slopes, h + R, w, column, last, width, g_row, is_column, 0, W) + above
+        sums += (tl.zeros((WARPS, C), tl.float32),)
+    for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
+        h = first + turn
+        rows += _row(image, h + R + AHEAD, w, end, width, is_column, X_ROW, -R, W + R, W, EVEN)
+        later = _row(slopes, h + 1, w, stop, width, is_column, G_ROW, 0, W, W, EVEN)
         found = ()
         for i in tl.static_range(SIZE * SIZE + 1):
             total = sums[i]
             for j in tl.static_range(W):
                 if i < SIZE * SIZE:
-                    total += g[i // SIZE * W + j] * near[i % SIZE + j]
+                    total += g[j] * rows[i // SIZE * N + i % SIZE + j]
                 else:
                     total += g[j]
             found += (total,)
-        sums = found
-        above = g[: (SIZE - 1) * W]
-    part = tl.program_id(0).to(tl.int64) * blocks_w + tl.program_id(1)
-    place = partial + part * (SIZE * SIZE + 1) * c + column
-    for i in tl.static_range(SIZE * SIZE + 1):
-        tl.store(place + i * c, sums[i], mask=is_column)
+        rows, sums, g = rows[N:], found, later
+    _put_sums(partial + part * (SIZE * SIZE + 1) * c, sums, c, channel, WARPS, C, LEVELS)
 
 
 @triton.jit
@@ -328,54 +298,35 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-# Rows a program walks down, pixels and channels of its tile, warps; wide ones by their size.
-STENCIL_BLOCK = (8, 32, 64, 4)
-STENCIL_WEIGHT_BLOCK = (16, 4, 32, 1)
-WIDE_STENCIL_BLOCK = {3: (8, 4, 64, 1), 5: (8, 4, 64, 1), 7: (16, 4, 32, 1)}
-WIDE_STENCIL_WEIGHT_BLOCK = (16, 8, 32, 1)
+# Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side,
+# rows loaded ahead, turns of the loop written out, and most registers; by size.
+STENCIL_BLOCK = {
+    3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (16, 4, 32, 4, 0, 1, 168),
+}  # fmt: skip
+STENCIL_WEIGHT_BLOCK = {
+    3: (8, 4, 64, 4, 1, 4, 128), 5: (8, 4, 64, 4, 0, 2, 168), 7: (16, 4, 32, 4, 0, 1, 168),
+}  # fmt: skip
 GATE_BLOCK = (8, 256)  # tokens and channels
 
 
+def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tuple[int, ...]:
+    """Strips of an image, blocks of its width, parts of all images, and programs."""
+    rows, w, channels, warps, *_ = block
+    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w * warps)
+    return strips, blocks, b * strips * blocks, b * strips * blocks * _ceil(c, channels)
+
+
+def _is_even(width: int, c: int, block: tuple[int, ...]) -> bool:
+    """Whether no program reaches over the image's right edge or the channels' last."""
+    _, w, channels, warps, *_ = block
+    return width % (w * warps) == 0 and c % channels == 0
+
+
+def _options(block: tuple[int, ...]) -> dict[str, int]:
+    return {"num_warps": block[3]} | ({"maxnreg": block[6]} if _is_fast() else {})
+
+
 def stencil(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-    added: Tensor | None = None,
-    is_transposed: bool = False,
-) -> Tensor:
-    """Square depthwise convolution of tokens, with zero padding.
-
-    Args:
-        x: (b, h * w, c).
-        weight: (kernels, 1, 3, 3) to (kernels, 1, 7, 7), as in ``depthwise_conv``.
-        bias: (kernels,) or None.
-        grid: (h, w).
-        added: (b, h * w, c), added to the result, or None.
-        is_transposed: Applies the adjoint, for the gradient of x.
-
-    Returns:
-        (b, h * w, c).
-    """
-    if weight.shape[-1] > 3:
-        return wide_stencil(x, weight, bias, grid, added, is_transposed)
-    x, spacing = _rows(x)
-    b, n, c = x.shape
-    out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    added = out if added is None else added.contiguous()
-    rows, w, channels, warps = STENCIL_BLOCK
-    strips, weight = _ceil(grid[0], rows), weight.contiguous()
-    launch_kernel(_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
-        x, weight, weight if bias is None else bias, added, out, *grid, c, len(weight), spacing,
-        strips, rows, w, channels, bias is not None, added is not out, is_transposed,
-        num_warps=warps,
-    )  # fmt: skip
-    return out
-
-
-def wide_stencil(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -386,32 +337,37 @@ def wide_stencil(
     raw: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``stencil`` of 3x3, 5x5 and 7x7 by one kernel.
+    """Square depthwise convolution of tokens, with zero padding.
 
     Args:
-        x: As there, like ``weight``, ``bias``, ``grid``, ``added`` and ``is_transposed``.
-        gate: (b, h * w, c), whose GELU multiplies the convolution, or None.
+        x: (b, h * w, c).
+        weight: (kernels, 1, 3, 3) to (kernels, 1, 7, 7), as in ``depthwise_conv``.
+        bias: (kernels,) or None.
+        grid: (h, w).
+        added: (b, h * w, c), added to the result, or None.
+        is_transposed: Applies the adjoint, for the gradient of x.
+        gate: (b, h * w, c), whose GELU multiplies the convolution, or None; not with ``added``.
         raw: Where the convolution itself is to be written, (b, h * w, c), contiguous; or None.
         out: Where the result is to be written, with equally spaced rows; or None.
+
+    Returns:
+        (b, h * w, c).
     """
     x, spacing = _rows(x)
-    b, n, c = x.shape
-    out = torch.empty(b, n, c, dtype=x.dtype, device=x.device) if out is None else out
+    b, _, c = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if not out.numel():
         return out
-    kernels, size = len(weight), weight.shape[-1]
-    # Of neighboring channels together.
-    taps = weight.flatten(1).t().unsqueeze(1).expand(size**2, c // kernels, kernels)
-    taps = taps.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    other = out if added is None else added.contiguous()
-    factor, gate_spacing = (out, 0) if gate is None else _rows(gate)
-    rows, w, channels, warps = WIDE_STENCIL_BLOCK[size]
-    strips = _ceil(grid[0], rows)
-    launch_kernel(_wide_stencil_kernel, (b * strips, _ceil(grid[1], w), _ceil(c, channels)),
-        x, taps, taps if bias is None else bias, other, factor, out, out if raw is None else raw,
-        *grid, c, kernels, spacing, gate_spacing, out.stride(1), strips, rows, w, channels,
+    weight, size = weight.contiguous(), weight.shape[-1]
+    other = added if gate is None else gate
+    other, other_spacing = (out, 0) if other is None else _rows(other)
+    block = STENCIL_BLOCK[size]
+    strips, blocks, _, programs = _parts(grid, b, c, block)
+    launch_kernel(_stencil_kernel, (programs,),
+        x, weight, weight if bias is None else bias, other, out, out if raw is None else raw,
+        *grid, c, len(weight), strips, blocks, spacing, other_spacing, out.stride(1),
         bias is not None, added is not None, gate is not None, raw is not None, is_transposed,
-        size, num_warps=warps,
+        size, (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
     )  # fmt: skip
     return out
 
@@ -423,18 +379,13 @@ def stencil_weight_gradient(
     size = weight.shape[-1]
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
-    kernel, sizes = _stencil_weight_kernel, ()
-    rows, w, channels, warps = STENCIL_WEIGHT_BLOCK
-    if size > 3:
-        kernel, sizes = _wide_stencil_weight_kernel, (size,)
-        rows, w, channels, warps = WIDE_STENCIL_WEIGHT_BLOCK
-    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w)
-    shape = b * strips * blocks, size**2 + 1, c
-    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    block = STENCIL_WEIGHT_BLOCK[size]
+    strips, blocks, parts, programs = _parts(grid, b, c, block)
+    partial = torch.empty(parts, size**2 + 1, c, dtype=torch.float32, device=x.device)
     if partial.numel():
-        launch_kernel(kernel, (b * strips, blocks, _ceil(c, channels)),
-            x, grad, partial, *grid, c, spacing, grad_spacing, strips, blocks, rows, w, channels,
-            *sizes, num_warps=warps,
+        launch_kernel(_stencil_weight_kernel, (programs,),
+            x, grad, partial, *grid, c, strips, blocks, spacing, grad_spacing, size,
+            (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
         )  # fmt: skip
     return tap_sums(partial, weight)
 
@@ -503,7 +454,7 @@ def _gated_stencil(
     """What ``gated_depthwise_conv`` gives, and, for a backward, the convolution itself."""
     gate, x = packed.chunk(2, dim=-1)
     raw = torch.empty(x.shape if save else 0, dtype=x.dtype, device=x.device)
-    out = wide_stencil(x, weight, bias, (height, width), gate=gate, raw=raw if save else None)
+    out = stencil(x, weight, bias, (height, width), gate=gate, raw=raw if save else None)
     return out, raw
 
 
@@ -531,7 +482,7 @@ def _gated_stencil_backward(
             grad, raw, gate, of_raw, of_gate, b * n, c, grad_row, gate_row, 2 * c, rows, channels,
             num_warps=4,
         )  # fmt: skip
-    wide_stencil(of_raw, weight, None, (height, width), is_transposed=True, out=of_x)
+    stencil(of_raw, weight, None, (height, width), is_transposed=True, out=of_x)
     return grads, *stencil_weight_gradient(x, of_raw, (height, width), weight)
 
 

@@ -20,52 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv.triton import stencil
+from attnzoo.ops.depthwise_conv.triton import (
+    _is_even,
+    _parts,
+    _place,
+    _put_row,
+    _put_sums,
+    _row,
+    stencil,
+)
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.processes import gathered, summed
 from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
-
-
-@triton.jit
-def _place(c, strips, blocks_w, ROWS: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-    WARPS: tl.constexpr):  # fmt: skip
-    """Which part, image and first row; the columns' first for each warp, (WARPS, 1); channels.
-
-    Programs of a row of pixels are neighbors: they share what memory hands out at a time.
-    """
-    channels = tl.cdiv(c, C)
-    part = tl.program_id(0) // channels
-    block, strip = part % blocks_w, part // blocks_w
-    w = (block * WARPS + tl.arange(0, WARPS)[:, None]) * W
-    channel = (tl.program_id(0) % channels) * C + tl.arange(0, C)
-    sample, first = (strip // strips).to(tl.int64), strip % strips * ROWS
-    return part.to(tl.int64), sample, first, w, channel
-
-
-@triton.jit
-def _row(
-    tile, h, w, height, width, is_column, STRIDE: tl.constexpr, FIRST: tl.constexpr,
-    STOP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Row ``h`` of the image at columns w + FIRST to w + STOP - 1, each by itself; 0 outside.
-
-    Args:
-        tile: Pointers to row 0 at columns w.
-        EVEN: Whether columns w to w + W - 1 are all inside.
-    """
-    here = h + tl.zeros_like(w)  # the interpreter loses the type of a scalar mask
-    is_h = (here >= 0) & (here < height) & is_column
-    line = tile + h.to(tl.int64) * width * STRIDE
-    found = ()
-    for i in tl.static_range(FIRST, STOP):
-        mask = is_h
-        if i < 0:
-            mask = is_h & (w + i >= 0) & (w + i < width)
-        elif (i >= W) | (not EVEN):
-            mask = is_h & (w + i < width)
-        z = tl.load(line + i * STRIDE, mask=mask, other=0.0)
-        found += (z.to(tl.float32),)
-    return found
 
 
 @triton.jit
@@ -94,13 +60,6 @@ def _square(start, a, b, c, k, j: tl.constexpr):
 @triton.jit
 def _dot3(start, p, q, r, k):
     return start + p * k[0] + q * k[1] + r * k[2]
-
-
-@triton.jit
-def _put_sums(line, sums, c, is_c):
-    """Sums over a program's threads, one row of ``line`` each."""
-    for i in tl.static_range(len(sums)):
-        tl.store(line + i * c, tl.sum(sums[i], 0), mask=is_c)
 
 
 @triton.jit
@@ -270,8 +229,8 @@ def _branch_sums_kernel(
             sum2 += g[j] * _dot3(-mean2, above[j + 1], here[j + 1], below[j + 1], u)
             sum3 += g[j] * _dot3(-mean3, here[j], here[j + 1], here[j + 2], v)
         above, here, below, g = here, below, after, later
-    line = partial + part * 4 * c + channel
-    _put_sums(line, (total, sum1, sum2, sum3), c, channel < c)
+    sums = (total, sum1, sum2, sum3)
+    _put_sums(partial + part * 4 * c, sums, c, channel, WARPS, C, 2)
 
 
 @triton.jit
@@ -406,26 +365,12 @@ def _branch_gradient_kernel(
             z = _dot3(here[j] + d2[j] * u[1], d1[j + 2], d1[j + 1], d1[j], k[3:6])
             met += (_dot3(z, d3[j + 2], d3[j + 1], d3[j], v),)
             after += (_dot3(d2[j] * u[2], d1[j + 2], d1[j + 1], d1[j], k[6:9]),)
-        _put_row(target, done, h - 1, h > first, w, width, is_column, OUT_ROW, W, EVEN)
+        _put_row(target, done, h - 1, w, width, is_column & (h > first), OUT_ROW, W, EVEN)
         before, here, a, b = met, after, b, below
     # Below the image's last row there is none that completes it.
     is_last = stop <= first + ROWS
-    _put_row(target, before, stop - 1, is_last, w, width, is_column, OUT_ROW, W, EVEN)
-    line = partial + part * 15 * c + channel
-    _put_sums(line, sums, c, channel < c)
-
-
-@triton.jit
-def _put_row(
-    tile, row, h, is_row, w, width, is_column, STRIDE: tl.constexpr, W: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    line = tile + h.to(tl.int64) * width * STRIDE
-    for j in tl.static_range(W):
-        mask = is_column & is_row
-        if not EVEN:
-            mask &= w + j < width
-        tl.store(line + j * STRIDE, row[j].to(tile.dtype.element_ty), mask=mask)
+    _put_row(target, before, stop - 1, w, width, is_column & is_last, OUT_ROW, W, EVEN)
+    _put_sums(partial + part * 15 * c, sums, c, channel, WARPS, C, 4)
 
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side.
@@ -435,19 +380,6 @@ GRADIENT_BLOCK = (32, 4, 32, 4)
 UNROLL = tl.constexpr(3)  # rows of pixels take turns in three places: none is moved
 PARTS = 64  # that a program adds up at a time
 CHANNELS = 16  # whose parts a program adds up
-
-
-def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tuple[int, ...]:
-    """Strips of an image, blocks of its width, parts of all images, and programs."""
-    rows, w, channels, warps = block
-    strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w * warps)
-    return strips, blocks, b * strips * blocks, b * strips * blocks * _ceil(c, channels)
-
-
-def _is_even(width: int, c: int, block: tuple[int, ...]) -> bool:
-    """Whether no program reaches over the image's right edge or the channels' last."""
-    _, w, channels, warps = block
-    return width % (w * warps) == 0 and c % channels == 0
 
 
 SCHEMA = (

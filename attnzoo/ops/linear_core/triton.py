@@ -53,7 +53,7 @@ def _tokens(base, row, spacing, column, mask, PHI: tl.constexpr):
     x = tl.load(base + row[:, None] * spacing + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32)
     if PHI == "relu":
-        x = tl.where(x <= 0, 0.0, x)  # as torch's, keeps NaN
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's
     if PHI == "elu":  # which is 1 where there is no token
         x = tl.where(mask, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
     return x
@@ -218,46 +218,57 @@ def _read_kernel(
 
 @triton.jit
 def _wide_read_kernel(
-    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, tiles, units, blocks,
-    eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+    q, state, rounded, out, inverse, n, q_row, out_row, heads, head_dim, groups, units, blocks,
+    eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr, TILES: tl.constexpr,
+    DEPTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``_read_kernel`` of heads of several tiles, from the state ``rounded``.
+    """``_read_kernel`` of heads of several tiles, TILES together, from the state ``rounded``.
 
     With ADD what lies in ``out`` is added.
     """
-    tile = tl.program_id(0) % (units * tiles)
-    part = (tl.program_id(0) // (units * tiles)).to(tl.int64)
+    tile = tl.program_id(0) % (units * groups)
+    part = (tl.program_id(0) // (units * groups)).to(tl.int64)
     sample = part // blocks
     start = (part % blocks) * R
-    j = tile % tiles
-    head, first, column, is_column = _unit(tile // tiles, j, heads, head_dim, 1, W)
+    group = tile % groups
+    head, first, _, _ = _unit(tile // groups, 0, heads, head_dim, 1, W)
     row = tl.arange(0, R)
     is_row = row < n - start
     q += (sample * n + start) * q_row + first
     out += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
     rounded += sample * heads * (head_dim + 1) * head_dim
-    acc = tl.zeros((R, W), tl.float32)
     norm = tl.zeros((R,), tl.float32)
-    for i in range(tiles):
-        _, _, a, is_a = _unit(tile // tiles, i, heads, head_dim, 1, W)
+    acc = ()
+    for _i in tl.static_range(TILES):
+        acc += (tl.zeros((R, W), tl.float32),)
+    for begin in range(0, head_dim, DEPTH):
+        a = begin + tl.arange(0, DEPTH)
+        is_a = a < head_dim
         x = _tokens(q, row, q_row, a, is_row[:, None] & is_a[None, :], PHI)
-        place, exists = _block(rounded, head, a, column, is_a, is_column, head_dim, 1)
-        acc = _add_dot(acc, x.to(DTYPE), tl.load(place, mask=exists, other=0.0).to(DTYPE), P)
         if DIVIDE:
             sums = tl.load(_key_sum(state, head, a, head_dim, 1), mask=is_a, other=0.0)
             norm += tl.sum(x * sums[None, :], 1)
+        found = ()
+        for j in tl.static_range(TILES):
+            column = (group * TILES + j) * W + tl.arange(0, W)
+            place, exists = _block(rounded, head, a, column, is_a, column < head_dim, head_dim, 1)
+            block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+            found += (_add_dot(acc[j], x.to(DTYPE), block, P),)
+        acc = found
+    factor = tl.full((R,), 1.0, tl.float32)
     if DIVIDE:
         factor = 1 / (norm + eps)
         line = inverse + (sample * heads + head) * n + start + row
-        tl.store(line, factor, mask=is_row & (j == 0))
-        acc *= factor[:, None]
-    mask = is_row[:, None] & is_column[None, :]
-    here = out + row[:, None] * out_row + column[None, :]
-    if ADD:
-        acc += tl.load(here, mask=mask, other=0.0).to(tl.float32)
-    tl.store(here, acc.to(out.dtype.element_ty), mask=mask)
+        tl.store(line, factor, mask=is_row & (group == 0))
+    for j in tl.static_range(TILES):
+        column = (group * TILES + j) * W + tl.arange(0, W)
+        mask = is_row[:, None] & (column < head_dim)[None, :]
+        here = out + row[:, None] * out_row + column[None, :]
+        total = acc[j] * factor[:, None]
+        if ADD:
+            total += tl.load(here, mask=mask, other=0.0).to(tl.float32)
+        tl.store(here, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -422,7 +433,7 @@ class Block(NamedTuple):
 # By kernel; by whether the heads are narrow (up to 64), up to 128, or wider; in half precision.
 BLOCKS: dict[str, tuple[Block, Block, Block]] = {
     "fold": (Block(64, 64, 264, 4, 3), Block(128, 32, 264, 4, 3), Block(128, 64, 126, 8, 3)),
-    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 4, 2)),
+    "read": (Block(64, 64, 264, 4, 3), Block(128, 32, 528, 4, 1), Block(128, 64, 0, 8, 3)),
     "query_gradient": (Block(64, 32, 264, 4, 2), Block(128, 64, 264, 8, 3),
                        Block(128, 64, 0, 4, 2)),
     "key_gradient": (Block(64, 64, 264, 8, 3), Block(128, 64, 264, 8, 3),
@@ -433,6 +444,9 @@ SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64
 SMALL, NARROW, MEDIUM = 32, 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_ROWS = 32
+# Of a wide head, where tiles are: tiles that a program reads together, so that queries are loaded
+# once, and channels that it multiplies at a time.
+READ_TILES, READ_DEPTH = 3, 64
 
 
 class _Launch(NamedTuple):
@@ -567,11 +581,13 @@ def _read(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
     )
     if out.numel() and is_wide:
-        blocks = _ceil(n, s.tile[0])
-        launch_kernel(_wide_read_kernel, (b * blocks * s.units * s.tiles,),
+        blocks, columns = _ceil(n, s.tile[0]), s.tile[1]
+        has_room = dtype != torch.float32 and columns == BLOCKS["read"][2].width
+        groups = _ceil(s.tiles, READ_TILES if has_room else 1)
+        launch_kernel(_wide_read_kernel, (b * blocks * s.units * groups,),
             query, state, rounded, out, inverse if divide else state, n, q_row, out.stride(1),
-            heads, width, s.tiles, s.units, blocks, eps, activation, divide, add,
-            *_tail(s, dtype)[1:], **s.options,
+            heads, width, groups, s.units, blocks, eps, activation, divide, add,
+            _ceil(s.tiles, groups), min(columns, READ_DEPTH), *_tail(s, dtype)[1:], **s.options,
         )  # fmt: skip
     elif out.numel():
         launch_kernel(_read_kernel, (b * s.splits * s.units,),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv.triton import stencil_weight_gradient, wide_stencil
+from attnzoo.ops.depthwise_conv.triton import stencil, stencil_weight_gradient
 from attnzoo.ops.dispatch import MACS
 from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.ops.linear_core.triton import _linear_core, core_gradients, fake_core
@@ -47,7 +47,7 @@ def _packed_core(
     if weight is not None:
         if inverse.numel():  # of wide heads
             of_core = out
-        out = wide_stencil(value, weight, bias, (height, width), out)
+        out = stencil(value, weight, bias, (height, width), out)
     return out, of_core, state, inverse, features, stats
 
 
@@ -69,7 +69,7 @@ def _packed_core_backward(
     parts = grads.chunk(3, dim=-1)
     of_weight, of_bias, of_scale = (qkv.new_empty(0) for _ in range(3))
     if weight is not None:
-        wide_stencil(grad, weight, None, grid, is_transposed=True, out=parts[2])
+        stencil(grad, weight, None, grid, is_transposed=True, out=parts[2])
         of_weight, of_bias = stencil_weight_gradient(value, grad, grid, weight)
     if scale is not None:
         query, key = features.chunk(2, dim=-1)
