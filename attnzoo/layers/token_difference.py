@@ -10,13 +10,15 @@ from torch import Tensor
 from attnzoo.layers.linear_attention import linear
 from attnzoo.ops.dispatch import choose_once, is_without_kernels
 from attnzoo.ops.linear_core import linear_tokens, slower
+from attnzoo.ops.map_difference import dynamic_map_attention
+from attnzoo.ops.map_difference import unserved as unserved_maps
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.routed_linear import by_ones
 from attnzoo.ops.token_difference import Weights, dynamic_differential_attention, unserved
 
 _SERVED: dict[str, Any] = {
-    "projection": "redundancy", "kernel": "routed", "differential": "token",
-    "normalizer": "base", "balance_coefficient": 0,
+    "projection": "redundancy", "kernel": "routed", "normalizer": "base",
+    "balance_coefficient": 0,
 }  # fmt: skip
 
 
@@ -26,8 +28,13 @@ def unserved_option(layer: Any) -> str | None:
     for name, value in _SERVED.items():
         if getattr(config, name) != value:
             return f"{name}={getattr(config, name)!r}"
+    is_map = config.differential == "map"
+    if config.differential == "none" or (is_map and config.map_router != "token"):
+        name = "map_router" if is_map else "differential"
+        return f"{name}={getattr(config, name)!r}"
     most = max(config.n_projectors, config.n_kernel_factors, config.n_differential_factors)
-    return unserved(layer.dim, layer.num_heads, most)
+    limits = unserved_maps if is_map else unserved
+    return limits(layer.dim, layer.num_heads, most)
 
 
 def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -54,7 +61,9 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         lambdas=layer.lambda_,
     )
     operands = x, query, key, value, weights, config.eps, config.router_gradient == "ste"
-    if config.impl == "auto":  # which has found them able
+    if config.differential == "map":
+        out = dynamic_map_attention(*operands, impl="triton")
+    elif config.impl == "auto":  # which has found them able
         from attnzoo.ops.token_difference import triton
 
         out = triton.dynamic_differential_attention(*operands, layer.num_heads)

@@ -47,6 +47,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "routed_linear": ("triton", "torch", "reference"),
     "routed_scalar": ("triton", "torch", "reference"),
     "token_difference": ("triton", "torch", "reference"),
+    "map_difference": ("triton", "torch", "reference"),
     "focused_difference": ("native", "torch", "reference"),  # "native": of a few tokens
     "branch_conv": ("native", "torch", "reference"),  # likewise
     "linear_core": ("native", "torch", "reference"),  # likewise

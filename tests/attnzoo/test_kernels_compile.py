@@ -138,6 +138,20 @@ def launch_difference(dtype, choices, heads, width=384):
             difference_backward(out, sums if key_sum is None else None, *saved, *operands)
 
 
+def launch_maps(dtype, choices=9, width=384):
+    from attnzoo.ops.map_difference import triton as kernels
+    from attnzoo.ops.map_difference.operands import Operands
+
+    z, gates = torch.ones(1, 64, width, dtype=dtype), torch.ones(2, 1, 64)
+    routers = [torch.ones(choices, columns, dtype=dtype) for columns in [width] * 4 + [2 * width]]
+    scalars = torch.ones(choices), torch.ones(choices)
+    operands = Operands(
+        z, z, z, z.repeat(2, 1, 1)[:, None], gates, *routers, *scalars, 1e-6, True, True
+    )
+    out, *saved = kernels.map_forward(*operands)
+    kernels.map_backward(out, *saved, *operands)
+
+
 def launch_routing(dtype, experts, width=384):
     from attnzoo.ops.routed_linear import triton as kernels
     from attnzoo.ops.routed_linear import triton_scalar
@@ -329,7 +343,8 @@ KERNELS = {
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
     "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
-    "_key_gradient_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
+    "_key_gradient_kernel", "_map_features_kernel", "_map_gradient_kernel",
+    "_map_router_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
     "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
     "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
@@ -356,6 +371,7 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_routing(dtype, experts=7)
     launch_difference(dtype, choices=21, heads=1)
     launch_difference(dtype, choices=21, heads=6)
+    launch_maps(dtype)
     launch_linear(dtype)
     launch_packed(dtype)
     launch_the_rest(dtype)
