@@ -405,9 +405,9 @@ def _grouped_launch(
     pitch = 0 if logits is None else logits.stride(0)
     launch_kernel(_grouped_kernel, grid,
         a, weight, weight if other is None else other, out, out if logits is None else logits,
-        out if router is None else router, order, ends, a.shape[0], len(out), width, depth, spacing,
-        *weight.stride(), weight.shape[0], first_expert, pitch,
-        experts, max(2, _power_of_2(experts)), m, n, k, width % n == 0 and depth % k == 0,
+        out if router is None else router, order, ends, a.shape[0], len(out), width, depth,
+        spacing, *weight.stride(), weight.shape[0], first_expert, pitch, experts,
+        max(2, _power_of_2(experts)), m, n, k, width % n == 0 and depth % k == 0,
         _precision(a.dtype), _width(experts) if pitch else 0, add, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip

@@ -284,7 +284,8 @@ def _(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
     none = p.qkv.new_empty(0, dtype=torch.float32)
     return (
         p.x.new_empty(p.x.shape), p.qkv.new_empty(p.qkv.shape),
-        p.x.new_empty(2 * len(p.w1), d, d), p.p1.new_empty(2, *p.p1.shape) if p.learn else none.new_empty(0),
+        p.x.new_empty(2 * len(p.w1), d, d),
+        p.p1.new_empty(2, *p.p1.shape) if p.learn else none.new_empty(0),
         p.k1.new_empty(2, routers) if p.learn else none.new_empty(0), wide(p.gammas.shape),
         p.lambdas.new_empty(p.lambdas.shape),
         *(none.new_empty(0) if p.gains is None else p.gains.new_empty(k, d) for k in (15, 4)),
