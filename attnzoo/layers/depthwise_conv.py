@@ -88,7 +88,7 @@ class DepthwiseConv(nn.Module):
             if is_few("branch_conv", impl, x, *branches, x if added is None else added):
                 return branch_conv(x, grid, branches, self.norms[0].eps, added)
             return depthwise_conv(x, grid, *self.merged(), added, impl=impl)
-        if self._is_joined(x, impl):
+        if self.is_joined(x, impl):
             return self._joined(x, grid, added)
         parts = list(zip(self.branches, self.norms, strict=True))
         # Together, for one collective; one value of a channel has no variance.
@@ -98,9 +98,11 @@ class DepthwiseConv(nn.Module):
         out = to_tokens(sum(images[1:], images[0]))
         return out if added is None else added + out.to(added.dtype)
 
-    def _is_joined(self, x: Tensor, impl: Impl) -> bool:
+    def is_joined(self, x: Tensor, impl: Impl = "auto") -> bool:
         """Whether kernels compute the normed branches of a batch as one convolution."""
-        if x.numel() == self.dim:  # one value of a channel has no variance
+        if (
+            len(self.branches) == 1 or x.numel() == self.dim
+        ):  # one value of a channel has no variance
             return False
         kind = type(self.norms[0])
         if kind not in (nn.BatchNorm2d, SharedBatchNorm2d):
@@ -114,15 +116,24 @@ class DepthwiseConv(nn.Module):
     def _joined(self, x: Tensor, grid: tuple[int, int], added: Tensor | None) -> Tensor:
         from attnzoo.ops.depthwise_conv.triton_branches import normed_branches
 
-        gains, shifts = ([getattr(norm, z) for norm in self.norms] for z in ("weight", "bias"))
-        weights = [branch.weight for branch in self.branches]
-        number = batches_of(self.norms[0])
+        weights, gains, shifts, eps, number = self.joined_operands()
         out, means, variances = normed_branches(
-            x, grid, weights, torch.stack(gains), torch.stack(shifts), self.norms[0].eps, added,
-            number,
-        )  # fmt: skip
-        move_statistics(list(self.norms), means, variances, number * x.numel() // self.dim)
+            x, grid, weights, gains, shifts, eps, added, number
+        )
+        self.move(means, variances, x)
         return out
+
+    def joined_operands(self) -> tuple[Any, ...]:
+        """Weights, the norms' weights and biases, (3, c), their eps, how many norm together."""
+        gains, shifts = ([getattr(norm, z) for norm in self.norms] for z in ("weight", "bias"))
+        weights = tuple(branch.weight for branch in self.branches)
+        norm: Any = self.norms[0]
+        return weights, torch.stack(gains), torch.stack(shifts), norm.eps, batches_of(norm)
+
+    def move(self, means: Tensor, variances: Tensor, x: Tensor) -> None:
+        """Moves running statistics towards those of a batch x, (3, c) each."""
+        pixels = batches_of(self.norms[0]) * x.numel() // self.dim
+        move_statistics(list(self.norms), means, variances, pixels)
 
     @property
     def kernel(self) -> tuple[Tensor, Tensor | None] | None:

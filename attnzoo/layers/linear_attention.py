@@ -28,7 +28,14 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_bare, is_few, require_triton, sums_bias
+from attnzoo.ops.dispatch import (
+    choose_once,
+    is_bare,
+    is_few,
+    owns_gradient,
+    require_triton,
+    sums_bias,
+)
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -379,29 +386,57 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         own = layer.__dict__["_parameters"]
         return F.linear(x, own["weight"], own["bias"])
     if is_watched and type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
-        return _Biased.apply(*autocast_operands(x, layer.weight, layer.bias))
+        return _Linear.apply(*autocast_operands(x, layer.weight, layer.bias))[0]
     return layer(x)
 
 
-class _Biased(torch.autograd.Function):
-    """A linear layer; PyTorch's sum for its bias took as long as a product of the backward."""
+def linear_beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``linear``, and x for others to read, into whose gradient the layer's product is added.
+
+    They must leave that gradient to the layer: a fresh tensor, which it overwrites.
+    """
+    if type(layer) is not nn.Linear or not x.requires_grad:
+        return linear(layer, x), x
+    if not (owns_gradient(x, layer) and is_bare(layer)):
+        return linear(layer, x), x
+    bias: Tensor | None = layer.bias
+    x, weight = autocast_operands(x, layer.weight)
+    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer, and its tokens for others.
+
+    PyTorch's sum for its bias took as long as a product of the backward, and so does adding up
+    what several give the tokens.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        ctx.set_materialize_grads(False)
+        return F.linear(x, weight, bias), x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Any, ...]:
         from attnzoo.ops.triton_common import column_sum
 
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        if torch.is_grad_enabled():  # and it is differentiated once more
-            return of_x, of_weight, rows.sum(0)
-        return of_x, of_weight, column_sum(rows, grad.dtype)
+        if grad is None:
+            return beside, None, None
+        (x, weight), (has_x, has_weight, has_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows, is_differentiated = grad.reshape(-1, grad.shape[-1]), torch.is_grad_enabled()
+        of_x = of_weight = of_bias = None
+        if has_x and (beside is None or is_differentiated):
+            of_x = (rows @ weight).view(x.shape)
+            of_x = of_x if beside is None else of_x + beside
+        elif has_x and beside is not None:
+            of_x = beside.contiguous()
+            of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
+        if has_weight:
+            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if has_bias:
+            of_bias = rows.sum(0) if is_differentiated else column_sum(rows, grad.dtype)
+        return of_x, of_weight, of_bias
 
 
 def linear_parts(

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from attnzoo.ops import processes
+from attnzoo.ops.dispatch import is_transformed
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -78,6 +80,17 @@ def move_statistics(
         pixels: Of how many.
     """
     variances = variances.detach() * (pixels / max(1, pixels - 1))
+    momenta: set[Any] = {norm.momentum if norm.track_running_stats else None for norm in norms}
+    if len(momenta) == 1 and None not in momenta and not (is_compiling() or is_transformed()):
+        # All at once: launches for each would take as long as a small convolution.
+        running: list[Any] = [norm.running_mean for norm in norms]
+        running += [norm.running_var for norm in norms]
+        found = [z.to(running[0].dtype) for z in (means.detach(), variances)]
+        batches: list[Any] = [norm.num_batches_tracked for norm in norms]
+        foreach: Any = torch  # whose stubs do not export these
+        foreach._foreach_add_(batches, 1)
+        foreach._foreach_lerp_(running, [row for z in found for row in z], momenta.pop())
+        return
     for norm, mean, variance in zip(norms, means.detach(), variances, strict=True):
         if norm.running_mean is None or norm.running_var is None:
             continue

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.layers.linear_attention import linear
-from attnzoo.ops.dispatch import choose_once, is_without_kernels
+from attnzoo.layers.linear_attention import linear, linear_beside
+from attnzoo.ops.dispatch import choose_once, is_watched, is_without_kernels
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.map_difference import dynamic_map_attention
 from attnzoo.ops.map_difference import unserved as unserved_maps
@@ -43,8 +43,9 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     if not torch.is_grad_enabled():  # one cast for all; gradients are added before theirs
         dtype = operand_dtype(x)
         x = x if x.dtype is dtype else x.to(dtype)
-    query, key, value = linear(layer.shared, x).chunk(3, dim=-1)
-    x = x if x.dtype is query.dtype else x.to(query.dtype)  # by autocast
+    is_packed = _is_packed(layer, x)
+    qkv, x = linear_beside(layer.shared, x) if is_packed else (linear(layer.shared, x), x)
+    x = x if x.dtype is qkv.dtype else x.to(qkv.dtype)  # by autocast
     modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
     # Looking up a module's weight takes a host as long as a view.
     routers = [router.weight for some in modules for router in some._modules.values()]
@@ -60,7 +61,11 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         gammas=layer.gammas(),
         lambdas=layer.lambda_,
     )
-    operands = x, query, key, value, weights, config.eps, config.router_gradient == "ste"
+    learn = config.router_gradient == "ste"
+    if is_packed:
+        return linear(layer.proj, _packed(layer, x, qkv, weights, learn, grid))
+    query, key, value = qkv.chunk(3, dim=-1)
+    operands = x, query, key, value, weights, config.eps, learn
     if config.differential == "map":
         out = dynamic_map_attention(*operands, impl="triton")
     elif config.impl == "auto":  # which has found them able
@@ -71,6 +76,32 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         out = dynamic_differential_attention(*operands, layer.num_heads, impl="triton")
     conv = layer.conv
     return linear(layer.proj, out if conv is None else conv(value, grid, out))
+
+
+def _is_packed(layer: Any, x: Tensor) -> bool:
+    """Whether one operator computes all between the projections, with one gradient of them."""
+    if layer.config.differential == "map" or not torch.is_grad_enabled():
+        return False
+    if is_watched():  # a counter is to see what there is
+        return False
+    conv = layer.conv
+    if conv is not None and not (layer.training and conv.is_joined(x)):
+        return False
+    return layer.num_heads == 1 or not slower(layer.dim // layer.num_heads, is_normalized=False)
+
+
+def _packed(
+    layer: Any, x: Tensor, qkv: Tensor, weights: Weights, learn: bool, grid: tuple[int, int]
+) -> Tensor:
+    from attnzoo.ops.token_difference.triton_packed import Conv, packed_attention
+
+    conv = layer.conv
+    branches = None if conv is None else Conv(*conv.joined_operands())
+    options = layer.config.eps, learn, layer.num_heads, grid, branches
+    out, stats = packed_attention(x, qkv, weights, *options)
+    if conv is not None:
+        conv.move(stats[:3], stats[3:6], x)
+    return out
 
 
 def serves_maps(layer: Any, x: Tensor) -> bool:

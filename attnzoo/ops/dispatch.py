@@ -456,27 +456,31 @@ def is_bare(layer: torch.nn.Module) -> bool:
     )
 
 
-def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
-    """Whether a kernel of ours adds up the gradient of a linear layer's bias, over many tokens.
+def owns_gradient(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether a linear layer of many tokens may have a backward of ours.
 
     In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
-    Of 16,384 tokens PyTorch's sum is the faster one.
     """
     if torch.compiler.is_dynamo_compiling() or not (
-        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY and x[..., 0].numel() <= 8192)
+        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY)
     ):
         return False
-    bias = layer.bias
-    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+    if not torch.is_grad_enabled():
         return False
     if is_watched() or is_transformed() or forward_ad._current_level >= 0:
         return False
     if operand_dtype(x) not in _KERNEL_DTYPES:
         return False
-    for z in (x, layer.weight, bias):
-        if type(z) not in (Tensor, torch.nn.Parameter):  # it may keep its numbers elsewhere
+    for z in (x, layer.weight, layer.bias):  # it may keep its numbers elsewhere
+        if z is not None and type(z) not in (Tensor, torch.nn.Parameter):
             return False
     return _IS_FORCED or _triton_works()
+
+
+def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
+    """Whether a kernel of ours adds up the gradient of a linear layer's bias."""
+    bias = layer.bias
+    return bias is not None and bias.requires_grad and owns_gradient(x, layer)
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

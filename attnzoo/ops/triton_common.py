@@ -154,17 +154,21 @@ def _shared_memory(device: torch.device) -> int | None:
 
 
 @triton.jit
-def _column_sum_kernel(parts, out, n, size, R: tl.constexpr, C: tl.constexpr):
+def _column_sum_kernel(parts, out, n, size, chunk, R: tl.constexpr, C: tl.constexpr):
+    """Of every ``chunk`` rows their sum."""
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = (column < size)[None, :]
     total = tl.zeros((R, C), tl.float32)
     row = tl.arange(0, R)
-    place = parts + row.to(tl.int64)[:, None] * size + column[None, :]
-    for first in range(0, n, R):
-        mask = (first + row < n)[:, None] & is_column
+    begin = tl.program_id(1) * chunk
+    stop = tl.minimum(begin + chunk, n)
+    place = parts + (begin + row).to(tl.int64)[:, None] * size + column[None, :]
+    for first in range(begin, stop, R):
+        mask = (first + row < stop)[:, None] & is_column
         total += tl.load(place, mask=mask, other=0.0)
         place += R * size
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < size)
+    line = out + tl.program_id(1).to(tl.int64) * size + column
+    tl.store(line, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < size)
 
 
 def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,16 +176,42 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     PyTorch's takes several times as long for hundreds of parts.
     """
-    parts = parts.contiguous()
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    size, n = out.numel(), parts.shape[0]
-    if parts.numel() == 0:
-        return out.zero_()
+    if len(parts) >= 1024 and parts.numel() >= MANY_SUMMED:
+        # First in parts: a column of lines too long for one program each.
+        rows, (size, columns, warps) = parts.contiguous().flatten(1), SUM_TILE
+        splits = max(1, SUM_PROGRAMS // _ceil(rows.shape[1], columns))
+        chunk = _ceil(_ceil(len(rows), splits), size) * size
+        rows = _chunk_sums(rows, chunk, torch.float32, size, columns, warps)
+        return sample_sum(rows[None], dtype).view(parts.shape[1:])
+    return sample_sum(parts[None], dtype)[0]
+
+
+def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``column_sum`` of every sample: (b, n, ...) -> (b, ...)."""
+    if not parts.numel():
+        return torch.zeros(parts.shape[0], *parts.shape[2:], dtype=dtype, device=parts.device)
+    n, rows = parts.shape[1], parts.contiguous().flatten(0, 1).flatten(1)
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
-    columns = 32 if n < 1024 and size >= 1 << 12 else 16
-    rows, warps = (2048 // columns, 4) if n < 1024 else (16384 // columns, 16)
-    launch_kernel(_column_sum_kernel, (_ceil(size, columns),),
-        parts, out, n, size, rows, columns, num_warps=warps,
+    columns = 32 if n < 1024 and rows.shape[1] >= 1 << 12 else 16
+    size, warps = (2048 // columns, 4) if n < 1024 else (16384 // columns, 16)
+    out = _chunk_sums(rows, n, dtype, size, columns, warps)
+    return out.view(parts.shape[0], *parts.shape[2:])
+
+
+# Rows and columns of a tile, and warps, of sums over many rows; programs; numbers worth two steps.
+SUM_TILE = (32, 128, 4)
+SUM_PROGRAMS = 792
+MANY_SUMMED = 1 << 20
+
+
+def _chunk_sums(
+    rows: Tensor, chunk: int, dtype: torch.dtype, size: int, columns: int, warps: int
+) -> Tensor:
+    """The sums of every ``chunk`` rows, (n, c) -> (parts, c), by tiles of (size, columns)."""
+    n, width = rows.shape
+    out = torch.empty(_ceil(n, chunk), width, dtype=dtype, device=rows.device)
+    launch_kernel(_column_sum_kernel, (_ceil(width, columns), len(out)),
+        rows, out, n, width, chunk, size, columns, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -158,10 +158,12 @@ def launch_routing(dtype, experts, width=384):
 
     x, weight = torch.ones(512, width, dtype=dtype), torch.ones(experts, width, 64, dtype=dtype)
     router = torch.ones(experts, width, dtype=dtype)
-    index, _ = kernels.top1(x, router, router)
+    index, probability = kernels.top1(x, router, router)
     order, ends = kernels.sort_by_expert(index, 2 * experts)
     out = kernels.grouped_product(x, weight, order, ends, weight)
-    kernels.grouped_product(out, weight.mT, order, ends, weight.mT)
+    logits, _ = kernels.gate_gradients(torch.ones(2, 512), x, router, index, probability)
+    gates = logits, (router, router)
+    kernels.grouped_input_gradient(out, (weight, weight), order, ends, gates)
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
     for line, other in ((router, None), (torch.cat([router, router], 1), x)):
         operands = x, other, line, line[:, 0].contiguous()
@@ -338,7 +340,7 @@ KERNELS = {
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
     "_elu_sum_kernel", "_few_keys_gradient_kernel", "_few_keys_kernel", "_few_keys_sum_kernel",
-    "_fold_kernel", "_gate_gradient_kernel", "_gated_carry_kernel",
+    "_fold_kernel", "_gate_gradient_kernel", "_gate_logits_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
     "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",

@@ -532,6 +532,36 @@ if CAN_RUN:
             if mine is not None:
                 assert (mine - theirs).abs().max() <= 1e-4 * largest
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("rows", "gradient"), [(2, "none"), (7, "ste")])
+    def test_one_packed_gradient_is_the_sum_of_many(
+        rows, gradient, dtype, small_convolutions, monkeypatch
+    ):
+        """Of one wide head, with fewer and with more tokens than channels."""
+        from attnzoo.layers import token_difference
+        from attnzoo.ops import linear_core
+
+        monkeypatch.setattr(linear_core, "PLAIN_FASTER_UP_TO", 8)
+        options = {"router_gradient": gradient, "conv": "acnet", "qkv_bias": True}
+        layer = build_scrambled("dydila", num_heads=1, **options).to(DEVICE, dtype).train()
+        grid = (rows, 8)
+        x = tokens(grid).to(DEVICE, dtype).requires_grad_()
+        cotangent, results = random(*x.shape, seed=3, grad=False).to(dtype), []
+        for is_packed in (token_difference._is_packed, lambda *_: False):
+            monkeypatch.setattr(token_difference, "_is_packed", is_packed)
+            out = layer(x, grid)
+            operands = [x, *layer.parameters()]
+            grads = torch.autograd.grad(out, operands, cotangent, allow_unused=True)
+            assert len({z.data_ptr() for z in grads if z is not None}) == sum(
+                z is not None for z in grads
+            )
+            results.append([out, *grads])
+        for mine, theirs in zip(*results, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                budget = 1e-5 if dtype == torch.float32 else 2e-2
+                assert (mine - theirs).norm() <= budget * theirs.norm()
+
     @pytest.mark.parametrize("way", ["cast", "autocast"])
     @pytest.mark.parametrize(("name", "heads"), [("dydila", 1), ("dydila", 3), ("dydila-map", 1)])
     def test_whole_layer_in_half_precision(name, heads, way, small_convolutions):
@@ -597,7 +627,7 @@ if CAN_RUN:
             step()
         ran = {event.name.removeprefix("aten::") for event in profile.events()}
         assert not ran & WAITING
-        own = {"dydila": "focused_difference", "dydila-map": "grouped_linear"}
+        own = {"dydila": "packed_difference", "dydila-map": "grouped_linear"}
         assert name not in own or f"attnzoo::{own[name]}" in ran
 
     @pytest.mark.parametrize(

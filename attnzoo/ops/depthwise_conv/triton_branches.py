@@ -442,6 +442,16 @@ def _normed_branches_backward(
     gains: Tensor, height: int, width: int, processes: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Of x; of the weights, (15, c); of the norms' weights and their one bias, (4, c)."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    operands = grad, stats, x, square, upright, level, gains, height, width, processes
+    return grad_x, *branch_gradients(*operands, grad_x)
+
+
+def branch_gradients(
+    grad: Tensor, stats: Tensor, x: Tensor, square: Tensor, upright: Tensor, level: Tensor,
+    gains: Tensor, height: int, width: int, processes: int, grad_x: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Those of the weights and of the norms, and that of x into a part of a packed gradient."""
     (tokens, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
     grid = height, width
@@ -471,13 +481,12 @@ def _normed_branches_backward(
         grad_gains[3].copy_(own[0])
     strips, blocks, parts, programs = _parts(grid, b, c, GRADIENT_BLOCK)
     partial = new(parts, 15, c)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _branch_gradient_kernel[(programs,)](
         tokens, grad, square, upright, level, slopes, grad_x, partial, height, width, c, strips,
-        blocks, spacing, grad_spacing, c, *GRADIENT_BLOCK, _is_even(width, c, GRADIENT_BLOCK),
-        num_warps=GRADIENT_BLOCK[3],
+        blocks, spacing, grad_spacing, grad_x.stride(1), *GRADIENT_BLOCK,
+        _is_even(width, c, GRADIENT_BLOCK), num_warps=GRADIENT_BLOCK[3],
     )  # fmt: skip
-    return grad_x, column_sum(partial), grad_gains
+    return column_sum(partial), grad_gains
 
 
 @_normed_branches_backward.register_fake
@@ -501,13 +510,18 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ..
         return (None,) * 11
     saved = ctx.saved_tensors
     grad_x, weights, gains = _normed_branches_backward(grad, *saved, *ctx.grid)
-    parts = [
-        part.t().reshape(weight.shape).to(weight.dtype)
-        for part, weight in zip(weights.split([9, 3, 3]), saved[2:5], strict=True)
-    ]
+    parts = split_branches(weights, saved[2:5])
     # Not expanded: gradients that share memory would be clipped once for each.
     shifts = gains[3:].repeat(3, 1)
     return grad_x, *parts, gains[:3], shifts, grad if ctx.has_added else None, *[None] * 4
+
+
+def split_branches(found: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the branches' weights, which come as (15, c)."""
+    return [
+        part.t().reshape(weight.shape).to(weight.dtype)
+        for part, weight in zip(found.split([9, 3, 3]), weights, strict=True)
+    ]
 
 
 _normed_branches.register_autograd(_gradients, setup_context=_setup)

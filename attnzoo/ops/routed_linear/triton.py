@@ -129,9 +129,12 @@ def _grouped_kernel(
     b,
     b_other,
     c,
+    logits,
+    router,
     order,
     ends,
     a_rows,
+    c_rows,
     N,
     K,
     a_row,
@@ -139,6 +142,8 @@ def _grouped_kernel(
     b_k,
     b_n,
     b_experts,
+    first_expert,
+    logits_row,
     experts: tl.constexpr,
     SLOTS: tl.constexpr,
     M_BLOCK: tl.constexpr,
@@ -146,6 +151,8 @@ def _grouped_kernel(
     K_BLOCK: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOGITS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     # Programs that share rows of `a` are neighbours; the weights of all experts fit in L2.
     tiles_n = tl.cdiv(N, N_BLOCK)
@@ -153,8 +160,10 @@ def _grouped_kernel(
     column = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)
     slots = tl.arange(0, SLOTS)
     is_slot = slots < experts
+    ends += first_expert
     end = tl.load(ends + slots, mask=is_slot, other=0).to(tl.int32)
-    start = tl.load(ends + slots - 1, mask=is_slot & (slots > 0), other=0).to(tl.int32)
+    is_later = is_slot & (slots + first_expert > 0)
+    start = tl.load(ends + slots - 1, mask=is_later, other=0).to(tl.int32)
     tiles = (end - start + M_BLOCK - 1) // M_BLOCK
     last = tl.cumsum(tiles, 0)
     expert = tl.sum((is_slot & (last <= tile)).to(tl.int32), 0)
@@ -185,8 +194,20 @@ def _grouped_kernel(
             total = _add_dot(total, x, w, PRECISION)
             a_tile += K_BLOCK
             b_tile += K_BLOCK * b_k
-        out = c + token.to(tl.int64)[:, None] * N + column[None, :]
-        tl.store(out, total.to(c.dtype.element_ty), mask=is_row[:, None] & (column[None, :] < N))
+        if LOGITS > 0:
+            # Of a router of these experts: its part is a product of few columns more.
+            e = tl.arange(0, LOGITS)
+            is_e = e < experts
+            x = logits + (token % c_rows).to(tl.int64)[:, None] * logits_row + e[None, :]
+            x = tl.load(x, mask=is_row[:, None] & is_e[None, :], other=0.0)
+            w = router + e[:, None] * N + column[None, :]
+            w = tl.load(w, mask=is_e[:, None] & (column[None, :] < N), other=0.0)
+            total = _add_dot(total, x, w.to(x.dtype), PRECISION)
+        out = c + (token % c_rows).to(tl.int64)[:, None] * N + column[None, :]
+        is_inside = is_row[:, None] & (column[None, :] < N)
+        if ADD:
+            total += tl.load(out, mask=is_inside, other=0.0).to(tl.float32)
+        tl.store(out, total.to(c.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit
@@ -326,20 +347,70 @@ def grouped_product(
     Returns:
         (t, n).
     """
-    a, spacing = _rows(a)
-    experts, depth, width = weight.shape
-    total = experts * (1 if other is None else 2)
-    out = torch.empty(order.numel(), width, dtype=a.dtype, device=a.device)
-    if out.numel() == 0:
-        return out
-    m, n, k, warps, stages = tiles or _grouped_tile(a, width)
-    grid = ((_ceil(order.numel(), m) + total) * _ceil(width, n),)
-    launch_kernel(_grouped_kernel, grid,
-        a, weight, weight if other is None else other, out, order, ends, a.shape[0], width, depth,
-        spacing, *weight.stride(), experts, total, max(2, _power_of_2(total)), m, n, k,
-        width % n == 0 and depth % k == 0, _precision(a.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    out = torch.empty(order.numel(), weight.shape[2], dtype=a.dtype, device=a.device)
+    total = weight.shape[0] * (1 if other is None else 2)
+    _grouped_launch(a, weight, other, out, order, ends, order.numel(), total, tiles=tiles)
     return out
+
+
+def grouped_input_gradient(
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    order: Tensor,
+    ends: Tensor,
+    gates: tuple[Tensor, Sequence[Tensor]] | None = None,
+    tiles: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Of the tokens that ``grouped_product`` multiplied once for each of ``weights``.
+
+    One launch for each, which adds to what the one before it left.
+
+    Args:
+        grad: (tokens * weights, n).
+        weights: Each (experts, k, n).
+        order: As there.
+        ends: As there.
+        gates: Gradients of the routers' logits (tokens, weights, padded experts), and the routers,
+            (experts, k) each and contiguous, whose part is to be added; or None.
+        tiles: As there.
+
+    Returns:
+        (tokens, k).
+    """
+    experts, width, _ = weights[0].shape
+    tokens = len(grad) // len(weights)
+    out = torch.empty(tokens, width, dtype=grad.dtype, device=grad.device)
+    for i, weight in enumerate(weights):
+        more = () if gates is None else (gates[0][:, i], gates[1][i])
+        _grouped_launch(
+            grad, weight.mT, None, out, order, ends, tokens, experts, i * experts, i > 0, *more,
+            tiles=tiles,
+        )  # fmt: skip
+    return out
+
+
+def _grouped_launch(
+    a: Tensor, weight: Tensor, other: Tensor | None, out: Tensor, order: Tensor, ends: Tensor,
+    entries: int, experts: int, first_expert: int = 0, add: bool = False,
+    logits: Tensor | None = None, router: Tensor | None = None,
+    tiles: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
+    """Products with ``experts`` from ``first_expert`` on, which ``entries`` of ``order`` chose."""
+    if not out.numel():
+        return
+    a, spacing = _rows(a)
+    _, depth, width = weight.shape
+    m, n, k, warps, stages = tiles or _grouped_tile(a, width)
+    grid = ((_ceil(entries, m) + experts) * _ceil(width, n),)
+    pitch = 0 if logits is None else logits.stride(0)
+    launch_kernel(_grouped_kernel, grid,
+        a, weight, weight if other is None else other, out, out if logits is None else logits,
+        out if router is None else router, order, ends, a.shape[0], len(out), width, depth,
+        spacing, *weight.stride(), weight.shape[0], first_expert, pitch, experts,
+        max(2, _power_of_2(experts)), m, n, k, width % n == 0 and depth % k == 0,
+        _precision(a.dtype), _width(experts) if pitch else 0, add, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
 
 
 def grouped_weight_gradient(
@@ -482,28 +553,61 @@ def _gates_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> 
     ctx.save_for_backward(*inputs, *output[1:])
 
 
+@triton.jit
+def _gate_logits_kernel(
+    grad, index, probability, out, rows, experts, R: tl.constexpr, E: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    side = tl.program_id(1)
+    choice = tl.arange(0, E)
+    is_row = row < rows
+    mask = is_row[:, None] & (choice < C)[None, :]
+    place = row[:, None] * (2 * C) + side * C + choice[None, :]
+    g = tl.load(grad + side * rows + row, mask=is_row, other=0.0)
+    mine = tl.load(index + side * rows + row, mask=is_row, other=0).to(tl.int32) - side * experts
+    p = tl.load(probability + place, mask=mask, other=0.0)
+    z = g[:, None] * (tl.where(choice[None, :] == mine[:, None], 1.0, 0.0) - p)
+    tl.store(out + place, z.to(out.dtype.element_ty), mask=mask)
+
+
+def gate_gradients(
+    grad: Tensor, x: Tensor, first: Tensor, index: Tensor, probability: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each token's chosen probability, over itself, hands its router.
+
+    Args:
+        grad: Of the gates, (2, t) in float32.
+        x: (t, d).
+        first: The first router, (experts, d).
+        index: From ``top1``.
+        probability: Likewise.
+
+    Returns:
+        Gradients of the logits, (t, 2, padded experts), and of both routers, (2, experts, d).
+    """
+    rows, _, padded = probability.shape
+    logits = torch.empty(probability.shape, dtype=x.dtype, device=x.device)
+    experts = len(first)
+    if rows:
+        launch_kernel(_gate_logits_kernel, (_ceil(rows, 128), 2),
+            grad.contiguous(), index, probability, logits, rows, experts, 128,
+            _power_of_2(padded), padded, num_warps=4,
+        )  # fmt: skip
+    of_routers = wide_bmm(logits.flatten(1).t()[None], x[None], is_wide=True)[0]
+    return logits, of_routers.unflatten(0, (2, padded))[:, :experts].to(first.dtype)
+
+
 @launched("routed_gates_backward")
 def _routed_gates_backward(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor, index: Tensor, probability: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient that each token's chosen probability, over itself, hands its router."""
-    rows, _, padded = probability.shape
-    experts = first.shape[0]
-    offset = torch.arange(2, device=x.device)[:, None] * experts
-    chosen = (index.view(2, rows) - offset).t().unsqueeze(-1)
-    mine = chosen == torch.arange(padded, device=x.device)
-    grad_logits = (grad.t().unsqueeze(-1) * (mine.float() - probability)).to(x.dtype)
-    grad_logits = grad_logits.flatten(1)
-    pad = (0, 0, 0, padded - experts)
+    """Gradients of the tokens and of the routers."""
+    logits, of_routers = gate_gradients(grad, x, first, index, probability)
+    pad = (0, 0, 0, probability.shape[2] - first.shape[0])
     routers = torch.cat([F.pad(first, pad), F.pad(second, pad)]).to(x.dtype)
-    grad_routers = wide_bmm(grad_logits.t()[None], x[None], is_wide=True)[0]
-    grad_first, grad_second = grad_routers.unflatten(0, (2, padded))[:, :experts]
-    return (
-        grad_logits @ routers,
-        # Copies: an operator's results may not share memory.
-        grad_first.to(first.dtype, copy=True),
-        grad_second.to(second.dtype, copy=True),
-    )
+    # Copies: an operator's results may not share memory.
+    return logits.flatten(1) @ routers, of_routers[0].clone(), of_routers[1].clone()
 
 
 @_routed_gates_backward.register_fake
@@ -545,14 +649,9 @@ def _(
 def _grouped_linear_backward(
     grad: Tensor, x: Tensor, first: Tensor, second: Tensor | None, order: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    first, second = first.contiguous(), None if second is None else second.contiguous()
-    other = None if second is None else second.mT
-    grad_x = grouped_product(grad, first.mT, order, ends, other)
-    grad_weight = grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
-    if second is not None:
-        one, two = grad_x.view(2, *x.shape).unbind(0)
-        grad_x = one + two
-    return grad_x, grad_weight
+    weights = [z.contiguous() for z in (first, second) if z is not None]
+    grad_x = grouped_input_gradient(grad, weights, order, ends)
+    return grad_x, grouped_weight_gradient(x, grad, order, ends, ends.shape[0])
 
 
 @_grouped_linear_backward.register_fake

@@ -44,6 +44,7 @@ from attnzoo.ops.triton_common import (
     _width,
     launch_kernel,
     launched,
+    sample_sum,
 )
 from attnzoo.ops.triton_replay import replayed
 
@@ -332,7 +333,8 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             num_warps=warps, num_stages=stages, **limit,
         )  # fmt: skip
     # Queries, which bring a sum, have none: nothing to launch for.
-    return out, sums.sum(1) if key_sum is None else sums.flatten(1), stats, choices, probability
+    sums = sample_sum(sums) if key_sum is None else sums.flatten(1)
+    return out, sums, stats, choices, probability
 
 
 @difference_forward.register_fake
@@ -364,21 +366,22 @@ def _gradients(
     p = Operands(*saved[3:], None, key_sum, *ctx.options)
     if key_sum is None and grad_sum is None:
         grad_sum = p.gammas.new_zeros(p.z1.shape[0], p.z1.shape[2])
-    z1, z2, gate, routers, scalars, grad_key_sum = difference_backward(
+    z1, z2, gate, routers, gammas, lambdas, grad_key_sum = difference_backward(
         grad, grad_sum, *saved[:3], *p
     )
     # Without a straight-through gradient routers get none, not 0.
-    learned = [None] * 3
-    if p.learn:
-        r1, r2, base, redundant = routers.split([len(r) for r in (p.r1, p.r2, p.rd, p.rd)])
-        learned = [r1, r2, torch.cat([base, redundant], 1)]
-        learned = [z.to(r.dtype) for z, r in zip(learned, (p.r1, p.r2, p.rd), strict=True)]
-    n_gamma = p.gammas.numel()
-    gammas, lambdas = scalars[:n_gamma].view_as(p.gammas), scalars[n_gamma:]
+    learned = split_routers(routers, p) if p.learn else [None] * 3
     return (
         z1, z2, *learned, gammas, lambdas, gate if p.learn else None,
         None if key_sum is None else grad_key_sum, *[None] * 4,
     )  # fmt: skip
+
+
+def split_routers(found: Tensor, p: Operands) -> list[Tensor]:
+    """Gradients of r1, r2 and rd that lie one behind the other."""
+    routers = p.r1, p.r2, p.rd
+    parts = found.split([router.numel() for router in routers])
+    return [z.view(router.shape) for z, router in zip(parts, routers, strict=True)]
 
 
 difference_forward.register_autograd(_gradients, setup_context=_setup)

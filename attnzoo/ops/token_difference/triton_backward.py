@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from attnzoo.ops.triton_common import (
     column_sum,
     launch_kernel,
     launched,
+    sample_sum,
 )
 
 
@@ -143,13 +145,18 @@ def _difference_backward_kernel(
     shifts,
     grad_logits,
     grad_norm,
-    grad_tables,
+    grad_gammas,
+    grad_lambdas,
     n,
     rows,
     d,
     z1_row,
     z2_row,
     grad_row,
+    grad_z1_row,
+    gammas_part,
+    gammas_row,
+    lambdas_part,
     n_gamma,
     n_lambda,
     eps,
@@ -323,7 +330,6 @@ def _difference_backward_kernel(
     for first in tl.range(0, d, C, num_stages=S):
         column = first + tl.arange(0, C)
         mask = is_row[:, None] & (column < d)[None, :]
-        place = row[:, None] * d + column[None, :]
         gd = _tile(grad_line, column, is_row, d, EVEN).to(tl.float32)
         if NORMALIZE:
             head = 0 if H == 1 else first // head_dim
@@ -337,7 +343,7 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(r2, d, d, n_gamma, column, G)
             gx += _dot(g2.to(w.dtype), w, P)
-        tl.store(grad_z2 + place, gx.to(dtype), mask=mask)
+        tl.store(grad_z2 + row[:, None] * d + column[None, :], gx.to(dtype), mask=mask)
         gate_tile = _add_products(gate_tile, gx, x)
         x = _tile(line1, column, is_row, d, EVEN).to(tl.float32)
         gx = gd
@@ -353,13 +359,15 @@ def _difference_backward_kernel(
         if LEARN:
             w = _weights(r1, d, d, n_gamma, column, G)
             gx += _dot(g1.to(w.dtype), w, P)
+        place = row[:, None] * grad_z1_row + column[None, :]
         tl.store(grad_z1 + place, gx.to(dtype), mask=mask)
     # Of the factor of 1 that multiplies z2, through which its own router learns.
     tl.store(grad_gate + row, tl.sum(gate_tile, 1), mask=is_row)
-    tables = grad_tables + tl.program_id(0).to(tl.int64) * width
-    tl.store(tables + g, gamma_table1, mask=g < n_gamma)
-    tl.store(tables + n_gamma + g, gamma_table2, mask=g < n_gamma)
-    tl.store(tables + 2 * n_gamma + lam, lambda_table, mask=lam < n_lambda)
+    part = tl.program_id(0).to(tl.int64)
+    table = grad_gammas + part * gammas_part + g
+    tl.store(table, gamma_table1, mask=g < n_gamma)
+    tl.store(table + gammas_row, gamma_table2, mask=g < n_gamma)
+    tl.store(grad_lambdas + part * lambdas_part + lam, lambda_table, mask=lam < n_lambda)
 
 
 @triton.jit
@@ -386,6 +394,7 @@ def _router_gradient_kernel(
     d,
     z1_row,
     z2_row,
+    routers_part,
     n_gamma,
     n_lambda,
     splits,
@@ -445,12 +454,12 @@ def _router_gradient_kernel(
     if LEARN:
         is_g = (g[:, None] < n_gamma) & is_column
         is_l = (lam[:, None] < n_lambda) & is_column
-        place = grad_routers + part * (2 * n_gamma + 2 * n_lambda) * d + column[None, :]
+        place = grad_routers + part * routers_part + column[None, :]
         tl.store(place + g[:, None] * d, total1, mask=is_g)
         tl.store(place + (n_gamma + g[:, None]) * d, total2, mask=is_g)
         place += 2 * n_gamma * d
-        tl.store(place + lam[:, None] * d, base_total, mask=is_l)
-        tl.store(place + (n_lambda + lam[:, None]) * d, redundant_total, mask=is_l)
+        tl.store(place + lam[:, None] * (2 * d), base_total, mask=is_l)
+        tl.store(place + lam[:, None] * (2 * d) + d, redundant_total, mask=is_l)
 
 
 # Rows and columns of a tile, warps, and stages, of the kernel that walks along (z1, z2). Of few
@@ -495,10 +504,125 @@ def _fitting_stages(operands: int, room: int | None) -> int:
     return stages
 
 
+class Parts(NamedTuple):
+    """What programs of the backward leave of its weights' gradients, to be added up.
+
+    Attributes:
+        gammas: (programs, 2, factors), may be a slice of a wider tensor.
+        lambdas: (programs, factors'), likewise.
+        routers: (programs, numbers), likewise: of r1, r2 and rd, one behind the other.
+    """
+
+    gammas: Tensor
+    lambdas: Tensor
+    routers: Tensor
+
+
+def new_parts(z1: Tensor, n_gamma: int, n_lambda: int, sides: int) -> list[Tensor]:
+    """``Parts`` of several differences, (programs, ..., sides, ...): one sum serves them all."""
+    b, n, d = z1.shape
+    programs, splits = b * _ceil(n, _tile_of(z1)[0]), b * _split(z1)[0]
+    shapes = (programs, 2, sides, n_gamma), (programs, sides, n_lambda)
+    shapes = *shapes, (splits, sides, 2 * d * (n_gamma + n_lambda))
+    return [torch.empty(s, dtype=torch.float32, device=z1.device) for s in shapes]
+
+
+def _tile_of(z1: Tensor) -> tuple[int, ...]:
+    is_many = _are_many(z1.shape[0] * z1.shape[1], z1)
+    return DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
+
+
+def _split(z1: Tensor) -> tuple[int, int]:
+    """Into how many parts of how many tokens the routers' gradients split a sample."""
+    b, n, d = z1.shape
+    programs = max(1, b) * _ceil(d, ROUTER_GRADIENT_TILE[1])
+    splits = max(1, min(_ceil(n, 256), _ceil(ROUTER_PROGRAMS, programs)))
+    part = _ceil(_ceil(n, splits), 64) * 64
+    return max(1, _ceil(n, part)), part
+
+
+def difference_gradients(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    saved: Sequence[Tensor],
+    operands: Sequence[Any],
+    found: tuple[Tensor, Tensor, Tensor],
+    left: Parts,
+) -> Tensor:
+    """Writes gradients of ``difference_forward``.
+
+    Args:
+        grad: Of the difference.
+        grad_sum: Of the sum, where the difference is not normalised.
+        saved: Statistics, choices and probabilities.
+        operands: ``Operands``.
+        found: Where to put those of z1, which may be a slice of a wider tensor, of z2 and of the
+            gate.
+        left: Where to put parts of the others; routers' where ``learn`` is on.
+
+    Returns:
+        The gradient of key_sum, (b, d), or nothing.
+    """
+    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, learn, _ = Operands(*operands)
+    (stats, choices, probability), (grad_z1, grad_z2, grad_gate) = saved, found
+    b, n, d = z1.shape
+    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
+    grad, grad_spacing = _rows(grad)
+    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
+    size, chunk, warps, stages = _tile_of(z1)
+    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
+    room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
+    gammas_width, lambdas_width = _width(n_gamma), _width(n_lambda)
+    if itemsize == 4:  # twice the bytes: one load under way
+        stages = 2
+    chunk = _fitting_columns(
+        _columns(chunk, d // heads, heads), size, stages, max(gammas_width, lambdas_width),
+        itemsize, room,
+    )  # fmt: skip
+    if chunk <= size:
+        warps = size // 16  # the compiler lets warps share columns then, sixteen rows each
+    blocks, is_normalized = _ceil(n, size), key_sum is not None
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=z1.device)
+
+    grad_norm = new(heads, rows if is_normalized else 0)
+    grad_logits = new(rows if learn else 0, 2 * gammas_width + lambdas_width, dtype=z1.dtype)
+    shifts = new(2, rows)
+    splits, part = _split(z1)
+    grad_key_sum = new(b, splits if is_normalized else 0, d)
+    stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
+    if rows:
+        shared = gammas_width, lambdas_width, _precision(r1.dtype), _is_fast()
+        # Eight entries of a tile a thread, of half precision, do with those.
+        is_small, is_half = size * chunk <= 256 * warps, z1.element_size() == 2
+        limits = {"maxnreg": BACKWARD_REGISTERS} if is_half and _is_fast() else {}
+        launch_kernel(_difference_backward_kernel, (b * blocks,),
+            grad, stand_in, z1, z2, r1, r2, gammas, rd, lambdas,
+            key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
+            grad_gate, shifts, grad_logits, grad_norm, left.gammas, left.lambdas, n, rows, d,
+            spacing1, spacing2, grad_spacing, grad_z1.stride(1), *left.gammas.stride()[:2],
+            left.lambdas.stride(0), n_gamma, n_lambda, eps, blocks, d // heads, is_normalized,
+            learn, size, chunk, _power_of_2(heads), *shared, d % chunk == 0, stages,
+            num_warps=warps, **(limits if is_small else {}),
+        )  # fmt: skip
+        if learn or is_normalized:
+            size, chunk = ROUTER_GRADIENT_TILE
+            chunk = _columns(chunk, d // heads, heads)
+            loaded = size * itemsize * (2 * chunk + 2 * gammas_width + lambdas_width)
+            launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), b * splits),
+                z1, z2, stats, shifts, grad_logits, grad_norm, left.routers, grad_key_sum, n, rows,
+                d, spacing1, spacing2, left.routers.stride(0), n_gamma, n_lambda, splits, part,
+                d // heads, is_normalized, learn, size, chunk, *shared, d % chunk == 0,
+                num_warps=4, num_stages=_fitting_stages(loaded, room), **limits,
+            )  # fmt: skip
+    return sample_sum(grad_key_sum) if is_normalized else grad_key_sum.flatten(1)
+
+
 @launched(
     "focused_difference_backward",
     "(Tensor grad, Tensor? grad_sum, Tensor stats, Tensor choices, "
-    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 6)})",
+    f"Tensor probability, {SCHEMA}) -> ({', '.join(['Tensor'] * 7)})",
 )
 def difference_backward(
     grad: Tensor,
@@ -511,73 +635,21 @@ def difference_backward(
     """Gradients of ``difference_forward``.
 
     Returns:
-        Of z1, z2 (b, n, d); of the gate (b, n); of the routers r1, r2, and rd's two halves, one
-        below the other, (2 gammas + 2 lambdas, d), 0 where ``learn`` is off; of gammas and
-        lambdas, (2 gammas + lambdas,); of key_sum (b, d) or nothing.
+        Of z1, z2 (b, n, d); of the gate (b, n); of the routers r1, r2 and rd, one behind the
+        other, unset where ``learn`` is off; of gammas (2, gammas) and lambdas; of key_sum (b, d)
+        or nothing.
     """
-    z1, z2, r1, r2, rd, gammas, lambdas, _, key_sum, eps, heads, learn, _ = Operands(*operands)
-    b, n, d = z1.shape
-    (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
-    grad, grad_spacing = _rows(grad)
-    r1, r2, rd = (router.contiguous() for router in (r1, r2, rd))
-    is_many = _are_many(b * n, z1)
-    size, chunk, warps, stages = DIFFERENCE_BACKWARD_BLOCK if is_many else FEW_BACKWARD_BLOCK
-    rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
-    room, itemsize = _shared_memory(z1.device), max(z1.element_size(), r1.element_size())
-    gammas_width, lambdas_width = _width(n_gamma), _width(n_lambda)
-    if itemsize == 4:  # twice the bytes: one load under way
-        stages = 2
-    chunk = _fitting_columns(
-        _columns(chunk, d // heads, heads), size, stages, max(gammas_width, lambdas_width),
-        itemsize, room,
-    )  # fmt: skip
-    if chunk <= size:
-        warps = size // 16  # the compiler lets warps share columns then, sixteen rows each
-    blocks = _ceil(n, size)
-    width, is_normalized = 2 * n_gamma + n_lambda, key_sum is not None
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=z1.device)
-
-    grad_z1, grad_z2 = new(b, n, d, dtype=z1.dtype), new(b, n, d, dtype=z1.dtype)
-    grad_gate, grad_norm = new(b, n), new(heads, rows if is_normalized else 0)
-    grad_logits = new(rows if learn else 0, 2 * gammas_width + lambdas_width, dtype=z1.dtype)
-    shifts = new(2, rows)
-    tables = new(b * blocks, width)
-    router_rows, router_columns = ROUTER_GRADIENT_TILE
-    router_columns = _columns(router_columns, d // heads, heads)
-    programs = max(1, b) * _ceil(d, router_columns)
-    splits = max(1, min(_ceil(n, 256), _ceil(ROUTER_PROGRAMS, programs)))
-    part = _ceil(_ceil(n, splits), 64) * 64
-    splits = max(1, _ceil(n, part))
-    parts = b * splits
-    grad_routers = new(parts if learn else 0, 2 * n_gamma + 2 * n_lambda, d)
-    grad_key_sum = new(b, splits if is_normalized else 0, d)
-    stand_in = grad_gate if grad_sum is None else grad_sum.contiguous()
-    if rows:
-        shared = gammas_width, lambdas_width, _precision(r1.dtype), _is_fast()
-        # Eight entries of a tile a thread, of half precision, do with those.
-        is_small, is_half = size * chunk <= 256 * warps, z1.element_size() == 2
-        limits = {"maxnreg": BACKWARD_REGISTERS} if is_half and _is_fast() else {}
-        launch_kernel(_difference_backward_kernel, (b * blocks,),
-            grad, stand_in, z1, z2, r1, r2, gammas, rd, lambdas,
-            key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
-            grad_gate, shifts, grad_logits, grad_norm, tables, n, rows, d, spacing1, spacing2,
-            grad_spacing, n_gamma, n_lambda, eps, blocks, d // heads, is_normalized, learn, size,
-            chunk, _power_of_2(heads), *shared, d % chunk == 0, stages,
-            num_warps=warps, **(limits if is_small else {}),
-        )  # fmt: skip
-        if learn or is_normalized:
-            size, chunk = router_rows, router_columns
-            loaded = size * itemsize * (2 * chunk + 2 * gammas_width + lambdas_width)
-            launch_kernel(_router_gradient_kernel, (_ceil(d, chunk), parts),
-                z1, z2, stats, shifts, grad_logits, grad_norm, grad_routers, grad_key_sum, n, rows,
-                d, spacing1, spacing2, n_gamma, n_lambda, splits, part, d // heads,
-                is_normalized, learn, size, chunk, *shared, d % chunk == 0, num_warps=4,
-                num_stages=_fitting_stages(loaded, room), **limits,
-            )  # fmt: skip
-    routers, scalars = column_sum(grad_routers), column_sum(tables)
-    return grad_z1, grad_z2, grad_gate, routers, scalars, grad_key_sum.sum(1)
+    p = Operands(*operands)
+    found = [torch.empty(p.z1.shape, dtype=p.z1.dtype, device=p.z1.device) for _ in range(2)]
+    gate = p.gammas.new_empty(p.z1.shape[:2])
+    gammas, lambdas, routers = new_parts(p.z1, p.gammas.shape[1], p.lambdas.numel(), 1)
+    left = Parts(gammas[:, :, 0], lambdas[:, 0], routers[:, 0])
+    saved = stats, choices, probability
+    key_sum = difference_gradients(grad, grad_sum, saved, operands, (*found, gate), left)
+    if not p.learn:
+        routers.zero_()
+    sums = column_sum(routers[:, 0], p.r1.dtype), column_sum(left.gammas), column_sum(left.lambdas)
+    return *found, gate, *sums, key_sum
 
 
 @difference_backward.register_fake
@@ -588,6 +660,6 @@ def _(grad: Tensor, grad_sum: Any, stats: Any, choices: Any, probability: Any,
     wide = p.gammas.new_empty
     return (
         p.z1.new_empty(b, n, d), p.z1.new_empty(b, n, d), wide(b, n),
-        wide(2 * len(p.r1) + 2 * len(p.rd), d), wide(p.gammas.numel() + p.lambdas.numel()),
-        wide(b, d),
+        p.r1.new_empty(p.r1.numel() + p.r2.numel() + p.rd.numel()), wide(p.gammas.shape),
+        wide(p.lambdas.shape), wide(b, 0 if p.key_sum is None else d),
     )  # fmt: skip
