@@ -163,9 +163,9 @@ def _stencil_kernel(
     rows = _first_rows(
         image, first - R, w, end, width, is_column, X_ROW, SIZE - 1 + AHEAD, R, W, EVEN
     )
-    near = ()
+    queue = ()
     if ADD | GATE:
-        near = _first_rows(others, first, w, stop, width, is_column, OTHER_ROW, AHEAD, 0, W, EVEN)
+        queue = _first_rows(others, first, w, stop, width, is_column, OTHER_ROW, AHEAD, 0, W, EVEN)
     k = _kernel_taps(weight, channel, (channel < c) | EVEN, kernels, SIZE, C, LEVELS)
     start = tl.zeros((WARPS, C), tl.float32)
     if BIAS:
@@ -173,6 +173,7 @@ def _stencil_kernel(
     for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
         h = first + turn
         rows += _row(image, h + R + AHEAD, w, end, width, is_column, X_ROW, -R, W + R, W, EVEN)
+        near = queue
         if ADD | GATE:
             near += _row(others, h + AHEAD, w, stop, width, is_column, OTHER_ROW, 0, W, W, EVEN)
         sums = ()
@@ -197,8 +198,8 @@ def _stencil_kernel(
             found += (total,)
         _put_row(out + place, found, h, w, width, is_column, OUT_ROW, W, EVEN)
         rows = rows[N:]
-        if ADD | GATE:
-            near = near[W:]
+        if (ADD | GATE) & (AHEAD > 0):
+            queue = near[W:]
 
 
 @triton.jit
