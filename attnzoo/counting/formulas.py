@@ -83,6 +83,10 @@ def products(operator: Any, args: tuple[Any, ...], macs: int) -> list[tuple[int,
         if key_sum is None:
             return [(macs, [z, router])]
         return [(macs - z.numel(), [z, router]), (z.numel(), [z, key_sum])]
+    if str(operator) == "attnzoo.map_attention":
+        query, key, routers = args[0], args[1], args[5:10]
+        routing = query[..., 0].numel() * sum(router.numel() for router in routers)
+        return [(routing, [query, routers[0]]), (macs - routing, [query, key])]
     if operator in (aten.addmm, aten.baddbmm):
         args = args[1:]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]

@@ -138,7 +138,7 @@ def launch_difference(dtype, choices, heads, width=384):
             difference_backward(out, sums if key_sum is None else None, *saved, *operands)
 
 
-def launch_maps(dtype, choices=9, width=384):
+def launch_maps(dtype, choices=9, width=128):
     from attnzoo.ops.map_difference import triton as kernels
     from attnzoo.ops.map_difference.operands import Operands
 
@@ -425,6 +425,7 @@ def test_the_largest_routers_fit(compiled, capability):
     launch_routing(torch.float32, experts=MOST_CHOICES)
     launch_difference(torch.float32, choices=MOST_CHOICES, heads=1)
     launch_difference(torch.bfloat16, choices=MOST_CHOICES, heads=1)
+    launch_maps(torch.bfloat16, choices=MOST_CHOICES, width=768)
 
 
 @pytest.mark.parametrize("experts", [14, 64, 128, 256, 300])
