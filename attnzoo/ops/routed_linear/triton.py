@@ -595,7 +595,8 @@ def gate_gradients(
             _power_of_2(padded), padded, num_warps=4,
         )  # fmt: skip
     of_routers = wide_bmm(logits.flatten(1).t()[None], x[None], is_wide=True)[0]
-    return logits, of_routers.unflatten(0, (2, padded))[:, :experts].to(first.dtype)
+    of_routers = of_routers.unflatten(0, (2, padded))[:, :experts].to(first.dtype)
+    return logits, of_routers.contiguous()
 
 
 @launched("routed_gates_backward")
