@@ -58,7 +58,7 @@ def misread(kernel, path):
         is_read = bool(held & {int(one) for one in re.findall(r"\bUR(\d+)", read)})
         if is_read and name != "UMOV":
             found.append(line.strip())
-        pair = {first, first + 1} if ".64" in name else {first}
+        pair = {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
         is_loaded = name == "ULDC.64" and "c[0x0][0x208]" in operands
         held = held | pair if is_loaded or (is_read and name == "UMOV") else held - pair
     return found
