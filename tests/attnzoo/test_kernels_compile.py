@@ -52,15 +52,15 @@ def misread(kernel, path):
         name, operands = match.groups()
         read = re.sub(r"g?desc\[UR\d+\]", "", operands)
         written = re.match(r"UR(\d+), *(.*)", read)
-        if written is not None:
-            read = written[2]
-        if held & {int(one) for one in re.findall(r"\bUR(\d+)", read)}:
+        if written is None:
+            continue  # what may put it away for later
+        first, read = int(written[1]), written[2]
+        is_read = bool(held & {int(one) for one in re.findall(r"\bUR(\d+)", read)})
+        if is_read and name != "UMOV":
             found.append(line.strip())
-        if written is not None:
-            first = int(written[1])
-            held -= {first, first + 1} if ".64" in name else {first}
-            if name == "ULDC.64" and "c[0x0][0x208]" in operands:
-                held |= {first, first + 1}
+        pair = {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
+        is_loaded = name == "ULDC.64" and "c[0x0][0x208]" in operands
+        held = held | pair if is_loaded or (is_read and name == "UMOV") else held - pair
     return found
 
 

@@ -346,7 +346,7 @@ BLOCKS = {
         (32, None, _Launch(4)),
         (16, 32, _Launch(4), _Launch(4)),
         (32, _Launch(4)),
-        (64, _Launch(4)),
+        (32, _Launch(4)),
     ),
 }
 
