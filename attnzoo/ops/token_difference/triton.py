@@ -281,17 +281,20 @@ def _difference_kernel(
         tl.store(stats + 8 * rows + row, factor, mask=is_row)
 
 
-# Rows and columns of a tile, warps and stages. A warp takes the sixteen rows of one product, and a
-# tile the columns that four threads load, 16 bytes each: with others ``_in_order`` saves nothing.
-# Few rows are split over more warps, in fewer and wider tiles, for they leave a GPU idle. So are
-# wide ones: as many as otherwise are under way at once find no room in its cache until the second
-# and third walk, and size L took 1.1 times as long as before.
-DIFFERENCE_BLOCK = (32, 32, 2, 3)
-FEW_DIFFERENCE_BLOCK = (16, 64, 4, 3)
+# Rows and columns of a tile, warps and stages, by whether rows are many and whether they are wide.
+# A warp takes the sixteen rows of one product, and a tile the columns that four threads load, 16
+# bytes each: with others ``_in_order`` saves nothing. Each tile loads its part of the routers:
+# with 32 rows, many of them take 1.3 times as long. Few are split over more warps, for they leave
+# a GPU idle.
+DIFFERENCE_BLOCK = {
+    (True, False): (64, 32, 4, 3), (True, True): (64, 64, 4, 3),
+    (False, False): (16, 64, 4, 3), (False, True): (32, 64, 4, 3),
+}  # fmt: skip
 EXACT_DIFFERENCE_BLOCK = (32, 16, 2, 1)
-# Of a thread, for many rows: what decisions spill costs less than warps that find no room.
-MOST_REGISTERS = 128
 MOST_COLUMNS = 512  # of rows that are not wide
+# Of a thread, for many rows: what decisions spill costs less than warps that find no room. Wide
+# rows that keep what the backward needs spill too much.
+MOST_REGISTERS, WIDE_REGISTERS = 128, 168
 
 
 @launched("focused_difference", f"({SCHEMA}) -> ({', '.join(['Tensor'] * 5)})")
@@ -308,8 +311,10 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     (z1, spacing1), (z2, spacing2) = _rows(z1), _rows(z2)
     r1, r2, rd = r1.contiguous(), r2.contiguous(), rd.contiguous()
     rows, n_gamma, n_lambda = b * n, gammas.shape[1], lambdas.numel()
-    is_many = d <= MOST_COLUMNS and _are_many(rows, z1)
-    block = DIFFERENCE_BLOCK if is_many else FEW_DIFFERENCE_BLOCK
+    is_many, is_wide = _are_many(rows, z1), d > MOST_COLUMNS
+    block, registers = DIFFERENCE_BLOCK[is_many, is_wide], MOST_REGISTERS
+    if is_wide:
+        registers = 0 if save else WIDE_REGISTERS
     size, chunk, warps, stages = block if z1.element_size() == 2 else EXACT_DIFFERENCE_BLOCK
     chunk = _columns(chunk, d // heads, heads)
     blocks = _ceil(n, size)
@@ -322,7 +327,7 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     kept = rows if save else 0
     stats, choices = new(9 + heads, kept), new(3, kept, dtype=torch.int32)
     probability = new(kept, 2 * n_gamma + n_lambda)
-    limit = {"maxnreg": MOST_REGISTERS} if is_many and _is_fast() and MOST_REGISTERS else {}
+    limit = {"maxnreg": registers} if is_many and _is_fast() and registers else {}
     if rows:
         launch_kernel(_difference_kernel, (b * blocks,),
             z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
