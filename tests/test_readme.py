@@ -112,13 +112,13 @@ def test_quality_is_what_the_studies_decide():
     assert f"below Sana's, in equal time {-over_sana.difference.percent:.1f} %." in SENTENCES
     dydila = [found["resolution", "dydila", "softmax", px] for px in (32, 64, 128)]
     assert all(one.difference.bound_percent < 2 for one in dydila)
-    bound = in_time["dydila", "softmax"].difference.bound_percent
+    slower = in_time["dydila", "softmax"]
+    assert slower.kind == "opposite"
     without = found["controls", "dydila, no conv", "softmax", 64]
     assert without.kind == "opposite"
     assert (
-        f"DyDiLA stays within 2 % of softmax, in equal time within {bound:.1f} %; without its "
-        f"convolution it is "
-        f"{without.difference.percent:.1f} % above"
+        f"DyDiLA stays within 2 % of softmax, in equal time {slower.difference.percent:.1f} % "
+        f"above; without its convolution it is {without.difference.percent:.1f} % above"
     ) in SENTENCES
 
 

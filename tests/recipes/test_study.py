@@ -320,7 +320,7 @@ class TestDecisions:
         assert (one.difference.pairs, one.foreign) == (5, 0)
         assert one.difference.percent < decided(frame)[key].difference.percent - 0.5
         text = page.results_page(both, "p.png", "t.csv")
-        assert "losses on 512 held-out images" in text and "| 512, 1,024 |" in text
+        assert "held-out images: 512" in text and "| 512, 1,024 |" in text
         assert f"| {len(frame)} of {len(frame)} |" in text
 
     def test_claims_of_a_study_are_corrected_together(self):

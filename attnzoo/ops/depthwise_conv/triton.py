@@ -300,12 +300,14 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side,
-# rows loaded ahead, turns of the loop written out, and most registers; by size. Weights' gradients
-# have a warp a program: sums over four took twice as long.
+# rows loaded ahead, turns of the loop written out, and most registers; by size. Small weights'
+# gradients have a warp a program: sums over four took twice as long.
 STENCIL_BLOCK = {
     3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (16, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
-STENCIL_WEIGHT_BLOCK = dict.fromkeys(STENCIL_BLOCK, (16, 8, 32, 1, 0, 1, 255))
+STENCIL_WEIGHT_BLOCK = {
+    3: (16, 8, 32, 1, 0, 1, 255), 5: (16, 8, 32, 1, 0, 1, 255), 7: (16, 4, 32, 4, 0, 1, 168),
+}  # fmt: skip
 GATE_BLOCK = (8, 256)  # tokens and channels
 
 

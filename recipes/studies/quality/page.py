@@ -274,8 +274,12 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
                    "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
         named = dict(zip(SETTING, cast(tuple, setting), strict=True))
-        title = f"{group_name(named)}, {named['data']}, losses on {images:,} held-out images"
+        title = f"{group_name(named)}, {named['data']}, held-out images: {_images(int(images))}"
         yield f"{title}\n\n{markdown_table(heading, body)}"
+
+
+def _images(count: int) -> str:
+    return f"{count:,}" if count else "not noted"  # by versions before it was
 
 
 def _mean(values: pd.Series) -> str:
@@ -295,7 +299,7 @@ def _origins(table: pd.DataFrame) -> str:
             group_name(named), named["data"], f"{done['run'].nunique()} of {len(planned)}",
             ", ".join(sorted(own["arithmetic"].unique())),
             ", ".join(f"{device}, torch {version}" for device, version in machines),
-            ", ".join(f"{images:,}" for (images,) in _unique(done, ["held_out"])),
+            ", ".join(_images(count) for (count,) in _unique(done, ["held_out"])),
             int(done["elsewhere"].fillna(0).sum()),
             f"{done['wall_seconds'].sum() / 60:.1f}",
         ])  # fmt: skip

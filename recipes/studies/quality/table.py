@@ -12,7 +12,6 @@ import pandas as pd
 from recipes.lab.console import UserError, one_line
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.training.checkpoint import Run
-from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.planned import OK, read_result
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
@@ -154,7 +153,7 @@ def read(path: Path) -> pd.DataFrame:
     """
     frame = read_table(path, _TEXTS)
     if "held_out" not in frame:  # a table of before it was noted
-        frame["held_out"] = Settings.held_out_images
+        frame["held_out"] = 0
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
