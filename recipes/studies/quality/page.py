@@ -262,7 +262,7 @@ def _all_claims(decisions: Sequence[Decision]) -> str:
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
     for setting, rows in one_each(done).groupby(SETTING, sort=False):
-        images = rows["held_out"].mode()[0]  # means are of losses on the same images
+        images: Any = rows["held_out"].mode()[0]  # means are of losses on the same images
         rows, body = rows.loc[rows["held_out"] == images], []
         for variant, own in rows.groupby("variant", sort=False):
             shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
@@ -274,7 +274,7 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
                    "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
         named = dict(zip(SETTING, cast(tuple, setting), strict=True))
-        title = f"{group_name(named)}, {named['data']}, held-out images: {_images(int(images))}"
+        title = f"{group_name(named)}, {named['data']}, held-out images: {_images(images)}"
         yield f"{title}\n\n{markdown_table(heading, body)}"
 
 
