@@ -26,6 +26,7 @@ from bench import zoo
 from bench.whole_models.figures import fastest, is_as_run, over_fastest, read_whole
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
+from recipes.studies.quality import table
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "attnzoo" / "command" / "figures.json"
@@ -97,13 +98,13 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
     losses: dict[tuple[str, str, int, int], list[float]] = {}
     for path in sorted(paths):
         with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(reader.fieldnames or ()) >= _STUDIED:
+            if not set(next(csv.reader(file), ())) >= _STUDIED:
                 continue
-            for row in reader:
-                if row["state"] == "ok" and row["protocol"] == "depth" and row["loss"]:
-                    key = row["variant"], row["data"], int(row["px"]), int(row["tokens"])
-                    losses.setdefault(key, []).append(float(row["loss"]))
+        runs = table.read(path)
+        runs = runs.loc[(runs["state"] == "ok") & (runs["protocol"] == "depth")]
+        for row in table.one_each(runs.loc[runs["loss"].notna()]).to_dict("records"):
+            key = row["variant"], row["data"], row["px"], row["tokens"]
+            losses.setdefault(key, []).append(row["loss"])
     return [
         _quality(variant, tokens, found, f"{data}, {px} px")
         for (variant, data, px, tokens), found in sorted(losses.items())

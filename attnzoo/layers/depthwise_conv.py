@@ -100,9 +100,8 @@ class DepthwiseConv(nn.Module):
 
     def is_joined(self, x: Tensor, impl: Impl = "auto") -> bool:
         """Whether kernels compute the normed branches of a batch as one convolution."""
-        if (
-            len(self.branches) == 1 or x.numel() == self.dim
-        ):  # one value of a channel has no variance
+        # One value of a channel has no variance.
+        if len(self.branches) == 1 or x.numel() == self.dim:
             return False
         kind = type(self.norms[0])
         if kind not in (nn.BatchNorm2d, SharedBatchNorm2d):

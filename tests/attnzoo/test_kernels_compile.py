@@ -363,11 +363,17 @@ KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "capability",
-    [89, pytest.param(80, marks=pytest.mark.slow), pytest.param(90, marks=pytest.mark.slow)],
-)
+    ("capability", "dtype"),
+    [
+        pytest.param(
+            capability, dtype, id=f"{capability}-{dtype}",
+            marks=[] if (capability, dtype) == (89, torch.bfloat16) else pytest.mark.slow,
+        )
+        for capability in (89, 80, 90)
+        for dtype in (torch.bfloat16, torch.float32)
+    ],
+)  # fmt: skip
 def test_every_kernel_compiles(compiled, capability, dtype):
     found = compiled(capability)
     launch_routing(dtype, experts=7)
@@ -382,7 +388,8 @@ def test_every_kernel_compiles(compiled, capability, dtype):
     launch_norms_and_windows(dtype)
     launch_scan(dtype)
     launch_inner(dtype)
-    assert set(found) == KERNELS
+    only_half = {"_mild_gradient_kernel"} if dtype == torch.float32 else set()
+    assert set(found) == KERNELS - only_half
     assert {name: size for name, size in found.items() if size > SPILL} == {}
     # A scan that goes through exchanges between threads takes ten times as long.
     exchanges = compiled.exchanges

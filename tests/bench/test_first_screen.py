@@ -94,13 +94,20 @@ def test_the_newest_case_counts_that_ran_as_users_run_it(tmp_path):
 
 def test_the_studies_come_before_digits(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "table.csv").write_text(
-        "study,protocol,variant,data,px,tokens,seed,state,loss\n"
-        "resolution,depth,sana,emoji,64,256,0,ok,0.2\n"
-        "resolution,depth,sana,emoji,64,256,1,ok,0.4\n"
-        "resolution,time,sana,emoji,64,256,0,ok,9\n"
-        "resolution,depth,sana,emoji,64,256,2,failed,\n"
+    row = "resolution,{},sana,emoji,64,256,{},10,8,{},run-{},{},{},H100,2.11,"
+    rows = [
+        row.format(protocol, seed, images, seed, state, loss)
+        for protocol, seed, images, state, loss in (
+            ("depth", 0, 512, "ok", 0.2), ("depth", 1, 512, "ok", 0.4), ("time", 0, 512, "ok", 9),
+            ("depth", 2, 512, "failed", ""),
+            ("depth", 3, 1024, "ok", 9),  # on other images
+        )
+    ]  # fmt: skip
+    columns = (
+        "study,protocol,variant,data,px,tokens,seed,steps,batch,held_out,run,state,loss,device,"
+        "torch,curve"
     )
+    (tmp_path / "table.csv").write_text("\n".join([columns, *rows, ""]))
     (found,) = shipped.studied_quality(tmp_path.glob("*.csv"))
     assert (found.mean, found.spread, found.seeds, found.tokens) == (0.3, 0.1, 2, 256)
     assert found.setting == "emoji, 64 px"

@@ -262,8 +262,7 @@ def _all_claims(decisions: Sequence[Decision]) -> str:
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
     for setting, rows in one_each(done).groupby(SETTING, sort=False):
-        images: Any = rows["held_out"].mode()[0]  # means are of losses on the same images
-        rows, body = rows.loc[rows["held_out"] == images], []
+        body, images = [], rows["held_out"].iloc[0]
         for variant, own in rows.groupby("variant", sort=False):
             shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
             body.append([

@@ -125,7 +125,13 @@ def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def one_each(table: pd.DataFrame) -> pd.DataFrame:
-    """A row of each run and protocol: in a setting those that most have measured alike."""
+    """A row of each run and protocol, whose losses may be averaged.
+
+    In each setting those of the held-out images that most have, and of these those that most have
+    measured alike.
+    """
+    images = table.groupby(SETTING)["held_out"].transform(lambda counts: counts.mode()[0])
+    table = table.loc[table["held_out"] == images]
     sizes = table.groupby([*SETTING, *MEASURE], dropna=False)["run"].transform("size")
     order = (-sizes).sort_values(kind="stable").index
     return table.loc[order].drop_duplicates(KEY).sort_index()
