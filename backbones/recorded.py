@@ -220,7 +220,7 @@ class RecordedForward:
         )
         self._times = torch.zeros(batch, device=weight.device)
         self._labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self._addresses = _addresses(model)
+        self._placement = Placement(model)
 
         def forward() -> Tensor:
             # Each weight is cast once anyway, and a cache would outlive the recording.
@@ -264,7 +264,7 @@ class RecordedForward:
                 f"{tuple(hidden_states.shape)}; record another, or call the model itself"
             )
         _require_eval(self.model)
-        if _addresses(self.model) != self._addresses:
+        if self._placement.has_changed():
             raise InvalidValue(
                 "the weights of the recorded model have been moved or replaced since; record it "
                 "again"
@@ -285,9 +285,33 @@ def _require_eval(model: DiT) -> None:
         raise InvalidValue("a recorded forward is one of eval mode; call model.eval() first")
 
 
-def _addresses(model: nn.Module) -> list[int]:
-    found = [parameter.data_ptr() for parameter in model.parameters()]
-    return found + [buffer.data_ptr() for buffer in model.buffers()]
+class Placement:
+    """Where a model's weights lie, as whoever reads them at their addresses has to know.
+
+    Walking through the modules anew takes a host as long as the launches of some blocks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._addresses = self._found()
+        self._places = [
+            (places, name, value)
+            for module in model.modules()
+            for places in (module._parameters, module._buffers, module._modules)
+            for name, value in places.items()
+        ]
+        self._children = [module._modules for module in model.modules()]
+        self._counts = [*map(len, self._children)]
+
+    def has_changed(self) -> bool:
+        """Whether a weight has been moved or replaced, or a module replaced or added."""
+        for places, name, value in self._places:
+            if places.get(name) is not value:
+                return True
+        return self._found() != self._addresses or [*map(len, self._children)] != self._counts
+
+    def _found(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]
 
 
 def compile_blocks(model: DiT, **options: Any) -> DiT:

@@ -40,18 +40,15 @@ def stopwatch_for(device: str, threads: int) -> tuple[Stopwatch, str]:
     return watch, "process CPU time" if threads == 1 else "wall time"
 
 
-def between_events(call: Callable[[], Any], repeats: int, is_led: bool = True) -> float:
-    """Seconds of one call on a GPU, of so many in a row.
+def between_events(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one call on a GPU, of so many in a row, as in a loop of steps.
 
-    Args:
-        call: What is timed.
-        repeats: How often.
-        is_led: Whether a call comes before the first event, so that the device is busy already.
+    A call before the first event keeps the device busy while the host starts the next one:
+    else a step that fills a round by itself would be timed with the host's part.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    if is_led:
-        call()
+    call()
     begin.record()
     for _ in range(repeats):
         call()

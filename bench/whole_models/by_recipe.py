@@ -171,5 +171,5 @@ def _sampling(mechanism: str, way: str, setup: Setup, images: int = 16) -> float
     # Twenty steps later a rounding that sent a token to another expert is no longer small.
     if not (error := relative_error(draw(recorder), wanted)) <= 0.2:
         raise WrongStep(f"its images differ from the eager ones by {error:.1e}")
-    rounds = interleave({way: lambda: draw(recorder)}, stopwatch(setup.device), 5, setup.seconds)
+    rounds = interleave({way: lambda: draw(recorder)}, stopwatch(setup), 5, setup.seconds)
     return images / statistics.median(rounds[way])

@@ -17,7 +17,7 @@ from attnzoo.counting import count_macs
 from attnzoo.ops.gated_scan import mean_of_scans_by_kernels
 from bench.checks import WrongStep, relative_error
 from bench.peers import optional
-from bench.timing import between_events, interleave, ratio, spread
+from bench.timing import Stopwatch, interleave, ratio, spread, stopwatch_for
 from bench.whole_models.before import seconds_of
 from bench.whole_models.cases import (
     LAYER_TOKENS,
@@ -47,7 +47,7 @@ def measure_case(case: Case, setup: Setup, softmax: Calls | None = None) -> dict
     contestants = dict(ours.steps)
     if softmax is not None:
         contestants |= {f"softmax {name}": step for name, step in softmax.steps.items()}
-    rounds = interleave(contestants, stopwatch(setup.device), 15, setup.seconds)
+    rounds = interleave(contestants, stopwatch(setup), 15, setup.seconds)
     shared = [name for name in ours.steps if f"softmax {name}" in rounds]
     best = _fastest(rounds, ours.steps)
     over_fastest = None
@@ -122,7 +122,7 @@ def measure_layer(case: Layer, setup: Setup, peaks: dict[str, float]) -> dict[st
         "memory": crossing / peaks["copy"] / 1e9,
     }
     bound = max(floors, key=lambda name: floors[name])
-    rounds = interleave(ours.steps, stopwatch(setup.device), 9, setup.seconds / 3)
+    rounds = interleave(ours.steps, stopwatch(setup), 9, setup.seconds / 3)
     return {
         **dataclasses.asdict(case),
         "seconds": {name: spread(taken) for name, taken in rounds.items()},
@@ -210,25 +210,13 @@ def measure_scans(mode: str, setup: Setup, tokens: int = LAYER_TOKENS[0]) -> dic
         if not (error := relative_error(one.float(), other.float())) <= 0.05:
             raise WrongStep(f"differs from fla's kernel by {error:.1e}")
     replayed = {name: recorded(step) for name, step in contestants.items()}
-    rounds = interleave(replayed, stopwatch(setup.device), 15, setup.seconds)
+    rounds = interleave(replayed, stopwatch(setup), 15, setup.seconds)
     return {"mode": mode, "tokens": tokens, "over_fla": ratio(rounds["ours"], rounds["fla"])}
 
 
-def stopwatch(device: str) -> Callable[[Callable[[], Any], int], float]:
-    """Gives the seconds of one call, of so many in a row; on a GPU between events.
-
-    Without a leading call, which would double what a step takes that fills a round by itself.
-    """
-
-    def watch(call: Callable[[], Any], repeats: int) -> float:
-        if device == "cpu":
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return (time.perf_counter() - start) / repeats
-        return between_events(call, repeats, is_led=False)
-
-    return watch
+def stopwatch(setup: Setup) -> Stopwatch:
+    """What times the calls of a bench."""
+    return stopwatch_for(setup.device, torch.get_num_threads())[0]
 
 
 def _wait(device: str) -> None:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from attnzoo import InvalidValue, auxiliary_loss, list_attention
 from attnzoo.errors import Unavailable
 from backbones import DiT, build_backbone, compile_blocks, record, refuse_waits, why_not_recorded
-from backbones.recorded import captured, recording_stream
+from backbones.recorded import Placement, captured, recording_stream
 from tests.backbones.weights import scrambled
 
 QUICK = ("softmax", "sana", "dydila", "moh")
@@ -61,6 +61,30 @@ class TestRefusals:
             record(self.model, 1, 9)
         with pytest.raises(InvalidValue, match=r"call model\.eval\(\)"):
             record(copy.deepcopy(self.model).train(), 1)
+
+
+class TestPlacement:
+    def test_what_is_changed_in_place_is_no_change(self):
+        model = DiT(attn="sana", **TINY)
+        placement = Placement(model)
+        model.load_state_dict({key: z + 1 for key, z in model.state_dict().items()})
+        model.train()(*inputs()).sample.sum().backward()
+        assert not placement.has_changed()
+
+    @pytest.mark.parametrize("change", [
+        lambda model: model.double(),
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: setattr(model.final_projection, "bias", None),
+        lambda model: setattr(model.patch_embedding.weight, "data", torch.ones(32, 3, 2, 2)),
+        lambda model: model.blocks.insert(0, model.blocks[1]),
+        lambda model: setattr(model.blocks[0], "attention", model.blocks[1].attention),
+        lambda model: model.blocks.append(model.blocks[1]),
+    ])  # fmt: skip
+    def test_moved_weights_and_other_modules_are_one(self, change):
+        model = DiT(attn="sana", **TINY)
+        placement = Placement(model)
+        change(model)
+        assert placement.has_changed()
 
 
 class TestCompiledBlocks:
