@@ -37,7 +37,7 @@ class Operands(NamedTuple):
         r1: Kernel router of Z, (factors, d).
         r2: Of Z'.
         rd: Difference router of (phi(Z), phi(Z')), (factors', 2 d).
-        gammas: Exponents of Z and Z', (2, factors) in float32.
+        gammas: Exponents of Z and Z', (2, factors) in float32, each row without gaps.
         lambdas: (factors',) in float32.
         gate: (b, n) of value 1, by which Z' counts as multiplied; the router of its projection
             learns from the gate's gradient.

@@ -198,6 +198,7 @@ def _difference_kernel(
     d,
     z1_row,
     z2_row,
+    gammas_row,
     n_gamma,
     n_lambda,
     eps,
@@ -234,7 +235,7 @@ def _difference_kernel(
         d, head_dim, dtype, NORMALIZE, SAVE, R, C, H, G, L, P, FAST, EVEN, W,
     )  # fmt: skip
     gamma2, inverse2, norm2, scale2, logits2, _ = _powers(
-        line2, r2, gammas + n_gamma, n_gamma, rd + d, n_lambda, key_sum, choices + rows + row,
+        line2, r2, gammas + gammas_row, n_gamma, rd + d, n_lambda, key_sum, choices + rows + row,
         kept + n_gamma, is_row,
         d, head_dim, dtype, False, SAVE, R, C, 1, G, L, P, FAST, EVEN, W,
     )  # fmt: skip
@@ -332,8 +333,8 @@ def difference_forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         launch_kernel(_difference_kernel, (b * blocks,),
             z1, z2, r1, r2, gammas, rd, lambdas, out if key_sum is None else key_sum,
             out, sums, stats, choices, probability, n, rows, d, spacing1, spacing2,
-            n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None, save, size, chunk,
-            _power_of_2(heads), _width(n_gamma), _width(n_lambda),
+            gammas.stride(0), n_gamma, n_lambda, eps, blocks, d // heads, key_sum is not None,
+            save, size, chunk, _power_of_2(heads), _width(n_gamma), _width(n_lambda),
             _precision(r1.dtype), _is_fast(), d % chunk == 0, min(warps, size // 16),
             num_warps=warps, num_stages=stages, **limit,
         )  # fmt: skip
@@ -420,7 +421,7 @@ def focused_difference(
         operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
         save = any(z.requires_grad for z in operands)
     return difference_forward(
-        tokens, redundant, *kernel_routers, difference_router, gammas.float().contiguous(),
+        tokens, redundant, *kernel_routers, difference_router, gammas.float(),
         lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
         learn, save,
     )[:2]  # fmt: skip
@@ -469,19 +470,15 @@ def _differences(
     kernel_routers, difference_routers = routers[4:8], routers[8:]
     primes, _, gates = routed_pair(x, projector_routers, projectors)
     lambdas = lambdas.float()
-    if gammas.shape[0] == 1:  # one copy serves queries and keys
-        gammas = gammas.expand(2, -1)
-        gammas = gammas.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        of_queries = of_keys = gammas
-    else:
-        of_queries, of_keys = gammas[::2], gammas[1::2]
+    gammas = gammas.float().expand(max(2, len(gammas)), -1)  # one row may serve all
+    step = len(gammas) // 2
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(
-        key, key_prime, kernel_routers[1::2], of_keys, difference_routers[1], lambdas[-1],
-        gates[1], learn=learn,
+        key, key_prime, kernel_routers[1::2], gammas[step - 1 :: step], difference_routers[1],
+        lambdas[-1], gates[1], learn=learn,
     )  # fmt: skip
     query, _ = focused_difference(
-        query, query_prime, kernel_routers[::2], of_queries, difference_routers[0], lambdas[0],
+        query, query_prime, kernel_routers[::2], gammas[::step], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
     return query, key

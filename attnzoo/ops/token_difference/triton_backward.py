@@ -154,8 +154,9 @@ def _difference_backward_kernel(
     z2_row,
     grad_row,
     grad_z1_row,
-    gammas_part,
     gammas_row,
+    grad_gammas_part,
+    grad_gammas_row,
     lambdas_part,
     n_gamma,
     n_lambda,
@@ -310,7 +311,7 @@ def _difference_backward_kernel(
     gamma_table2 = _table_gradient(grad_gamma2, c2, is_row, G)
     if LEARN:
         g1 = grad_gamma1[:, None] * _share(gammas, line, is_row, n_gamma, G)
-        g2 = grad_gamma2[:, None] * _share(gammas + n_gamma, line + n_gamma, is_row, n_gamma, G)
+        g2 = grad_gamma2[:, None] * _share(gammas + gammas_row, line + n_gamma, is_row, n_gamma, G)
         g1 = g1.to(dtype)
         g2 = g2.to(dtype)
         tl.store(gate_line + g[None, :], g1, mask=is_row[:, None])
@@ -364,9 +365,9 @@ def _difference_backward_kernel(
     # Of the factor of 1 that multiplies z2, through which its own router learns.
     tl.store(grad_gate + row, tl.sum(gate_tile, 1), mask=is_row)
     part = tl.program_id(0).to(tl.int64)
-    table = grad_gammas + part * gammas_part + g
+    table = grad_gammas + part * grad_gammas_part + g
     tl.store(table, gamma_table1, mask=g < n_gamma)
-    tl.store(table + gammas_row, gamma_table2, mask=g < n_gamma)
+    tl.store(table + grad_gammas_row, gamma_table2, mask=g < n_gamma)
     tl.store(grad_lambdas + part * lambdas_part + lam, lambda_table, mask=lam < n_lambda)
 
 
@@ -601,9 +602,10 @@ def difference_gradients(
             grad, stand_in, z1, z2, r1, r2, gammas, rd, lambdas,
             key_sum if is_normalized else stand_in, stats, choices, probability, grad_z1, grad_z2,
             grad_gate, shifts, grad_logits, grad_norm, left.gammas, left.lambdas, n, rows, d,
-            spacing1, spacing2, grad_spacing, grad_z1.stride(1), *left.gammas.stride()[:2],
-            left.lambdas.stride(0), n_gamma, n_lambda, eps, blocks, d // heads, is_normalized,
-            learn, size, chunk, _power_of_2(heads), *shared, d % chunk == 0, stages,
+            spacing1, spacing2, grad_spacing, grad_z1.stride(1), gammas.stride(0),
+            *left.gammas.stride()[:2], left.lambdas.stride(0), n_gamma, n_lambda, eps, blocks,
+            d // heads, is_normalized, learn, size, chunk, _power_of_2(heads), *shared,
+            d % chunk == 0, stages,
             num_warps=warps, **(limits if is_small else {}),
         )  # fmt: skip
         if learn or is_normalized:

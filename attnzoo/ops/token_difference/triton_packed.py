@@ -110,11 +110,10 @@ class Packed(NamedTuple):
 
     def differences(self) -> tuple[Callable[[Tensor], list[Any]], list[Any]]:
         """``Operands`` from ``r1`` on, of queries by the keys' sum, and of keys."""
-        gammas = self.gammas.expand(max(2, len(self.gammas)), -1)  # one copy serves both
-        gammas = gammas.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        gammas = self.gammas.float().expand(max(2, len(self.gammas)), -1)  # one may serve all
         lambdas, step = self.lambdas.float(), len(gammas) // 2
-        of_queries = [self.k1, self.k3, self.d1, gammas[::step].contiguous(), lambdas[0], None]
-        of_keys = self.k2, self.k4, self.d2, gammas[step - 1 :: step].contiguous(), lambdas[-1]
+        of_queries = [self.k1, self.k3, self.d1, gammas[::step], lambdas[0], None]
+        of_keys = self.k2, self.k4, self.d2, gammas[step - 1 :: step], lambdas[-1]
         tail = self.eps, self.heads, self.learn, True
         return (
             lambda key_sum: [*of_queries, key_sum, *tail],
