@@ -43,7 +43,8 @@ DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 40
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
 _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
-PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
+DEFAULT_PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
+PARTS = (*DEFAULT_PARTS, "profile")
 
 
 class Run(reports.Writer):
@@ -76,8 +77,9 @@ class Run(reports.Writer):
             if "treatments" not in row or set(row["treatments"]) <= row["seconds"].keys()
         }  # fmt: skip
         jobs = [job for job in self._planned() if job.name not in complete]
-        # What an earlier run could not do in full comes after what it has not begun.
-        jobs.sort(key=lambda job: job.name in begun)
+        # What an earlier run could not do in full comes after what it has not begun. A profiler
+        # that has been on may slow whatever the same process launches later.
+        jobs.sort(key=lambda job: (job.part == "profile", job.name in begun))
         late = self._compile_ahead(jobs)
         try:
             if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
@@ -123,6 +125,9 @@ class Run(reports.Writer):
         for case in planned(options.mechanisms, options.models, options.device, options.large):
             softmax = dataclasses.replace(case, mechanism="softmax")
             jobs.append(Job("cases", case.mechanism, case, softmax if case != softmax else None))
+            treatments = LAYER_TREATMENTS if options.device == "cuda" else ("eager",)
+            case = dataclasses.replace(case, treatments=treatments)
+            jobs.append(Job("profile", case.mechanism, case))
         return sorted((job for job in jobs if job.part in options.parts), key=self._place)
 
     def _place(self, job: Job) -> int:
@@ -291,6 +296,9 @@ def _name_of(row: dict[str, Any]) -> str:
     if "over_before" in row:
         case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
         return Job("before", case=case).name
+    if "profiles" in row:
+        case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
+        return Job("profile", case=case).name
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
     if "over_fla" in row:
@@ -334,7 +342,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--parts", default=None,
-        help=f"what to measure, of {', '.join(PARTS)} (default: all; on a CPU only cases)",
+        help=f"what to measure, of {', '.join(PARTS)} (default: all but profile; on a CPU only "
+        f"cases)",
     )  # fmt: skip
     parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")
     options = reports.parsed(parser, arguments)
@@ -342,7 +351,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
     is_named = options.parts is not None
-    options.parts = split(options.parts or ("cases" if is_short else ",".join(PARTS)))
+    options.parts = split(options.parts or ("cases" if is_short else ",".join(DEFAULT_PARTS)))
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")

@@ -363,6 +363,28 @@ def _over_others(report: dict[str, Any]) -> str:
     return f"Time over that by another implementation: {'; '.join(found)}" if found else ""
 
 
+def _profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What a step's time consists of: a table of all, and a fold with the kernels of each."""
+    lines, folds = [], []
+    for row in rows:
+        of = row["mechanism"], row["size"], row["resolution"], row["batch"], row["mode"]
+        for name, found in row["profiles"].items():
+            times = [row["seconds"][name]["median"], *(found[key] for key in ("busy", "gaps"))]
+            counts = [f"{found[key]:g}" for key in ("kernels", "memsets", "copies")]
+            lines.append([*of, name, *(f"{z * 1e3:.3f}" for z in times), *counts])
+            longest = [
+                [kernel, f"{count:g}", f"{spent * 1e6:.0f}", f"{spent / found['busy']:.1%}"]
+                for kernel, count, spent in found["longest"]
+            ]
+            table = markdown_table(["kernel", "times", "µs", "share"], longest, padded=True)
+            summary = f"{of[0]} {of[1]} {of[2]}px {of[4]}, {name}: the longest kernels"
+            folds.append(f"<details>\n<summary>{summary}</summary>\n\n{table}\n\n</details>")
+    heading = ["model", "size", "px", "batch", "step", "treatment", "a step, ms", "kernels, ms",
+               "gaps, ms", "kernels", "memsets", "copies"]  # fmt: skip
+    if lines:
+        yield from (markdown_table(heading, lines, padded=True), *folds)
+
+
 _WORDS = {"forward": "forward", "train": "training step"}
 
 
@@ -398,8 +420,10 @@ def tables(report: dict[str, Any]) -> str:
         heading = ["layer", "tokens", "step", *(f"{name}, µs" for name in LAYER_TREATMENTS),
                    "floor, µs", "bound by", "over floor"]  # fmt: skip
         parts += filter(None, (markdown_table(heading, layers, padded=True), _over_others(report)))
+    profiles = report.get("profile", [])
+    parts += _profiles(profiles)
     lacking = [f"- {row['what']}: {row['reason']}" for row in report["missed"]]
-    for row in (*report["cases"], *report.get("before", ())):
+    for row in (*report["cases"], *report.get("before", ()), *profiles):
         of = f"{row['mechanism']} {row['size']} {row['resolution']}px {row['mode']}"
         lacking += [f"- {of}, {name}: {why}" for name, why in row["missing"].items()]
     for row in report["layers"]:

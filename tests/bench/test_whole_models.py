@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -11,16 +12,19 @@ import pickle
 import shutil
 import signal
 import time
+import types
 
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from attnzoo.errors import Unavailable
 from bench import plot, recommend
 from bench.checks import WrongStep
 from bench.whole_models import __main__ as whole_models
-from bench.whole_models import by_recipe, process
+from bench.whole_models import by_recipe, process, profiles
 from bench.whole_models import cases as whole_cases
 from bench.whole_models import figures as whole_figures
 from bench.whole_models.__main__ import main, planned
@@ -222,7 +226,11 @@ def test_goals_come_first_and_small_before_large():
     places = {case: index for index, case in enumerate(cases)}
     assert cases[0] == Case("softmax", "S", 4096, "forward")
     assert places[Case("sana", "L", 16384, "train")] < places[Case("agent", "S", 4096, "forward")]
-    assert Case("sana", "L", 16384, "train").batch == 2
+    # Two models of size L are held at once, each under three treatments.
+    large = [Case("sana", "L", tokens, "train") for tokens in (1024, 4096, 16384)]
+    assert [case.batch * case.tokens for case in large] == [16384] * 3
+    assert Case("sana", "L", 4096, "forward").batch == 4
+    assert Case("sana", "S", 4096, "train").batch == 16
     assert Case("sana", "S", 256, "train").batch == 64
     assert Case("sana", "S", 576, "forward").resolution == 384
     some = planned(["agent", "sana", "softmax"], models, "cuda", ("sana",))
@@ -353,6 +361,49 @@ def test_a_recipe_is_started_as_a_user_starts_it_and_cut_off(monkeypatch):
     if torch.cuda.device_count() < 2:
         with pytest.raises(Unavailable, match=r"needs 2 GPUs, and there (is|are)"):
             measure_recipe("train on GPUs", "dydila", "two GPUs", ON_CPU)
+
+
+def test_a_profile_says_what_a_step_consists_of(tmp_path, capsys):
+    assert "profile" not in whole_models.DEFAULT_PARTS
+    few = ("--mechanisms", "sana", "--parts", "profile", "--round-seconds", "0")
+    report = run(tmp_path, *few)
+    assert not report["cases"] and len(report["profile"]) == 2 and not report["missed"]
+    for row in report["profile"]:
+        found, seconds = row["profiles"]["eager"], row["seconds"]["eager"]["median"]
+        assert found["busy"] + found["gaps"] == pytest.approx(seconds, rel=1e-4)
+        spent = [kernel[2] for kernel in found["longest"]]
+        assert spent == sorted(spent, reverse=True) and 0 < sum(spent) < found["busy"]
+        assert len(spent) == 12 < found["kernels"]
+    said = capsys.readouterr().out
+    assert said.count("<details>") == 2 and "| aten::addmm" in said
+    assert "<summary>sana tiny 64px train, eager: the longest kernels</summary>" in said
+    again = run(tmp_path, *few, "--resume")
+    assert again["profile"] == report["profile"]
+    assert capsys.readouterr().out.startswith(str(report["device_name"]))  # nothing was measured
+
+
+def test_kernels_of_a_replay_are_told_from_the_hosts_calls(monkeypatch):
+    def event(name, microseconds, kind=DeviceType.CUDA, **others):
+        return FunctionEvent(1, name, 0, 7.0, 7.0 + microseconds, device_type=kind, **others)
+
+    replay = [event("gemm", 30.0), event("gemm", 50.0), event("norm<float>", 100.0),
+              event("Memset (Device)", 2.0), event("Memcpy DtoD (Device -> Device)", 4.0),
+              event("step", 500.0, is_user_annotation=True),
+              event("cudaGraphLaunch", 900.0, DeviceType.CPU)]  # fmt: skip
+    monkeypatch.setattr(profiles.torch.cuda, "synchronize", lambda: None)
+    events, replayed = lambda: replay * len(replayed), []
+    traced = contextlib.nullcontext(types.SimpleNamespace(events=events))
+    monkeypatch.setattr(profiles, "profile", lambda **_: traced)
+    found = profiles._parts(lambda: replayed.append(1), 200e-6, "cuda")
+    assert len(replayed) == profiles._REPLAYS
+    assert (found["kernels"], found["memsets"], found["copies"]) == (3, 1, 1)
+    assert found["busy"] == pytest.approx(186e-6) and found["gaps"] == pytest.approx(14e-6)
+    names, counts, spent = zip(*found["longest"], strict=True)
+    assert names[:3] == ("norm<float>", "gemm", "Memcpy DtoD (Device -> Device)")
+    assert counts[:2] == (1, 2) and spent[:2] == pytest.approx((100e-6, 80e-6))
+    replay = replay[-2:]
+    with pytest.raises(Unavailable, match="sees no kernel"):
+        profiles._parts(lambda: None, 1.0, "cuda")
 
 
 def test_which_steps_of_a_training_count():
