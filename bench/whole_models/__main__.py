@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ from backbones.pattern import names_in
 from bench import machine, reports
 from bench.isolate import one_line
 from bench.machine import quiet
-from bench.options import split
+from bench.options import from_zero, split
 from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
 from bench.whole_models.by_recipe import EXPECTED, RECIPES
@@ -70,13 +71,16 @@ class Run(reports.Writer):
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
+        if not (planned := self._planned()):
+            raise UserError(f"--parts {','.join(self.options.parts)} has nothing to measure of "
+                            f"--mechanisms {','.join(self.options.mechanisms)}")  # fmt: skip
         rows = [row for part in PARTS for row in self.report[part]]
         begun = {_name_of(row) for row in rows}
         complete = {
             _name_of(row) for row in rows
             if "treatments" not in row or set(row["treatments"]) <= row["seconds"].keys()
         }  # fmt: skip
-        jobs = [job for job in self._planned() if job.name not in complete]
+        jobs = [job for job in planned if job.name not in complete]
         # What an earlier run could not do in full comes after what it has not begun. A profiler
         # that has been on may slow whatever the same process launches later.
         jobs.sort(key=lambda job: (job.part == "profile", job.name in begun))
@@ -335,10 +339,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--skip-compiled", default="", help="mechanisms measured without compiled blocks"
     )
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds of one case, on a GPU"
+        "--patience", type=from_zero, default=60.0, help="seconds of one case, on a GPU"
     )
     parser.add_argument(
-        "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
+        "--round-seconds", type=from_zero, default=0.6, help="of the rounds of one case"
     )
     parser.add_argument(
         "--parts", default=None,
@@ -351,6 +355,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
     is_named = options.parts is not None
+    for name in ("mechanisms", "sizes", "parts", "tokens"):
+        if (text := getattr(options, name)) and not split(text):
+            raise UserError(f"--{name} {text} names none")
     options.parts = split(options.parts or ("cases" if is_short else ",".join(DEFAULT_PARTS)))
     for part in options.parts:
         if part not in PARTS:
@@ -363,20 +370,20 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--parts before times an older checkout; name it by --before FOLDER")
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
-    options.sizes, known = split(options.sizes), attnzoo.list_attention()
+    options.sizes, known = split(options.sizes or "S,L"), attnzoo.list_attention()
     options.large = None if options.mechanisms else LARGE
-    options.mechanisms = list(split(options.mechanisms)) or known
+    options.mechanisms = list(dict.fromkeys(split(options.mechanisms))) or known
     options.skip_compiled = split(options.skip_compiled)
     reports.require_mechanisms([*options.mechanisms, *options.skip_compiled])
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
-    if options.tokens is None:
+    if not options.tokens:
         options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
         return options
-    counts = split(options.tokens)
+    counts = dict.fromkeys(split(options.tokens))
     if not all(
-        count.isdigit() and round(int(count) ** 0.5) ** 2 == int(count) for count in counts
+        count.isdecimal() and 0 < math.isqrt(int(count)) ** 2 == int(count) for count in counts
     ):
         raise UserError(f"--tokens {options.tokens} must be squares, such as 256,1024,4096,16384")
     options.models = {size: [int(count) for count in counts] for size in options.sizes}

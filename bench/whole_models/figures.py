@@ -9,8 +9,10 @@ from typing import Any
 
 from attnzoo.command.fits import first_faster
 from bench.reports import read, where
+from bench.results import NUMBER, TEXT, Foreign, require_shape
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
 from recipes.lab.console import UserError
+from recipes.lab.files import read_json
 from recipes.lab.pages import markdown_table
 
 # Models under one treatment are compared by the last that both have.
@@ -19,7 +21,27 @@ LAYER_TREATMENTS = TREATMENTS[1:]
 MODES = ("forward", "train")
 
 
-_KEYS = ("cases", "layers", "launches", "missed", "versions", "device_name", "commit")
+# What tables, pictures and advice read; ``require_shape`` says how.
+_MEDIAN = {"median": NUMBER}
+_STEP = {
+    **dict.fromkeys(("mechanism", "mode"), TEXT), "tokens": (int,), "seconds": {"*": _MEDIAN},
+    "missing": {"*": TEXT},
+}  # fmt: skip
+_MODEL = {**_STEP, "size": TEXT, **dict.fromkeys(("resolution", "batch"), (int,))}
+_SHAPE = {
+    "cases": [{**_MODEL, "over_softmax": {"*": _MEDIAN}, "peak_memory": NUMBER}],
+    "layers": [{"seconds": (int, float, dict)}],
+    "launches": [{"mechanism": TEXT, "bmm_seconds": NUMBER, "launches": _MEDIAN}],
+    "recipes?": [{**dict.fromkeys(("recipe", "mechanism", "way"), TEXT),
+                  "images_per_second": NUMBER}],
+    "scans?": [{"mode": TEXT, "over_fla": _MEDIAN}],
+    "before?": [{**_MODEL, "commit": TEXT, "over_before": {"ours": TEXT, **_MEDIAN}}],
+    "profile?": [{**_MODEL, "profiles": {"*": {
+        **dict.fromkeys(("kernels", "memsets", "copies", "busy", "gaps"), NUMBER),
+        "longest": [(list,)],
+    }}}],
+}  # fmt: skip
+_LAYER = {**_STEP, "floor": NUMBER, "bound": TEXT}
 
 
 def read_whole(path: Path) -> dict[str, Any]:
@@ -28,21 +50,28 @@ def read_whole(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no such file.
     """
-    report = read(path, _KEYS, "bench.whole_models")
+    report = read(path, _SHAPE, "bench.whole_models")
     for row in report["layers"]:
         if not isinstance(row["seconds"], dict):  # of before layers were compiled
             row["seconds"] = {"recorded": {"median": row["seconds"]}}
             row |= {"treatments": list(LAYER_TREATMENTS), "missing": {}}
+    try:
+        require_shape(report, {"layers": [_LAYER]})
+        for i, row in enumerate(report["cases"]):
+            if min(row["tokens"], row["batch"], row["resolution"]) < 1:
+                raise Foreign(f"it.cases[{i}] has no tokens, no batch or no resolution")
+    except Foreign as error:
+        raise UserError(f"{path} is no file of python -m bench.whole_models: {error}") from error
     return report
 
 
 def is_whole(path: Path) -> bool:
-    """Whether ``read_whole`` can read a file."""
+    """Whether a file is one for ``read_whole``, which says what is wrong if it is damaged."""
     try:
-        read_whole(path)
+        report = read_json(path)
     except UserError:
         return False
-    return True
+    return isinstance(report, dict) and {"cases", "layers"} <= report.keys()
 
 
 def layer_label(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a step of ``bench.whole_models`` consists of: its kernels, by name, and the gaps between."""
+"""What a step of ``bench.whole_models`` consists of: kernels, by name, and the gaps between."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from attnzoo.errors import Unavailable
@@ -81,7 +80,7 @@ def _spent(step: Callable[[], Any], device: str) -> dict[str, tuple[float, float
     found: dict[str, tuple[float, float]] = {}
     for event in seen.events() or ():
         # The host's calls into CUDA are events of the CPU; ranges that a program names are none.
-        if event.device_type != (DeviceType.CUDA if is_gpu else DeviceType.CPU):
+        if event.device_type.name != device.upper():
             continue
         if not event.is_user_annotation:
             micros = event.time_range.elapsed_us() if is_gpu else event.self_cpu_time_total

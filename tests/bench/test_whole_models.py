@@ -11,7 +11,6 @@ import os
 import pickle
 import shutil
 import signal
-import time
 import types
 
 import pytest
@@ -33,8 +32,10 @@ from bench.whole_models.cases import Case, Layer, LayerSubject, Setup, Subject
 from bench.whole_models.measures import measure_launch, measure_layer, measure_over_before
 from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
+from tests.bench.answering import Asked, answers
 
-TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
+TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "eager",
+        "--round-seconds", "0"]  # fmt: skip
 ON_CPU = Setup("cpu", "eager", 0.0)
 
 
@@ -154,20 +155,6 @@ def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(tmp_path)
             assert row["over_fastest"] is None and whole_figures.over_fastest(row) is None
 
 
-def answers(connection, *_):
-    """Breaks at "peaks", sleeps at "check" and dies at "launches"."""
-    while True:
-        job = connection.recv()
-        if job.part == "check":
-            time.sleep(60)
-        if job.part == "launches":
-            os._exit(3)
-        row = {"process": os.getpid(), "seconds": job.seconds}
-        connection.send((row, "", job.part != "peaks"))
-        if job.part == "peaks":
-            return
-
-
 def test_a_training_step_leaves_no_graph_behind():
     step = Subject(Case("moh", "tiny", 16, "train"), ON_CPU)
     marked = []
@@ -190,17 +177,17 @@ def test_a_training_step_leaves_no_graph_behind():
 
 
 def test_what_breaks_a_process_breaks_no_other_job():
-    bench = Elsewhere(ON_CPU, None, answers)
+    bench = Elsewhere(None, None, answers)
     try:
-        found = [bench.answer(Job(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
+        found = [bench.answer(Asked(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
         first, second, third = (row["process"] for row in found if row is not None)
         assert first == second != third != os.getpid()
         assert all(row["seconds"] == 25 for row in found)  # a training ends before the process
-        row, reason = bench.answer(Job("launches"), 30.0)
+        row, reason = bench.answer(Asked("launches"), 30.0)
         assert row is None and "exit code 3" in reason
-        row, reason = bench.answer(Job("check"), 1.0)
+        row, reason = bench.answer(Asked("check"), 1.0)
         assert row is None and reason == "took longer than 1 s"
-        assert bench.answer(Job("layers"), 30.0)[0] is not None
+        assert bench.answer(Asked("layers"), 30.0)[0] is not None
     finally:
         bench.close()
 
@@ -365,7 +352,7 @@ def test_a_recipe_is_started_as_a_user_starts_it_and_cut_off(monkeypatch):
 
 def test_a_profile_says_what_a_step_consists_of(tmp_path, capsys):
     assert "profile" not in whole_models.DEFAULT_PARTS
-    few = ("--mechanisms", "sana", "--parts", "profile", "--round-seconds", "0")
+    few = ("--mechanisms", "sana", "--parts", "profile")
     report = run(tmp_path, *few)
     assert not report["cases"] and len(report["profile"]) == 2 and not report["missed"]
     for row in report["profile"]:
@@ -679,6 +666,9 @@ def test_a_crossover_lies_between_sizes_or_nowhere():
     [
         (["--out", "x.json", "--mechanisms", "softmin"], "'softmax'"),
         (["--out", "x.json", "--tokens", "200"], "squares"),
+        (["--out", "x.json", "--tokens", "0"], "squares"),
+        (["--out", "x.json", "--mechanisms", ","], "--mechanisms , names none"),
+        (["--out", "x.json", "--parts", ","], "--parts , names none"),
         (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
         (["--out", "x.json", "--parts", "layer"], "unknown part 'layer'; choose of cases, layers"),
         (["--out", "x.json", "--parts", "layers", "--no-layers"], "short for --parts cases"),
@@ -691,10 +681,13 @@ def test_mistakes_are_one_line(arguments, said):
         main(arguments)
 
 
-def test_a_foreign_file_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no file of python -m bench\.whole_models"):
-        main(["--table", str(tmp_path / "x.json")])
+@pytest.mark.parametrize("flag", ["--seconds", "--patience", "--round-seconds"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "much"])
+def test_a_run_that_would_never_end_or_never_begin_is_refused(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "x.json"), *TINY, f"{flag}={value}"])
+    assert f"{flag}: must be a number from 0 on, got '{value}'" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
 
 
 def whole_report():
@@ -715,6 +708,56 @@ def whole_report():
         "datetime": "2030-01-02T03:04", "cases": rows, "layers": [layer], "launches": [],
         "missed": [],
     }  # fmt: skip
+
+
+def test_what_cannot_be_measured_leaves_the_file_as_it_is(tmp_path):
+    out = tmp_path / "whole.json"
+    out.write_text("older")
+    arguments = ["--out", str(out), "--sizes", "tiny", "--tokens", "16", "--mechanisms", "sana"]
+    cases = [(["--device", "cpu", "--parts", "scans"], "--parts scans has nothing to measure")]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda"], "--device cuda: PyTorch sees no GPU"))
+    for flags, said in cases:
+        with pytest.raises(UserError, match=said):
+            main([*arguments, *flags])
+    assert out.read_text() == "older"
+
+
+def damaged(**changed):
+    report = whole_report()
+    for row in report["cases"]:
+        row.update(changed)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ({}, "it has no versions"),
+        ([], "it is a list"),
+        (damaged() | {"cases": [3]}, r"it\.cases\[0\] is a int"),
+        (damaged() | {"layers": None}, r"it\.layers is a NoneType"),
+        (damaged() | {"missed": ["x"]}, r"it\.missed\[0\] is a str"),
+        (damaged(missing=None), r"cases\[0\]\.missing is a NoneType"),
+        (damaged(seconds={"recorded": 3.0}), r"cases\[0\]\.seconds\.recorded is a float"),
+        (damaged(seconds={"eager": {"median": math.nan}}), "median is nan"),
+        (damaged(batch=0), r"cases\[0\] has no tokens, no batch"),
+        (damaged() | {"layers": [{"seconds": 3.0}]}, r"layers\[0\] has no mechanism"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_line(report, said, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(report))
+    is_ours = isinstance(report, dict) and "cases" in report
+    calls = [(main, ["--table", str(path)])]
+    calls += [
+        (plot.main, [str(path), "--out", str(tmp_path / "a")]),
+        (recommend.main, [str(path)]),
+    ] * is_ours
+    for call, arguments in calls:
+        with pytest.raises(UserError, match=rf"no file of python -m bench\.whole_models.*{said}"):
+            call(arguments)
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
@@ -796,6 +839,19 @@ def test_softmax_over_the_older_checkout_goes_before_softmax_over_itself():
         assert found == [value]
 
 
+def test_what_was_not_timed_is_not_drawn(tmp_path, monkeypatch):
+    saved, path = [], tmp_path / "x.json"
+    monkeypatch.setattr(plot, "_saved", lambda figure, *_: saved.append(figure))
+    report = whole_report()
+    report["cases"] = [row for row in report["cases"] if row["mode"] == "forward"]
+    path.write_text(json.dumps(report))
+    assert plot.main([str(path), "--out", str(tmp_path)]) == 0
+    assert [len(part.axes) for part in saved[0].subfigs] == [1, 0]
+    path.write_text(json.dumps(damaged(seconds={})))
+    with pytest.raises(UserError, match="no whole models that were timed"):
+        plot.main([str(path), "--out", str(tmp_path)])
+
+
 def test_files_of_the_suite_are_drawn_one_at_a_time(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("{}")
@@ -816,3 +872,5 @@ def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
     assert "estimated" in capsys.readouterr().out
     with pytest.raises(UserError, match="no L forward; it has S forward, S train"):
         recommend.main([str(path), "--size", "L"])
+    with pytest.raises(UserError, match=r"--width and --dtype are of layers.*choose by --size"):
+        recommend.main([str(path), "--width", "96"])
