@@ -109,10 +109,8 @@ def earlier(
     """What ``--out`` holds, if ``--resume`` goes on with it.
 
     Raises:
-        UserError: The file cannot be written or gone on with, or there is no such device.
+        UserError: The file cannot be written or gone on with.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out for the CPU")
     require_writable(options.out)
     return read(options.out) if options.resume and options.out.exists() else None
 

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import attnzoo
 from attnzoo import InvalidValue
 from backbones.pattern import names_in
@@ -396,6 +398,8 @@ def main(arguments: list[str]) -> int:
     if options.table:
         print(tables(read_whole(options.table)))
         return DONE
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out for the CPU")
     earlier = reports.earlier(options, read_whole)
     quiet()
     print(tables(rounded(Run(options, earlier).measure())))
