@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from attnzoo.command.units import memory
+from bench.options import from_zero
 from bench.results import frame, machines_differ, read_cases
 from recipes.lab.console import DONE, printable, run_script
 from recipes.lab.pages import markdown_table
@@ -48,20 +49,13 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
-    return value
-
-
 def main(arguments: list[str]) -> int:
     """Prints what changed."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument(
-        "--tolerance", type=_share, default=0.1, help="smallest change of time (default: 0.1)"
+        "--tolerance", type=from_zero, default=0.1, help="smallest change of time (default: 0.1)"
     )
     options = parser.parse_args(arguments)
     reports = [read_cases(path) for path in (options.before, options.after)]

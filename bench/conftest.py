@@ -250,6 +250,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _case_id(item: Any) -> str:
+    if not hasattr(item, "callspec") or "case_id" not in item.callspec.params:
+        raise pytest.UsageError("the suite runs by itself: name no other folder beside bench/")
     found = item.callspec.params["case_id"]
     return found if isinstance(found, str) else ""
 

@@ -19,6 +19,7 @@ import pandas as pd
 from bench import goal_measurements, machine
 from bench.cases import Case, Conditions
 from bench.isolate import run_isolated
+from bench.options import split
 from bench.results import compact, read_report, source_of
 from bench.tables import parts_around, put_into
 from bench.thresholds import (
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         "report", nargs="?", type=Path, help="JSON of pytest bench/ --full, or of --save"
     )
     parser.add_argument("--only", default="", help="goals to measure, such as G4,G9")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
     parser.add_argument(
         "--save", type=Path,
         help="JSON to write the goals' figures to; those that --only leaves out stay in it",
@@ -100,9 +101,13 @@ def main(arguments: list[str]) -> int:
         help="file whose part <!-- goals -->, or <!-- goals-cuda -->, is replaced; repeatable",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.report and (options.only or options.device):
+        raise UserError(f"{options.report} holds what was measured: leave --only and --device out")
+    if options.only and not split(options.only):
+        raise UserError(f"--only {options.only} names none")
     if options.save:
         require_writable(options.save)
-    report, device = None, options.device
+    report, device = None, options.device or "cpu"
     if options.report:
         report = read_report(options.report)
         figures = figures_of(report)
@@ -116,7 +121,10 @@ def main(arguments: list[str]) -> int:
     for path in options.into:
         parts_around(path, part)
     if report is None:
-        names = chosen_goals(filter(None, options.only.split(",")), device)
+        names = chosen_goals(split(options.only), device)
+        for name in names:
+            if GOALS[name].device != device:
+                raise UserError(f"{name} is a goal of --device {GOALS[name].device}")
         report = _measure(names, device, options.save, bool(options.only))
     elif options.save:
         write_json(options.save, _goals_alone(report))

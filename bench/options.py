@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,17 @@ def options_from(**texts: Any) -> SuiteRun:
         except Exception:  # a bug in a mechanism is an outcome of its cases, too
             continue
     return run
+
+
+def from_zero(text: str) -> float:
+    """A finite number that is not negative, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
+    return value
 
 
 def split(text: str) -> tuple[str, ...]:

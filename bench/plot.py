@@ -152,7 +152,8 @@ def whole_curves(report: dict[str, Any], size: str) -> Figure:
             value = value_at(points[name], px) if px < math.inf else None
             rings[name] = (px, value[0]) if value else None
         title = {"forward": "forward", "train": "training step"}[mode]
-        _draw(part, points, title, _PIXELS, "time of one image (ms)", {}, rings)
+        if points:
+            _draw(part, points, title, _PIXELS, "time of one image (ms)", {}, rings)
     return figure
 
 
@@ -450,9 +451,9 @@ def _draw_whole(options: argparse.Namespace) -> int:
     require_writable(options.out / "whole-models.png")
     if options.into:
         parts_around(options.into, "whole")
-    sizes = [row["size"] for row in report["cases"]]
+    sizes = [row["size"] for row in report["cases"] if row["seconds"]]
     if not sizes:
-        raise UserError(f"{options.report[0]} has no whole models")
+        raise UserError(f"{options.report[0]} has no whole models that were timed")
     _saved(whole_curves(report, sizes[0]), options.out, "whole-models")
     if options.into:
         picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)

@@ -112,12 +112,22 @@ def main(arguments: list[str]) -> int:
     for text in options.attn:
         parse_pattern(parse_mechanism(text)[0]).check_depth(options.depth)
     if is_whole(options.report):
+        if options.width or options.dtype:
+            raise UserError(
+                f"--width and --dtype are of layers, and {options.report} is of whole models: "
+                f"choose by --size"
+            )
         if options.attn:
             raise UserError(
                 f"{options.report} is of whole models: measure a mixture with python -m "
                 f"bench.whole_models --mechanisms, and leave --attn out"
             )
         return _of_whole_models(options, limit, quality, metric, lower, source)
+    if options.size:
+        raise UserError(
+            f"--size is of whole models, and {options.report} is of layers: choose by --width "
+            f"and --depth"
+        )
     report = read_cases(options.report)
     family = _family(frame(report), options)
     chosen = subset(frame(report), "layer", **family)

@@ -15,7 +15,8 @@ import attnzoo
 from attnzoo.contract import nearest
 from backbones.pattern import names_in
 from bench import machine
-from bench.results import rounded
+from bench.options import from_zero
+from bench.results import TEXT, Foreign, require_shape, rounded
 from recipes.lab.console import UserError
 from recipes.lab.files import read_json, require_writable, write_json
 
@@ -85,7 +86,7 @@ def parser_of(command: str, words: str | None) -> argparse.ArgumentParser:
     flag("--out", type=Path, help="JSON to write, after every case")
     flag("--table", type=Path, help="JSON to print instead of measuring")
     flag("--resume", action="store_true", help="go on with what the JSON of --out lacks")
-    flag("--seconds", type=float, default=480.0, help="for everything")
+    flag("--seconds", type=from_zero, default=480.0, help="for everything")
     return parser
 
 
@@ -105,25 +106,37 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
 def earlier(
     options: argparse.Namespace, read: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What ``--out`` holds, if ``--resume`` goes on with it; the file can be written."""
+    """What ``--out`` holds, if ``--resume`` goes on with it.
+
+    Raises:
+        UserError: The file cannot be written or gone on with.
+    """
     require_writable(options.out)
     return read(options.out) if options.resume and options.out.exists() else None
 
 
-def read(path: Path, keys: Sequence[str], command: str) -> dict[str, Any]:
+_ANY = {
+    "versions": {"*": TEXT}, **dict.fromkeys(("device_name", "commit", "datetime"), TEXT),
+    "missed": [{"what": TEXT, "reason": TEXT}],
+}  # fmt: skip
+
+
+def read(path: Path, shape: dict[str, Any], command: str) -> dict[str, Any]:
     """A report from its file.
 
     Args:
         path: The file.
-        keys: Which it has to have.
+        shape: Of what it has to have, besides where it was measured, by ``require_shape``.
         command: Which module writes such files.
 
     Raises:
         UserError: It is no such file.
     """
     report = read_json(path, f"JSON of {command}")
-    if not isinstance(report, dict) or not all(key in report for key in keys):
-        raise UserError(f"{path} is no file of python -m {command} --out")
+    try:
+        require_shape(report, _ANY | shape)
+    except Foreign as error:
+        raise UserError(f"{path} is no file of python -m {command} --out: {error}") from error
     return report
 
 

@@ -16,36 +16,36 @@ from bench.timing import spread
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import read_json, require_writable, write_json
 
-# What the suite writes, as far as tables and pictures read it; ``_require`` says how to read it.
-_NUMBER, _MAYBE, _TEXT = (int, float), (int, float, type(None)), (str,)
-_SPREAD = dict.fromkeys(("median", "q1", "q3"), _NUMBER)
+# What the suite writes, as far as tables and pictures read it; ``require_shape`` says how.
+NUMBER, _MAYBE, TEXT = (int, float), (int, float, type(None)), (str,)
+_SPREAD = dict.fromkeys(("median", "q1", "q3"), NUMBER)
 _REPORT = {
     "benchmarks": [{"extra_info": {}}],
-    "machine_info?": {"attnzoo?": {"peaks?": {"*": _NUMBER}, "versions?": {"*": _TEXT}}},
+    "machine_info?": {"attnzoo?": {"peaks?": {"*": NUMBER}, "versions?": {"*": TEXT}}},
     "common?": {},
     "usual?": {},
-    "cells_not_measured?": [dict.fromkeys(("name", "state", "reason"), _TEXT)],
-    "datetime?": _TEXT,
+    "cells_not_measured?": [dict.fromkeys(("name", "state", "reason"), TEXT)],
+    "datetime?": TEXT,
 }
 _ANY_CASE = {
-    **dict.fromkeys(("device_name?", "commit?", "best_peer?"), _TEXT),
-    **dict.fromkeys(("gflops?", "share_of_peak?"), _NUMBER),
-    "device_seconds?": {"median": _NUMBER},
+    **dict.fromkeys(("device_name?", "commit?", "best_peer?"), TEXT),
+    **dict.fromkeys(("gflops?", "share_of_peak?"), NUMBER),
+    "device_seconds?": {"median": NUMBER},
     "ratios?": {"*": _SPREAD},
     "device_ratios?": {"*": _SPREAD},
     "rows?": [
-        dict.fromkeys(("goal", "what", "better", "note"), _TEXT)
+        dict.fromkeys(("goal", "what", "better", "note"), TEXT)
         | dict.fromkeys(("value", "minimum", "target", "q1", "q3"), _MAYBE)
     ],
 }
 _NAMED_CASE = {
-    **dict.fromkeys(("id", "kind", "mechanism", "label", "mode", "dtype"), _TEXT),
+    **dict.fromkeys(("id", "kind", "mechanism", "label", "mode", "dtype"), TEXT),
     **dict.fromkeys(("resolution", "tokens", "width"), (int,)),
 }
 _MEASURED: dict[str, Any] = dict.fromkeys(
-    ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), _NUMBER
+    ("batch", "peak_memory", "allocated", "parameter_memory", "parameters"), NUMBER
 )
-_COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), _NUMBER)
+_COUNTED = dict.fromkeys(("macs", "macs_training", "parameters", "active_parameters"), NUMBER)
 _OF_KIND: dict[Any, dict[str, Any]] = {
     "layer": _MEASURED,
     "backbone": _MEASURED,
@@ -53,39 +53,39 @@ _OF_KIND: dict[Any, dict[str, Any]] = {
     "count": {**_COUNTED, "macs_paper": _MAYBE},
 }
 _STATS = {
-    "median": _NUMBER, "data?": [_NUMBER], **dict.fromkeys(("q1?", "q3?", "rounds?"), _NUMBER),
+    "median": NUMBER, "data?": [NUMBER], **dict.fromkeys(("q1?", "q3?", "rounds?"), NUMBER),
 }  # fmt: skip
 # Of files from before 2026-11-26.
 _OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached",
               "met": "minimum met", "NOT MET": "minimum missed"}  # fmt: skip
 
 
-class _Foreign(Exception):
+class Foreign(Exception):
     """Something that the suite does not write."""
 
 
-def _require(value: Any, shape: Any, place: str = "it") -> None:
-    """Raises _Foreign unless a value has a shape, numbers finite.
+def require_shape(value: Any, shape: Any, place: str = "it") -> None:
+    """Raises ``Foreign`` unless a value has a shape, numbers finite.
 
     A shape is a tuple of types, a list of the shape of all items, or the shapes of an object's
     fields by name; a name with "?" may be absent, and "*" stands for all.
     """
     if isinstance(shape, tuple):
         if type(value) not in shape or (type(value) is float and not math.isfinite(value)):
-            raise _Foreign(f"{place} is {value!r:.40}")
+            raise Foreign(f"{place} is {value!r:.40}")
     elif not isinstance(value, type(shape)):
-        raise _Foreign(f"{place} is a {type(value).__name__}")
+        raise Foreign(f"{place} is a {type(value).__name__}")
     elif isinstance(shape, list):
         for i, item in enumerate(value):
-            _require(item, shape[0], f"{place}[{i}]")
+            require_shape(item, shape[0], f"{place}[{i}]")
     else:
         for name, inner in shape.items():
             if name.endswith("?") and name[:-1] not in value:
                 continue
             for key in value if name == "*" else [name.removesuffix("?")]:
                 if key not in value:
-                    raise _Foreign(f"{place} has no {key}")
-                _require(value[key], inner, f"{place}.{key}")
+                    raise Foreign(f"{place} has no {key}")
+                require_shape(value[key], inner, f"{place}.{key}")
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not isinstance(report.get("benchmarks"), list):
         raise UserError(f"{path} is no JSON file of the suite: it has no benchmarks")
     try:
-        _require(report, _REPORT)
+        require_shape(report, _REPORT)
         absent = {"machine_info": {}, "common": {}, "cells_not_measured": [], "datetime": ""}
         report = absent | report
         info = report["machine_info"].get("attnzoo", {})
@@ -113,7 +113,7 @@ def read_report(path: Path) -> dict[str, Any]:
             _check_entry(entry, f"benchmarks[{i}]")
             if usual is not None and "name" in entry and "id" in entry["extra_info"]:
                 entry["name"] += f"[{entry['extra_info']['id']}]"
-    except (_Foreign, TypeError, AttributeError) as error:
+    except (Foreign, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no JSON file of the suite, or damaged: {error}") from error
     return report
 
@@ -127,14 +127,14 @@ def _check_entry(entry: dict[str, Any], place: str) -> None:
                 row[new] = row.pop(old)
         if row.get("verdict") in _OLD_WORDS:
             row["verdict"] = _OLD_WORDS[row["verdict"]]
-    _require(info, _ANY_CASE, place)
+    require_shape(info, _ANY_CASE, place)
     for row in info.get("rows", ()):
         if row["goal"] not in GOALS or row["better"] not in ("higher", "lower"):
-            raise _Foreign(f"{place} has a row of no goal of the suite")
+            raise Foreign(f"{place} has a row of no goal of the suite")
     # Others are of other tests, or the figures of a goal alone.
     if "id" in info and ("stats" in entry or "rows" not in info):
-        _require(info, _NAMED_CASE | _OF_KIND.get(info.get("kind"), {}), place)
-        _require(entry, {"name": _TEXT, "stats": _STATS}, place)
+        require_shape(info, _NAMED_CASE | _OF_KIND.get(info.get("kind"), {}), place)
+        require_shape(entry, {"name": TEXT, "stats": _STATS}, place)
 
 
 def read_cases(path: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def as_measured(rows: list[Row], bytes_per_parameter: int) -> list[Measured]:
     """Rows in one unit of time, whatever run they are of.
 
     A time is softmax's, times the ratio that was measured in the same rounds: two runs may have
-    had hosts and clocks that differ.
+    had hosts, clocks and batches that differ.
     """
     of_softmax = softmax_seconds(rows)
     found = []

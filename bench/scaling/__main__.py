@@ -23,7 +23,7 @@ from torch.cuda import nccl
 from attnzoo import list_attention
 from attnzoo.contract import nearest
 from bench import reports
-from bench.options import split
+from bench.options import from_zero, split
 from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
 from bench.scaling.cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
@@ -205,7 +205,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
          "fsdp2 (--sharded), ddp (one reduction after the backward)")  # fmt: skip
     flag("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     flag("--size", default="L", choices=("tiny", "S", "B", "L"), help="of the backbone")
-    flag("--patience", type=float, default=150.0, help="seconds of one case")
+    flag("--patience", type=from_zero, default=150.0, help="seconds of one case")
     flag("--device", choices=("cpu", "cuda"), help="a CPU has processes in place of GPUs")
     options = reports.parsed(parser, arguments)
     if options.into and not options.table:

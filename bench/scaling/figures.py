@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.reports import read, where
+from bench.results import NUMBER, TEXT
 from bench.thresholds import HEADING, SCALING, GoalFigure
 from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 
-_KEYS = (
-    *("training", "checks", "missed", "gpus", "device"),
-    *("versions", "device_name", "commit", "datetime"),
-)
+_NUMBERS = ("images_per_second", "making_a_batch", "waiting_for_a_batch", "peak_memory")
+# What tables read; ``require_shape`` says how.
+_SHAPE = {
+    "gpus": (int,), "device": TEXT,
+    "training": [{
+        **dict.fromkeys(("mechanism", "way", "size", "treatment"), TEXT),
+        **dict.fromkeys(("tokens", "gpus", "images"), (int,)), **dict.fromkeys(_NUMBERS, NUMBER),
+        "seconds": dict.fromkeys(("median", "q1", "q3"), NUMBER), "notes": [TEXT],
+        **dict.fromkeys(("checkpoint", "beside"), (dict, int, type(None))),
+    }],
+    "checks": [{"check": TEXT, "processes": (int,)}],
+}  # fmt: skip
 _WAYS = {"overlapped": "overlapped", "fsdp2": "FSDP2", "ddp": "one reduction"}
 
 
@@ -23,7 +32,7 @@ def read_scaling(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no such file.
     """
-    return read(path, _KEYS, "bench.scaling")
+    return read(path, _SHAPE, "bench.scaling")
 
 
 def share_of_linear(report: dict[str, Any], row: dict[str, Any]) -> float | None:

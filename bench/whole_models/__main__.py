@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -20,13 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import attnzoo
 from attnzoo import InvalidValue
 from backbones.pattern import names_in
 from bench import machine, reports
 from bench.isolate import one_line
 from bench.machine import quiet
-from bench.options import split
+from bench.options import from_zero, split
 from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
 from bench.whole_models.by_recipe import EXPECTED, RECIPES
@@ -43,7 +46,8 @@ DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 40
 # Softmax's crossovers lie between the first three of each size.
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
 _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
-PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
+DEFAULT_PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
+PARTS = (*DEFAULT_PARTS, "profile")
 
 
 class Run(reports.Writer):
@@ -69,15 +73,19 @@ class Run(reports.Writer):
 
     def measure(self) -> dict[str, Any]:
         """Measures until the time is spent."""
+        if not (planned := self._planned()):
+            raise UserError(f"--parts {','.join(self.options.parts)} has nothing to measure of "
+                            f"--mechanisms {','.join(self.options.mechanisms)}")  # fmt: skip
         rows = [row for part in PARTS for row in self.report[part]]
         begun = {_name_of(row) for row in rows}
         complete = {
             _name_of(row) for row in rows
             if "treatments" not in row or set(row["treatments"]) <= row["seconds"].keys()
         }  # fmt: skip
-        jobs = [job for job in self._planned() if job.name not in complete]
-        # What an earlier run could not do in full comes after what it has not begun.
-        jobs.sort(key=lambda job: job.name in begun)
+        jobs = [job for job in planned if job.name not in complete]
+        # What an earlier run could not do in full comes after what it has not begun. A profiler
+        # that has been on may slow whatever the same process launches later.
+        jobs.sort(key=lambda job: (job.part == "profile", job.name in begun))
         late = self._compile_ahead(jobs)
         try:
             if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
@@ -123,6 +131,9 @@ class Run(reports.Writer):
         for case in planned(options.mechanisms, options.models, options.device, options.large):
             softmax = dataclasses.replace(case, mechanism="softmax")
             jobs.append(Job("cases", case.mechanism, case, softmax if case != softmax else None))
+            treatments = LAYER_TREATMENTS if options.device == "cuda" else ("eager",)
+            case = dataclasses.replace(case, treatments=treatments)
+            jobs.append(Job("profile", case.mechanism, case))
         return sorted((job for job in jobs if job.part in options.parts), key=self._place)
 
     def _place(self, job: Job) -> int:
@@ -291,6 +302,9 @@ def _name_of(row: dict[str, Any]) -> str:
     if "over_before" in row:
         case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
         return Job("before", case=case).name
+    if "profiles" in row:
+        case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
+        return Job("profile", case=case).name
     if "recipe" in row:
         return Job("recipes", row["mechanism"], recipe=(row["recipe"], row["way"])).name
     if "over_fla" in row:
@@ -327,14 +341,15 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--skip-compiled", default="", help="mechanisms measured without compiled blocks"
     )
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds of one case, on a GPU"
+        "--patience", type=from_zero, default=60.0, help="seconds of one case, on a GPU"
     )
     parser.add_argument(
-        "--round-seconds", type=float, default=0.6, help="of the rounds of one case"
+        "--round-seconds", type=from_zero, default=0.6, help="of the rounds of one case"
     )
     parser.add_argument(
         "--parts", default=None,
-        help=f"what to measure, of {', '.join(PARTS)} (default: all; on a CPU only cases)",
+        help=f"what to measure, of {', '.join(PARTS)} (default: all but profile; on a CPU only "
+        f"cases)",
     )  # fmt: skip
     parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")
     options = reports.parsed(parser, arguments)
@@ -342,7 +357,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
     is_named = options.parts is not None
-    options.parts = split(options.parts or ("cases" if is_short else ",".join(PARTS)))
+    for name in ("mechanisms", "sizes", "parts", "tokens"):
+        if (text := getattr(options, name)) and not split(text):
+            raise UserError(f"--{name} {text} names none")
+    options.parts = split(options.parts or ("cases" if is_short else ",".join(DEFAULT_PARTS)))
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
@@ -354,20 +372,20 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--parts before times an older checkout; name it by --before FOLDER")
     if options.processes is None:
         options.processes = max(1, (os.cpu_count() or 2) - 2) if options.device == "cuda" else 1
-    options.sizes, known = split(options.sizes), attnzoo.list_attention()
+    options.sizes, known = split(options.sizes or "S,L"), attnzoo.list_attention()
     options.large = None if options.mechanisms else LARGE
-    options.mechanisms = list(split(options.mechanisms)) or known
+    options.mechanisms = list(dict.fromkeys(split(options.mechanisms))) or known
     options.skip_compiled = split(options.skip_compiled)
     reports.require_mechanisms([*options.mechanisms, *options.skip_compiled])
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
-    if options.tokens is None:
+    if not options.tokens:
         options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
         return options
-    counts = split(options.tokens)
+    counts = dict.fromkeys(split(options.tokens))
     if not all(
-        count.isdigit() and round(int(count) ** 0.5) ** 2 == int(count) for count in counts
+        count.isdecimal() and 0 < math.isqrt(int(count)) ** 2 == int(count) for count in counts
     ):
         raise UserError(f"--tokens {options.tokens} must be squares, such as 256,1024,4096,16384")
     options.models = {size: [int(count) for count in counts] for size in options.sizes}
@@ -380,6 +398,8 @@ def main(arguments: list[str]) -> int:
     if options.table:
         print(tables(read_whole(options.table)))
         return DONE
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out for the CPU")
     earlier = reports.earlier(options, read_whole)
     quiet()
     print(tables(rounded(Run(options, earlier).measure())))

@@ -23,7 +23,10 @@ from bench.machine import free, quiet
 from bench.whole_models.before import Step, open_gates
 from bench.whole_models.figures import LAYER_TREATMENTS, TREATMENTS, layer_name
 
-# Images of a training step and of a forward, by tokens of one; size L takes half of them.
+# Images of a training step and of a forward, by tokens of one; size L takes half of them. From
+# 4,096 tokens on its training step takes a quarter, which are 16,384 tokens as at 1,024: softmax's
+# and another's step, eager, recorded and compiled, each recording with memory of its own, did not
+# fit into 79 GiB together with half.
 BATCHES = {256: (64, 16), 1024: (32, 16), 4096: (16, 8), 16384: (4, 2)}
 LAYER_WIDTH, LAYER_TOKENS = 768, (4096, 16384)
 # Norm of a difference over the norm: what bfloat16 explains where another expert is chosen.
@@ -64,7 +67,10 @@ class Case:
         """Images of a step."""
         known = [BATCHES[n] for n in sorted(BATCHES) if n <= self.tokens] or [BATCHES[256]]
         images = known[-1][self.mode == "forward"]
-        return max(1, images // (2 if self.size == "L" else 1)) if self.size != "tiny" else 2
+        if self.size == "tiny":
+            return 2
+        is_long = self.mode == "train" and self.tokens >= 4096
+        return max(1, images // ((4 if is_long else 2) if self.size == "L" else 1))
 
     @property
     def name(self) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 from attnzoo.command.fits import first_faster
 from bench.reports import read, where
+from bench.results import NUMBER, TEXT, Foreign, require_shape
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
 from recipes.lab.console import UserError
+from recipes.lab.files import read_json
 from recipes.lab.pages import markdown_table
 
 # Models under one treatment are compared by the last that both have.
@@ -19,7 +21,27 @@ LAYER_TREATMENTS = TREATMENTS[1:]
 MODES = ("forward", "train")
 
 
-_KEYS = ("cases", "layers", "launches", "missed", "versions", "device_name", "commit")
+# What tables, pictures and advice read; ``require_shape`` says how.
+_MEDIAN = {"median": NUMBER}
+_STEP = {
+    **dict.fromkeys(("mechanism", "mode"), TEXT), "tokens": (int,), "seconds": {"*": _MEDIAN},
+    "missing": {"*": TEXT},
+}  # fmt: skip
+_MODEL = {**_STEP, "size": TEXT, **dict.fromkeys(("resolution", "batch"), (int,))}
+_SHAPE = {
+    "cases": [{**_MODEL, "over_softmax": {"*": _MEDIAN}, "peak_memory": NUMBER}],
+    "layers": [{"seconds": (int, float, dict)}],
+    "launches": [{"mechanism": TEXT, "bmm_seconds": NUMBER, "launches": _MEDIAN}],
+    "recipes?": [{**dict.fromkeys(("recipe", "mechanism", "way"), TEXT),
+                  "images_per_second": NUMBER}],
+    "scans?": [{"mode": TEXT, "over_fla": _MEDIAN}],
+    "before?": [{**_MODEL, "commit": TEXT, "over_before": {"ours": TEXT, **_MEDIAN}}],
+    "profile?": [{**_MODEL, "profiles": {"*": {
+        **dict.fromkeys(("kernels", "memsets", "copies", "busy", "gaps"), NUMBER),
+        "longest": [(list,)],
+    }}}],
+}  # fmt: skip
+_LAYER = {**_STEP, "floor": NUMBER, "bound": TEXT}
 
 
 def read_whole(path: Path) -> dict[str, Any]:
@@ -28,21 +50,28 @@ def read_whole(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is no such file.
     """
-    report = read(path, _KEYS, "bench.whole_models")
+    report = read(path, _SHAPE, "bench.whole_models")
     for row in report["layers"]:
         if not isinstance(row["seconds"], dict):  # of before layers were compiled
             row["seconds"] = {"recorded": {"median": row["seconds"]}}
             row |= {"treatments": list(LAYER_TREATMENTS), "missing": {}}
+    try:
+        require_shape(report, {"layers": [_LAYER]})
+        for i, row in enumerate(report["cases"]):
+            if min(row["tokens"], row["batch"], row["resolution"]) < 1:
+                raise Foreign(f"it.cases[{i}] has no tokens, no batch or no resolution")
+    except Foreign as error:
+        raise UserError(f"{path} is no file of python -m bench.whole_models: {error}") from error
     return report
 
 
 def is_whole(path: Path) -> bool:
-    """Whether ``read_whole`` can read a file."""
+    """Whether a file is one for ``read_whole``, which says what is wrong if it is damaged."""
     try:
-        read_whole(path)
+        report = read_json(path)
     except UserError:
         return False
-    return True
+    return isinstance(report, dict) and {"cases", "layers"} <= report.keys()
 
 
 def layer_label(row: dict[str, Any]) -> str:
@@ -363,6 +392,28 @@ def _over_others(report: dict[str, Any]) -> str:
     return f"Time over that by another implementation: {'; '.join(found)}" if found else ""
 
 
+def _profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What a step's time consists of: a table of all, and a fold with the kernels of each."""
+    lines, folds = [], []
+    for row in rows:
+        of = row["mechanism"], row["size"], row["resolution"], row["batch"], row["mode"]
+        for name, found in row["profiles"].items():
+            times = [row["seconds"][name]["median"], *(found[key] for key in ("busy", "gaps"))]
+            counts = [f"{found[key]:g}" for key in ("kernels", "memsets", "copies")]
+            lines.append([*of, name, *(f"{z * 1e3:.3f}" for z in times), *counts])
+            longest = [
+                [kernel, f"{count:g}", f"{spent * 1e6:.0f}", f"{spent / found['busy']:.1%}"]
+                for kernel, count, spent in found["longest"]
+            ]
+            table = markdown_table(["kernel", "times", "µs", "share"], longest, padded=True)
+            summary = f"{of[0]} {of[1]} {of[2]}px {of[4]}, {name}: the longest kernels"
+            folds.append(f"<details>\n<summary>{summary}</summary>\n\n{table}\n\n</details>")
+    heading = ["model", "size", "px", "batch", "step", "treatment", "a step, ms", "kernels, ms",
+               "gaps, ms", "kernels", "memsets", "copies"]  # fmt: skip
+    if lines:
+        yield from (markdown_table(heading, lines, padded=True), *folds)
+
+
 _WORDS = {"forward": "forward", "train": "training step"}
 
 
@@ -398,8 +449,10 @@ def tables(report: dict[str, Any]) -> str:
         heading = ["layer", "tokens", "step", *(f"{name}, µs" for name in LAYER_TREATMENTS),
                    "floor, µs", "bound by", "over floor"]  # fmt: skip
         parts += filter(None, (markdown_table(heading, layers, padded=True), _over_others(report)))
+    profiles = report.get("profile", [])
+    parts += _profiles(profiles)
     lacking = [f"- {row['what']}: {row['reason']}" for row in report["missed"]]
-    for row in (*report["cases"], *report.get("before", ())):
+    for row in (*report["cases"], *report.get("before", ()), *profiles):
         of = f"{row['mechanism']} {row['size']} {row['resolution']}px {row['mode']}"
         lacking += [f"- {of}, {name}: {why}" for name, why in row["missing"].items()]
     for row in report["layers"]:

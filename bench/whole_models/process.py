@@ -32,6 +32,7 @@ from bench.whole_models.measures import (
     measure_scans,
 )
 from bench.whole_models.older import BEFORE
+from bench.whole_models.profiles import measure_profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Job:
 
     Attributes:
         part: Of the report; or "peaks" or "check". Of "before" it is softmax's model, held to an
-            older checkout's.
+            older checkout's; of "profile" a model alone.
         mechanism: Whose.
         case: A whole model, or a layer.
         softmax: The same case of softmax, where ``case`` is a model of another mechanism.
@@ -70,7 +71,8 @@ class Job:
     @property
     def name(self) -> str:
         if self.case is not None:
-            return self.case.name + (f" over {BEFORE}" if self.part == "before" else "")
+            of = {"before": f" over {BEFORE}", "profile": " profile"}
+            return self.case.name + of.get(self.part, "")
         return {
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
             "recipes": " ".join((*self.recipe, self.mechanism)), "scans": f"scans {self.mode}",
@@ -126,6 +128,8 @@ class Bench:
             self._group = group
         if job.part == "before":
             return measure_over_before(job.case, self.setup)
+        if job.part == "profile":
+            return measure_profile(job.case, self.setup)
         if job.softmax is None:
             return measure_case(job.case, self.setup)
         if self._softmax is None:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -31,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 PLAIN = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 PLAIN |= {"OMP_NUM_THREADS": "1"}
 FEW = ("--mechanisms", "sana", "--resolutions", "128", "--widths", "96", "-k", "count")
-SUITE = (sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider")
+PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.bench.known_peaks")
+SUITE = (sys.executable, "-m", "pytest", "bench", "-q", *PLUGINS)
 GPU_RUN = ROOT / "docs" / "plots" / "gpu.json"
 IMPL_CASES = (("softmax", "flash"), ("dydila", "triton"), ("gated", "fla"), ("agent", "xformers"))
 
@@ -72,6 +72,8 @@ def written(path, report):
 REFUSED = (
     (("-n", "2"), "one case at a time"),
     (("--dist", "load", "--tx", "2*popen"), "one case at a time"),
+    (("--quick", "--full"), "exclude each other"),
+    (("tests/bench/test_gpu_goals.py",), "runs by itself"),
     (("--benchmark-disable",), "stores nothing"),
     (("--benchmark-skip",), "skips every case"),
     (("--setup-plan",), "measure nothing"),
@@ -85,11 +87,18 @@ REFUSED = (
     (("--benchmark-max-time", "3"), "--benchmark-max-time has no effect here"),
     (("--benchmark-warmup=on",), "--benchmark-warmup has no effect here"),
 )
-# One process for all, since most of a refusal's time goes to starting.
-REFUSALS = """
-import contextlib, io, json, sys
+# One process for all, since most of a refusal's time goes to starting. No file whose name begins
+# with "full" can be written in it.
+ONE_PROCESS = """
+import contextlib, io, json, os, sys
 import pytest
 sys.modules["pygal"] = None
+replace = os.replace
+def full(source, target):
+    if os.path.basename(target).startswith("full"):
+        raise OSError(28, "No space left on device")
+    return replace(source, target)
+os.replace = full
 found = []
 for flags in json.loads(sys.argv[1]):
     told, said = io.StringIO(), io.StringIO()
@@ -101,30 +110,50 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def refusals():
-    flags = [[*FEW, *flags] for flags, _ in REFUSED]
-    done = call(sys.executable, "-c", REFUSALS, json.dumps(flags))
+def written_before(tmp_path_factory):
+    """A file, and one that cannot be written, of an earlier run."""
+    paths = [tmp_path_factory.mktemp("written") / name for name in ("out.json", "full.json")]
+    for path in paths:
+        path.write_text("older")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def one_process(written_before):
+    """Status, standard error and output of the runs of ``REFUSED``, a listing and a full disk."""
+    path, full = map(str, written_before)
+    runs = [flags for flags, _ in REFUSED]
+    runs += [("--collect-only", "--benchmark-json", path), ("--benchmark-json", full)]
+    flags = [[*FEW, *flags] for flags in runs]
+    done = call(sys.executable, "-c", ONE_PROCESS, json.dumps(flags))
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("place", range(len(REFUSED)), ids=lambda i: " ".join(REFUSED[i][0]))
-def test_what_would_store_nothing_is_refused_before_anything_is_measured(refusals, place):
-    status, told, said = refusals[place]
+def test_what_would_store_nothing_is_refused_before_anything_is_measured(one_process, place):
+    status, told, said = one_process[place]
     lines = told.strip().splitlines()
     assert status == 4 and REFUSED[place][1] in lines[-1], told + said
     assert lines[-1].startswith("ERROR:") and "Traceback" not in told and "passed" not in said
 
 
-def test_listing_the_cases_leaves_an_older_result_as_it_is(tmp_path):
-    path = tmp_path / "out.json"
-    path.write_text("older")
-    done = call(*SUITE, *FEW, "--collect-only", "--benchmark-json", str(path))
-    assert done.returncode == 0 and "count-sana" in done.stdout
-    assert path.read_text() == "older"
+def test_listing_the_cases_leaves_an_older_result_as_it_is(one_process, written_before):
+    status, _, said = one_process[-2]
+    assert status == 0 and "count-sana" in said
+    assert written_before[0].read_text() == "older"
 
 
-def test_an_own_mechanism_by_import_and_a_run_in_a_new_folder_under_the_c_locale(tmp_path):
+def test_a_disk_that_is_full_at_the_end_is_one_line(one_process, written_before):
+    status, told, said = one_process[-1]
+    path = written_before[1]
+    assert status == 2 and "Traceback" not in told + said
+    assert f"error: cannot write {str(path)!r}: No space left on device" in said
+    assert path.read_text() == "older" and os.listdir(path.parent).count("full.json") == 1
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+def test_an_own_mechanism_and_a_new_folder_under_the_c_locale(tmp_path, capsys):
     own = tmp_path / "own.py"
     own.write_text(
         "import attnzoo\nimport torch.nn as nn\n\n"
@@ -149,47 +178,28 @@ def test_an_own_mechanism_by_import_and_a_run_in_a_new_folder_under_the_c_locale
     assert remembered["own"]["source"] == str(own) and len(remembered["own"]["sha256"]) == 64
     drawn = call(
         sys.executable, "bench/plot.py", str(path), "--out", str(tmp_path / "plots"),
-        LC_ALL="C", PYTHONUTF8="0", MPLBACKEND="module://matplotlib_inline.nowhere",
+        LC_ALL="C", PYTHONUTF8="0", MPLBACKEND="nonsense",
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
     assert "own" in (tmp_path / "plots" / "report.html").read_text("utf-8")
-    advice = call(
-        sys.executable, "-m", "bench.recommend", str(path), "--resolution", "128",
-        LC_ALL="C", PYTHONUTF8="0",
-    )  # fmt: skip
-    assert advice.returncode == 0 and "own" in advice.stdout, advice.stderr
+    assert recommend.main([str(path), "--resolution", "128"]) == 0
+    assert "- own: the fastest" in capsys.readouterr().out
 
 
-def test_a_run_that_stops_early_says_why(tmp_path):
+def test_a_run_that_stops_early_says_why_though_nothing_was_measured(tmp_path):
     path = tmp_path / "out.json"
     wrong = str(Path(__file__).with_name("wrong.py"))
     done = call(
-        *SUITE, "--import", wrong, "--mechanisms", "wrong,sana", "--resolutions", "256",
+        *SUITE, "--import", wrong, "--mechanisms", "wrong", "--resolutions", "256",
         "--widths", "96", "-k", "latency and layer", "-x", "--benchmark-json", str(path),
     )  # fmt: skip
-    absent = json.loads(path.read_text())["cells_not_measured"]
+    report = json.loads(path.read_text())
+    absent = report["cells_not_measured"]
+    assert report["benchmarks"] == [] and len(report["cells_requested"]) == len(absent) == 2
     states = [cell["state"] for cell in absent]
-    assert states.count("error") == 1 and "interrupted" in states, done.stdout
+    assert sorted(states) == ["error", "interrupted"], done.stdout
     late = [cell["reason"] for cell in absent if cell["state"] == "interrupted"]
     assert all("stopping after 1 failures" in reason for reason in late)
-
-
-def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nbefore = os.replace\n"
-        "def full(source, target):\n"
-        "    if str(target).endswith('full.json'):\n"
-        "        raise OSError(28, 'No space left on device')\n"
-        "    return before(source, target)\n"
-        "os.replace = full\n"
-    )
-    path = tmp_path / "full.json"
-    path.write_text("older")
-    done = call(*SUITE, *FEW, "--benchmark-json", str(path), PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert f"error: cannot write {str(path)!r}: No space left on device" in done.stdout
-    assert path.read_text() == "older" and os.listdir(tmp_path).count("full.json") == 1
-    assert not list(tmp_path.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize(("mechanism", "impl"), IMPL_CASES)
@@ -282,18 +292,21 @@ def test_versions_survive_metadata_that_cannot_be_read(monkeypatch):
     assert machine.versions()["torch"] == "unreadable (KeyError)"
 
 
-KILLED = """
-import os, sys
+# What cases import beforehand is left out, as nothing of it is needed here.
+BARE = """
+from multiprocessing.forkserver import ForkServer
+ForkServer.set_forkserver_preload = lambda *_: None
 from bench.isolate import run_isolated
-import tests.bench.test_borders as here
-sys.stdout.flush()
-run_isolated(here.sleep, memory=2**33, timeout=300)
 """
-
-
-def sleep():
-    (Path(multiprocessing.util.get_temp_dir()) / "of-a-case").write_text(str(os.getpid()))
-    time.sleep(300)
+QUICK = f"{BARE}import os\nprint(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
+SLEEPING = """
+import os, time
+from multiprocessing import util
+with open(util.get_temp_dir() + "/of-a-case", "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(300)
+"""
+KILLED = f"{BARE}run_isolated(exec, {SLEEPING!r}, memory=2**33, timeout=300)"
 
 
 @pytest.fixture
@@ -306,9 +319,7 @@ def short_path():
 def test_a_long_temporary_folder_is_no_hindrance(short_path):
     long = short_path / ("x" * 90)
     long.mkdir()
-    code = "from bench.isolate import run_isolated\nimport os\n"
-    code += "print(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
-    done = call(sys.executable, "-c", code, TMPDIR=str(long), PYTHONPATH=str(ROOT))
+    done = call(sys.executable, "-c", QUICK, TMPDIR=str(long), PYTHONPATH=str(ROOT))
     assert done.stdout == "measured\n", done.stderr
 
 
@@ -341,10 +352,8 @@ def test_a_killed_suite_leaves_no_process_and_the_next_one_sweeps_its_folder(sho
 
 def test_a_finished_run_leaves_nothing(short_path):
     tmp_path = short_path
-    code = "from bench.isolate import run_isolated\nimport os\n"
-    code += "print(run_isolated(os.getcwd, memory=2**33, timeout=60).state)\n"
     environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = call(sys.executable, "-c", code, **environment)
+    done = call(sys.executable, "-c", QUICK, **environment)
     assert done.stdout == "measured\n" and list(tmp_path.iterdir()) == [], done.stderr
 
 
@@ -391,6 +400,8 @@ def test_a_damaged_or_foreign_file_is_one_line(name, tmp_path):
 
 def test_a_sound_file_passes_the_same_checks(tmp_path, capsys):
     path = written(tmp_path / "report.json", small_report())
+    with pytest.raises(UserError, match=r"--size is of whole models.*choose by --width"):
+        recommend.main([str(path), "--size", "S"])
     assert recommend.main([str(path), "--resolution", "256"]) == 0
     assert compare.main([str(path), str(path)]) == 0
     capsys.readouterr()
@@ -441,13 +452,15 @@ HOSTILE = "_x|`$\\bad$<img src=x onerror=alert(1)>\x1b[31m[a](b)\ny=é"
 
 
 def test_names_that_users_choose_do_no_harm(tmp_path, capsys):
-    report = small_report(HOSTILE, mode="forward")
+    report = small_report(HOSTILE, mode="forward", dtype="../../outside/x")
     report["cells_not_measured"] = [{"name": HOSTILE, "state": "error", "reason": HOSTILE}]
     for entry in report["benchmarks"]:
         entry["extra_info"]["device_name"] = HOSTILE
     path = written(tmp_path / "report.json", report)
-    out = tmp_path / "plots"
+    out = tmp_path / "a" / "plots"
     assert plot.main([str(path), "--out", str(out)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "a"}
+    assert os.listdir(tmp_path / "a") == ["plots"]
     assert recommend.main([str(path), "--resolution", "256"]) == 0
     told = capsys.readouterr().out
     assert "\x1b" not in told
@@ -460,7 +473,7 @@ def test_names_that_users_choose_do_no_harm(tmp_path, capsys):
     assert picture.stat().st_size > 1000
 
 
-def test_many_mechanisms_are_drawn_and_told_without_overlap(tmp_path):
+def test_many_mechanisms_are_drawn_and_told_without_overlap(tmp_path, monkeypatch):
     report = small_report("mechanism-0")
     for i in range(1, 24):
         more = small_report(f"mechanism-{i}")["benchmarks"][2:]
@@ -486,6 +499,7 @@ def test_many_mechanisms_are_drawn_and_told_without_overlap(tmp_path):
         overlap = [(a, b) for a, b in itertools.combinations(smaller, 2) if a.overlaps(b)]
         assert not overlap, (name, overlap)
         assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes), name
+    monkeypatch.setattr(plot, "draw", lambda *_: [])  # once is enough
     assert plot.main([str(path), "--out", str(tmp_path / "plots")]) == 0
     page = (tmp_path / "plots" / "report.html").read_text("utf-8")
     assert page.index("<h2>Verdict") < page.index("<h2>One attention") < page.index("<h2>Pict")
@@ -497,13 +511,6 @@ def test_many_mechanisms_are_drawn_and_told_without_overlap(tmp_path):
     assert len(order) == 25
 
 
-def test_a_foreign_dtype_cannot_choose_where_pictures_go(tmp_path, capsys):
-    path = written(tmp_path / "report.json", small_report(dtype="../../outside/x"))
-    assert plot.main([str(path), "--out", str(tmp_path / "a" / "plots")]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"report.json", "a"}
-    assert not (tmp_path / "a" / "outside").exists() and capsys.readouterr().out
-
-
 def test_text_of_a_table_is_escaped_once():
     assert pages.markdown_text("a|b") == "a\\|b"
     assert pages.markdown_text("sana[impl=reference]") == "sana[impl=reference]"
@@ -511,21 +518,10 @@ def test_text_of_a_table_is_escaped_once():
     assert pages.markdown_text("≥ 0.88, ≤ 1") == "≥ 0.88, ≤ 1"
 
 
-def test_a_pipe_that_closes_is_no_traceback(tmp_path):
-    path = written(tmp_path / "report.json", small_report())
-    command = f"{sys.executable} -m bench.recommend {path} --resolution 256 | true"
-    for text in (command, f"{sys.executable} -m bench.results --help | true"):
-        done = call("bash", "-c", text)
-        assert done.stderr == "", done.stderr
-
-
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.nowhere", "nonsense", ""])
-def test_the_callers_matplotlib_backend_does_not_matter(backend, tmp_path):
-    path = written(tmp_path / "report.json", small_report())
-    out = tmp_path / "plots"
-    done = call(sys.executable, "bench/plot.py", str(path), "--out", str(out), MPLBACKEND=backend)
-    assert done.returncode == 0, done.stderr
-    assert (out / "time-layer-forward-d96-float32.png").exists()
+def test_a_pipe_that_closes_is_no_traceback():
+    code = "from recipes.lab.console import run_script; run_script(lambda _: print('x' * 10**6))"
+    done = call("bash", "-c", f'(sleep 1; {sys.executable} -c "{code}") | true')
+    assert done.stderr == "", done.stderr
 
 
 def test_ties_are_called_ties():

@@ -56,7 +56,7 @@ def case(mechanism, seconds, over=None, missing=()):
     return {
         "mechanism": mechanism, "size": "tiny", "mode": "forward", "tokens": 256, "batch": 2,
         "resolution": 256, "seconds": {name: {"median": z} for name, z in seconds.items()},
-        "over_softmax": {}, "over_fastest": found, "peak_memory": 5,
+        "over_softmax": {}, "over_fastest": found, "peak_memory": 5, "missing": {},
     }  # fmt: skip
 
 

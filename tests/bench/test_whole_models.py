@@ -1,5 +1,6 @@
 """Whole models timed: checked before they are timed, written as they come, judged by goals."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,17 +11,19 @@ import os
 import pickle
 import shutil
 import signal
-import time
+import types
 
 import pytest
 import torch
 from torch._inductor import config as inductor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from attnzoo.errors import Unavailable
 from bench import plot, recommend
 from bench.checks import WrongStep
 from bench.whole_models import __main__ as whole_models
-from bench.whole_models import by_recipe, process
+from bench.whole_models import by_recipe, process, profiles
 from bench.whole_models import cases as whole_cases
 from bench.whole_models import figures as whole_figures
 from bench.whole_models.__main__ import main, planned
@@ -29,14 +32,22 @@ from bench.whole_models.cases import Case, Layer, LayerSubject, Setup, Subject
 from bench.whole_models.measures import measure_launch, measure_layer, measure_over_before
 from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
+from tests.bench.answering import Asked, answers
 
-TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "aot_eager"]
+TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "eager",
+        "--round-seconds", "0"]  # fmt: skip
 ON_CPU = Setup("cpu", "eager", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def checked_elsewhere(monkeypatch):
     monkeypatch.setattr(process, "check_layer", lambda *_: {})
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Training steps are left out where they go the same way."""
+    monkeypatch.setattr(whole_models, "MODES", ("forward",))
 
 
 def run(tmp_path, *arguments):
@@ -64,7 +75,7 @@ def test_every_case_is_timed_with_softmax_and_printed(tmp_path, capsys):
     assert "| sana " in said and "Not measured" not in said
 
 
-def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
+def test_what_computes_something_else_is_not_timed(forwards, tmp_path, monkeypatch):
     real = whole_cases.compile_blocks
 
     def broken(model, **options):
@@ -73,12 +84,12 @@ def test_what_computes_something_else_is_not_timed(tmp_path, monkeypatch):
         return real(model, **options)
 
     monkeypatch.setattr(whole_cases, "compile_blocks", broken)
-    for row in run(tmp_path, "--mechanisms", "softmax")["cases"]:
-        assert row["seconds"].keys() == {"eager"}
-        assert "differs from the eager step" in row["missing"]["compiled"]
+    [row] = run(tmp_path, "--mechanisms", "softmax")["cases"]
+    assert row["seconds"].keys() == {"eager"}
+    assert "differs from the eager step" in row["missing"]["compiled"]
 
 
-def test_a_mechanism_that_differs_from_its_reference_is_not_timed(tmp_path, monkeypatch):
+def test_a_mechanism_that_differs_from_its_reference_is_not_timed(forwards, tmp_path, monkeypatch):
     def check(mechanism, *_):
         if mechanism == "sana":
             raise ValueError("it differs")
@@ -86,7 +97,7 @@ def test_a_mechanism_that_differs_from_its_reference_is_not_timed(tmp_path, monk
     monkeypatch.setattr(process, "check_layer", check)
     report = run(tmp_path, "--mechanisms", "softmax,sana")
     assert {row["mechanism"] for row in report["cases"]} == {"softmax"}
-    assert [miss["reason"] for miss in report["missed"]] == ["ValueError: it differs"] * 2
+    assert [miss["reason"] for miss in report["missed"]] == ["ValueError: it differs"]
 
 
 def test_why_a_compiler_failed_can_be_sent_to_another_process(monkeypatch):
@@ -121,13 +132,13 @@ def test_what_was_measured_before_a_crash_is_there(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "whole.json").read_text())["cases"]) == 1
 
 
-def test_a_second_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+def test_a_second_run_goes_on_with_what_is_missing(forwards, tmp_path, monkeypatch):
     first = run(tmp_path, "--mechanisms", "softmax", "--skip-compiled", "softmax")
     for row in first["cases"]:
         assert row["seconds"].keys() == {"eager"}
         assert row["missing"] == {"compiled": "left out by --skip-compiled"}
     second = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
-    assert second["datetime"] == first["datetime"] and len(second["cases"]) == 4
+    assert second["datetime"] == first["datetime"] and len(second["cases"]) == 2
     assert all(row["seconds"].keys() == {"eager", "compiled"} for row in second["cases"])
     monkeypatch.setattr(process, "measure_case", None)  # nothing is measured twice
     third = run(tmp_path, "--mechanisms", "softmax,sana", "--resume")
@@ -138,8 +149,9 @@ def test_a_second_run_goes_on_with_what_is_missing(tmp_path, monkeypatch):
         run(tmp_path, "--resume")
 
 
-def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(tmp_path):
+def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(forwards, tmp_path):
     report = run(tmp_path, "--mechanisms", "softmax,sana", "--skip-compiled", "sana")
+    assert len(report["cases"]) == 2
     for row in report["cases"]:
         if row["mechanism"] == "sana":
             assert row["over_softmax"].keys() == {"eager"}
@@ -148,20 +160,6 @@ def test_models_are_compared_at_their_fastest_though_a_treatment_lacks(tmp_path)
             assert whole_figures.over_fastest(row)[0] > 0
         else:
             assert row["over_fastest"] is None and whole_figures.over_fastest(row) is None
-
-
-def answers(connection, *_):
-    """Breaks at "peaks", sleeps at "check" and dies at "launches"."""
-    while True:
-        job = connection.recv()
-        if job.part == "check":
-            time.sleep(60)
-        if job.part == "launches":
-            os._exit(3)
-        row = {"process": os.getpid(), "seconds": job.seconds}
-        connection.send((row, "", job.part != "peaks"))
-        if job.part == "peaks":
-            return
 
 
 def test_a_training_step_leaves_no_graph_behind():
@@ -186,17 +184,17 @@ def test_a_training_step_leaves_no_graph_behind():
 
 
 def test_what_breaks_a_process_breaks_no_other_job():
-    bench = Elsewhere(ON_CPU, None, answers)
+    bench = Elsewhere(None, None, answers)
     try:
-        found = [bench.answer(Job(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
+        found = [bench.answer(Asked(part), 30.0)[0] for part in ("layers", "peaks", "layers")]
         first, second, third = (row["process"] for row in found if row is not None)
         assert first == second != third != os.getpid()
         assert all(row["seconds"] == 25 for row in found)  # a training ends before the process
-        row, reason = bench.answer(Job("launches"), 30.0)
+        row, reason = bench.answer(Asked("launches"), 30.0)
         assert row is None and "exit code 3" in reason
-        row, reason = bench.answer(Job("check"), 1.0)
+        row, reason = bench.answer(Asked("check"), 1.0)
         assert row is None and reason == "took longer than 1 s"
-        assert bench.answer(Job("layers"), 30.0)[0] is not None
+        assert bench.answer(Asked("layers"), 30.0)[0] is not None
     finally:
         bench.close()
 
@@ -222,7 +220,11 @@ def test_goals_come_first_and_small_before_large():
     places = {case: index for index, case in enumerate(cases)}
     assert cases[0] == Case("softmax", "S", 4096, "forward")
     assert places[Case("sana", "L", 16384, "train")] < places[Case("agent", "S", 4096, "forward")]
-    assert Case("sana", "L", 16384, "train").batch == 2
+    # Two models of size L are held at once, each under three treatments.
+    large = [Case("sana", "L", tokens, "train") for tokens in (1024, 4096, 16384)]
+    assert [case.batch * case.tokens for case in large] == [16384] * 3
+    assert Case("sana", "L", 4096, "forward").batch == 4
+    assert Case("sana", "S", 4096, "train").batch == 16
     assert Case("sana", "S", 256, "train").batch == 64
     assert Case("sana", "S", 576, "forward").resolution == 384
     some = planned(["agent", "sana", "softmax"], models, "cuda", ("sana",))
@@ -353,6 +355,49 @@ def test_a_recipe_is_started_as_a_user_starts_it_and_cut_off(monkeypatch):
     if torch.cuda.device_count() < 2:
         with pytest.raises(Unavailable, match=r"needs 2 GPUs, and there (is|are)"):
             measure_recipe("train on GPUs", "dydila", "two GPUs", ON_CPU)
+
+
+def test_a_profile_says_what_a_step_consists_of(tmp_path, capsys):
+    assert "profile" not in whole_models.DEFAULT_PARTS
+    few = ("--mechanisms", "sana", "--parts", "profile")
+    report = run(tmp_path, *few)
+    assert not report["cases"] and len(report["profile"]) == 2 and not report["missed"]
+    for row in report["profile"]:
+        found, seconds = row["profiles"]["eager"], row["seconds"]["eager"]["median"]
+        assert found["busy"] + found["gaps"] == pytest.approx(seconds, rel=1e-4)
+        spent = [kernel[2] for kernel in found["longest"]]
+        assert spent == sorted(spent, reverse=True) and 0 < sum(spent) < found["busy"]
+        assert len(spent) == 12 < found["kernels"]
+    said = capsys.readouterr().out
+    assert said.count("<details>") == 2 and "| aten::addmm" in said
+    assert "<summary>sana tiny 64px train, eager: the longest kernels</summary>" in said
+    again = run(tmp_path, *few, "--resume")
+    assert again["profile"] == report["profile"]
+    assert capsys.readouterr().out.startswith(str(report["device_name"]))  # nothing was measured
+
+
+def test_kernels_of_a_replay_are_told_from_the_hosts_calls(monkeypatch):
+    def event(name, microseconds, kind=DeviceType.CUDA, **others):
+        return FunctionEvent(1, name, 0, 7.0, 7.0 + microseconds, device_type=kind, **others)
+
+    replay = [event("gemm", 30.0), event("gemm", 50.0), event("norm<float>", 100.0),
+              event("Memset (Device)", 2.0), event("Memcpy DtoD (Device -> Device)", 4.0),
+              event("step", 500.0, is_user_annotation=True),
+              event("cudaGraphLaunch", 900.0, DeviceType.CPU)]  # fmt: skip
+    monkeypatch.setattr(profiles.torch.cuda, "synchronize", lambda: None)
+    events, replayed = lambda: replay * len(replayed), []
+    traced = contextlib.nullcontext(types.SimpleNamespace(events=events))
+    monkeypatch.setattr(profiles, "profile", lambda **_: traced)
+    found = profiles._parts(lambda: replayed.append(1), 200e-6, "cuda")
+    assert len(replayed) == profiles._REPLAYS
+    assert (found["kernels"], found["memsets"], found["copies"]) == (3, 1, 1)
+    assert found["busy"] == pytest.approx(186e-6) and found["gaps"] == pytest.approx(14e-6)
+    names, counts, spent = zip(*found["longest"], strict=True)
+    assert names[:3] == ("norm<float>", "gemm", "Memcpy DtoD (Device -> Device)")
+    assert counts[:2] == (1, 2) and spent[:2] == pytest.approx((100e-6, 80e-6))
+    replay = replay[-2:]
+    with pytest.raises(Unavailable, match="sees no kernel"):
+        profiles._parts(lambda: None, 1.0, "cuda")
 
 
 def test_which_steps_of_a_training_count():
@@ -628,6 +673,9 @@ def test_a_crossover_lies_between_sizes_or_nowhere():
     [
         (["--out", "x.json", "--mechanisms", "softmin"], "'softmax'"),
         (["--out", "x.json", "--tokens", "200"], "squares"),
+        (["--out", "x.json", "--tokens", "0"], "squares"),
+        (["--out", "x.json", "--mechanisms", ","], "--mechanisms , names none"),
+        (["--out", "x.json", "--parts", ","], "--parts , names none"),
         (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
         (["--out", "x.json", "--parts", "layer"], "unknown part 'layer'; choose of cases, layers"),
         (["--out", "x.json", "--parts", "layers", "--no-layers"], "short for --parts cases"),
@@ -640,10 +688,13 @@ def test_mistakes_are_one_line(arguments, said):
         main(arguments)
 
 
-def test_a_foreign_file_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no file of python -m bench\.whole_models"):
-        main(["--table", str(tmp_path / "x.json")])
+@pytest.mark.parametrize("flag", ["--seconds", "--patience", "--round-seconds"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "much"])
+def test_a_run_that_would_never_end_or_never_begin_is_refused(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "x.json"), *TINY, f"{flag}={value}"])
+    assert f"{flag}: must be a number from 0 on, got '{value}'" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
 
 
 def whole_report():
@@ -664,6 +715,56 @@ def whole_report():
         "datetime": "2030-01-02T03:04", "cases": rows, "layers": [layer], "launches": [],
         "missed": [],
     }  # fmt: skip
+
+
+def test_what_cannot_be_measured_leaves_the_file_as_it_is(tmp_path):
+    out = tmp_path / "whole.json"
+    out.write_text("older")
+    arguments = ["--out", str(out), "--sizes", "tiny", "--tokens", "16", "--mechanisms", "sana"]
+    cases = [(["--device", "cpu", "--parts", "scans"], "--parts scans has nothing to measure")]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda"], "--device cuda: PyTorch sees no GPU"))
+    for flags, said in cases:
+        with pytest.raises(UserError, match=said):
+            main([*arguments, *flags])
+    assert out.read_text() == "older"
+
+
+def damaged(**changed):
+    report = whole_report()
+    for row in report["cases"]:
+        row.update(changed)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ({}, "it has no versions"),
+        ([], "it is a list"),
+        (damaged() | {"cases": [3]}, r"it\.cases\[0\] is a int"),
+        (damaged() | {"layers": None}, r"it\.layers is a NoneType"),
+        (damaged() | {"missed": ["x"]}, r"it\.missed\[0\] is a str"),
+        (damaged(missing=None), r"cases\[0\]\.missing is a NoneType"),
+        (damaged(seconds={"recorded": 3.0}), r"cases\[0\]\.seconds\.recorded is a float"),
+        (damaged(seconds={"eager": {"median": math.nan}}), "median is nan"),
+        (damaged(batch=0), r"cases\[0\] has no tokens, no batch"),
+        (damaged() | {"layers": [{"seconds": 3.0}]}, r"layers\[0\] has no mechanism"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_one_line(report, said, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(report))
+    is_ours = isinstance(report, dict) and "cases" in report
+    calls = [(main, ["--table", str(path)])]
+    calls += [
+        (plot.main, [str(path), "--out", str(tmp_path / "a")]),
+        (recommend.main, [str(path)]),
+    ] * is_ours
+    for call, arguments in calls:
+        with pytest.raises(UserError, match=rf"no file of python -m bench\.whole_models.*{said}"):
+            call(arguments)
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
@@ -745,6 +846,19 @@ def test_softmax_over_the_older_checkout_goes_before_softmax_over_itself():
         assert found == [value]
 
 
+def test_what_was_not_timed_is_not_drawn(tmp_path, monkeypatch):
+    saved, path = [], tmp_path / "x.json"
+    monkeypatch.setattr(plot, "_saved", lambda figure, *_: saved.append(figure))
+    report = whole_report()
+    report["cases"] = [row for row in report["cases"] if row["mode"] == "forward"]
+    path.write_text(json.dumps(report))
+    assert plot.main([str(path), "--out", str(tmp_path)]) == 0
+    assert [len(part.axes) for part in saved[0].subfigs] == [1, 0]
+    path.write_text(json.dumps(damaged(seconds={})))
+    with pytest.raises(UserError, match="no whole models that were timed"):
+        plot.main([str(path), "--out", str(tmp_path)])
+
+
 def test_files_of_the_suite_are_drawn_one_at_a_time(tmp_path):
     for name in ("a.json", "b.json"):
         (tmp_path / name).write_text("{}")
@@ -765,3 +879,5 @@ def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
     assert "estimated" in capsys.readouterr().out
     with pytest.raises(UserError, match="no L forward; it has S forward, S train"):
         recommend.main([str(path), "--size", "L"])
+    with pytest.raises(UserError, match=r"--width and --dtype are of layers.*choose by --size"):
+        recommend.main([str(path), "--width", "96"])
