@@ -271,7 +271,8 @@ def rows(name="resolution", protocol="depth", px=32, seeds=5, losses=LOSSES, **o
                 "run": f"{name}-{protocol}-{px}-{variant}-{seed}", "parameters": 10, "macs": 1000,
                 "step_seconds": 0.01, "wall_seconds": 6.0, "loss": value, "loss_model": value,
                 **{f"q{q}": value for q in range(1, 5)}, "train_loss": value, "device": "H100",
-                "torch": "2.11", "held_out": 512, "elsewhere": 0, "FID[efflite0]": 100 * value,
+                "torch": "2.11", "held_out": 512, "images": "abcd", "elsewhere": 0,
+                "FID[efflite0]": 100 * value,
                 "curve": f"20:{3 * value:.6g} 80:{1.25 * value:.6g} 100:{value:.6g}",
             } | other  # fmt: skip
 
@@ -321,6 +322,13 @@ class TestDecisions:
         assert one.difference.percent < decided(frame)[key].difference.percent - 0.5
         text = page.results_page(both, "p.png", "t.csv")
         assert "held-out images: 512" in text and "| 512, 1,024 |" in text
+        # What another protocol has measured of the same run serves too.
+        alike = frame.loc[frame["seed"] < 3].assign(protocol="time", held_out=1024)
+        one = decided(pd.concat([both, alike]))[key]
+        assert (one.difference.pairs, one.foreign) == (5, 0)
+        assert one.difference.scale > decided(both)[key].difference.scale - 1e-9
+        frame.loc[~is_softmax, "images"] = "another split"
+        assert decided(frame)[key].foreign == 5
         assert f"| {len(frame)} of {len(frame)} |" in text
 
     def test_claims_of_a_study_are_corrected_together(self):

@@ -158,6 +158,13 @@ class TestMachines:
         assert compare_variants(self.frame([MOVED] * 6), "a", "b", HELD_OUT).seeds == 0
         assert compare_variants(self.frame([None] * 6), "a", "b", HELD_OUT).seeds == 3
 
+    def test_only_losses_of_the_same_images_are_paired(self):
+        frame = table(a=[1.0, 1.1, 1.2], b=[1.5, 1.62, 1.71]).assign(**{"FID[x]": range(6)})
+        frame["held_out_images"] = [*["9 a"] * 5, "9 b"]
+        assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 2
+        assert compare_variants(frame, "a", "b", HELD_OUT, mixed_machines=True).seeds == 2
+        assert compare_variants(frame, "a", "b", "FID[x]").seeds == 3
+
     def test_a_study_that_moved_says_so_and_leaves_the_run_out(self, tmp_path):
         runs = []
         for label, loss in (("softmax", 1.0), ("sana", 0.9)):

@@ -77,6 +77,7 @@ def collect(out: Path, planned: Sequence[PlannedRun]) -> Collected:
             "device": measured.get("device"),
             "torch": measured.get("versions", {}).get("torch"),
             "machine": _machine(config, measured),
+            "held_out_images": f"{held_out.get('images', '')} {held_out.get('sha256', '')[:8]}",
             "evaluator": f"{evaluator['name']} {evaluator['sha256'][:8]}" if evaluator else None,
             **{name: result.get("cost", {}).get(name) for name in COSTS},
             "classes": _classes(config),
@@ -170,8 +171,11 @@ def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None
     ]
     if not shares:
         return None
+    counts = " or ".join(map(str, sorted({*map(len, losses.values())})))
+    sets = first.loc[first["run"].isin(list(losses))].groupby("seed")["held_out_images"].nunique()
+    other = " (not the same for all: only losses of the same are compared)" * (sets.max() > 1)
     line = (
-        f"The held-out loss is of {max(map(len, losses.values()))} images at {TIMES} times; a "
+        f"The held-out loss is of {counts} images{other} at {TIMES} times; a "
         f"model's own error over them is {100 * statistics.median(shares):.2g} % of its loss."
     )
     if not needed:
