@@ -14,8 +14,12 @@ from PIL import Image
 
 from recipes import compare as compare_module
 from recipes.lab.console import UserError
+from recipes.lab.training.banner import banner
+from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.held_out import images_needed
+from recipes.lab.training.memory import step_bytes
 from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.studies.comparison import execution, plan
 from recipes.studies.comparison.planned import OK, PlannedRun, is_done, read_result
 from recipes.studies.comparison.report import write_report
@@ -164,6 +168,8 @@ class TestMachines:
         assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 2
         assert compare_variants(frame, "a", "b", HELD_OUT, mixed_machines=True).seeds == 2
         assert compare_variants(frame, "a", "b", "FID[x]").seeds == 3
+        frame["held_out_images"] = None
+        assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 3
 
     def test_a_study_that_moved_says_so_and_leaves_the_run_out(self, tmp_path):
         runs = []
@@ -358,6 +364,9 @@ class TestHeldOutImages:
             return
         plan.check_plan(planned, lines.append)
         assert len(lines) == 1 and pd.Series(lines).str.contains(said).all()
+        if share:  # training says so too
+            trainer = Trainer(planned[0].settings)
+            assert re.search(said, banner(trainer, Run(folder), step_bytes(trainer)))
 
 
 def test_nothing_is_infinite_in_a_report_of_one_seed(tmp_path):

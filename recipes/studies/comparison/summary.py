@@ -165,7 +165,7 @@ def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None
     shares = [(x.std() / len(x) ** 0.5 / x.mean()).item() for x in losses.values()]
     needed = [
         images_needed(losses[a][:, None], losses[b][:, None])
-        for _, rows in first.groupby("seed")
+        for _, rows in first.groupby(["seed", "held_out_images"])
         for a, b in itertools.combinations([name for name in rows["run"] if name in losses], 2)
         if len(losses[a]) == len(losses[b])
     ]
@@ -173,7 +173,7 @@ def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None
         return None
     counts = " or ".join(map(str, sorted({*map(len, losses.values())})))
     sets = first.loc[first["run"].isin(list(losses))].groupby("seed")["held_out_images"].nunique()
-    other = " (not the same for all: only losses of the same are compared)" * (sets.max() > 1)
+    other = "" if sets.max() == 1 else " (not all the same: only losses of the same are compared)"
     line = (
         f"The held-out loss is of {counts} images{other} at {TIMES} times; a "
         f"model's own error over them is {100 * statistics.median(shares):.2g} % of its loss."

@@ -139,6 +139,7 @@ def compare_variants(
     keys = ["seed"]
     if "held_out_images" in runs and is_of_model(metric):
         keys.append("held_out_images")
+        runs = runs.fillna({"held_out_images": ""})  # of an earlier version's table
     if "machine" in runs and not mixed_machines:
         keys.append("machine")
         runs = runs.loc[runs["machine"] != MOVED].assign(machine=runs["machine"].fillna(""))

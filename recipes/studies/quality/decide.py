@@ -86,14 +86,14 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
         by_run: dict[str, list[Row]] = {}  # also of another protocol, which is the same run
         for row in rows.to_dict("records"):
             by_run.setdefault(row["run"], []).append(row)
-        settings = [tuple(s) for s in rows[SETTING].drop_duplicates().itertuples(index=False)]
+        places: dict[Any, pd.DataFrame] = dict(list(rows.groupby(SETTING, sort=False)))
         of_study = [
-            _decision(claim, rows, setting, by_run, mixed)
+            _decision(claim, setting, here, by_run, mixed)
             for claim in study.claims
-            for setting in settings
+            for setting, here in places.items()
         ]
         none = paired_difference([], [])
-        for claim in study.claims if not settings else ():
+        for claim in study.claims if not places else ():
             of_study += [
                 Decision(claim, name, protocol, "", px, none, math.nan, math.nan, 0, math.nan)
                 for protocol in study.protocols
@@ -107,12 +107,11 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
 
 def _decision(
     claim: Claim,
-    rows: pd.DataFrame,
     setting: Sequence[Any],
+    here: pd.DataFrame,
     by_run: Mapping[str, Sequence[Row]],
     mixed: bool,
 ) -> Decision:
-    here = rows.loc[(rows[SETTING] == list(setting)).all(axis=1)]
     first, second = (
         [
             measured

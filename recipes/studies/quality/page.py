@@ -90,12 +90,13 @@ def _scale(done: pd.DataFrame) -> str:
     runs = done.drop_duplicates(["run", *MEASURE])
     devices = ", ".join(f"{d} (torch {t})" for d, t in _unique(runs, ["device", "torch"]))
     settings = "; ".join(
-        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px"
+        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px with up "
+        f"to {rows['seed'].nunique()} seeds"
         for data, rows in runs.groupby("data", sort=False)
     )
     models = sorted(runs.loc[runs["protocol"] != "MACs", "model"].unique())
     text = (
-        f"{len(runs)} runs, {runs['seed'].nunique()} seeds, {settings}; model "
+        f"{len(runs)} runs, {settings}; model "
         f"{', '.join(models)} (width x blocks), {_range(runs['steps'])} steps of "
         f"{_range(runs['batch'])} images; on {devices}, {runs['wall_seconds'].sum() / 60:.0f} "
         f"minutes of runs in all."
@@ -103,8 +104,8 @@ def _scale(done: pd.DataFrame) -> str:
     is_small = _FULL not in models or all(str(d).startswith("cpu") for d in runs["device"])
     if is_small:
         text += (
-            f"\n\n**This is a rehearsal at a scale of minutes on a CPU. The studies proper, model "
-            f"{_FULL} at 32 to 256 px on a GPU, have not been run: what only they can decide says "
+            f"\n\n**This is a rehearsal at a scale of minutes on a CPU. What only the studies "
+            f"proper can decide, of model {_FULL} at 32 to 256 px on a GPU, says here "
             f'"{NOT_YET}".** Nothing here should be carried over to larger models or images.'
         )
     return text
