@@ -109,6 +109,7 @@ class TestRuns:
         assert all(source.startswith("data:image/png;base64,") for source in sources)
         assert not re.search(r"https?://|<script", page)
 
+    @pytest.mark.usefixtures("no_charts")
     def test_what_is_done_is_not_done_again(self, compared, monkeypatch, capsys):
         _, _, arguments = compared
         started = []
@@ -124,6 +125,7 @@ class TestRuns:
         assert len(started) == 1 and started[0].startswith("digits-easy-native-crashing")
         assert "1 done, 1 to run" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("no_charts")
     def test_no_run_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
         monkeypatch.setattr(execution.subprocess, "Popen", None)

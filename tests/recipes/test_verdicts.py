@@ -171,6 +171,7 @@ class TestMachines:
         frame["held_out_images"] = None
         assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 3
 
+    @pytest.mark.usefixtures("no_charts")
     def test_a_study_that_moved_says_so_and_leaves_the_run_out(self, tmp_path):
         runs = []
         for label, loss in (("softmax", 1.0), ("sana", 0.9)):
@@ -369,6 +370,7 @@ class TestHeldOutImages:
             assert re.search(said, banner(trainer, Run(folder), step_bytes(trainer)))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_nothing_is_infinite_in_a_report_of_one_seed(tmp_path):
     runs = [finished(tmp_path, one_run(label), loss) for label, loss in (("a", 1.0), ("b", 2.0))]
     write_report(tmp_path, runs, NO_PAPER, "x")
