@@ -94,8 +94,13 @@ def _parameters(case: dict[str, Any]) -> int:
 
 
 def studied_quality(paths: Iterable[Path]) -> list[Quality]:
-    """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth."""
+    """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth.
+
+    Raises:
+        UserError: Two tables have a setting at two scales, whose losses have no mean.
+    """
     losses: dict[tuple[str, str, int, int], list[float]] = {}
+    scales: dict[tuple[str, int], tuple[Any, ...]] = {}
     for path in sorted(paths):
         with path.open(encoding="utf-8", newline="") as file:
             if not set(next(csv.reader(file), ())) >= _STUDIED:
@@ -103,6 +108,9 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
         runs = table.read(path)
         runs = runs.loc[(runs["state"] == "ok") & (runs["protocol"] == "depth")]
         for row in table.one_each(runs.loc[runs["loss"].notna()]).to_dict("records"):
+            scale = row.get("model"), row["steps"], row["batch"]
+            if scales.setdefault((row["data"], row["px"]), scale) != scale:
+                raise UserError(f"{path} has {row['data']} at {row['px']} px at another scale")
             key = row["variant"], row["data"], row["px"], row["tokens"]
             losses.setdefault(key, []).append(row["loss"])
     return [

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from recipes.studies.comparison.plan import check_extractors
     from recipes.studies.quality import launch, seconds, table
     from recipes.studies.quality.plans import STUDIES, Scale, study_runs
-    from recipes.studies.quality.run import Missing, dry_run, share_data
+    from recipes.studies.quality.run import Missing, check_held_out, dry_run, share_data
 
     gpus = launch.gpus_to_use(given.gpus)
     slots = [gpu for _ in range(given.per_gpu) for gpu in gpus] or [None] * given.per_gpu
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     scale = Scale(
         model=given.model, data=given.data, steps=given.steps, batch_size=given.batch_size,
         seeds=given.seeds, samples=given.samples, points=given.points,
-        held_out_images=given.held_out_images,
+        held_out_images=given.held_out_images, hold_out=given.hold_out,
         extractor_weights=weights and str(weights.expanduser().resolve()),
         extractors=tuple(given.extractors),
         precision=given.precision or ("bf16" if gpus else "fp32"), compile=given.compile,
@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
         return DONE
     missing = Missing(out, runs, table.done_in(earlier))
     if not given.report_only:
+        check_held_out(runs)
         missing.run(slots, threads, given.minutes - (time.monotonic() - started) / 60)
     rows = [table.collect(out, runs, known)] + ([] if earlier is None else [earlier])
     found = table.merged(rows)
@@ -107,6 +108,8 @@ def _parser() -> Parser:
          help="some of smallcnn,efficientnet-lite0,inception")  # fmt: skip
     flag("--extractor-weights", type=Path, help="local file of the one that needs it")
     flag("--held-out-images", type=whole(10), default=1024, help="of each held-out loss")
+    flag("--hold-out", type=float, default=0.0,
+         help="share of a folder's images to leave out of training for it")  # fmt: skip
     flag("--resolutions", type=numbers(int), default=[], help="some of the plan's, or others")
     flag("--protocols", type=numbers(str), default=[], help="some of depth,MACs,time")
     flag("--only", type=lambda text: text.split(";"), default=[],

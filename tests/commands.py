@@ -13,6 +13,8 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,50 @@ class Commands:
         self.server.stdin.close()
         assert self.server.wait(timeout=60) == 0
         self.server.stdout.close()
+
+
+class Forked:
+    """A script's main in a fork of the tests themselves, which have imported and patched all.
+
+    Args:
+        main: Of a script.
+        arguments: Of its command line.
+        output: File descriptor that gets both its outputs.
+    """
+
+    def __init__(self, main, arguments, output):
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(main, arguments, output)
+
+    def _run(self, main, arguments, output):
+        status = 70
+        try:
+            from recipes.lab.console import run_script
+
+            for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+                os.dup2(source, target)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+            sys.argv = ["script", *arguments]
+            run_script(main)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def wait(self, timeout):
+        """The exit status."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        os.kill(self.pid, 9)
+        os.waitpid(self.pid, 0)
+        raise TimeoutError(f"it takes longer than {timeout} s")
 
 
 def serve(modules):

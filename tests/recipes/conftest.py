@@ -19,6 +19,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def no_charts(monkeypatch):
+    """A report's charts take the most of its time."""
+    monkeypatch.setattr("recipes.studies.comparison.report.figures", lambda *_: iter(()))
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Sample grids take the most of a short run's time."""
     monkeypatch.setattr(Trainer, "sample_grid", lambda self, path: None)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from recipes.lab.console import UserError
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
-from recipes.studies.comparison import execution
+from recipes.studies.comparison import execution, study
 from recipes.studies.comparison.plan import (
     parse_data,
     parse_variant,
@@ -42,6 +43,7 @@ from recipes.studies.comparison.verdicts import (
 )
 from recipes.studies.dydila import results
 from recipes.studies.dydila.paper import CLAIMS, PRESETS, paper_rows
+from tests.commands import Forked
 
 SEED = ["--seeds", "1"]
 TINY = ["--data", "digits", "--seeds", "1", "--steps", "3", "--batch-size", "8", "--samples", "12",
@@ -107,6 +109,7 @@ class TestRuns:
         assert all(source.startswith("data:image/png;base64,") for source in sources)
         assert not re.search(r"https?://|<script", page)
 
+    @pytest.mark.usefixtures("no_charts")
     def test_what_is_done_is_not_done_again(self, compared, monkeypatch, capsys):
         _, _, arguments = compared
         started = []
@@ -122,6 +125,7 @@ class TestRuns:
         assert len(started) == 1 and started[0].startswith("digits-easy-native-crashing")
         assert "1 done, 1 to run" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("no_charts")
     def test_no_run_starts_when_time_is_up(self, compared, monkeypatch):
         _, _, arguments = compared
         monkeypatch.setattr(execution.subprocess, "Popen", None)
@@ -175,17 +179,20 @@ class TestRuns:
         kept = (moved / "run" / "log.jsonl").read_text().splitlines()[:2] == log
         assert kept == keeps_checkpoint  # times differ where the steps were taken again
 
-    def test_a_signal_lets_the_running_runs_save_and_writes_the_report(self, tmp_path):
+    def test_a_signal_lets_the_running_runs_save_and_writes_the_report(
+        self, tmp_path, monkeypatch
+    ):
         out = tmp_path / "out"
-        arguments = [*TINY, "--steps", "100000", "--out", str(out)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "recipes.compare", "--attn", "softmax,sana", *arguments],
-            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        arguments = ["--attn", "softmax,sana", *TINY, "--steps", "100000", "--out", str(out)]
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(study, "prepare_evaluators", lambda *_: None)  # none is asked
+        with (tmp_path / "said").open("w") as said:
+            process = Forked(compare_module.main, arguments, said.fileno())
+        deadline = time.monotonic() + 120
         while not list(out.glob("runs/*/run/log.jsonl")):
-            assert process.poll() is None
-            time.sleep(0.2)
-        process.terminate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
         assert process.wait(timeout=120) == 1
         frame = pd.read_csv(out / "runs.csv").set_index("variant")
         assert frame.state.to_dict() == {"softmax": "interrupted", "sana": "not run"}

@@ -38,6 +38,7 @@ from recipes.studies.comparison.report import write_report
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.dydila.paper import paper_rows
 from recipes.studies.dydila.results import results_page
+from tests.commands import Forked
 
 ROOT = Path(__file__).parents[2]
 NO_PAPER = paper_rows([])
@@ -191,6 +192,7 @@ class TestNamesAreText:
         assert "\x1b" not in captured.out + captured.err and "\\x1b[31m" in captured.out
 
 
+@pytest.mark.usefixtures("no_charts")
 class TestFoldersOfEarlierVersions:
     ARGUMENTS = ("--attn", "sana", "--data", "digits", "--seeds", "1", "--samples", "12", "--cfg",
                  "1", "--steps", "3", "--batch-size", "8", "--sampling-steps", "2")  # fmt: skip
@@ -251,6 +253,7 @@ class TestFoldersOfEarlierVersions:
             compare_module.main(arguments)
 
 
+@pytest.mark.usefixtures("no_charts")
 class TestDamagedFiles:
     @pytest.mark.parametrize(
         "content",
@@ -381,32 +384,40 @@ class TestProcesses:
         assert "RuntimeError: reached 1" in output and "mine.py" in output  # a bug: its traceback
 
     def test_one_that_hangs_is_ended(self, place, monkeypatch):
-        (place / "stuck.py").write_text(
-            "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(999)\n"
+        stuck = (
+            "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "open('stuck', 'w').close()\ntime.sleep(999)"
         )
+        monkeypatch.setattr(execution, "_START", stuck)
         monkeypatch.setattr(execution, "GRACE_SECONDS", 0.5)
-        folder = case(imports=("stuck",)).prepare(place / "out")
+        folder = case().prepare(place / "out")
         seen, started = [], time.monotonic()
-        run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1, minutes=0.3))
-        assert time.monotonic() - started < 60
-        assert seen[0]["state"] == "timed out" and "--run-minutes 0.3" in seen[0]["error"]
+        run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1, minutes=0.1))
+        assert time.monotonic() - started < 60 and (place / "stuck").exists()
+        assert seen[0]["state"] == "timed out" and "--run-minutes 0.1" in seen[0]["error"]
         assert read_result(folder) == seen[0]
 
-    def test_a_reader_that_goes_away_ends_nothing(self, place):
+    def test_a_reader_that_goes_away_ends_nothing(self, place, monkeypatch):
         """Two runs at once, and both outputs closed: they end, and the report is written."""
         out = place / "out"
+        said = place / "said"
+
+        def prepare(*_):
+            said.touch()
+            print("it reports", file=sys.stderr, flush=True)
+
+        monkeypatch.setattr(study, "prepare_evaluators", prepare)
+        monkeypatch.setattr(execution, "_START", "raise SystemExit(2)")
         read, write = os.pipe()
         os.close(read)
-        command = [
-            sys.executable, str(ROOT / "recipes" / "compare.py"), "--attn", "mine",
-            "--import", "mine.py", "--data", "digits", "--seeds", "2", "--steps", "2", "--samples",
-            "12", "--jobs", "2", "--batch-size", "4", "--cfg", "1", "--out", str(out),
-        ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=write, stderr=write)
+        arguments = ["--attn", "sana", "--data", "digits", "--seeds", "2", "--steps", "2",
+                     "--samples", "12", "--jobs", "2", "--out", str(out)]  # fmt: skip
+        process = Forked(compare_module.main, arguments, write)
         os.close(write)
         assert process.wait(timeout=180) in (1, 141)
         states = read_table(out / "runs.csv").state.tolist()
-        assert states == ["error", "error"] and (out / "report.html").stat().st_size > 1000
+        assert states == ["crashed", "crashed"] and (out / "report.html").stat().st_size > 1000
+        assert said.exists()
 
     def test_a_full_disk_stops_no_other(self, place, monkeypatch):
         def full(*_, **__):
@@ -419,12 +430,10 @@ class TestProcesses:
         run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1))
         assert seen[0]["state"] == "crashed"
 
-    def test_runs_end_when_the_report_of_one_fails(self, place):
-        (place / "sleeping.py").write_text("import time\ntime.sleep(999)\n")
-        folders = [
-            case(imports=("no_such_module",)).prepare(place / "out"),
-            case(imports=("sleeping",)).prepare(place / "out"),
-        ]
+    def test_runs_end_when_the_report_of_one_fails(self, place, monkeypatch):
+        sleeping = "import sys, time\ntime.sleep(999 if 'seed-1' in sys.argv[1] else 0)"
+        monkeypatch.setattr(execution, "_START", sleeping)
+        folders = [case(seed=seed).prepare(place / "out") for seed in (0, 1)]
 
         def report(*_):
             raise BrokenPipeError
@@ -436,12 +445,11 @@ class TestProcesses:
 
 
 class TestTheEnvironment:
-    @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-    def test_a_backend_of_a_notebook_is_not_looked_at(self, backend):
+    def test_a_backend_of_a_notebook_is_not_looked_at(self):
         studies = "comparison.study", "dydila.figures", "dydila.results", "demo"
         modules = ", ".join(f"recipes.studies.{name}" for name in studies)
         done = subprocess.run(
-            [sys.executable, "-c", f"import {modules}"], env=os.environ | {"MPLBACKEND": backend},
+            [sys.executable, "-c", f"import {modules}"], env=os.environ | {"MPLBACKEND": "none"},
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -464,8 +472,13 @@ class TestTheEnvironment:
         for one in plan:
             finished(out, one)
         (out / "report.html").write_text("old")
+        page_file = tmp_path / "page-é.md"
+        both = (
+            "import sys\nfrom recipes import compare, results\n"
+            "assert compare.main(sys.argv[3:]) == 0\nsys.exit(results.main(sys.argv[1:3]))"
+        )
         done = subprocess.run(
-            [sys.executable, str(ROOT / "recipes" / "compare.py"), *arguments],
+            [sys.executable, "-c", both, str(out), f"--out={page_file}", *arguments], cwd=ROOT,
             env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
             capture_output=True, timeout=120,
         )  # fmt: skip
@@ -474,15 +487,10 @@ class TestTheEnvironment:
         assert "pics-é-ж" in page and "2 of 2 runs are done" in page
         assert str(data) in (out / "command.txt").read_text(encoding="utf-8")
         assert "pics-é-ж" in read_table(out / "runs.csv").data[0]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "recipes" / "results.py"), str(out), "--out",
-             str(tmp_path / "page-é.md")],
-            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "pics-é-ж" in (tmp_path / "page-é.md").read_text(encoding="utf-8")
+        assert "pics-é-ж" in page_file.read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_charts")
 class TestWritersOfOneFolder:
     ARGUMENTS = ("--attn", "sana", "--data", "digits", "--seeds", "1", "--out")
 

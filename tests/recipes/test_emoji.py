@@ -76,7 +76,12 @@ def test_what_is_fetched_is_two_splits_with_licences(packages, tmp_path, capsys)
     few = [load_dataset(f"emoji:{out}", resolution=r, level="fluent") for r in (16, 256)]
     assert [len(one) for one in few] == [len(large), len(large)]
     assert len({one.identity()["sha256"] for one in (*few, large)}) == 1
-    assert fetch(out, list(packages.values()), list(packages)) == count  # again, over itself
+    # Again, over what an earlier version had put on the other side.
+    files = {file.relative_to(out) for file in out.rglob("*.*")}
+    moved = next(out.glob("test/food/noto-*"))
+    moved.rename(out / "train" / "food" / moved.name)
+    assert fetch(out, list(packages.values()), list(packages)) == count
+    assert {file.relative_to(out) for file in out.rglob("*.*")} == files
 
 
 def test_no_variant_of_an_emoji_lies_on_the_other_side(packages, tmp_path):
@@ -96,6 +101,11 @@ def test_no_variant_of_an_emoji_lies_on_the_other_side(packages, tmp_path):
         ("1f469-200d-1f692", "1f468-1f3fd-200d-1f692"),  # a firefighter of any gender
         ("1f3c3-200d-2640-fe0f", "1f3c3"),  # a sign of gender
         ("1f9d1-1f3fb-200d-1f91d-200d-1f9d1-1f3ff", "1f46c"),  # holding hands
+        ("1f491-1f3fd", "1f468-1f3fd-200d-2764-fe0f-200d-1f468-1f3fd"),  # in love
+        ("1f46a", "1f469-200d-1f469-200d-1f466"),  # a family
+        ("1f471-1f3fc-200d-2640-fe0f", "1f469-1f3fc"),  # blond
+        ("1f3c3-200d-2642-fe0f-200d-27a1-fe0f", "1f3c3"),  # facing right
+        ("1f1e7-1f1fb", "1f1f3-1f1f4"),  # Bouvet Island has Norway's flag
         ("2764", "2764-fe0f"),
         ("1f935-200d-2640-fe0f", "1f935-1f3fb-200d-2642-fe0f"),
     ],
@@ -106,7 +116,8 @@ def test_variants_are_one_family(one, other):
 
 
 def test_other_emoji_are_other_families():
-    assert len({family_of(c) for c in ("1f44b", "1f44c", "1f469-200d-1f692", "1f469")}) == 4
+    others = ("1f44b", "1f44c", "1f469-200d-1f692", "1f469", "27a1", "1f1f8-1f1ea")
+    assert len({family_of(code) for code in others}) == len(others)
 
 
 def test_bad_input_is_one_line(packages, tmp_path, monkeypatch, capsys):
@@ -118,8 +129,11 @@ def test_bad_input_is_one_line(packages, tmp_path, monkeypatch, capsys):
         main(["emoji", "--out", str(tmp_path / "out"), "--tarballs", str(wrong)])
     with pytest.raises(UserError, match="tarballs of fluent@1 are missing"):
         fetch(tmp_path / "out", [next(iter(packages.values()))], list(packages))
-    with pytest.raises(UserError, match="holds no emoji"):
-        fetch(tmp_path, list(packages.values()), list(packages))
+    mine = tmp_path / "mine" / "train"
+    mine.mkdir(parents=True)
+    for folder in (tmp_path, mine.parent):  # also one that is laid out alike
+        with pytest.raises(UserError, match="holds no emoji"):
+            fetch(folder, list(packages.values()), list(packages))
     monkeypatch.setenv("PATH", str(tmp_path))  # no npm
     with pytest.raises(UserError, match=r"npm cannot be run .* npm pack emoji-datasource-google"):
         main(["emoji", "--out", str(tmp_path / "out")])

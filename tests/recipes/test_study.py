@@ -7,8 +7,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import types
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from attnzoo import get_attention, list_attention
 from recipes import results, study
@@ -194,6 +193,24 @@ def test_a_measurement_needs_no_extractor(tmp_path, monkeypatch):
     assert read_seconds(tmp_path / seconds.FILE) == {("sana", 8): 0.1}
 
 
+@pytest.mark.usefixtures("launching")
+def test_a_folder_without_held_out_images_is_refused_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_SHARED", {})
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name / f"{number}.png")
+    given = ["resolution", "--data", str(tmp_path / "pictures"), "--resolutions", "8", "--only",
+             "sana", "--samples", "0", "--gpus", "none", "--protocols", "depth", "--out",
+             str(tmp_path / "out")]  # fmt: skip
+    for more, said in (([], "--hold-out 0.1"), (["--hold-out", "0.1"], "too few for a loss")):
+        with pytest.raises(UserError, match=said):
+            study.main([*given, *more])
+    with pytest.raises(UserError, match="digits has held-out images of its own"):
+        study.main([*given, "--hold-out", "0.1", "--data", "digits"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_study_takes_its_held_out_losses_from_training(tmp_path, monkeypatch):
     planned = study_runs(RESOLUTION, TINY, {}, protocols=["depth"], **AT)[0].planned
     # Runs of an earlier version are found.
@@ -226,17 +243,17 @@ def test_a_measurement_on_a_busy_machine_says_so(slowest, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("launching")
-def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(tmp_path, capsys):
+def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(datasets, "_SHARED", {})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a pool of threads does not survive a fork
     given = ["resolution", "--data", "digits", "--resolutions", "8", "--only", "softmax;sana",
              "--seeds", "1", "--steps", "5", "--batch-size", "8", "--samples", "0", "--points",
              "5", "--held-out-images", "32", "--model", "96x4", "--protocols", "depth",
              "--gpus", "none"]  # fmt: skip
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "recipes/study.py", *given, "--out", str(out), "--per-gpu", "2"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert study.main([*given, "--out", str(out), "--per-gpu", "2"]) == 0
     found = table.read(out / "table.csv")
     assert list(found["state"]) == ["ok", "ok"] and found["loss"].notna().all()
     assert [step for step, _ in table.curve_of(found["curve"][0])] == [1, 2, 3, 4, 5]
@@ -271,7 +288,8 @@ def rows(name="resolution", protocol="depth", px=32, seeds=5, losses=LOSSES, **o
                 "run": f"{name}-{protocol}-{px}-{variant}-{seed}", "parameters": 10, "macs": 1000,
                 "step_seconds": 0.01, "wall_seconds": 6.0, "loss": value, "loss_model": value,
                 **{f"q{q}": value for q in range(1, 5)}, "train_loss": value, "device": "H100",
-                "torch": "2.11", "held_out": 512, "elsewhere": 0, "FID[efflite0]": 100 * value,
+                "torch": "2.11", "held_out": 512, "images": "abcd", "elsewhere": 0,
+                "FID[efflite0]": 100 * value,
                 "curve": f"20:{3 * value:.6g} 80:{1.25 * value:.6g} 100:{value:.6g}",
             } | other  # fmt: skip
 
@@ -321,6 +339,11 @@ class TestDecisions:
         assert one.difference.percent < decided(frame)[key].difference.percent - 0.5
         text = page.results_page(both, "p.png", "t.csv")
         assert "held-out images: 512" in text and "| 512, 1,024 |" in text
+        # What another protocol has measured of the same run serves too.
+        one = decided(pd.concat([frame, again.assign(protocol="time")]))[key]
+        assert (one.difference.pairs, one.foreign) == (5, 0)
+        frame.loc[~is_softmax, "images"] = "another split"
+        assert decided(frame)[key].foreign == 5
         assert f"| {len(frame)} of {len(frame)} |" in text
 
     def test_claims_of_a_study_are_corrected_together(self):

@@ -14,8 +14,12 @@ from PIL import Image
 
 from recipes import compare as compare_module
 from recipes.lab.console import UserError
+from recipes.lab.training.banner import banner
+from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.held_out import images_needed
+from recipes.lab.training.memory import step_bytes
 from recipes.lab.training.settings import Settings
+from recipes.lab.training.trainer import Trainer
 from recipes.studies.comparison import execution, plan
 from recipes.studies.comparison.planned import OK, PlannedRun, is_done, read_result
 from recipes.studies.comparison.report import write_report
@@ -158,6 +162,16 @@ class TestMachines:
         assert compare_variants(self.frame([MOVED] * 6), "a", "b", HELD_OUT).seeds == 0
         assert compare_variants(self.frame([None] * 6), "a", "b", HELD_OUT).seeds == 3
 
+    def test_only_losses_of_the_same_images_are_paired(self):
+        frame = table(a=[1.0, 1.1, 1.2], b=[1.5, 1.62, 1.71]).assign(**{"FID[x]": range(6)})
+        frame["held_out_images"] = [*["9 a"] * 5, "9 b"]
+        assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 2
+        assert compare_variants(frame, "a", "b", HELD_OUT, mixed_machines=True).seeds == 2
+        assert compare_variants(frame, "a", "b", "FID[x]").seeds == 3
+        frame["held_out_images"] = None
+        assert compare_variants(frame, "a", "b", HELD_OUT).seeds == 3
+
+    @pytest.mark.usefixtures("no_charts")
     def test_a_study_that_moved_says_so_and_leaves_the_run_out(self, tmp_path):
         runs = []
         for label, loss in (("softmax", 1.0), ("sana", 0.9)):
@@ -351,8 +365,12 @@ class TestHeldOutImages:
             return
         plan.check_plan(planned, lines.append)
         assert len(lines) == 1 and pd.Series(lines).str.contains(said).all()
+        if share:  # training says so too
+            trainer = Trainer(planned[0].settings)
+            assert re.search(said, banner(trainer, Run(folder), step_bytes(trainer)))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_nothing_is_infinite_in_a_report_of_one_seed(tmp_path):
     runs = [finished(tmp_path, one_run(label), loss) for label, loss in (("a", 1.0), ("b", 2.0))]
     write_report(tmp_path, runs, NO_PAPER, "x")

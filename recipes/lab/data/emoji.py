@@ -2,9 +2,10 @@
 
 ``python recipes/fetch.py emoji`` makes its folder from three packages of npm: train/ and test/
 with one sub-folder per category. Noto and Twemoji come at 64 px, Fluent 3D at 256 px, so above
-64 px only Fluent's are taken. All variants of one emoji (skin tone, gender, maker) lie on one side
-of the split, since they are near copies of each other. The level "fluent" takes Fluent's alone at
-any resolution, to compare resolutions by.
+64 px only Fluent's are taken. All variants of one emoji (skin tone, gender, direction, maker) lie
+on one side of the split, since they are near copies of each other, and so do emoji of several
+names that are drawn alike. The level "fluent" takes Fluent's alone at any resolution, to compare
+resolutions by.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from recipes.lab.files import write_bytes, write_json
 
 DEFAULT_PLACE = Path("data/emoji")
 MANIFEST = "emoji.json"
+_LICENCES = "LICENCES.txt"
 CLASSES = {
     "Smileys & Emotion": "smileys",
     "People & Body": "people",
@@ -86,10 +88,11 @@ PACKAGES = (
         "Fluent Emoji by Microsoft, MIT; gathered by @lobehub/fluent-emoji-3d, MIT",
     ),
 )
-# Code points that make variants of one emoji: skin tones, signs of gender, and how it is shown.
-_TONES = re.compile(r"-(1f3f[b-f]|2640|2642|fe0f|200d(?=-(?:2640|2642)))")
+# Code points that make variants of one emoji: skin tones, signs of gender, facing right, and how
+# it is shown.
+_VARIANT = re.compile(r"-(1f3f[b-f]|2640|2642|27a1|fe0f)")
 _PEOPLE = {
-    **dict.fromkeys(("1f468", "1f469", "1f9d1"), "adult"),
+    **dict.fromkeys(("1f468", "1f469", "1f9d1", "1f471"), "adult"),  # blond ones too
     **dict.fromkeys(("1f466", "1f467", "1f9d2"), "child"),
     **dict.fromkeys(("1f474", "1f475", "1f9d3"), "elder"),
     **dict.fromkeys(("1f934", "1f478", "1fac5"), "royal"),
@@ -97,6 +100,24 @@ _PEOPLE = {
     **dict.fromkeys(("1f57a", "1f483"), "dancer"),
     **dict.fromkeys(("1f46b", "1f46c", "1f46d"), "adult-1f91d-adult"),
 }
+# Emoji of another name that are drawn alike: flags of a country's parts, and pairs and families
+# that are spelled out where a gender or a skin tone is chosen.
+_FLAGS = {
+    "au": ("hm",), "es": ("ea",), "fr": ("cp", "mf"), "io": ("dg",), "no": ("bv", "sj"),
+    "sa": ("cq",), "us": ("um",),
+}  # fmt: skip
+_ALIKE = {
+    "1f46a": "adult-adult-child",
+    "1f48f": "adult-2764-1f48b-adult",
+    "1f491": "adult-2764-adult",
+}
+
+
+def _flag(country: str) -> str:
+    return "-".join(f"{ord(letter) - ord('a') + 0x1F1E6:x}" for letter in country)
+
+
+_ALIKE |= {_flag(part): _flag(whole) for whole, parts in _FLAGS.items() for part in parts}
 
 
 @register_dataset("emoji")
@@ -135,8 +156,9 @@ def family_of(code: str) -> str:
     Args:
         code: Code points as emoji-datasource writes them, such as "1f469-1f3fb-200d-1f692".
     """
-    parts = _TONES.sub("", code.lower()).split("-")
-    return "-".join(_PEOPLE.get(part, part) for part in parts if part != "200d")
+    parts = _VARIANT.sub("", code.lower()).split("-")
+    family = "-".join(_PEOPLE.get(part, part) for part in parts if part != "200d")
+    return _ALIKE.get(family, family)
 
 
 def is_test(code: str) -> bool:
@@ -169,24 +191,33 @@ def fetch(
     with tempfile.TemporaryDirectory() as scratch:
         found = _checked(list(tarballs) or _packed(Path(scratch), packages), packages)
         categories = _categories(found[packages[0]])
+        # First what says whose the folder is, last what says that it is whole.
+        lines = [f"{p.maker}: {p.licence}; from {p.name} of npm" for p in packages]
+        write_bytes(out / _LICENCES, "\n".join([*lines, ""]).encode())
+        (out / MANIFEST).unlink(missing_ok=True)
         counts: Counter[str] = Counter()
+        written: set[Path] = set()
         for package, content in found.items():
             for code, suffix, image in _images(package, content):
                 category = categories.get(family_of(code))
                 if category is None:
                     continue  # parts of emoji, such as a skin tone alone
                 split = "test" if is_test(code) else "train"
-                write_bytes(out / split / category / f"{package.maker}-{code}{suffix}", image)
+                file = out / split / category / f"{package.maker}-{code}{suffix}"
+                write_bytes(file, image)
+                written.add(file)
                 counts[split] += 1
-    lines = [f"{p.maker}: {p.licence}; from {p.name} of npm" for p in packages]
-    write_bytes(out / "LICENCES.txt", "\n".join([*lines, ""]).encode())
+    for file in {*out.glob("*/*/*")} - written:
+        # An earlier version may have put the same emoji on the other side.
+        if re.fullmatch(rf"({'|'.join(p.maker for p in packages)})-[0-9a-f-]+\.\w+", file.name):
+            file.unlink()
     hashes = {p.name: p.sha256 for p in packages}
     write_json(out / MANIFEST, {"packages": hashes, "images": dict(counts)})
     return sum(counts.values())
 
 
 def _is_ours(out: Path) -> bool:
-    return (out / MANIFEST).is_file() or {path.name for path in out.iterdir()} <= {"train", "test"}
+    return any((out / name).is_file() for name in (MANIFEST, _LICENCES))
 
 
 def _packed(folder: Path, packages: Sequence[Package]) -> list[Path]:

@@ -57,6 +57,8 @@ def banner(trainer: Trainer, run: Run, needed: int) -> str:
             f"it trains on pixels, {tokens} tokens per image; latents of a VAE would be about "
             f"{fewer}: encode them once with recipes/encode.py, or give --vae FOLDER_OR_ID"
         )
+    if trainer.held_out_line:
+        lines.append(trainer.held_out_line)
     return "\n".join(lines)
 
 

@@ -88,6 +88,17 @@ def missing_classes(dataset: ImageDataset, most: int = IMAGES) -> list[str]:
     ]
 
 
+def missing_line(dataset: ImageDataset, most: int = IMAGES) -> str | None:
+    """``missing_classes`` in a line, or None where there is none."""
+    if not (missing := missing_classes(dataset, most)):
+        return None
+    return (
+        f"no held-out image is of {len(missing)} of the {len(dataset.class_names)} classes "
+        f"({', '.join(missing[:5])}), so the held-out loss says nothing of them; --hold-out takes "
+        f"a larger share"
+    )
+
+
 def held_out_losses(
     model: nn.Module,
     diffusion: Diffusion,

@@ -39,6 +39,7 @@ from recipes.lab.training.held_out import (
     check_enough,
     held_out_losses,
     held_out_numbers,
+    missing_line,
     open_held_out,
 )
 from recipes.lab.training.optimizer import make_optimizer
@@ -77,11 +78,13 @@ class Trainer:
         check_division(settings, self.accelerator.num_processes)
         self.dataset, self.vae = open_data(settings, self.accelerator.device)
         self._held_out: ImageDataset | None = None
+        self.held_out_line: str | None = None  # on what its loss says nothing of
         if settings.held_out_every is not None:
             # Refused now, not after hours.
             encoder = None if is_latent_folder(settings.data) else self.vae
             self._held_out = open_held_out(settings, encoder)
             check_enough(self._held_out)
+            self.held_out_line = missing_line(self._held_out, settings.held_out_images)
         self._undecodable: str | None = None  # why previews show latents
         self.diffusion = DIFFUSION_PRESETS[settings.preset]
         if self.accelerator.device.type == "cuda":

@@ -37,7 +37,7 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.held_out import (
     can_hold_out,
     check_enough,
-    missing_classes,
+    missing_line,
     open_held_out,
 )
 from recipes.lab.training.settings import Settings
@@ -370,12 +370,8 @@ def _check_held_out(one: PlannedRun, warn: Callable[[str], None]) -> None:
     encoder = None if is_latent_folder(settings.data) or not settings.vae else settings.vae
     held_out = open_held_out(settings, load_vae(encoder) if encoder else None)
     check_enough(held_out)
-    if missing := missing_classes(held_out):
-        warn(
-            f"{settings.data}: no held-out image is of {len(missing)} of the "
-            f"{len(held_out.class_names)} classes ({', '.join(missing[:5])}), so the held-out "
-            f"loss says nothing of them; --hold-out takes a larger share"
-        )
+    if line := missing_line(held_out):
+        warn(f"{settings.data}: {line}")
 
 
 def check_extractors(names: Sequence[str], weights: str | None) -> None:

@@ -77,6 +77,7 @@ def collect(out: Path, planned: Sequence[PlannedRun]) -> Collected:
             "device": measured.get("device"),
             "torch": measured.get("versions", {}).get("torch"),
             "machine": _machine(config, measured),
+            "held_out_images": f"{held_out.get('images', '')} {held_out.get('sha256', '')[:8]}",
             "evaluator": f"{evaluator['name']} {evaluator['sha256'][:8]}" if evaluator else None,
             **{name: result.get("cost", {}).get(name) for name in COSTS},
             "classes": _classes(config),
@@ -164,14 +165,17 @@ def image_line(runs: pd.DataFrame, by_image: Mapping[str, Tensor]) -> str | None
     shares = [(x.std() / len(x) ** 0.5 / x.mean()).item() for x in losses.values()]
     needed = [
         images_needed(losses[a][:, None], losses[b][:, None])
-        for _, rows in first.groupby("seed")
+        for _, rows in first.groupby(["seed", "held_out_images"])
         for a, b in itertools.combinations([name for name in rows["run"] if name in losses], 2)
         if len(losses[a]) == len(losses[b])
     ]
     if not shares:
         return None
+    counts = " or ".join(map(str, sorted({*map(len, losses.values())})))
+    sets = first.loc[first["run"].isin(list(losses))].groupby("seed")["held_out_images"].nunique()
+    other = "" if sets.max() == 1 else " (not all the same: only losses of the same are compared)"
     line = (
-        f"The held-out loss is of {max(map(len, losses.values()))} images at {TIMES} times; a "
+        f"The held-out loss is of {counts} images{other} at {TIMES} times; a "
         f"model's own error over them is {100 * statistics.median(shares):.2g} % of its loss."
     )
     if not needed:

@@ -18,7 +18,7 @@ from recipes.studies.comparison.planned import OLD_NAMES
 
 TEXTS = (
     "data", "level", "protocol", "variant", "attn", "options", "run", "state", "error", "device",
-    "machine", "torch", "evaluator", "metric",
+    "machine", "torch", "evaluator", "held_out_images", "metric",
 )  # fmt: skip
 WHOLE = ("resolution", "steps", "batch_size", "samples", "seed", "seeds", "classes", "count")
 # A spreadsheet takes what begins so for a formula; an apostrophe before it makes it text.

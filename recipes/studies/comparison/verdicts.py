@@ -126,7 +126,8 @@ def compare_variants(
 
     Args:
         runs: Rows of one data set, resolution and guidance scale: variant, seed, metrics. With a
-            column "machine", only runs of one machine make a pair, and a run of ``MOVED`` none.
+            column "machine", only runs of one machine make a pair, and a run of ``MOVED`` none;
+            with a column "held_out_images", only losses of the same images do.
         first: Label of the variant in question.
         second: Label of the one it is compared with.
         metric: Reported name.
@@ -136,6 +137,9 @@ def compare_variants(
         The verdict, whose gain is positive where the first is better.
     """
     keys = ["seed"]
+    if "held_out_images" in runs and is_of_model(metric):
+        keys.append("held_out_images")
+        runs = runs.fillna({"held_out_images": ""})  # of an earlier version's table
     if "machine" in runs and not mixed_machines:
         keys.append("machine")
         runs = runs.loc[runs["machine"] != MOVED].assign(machine=runs["machine"].fillna(""))

@@ -2,7 +2,8 @@
 
 Differences are of the held-out loss, paired by seed; Holm's correction takes the claims of one
 study as one family, in which the same runs count once, whichever protocols they serve. A pair
-counts only where both runs are of one device, one torch, and the same held-out images.
+counts only where both runs are of one device, one torch, and the same held-out images. Where runs
+were measured in several such ways, that of most seeds counts, and others for seeds that it lacks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -23,6 +24,7 @@ from recipes.studies.quality.plans import STUDIES, Claim
 from recipes.studies.quality.table import MEASURE, SETTING, curve_of
 
 LOSS = "loss"
+Row = dict[Hashable, Any]
 FAR = 1.5  # times the median loss of a setting, above which a run has not trained
 
 
@@ -81,14 +83,17 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
     found: list[Decision] = []
     for name, study in STUDIES.items():
         rows = table.loc[(table["study"] == name) & (table["state"] == OK) & table[LOSS].notna()]
-        settings = [tuple(s) for s in rows[SETTING].drop_duplicates().itertuples(index=False)]
+        by_run: dict[str, list[Row]] = {}  # also of another protocol, which is the same run
+        for row in rows.to_dict("records"):
+            by_run.setdefault(row["run"], []).append(row)
+        places: dict[Any, pd.DataFrame] = dict(list(rows.groupby(SETTING, sort=False)))
         of_study = [
-            _decision(claim, rows, setting, mixed)
+            _decision(claim, setting, here, by_run, mixed)
             for claim in study.claims
-            for setting in settings
+            for setting, here in places.items()
         ]
         none = paired_difference([], [])
-        for claim in study.claims if not settings else ():
+        for claim in study.claims if not places else ():
             of_study += [
                 Decision(claim, name, protocol, "", px, none, math.nan, math.nan, 0, math.nan)
                 for protocol in study.protocols
@@ -100,19 +105,34 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
     return found
 
 
-def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: bool) -> Decision:
-    here = rows.loc[(rows[SETTING] == list(setting)).all(axis=1)]
+def _decision(
+    claim: Claim,
+    setting: Sequence[Any],
+    here: pd.DataFrame,
+    by_run: Mapping[str, Sequence[Row]],
+    mixed: bool,
+) -> Decision:
     first, second = (
-        here.loc[here["variant"] == label].to_dict("records")
+        [
+            measured
+            for row in here.loc[here["variant"] == label].to_dict("records")
+            for measured in (row, *by_run[row["run"]])
+        ]
         for label in (claim.first, claim.second)
     )
-    pairs = {}
+    ways: dict[tuple[Any, ...], dict[int, tuple[Row, Row]]] = {}
     for one, other in itertools.product(first, second):
-        if one["seed"] == other["seed"] and (mixed or _are_measured_alike(one, other)):
-            pairs.setdefault(one["seed"], (one, other))
+        is_alike = _are_measured_alike(one, other)
+        if one["seed"] == other["seed"] and (mixed or is_alike):
+            way = is_alike, *(row[name] for row in (one, other) for name in MEASURE)
+            ways.setdefault(way, {}).setdefault(one["seed"], (one, other))
+    pairs: dict[int, tuple[Row, Row]] = {}
+    for _, of_seeds in sorted(ways.items(), key=lambda way: (not way[0][0], -len(way[1]))):
+        pairs = of_seeds | pairs
     both = {row["seed"] for row in first} & {row["seed"] for row in second}
     one, other = (
-        pd.DataFrame([pair[k] for pair in pairs.values()], columns=here.columns) for k in (0, 1)
+        pd.DataFrame([pairs[seed][k] for seed in sorted(pairs)], columns=here.columns)
+        for k in (0, 1)
     )
     difference = paired_difference(one[LOSS].tolist(), other[LOSS].tolist())
     needed = math.nan
@@ -131,7 +151,7 @@ def _decision(claim: Claim, rows: pd.DataFrame, setting: Sequence[Any], mixed: b
     )  # fmt: skip
 
 
-def _are_measured_alike(first: dict[Hashable, Any], second: dict[Hashable, Any]) -> bool:
+def _are_measured_alike(first: Row, second: Row) -> bool:
     alike = all(first[name] == second[name] for name in MEASURE)
     return alike and not (first.get("elsewhere") or second.get("elsewhere"))
 

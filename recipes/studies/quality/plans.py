@@ -200,6 +200,7 @@ class Scale:
         extractors: What looks at the samples.
         extractor_weights: File of the one that needs weights; None looks where they belong.
         held_out_images: Of each held-out loss along a run.
+        hold_out: Share of a folder's images to leave out of training for it.
     """
 
     model: str = "192x6"
@@ -214,6 +215,7 @@ class Scale:
     extractors: tuple[str, ...] = ("efficientnet-lite0",)
     extractor_weights: str | None = None
     held_out_images: int = 1024
+    hold_out: float = 0.0
 
 
 Seconds = Mapping[tuple[str, int], float]  # of a step, by label and resolution
@@ -287,6 +289,7 @@ def _planned(
         precision=scale.precision, compile=scale.compile, sample_every=steps,
         checkpoint_every=max(1, min(1000, steps)), diagnose_every=steps,
         held_out_every=max(1, -(-steps // scale.points)), held_out_images=scale.held_out_images,
+        hold_out=scale.hold_out,
     )  # fmt: skip
     if protocol == "MACs" and variant.label != REFERENCE:
         depth = depth_of_equal_macs(settings)

@@ -8,10 +8,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from recipes.lab.console import one_line
 from recipes.lab.data.datasets import entry_of, kind_of, share
 from recipes.lab.files import locked
+from recipes.lab.training.build import open_data
+from recipes.lab.training.held_out import check_enough, missing_line, open_held_out
 from recipes.studies.comparison.execution import Result
 from recipes.studies.comparison.planned import OK, is_done, read_result
 from recipes.studies.comparison.study import say
@@ -30,6 +33,22 @@ def share_data(study: Study, scale: Scale, resolutions: Sequence[int]) -> None:
     for side in resolutions or study.resolutions:
         for split in entry.splits:
             share(scale.data, resolution=side, level=level, split=split)
+
+
+def check_held_out(runs: Sequence[StudyRun]) -> None:
+    """Refuses a study whose runs would have no held-out loss, before the first one.
+
+    Raises:
+        UserError: No image is left out, or too few are.
+        DataError: They cannot be read.
+    """
+    of_sides = {one.planned.settings.resolution: one.planned.settings for one in runs}
+    for settings in of_sides.values():
+        open_data(settings, torch.device("cpu"))  # whether it has held-out images of its own
+        held_out = open_held_out(settings)
+        check_enough(held_out)
+        if line := missing_line(held_out, settings.held_out_images):
+            say(f"{settings.resolution} px: {line}")
 
 
 class Missing:

@@ -21,9 +21,9 @@ KEY = ["study", "protocol", "run"]
 SETTING = ["study", "protocol", "data", "px"]
 # What two runs share whose losses compare: a run that another machine does again, or whose loss is
 # of other held-out images, is another measurement.
-MEASURE = ["device", "torch", "held_out"]
+MEASURE = ["device", "torch", "held_out", "images"]
 _TEXTS = (*KEY, "data", "variant", "model", "arithmetic", "state", "error", "device", "torch",
-          "curve")  # fmt: skip
+          "images", "curve")  # fmt: skip
 _WHOLE = ("px", "tokens", "seed", "steps", "batch", "held_out")
 METRICS = ("FID", "KID", "precision", "recall", "density", "coverage")
 NUMBERS = ("loss", "loss_model", "q1", "q2", "q3", "q4", "train_loss")
@@ -63,7 +63,7 @@ def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
         "step_seconds": seconds.get((planned.label, side)),
         "wall_seconds": result.get("wall_seconds"),
     }  # fmt: skip
-    row |= dict.fromkeys((*NUMBERS, "device", "torch", "elsewhere", "curve"))
+    row |= dict.fromkeys((*NUMBERS, "device", "torch", "images", "elsewhere", "curve"))
     if result["state"] == OK:
         row |= _trained(Run(folder / "run"))
     for name, value in (metrics.get("results") or {}).get("1", {}).items():
@@ -82,6 +82,8 @@ def _trained(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": environment["device"], "torch": environment["torch"],
         "held_out": config["settings"]["held_out_images"],
+        # Of what is trained on, whose other side the held-out images are.
+        "images": str((config["data"].get("identity") or {}).get("sha256", ""))[:8],
         # Resumed in another environment: its bits are of neither.
         "elsewhere": int(any("environment" in line for change in config.get("changes", [])
                              for line in change["changes"])),
@@ -130,8 +132,9 @@ def one_each(table: pd.DataFrame) -> pd.DataFrame:
     In each setting those of the held-out images that most have, and of these those that most have
     measured alike.
     """
-    images = table.groupby(SETTING)["held_out"].transform(lambda counts: counts.mode()[0])
-    table = table.loc[table["held_out"] == images]
+    images = table["held_out"].astype(str) + " " + table["images"]
+    groups = images.groupby([table[name] for name in SETTING])
+    table = table.loc[images == groups.transform(lambda shown: shown.mode()[0])]
     sizes = table.groupby([*SETTING, *MEASURE], dropna=False)["run"].transform("size")
     order = (-sizes).sort_values(kind="stable").index
     return table.loc[order].drop_duplicates(KEY).sort_index()
@@ -158,8 +161,9 @@ def read(path: Path) -> pd.DataFrame:
         UserError: It is none, or damaged.
     """
     frame = read_table(path, _TEXTS)
-    if "held_out" not in frame:  # a table of before it was noted
-        frame["held_out"] = 0
+    frame = frame.assign(  # a table of before they were noted
+        **{n: v for n, v in (("held_out", 0), ("images", "")) if n not in frame}
+    )
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
