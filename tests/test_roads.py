@@ -2,24 +2,24 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import Commands
+from tests.commands import HEAVY, Commands
 from tests.markdown_pages import ROOT, commands, named_code
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+PYTEST = Path(pytest.__file__).with_name("__main__.py")
 TINY = ("--steps", "2", "--batch-size", "4")
 FEW = ("--samples", "20", "--steps", "2", "--batch-size", "10")
 # What the pages print, and what stands for it here: another VAE, fewer pixels, images and steps.
 SMALLER = {
-    "stabilityai/sd-vae-ft-ema": "vae", "256": "16", "100000": "2", "5000": "20", "100": "20",
+    "stabilityai/sd-vae-ft-ema": "vae", "256": "8", "100000": "2", "5000": "20", "100": "20",
     "S": "tiny",
 }  # fmt: skip
 SHORTER = {
@@ -34,34 +34,36 @@ SHORTER = {
 
 @pytest.fixture(scope="module")
 def recipes():
-    scripts = ("encode", "train", "sample", "evaluate", "figures", "compare")
-    started = Commands([f"recipes.{name}" for name in scripts], ENVIRONMENT)
+    started = Commands([*HEAVY, "recipes.studies.comparison.study", "pytest"], ENVIRONMENT)
     yield started
     started.close()
 
 
+@pytest.fixture(scope="module")
+def evaluators(tmp_path_factory):
+    """What is trained to look at images, once for all roads over the same ones."""
+    return tmp_path_factory.mktemp("evaluators")
+
+
 @pytest.fixture
-def walk(tmp_path, recipes):
+def walk(tmp_path, recipes, evaluators):
     """Runs one command line in the road's folder; it has to end well."""
+    for name in ("", "runs"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / ".evaluators").symlink_to(evaluators)
+    for name in ("comparison", "compare-mean"):  # refuses links
+        shutil.copytree(evaluators, tmp_path / "runs" / name / ".evaluators")
 
     def step(script, *arguments):
-        if isinstance(script, str):
-            file = ROOT / "recipes" / f"{script}.py"
-            status, written = recipes.run(file, *arguments, cwd=tmp_path)
-            assert status == 0, f"{script} {arguments}\n{written}"
-            return written
-        command = [sys.executable, *script]
-        done = subprocess.run(
-            [*command, *map(str, arguments)], cwd=tmp_path, env=ENVIRONMENT, text=True,
-            capture_output=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{script} {arguments}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        file = ROOT / "recipes" / f"{script}.py" if isinstance(script, str) else script
+        status, written = recipes.run(file, *arguments, cwd=tmp_path)
+        assert status == 0, f"{script} {arguments}\n{written}"
+        return written
 
     return step
 
 
-def class_folders(root, classes=2, images=40, pixels=16):
+def class_folders(root, classes=2, images=40, pixels=8):
     """Noise by class, dark and bright: the evaluator has to tell real classes apart."""
     generator = np.random.default_rng(0)
     for name in range(classes):
@@ -95,7 +97,7 @@ def test_digits(walk, tmp_path):
 
 def test_own_images(walk, tmp_path):
     class_folders(tmp_path / "pictures")
-    walk("train", "--attn", "dydila", "--data", "pictures", "--resolution", "16", "--out", "run",
+    walk("train", "--attn", "dydila", "--data", "pictures", "--resolution", "8", "--out", "run",
          *TINY)  # fmt: skip
     walk("sample", "run", "--classes", "0,1", "--steps", "2", "--out", "s.png")
     walk("evaluate", "run", *FEW)
@@ -114,7 +116,7 @@ def vae(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=2,
         norm_num_groups=4,
-        sample_size=16,
+        sample_size=8,
     ).save_pretrained(tmp_path / "vae")
     return "vae"
 
@@ -124,14 +126,13 @@ def follow(walk):
     """Runs a command line of a page, smaller and shorter."""
 
     def step(words):
-        words = [SMALLER.get(word, word) for word in words]
-        if words[:2] == ["pytest", "bench/"]:
-            suite = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "bench"))
-            return walk(suite, *words[2:], *SHORTER["pytest"])
-        script = Path(words[1])
-        assert words[0] == "python" and (ROOT / script).exists(), words
-        name = script.stem if script.parent.name == "recipes" else (str(ROOT / script),)
-        return walk(name, *words[2:], *SHORTER.get(script.stem, ()))
+        program, script, *words = [SMALLER.get(word, word) for word in words]
+        if program == "pytest":
+            more = SHORTER["pytest"] if script == "bench/" else ()
+            place = ROOT / script if script == "bench/" else script
+            return walk(PYTEST, "-q", "-p", "no:cacheprovider", place, *words, *more)
+        assert program == "python", program
+        return walk(ROOT / script, *words, *SHORTER.get(Path(script).stem, ()))
 
     return step
 
@@ -169,13 +170,9 @@ def test_own_mechanism(follow, tmp_path):
     *recipes, suite, contract = lines
     for words in (*recipes, suite):
         follow(words)
+    assert " passed" in follow(contract)
     check_results(tmp_path / "runs" / "mean")
     report = tmp_path / "runs" / "compare-mean" / "report.html"
     assert "mean" in report.read_text("utf-8")
     cases = json.loads((tmp_path / "out.json").read_text("utf-8"))["benchmarks"]
     assert {case["extra_info"]["mechanism"] for case in cases} == {"softmax", "mean"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *contract[1:]],
-        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

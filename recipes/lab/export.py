@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import attnzoo
 from backbones import FlowScheduler, PixelDecoder
 from backbones.carried import INDEX, carry
@@ -86,7 +88,7 @@ def export(
             os.replace(out, old)
         os.replace(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # its own class for what the system refuses
         raise CannotWrite(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

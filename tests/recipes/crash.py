@@ -8,6 +8,7 @@ autograd has run in the parent.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-import sklearn.datasets  # noqa: E402, F401 - once here instead of in every child
+import peft  # noqa: E402, F401 - once here instead of in every child, by Accelerate
+import sklearn.datasets  # noqa: E402, F401 - likewise
 import torch  # noqa: E402
 
 from recipes.lab import files  # noqa: E402
@@ -177,6 +179,7 @@ def kills(folder: Path, count: int) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    gc.freeze()  # or every child would look at all of it, and so copy it
     target = Path(sys.argv[2])
     result = points(target) if sys.argv[1] == "points" else kills(target, int(sys.argv[3]))
     print(json.dumps(result))

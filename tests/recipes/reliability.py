@@ -45,15 +45,15 @@ def _child(*arguments, launcher=()):
     return result.stdout
 
 
-def crashes(folder, last=None):
+def crashes(folder, last=None, child=_child):
     """Crashes at every act of the checkpoint protocol, or at the ``last`` ones of a run."""
     arguments = [crash.__file__, "points", folder, *([] if last is None else [last])]
-    return json.loads(_child(*arguments).splitlines()[-1])
+    return json.loads(child(*arguments).splitlines()[-1])
 
 
-def kills(folder, count):
+def kills(folder, count, child=_child):
     """SIGKILL at random moments."""
-    return json.loads(_child(crash.__file__, "kills", folder, count).splitlines()[-1])
+    return json.loads(child(crash.__file__, "kills", folder, count).splitlines()[-1])
 
 
 def weights(run, part):

@@ -32,13 +32,23 @@ SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every":
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def test_a_crash_at_any_act_of_a_save_loses_nothing(tmp_path):
-    result = crashes(tmp_path, 12)
+@pytest.fixture
+def child(commands, tmp_path):
+    def run(*arguments):
+        status, said = commands.run(*arguments, cwd=tmp_path)
+        assert status == 0, said
+        return said
+
+    return run
+
+
+def test_a_crash_at_any_act_of_a_save_loses_nothing(tmp_path, child):
+    result = crashes(tmp_path, 12, child)
     assert result["failures"] == [] and result["survived"] == result["tried"] >= 12
 
 
-def test_kills_at_random_moments_lose_nothing(tmp_path):
-    result = kills(tmp_path, 3)
+def test_kills_at_random_moments_lose_nothing(tmp_path, child):
+    result = kills(tmp_path, 3, child)
     assert result["killed"] == 3
     assert result["equal"] == result["runs"] and result["unloadable"] == 0
 

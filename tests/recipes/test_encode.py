@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from recipes.lab.training.trainer import Trainer
 from tests.recipes.reliability import ROOT, draw, make_vae
 from tests.recipes.test_checkpoint import Canary
 
+SCRIPT = ROOT / "recipes" / "encode.py"
 COMMON = {"attn": "sana", "batch_size": 4, "steps": 4, "sample_every": 1000}
 
 
@@ -371,23 +370,16 @@ def test_a_vae_that_overflows_is_refused(images, vae, tmp_path):
         load_training_data(settings, load_vae(place)).batch(torch.arange(2))
 
 
-def command(*arguments, launcher=(), **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen(
-        [sys.executable, *launcher, ROOT / "recipes" / "encode.py", *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def test_two_writers_of_one_folder(images, vae, tmp_path):
+def test_two_writers_of_one_folder(images, vae, tmp_path, commands):
     arguments = [images, tmp_path / "out", "--vae", vae, "--resolution", 16, "--shard-size", 1]
-    writers = [command(*arguments) for _ in range(2)]
-    outcomes = [writer.communicate(timeout=120) for writer in writers]
-    codes = sorted(writer.returncode for writer in writers)
-    assert codes in ([0, 0], [0, 2])
-    for (_, said), writer in zip(outcomes, writers, strict=True):
+    files = [tmp_path / "one", tmp_path / "other"]
+    writers = [commands.start(SCRIPT, *arguments, cwd=tmp_path, to=file) for file in files]
+    codes = [commands.wait(writer) for writer in writers]
+    assert sorted(codes) in ([0, 0], [0, 2])
+    for code, file in zip(codes, files, strict=True):
+        said = file.read_text()
         assert "Traceback" not in said
-        if writer.returncode:
+        if code:
             assert "is being written to by process" in said.splitlines()[-1]
     assert len(CachedDataset(tmp_path / "out")) == 12
 
@@ -400,27 +392,22 @@ def test_a_folder_that_is_being_written_is_refused(copy, images, vae):
     assert before == {path.name: path.stat().st_mtime_ns for path in copy.glob("[!.]*")}
 
 
-def test_the_locale_does_not_count(images, vae, cache, tmp_path):
+ALL = ["--resolution", 16, "--shard-size", 5, "--batch-size", 2, "--dtype", "fp32"]
+
+
+def test_the_locale_does_not_count(images, vae, cache, tmp_path, commands):
     out = tmp_path / "l\u00e4tents"
-    process = command(
-        images, out, "--vae", vae, "--resolution", 16, "--shard-size", 5, "--batch-size", 2,
-        "--dtype", "fp32", LC_ALL="C", PYTHONUTF8="0",
-    )  # fmt: skip
-    said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    status, said = commands.run(SCRIPT, images, out, "--vae", vae, *ALL, cwd=tmp_path)
+    assert status == 0, said
     assert CachedDataset(out).identity() == CachedDataset(cache).identity()
     assert CachedDataset(out).class_names == ("ant", "bee", "cat", "d\u00f6g")
 
 
-def test_several_processes_share_the_shards(images, vae, cache, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    process = command(
-        images, tmp_path / "out", "--vae", vae, "--resolution", 16, "--shard-size", 5,
-        "--batch-size", 2, "--dtype", "fp32", launcher=launcher,
-    )  # fmt: skip
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 0, said
-    assert CachedDataset(tmp_path / "out").identity() == CachedDataset(cache).identity()
+def test_several_processes_share_the_shards(images, vae, cache, tmp_path, commands):
+    out = tmp_path / "out"
+    status, said = commands.launch(2, SCRIPT, images, out, "--vae", vae, *ALL, cwd=tmp_path)
+    assert status == 0, said
+    assert CachedDataset(out).identity() == CachedDataset(cache).identity()
 
 
 def test_interrupted_it_goes_on(images, vae, tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 import zipfile
 from pathlib import Path
@@ -387,7 +385,7 @@ class TestWhatIsKept:
         assert f"{file} " in capsys.readouterr().err
         assert torch.equal(cached(file, dict)["x"], torch.arange(100.0))
 
-    def test_processes_that_want_the_same_wait_for_the_first(self, tmp_path):
+    def test_processes_that_want_the_same_wait_for_the_first(self, tmp_path, commands):
         code = textwrap.dedent(
             """
             import sys, time, pathlib, torch
@@ -407,10 +405,13 @@ class TestWhatIsKept:
             assert cached(folder / "a.safetensors", make)["x"].sum() == 3
             """
         )
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        root = Path(__file__).parents[2]
-        both = [subprocess.Popen([*command, name], cwd=root) for name in "ab"]
-        assert [process.wait(timeout=120) for process in both] == [0, 0]
+        script = tmp_path / "wanting.py"
+        script.write_text(code)
+        both = [
+            commands.start(script, tmp_path, name, cwd=tmp_path, to=tmp_path / f"said-{name}")
+            for name in "ab"
+        ]
+        assert [commands.wait(process) for process in both] == [0, 0]
         assert (tmp_path / "made").read_text() == "x"
 
 
@@ -510,22 +511,17 @@ class TestEvaluators:
         torch.testing.assert_close(tf1_resize(ramp, 6)[0, 0, 4], wanted)
 
 
-def test_two_processes_equal_one_to_the_last_digit(run, cache, digits, tmp_path):
-    root = Path(__file__).parents[2]
+def test_two_processes_equal_one_to_the_last_digit(run, cache, digits, tmp_path, commands):
+    script = Path(__file__).parents[2] / "recipes" / "evaluate.py"
     results = []
     for world in (1, 2):
         copy = tmp_path / f"run-{world}"
         copy.mkdir()
         (copy / "config.json").write_text(run.config_file.read_text())
         (copy / "checkpoints").symlink_to(run.checkpoints.resolve())
-        command = [sys.executable]
-        if world == 2:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command += [str(root / "recipes/evaluate.py"), str(copy), "--samples", "40"]
-        command += ["--steps", "2", "--shard-size", "8", "--cache", str(cache)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        arguments = [copy, "--samples", 40, "--steps", 2, "--shard-size", 8, "--cache", cache]
+        status, said = commands.launch(world, script, *arguments, cwd=tmp_path)
+        assert status == 0, said
         results.append(json.loads((copy / "metrics.json").read_text()))
         assert results[-1]["processes"] == world
     for part in ("results", "real_floor"):

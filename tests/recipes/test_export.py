@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTPipeline
+from safetensors import SafetensorError
 
 import attnzoo
 from attnzoo import InvalidValue
@@ -113,6 +114,21 @@ def test_nothing_is_overwritten_unasked(runs, tmp_path):
         with pytest.raises(UserError, match="choose another --out"):
             main([str(runs / "pixels"), "--out", str(tmp_path / place), "--overwrite"])
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(runs, tmp_path, monkeypatch):
+    def full(self, folder, **options):
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    call = [str(runs / "pixels"), "--out", str(tmp_path / "out")]
+    assert main(call) == 0
+    monkeypatch.setattr(DiTPipeline, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write .*out.*No space left"):
+        main([*call, "--overwrite"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model_index.json").is_file()
 
 
 def test_what_no_pipeline_does_is_refused(runs, tmp_path):

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -317,12 +316,12 @@ class TestOwnMechanism:
             resume(run, *more, 4)
         assert resume(run, *more, 4, "--import", tmp_path / "moved.py") == DONE
 
-    def test_a_mistake_in_it_shows_its_traceback(self, own, tmp_path):
+    def test_a_mistake_in_it_shows_its_traceback(self, own, tmp_path, commands):
         own.write_text(OWN.replace("x.mean(1, keepdim=True)", "x.mean(1) + 'a'"))
-        result = command_line("--import", own, "--attn", "mean", "--out", tmp_path / "run")
-        assert result.returncode == 1
-        assert "Traceback" in result.stderr and "TypeError" in result.stderr
-        assert str(own) in result.stderr
+        arguments = ["--import", own, "--attn", "mean", "--out", tmp_path / "run"]
+        status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
+        assert status == 1
+        assert "Traceback" in said and "TypeError" in said and str(own) in said
 
     @pytest.mark.parametrize("where", ["step", "diagnostics", "preview"])
     def test_a_late_mistake_is_no_line_either(self, own, tmp_path, where):
@@ -338,13 +337,6 @@ class TestOwnMechanism:
         settings = Settings(**SMALL | {"attn": "mean"}, steps=2, diagnose_every=1)
         with pytest.raises(TypeError):
             train(settings, Run(tmp_path / "run"))
-
-
-def command_line(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
 
 
 class TestEnvironment:
@@ -409,14 +401,15 @@ class _Library:
 
 class TestMemory:
     @pytest.mark.parametrize("attn", ["softmax", "dydila", "sana"])
-    def test_the_estimate_is_near_what_a_step_takes(self, attn):
-        code = f"""
+    def test_the_estimate_is_near_what_a_step_takes(self, attn, tmp_path, commands):
+        code = """
+            import sys
             import torch
             torch.set_num_threads(1)
             from recipes.lab.training import memory
             from recipes.lab.training.settings import Settings
             from recipes.lab.training.trainer import Trainer
-            trainer = Trainer(Settings(attn={attn!r}, data="shapes", batch_size=192))
+            trainer = Trainer(Settings(attn=sys.argv[1], data="shapes", batch_size=192))
             told = memory.step_bytes(trainer)
             before = int(open("/proc/self/statm").read().split()[1]) * 4096
             open("/proc/self/clear_refs", "w").write("5")
@@ -424,12 +417,11 @@ class TestMemory:
             peak = [line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line]
             print(told, int(peak[0]) * 1024 - before)
         """
-        result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
-            cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        told, taken = map(int, result.stdout.split())
+        script = tmp_path / "peak.py"
+        script.write_text(textwrap.dedent(code))
+        status, said = commands.run(script, attn, cwd=tmp_path)
+        assert status == 0, said
+        told, taken = map(int, said.splitlines()[-1].split())
         assert 0.65 < told / taken < 1.35, (told, taken)
 
     def test_the_model_is_left_as_it_was(self):
@@ -515,19 +507,20 @@ class TestOutput:
         assert capsys.readouterr() == ("said\n", "")
 
     @pytest.mark.parametrize("closed", ["stdout", "both"])
-    def test_a_closed_pipe_ends_in_a_saved_run(self, closed, tmp_path):
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        if closed == "both":
-            streams["stderr"] = subprocess.STDOUT
-        out = tmp_path / "run"
-        command = [sys.executable, str(SCRIPT), "--attn", "sana", "--batch-size", "4"]
+    def test_a_closed_pipe_ends_in_a_saved_run(self, closed, tmp_path, commands):
+        out, pipe = tmp_path / "run", tmp_path / "pipe"
+        os.mkfifo(pipe)
+        errors = tmp_path / "errors" if closed == "stdout" else None
         # Nothing more is said on stdout before the end; progress on stderr is noticed earlier.
-        steps = "60" if closed == "stdout" else "100000"
-        process = subprocess.Popen([*command, "--steps", steps, "--out", str(out)], **streams)
-        process.stdout.readline()
-        process.stdout.close()
-        code = process.wait(timeout=300)
-        said = process.stderr.read().decode() if process.stderr else ""
+        steps = 60 if closed == "stdout" else 100_000
+        process = commands.start(
+            SCRIPT, "--attn", "sana", "--batch-size", 4, "--steps", steps, "--out", out,
+            cwd=tmp_path, to=pipe, errors=errors,
+        )  # fmt: skip
+        with pipe.open() as reader:
+            reader.readline()
+        code = commands.wait(process)
+        said = errors.read_text() if errors else ""
         assert "Traceback" not in said
         run = Run(out)
         assert code == INTERRUPTED or (closed == "stdout" and code == DONE), said
@@ -581,15 +574,14 @@ class TestOutput:
         finally:
             signal.signal(signal.SIGHUP, before)
 
-    def test_names_are_written_without_a_utf8_locale(self, tmp_path):
+    def test_names_are_written_without_a_utf8_locale(self, tmp_path, commands):
         folder = tmp_path / "bücher"
         for name in ("käse", "猫"):
             (folder / name).mkdir(parents=True)
             Image.new("RGB", (16, 16), "red").save(folder / name / "a.png")
-        result = command_line(
-            "--attn", "sana", "--data", folder, "--resolution", 16, "--steps", 1,
-            "--batch-size", 2, "--out", tmp_path / "läufe",
-            LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
+        status, said = commands.run(
+            SCRIPT, "--attn", "sana", "--data", folder, "--resolution", 16, "--steps", 1,
+            "--batch-size", 2, "--out", tmp_path / "läufe", cwd=tmp_path,
         )  # fmt: skip
-        assert result.returncode == DONE, result.stderr
+        assert status == DONE, said
         assert Run(tmp_path / "läufe").config()["data"]["class_names"] == ["käse", "猫"]

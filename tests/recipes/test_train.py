@@ -5,8 +5,8 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,12 +42,6 @@ def weights(run):
 
 def log(run):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in run.read_log()]
-
-
-def command_line(*arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
-    )
 
 
 def test_thirty_steps_lower_the_loss_and_leave_a_run(trained):
@@ -123,21 +117,19 @@ def test_every_mechanism_sees_the_same_batches():
         assert torch.equal(one, other)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--steps", "5000", "--batch-size", "8", "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, commands):
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    process = commands.start(
+        SCRIPT, "--steps", 5000, "--batch-size", 8, "--out", out, cwd=tmp_path, to=printed
     )
     while not (out / "log.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-    os.kill(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == INTERRUPTED, printed
-    assert f"--resume --out {out}" in printed
-    assert "Traceback" not in printed
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state != "Z", printed.read_text()
+        time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
+    assert commands.wait(process) == INTERRUPTED, printed.read_text()
+    assert f"--resume --out {out}" in printed.read_text()
+    assert "Traceback" not in printed.read_text()
     step, _ = Run(out).newest_checkpoint(warn=pytest.fail)
     assert step == Run(out).read_log()[-1]["step"]
 
@@ -207,6 +199,8 @@ def _errors(tmp_path):
         "empty data": (["--data", str(empty)], [str(empty)]),
         "size": (["--size", "XL"], ["'XL'", "tiny"]),
         "foreign folder": (["--out", str(foreign)], [str(foreign), "another --out"]),
+        "a file": (["--out", str(foreign / "thesis.tex")], ["is a file", "another --out"]),
+        "no folder": (["--out", ""], ["--out ''", "drop the flag"]),
         "no run": (["--resume", "--out", str(tmp_path / "none")], ["none", "no run"]),
     }
 
@@ -222,6 +216,8 @@ CASES = (
     "empty data",
     "size",
     "foreign folder",
+    "a file",
+    "no folder",
     "no run",
 )
 
@@ -240,12 +236,12 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_exits_with_two_and_no_traceback(tmp_path):
+def test_the_command_line_exits_with_two_and_no_traceback(tmp_path, commands):
     for arguments in (["--steps", "0"], ["--attn", "dydlia", "--out", str(tmp_path / "run")]):
-        result = command_line(*arguments)
-        assert result.returncode == 2
-        assert "Traceback" not in result.stderr
-        assert "error:" in result.stderr.strip().splitlines()[-1]
+        status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
+        assert status == 2
+        assert "Traceback" not in said
+        assert "error:" in said.strip().splitlines()[-1]
 
 
 def test_a_run_is_never_overwritten_unasked(trained):
@@ -256,6 +252,8 @@ def test_a_run_is_never_overwritten_unasked(trained):
             train_module.main([*arguments, *more])
     with pytest.raises(UserError, match="already holds a run"):
         train_module.main([*arguments, "--resume", "never"])
+    with pytest.raises(UserError, match=r"--size must be one of tiny"):  # none to be allowed
+        train_module.main([*arguments, "--size", "XL"])
     assert before == {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
 
 

@@ -128,6 +128,8 @@ class Run:
         Raises:
             UserError: It is, or a folder of the run cannot be read.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file, not a folder; choose another --out")
         for name in (*_MADE, ".lock", "config.json"):
             refuse_links(self.folder, self.folder / name)
         for path in [*self._checkpoint_folders(), *listed_in(self.samples)]:

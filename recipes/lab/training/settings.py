@@ -355,6 +355,8 @@ def resumed_settings(
         for name, value in given.items()
         if not _are_same(getattr(before, name), value)
     }
+    # A value that cannot be is said as such: to allow the change would lead nowhere.
+    after = dataclasses.replace(before, **{name: new for name, (_, new) in changes.items()})
     refused = [name for name in changes if name not in allowed]
     lines = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()]
     if refused:
@@ -364,7 +366,7 @@ def resumed_settings(
             f"to continue it, allow the change with {remedy}, replace it with --overwrite, or "
             f"choose another --out"
         )
-    return dataclasses.replace(before, **{name: new for name, (_, new) in changes.items()}), lines
+    return after, lines
 
 
 def _are_same(one: Any, other: Any) -> bool:
