@@ -1,6 +1,6 @@
 """The kernels of gated linear attention equal its reference, on a GPU or interpreted.
 
-As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
 from typing import Any
@@ -16,18 +16,14 @@ from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
     mean_of_scans_by_kernels,
+    tokens_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
 
 FOUR = ("forward", "backward", "columns-forward", "columns-backward")
 # 16 times the default gates, by which a chunk still forgets little, and what shuts most of them.
 STRENGTHS = {"default": 1.0, "strong": 16.0, "shut": 1e6}
-
-
-def test_kernels_in_a_process_of_their_own():
-    if HAS_TRITON and not CAN_RUN:
-        run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
@@ -167,6 +163,18 @@ if CAN_RUN:
             parts = [layout(z) for z in joint.split((16, 16, 24, 16), -1)]
             out = kernels(*parts, 16.0, (3, 4), FOUR[:2])
             results.append([out, *torch.autograd.grad(out.sum(), joint)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_packed_tokens_in_any_layout():
+        """Channels before tokens, and parameters between others."""
+        operands = [random(2, 33, 6).mT, random(6, 5, seed=1)]
+        operands += [random(size, 2, seed=2)[:, 0] for size in (6, 4)]
+        results = []
+        for layout in (lambda z: z, torch.Tensor.contiguous):
+            inputs = [layout(z).requires_grad_() for z in operands]
+            out = tokens_by_kernels(*inputs, 2, 1e-5, 16.0, (2, 3), FOUR)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
 
