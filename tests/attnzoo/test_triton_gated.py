@@ -75,12 +75,12 @@ def errors(found, exact):
 
 if CAN_RUN:
 
-    @pytest.mark.parametrize("strength", STRENGTHS)
     @pytest.mark.parametrize(
-        ("grid", "directions"),
+        ("grid", "directions", "strength"),
         [
-            ((1, 1), FOUR), ((1, 7), FOUR[:2]), ((1, 7), FOUR[3:]), ((7, 13), FOUR[:1]),
-            ((7, 13), FOUR[1:2]), ((7, 13), FOUR[:2]), ((7, 13), FOUR),
+            ((1, 1), FOUR, "default"), ((1, 7), FOUR[:2], "default"), ((1, 7), FOUR[3:], "strong"),
+            ((7, 13), FOUR[:1], "strong"), ((7, 13), FOUR[1:2], "strong"),
+            ((7, 13), FOUR[:2], "default"), *(((7, 13), FOUR, strength) for strength in STRENGTHS),
         ],
     )  # fmt: skip
     def test_equals_the_reference(grid, directions, strength):

@@ -544,7 +544,6 @@ if CAN_RUN:
             ("sana", "linear_core"),
             ("lit", "packed_core"),
             ("focused", "packed_core"),
-            ("linfusion", "linear_core"),
             ("agent", "agent_core"),
             ("linformer", "few_keys"),
             ("mala", "rotary_core"),
