@@ -178,6 +178,15 @@ if CAN_RUN:
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
 
+    def test_images_of_one_packed_token():
+        weights = random(6, 5, seed=1), random(6, seed=2), random(4, seed=3)
+        packed, results = random(2, 1, 33), []
+        for images in (packed, packed[1:]):
+            x = images.clone().requires_grad_()
+            out = tokens_by_kernels(x, *weights, 2, 1e-5, 16.0, (1, 1), FOUR[:1])
+            results.append([out[-1], torch.autograd.grad(out.sum(), x)[0][-1]])
+        torch.testing.assert_close(*results)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_one_scan_of_heads_before_tokens(dtype):
         query, key, value, logit, _ = (z.transpose(1, 2).to(dtype) for z in operands(37))

@@ -26,7 +26,13 @@ def _parts(packed: Tensor, weight: Tensor, norm: Tensor, heads: int) -> list[Ten
     """Queries, keys, values and output gates, (b, n, h, d), and what gives the forget gates."""
     (keys, rank), values = weight.shape, heads * norm.numel()
     *parts, reduced = packed.split([keys, keys, values, values, rank], -1)
-    return [*(z.unflatten(-1, (heads, -1)) for z in parts), reduced]
+    widths = [z.shape[-1] // heads for z in parts]
+    # ``unflatten`` gives a single token a spacing that is not that of images.
+    heads_of = [
+        z.as_strided((*z.shape[:2], heads, d), (*z.stride()[:2], d, 1))
+        for z, d in zip(parts, widths, strict=True)
+    ]
+    return [*heads_of, reduced]
 
 
 @launched("gated_tokens", f"({_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
