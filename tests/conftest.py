@@ -8,6 +8,7 @@ LONG = [
     TESTS / name
     for name in (
         "test_roads.py",
+        "attnzoo/test_interpreted.py",
         "attnzoo/test_kernels_compile.py",
         "bench/test_suite.py",
         "bench/test_borders.py",
@@ -15,8 +16,6 @@ LONG = [
         "bench/test_gpu_goals.py",
         "bench/test_whole_models.py",
         "attnzoo/test_counting.py",
-        "attnzoo/test_triton.py",
-        "attnzoo/test_triton_linear.py",
         "recipes/test_session.py",
         "recipes/test_compare.py",
         "recipes/test_distributed.py",

@@ -140,7 +140,8 @@ def _rows(z: Tensor) -> tuple[Tensor, int]:
     *between, spacing, step = z.stride()
     if (step == 1 and (not between or between[0] == z.shape[1] * spacing)) or z.numel() == 0:
         return z, spacing
-    z = z.contiguous()
+    # ``contiguous`` alone leaves a single row the spacing that it has.
+    z = z.contiguous().view(-1).view(z.shape)
     return z, z.stride(-2)
 
 

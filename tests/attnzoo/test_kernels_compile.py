@@ -5,6 +5,7 @@ not start on a GPU. The compiler needs none: a driver that only names its target
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -121,7 +122,10 @@ def compiled(monkeypatch, tmp_path):
     return on
 
 
-def launch_difference(dtype, choices, heads, width=384):
+# With ``every``, whatever kernels are told to leave out or put in is told to tiles of every size.
+
+
+def launch_difference(dtype, choices, every, width=384):
     from attnzoo.ops.token_difference import Operands, triton_backward
     from attnzoo.ops.token_difference.triton import difference_forward
     from attnzoo.ops.token_difference.triton_backward import difference_backward
@@ -129,13 +133,14 @@ def launch_difference(dtype, choices, heads, width=384):
     z = torch.ones(1, 256, width, dtype=dtype)
     routers = [torch.ones(choices, columns, dtype=dtype) for columns in (width, width, 2 * width)]
     gammas, lambdas, norm = torch.ones(2, choices), torch.ones(choices), torch.ones(1, width)
-    for key_sum in (None, norm):
+    sides, few = [(None, 1), (norm, 6), (norm, 1)], (8192, 0)  # keys, and queries
+    cases = itertools.product(sides, few) if every else zip(sides, few, strict=False)
+    for (key_sum, heads), triton_backward.FEW_ROWS in cases:
         operands = Operands(
             z, z, *routers, gammas, lambdas, None, key_sum, 1e-6, heads, True, True
         )
-        for triton_backward.FEW_ROWS in (0, 8192):
-            out, sums, *saved = difference_forward(*operands)
-            difference_backward(out, sums if key_sum is None else None, *saved, *operands)
+        out, sums, *saved = difference_forward(*operands)
+        difference_backward(out, sums if key_sum is None else None, *saved, *operands)
 
 
 def launch_maps(dtype, choices=9, width=128):
@@ -152,7 +157,7 @@ def launch_maps(dtype, choices=9, width=128):
     kernels.map_backward(out, *saved, *operands)
 
 
-def launch_routing(dtype, experts, width=384):
+def launch_routing(dtype, experts, every, width=384):
     from attnzoo.ops.routed_linear import triton as kernels
     from attnzoo.ops.routed_linear import triton_scalar
 
@@ -165,35 +170,38 @@ def launch_routing(dtype, experts, width=384):
     gates = logits, (router, router)
     kernels.grouped_input_gradient(out, (weight, weight), order, ends, gates)
     kernels.grouped_weight_gradient(x, out, order, ends, 2 * experts)
-    for line, other in ((router, None), (torch.cat([router, router], 1), x)):
+    parts, learns = ((None, router), (x, torch.cat([router, router], 1))), (False, True)
+    cases = itertools.product(parts, learns) if every else zip(parts, learns, strict=True)
+    for (other, line), learn in cases:
         operands = x, other, line, line[:, 0].contiguous()
-        for learn in (True, False):
-            scalars, *saved = triton_scalar._routed_scalar.function(*operands, learn)
-            triton_scalar._routed_scalar_backward.function(scalars, *operands, *saved, learn)
+        scalars, *saved = triton_scalar._routed_scalar.function(*operands, learn)
+        triton_scalar._routed_scalar_backward.function(scalars, *operands, *saved, learn)
 
 
-def launch_linear(dtype, width=384):
+def launch_linear(dtype, every, width=384):
     from attnzoo.ops.linear_core import triton as kernels
 
-    for heads in (width // 32, width // 64, width // 128, 1):
-        for activation, normalize in (("relu", True), ("relu", False), ("elu", True)):
-            options = heads, activation, normalize, 1e-6
-            packed = torch.ones(1, 512, 3 * width, dtype=dtype)
-            out, *saved = kernels._linear_core.function(packed, None, None, *options)
-            kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
+    packed = torch.ones(1, 512, 3 * width, dtype=dtype)
+    sizes = width // 32, width // 64, width // 128, 1
+    kinds = [("relu", True), ("elu", True), ("relu", False), ("relu", True)]
+    cases = itertools.product(sizes, kinds[:3]) if every else zip(sizes, kinds, strict=True)
+    for heads, kind in cases:
+        options = heads, *kind, 1e-6
+        out, *saved = kernels._linear_core.function(packed, None, None, *options)
+        kernels._linear_core_backward.function(out, out, *saved, packed, None, None, *options)
 
 
-def launch_packed(dtype, width=384):
+def launch_packed(dtype, every, width=384):
     from attnzoo.ops.linear_core import triton_packed as kernels
     from attnzoo.ops.triton_common import column_sum
 
     qkv, weight = torch.ones(1, 256, 3 * width, dtype=dtype), torch.ones(32, 1, 5, 5, dtype=dtype)
-    for heads in (width // 32, 1):
-        for gamma in (3.0, 2.5):
-            options = weight, weight[:, 0, 0, 0], qkv[0, 0, :width], heads, 16, 16
-            options += "none", True, 1e-6, gamma, 1e-6
-            out, *saved = kernels._packed_core.function(qkv, *options)
-            kernels._packed_core_backward.function(out, *saved, qkv, *options)
+    sizes, powers = (width // 32, 1), (3.0, 2.5)
+    for heads, gamma in (itertools.product if every else zip)(sizes, powers):
+        options = weight, weight[:, 0, 0, 0], qkv[0, 0, :width], heads, 16, 16
+        options += "none", True, 1e-6, gamma, 1e-6
+        out, *saved = kernels._packed_core.function(qkv, *options)
+        kernels._packed_core_backward.function(out, *saved, qkv, *options)
     column_sum(qkv.expand(9, -1, -1).flatten(0, 1)[:2048], dtype)
 
 
@@ -211,10 +219,8 @@ def launch_the_rest(dtype, width=384):
     by_head, factor = z.view(1, 256, 3, -1).transpose(1, 2), gamma[0]
     differences._backward(z, by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
     differences._forward(by_head, by_head, factor, by_head[0, 0, 0], 1e-5, 1.0)
-    tokens, weight = z[None], torch.ones(width, 1, 3, 3, dtype=dtype)
-    kernels.stencil(tokens, weight, None, (16, 16))
-    kernels.stencil_weight_gradient(tokens, tokens, (16, 16), weight)
-    weight, packed = torch.ones(width, 1, 7, 7, dtype=dtype), tokens.repeat(1, 1, 2)
+    tokens, weight = z[None], torch.ones(width, 1, 7, 7, dtype=dtype)
+    packed = tokens.repeat(1, 1, 2)
     out, raw = kernels._gated_stencil.function(packed, weight, weight, 16, 16, True)
     kernels._gated_stencil_backward.function(out, raw, packed, weight, 16, 16)
     weights = [torch.ones(width, 1, *size) for size in ((3, 3), (3, 1), (1, 3))]
@@ -225,7 +231,7 @@ def launch_the_rest(dtype, width=384):
     branches._normed_branches_backward.function(out, stats, tokens, *weights, gains, *grid)
 
 
-def launch_norms_and_windows(dtype, width=384):
+def launch_norms_and_windows(dtype, every, width=384):
     from attnzoo.ops.agent_core import triton as agents
     from attnzoo.ops.block_core import triton as states
     from attnzoo.ops.downsample import triton as windows
@@ -247,18 +253,22 @@ def launch_norms_and_windows(dtype, width=384):
         windows._backward.function(out, x, weight, 16, 16, 2, padding)
     weight = torch.ones(width, 1, 3, 3, dtype=dtype)
     # Float32 takes as many agents of 32 channels as half precision of 128.
-    for heads, cells in ((12, 8), (12, 4)) if dtype == torch.float32 else ((6, 8), (3, 8)):
+    cases = [(12, 8), (12, 4)] if dtype == torch.float32 else [(3, 8), (6, 8)]
+    for heads, cells in cases if every else cases[:1]:
         sizes = weight, ones, heads, 16, 16, cells, cells
         qkv = x.repeat(1, 1, 3)
         out, *saved = agents._forward.function(qkv, *sizes)
         agents._backward.function(out, *saved, qkv, *sizes)
-    for keys in (32,) if dtype == torch.float32 else (64, 128):  # of 64 channels
+    counts = (32,) if dtype == torch.float32 else (128, 64)  # of 64 channels
+    for keys in counts if every else counts[:1]:
         key = torch.ones(1, keys, width, dtype=dtype)
         few._forward.function(x, key, key, 6)
         few._backward.function(x, x, key, key, 6)
     for radius in (0, 8):
         sizes = x, x, x, width // 128, 16, 16, 7, 1 + (not radius), radius  # the widest heads
-        neighbors._backward.function(x, *neighbors._forward.function(*sizes), *sizes)
+        saved = neighbors._forward.function(*sizes)
+        if every or not radius:
+            neighbors._backward.function(x, *saved, *sizes)
 
     heads = width // 64  # the widest that are served
     sizes = qkv, torch.ones(64, 64), None, None, heads, 16, 16, 2, 2, 1e-6  # the most blocks
@@ -364,28 +374,28 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
+    ("capability", "dtype", "every"),
     [
-        pytest.param(
-            capability, dtype, id=f"{capability}-{dtype}",
-            marks=[] if (capability, dtype) == (89, torch.bfloat16) else pytest.mark.slow,
-        )
-        for capability in (89, 80, 90)
-        for dtype in (torch.bfloat16, torch.float32)
+        (89, torch.bfloat16, False),
+        *(
+            pytest.param(capability, dtype, True, marks=pytest.mark.slow)
+            for capability in (89, 80, 90)
+            for dtype in (torch.bfloat16, torch.float32)
+        ),
     ],
-)  # fmt: skip
-def test_every_kernel_compiles(compiled, capability, dtype):
+    ids=str,
+)
+def test_every_kernel_compiles(compiled, capability, dtype, every):
     found = compiled(capability)
-    launch_routing(dtype, experts=7)
-    launch_difference(dtype, choices=21, heads=1)
-    launch_difference(dtype, choices=21, heads=6)
+    launch_routing(dtype, experts=7, every=every)
+    launch_difference(dtype, choices=21, every=every)
     launch_maps(dtype)
-    launch_linear(dtype)
-    launch_packed(dtype)
+    launch_linear(dtype, every)
+    launch_packed(dtype, every)
     launch_the_rest(dtype)
     launch_gated(dtype)
     launch_delta(dtype)
-    launch_norms_and_windows(dtype)
+    launch_norms_and_windows(dtype, every)
     launch_scan(dtype)
     launch_inner(dtype)
     only_half = {"_mild_gradient_kernel"} if dtype == torch.float32 else set()
@@ -429,13 +439,15 @@ def test_the_largest_routers_fit(compiled, capability):
     from attnzoo.ops.token_difference import MOST_CHOICES
 
     compiled(capability)
-    launch_routing(torch.float32, experts=MOST_CHOICES)
-    launch_difference(torch.float32, choices=MOST_CHOICES, heads=1)
-    launch_difference(torch.bfloat16, choices=MOST_CHOICES, heads=1)
+    launch_routing(torch.float32, experts=MOST_CHOICES, every=True)
+    launch_difference(torch.float32, choices=MOST_CHOICES, every=True)
+    launch_difference(torch.bfloat16, choices=MOST_CHOICES, every=True)
     launch_maps(torch.bfloat16, choices=MOST_CHOICES, width=768)
 
 
-@pytest.mark.parametrize("experts", [14, 64, 128, 256, 300])
+@pytest.mark.parametrize(
+    "experts", [14, 300, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 128, 256))]
+)
 @pytest.mark.parametrize("tokens", [512, 2**22])
 def test_the_sort_fits_whatever_is_sorted(compiled, tokens, experts):
     from attnzoo.ops.routed_linear import triton as kernels

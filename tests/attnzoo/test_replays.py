@@ -1,6 +1,6 @@
 """Launches that are replayed without their Python give what the operators give.
 
-On a GPU, or with addresses for the interpreter in a process of its own.
+On a GPU, or with addresses for the interpreter, as ``test_interpreted.py`` runs it.
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import gc
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -30,15 +29,6 @@ interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's inte
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton, compiled")
 pytestmark = needs_triton
 GRID = (2, 3)
-
-
-@compiled
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in this process")
-def test_addresses_in_a_process_of_their_own():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=native"]
-    result = subprocess.run([*command, __file__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture

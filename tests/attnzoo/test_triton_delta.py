@@ -1,6 +1,6 @@
 """The kernels of the gated delta rule equal its reference, on a GPU or interpreted.
 
-As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
 from typing import Any
@@ -13,12 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.delta_rule import gated_delta_rule, gated_delta_rule_macs
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
-
-
-def test_kernels_in_a_process_of_their_own():
-    if HAS_TRITON and not CAN_RUN:
-        run_interpreted(__file__)
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")

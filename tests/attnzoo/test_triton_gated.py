@@ -1,6 +1,6 @@
 """The kernels of gated linear attention equal its reference, on a GPU or interpreted.
 
-As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
 from typing import Any
@@ -16,18 +16,14 @@ from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
     mean_of_scans_by_kernels,
+    tokens_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
 
 FOUR = ("forward", "backward", "columns-forward", "columns-backward")
 # 16 times the default gates, by which a chunk still forgets little, and what shuts most of them.
 STRENGTHS = {"default": 1.0, "strong": 16.0, "shut": 1e6}
-
-
-def test_kernels_in_a_process_of_their_own():
-    if HAS_TRITON and not CAN_RUN:
-        run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
@@ -79,12 +75,12 @@ def errors(found, exact):
 
 if CAN_RUN:
 
-    @pytest.mark.parametrize("strength", STRENGTHS)
     @pytest.mark.parametrize(
-        ("grid", "directions"),
+        ("grid", "directions", "strength"),
         [
-            ((1, 1), FOUR), ((1, 7), FOUR[:2]), ((1, 7), FOUR[3:]), ((7, 13), FOUR[:1]),
-            ((7, 13), FOUR[1:2]), ((7, 13), FOUR[:2]), ((7, 13), FOUR),
+            ((1, 1), FOUR, "default"), ((1, 7), FOUR[:2], "default"), ((1, 7), FOUR[3:], "strong"),
+            ((7, 13), FOUR[:1], "strong"), ((7, 13), FOUR[1:2], "strong"),
+            ((7, 13), FOUR[:2], "default"), *(((7, 13), FOUR, strength) for strength in STRENGTHS),
         ],
     )  # fmt: skip
     def test_equals_the_reference(grid, directions, strength):
@@ -169,6 +165,27 @@ if CAN_RUN:
             results.append([out, *torch.autograd.grad(out.sum(), joint)])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other)
+
+    def test_packed_tokens_in_any_layout():
+        """Channels before tokens, and parameters between others."""
+        operands = [random(2, 33, 6).mT, random(6, 5, seed=1)]
+        operands += [random(size, 2, seed=2)[:, 0] for size in (6, 4)]
+        results = []
+        for layout in (lambda z: z, torch.Tensor.contiguous):
+            inputs = [layout(z).requires_grad_() for z in operands]
+            out = tokens_by_kernels(*inputs, 2, 1e-5, 16.0, (2, 3), FOUR)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_images_of_one_packed_token():
+        weights = random(6, 5, seed=1), random(6, seed=2), random(4, seed=3)
+        packed, results = random(2, 1, 33), []
+        for images in (packed, packed[1:]):
+            x = images.clone().requires_grad_()
+            out = tokens_by_kernels(x, *weights, 2, 1e-5, 16.0, (1, 1), FOUR[:1])
+            results.append([out[-1], torch.autograd.grad(out.sum(), x)[0][-1]])
+        torch.testing.assert_close(*results)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_one_scan_of_heads_before_tokens(dtype):

@@ -1,6 +1,6 @@
 """The kernels of test-time training equal their reference, on a GPU or interpreted.
 
-As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
 import pytest
@@ -11,14 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.inner_loop import conv_tokens, unit_tokens
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IMPLEMENTATIONS, IS_INTERPRETED
 
 HALF = torch.bfloat16
-
-
-def test_kernels_in_a_process_of_their_own():
-    if HAS_TRITON and not CAN_RUN:
-        run_interpreted(__file__)
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
@@ -87,9 +82,6 @@ def check(inputs, function_of, impl):
     own = errors(with_gradients(function_of("reference"), inputs), exact)
     for error, other in zip(found, own, strict=True):
         assert error <= times * max(other, 2**-8), (found, own)
-
-
-IMPLEMENTATIONS = ["torch"] + ["triton"] * CAN_RUN
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

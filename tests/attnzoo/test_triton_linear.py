@@ -1,6 +1,6 @@
 """Linear attention's core in Triton equals its reference: outputs, gradients, whole layers.
 
-As in ``test_triton.py``: on a GPU, or interpreted in a process of its own.
+On a GPU, or as ``test_interpreted.py`` runs it.
 """
 
 import pytest
@@ -13,6 +13,7 @@ from attnzoo.layers.linear_attention import LinearAttention, linear
 from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.block_core import TokenBlocks, block_core
+from attnzoo.ops.causal_conv import causal_conv
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
 from attnzoo.ops.gated_norm import gated_norm
@@ -32,13 +33,7 @@ from tests.attnzoo.interpreted import (
     IS_INTERPRETED,
     errors,
     random,
-    run_interpreted,
 )
-
-
-@pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="runs in this process, or nowhere")
-def test_kernels_in_a_process_of_their_own():
-    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -549,7 +544,6 @@ if CAN_RUN:
             ("sana", "linear_core"),
             ("lit", "packed_core"),
             ("focused", "packed_core"),
-            ("linfusion", "linear_core"),
             ("agent", "agent_core"),
             ("linformer", "few_keys"),
             ("mala", "rotary_core"),
@@ -696,6 +690,35 @@ if CAN_RUN:
             budget = 2e-6 if dtype == torch.float32 else 2**-7
             assert found.shape == exact.shape
             assert (found - exact).norm() <= budget * exact.norm()
+
+    @pytest.mark.parametrize(
+        ("operator", "shapes"),
+        [
+            (lambda x, w, z, **o: depthwise_conv(x, (1, 1), w, z, **o), [(8, 1, 3, 3), (8,)]),
+            (lambda x, w, z, **o: downsample(x, (1, 1), w, z, 2, 1, **o), [(8, 1, 3, 3), (8,)]),
+            (lambda x, w, z, **o: causal_conv(x, w, z, **o), [(8, 1, 4), (8,)]),
+            (lambda x, *z, **o: group_norm(x, z[0], 2, *z[1:], 1e-5, **o), [(8,), (8,), (8,)]),
+            (lambda x, w, **o: scaled_power_map(x, w.abs() + 1, 3.0, 1e-6, **o), [(8,)]),
+            (lambda x, w, **o: gated_norm(x, x, w, 1e-5, **o), [(4,)]),
+        ],
+        ids=["depthwise", "downsample", "causal", "group_norm", "power_map", "gated_norm"],
+    )
+    def test_the_spacing_of_one_token_and_parameters_between_others(operator, shapes):
+        """As a convolution of PyTorch and attention leave a token: its stride means nothing."""
+        is_headed = shapes == [(4,)]
+        x = random(3, 2, 1, 4).transpose(1, 2) if is_headed else random(3, 8, 1).mT
+        parameters = [random(*shape, 2, seed=s)[..., 0] for s, shape in enumerate(shapes)]
+        cotangents = random(3, 1, 8, seed=9), random(1, 1, 1, seed=9).expand(3, 1, 8)
+        results = []
+        for impl, wide in (("reference", torch.float64), ("triton", torch.float32)):
+            inputs = [z.to(wide).requires_grad_() for z in (x, *parameters)]
+            out = operator(*inputs, impl=impl)
+            grads = (
+                torch.autograd.grad(out, inputs, z.to(wide), retain_graph=True) for z in cotangents
+            )
+            results.append([out, *(z for some in grads for z in some)])
+        for exact, found in zip(*results, strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
     def test_results_are_the_same_every_time():
         whole = random(2, 300, 96, dtype=HALF).requires_grad_()

@@ -1,6 +1,6 @@
 """The kernels of Mamba's layers equal their references, on a GPU or interpreted.
 
-As in ``test_triton.py``, one test runs this file again under Triton's interpreter.
+``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
 from typing import Any
@@ -15,12 +15,7 @@ from attnzoo.ops.causal_conv import causal_conv
 from attnzoo.ops.selective_scan import selective_scan, selective_scan_macs
 from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED, run_interpreted
-
-
-def test_kernels_in_a_process_of_their_own():
-    if HAS_TRITON and not CAN_RUN:
-        run_interpreted(__file__)
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")

@@ -9,18 +9,11 @@ from attnzoo.ops.neighborhood import Window, neighborhood_attention
 from tests.attnzoo.interpreted import (
     BUDGETS,
     CAN_RUN,
-    HAS_TRITON,
     IMPLEMENTATIONS,
     IS_INTERPRETED,
     errors,
     random,
-    run_interpreted,
 )
-
-
-@pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="runs in this process, or nowhere")
-def test_kernels_in_a_process_of_their_own():
-    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -95,7 +95,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, is_whole: 
     x, spacing = _rows(x)
     (b, n, c), (rows, columns) = x.shape, _TILE
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles = _ceil(n, rows)
+    tiles, bias = _ceil(n, rows), bias.contiguous()
     launch_kernel(_causal_conv_kernel, (b * tiles, _ceil(c, columns)),
         x, weight.contiguous(), bias, out, n, c, tiles, spacing, is_whole, -1 if reverse else 1,
         weight.shape[-1], rows, columns, num_warps=4,
@@ -123,7 +123,7 @@ def _backward(
     (x, spacing), (grad, g_row) = _rows(x), _rows(grad)
     (b, n, c), (rows, columns), taps = x.shape, _SLOPE_TILE, weight.shape[-1]
     slopes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles = _ceil(n, rows)
+    tiles, bias = _ceil(n, rows), bias.contiguous()
     parts = torch.empty(b * tiles, taps + 1, c, dtype=torch.float32, device=x.device)
     launch_kernel(_causal_conv_slope_kernel, (b * tiles, _ceil(c, columns)),
         grad, x, weight.contiguous(), bias, slopes, parts, n, c, tiles, g_row, spacing,

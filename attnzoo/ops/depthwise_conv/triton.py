@@ -361,6 +361,7 @@ def stencil(
     if not out.numel():
         return out
     weight, size = weight.contiguous(), weight.shape[-1]
+    bias = None if bias is None else bias.contiguous()
     other = added if gate is None else gate
     other, other_spacing = (out, 0) if other is None else _rows(other)
     block = STENCIL_BLOCK[size]

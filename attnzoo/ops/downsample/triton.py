@@ -109,7 +109,7 @@ _PROGRAMS = 1056  # of the gradient of the weights
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, stride: int, padding: int
 ) -> Tensor:
-    x, spacing = _rows(x)
+    (x, spacing), bias = _rows(x), bias.contiguous()
     b, _, c = x.shape
     high, wide = coarse_grid((height, width), stride)
     out = torch.empty(b, high * wide, c, dtype=x.dtype, device=x.device)

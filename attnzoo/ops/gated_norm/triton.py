@@ -77,7 +77,8 @@ _PROGRAMS = 528  # of a backward, whose sums over rows another launch adds up
 def _spaced(z: Tensor) -> Tensor:
     """(b, n, h, d) whose tokens are equally far apart over the batch, and channels beside."""
     is_even = z.stride(3) == 1 and (z.shape[0] == 1 or z.stride(0) == z.shape[1] * z.stride(1))
-    return z if is_even else z.contiguous()
+    # ``contiguous`` alone leaves a single token the spacing that it has.
+    return z if is_even else z.contiguous().view(-1).view(z.shape)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -88,7 +89,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 @launched("gated_norm", "(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor")
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, gate = _spaced(x), _spaced(gate)
+    x, gate, weight = _spaced(x), _spaced(gate), weight.contiguous()
     b, n, heads, d = x.shape
     out = torch.empty(b, n, heads * d, dtype=gate.dtype, device=x.device)
     rows, block, columns = _sizes(x)
@@ -116,7 +117,7 @@ def put_gradients(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, of_gate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and the weight; that of the gate into ``of_gate``, whose rows have spaces."""
-    x, gate = _spaced(x), _spaced(gate)
+    x, gate, weight = _spaced(x), _spaced(gate), weight.contiguous()
     of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, block, columns = _sizes(x)
     turns = max(1, _ceil(rows, block * _PROGRAMS))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.ops.gated_norm import triton as norms
 from attnzoo.ops.gated_scan import triton as scans
-from attnzoo.ops.triton_common import launched
+from attnzoo.ops.triton_common import _rows, launched
 
 _SCHEMA = (
     "Tensor packed, Tensor weight, Tensor bias, Tensor norm, int heads, float eps, "
@@ -26,7 +26,13 @@ def _parts(packed: Tensor, weight: Tensor, norm: Tensor, heads: int) -> list[Ten
     """Queries, keys, values and output gates, (b, n, h, d), and what gives the forget gates."""
     (keys, rank), values = weight.shape, heads * norm.numel()
     *parts, reduced = packed.split([keys, keys, values, values, rank], -1)
-    return [*(z.unflatten(-1, (heads, -1)) for z in parts), reduced]
+    widths = [z.shape[-1] // heads for z in parts]
+    # ``unflatten`` gives a single token a spacing that is not that of images.
+    heads_of = [
+        z.as_strided((*z.shape[:2], heads, d), (*z.stride()[:2], d, 1))
+        for z, d in zip(parts, widths, strict=True)
+    ]
+    return [*heads_of, reduced]
 
 
 @launched("gated_tokens", f"({_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -35,6 +41,7 @@ def _forward(
     normalizer: float, height: int, width: int, directions: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The result; logits of the forget gates, the mean of the scans if saved, and their states."""
+    packed, _ = _rows(packed)
     query, key, value, gate, reduced = _parts(packed, weight, norm, heads)
     logit, mixed = packed.new_empty(query.shape), _mixed(value, save)
     out = packed.new_empty(*packed.shape[:2], heads * norm.numel())
@@ -61,6 +68,7 @@ def _backward(
     width: int, directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of the projection, of the forget gates' weight and bias, and of the norm's weight."""
+    packed, _ = _rows(packed)
     query, key, value, gate, reduced = _parts(packed, weight, norm, heads)
     grads = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
     of_query, of_key, of_value, of_gate, of_reduced = _parts(grads, weight, norm, heads)

@@ -209,6 +209,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, and of each image's groups mean and inverse deviation, (b, groups, 2)."""
     x, spacing = _rows(x)
+    shift, weight, bias = (z.contiguous() for z in (shift, weight, bias))
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
     stats = torch.empty(b, groups, 2, dtype=torch.float32, device=x.device)
@@ -238,6 +239,7 @@ def _backward(
     groups: int, slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (x, spacing), (grad, g_row) = _rows(x), _rows(grad)
+    shift, weight, bias = (z.contiguous() for z in (shift, weight, bias))
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
     totals = torch.empty(b, 3, c, dtype=torch.float32, device=x.device)

@@ -320,7 +320,8 @@ def _operands(x: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
     """Of the operator, of all weights side by side."""
     *routers, gammas, lambdas, eps, learn = others[4:]
     primes, _, gates = routed_pair(x, others[:2], others[2:4])
-    operands = query, key, value, primes, gates, *routers, gammas.float(), lambdas.float()
+    scalars = (z.float().contiguous() for z in (gammas, lambdas))
+    operands = query, key, value, primes, gates, *routers, *scalars
     # Only a call that may be differentiated keeps what its backward needs.
     save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
     return Operands(*operands, eps, learn, save)

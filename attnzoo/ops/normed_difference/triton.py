@@ -91,7 +91,7 @@ def _even(z: Tensor) -> Tensor:
 def _forward(
     first: Tensor, second: Tensor, factor: Tensor, weight: Tensor, eps: float, scale: float
 ) -> Tensor:
-    first, second = _even(first), _even(second)
+    first, second, weight = _even(first), _even(second), weight.contiguous()
     b, heads, n, d = first.shape
     out = torch.empty(b, n, heads * d, dtype=first.dtype, device=first.device)
     block = _row_block(d)
@@ -113,7 +113,7 @@ def _backward(
     grad: Tensor, first: Tensor, second: Tensor, factor: Tensor, weight: Tensor, eps: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    first, second = _even(first), _even(second)
+    first, second, weight = _even(first), _even(second), weight.contiguous()
     b, heads, n, d = first.shape
     # As tokens, which is how attention left what it is the gradient of.
     grads = [torch.empty(b, n, heads, d, dtype=z.dtype, device=z.device) for z in (first, second)]

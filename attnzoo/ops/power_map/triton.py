@@ -419,7 +419,7 @@ def focus(
     Returns:
         (..., n, parts * d), and statistics of the rows, (3, parts, rows).
     """
-    z, spacing = _rows(z)
+    (z, spacing), scale = _rows(z), scale.contiguous()
     *sizes, width = z.shape
     d = len(scale)
     rows = z.numel() // max(1, width)
@@ -442,7 +442,7 @@ def focus_gradient(
 
     ``out`` may be ``grad``; both have equally spaced rows.
     """
-    (z, spacing), (grad, grad_spacing) = _rows(z), _rows(grad)
+    (z, spacing), (grad, grad_spacing), scale = _rows(z), _rows(grad), scale.contiguous()
     d, (_, parts, rows) = len(scale), stats.shape
     programs, constants, warps = _focus_tile(FOCUS_GRADIENT_BLOCK, rows, d, gamma, is_soft)
     partial = torch.empty(programs * parts, d, dtype=torch.float32, device=z.device)
@@ -518,7 +518,7 @@ def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> T
 
 def _scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
     rows = z.reshape(-1, z.shape[-1])
-    return _scaled_forward(rows, scale.contiguous(), gamma, offset)[0].view(z.shape)
+    return _scaled_forward(rows, scale, gamma, offset)[0].view(z.shape)
 
 
 _replayed_scaled = replayed(_scaled_power_map)

@@ -268,6 +268,7 @@ def scan_forward(
     Returns:
         (b, n, d) in the dtype of ``x``, and the states before each tile.
     """
+    bias, skip = (z if z is None else z.contiguous() for z in (bias, skip))
     call = _call(x, step, bias, rates, reverse, BLOCKS[save])
     (images, n, d), states = x.shape, rates.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -301,6 +302,7 @@ def scan_backward(
     bias: Tensor | None, skip: Tensor | None, reverse: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the operands that there are, in their dtypes."""
+    bias, skip = (z if z is None else z.contiguous() for z in (bias, skip))
     call = _call(x, step, bias, rates, reverse, GRADIENT)
     (images, n, d), states, grad = x.shape, rates.shape[1], _strided(grad)
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]

@@ -418,8 +418,8 @@ def focused_difference(
     # Only a call that may be differentiated keeps what its backward needs.
     save = torch.is_grad_enabled()
     if save:
-        operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas)
-        save = any(z.requires_grad for z in operands)
+        operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas, gate)
+        save = any(z is not None and z.requires_grad for z in (*operands, key_sum))
     return difference_forward(
         tokens, redundant, *kernel_routers, difference_router, gammas.float(),
         lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
@@ -470,7 +470,7 @@ def _differences(
     kernel_routers, difference_routers = routers[4:8], routers[8:]
     primes, _, gates = routed_pair(x, projector_routers, projectors)
     lambdas = lambdas.float()
-    gammas = gammas.float().expand(max(2, len(gammas)), -1)  # one row may serve all
+    gammas = gammas.float().contiguous().expand(max(2, len(gammas)), -1)  # one row may serve all
     step = len(gammas) // 2
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(

@@ -110,8 +110,9 @@ class Packed(NamedTuple):
 
     def differences(self) -> tuple[Callable[[Tensor], list[Any]], list[Any]]:
         """``Operands`` from ``r1`` on, of queries by the keys' sum, and of keys."""
-        gammas = self.gammas.float().expand(max(2, len(self.gammas)), -1)  # one may serve all
-        lambdas, step = self.lambdas.float(), len(gammas) // 2
+        gammas, lambdas = (z.float().contiguous() for z in (self.gammas, self.lambdas))
+        gammas = gammas.expand(max(2, len(gammas)), -1)  # one may serve all
+        step = len(gammas) // 2
         of_queries = [self.k1, self.k3, self.d1, gammas[::step], lambdas[0], None]
         of_keys = self.k2, self.k4, self.d2, gammas[step - 1 :: step], lambdas[-1]
         tail = self.eps, self.heads, self.learn, True
