@@ -14,6 +14,7 @@ import attnzoo
 from attnzoo import (
     Attention,
     AttentionConfig,
+    AttentionContext,
     InvalidType,
     InvalidValue,
     UsageError,
@@ -24,6 +25,7 @@ from attnzoo import (
     registry,
     source_of,
 )
+from attnzoo.contract import check_option
 from attnzoo.testing import build_scrambled, tokens
 
 
@@ -39,6 +41,16 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: get_attention("snaa"), ValueError, ["'snaa'", "'sana'", "softmax"]),
         (lambda: build_attention("dydila", 8, n_projector=3), TypeError, ["'n_projectors'"]),
         (lambda: build_attention("dydila", 8, conv="acnett"), ValueError, ["'acnet'", "'3x3'"]),
+        (lambda: build_attention("dydila", 8, conv=3), TypeError, ["'acnet', '3x3'", "3 (int)"]),
+        (lambda: build_attention("sana", 8)(torch.zeros(1, 6, 8), None), TypeError, ["grid"]),
+        (lambda: build_attention("sana", 8)(torch.zeros(1, 6, 8), (6,)), TypeError, ["(6,)"]),
+        (lambda: build_attention("softmax", 8)(torch.zeros(1, 6, 8), 6), TypeError, ["grid", "6"]),
+        (
+            lambda: type(build_attention("sana", 8))(AttentionContext(dim=8), AttentionConfig()),
+            TypeError,
+            ["LinearConfig"],
+        ),
+        (lambda: check_option("sizes", (1, 2), list[int]), TypeError, ["sizes", "tuple"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
         (lambda: build_attention("dydila", 8, qkv_bias=1), TypeError, ["bool", "1"]),
@@ -53,6 +65,8 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: get_attention(["sana"]), TypeError, ["['sana']"]),
         (lambda: register_attention(Attention), TypeError, ["@register_attention('mine')"]),
         (lambda: register_attention(""), TypeError, ["''"]),
+        (lambda: attnzoo.heads_of_width(0, 64), ValueError, ["dim", "0"]),
+        (lambda: attnzoo.heads_of_width(64, 2.5), TypeError, ["head_dim", "2.5"]),
         (lambda: attnzoo.import_mechanisms(3), TypeError, ["3"]),
         (lambda: attnzoo.import_mechanisms(""), ValueError, ["''"]),
         (lambda: attnzoo.import_mechanisms("."), ValueError, ["'.'"]),
@@ -98,6 +112,15 @@ def test_a_name_can_be_registered_once():
         register_attention("sana")(get_attention("softmax"))
     with pytest.raises(TypeError, match="must subclass"):
         register_attention("module")(nn.Linear)
+
+
+@pytest.mark.parametrize("base", [object, AttentionConfig])
+def test_a_config_that_is_no_dataclass_of_options_is_refused(base):
+    """Whose options nobody would see, or which cannot be built from them."""
+    own = type("Config", (base,), {"__annotations__": {"gate": int}, "gate": 1})
+    with pytest.raises(InvalidType, match=r"AttentionConfig, decorated by @dataclass\("):
+        register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
+    assert "own" not in list_attention()
 
 
 def test_repr_shows_the_choices():
