@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from attnzoo.errors import InvalidType, InvalidValue
 
 
-def nearest(name: object, choices: Iterable[str]) -> str:
+def nearest(name: object, choices: Iterable[object]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest of ``choices``, or ``"."`` if none is."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(map(str, choices)), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 

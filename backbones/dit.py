@@ -400,6 +400,8 @@ class DiT(ModelMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """See diffusers' ``ConfigMixin``; ``config.out_channels`` is there, and is not saved."""
+        # It takes arguments without a name for defaults, which ``from_config`` then leaves out.
+        kwargs.pop("_use_default_values", None)
         super().register_to_config(**kwargs)
         channels = self.config.get("in_channels"), self.config.get("learn_sigma")
         if isinstance(channels[0], int):

@@ -51,6 +51,7 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
             ["LinearConfig"],
         ),
         (lambda: check_option("sizes", (1, 2), list[int]), TypeError, ["sizes", "tuple"]),
+        (lambda: build_attention("edit", 8, stride="2"), ValueError, ["stride='2'", "[1, 2, 3]"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
         (lambda: build_attention("dydila", 8, qkv_bias=1), TypeError, ["bool", "1"]),
@@ -99,8 +100,24 @@ def test_options_that_exclude_each_other_name_the_way_out():
         build_attention("dydila", 8, projection="none")
 
 
+@pytest.mark.parametrize("name", list_attention())
+def test_a_meta_device_a_default_type_and_a_list_of_sides_are_taken(name):
+    with torch.device("meta"):
+        layer = build_attention(name, 16)
+    with torch.no_grad():
+        assert layer.eval()(torch.empty(2, 15, 16, device="meta"), (3, 5)).is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, x = build_attention(name, 16).eval(), torch.randn(2, 15, 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {z.dtype for z in layer.parameters()} == {torch.float64}
+    assert torch.equal(layer(x, [3, 5]), layer(x, (3, 5)))
+
+
 def test_an_integer_is_a_float_and_a_number_may_stand_for_a_schedule():
-    assert build_attention("dydila", 8, gamma_init=2).config.gamma_init == 2
+    layer = build_attention("dydila", 8, gamma_init=2, lambda_init=0)
+    assert layer.config.gamma_init == 2 and layer.lambda_.is_floating_point()
     increasing = build_attention("dydila", 8, lambda_init="increasing", layer_index=3, depth=4)
     torch.testing.assert_close(
         increasing.lambda_, torch.full((1, 9), 0.8 - 0.6 * 2.718281828459045**-0.9)

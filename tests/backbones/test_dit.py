@@ -240,6 +240,14 @@ def test_fusing_keeps_the_output_and_can_be_saved(tmp_path):
     )
 
 
+def test_a_config_builds_the_same_model():
+    """Also of arguments that came without their names."""
+    model = DiT("sana", {"qk_norm": True}, 32, 2, num_classes=10)
+    other = DiT.from_config(model.config)
+    assert dict(other.config) == dict(model.config)
+    other.load_state_dict(model.state_dict())
+
+
 def test_mix_ffn_is_sanas():
     ours = build_feedforward("mix-ffn", 16, 2.5)
     theirs = GLUMBConv(16, 16, expand_ratio=2.5, residual_connection=False)
