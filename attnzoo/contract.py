@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from attnzoo.errors import InvalidType, InvalidValue
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: object, choices: Iterable[object]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest of ``choices``, or ``"."`` if none is."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(map(str, choices)), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
@@ -182,6 +182,8 @@ def check_option(name: str, value: Any, hint: Any) -> None:
             _check_items(name, value, typing.get_args(kind))
             return
         kind = typing.get_origin(kind) or kind
+        if kind is list:
+            raise InvalidType(f"annotate {name} as a tuple: every list becomes one")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if (kind is float and is_number) or (
             kind is not float
@@ -195,7 +197,12 @@ def check_option(name: str, value: Any, hint: Any) -> None:
         raise InvalidValue(
             f"{name}={value!r} is not valid{nearest(value, literals)} Choose one of {literals}"
         )
-    expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in alternatives)
+    expected = " or ".join(
+        f"one of {literals}"
+        if typing.get_origin(kind) is Literal
+        else getattr(kind, "__name__", str(kind))
+        for kind in alternatives
+    )
     raise InvalidType(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
 
 
@@ -347,7 +354,11 @@ class Attention(WithAuxiliaryLoss, ABC):
         return {}
 
     def check_tokens(self, x: Tensor, grid: tuple[int, int]) -> None:
-        """Raises InvalidValue unless ``x`` is (batch, height * width, dim)."""
+        """Raises InvalidValue unless ``x`` is (batch, height * width, dim); InvalidType for a
+        ``grid`` that is no pair.
+        """
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+            raise InvalidType(f"grid must be (height, width) in tokens, got {grid!r}")
         height, width = grid
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise InvalidValue(
@@ -374,7 +385,16 @@ def _in_backward() -> bool:
 
 
 def heads_of_width(dim: int, head_dim: int) -> int:
-    """Smallest number of heads that divides ``dim`` into heads of at most ``head_dim``."""
+    """Smallest number of heads that divides ``dim`` into heads of at most ``head_dim``.
+
+    Raises:
+        InvalidType: A width is no integer.
+        InvalidValue: A width is below 1.
+    """
+    for name, width in (("dim", dim), ("head_dim", head_dim)):
+        check_option(name, width, int)
+        if width < 1:
+            raise InvalidValue(f"{name} must be at least 1, got {width}")
     return next(h for h in range(max(1, -(-dim // head_dim)), dim + 1) if dim % h == 0)
 
 

@@ -7,13 +7,14 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnzoo.contract import Attention, AttentionContext, nearest
+from attnzoo.contract import Attention, AttentionConfig, AttentionContext, nearest
 from attnzoo.errors import InvalidType, InvalidValue
 
 _REGISTRY: dict[str, type[Attention]] = {}
@@ -26,7 +27,8 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
     """Class decorator that puts a mechanism into the zoo under ``name``.
 
     Raises:
-        InvalidType: The class is not an ``Attention``, or the name no string.
+        InvalidType: The class is not an ``Attention``, its ``Config`` no dataclass of options, or
+            the name no string.
         InvalidValue: The name is taken.
     """
     if not isinstance(name, str) or not name:
@@ -39,6 +41,16 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
             raise InvalidValue(f"attention {name!r} is already registered by {_REGISTRY[name]}")
         if not (isinstance(cls, type) and issubclass(cls, Attention)):
             raise InvalidType(f"{cls!r} must subclass attnzoo.Attention to be registered")
+        config: Any = cls.Config
+        is_config = isinstance(config, type) and issubclass(config, AttentionConfig)
+        # Without the decorator nobody would see its options.
+        if is_config and inspect.get_annotations(config).keys() - {"removed"}:
+            is_config = "__dataclass_fields__" in vars(config)
+        if not is_config:
+            raise InvalidType(
+                f"Config of {cls!r} must be a subclass of attnzoo.AttentionConfig, decorated by "
+                f"@dataclass(frozen=True, kw_only=True), got {config!r}"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls

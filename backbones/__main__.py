@@ -6,8 +6,9 @@ import argparse
 
 import torch
 
-from attnzoo.console import printing
+from attnzoo.console import aligned, printing
 from attnzoo.counting import count_macs
+from attnzoo.errors import UsageError
 from backbones.presets import PROTOCOLS, SIZES, build_backbone, preset_table
 
 
@@ -30,7 +31,7 @@ def main() -> None:
         return
     try:
         print(block_table(given.attn, given.size, given.protocol, given.resolution))
-    except ValueError as error:
+    except UsageError as error:
         parser.error(str(error))
 
 
@@ -49,11 +50,7 @@ def block_table(attn: str, size: str, protocol: str, resolution: int) -> str:
         numbers = [parts.get(part, 0) for part in macs.parts]
         shown = [f"{number / 1e6:.2f}" for number in (*numbers, sum(numbers))]
         rows.append([module, names.get(module, ""), *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left=len(rows[0]))
 
 
 if __name__ == "__main__":

@@ -230,11 +230,25 @@ class DiT(ModelMixin, ConfigMixin):
             ``.sample``: (b, in_channels or twice that, height, width).
 
         Raises:
-            InvalidValue: The size does not fit the patch, or a label or time is out of range.
+            InvalidType: The labels are no tensor.
+            InvalidValue: A shape does not fit, or a label or time is out of range.
         """
+        if hidden_states.ndim != 4:
+            raise InvalidValue(
+                f"expected an input of shape (batch, {self.config.in_channels}, height, width), "
+                f"got {tuple(hidden_states.shape)}"
+            )
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        if timestep.ndim > 1 or (timestep.ndim and timestep.shape[0] not in (batch, 1)):
+            raise InvalidValue(
+                f"timestep must be one number, or one for each of {batch} inputs, got a tensor of "
+                f"{tuple(timestep.shape)}"
+            )
+        timestep = timestep.expand(batch)
+        if not isinstance(class_labels, Tensor):
+            raise InvalidType(f"class_labels must be a tensor of integers, got {class_labels!r}")
         if self.config.num_classes < _NULL_OF_DIFFUSERS:
             is_null = class_labels == _NULL_OF_DIFFUSERS
             class_labels = torch.where(is_null, self.config.num_classes, class_labels)
@@ -386,6 +400,8 @@ class DiT(ModelMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """See diffusers' ``ConfigMixin``; ``config.out_channels`` is there, and is not saved."""
+        # It takes arguments without a name for defaults, which ``from_config`` then leaves out.
+        kwargs.pop("_use_default_values", None)
         super().register_to_config(**kwargs)
         channels = self.config.get("in_channels"), self.config.get("learn_sigma")
         if isinstance(channels[0], int):

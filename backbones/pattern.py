@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnzoo import InvalidType, InvalidValue, UsageError, build_attention, get_attention
-from attnzoo.contract import Attention, nearest
+from attnzoo.contract import Attention, check_option, nearest
 from attnzoo.registry import list_attention
 
 _SHAPE = "a pattern is mechanisms joined by +, each with *COUNT if it repeats: 'sana*3+softmax'"
@@ -181,8 +181,10 @@ def parse_pattern(text: str) -> Pattern:
     """ "sana" or "sana*3+softmax" -> its parts; names are not looked up.
 
     Raises:
+        InvalidType: It is no string.
         InvalidValue: It is no pattern.
     """
+    check_option("attn", text, str)
     if not any(sign in text for sign in "*+") or text in list_attention():
         return Pattern(((text, 1),))
     if re.search(r"\s", text):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnzoo import InvalidType, InvalidValue
+from attnzoo.console import aligned
 from attnzoo.contract import Attention, check_option, nearest
 from attnzoo.counting import count_macs
 from backbones.dit import DiT
@@ -325,11 +326,7 @@ def preset_table(matched: bool = False) -> str:
         if matched:
             cells.append("/".join(_matched_cell(model, size) for size in sizes))
         rows.append([*cells, row.source])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left=len(rows[0]))
 
 
 def _matched_cell(model: str, size: str) -> str:

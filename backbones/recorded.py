@@ -19,6 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from attnzoo import InvalidValue
+from attnzoo.contract import check_option
 from attnzoo.errors import Unavailable
 from backbones.cast_once import cast_once
 from backbones.dit import DiT
@@ -180,12 +181,15 @@ def record(
         made in place, as by an optimizer or ``load_state_dict``; frozen, not of those it has cast.
 
     Raises:
+        InvalidType: The batch or size is of another type.
         InvalidValue: The batch or size is none, or the model is in training mode.
         Unavailable: It cannot be recorded; the message says why.
     """
+    side: Any = model.config.sample_size if size is None else size
+    check_option("batch", batch, int)
+    check_option("size", side, int | tuple[int, int])
     if batch < 1:
         raise InvalidValue(f"batch must be at least 1, got {batch}")
-    side: Any = model.config.sample_size if size is None else size
     height, width = (side, side) if isinstance(side, int) else side
     model.token_grid(height, width)
     _require_eval(model)

@@ -10,7 +10,7 @@ Three ways, which must agree to the last multiply-accumulate:
 ``count_macs`` gives the closed form, checks it against the measurement and refuses it if they
 differ; a mechanism without closed form is measured, and the result says so. Element-wise work,
 norms, softmax and biases count 0. A linear scan counts as its recurrence, whatever the chunkwise
-form that runs it adds, and ``impl="naive"``, a specification to test against, as "auto".
+form that runs it adds, and ``impl="reference"``, a specification to test against, as "auto".
 """
 
 from attnzoo.counting.macs import Convention, count_macs

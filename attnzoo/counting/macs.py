@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from attnzoo.contract import Attention, nearest
+from attnzoo.contract import Attention, check_option
 from attnzoo.counting.measure import measure
 from attnzoo.counting.paper import as_in_the_paper
 from attnzoo.counting.result import ATTENTION_PARTS, Grid, Macs, Parts, sums
@@ -44,11 +44,7 @@ def count_macs(
         InvalidValue: The closed form is wrong; an argument does not fit; or the paper prints no
             figure for the mechanism and ``convention`` is "paper".
     """
-    if convention not in ("full", "paper"):
-        raise InvalidValue(
-            f"convention={convention!r} is not valid{nearest(convention, ('full', 'paper'))} "
-            f"Choose 'full' or 'paper'"
-        )
+    check_option("convention", convention, Convention)
     grid = grid_of(model, resolution, grid, *unnamed)
     shadow = shadow_of(model, "meta")
     layers = layers_of(shadow)
@@ -56,11 +52,12 @@ def count_macs(
     # What no closed form vouches for is measured block by block, however alike the blocks look.
     seen = measure(model, grid, same={} if formless else repeated_blocks(shadow, layers))
     blocks = _closed_form(shadow, grid)
+    of_backbone = {*getattr(shadow, "PARTS", {}).values()}
     for block, parts in blocks.items():
         measured = seen.blocks.get(block, {})
         if block in formless:
             parts |= {part: measured[part] for part in ATTENTION_PARTS if part in measured}
-        _refuse_difference(block, layers.get(block), parts, measured, grid)
+        _refuse_difference(block, layers.get(block), parts, measured, grid, of_backbone)
     if missing := [name for name in seen.blocks if name not in blocks]:
         raise InvalidValue(
             f"the closed form of {type(model).__name__} leaves out {missing[0]!r}, measured as "
@@ -94,13 +91,18 @@ def _closed_form(model: Any, grid: Grid) -> Parts:
 
 
 def _refuse_difference(
-    block: str, layer: Attention | None, stated: dict[str, int], seen: dict[str, int], grid: Grid
+    block: str,
+    layer: Attention | None,
+    stated: dict[str, int],
+    seen: dict[str, int],
+    grid: Grid,
+    of_backbone: set[str],
 ) -> None:
     for part in sorted({*stated, *seen}):
         if stated.get(part, 0) == seen.get(part, 0):
             continue
         owner = "the backbone"
-        if layer is not None and part in ATTENTION_PARTS:
+        if layer is not None and part not in of_backbone:
             owner = f"{layer.name or type(layer).__name__!r}"
         raise InvalidValue(
             f"the closed form of {owner} is wrong in {block}: its part {part!r} states "

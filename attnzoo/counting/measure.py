@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnzoo.contract import check_option
 from attnzoo.counting.formulas import attention_part, formulas, products, routed_weights
 from attnzoo.counting.result import Grid, Macs, sums
 from attnzoo.counting.subject import (
@@ -56,6 +57,7 @@ def measure_macs(
         InvalidType: See ``count_macs``.
         InvalidValue: An argument does not fit, or the model cannot run on the meta device.
     """
+    check_option("device", device, Literal["meta", "cpu"])
     return measure(model, grid_of(model, resolution, grid, *unnamed), run_backward, device)
 
 

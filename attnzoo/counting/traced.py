@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo.counting.formulas import fused_attention, grouped_product
 from attnzoo.counting.result import Grid
 from attnzoo.counting.subject import Runnable, grid_of, shadow_of
-from attnzoo.errors import InvalidValue
+from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops.dispatch import MACS
 from attnzoo.ops.gated_scan import counted_as_recurrence
 
@@ -35,14 +35,14 @@ def fvcore_macs(
         Multiply-accumulates of one forward of one sample.
 
     Raises:
-        ImportError: fvcore is missing.
         InvalidType: See ``count_macs``.
         InvalidValue: An argument does not fit, or the model is on the meta device.
+        Unavailable: fvcore is missing.
     """
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError as error:
-        raise ImportError("fvcore_macs needs fvcore: pip install attnzoo[bench]") from error
+        raise Unavailable("fvcore_macs needs fvcore: pip install 'attnzoo[bench]'") from error
     grid = grid_of(model, resolution, grid, *unnamed)
     if any(p.is_meta for p in model.parameters()):
         raise InvalidValue(

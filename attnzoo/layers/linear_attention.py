@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
-from attnzoo.errors import InvalidValue
+from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.streaming import (
@@ -101,6 +101,7 @@ class LinearAttention(Attention):
         is_rotated: Whether features carry rotary positions, where they are not summed.
     """
 
+    Config = LinearConfig
     config: Any
     qkv: nn.Module
     proj: nn.Module
@@ -113,6 +114,11 @@ class LinearAttention(Attention):
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__(context, config)
+        if not isinstance(config, LinearConfig):
+            raise InvalidType(
+                f"Config of {type(self).__name__} must be LinearConfig or a subclass, whose "
+                f"options the base reads, got {type(config).__name__}"
+            )
         self.conv = None
         self.key_position = None
         self.normalizer = "base"
@@ -206,7 +212,8 @@ class LinearAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        if x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
+        is_grid = isinstance(grid, tuple) and len(grid) == 2
+        if not is_grid or x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
             self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)

@@ -168,7 +168,8 @@ class DyDiLA(LinearAttention):
             if start == "increasing":
                 # Differential Transformer's schedule, which the paper's Table 6 mimics.
                 start = 0.8 - 0.6 * math.exp(-0.3 * context.layer_index)
-            self.lambda_ = nn.Parameter(torch.full((1, config.n_differential_factors), start))
+            start = torch.full((1, config.n_differential_factors), float(start))
+            self.lambda_ = nn.Parameter(start)
             sides = ["query", "key"] if config.differential == "token" else ["map"]
             self.differential_routers = nn.ModuleDict(
                 {z: Router(2 * dim, config.n_differential_factors) for z in sides}

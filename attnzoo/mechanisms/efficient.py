@@ -21,7 +21,6 @@ from attnzoo.registry import register_attention
 class EfficientAttention(LinearAttention):
     """Linear attention of queries' softmax over channels and keys' softmax over positions."""
 
-    Config = LinearConfig
     paper = "Efficient attention, 1812.01243"
     plot_style = ("#E377C2", "s")
 

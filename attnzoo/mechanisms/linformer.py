@@ -71,7 +71,7 @@ class LinformerAttention(Attention):
         """E and F for a grid: (landmarks, height * width)."""
         is_one = self.config.shares_maps
         each = (self.key_maps,) if is_one else (self.key_maps, self.value_maps)
-        resized = _resized(torch.cat(each), grid).chunk(len(each))
+        resized = _resized(torch.cat(each), (grid[0], grid[1])).chunk(len(each))
         return resized[0], resized[-1]
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -103,7 +103,7 @@ class LinformerAttention(Attention):
         compress = 2 * landmarks * n * self.dim
         maps, (rows, columns) = landmarks * (2 - self.config.shares_maps), self.config.map_grid
         resize = 0
-        if grid != self.config.map_grid:  # rows, then columns
+        if tuple(grid) != self.config.map_grid:  # rows, then columns
             resize = maps * grid[0] * columns * (rows + grid[1])
         return {
             "projections": 4 * self.dim**2 * n,

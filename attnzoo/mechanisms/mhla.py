@@ -236,4 +236,4 @@ def start_of_mixing(side: int, kind: Mixing) -> Tensor:
         "exponential": (-distance / 3).exp(),
         "local": (distance <= 1.5).float(),
     }[kind]
-    return start / start.sum(0, keepdim=True)
+    return (start / start.sum(0, keepdim=True)).to(torch.get_default_dtype())

@@ -69,7 +69,7 @@ class ZigMaAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        order, places = _path(grid, self.path, x.device)
+        order, places = _path((grid[0], grid[1]), self.path, x.device)
         if (block := self.config.block(self.training)) is not None:
             return stream_orders(x, [order], block, self._advance)
         out = self.layer(reordered(x, 1, order, places), self.config.impl)

@@ -353,6 +353,7 @@ class CustomOp:
             torch.compiler.is_dynamo_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._get_tracing_state()
+            or operands[0].is_meta
         ):
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.inference)(*operands)

@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_finite(name, dtype, mixed):
     # tokens of scale 1e4 are beyond it by the mathematics.
     scales = SCALES[:2] if dtype == torch.float16 else SCALES
     for kind, x in hard_inputs().items():
-        for scale in scales:
+        for scale in scales if x.any() else scales[:1]:
             x_here = (x * scale).to(torch.float32 if mixed else dtype)
             assert not not_finite(layer, x_here, **options), (kind, scale)
 

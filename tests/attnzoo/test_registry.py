@@ -14,6 +14,7 @@ import attnzoo
 from attnzoo import (
     Attention,
     AttentionConfig,
+    AttentionContext,
     InvalidType,
     InvalidValue,
     UsageError,
@@ -24,6 +25,7 @@ from attnzoo import (
     registry,
     source_of,
 )
+from attnzoo.contract import check_option
 from attnzoo.testing import build_scrambled, tokens
 
 
@@ -39,6 +41,17 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: get_attention("snaa"), ValueError, ["'snaa'", "'sana'", "softmax"]),
         (lambda: build_attention("dydila", 8, n_projector=3), TypeError, ["'n_projectors'"]),
         (lambda: build_attention("dydila", 8, conv="acnett"), ValueError, ["'acnet'", "'3x3'"]),
+        (lambda: build_attention("dydila", 8, conv=3), TypeError, ["'acnet', '3x3'", "3 (int)"]),
+        (lambda: build_attention("sana", 8)(torch.zeros(1, 6, 8), None), TypeError, ["grid"]),
+        (lambda: build_attention("sana", 8)(torch.zeros(1, 6, 8), (6,)), TypeError, ["(6,)"]),
+        (lambda: build_attention("softmax", 8)(torch.zeros(1, 6, 8), 6), TypeError, ["grid", "6"]),
+        (
+            lambda: type(build_attention("sana", 8))(AttentionContext(dim=8), AttentionConfig()),
+            TypeError,
+            ["LinearConfig"],
+        ),
+        (lambda: check_option("sizes", (1, 2), list[int]), TypeError, ["sizes", "tuple"]),
+        (lambda: build_attention("edit", 8, stride="2"), ValueError, ["stride='2'", "[1, 2, 3]"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
         (lambda: build_attention("dydila", 8, qkv_bias=1), TypeError, ["bool", "1"]),
@@ -53,6 +66,8 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: get_attention(["sana"]), TypeError, ["['sana']"]),
         (lambda: register_attention(Attention), TypeError, ["@register_attention('mine')"]),
         (lambda: register_attention(""), TypeError, ["''"]),
+        (lambda: attnzoo.heads_of_width(0, 64), ValueError, ["dim", "0"]),
+        (lambda: attnzoo.heads_of_width(64, 2.5), TypeError, ["head_dim", "2.5"]),
         (lambda: attnzoo.import_mechanisms(3), TypeError, ["3"]),
         (lambda: attnzoo.import_mechanisms(""), ValueError, ["''"]),
         (lambda: attnzoo.import_mechanisms("."), ValueError, ["'.'"]),
@@ -85,8 +100,24 @@ def test_options_that_exclude_each_other_name_the_way_out():
         build_attention("dydila", 8, projection="none")
 
 
+@pytest.mark.parametrize("name", list_attention())
+def test_a_meta_device_a_default_type_and_a_list_of_sides_are_taken(name):
+    with torch.device("meta"):
+        layer = build_attention(name, 16)
+    with torch.no_grad():
+        assert layer.eval()(torch.empty(2, 15, 16, device="meta"), (3, 5)).is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer, x = build_attention(name, 16).eval(), torch.randn(2, 15, 16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {z.dtype for z in layer.parameters()} == {torch.float64}
+    assert torch.equal(layer(x, [3, 5]), layer(x, (3, 5)))
+
+
 def test_an_integer_is_a_float_and_a_number_may_stand_for_a_schedule():
-    assert build_attention("dydila", 8, gamma_init=2).config.gamma_init == 2
+    layer = build_attention("dydila", 8, gamma_init=2, lambda_init=0)
+    assert layer.config.gamma_init == 2 and layer.lambda_.is_floating_point()
     increasing = build_attention("dydila", 8, lambda_init="increasing", layer_index=3, depth=4)
     torch.testing.assert_close(
         increasing.lambda_, torch.full((1, 9), 0.8 - 0.6 * 2.718281828459045**-0.9)
@@ -98,6 +129,15 @@ def test_a_name_can_be_registered_once():
         register_attention("sana")(get_attention("softmax"))
     with pytest.raises(TypeError, match="must subclass"):
         register_attention("module")(nn.Linear)
+
+
+@pytest.mark.parametrize("base", [object, AttentionConfig])
+def test_a_config_that_is_no_dataclass_of_options_is_refused(base):
+    """Whose options nobody would see, or which cannot be built from them."""
+    own = type("Config", (base,), {"__annotations__": {"gate": int}, "gate": 1})
+    with pytest.raises(InvalidType, match=r"AttentionConfig, decorated by @dataclass\("):
+        register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
+    assert "own" not in list_attention()
 
 
 def test_repr_shows_the_choices():

@@ -134,7 +134,7 @@ def test_without_the_option_nothing_is_new() -> None:
     assert {*build().state_dict()} == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS[3:], ids=str)  # which have all of the others
 def test_compiles_into_one_graph(options: dict) -> None:
     layer, x = build_attention("softmax", 48, **options), torch.randn(2, 24, 48)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

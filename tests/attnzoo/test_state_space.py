@@ -91,14 +91,14 @@ class TestScans:
             assert largest_error(wide, exact) < 1e-12
             assert largest_error(with_gradients(scan, operands, impl=impl), exact) < 1e-5
 
-    @pytest.mark.parametrize("impl", ["torch", "reference"])
     @pytest.mark.parametrize("kind", SCANS)
     @pytest.mark.parametrize("strength", [1e-6, 30.0, 1e4, 1e30])
-    def test_any_decay_on_long_sequences(self, strength, kind, impl):
+    def test_any_decay_on_long_sequences(self, strength, kind):
         scan, loop, make = SCANS[kind]
         operands = make(1000, 1, strength)
         exact = with_gradients(loop, [z.double() for z in operands])
-        assert largest_error(with_gradients(scan, operands, impl=impl), exact) < 2e-5
+        for impl in ("torch", "reference"):
+            assert largest_error(with_gradients(scan, operands, impl=impl), exact) < 2e-5
 
     def test_weak_decays_after_a_strong_one_keep_their_sum(self):
         """Of which a difference of running sums has only the leading digits of the strong one."""

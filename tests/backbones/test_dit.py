@@ -11,8 +11,9 @@ from diffusers.models.transformers.sana_transformer import GLUMBConv
 
 import attnzoo
 from attnzoo import InvalidType, InvalidValue, UsageError, list_attention
+from attnzoo.counting import count_macs, measure_macs
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from backbones import DiT, build_backbone
+from backbones import DiT, build_backbone, parse_pattern, record
 from backbones.dit import _sincos_positions
 from backbones.feedforward import build_feedforward
 from tests.backbones.weights import scrambled
@@ -123,7 +124,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def twins(**options):
     """A model in training, and the same with gradient checkpointing."""
-    model = scrambled(DiT(**options, **TINY)).train()
+    model = scrambled(DiT(**TINY | options)).train()
     twin = copy.deepcopy(model)
     twin.enable_gradient_checkpointing()
     return model, twin
@@ -152,7 +153,7 @@ def test_gradient_checkpointing_moves_statistics_once():
 
 @pytest.mark.parametrize("is_fullgraph", [False, True])
 def test_gradient_checkpointing_moves_statistics_once_when_compiled(is_fullgraph):
-    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"})
+    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"}, depth=1)
     x, t = inputs()
     if is_fullgraph:
         step = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -239,6 +240,14 @@ def test_fusing_keeps_the_output_and_can_be_saved(tmp_path):
     )
 
 
+def test_a_config_builds_the_same_model():
+    """Also of arguments that came without their names."""
+    model = DiT("sana", {"qk_norm": True}, 32, 2, num_classes=10)
+    other = DiT.from_config(model.config)
+    assert dict(other.config) == dict(model.config)
+    other.load_state_dict(model.state_dict())
+
+
 def test_mix_ffn_is_sanas():
     ours = build_feedforward("mix-ffn", 16, 2.5)
     theirs = GLUMBConv(16, 16, expand_ratio=2.5, residual_connection=False)
@@ -271,6 +280,18 @@ def test_swiglu_has_digs_widths():
             ValueError,
             ["nan"],
         ),
+        (lambda m: m(torch.zeros(3, 8, 8), 0, torch.tensor([0])), ValueError, ["(3, 8, 8)"]),
+        (
+            lambda m: m(torch.zeros(1, 3, 8, 8), torch.zeros(2), torch.tensor([0])),
+            ValueError,
+            ["timestep", "(2,)"],
+        ),
+        (lambda m: m(torch.zeros(1, 3, 8, 8), 0, [0]), TypeError, ["class_labels", "[0]"]),
+        (lambda m: parse_pattern(None), TypeError, ["attn", "None"]),
+        (lambda m: record(m, "2"), TypeError, ["batch", "'2'"]),
+        (lambda m: record(m, 2, (8, 8, 8)), TypeError, ["size", "(8, 8, 8)"]),
+        (lambda m: count_macs(m, grid=(2, 2), convention=None), TypeError, ["convention"]),
+        (lambda m: measure_macs(m, grid=(2, 2), device="cdu"), ValueError, ["'cdu'"]),
         (lambda m: DiT(depth=2.5), TypeError, ["depth", "2.5"]),
         (lambda m: DiT(attn_options=3), TypeError, ["attn_options", "3"]),
         (lambda m: DiT(dim=0), ValueError, ["dim", "0"]),

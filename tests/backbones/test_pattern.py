@@ -1,8 +1,6 @@
 """Mixtures of mechanisms over depth: how a pattern is read, and what is built from it."""
 
 import contextlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from attnzoo import registry
 from attnzoo.counting import count_macs
 from attnzoo.mechanisms.agent import agents
 from backbones import DiT, build_backbone, compile_blocks, parse_pattern
+from backbones.__main__ import block_table
 from backbones.pattern import dotted, file_name, nested
 
 TINY = {"size": "tiny", "protocol": "controlled", "resolution": 32, "latent_factor": 1}
@@ -172,8 +171,7 @@ def test_costs_are_sums_over_the_blocks():
     for index, name in enumerate(names_of(mixture())):
         assert macs.blocks[f"blocks.{index}"] == alone[name].blocks[f"blocks.{index}"]
     assert macs.total == sum(sum(parts.values()) for parts in macs.blocks.values())
-    command = [sys.executable, "-m", "backbones", MIXED, "--size", "tiny"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = block_table(MIXED, "tiny", "paper", 256)
     assert "blocks.2  " in table and table.splitlines()[7].split()[:2] == ["blocks.3", "softmax"]
     with torch.device("meta"):
         total = count_macs(build_backbone(MIXED, "tiny"), resolution=256).total
