@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from attnzoo.command.listing import table
-from bench import paper_table, results
+from bench import results
 from bench.scaling import figures as scaling_figures
 from bench.thresholds import figures_of
 from bench.whole_models import figures as whole_figures
@@ -169,11 +169,6 @@ def test_the_overview_has_every_mechanism_in_one_family():
     assert all(
         found.count(f"mechanisms/{link}") == 1 for link in re.findall(r"\((\w+\.md)\)", text)
     )
-
-
-def test_the_gflops_table_is_what_its_command_prints(tmp_path):
-    rows = paper_table.main(["--out", str(tmp_path)])
-    assert paper_table.short_table(rows).strip() in page("gflops.md")
 
 
 def test_what_came_out_is_what_the_results_say():

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,23 +9,30 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import Commands
+from tests.markdown_pages import ROOT
+
 SIDE = 8
 
 
-def run(script, *arguments, cwd):
+@pytest.fixture(scope="module")
+def run():
     """Runs a script of the repository in a folder of its own; returns what it printed."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    modules = ("attnzoo.testing", "diffusers", "pandas", "recipes.lab.evaluation.evaluate",
+               "recipes.lab.sampling", "recipes.lab.training.session")  # fmt: skip
+    started = Commands(modules, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def step(script, *arguments, cwd):
+        status, written = started.run(ROOT / script, *arguments, cwd=cwd)
+        assert status == 0, written
+        return written
+
+    yield step
+    started.close()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, run):
     """What own_data_256.py makes of two classes of colored noise and an untrained VAE."""
     folder = tmp_path_factory.mktemp("own-data")
     torch.manual_seed(0)
@@ -64,23 +68,23 @@ def test_own_data_goes_from_images_to_metrics(trained):
     assert metrics["resolution"] == SIDE
 
 
-def test_results_of_a_run_are_read(trained, tmp_path):
+def test_results_of_a_run_are_read(trained, tmp_path, run):
     printed = run("examples/read_results.py", "--run", trained[0], cwd=tmp_path)
     assert "loss" in printed and "FID[smallcnn]" in printed and "real images" in printed
 
 
-def test_the_published_benchmark_is_read(tmp_path):
+def test_the_published_benchmark_is_read(tmp_path, run):
     head, *rows = run("examples/read_results.py", cwd=tmp_path).strip().splitlines()
     assert head.split()[0] == "resolution" and "1024" in head
     assert {"softmax", "sana", "dydila"} <= {row.split()[0] for row in rows}
 
 
-def test_own_mechanism_keeps_the_contract(tmp_path):
+def test_own_mechanism_keeps_the_contract(tmp_path, run):
     printed = run("examples/own_mechanism.py", cwd=tmp_path)
     assert "check_macs: passed" in printed and "113,246,208" in printed
 
 
-def test_own_mechanism_trains_by_its_file(tmp_path):
+def test_own_mechanism_trains_by_its_file(tmp_path, run):
     flags = ["--attn", "cross-mean", "--import", ROOT / "examples" / "own_mechanism.py"]
     run("recipes/train.py", *flags, "--set", "gate=sigmoid", "--steps", 2, cwd=tmp_path)
     config = (tmp_path / "runs" / "digits-cross-mean" / "config.json").read_text(encoding="utf-8")

@@ -74,6 +74,7 @@ def test_the_two_commands_are_targets_of_make():
 def test_the_table_lists_the_whole_zoo():
     listed = re.findall(r"^\| `([a-z-]+)` \|", TEXT, flags=re.MULTILINE)
     assert sorted(listed) == list_attention()
+    assert f"{len(listed)} interchangeable attention mechanisms" in SENTENCES
 
 
 def test_every_folder_that_is_named_is_there():

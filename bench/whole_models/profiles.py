@@ -37,7 +37,7 @@ def measure_profile(case: Case, setup: Setup) -> dict[str, Any]:
     calls = Calls(case, setup)
     calls.require_one()
     # Without the profiler, which adds to what a launch costs.
-    rounds = interleave(calls.steps, stopwatch(setup.device), 9, setup.seconds / 3)
+    rounds = interleave(calls.steps, stopwatch(setup), 9, setup.seconds / 3)
     seconds = {name: spread(taken) for name, taken in rounds.items()}
     return {
         **dataclasses.asdict(case),

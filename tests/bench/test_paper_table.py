@@ -1,10 +1,13 @@
 """Every published figure is reproduced, and the table says so."""
 
 import csv
+from pathlib import Path
 
 import pytest
 
-from bench.paper_table import PRINTED, counted, main
+from bench.paper_table import PRINTED, counted, main, short_table
+
+PAGE = Path(__file__).parents[2] / "docs" / "gflops.md"
 
 TABLES_1_AND_2 = PRINTED[:24]
 
@@ -47,6 +50,10 @@ def test_the_map_wise_model_is_near(rows):
 )
 def test_full_counts(rows, model, size, resolution, full):
     assert float(rows[model, size, resolution].ours_full) == pytest.approx(full, rel=1e-3)
+
+
+def test_the_page_shows_the_table(rows):
+    assert short_table(list(rows.values())).strip() in PAGE.read_text("utf-8")
 
 
 def test_the_table_is_printed_and_written(tmp_path, capsys, monkeypatch):

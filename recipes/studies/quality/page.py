@@ -359,9 +359,12 @@ def picture(table: pd.DataFrame) -> Figure:
     shown = done.assign(percent=100 * (done[LOSS] / reference - 1))
     figure, axes = panels(1, 2, 6.4, 4.6)
     sides = sorted(done["tokens"].unique())
+    # Of several resolutions, variants of one alone would be a heap of points in a corner.
+    sizes = shown.groupby("variant")["tokens"].transform("nunique")
+    shown = shown.loc[sizes > 1] if (sizes > 1).any() else shown
     for axis, column, title in (
-        (axes[0, 0], "percent", "held-out loss, % above softmax's"),
-        (axes[0, 1], FID, FID),
+        (axes[0, 0], "percent", "held-out loss, % above softmax's; lower is better"),
+        (axes[0, 1], FID, f"{FID}; lower is better"),
     ):
         known = column in shown and shown[column].notna().any()
         if not known:
