@@ -242,8 +242,11 @@ IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 # On the largest grid, where loops over queries take their time, without other options.
 @pytest.mark.parametrize(
     ("name", "options", "formula", "grid"),
-    [(*case, grid) for case in CASES for grid in (GRIDS[:4] if case[1] else GRIDS)],
-    ids=str,
+    [
+        pytest.param(*case, grid, id=f"{name}-{grid[0]}x{grid[1]}")
+        for name, case in zip(IDS, CASES, strict=True)
+        for grid in (GRIDS[:4] if case[1] else GRIDS)
+    ],
 )
 def test_formula(name, options, formula, grid):
     """Outputs and gradients in float64, of the fast path and of the reference, and in float32."""
