@@ -199,7 +199,8 @@ def _since(figures: Figures, device: str) -> str:
 
 def caption(figures: Figures, device: str) -> str:
     """What the figures are of, and when and where they were measured."""
-    used = [source for source in figures.sources if source.device == device]
+    timed = {row.source for row in figures.rows if row.mode == MODE}
+    used = [z for i, z in enumerate(figures.sources) if z.device == device and i in timed]
     of: dict[str, Quality] = {}
     for q in (q for screen in screens(figures, device) for q in screen.quality):
         if q.setting not in of or q.seeds > of[q.setting].seeds:
