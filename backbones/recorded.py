@@ -304,15 +304,15 @@ class Placement:
             for places in (module._parameters, module._buffers, module._modules)
             for name, value in places.items()
         ]
-        self._children = [module._modules for module in model.modules()]
-        self._counts = [*map(len, self._children)]
+        self._counts = [(module._modules, len(module._modules)) for module in model.modules()]
 
     def has_changed(self) -> bool:
         """Whether a weight has been moved or replaced, or a module replaced or added."""
         for places, name, value in self._places:
             if places.get(name) is not value:
                 return True
-        return self._found() != self._addresses or [*map(len, self._children)] != self._counts
+        is_added = any(len(children) != count for children, count in self._counts)
+        return is_added or self._found() != self._addresses
 
     def _found(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]

@@ -1,12 +1,12 @@
 """The README is short, its code runs, and what it states stands in a file that a command wrote."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from attnzoo import list_attention
 from attnzoo.command.figures import shipped
+from bench import first_screen
 from recipes.studies.quality.decide import decide
 from recipes.studies.quality.table import read
 from tests.markdown_pages import ROOT, code_blocks, without_side_effects
@@ -131,12 +131,8 @@ def test_first_public_implementation_says_of_what():
     ) in SENTENCES
 
 
-def test_the_answer_until_the_first_screen_is_filled(capsys):
-    """The command between the marks answers, as long as no other stands there."""
+def test_the_first_screen_is_what_the_figures_say():
+    found = shipped()
     part = TEXT.split("<!-- first screen -->")[1].split("<!-- /first screen -->")[0]
-    if command := re.search(r"`python -m bench\.recommend ([^`]+)`", part):
-        from bench import recommend
-
-        words = [str(ROOT / w) if Path(w).suffix == ".json" else w for w in command[1].split()]
-        assert recommend.main(words) == 0
-        assert "the fastest" in capsys.readouterr().out
+    for said in (first_screen.caption(found, "h100"), first_screen.table(found, "h100")):
+        assert said in part, "run python -m bench.first_screen --into README.md"

@@ -113,57 +113,61 @@ def test_position_none_makes_softmax_blind_to_order():
 
 def test_gradient_checkpointing_changes_no_gradient():
     model = scrambled(DiT(attn="dydila", attn_options={"conv": "3x3"}, **TINY)).train()
-    twin = copy.deepcopy(model)
-    twin.enable_gradient_checkpointing()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.enable_gradient_checkpointing()
     x, t = inputs()
-    for each in (model, twin):
+    for each in (model, checkpointed):
         each(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
-def twins(**options):
+def plain_and_checkpointed(**options):
     """A model in training, and the same with gradient checkpointing."""
     model = scrambled(DiT(**TINY | options)).train()
-    twin = copy.deepcopy(model)
-    twin.enable_gradient_checkpointing()
-    return model, twin
+    checkpointed = copy.deepcopy(model)
+    checkpointed.enable_gradient_checkpointing()
+    return model, checkpointed
 
 
-def same_buffers(model, twin):
-    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+def same_buffers(model, checkpointed):
+    for (name, ours), theirs in zip(model.named_buffers(), checkpointed.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
 def test_gradient_checkpointing_moves_statistics_once():
-    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"})
+    model, checkpointed = plain_and_checkpointed(attn="dydila", attn_options={"conv": "acnet"})
     start = copy.deepcopy(dict(model.named_buffers()))
     x, t = inputs()
     for step in range(3):
-        for each in (model, twin):
+        for each in (model, checkpointed):
             loss = each(x + step, t, torch.tensor([0, 10])).sample.square().sum()
             loss.backward(retain_graph=True)
             loss.backward()  # computes every block a third time
-        same_buffers(model, twin)
+        same_buffers(model, checkpointed)
     moved = [name for name, z in model.named_buffers() if not torch.equal(z, start[name])]
     assert any("running_mean" in name for name in moved)
-    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+    for (name, p), q in zip(
+        model.named_parameters(), checkpointed.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(p.grad, q[1].grad, msg=name)
 
 
 @pytest.mark.parametrize("is_fullgraph", [False, True])
 def test_gradient_checkpointing_moves_statistics_once_when_compiled(is_fullgraph):
-    model, twin = twins(attn="dydila", attn_options={"conv": "acnet"}, depth=1)
+    model, checkpointed = plain_and_checkpointed(
+        attn="dydila", attn_options={"conv": "acnet"}, depth=1
+    )
     x, t = inputs()
     if is_fullgraph:
-        step = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        step = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
     else:
-        for block in twin.blocks:
+        for block in checkpointed.blocks:
             block.compile(backend="aot_eager")
-        step = twin
+        step = checkpointed
     model(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
     step(x, t, torch.tensor([0, 10])).sample.square().sum().backward()
-    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+    for (name, ours), theirs in zip(model.named_buffers(), checkpointed.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
@@ -187,9 +191,9 @@ class Counting(attnzoo.Attention):
 def test_a_checkpointed_backward_leaves_what_one_forward_leaves():
     attnzoo.register_attention("counting")(Counting)
     try:
-        model, twin = twins(attn="counting")
+        model, checkpointed = plain_and_checkpointed(attn="counting")
         x, t = inputs()
-        for each in (model, twin):
+        for each in (model, checkpointed):
             torch.manual_seed(0)
             out = each(x, t, torch.tensor([0, 10])).sample
             loss = attnzoo.auxiliary_loss(each)
@@ -198,8 +202,8 @@ def test_a_checkpointed_backward_leaves_what_one_forward_leaves():
             assert attnzoo.auxiliary_loss(each) is None
             assert [block.attention.calls for block in each.blocks] == [1, 1]
             assert each.blocks[0].attention.last.grad_fn is None
-        same_buffers(model, twin)
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        same_buffers(model, checkpointed)
+        for (name, p), q in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, msg=name)
     finally:
         del attnzoo.registry._REGISTRY["counting"]
@@ -208,7 +212,7 @@ def test_a_checkpointed_backward_leaves_what_one_forward_leaves():
 @pytest.mark.parametrize("attn", ["moh", "dydila"])
 def test_an_auxiliary_loss_is_of_one_training_forward(attn):
     options = {"dydila": {"balance_coefficient": 0.1}}.get(attn, {})
-    _, model = twins(attn=attn, attn_options=options, num_heads=4)
+    _, model = plain_and_checkpointed(attn=attn, attn_options=options, num_heads=4)
     x, t = inputs()
     labels = torch.tensor([0, 10])
     model(x, t, labels).sample.sum().backward()
