@@ -1,5 +1,6 @@
 """What two processes add up in buckets, beside what one flat sum gives; two_processes runs it."""
 
+import contextlib
 import gc
 import weakref
 from itertools import count
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from backbones import build_backbone
+from backbones.cast_once import CastWeights
 from backbones.recorded import captured
 from recipes.lab.training.buckets import GradientBuckets
 
@@ -83,10 +85,12 @@ def flat_sum(model):
     }
 
 
-def backward(model, step, uses):
+def backward(model, step, uses, lowered=False):
     """``uses`` says which processes use the layer that is used sometimes, or "even" steps."""
     is_used = {"both": True, "one": dist.get_rank() == 1, "even": step % 2 == 0}
-    model(inputs(step), is_used.get(uses, False)).backward()
+    with torch.autocast(DEVICE, torch.bfloat16, lowered):
+        loss = model(inputs(step), is_used.get(uses, False))
+    loss.backward()
 
 
 class Watched:
@@ -115,8 +119,10 @@ class Watched:
         dist.all_reduce = self._reduce
 
 
-def summed(size, uses, micro_steps=1, compiled=False):
+def summed(size, uses, micro_steps=1, compiled=False, cast=False):
     """Three steps of a model, of which the first is not overlapped.
+
+    With ``cast``, under autocast, of whose casts the model holds copies.
 
     Returns:
         Whether each step's gradients are those of one flat sum, bit for bit; the sums of the
@@ -125,6 +131,11 @@ def summed(size, uses, micro_steps=1, compiled=False):
     model, plain = Toy(), Toy()
     buckets = GradientBuckets(model, SIZES[size])
     called = torch.compile(model, backend="aot_eager") if compiled else model
+    # The layer that is used sometimes is used here.
+    casts = CastWeights(model, lambda: backward(model, 0, "both", True)) if cast else None
+    if casts:
+        assert len(casts.pairs) == 6
+        buckets.follow(casts.pairs)
     equal, numbers = [], count(1)
     for step in range(3):
         model.zero_grad()
@@ -134,11 +145,14 @@ def summed(size, uses, micro_steps=1, compiled=False):
                 if micro_step == micro_steps - 1:
                     buckets.begin()
                 watched.is_inside = True
-                backward(called, micro_steps * step + micro_step, uses)
+                with casts.in_place() if casts else contextlib.nullcontext():
+                    backward(called, micro_steps * step + micro_step, uses, cast)
                 watched.is_inside = False
+                if casts and micro_step < micro_steps - 1:
+                    casts.hand_over()
             told = buckets.finish(told_of(next(numbers), 1 + dist.get_rank()))
         for micro_step in range(micro_steps):
-            backward(plain, micro_steps * step + micro_step, uses)
+            backward(plain, micro_steps * step + micro_step, uses, cast)
         one, other = gradients(model), flat_sum(plain)
         same = one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
         equal.append(same and torch.equal(told, told_of(2 * (step + 1), 3)))
@@ -259,6 +273,8 @@ def cases():
     found["each, micro-steps"] = summed("each", "both", micro_steps=2)
     # The last micro-step has no gradient for a layer of which the first has one.
     found["each even, micro-steps"] = summed("each", "even", micro_steps=2)
+    found["each, cast"] = summed("each", "one", cast=True)
+    found["each even, cast, micro-steps"] = summed("each", "even", micro_steps=2, cast=True)
     found["each, compiled"] = summed("each", "both", compiled=True)
     if DEVICE == "cuda":
         found["recorded"] = recorded()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,15 +49,30 @@ class GradientBuckets:
     def __init__(self, model: nn.Module, megabytes: float) -> None:
         self._buckets = [_bucket(group) for group in _groups(model, megabytes * 1e6 or math.inf)]
         self._group = _group(next(model.parameters()).device.type)
+        self._copies: dict[int, nn.Parameter] = {}  # by identity of a parameter
+        self._is_beside = megabytes > 0
         self._works: list[dist.Work] = []
         self._missing: list[int] = []
         self._next = 0
         self._is_open = False
         # The first backward may break off in one process alone, by its compiler.
         self._is_proven = False
-        for index, bucket in enumerate(self._buckets if megabytes else ()):
+        self._hook_on({id(parameter): parameter for parameter in model.parameters()})
+
+    def follow(self, pairs: Iterable[tuple[Tensor, nn.Parameter]]) -> None:
+        """Tells of copies that stand in parameters' places and get their gradients; once.
+
+        Args:
+            pairs: Of ``CastWeights``.
+        """
+        self._copies = {id(parameter): copy for parameter, copy in pairs}
+        self._hook_on(self._copies)
+
+    def _hook_on(self, getting: dict[int, nn.Parameter]) -> None:
+        for index, bucket in enumerate(self._buckets if self._is_beside else ()):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
+                if (owner := getting.get(id(parameter))) is not None:
+                    owner.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
 
     def begin(self) -> None:
         """To be called before the backward after which the gradients are complete."""
@@ -107,15 +122,23 @@ class GradientBuckets:
         flat, parameters, views = self._buckets[self._next]
         self._next += 1
         # Copied, because a backward that adds into views would read and write more than this.
-        given, old = [], []
+        own, cast = [], []
         for parameter, view in zip(parameters, views, strict=True):
-            if parameter.grad is None:  # of options that leave it unused, perhaps here only
+            copy = self._copies.get(id(parameter))
+            last = None if copy is None else copy.grad
+            if parameter.grad is not None:
+                own.append((view, parameter.grad))
+                if last is not None:  # after micro-steps
+                    parameter.grad += last
+            elif last is not None:
+                cast.append((view, last))
+            else:  # of options that leave it unused, perhaps here only
                 view.zero_()
-            else:
-                given.append(view)
-                old.append(parameter.grad)
-        if given:
-            torch._foreach_copy_(given, old)  # type: ignore
+            if copy is not None:
+                copy.grad = None
+        for pairs in (own, cast):
+            if pairs:
+                torch._foreach_copy_(*zip(*pairs, strict=True))  # type: ignore
         for parameter, view in zip(parameters, views, strict=True):
             parameter.grad = view
         self._reduce(flat)
