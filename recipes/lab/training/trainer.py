@@ -117,7 +117,13 @@ class Trainer:
         if self.accelerator.num_processes > 1 and not self.is_sharded:
             self.buckets = GradientBuckets(self.model, settings.bucket_mb)
         self.optimizer = make_optimizer(self.model, settings)
-        self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
+        self.average = WeightAverage(
+            self.model,
+            settings.ema_decay,
+            settings.ema_ramp,
+            1 if self.is_sharded else self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
         self.batches = Batches(
             settings,
             self.dataset,
@@ -340,9 +346,10 @@ class Trainer:
             values = self.buckets.finish(values)
         elif self.is_sharded:
             values = self.accelerator.reduce(values, "sum")
-        norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), settings.gradient_clip or math.inf
-        )
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if settings.gradient_clip is not None:  # else it would read and write all of them by 1
+            nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
@@ -374,11 +381,11 @@ class Trainer:
         Raises:
             CannotWrite: The system refuses.
         """
-        if not (self.accelerator.is_main_process or self.is_sharded):
-            return None
         classes = min(10, self.dataset.num_classes)
         labels = torch.arange(classes).repeat(2)
         with self.average.applied():
+            if not (self.accelerator.is_main_process or self.is_sharded):
+                return None
             images = sample(
                 self.model,
                 self.diffusion,
