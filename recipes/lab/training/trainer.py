@@ -343,13 +343,15 @@ class Trainer:
         values: Any = torch.stack([*means.values()]) / processes
         values = torch.cat([values, by_time, wants_stop.reshape(1)])
         if self.buckets:
-            values = self.buckets.finish(values)
-        elif self.is_sharded:
-            values = self.accelerator.reduce(values, "sum")
-        trained = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if settings.gradient_clip is not None:  # else it would read and write all of them by 1
-            nn.utils.clip_grads_with_norm_(trained, settings.gradient_clip, norm)
+            values, norm = self.buckets.finish(values)
+        else:
+            if self.is_sharded:
+                values = self.accelerator.reduce(values, "sum")
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        if settings.gradient_clip is not None:  # else gradients would be multiplied by 1
+            parameters = self.model.parameters()
+            nn.utils.clip_grads_with_norm_(parameters, settings.gradient_clip, norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
