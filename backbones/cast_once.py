@@ -70,6 +70,7 @@ class CastWeights:
 
     Attributes:
         pairs: Weights and their copies.
+        copies: The copies, by identity of the weight.
     """
 
     def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
@@ -83,12 +84,12 @@ class CastWeights:
             (weight, nn.Parameter(weight.detach().to(dtype), weight.requires_grad))
             for weight, dtype in casts.found()
         ]
-        copies = {id(weight): copy for weight, copy in self.pairs}
+        self.copies = {id(weight): copy for weight, copy in self.pairs}
         self._places = [
-            (module._parameters, name, weight, copies[id(weight)])
+            (module._parameters, name, weight, self.copies[id(weight)])
             for module in model.modules()
             for name, weight in module._parameters.items()
-            if id(weight) in copies
+            if id(weight) in self.copies
         ]
 
     @contextlib.contextmanager
@@ -114,9 +115,16 @@ class CastWeights:
             copy.grad = None
 
     @torch.no_grad()
-    def hand_over(self) -> None:
-        """Adds the copies' gradients to those of the weights, in the weights' own type."""
-        pairs = [pair for pair in self.pairs if pair[1].grad is not None]
+    def hand_over(self, weights: Iterable[Tensor] | None = None) -> None:
+        """Adds the copies' gradients to those of the weights, in the weights' own type.
+
+        Args:
+            weights: Of which; by default all.
+        """
+        pairs = self.pairs
+        if weights is not None:
+            pairs = [(w, self.copies[id(w)]) for w in weights if id(w) in self.copies]
+        pairs = [pair for pair in pairs if pair[1].grad is not None]
         if not pairs:
             return
         given = [torch.empty_like(weight) for weight, _ in pairs]

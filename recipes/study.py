@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> int:
     weights = given.extractor_weights
     scale = Scale(
         model=given.model, data=given.data, steps=given.steps, batch_size=given.batch_size,
-        seeds=given.seeds, samples=given.samples, points=given.points,
+        learning_rate=given.learning_rate, seeds=given.seeds, samples=given.samples,
+        points=given.points,
         held_out_images=given.held_out_images, hold_out=given.hold_out,
         extractor_weights=weights and str(weights.expanduser().resolve()),
         extractors=tuple(given.extractors),
@@ -96,11 +97,13 @@ def _parser() -> Parser:
     flag("--minutes", type=_minutes, default=9.5, help="after which all is saved")
     flag("--steps", type=whole(1), default=3000, help="of training")
     flag("--batch-size", type=whole(1), default=64, help="images per step")
+    flag("--learning-rate", type=float, default=3e-3, metavar="X", help="at the first step")
     flag("--seeds", type=whole(1), default=5, help="number of seeds")
     flag("--samples", type=_samples, default=500,
          help="images per run for FID and KID; 0 measures the held-out loss alone")  # fmt: skip
     flag("--points", type=whole(1), default=10, help="held-out losses along a run")
-    flag("--model", default="192x6", choices=["192x6", "96x4"], help="width and blocks")
+    flag("--model", default="192x6", choices=["192x6", "96x4", "384x12"],
+         help="width and blocks; 384x12 is size S")  # fmt: skip
     flag("--data", default="emoji", help="of train.py's --data")
     flag("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, else fp32")
     flag("--compile", choices=["on", "off"], default="off", help="compile blocks")

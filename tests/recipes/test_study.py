@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from attnzoo import get_attention, list_attention
+from backbones.presets import SIZES
 from recipes import results, study
 from recipes.lab.console import UserError
 from recipes.lab.data import datasets
@@ -81,6 +82,14 @@ class TestPlan:
         seen = [(one.planned.settings.resolution, one.planned.settings.seed) for one in first]
         assert {*seen} == {(side, seed) for side in (4, 8) for seed in range(3)}
         assert runs[len(first)].planned.settings.seed == 3
+
+    def test_the_largest_model_is_size_s_at_the_rate_that_was_asked(self):
+        large = dataclasses.replace(TINY, model="384x12", learning_rate=1e-3)
+        settings = study_runs(RESOLUTION, large, {}, protocols=["depth"], **AT)[0].planned.settings
+        assert settings.learning_rate == 1e-3
+        size = SIZES["S"]
+        heads = size.dim // size.head_dim
+        assert settings.backbone == {"dim": size.dim, "depth": size.depth, "num_heads": heads}
 
     def test_equal_macs_are_as_near_as_blocks_allow(self):
         (softmax, *others) = study_runs(

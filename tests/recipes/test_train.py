@@ -369,6 +369,24 @@ def test_the_average_takes_in_buffers():
     assert layer.weight.tolist() == [5, 5] and layer.running_mean.tolist() == [8, 8]
 
 
+def test_processes_share_out_the_average():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
+    whole, *parts = (WeightAverage(model, 0.5, False, *of) for of in ((), (3, 0), (3, 1), (3, 2)))
+    before = {name: tensor.clone() for name, tensor in whole.shadow.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    for average in (whole, *parts):
+        average.move(0.5)
+    for name, tensor in whole.shadow.items():
+        moved = [part.shadow[name] for part in parts
+                 if not torch.equal(part.shadow[name], before[name])]  # fmt: skip
+        assert len(moved) == 1 and torch.equal(moved[0], tensor)
+    shares = [sum(not torch.equal(tensor, before[name]) for name, tensor in part.shadow.items())
+              for part in parts]  # fmt: skip
+    assert shares == [4, 4, 4]
+
+
 def test_nothing_grows_over_the_steps():
     """The slow battery runs 1000 steps; a leak of one tensor per step shows in fifty."""
     trainer = Trainer(Settings(attn="sana", batch_size=2))

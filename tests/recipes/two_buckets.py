@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import time
 import weakref
 from itertools import count
 
@@ -32,6 +33,33 @@ class Shared(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
+
+
+class Late(torch.autograd.Function):
+    """Reads its gradient when a sum that began before has had time to end."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.1)
+        return grad.clone()
+
+
+class Added(nn.Module):
+    """The gradient of what is added is a view of what the layer gets, and comes before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(SIDE, SIDE, bias=False)
+        self.added = nn.ParameterList([torch.ones(8 * SIDE)])  # behind the layer: reduced first
+        self.to(DEVICE)
+
+    def forward(self, x, _):
+        return (Late.apply(self.layer(x)) + self.added[0].view(8, SIDE)).square().mean()
 
 
 class Toy(nn.Module):
@@ -104,22 +132,21 @@ class Watched:
         self.events = []
         self.is_inside = False
         self._when = when or (lambda: self.is_inside)
-        self._reduce = dist.all_reduce
+        self._reduce = GradientBuckets._reduce
 
     def __enter__(self):
-        def all_reduce(tensor, *arguments, **options):
-            if "group" in options:
-                self.events.append((tensor.numel(), self._when()))
-            return self._reduce(tensor, *arguments, **options)
+        def reduce(buckets, tensors):
+            self.events.append((sum(tensor.numel() for tensor in tensors), self._when()))
+            return self._reduce(buckets, tensors)
 
-        dist.all_reduce = all_reduce
+        GradientBuckets._reduce = reduce
         return self
 
     def __exit__(self, *_):
-        dist.all_reduce = self._reduce
+        GradientBuckets._reduce = self._reduce
 
 
-def summed(size, uses, micro_steps=1, compiled=False, cast=False):
+def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy):
     """Three steps of a model, of which the first is not overlapped.
 
     With ``cast``, under autocast, of whose casts the model holds copies.
@@ -128,15 +155,16 @@ def summed(size, uses, micro_steps=1, compiled=False, cast=False):
         Whether each step's gradients are those of one flat sum, bit for bit; the sums of the
         last; and whether its numbers are summed.
     """
-    model, plain = Toy(), Toy()
+    model, plain = kind(), kind()
     buckets = GradientBuckets(model, SIZES[size])
     called = torch.compile(model, backend="aot_eager") if compiled else model
     # The layer that is used sometimes is used here.
     casts = CastWeights(model, lambda: backward(model, 0, "both", True)) if cast else None
     if casts:
         assert len(casts.pairs) == 6
-        buckets.follow(casts.pairs)
+        buckets.follow(casts)
     equal, numbers = [], count(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
     for step in range(3):
         model.zero_grad()
         plain.zero_grad()
@@ -150,11 +178,13 @@ def summed(size, uses, micro_steps=1, compiled=False, cast=False):
                 watched.is_inside = False
                 if casts and micro_step < micro_steps - 1:
                     casts.hand_over()
-            told = buckets.finish(told_of(next(numbers), 1 + dist.get_rank()))
+            told, norm = buckets.finish(told_of(next(numbers), 1 + dist.get_rank()))
         for micro_step in range(micro_steps):
             backward(plain, micro_steps * step + micro_step, uses, cast)
         one, other = gradients(model), flat_sum(plain)
         same = one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in trained])
+        same &= torch.equal(norm, torch.linalg.vector_norm(norms))
         equal.append(same and torch.equal(told, told_of(2 * (step + 1), 3)))
     return {"equal": equal, "events": watched.events}
 
@@ -218,7 +248,7 @@ def recorded():
         model.zero_grad()
         buckets.begin()
         model(x, True).backward()
-        return buckets.finish(told.clone())
+        return buckets.finish(told.clone())[0]
 
     graph, numbers = captured(step)
     for number in (1, 2):
@@ -276,6 +306,7 @@ def cases():
     found["each, cast"] = summed("each", "one", cast=True)
     found["each even, cast, micro-steps"] = summed("each", "even", micro_steps=2, cast=True)
     found["each, compiled"] = summed("each", "both", compiled=True)
+    found["each, views"] = summed("each", "both", kind=Added)
     if DEVICE == "cuda":
         found["recorded"] = recorded()
     found |= {"backbone": of_a_backbone(), "freed": freed()}

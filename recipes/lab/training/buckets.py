@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Numbers at which a gradient may begin: kernels over many tensors read several numbers at once.
-_ALIGNED = 32
+from backbones.cast_once import CastWeights
 
 # One for all trainings of a process, and as long as that of all processes: it takes memory.
 _groups_of: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
@@ -21,20 +20,17 @@ _groups_of: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
 )
 
 
-class _Bucket(NamedTuple):
-    flat: Tensor
-    parameters: list[nn.Parameter]
-    views: list[Tensor]  # of ``flat``, one for each parameter
-
-
 class GradientBuckets:
     """Adds up a model's gradients over all processes, bucket by bucket, during the backward.
 
-    A backward gives gradients in about the reverse order of the parameters, and so they lie in
-    buckets. One is reduced, beside the backward, as soon as its gradients are there and the
+    A backward gives gradients in about the reverse order of the parameters, and so buckets are
+    made of these. One is reduced, beside the backward, as soon as its gradients are there and the
     buckets before it are on their way: all processes reduce the same buckets in the same order,
     also where a parameter has a gradient in one of them only. A missing gradient counts as 0; its
     bucket and those behind it are reduced after the backward.
+
+    Gradients are reduced where autograd has left them, a bucket by one call: a flat copy would
+    read and write all of them once more, within the backward.
 
     Torch's DistributedDataParallel does likewise, but sorts its buckets anew after the first
     step, so that a resumed run would add up in another order than one that went on; it finds
@@ -47,11 +43,11 @@ class GradientBuckets:
     """
 
     def __init__(self, model: nn.Module, megabytes: float) -> None:
-        self._buckets = [_bucket(group) for group in _groups(model, megabytes * 1e6 or math.inf)]
+        self._buckets = _buckets(model, megabytes * 1e6 or math.inf)
         self._group = _group(next(model.parameters()).device.type)
-        self._copies: dict[int, nn.Parameter] = {}  # by identity of a parameter
+        self._casts: CastWeights | None = None
         self._is_beside = megabytes > 0
-        self._works: list[dist.Work] = []
+        self._works: list[Any] = []
         self._missing: list[int] = []
         self._next = 0
         self._is_open = False
@@ -59,18 +55,18 @@ class GradientBuckets:
         self._is_proven = False
         self._hook_on({id(parameter): parameter for parameter in model.parameters()})
 
-    def follow(self, pairs: Iterable[tuple[Tensor, nn.Parameter]]) -> None:
-        """Tells of copies that stand in parameters' places and get their gradients; once.
+    def follow(self, casts: CastWeights) -> None:
+        """Takes gradients of copies that stand in parameters' places; to be called once.
 
         Args:
-            pairs: Of ``CastWeights``.
+            casts: Of the model.
         """
-        self._copies = {id(parameter): copy for parameter, copy in pairs}
-        self._hook_on(self._copies)
+        self._casts = casts
+        self._hook_on(casts.copies)
 
-    def _hook_on(self, getting: dict[int, nn.Parameter]) -> None:
+    def _hook_on(self, getting: Mapping[int, nn.Parameter]) -> None:
         for index, bucket in enumerate(self._buckets if self._is_beside else ()):
-            for parameter in bucket.parameters:
+            for parameter in bucket:
                 if (owner := getting.get(id(parameter))) is not None:
                     owner.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
 
@@ -80,30 +76,34 @@ class GradientBuckets:
             with contextlib.suppress(RuntimeError):
                 work.wait()
         self._works = []
-        self._missing = [len(bucket.parameters) for bucket in self._buckets]
+        self._missing = [len(bucket) for bucket in self._buckets]
         self._next = 0
         self._is_open = self._is_proven
 
-    def finish(self, numbers: Tensor) -> Tensor:
-        """To be called after that backward; leaves the sums as gradients, views of the buckets.
+    def finish(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """To be called after that backward; leaves the sums as gradients.
 
-        A stream waits for them, not the host. They are valid until the next ``begin``.
+        A stream waits for them, not the host.
 
         Args:
             numbers: (n,), to be summed in place.
 
         Returns:
-            ``numbers``.
+            ``numbers``, and the norm of all sums, ().
         """
         self._is_open = False
         while self._next < len(self._buckets):
             self._reduce_next()
-        self._reduce(numbers)
-        for work in self._works:
+        self._reduce([numbers])
+        norms: list[Tensor] = []
+        for work, bucket in zip(self._works, [*self._buckets, []], strict=True):
             work.wait()
+            if bucket:  # while the last sums are on their way
+                norms += torch._foreach_norm([p.grad for p in bucket])  # type: ignore
         self._works = []
         self._is_proven = True
-        return numbers
+        # In the order of the parameters, as one process adds them up.
+        return numbers, torch.linalg.vector_norm(torch.stack(norms[::-1]))
 
     def _arrived(self, index: int) -> None:
         if not self._is_open:
@@ -119,62 +119,47 @@ class GradientBuckets:
 
     @torch.no_grad()
     def _reduce_next(self) -> None:
-        flat, parameters, views = self._buckets[self._next]
+        bucket = self._buckets[self._next]
         self._next += 1
-        # Copied, because a backward that adds into views would read and write more than this.
-        own, cast = [], []
-        for parameter, view in zip(parameters, views, strict=True):
-            copy = self._copies.get(id(parameter))
-            last = None if copy is None else copy.grad
-            if parameter.grad is not None:
-                own.append((view, parameter.grad))
-                if last is not None:  # after micro-steps
-                    parameter.grad += last
-            elif last is not None:
-                cast.append((view, last))
-            else:  # of options that leave it unused, perhaps here only
-                view.zero_()
-            if copy is not None:
-                copy.grad = None
-        for pairs in (own, cast):
-            if pairs:
-                torch._foreach_copy_(*zip(*pairs, strict=True))  # type: ignore
-        for parameter, view in zip(parameters, views, strict=True):
-            parameter.grad = view
-        self._reduce(flat)
+        if self._casts is not None:
+            self._casts.hand_over(bucket)
+        gradients = []
+        for parameter in bucket:
+            if parameter.grad is None:  # of options that leave it unused, perhaps here only
+                parameter.grad = torch.zeros_like(parameter)
+            elif _uses(parameter.grad) > _ALONE:  # the backward goes on with the same numbers
+                parameter.grad = parameter.grad.clone()
+            gradients.append(parameter.grad)
+        self._reduce(gradients)
 
-    def _reduce(self, tensor: Tensor) -> None:
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        assert work is not None
+    def _reduce(self, tensors: Sequence[Tensor]) -> None:
+        with dist._coalescing_manager(self._group, async_ops=True) as work:  # type: ignore
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self._group)
         self._works.append(work)
 
 
-def _groups(model: nn.Module, most: float) -> list[list[nn.Parameter]]:
+def _uses(tensor: Tensor) -> int:
+    """How many tensors share the memory of this one, and as many more as for any."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_ALONE = _uses(torch.empty(1))
+
+
+def _buckets(model: nn.Module, most: float) -> list[list[nn.Parameter]]:
     """Trained parameters of one type and up to ``most`` bytes, the last ones first."""
-    groups: list[list[nn.Parameter]] = []
+    buckets: list[list[nn.Parameter]] = []
     filled = 0
     for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
         size = parameter.numel() * parameter.element_size()
-        is_alike = groups and groups[-1][0].dtype == parameter.dtype
+        is_alike = buckets and buckets[-1][0].dtype == parameter.dtype
         if not is_alike or filled + size > most:
-            groups.append([])
+            buckets.append([])
             filled = 0
-        groups[-1].append(parameter)
+        buckets[-1].append(parameter)
         filled += size
-    return groups
-
-
-def _bucket(parameters: list[nn.Parameter]) -> _Bucket:
-    starts = [0]
-    for parameter in parameters:
-        starts.append(starts[-1] + math.ceil(parameter.numel() / _ALIGNED) * _ALIGNED)
-    flat = parameters[0].new_zeros(starts.pop())
-    views = [
-        # Laid out as autograd lays out a gradient.
-        flat.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), start)
-        for p, start in zip(parameters, starts, strict=True)
-    ]
-    return _Bucket(flat, parameters, views)
+    return buckets
 
 
 def _group(device: str) -> dist.ProcessGroup:

@@ -50,7 +50,7 @@ def step_bytes(trainer: Trainer) -> int:
         one, two = one + block, two + 2 * block
     activations = one + (two - one) * (share - 1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Gradients and Adam's two moments; the buckets of several processes are held already.
+    # Gradients and Adam's two moments.
     return int(_OVERHEAD * (activations + 3 * weights))
 
 

@@ -34,6 +34,7 @@ def save_checkpoint(trainer: Trainer, run: Run, evict: bool = True) -> str | Non
         NotFinite: There is a NaN or an infinity in the state; nothing is written.
     """
     weights = {name: gathered(tensor) for name, tensor in trainer.model.state_dict().items()}
+    trainer.average.collect()
     average = {name: gathered(tensor) for name, tensor in trainer.average.shadow.items()}
     optimizer = {
         f"{name}/{key}": gathered(value)

@@ -119,7 +119,13 @@ class Trainer:
         if self.accelerator.num_processes > 1 and not self.is_sharded:
             self.buckets = GradientBuckets(self.model, settings.bucket_mb)
         self.optimizer = make_optimizer(self.model, settings)
-        self.average = WeightAverage(self.model, settings.ema_decay, settings.ema_ramp)
+        self.average = WeightAverage(
+            self.model,
+            settings.ema_decay,
+            settings.ema_ramp,
+            1 if self.is_sharded else self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
         self.batches = Batches(
             settings,
             self.dataset,
@@ -228,7 +234,7 @@ class Trainer:
             for tensor, old in before:
                 tensor.copy_(old)
         if self.buckets:
-            self.buckets.follow(casts.pairs)
+            self.buckets.follow(casts)
         return casts
 
     def _launched(self, wants_stop: bool) -> tuple[float, Numbers]:
@@ -373,12 +379,15 @@ class Trainer:
         values: Any = torch.stack([*means.values()]) / processes
         values = torch.cat([values, by_time, wants_stop.reshape(1)])
         if self.buckets:
-            values = self.buckets.finish(values)
-        elif self.is_sharded:
-            values = self.accelerator.reduce(values, "sum")
-        norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), settings.gradient_clip or math.inf
-        )
+            values, norm = self.buckets.finish(values)
+        else:
+            if self.is_sharded:
+                values = self.accelerator.reduce(values, "sum")
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        if settings.gradient_clip is not None:  # else gradients would be multiplied by 1
+            parameters = self.model.parameters()
+            nn.utils.clip_grads_with_norm_(parameters, settings.gradient_clip, norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         self._names = [*means]
@@ -410,11 +419,11 @@ class Trainer:
         Raises:
             CannotWrite: The system refuses.
         """
-        if not (self.accelerator.is_main_process or self.is_sharded):
-            return None
         classes = min(10, self.dataset.num_classes)
         labels = torch.arange(classes).repeat(2)
         with self.average.applied():
+            if not (self.accelerator.is_main_process or self.is_sharded):
+                return None
             images = sample(
                 self.model,
                 self.diffusion,

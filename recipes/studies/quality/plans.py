@@ -33,6 +33,7 @@ PATCH = 4  # pixels
 MODELS = {
     "192x6": {"dim": 192, "depth": 6, "num_heads": 6},
     "96x4": {"dim": 96, "depth": 4, "num_heads": 3},  # for a CPU
+    "384x12": {"dim": 384, "depth": 12, "num_heads": 6},  # size S
 }
 
 
@@ -192,6 +193,7 @@ class Scale:
         data: Of the emoji, or another set's name.
         steps: Of softmax and of all at equal depth and MACs.
         batch_size: Images per step.
+        learning_rate: Of all variants, at the first step.
         seeds: Number of them, from 0.
         samples: Images per run for FID and KID; 0 measures the held-out loss alone.
         points: Held-out losses along a run; a multiple of 5 has one before the last fifth.
@@ -207,6 +209,7 @@ class Scale:
     data: str = "emoji"
     steps: int = 3000
     batch_size: int = 64
+    learning_rate: float = Settings.learning_rate
     seeds: int = 5
     samples: int = 500
     points: int = 10
@@ -286,7 +289,8 @@ def _planned(
         attn=variant.attn, attn_options=dict(variant.options), backbone=backbone,
         data=scale.data, level=study.level if scale.data.partition(":")[0] == "emoji" else "easy",
         resolution=side, patch_size=PATCH, steps=steps, batch_size=scale.batch_size, seed=seed,
-        precision=scale.precision, compile=scale.compile, sample_every=steps,
+        learning_rate=scale.learning_rate, precision=scale.precision, compile=scale.compile,
+        sample_every=steps,
         checkpoint_every=max(1, min(1000, steps)), diagnose_every=steps,
         held_out_every=max(1, -(-steps // scale.points)), held_out_images=scale.held_out_images,
         hold_out=scale.hold_out,
