@@ -172,6 +172,8 @@ class Trainer:
         Raises:
             UserError: It is not, and has been asked for.
         """
+        if self.casts is None and self._is_cast:
+            self.casts = self._cast_weights()
         if self.recorded is None or self.recorded.is_tried:
             return
         # Not by the thread, which would go on to the next batch, perhaps on the GPU.
@@ -203,8 +205,6 @@ class Trainer:
             What there is to log about it, the same in every process, and whether any process
             wants to stop.
         """
-        if self.casts is None and self._is_cast:
-            self.casts = self._cast_weights()
         self.record()
         while len(self._queued) < (2 if ahead and self.recorded else 1):
             self._queued.append(self._launched(wants_stop))
