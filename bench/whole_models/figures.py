@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +310,51 @@ def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]
     }
 
 
+def faster_from(reports: Iterable[dict[str, Any]]) -> str:
+    """From which resolution on each model is faster than softmax's, a line a size and step."""
+    report, lines = joined(reports), []
+    sizes = dict.fromkeys(row["size"] for row in report["cases"])
+    for size, mode in itertools.product(sizes, MODES):
+        rows, found = _rows(report, size=size, mode=mode), crossovers(report, size, mode)
+        found.pop("softmax", None)
+        if found:
+            sides = [row["resolution"] for row in rows if row["mechanism"] == "softmax"]
+            at_last = {
+                row["mechanism"]: over[0] for row in rows
+                if row["resolution"] == max(sides) and (over := over_fastest(row))
+            }  # fmt: skip
+            words = faster_words(found, min(sides), max(sides), at_last)
+            step = _WORDS[mode]
+            lines.append(f"- Size {size}, a {step}: faster than softmax's with {words}.")
+    return "\n".join(lines)
+
+
+def faster_words(
+    since: Mapping[str, float], first: int, last: int, at_last: Mapping[str, float]
+) -> str:
+    """ "`sana` from 256 px or below; at 1024 px also with `lit`".
+
+    Args:
+        since: By mechanism the px from which it is faster; infinite if never.
+        first: The smallest resolution that was measured.
+        last: The largest.
+        at_last: Times over softmax's there, also of mechanisms without others.
+    """
+    parts = [
+        f"`{name}` from {px:.0f} px{' or below' if px == first else ''}"
+        for name, px in sorted(since.items(), key=lambda item: item[1])
+        if math.isfinite(px)
+    ]
+    never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
+    also = [f"`{name}`" for name, over in at_last.items()
+            if over < 1 and name not in {*since, "softmax"}]  # fmt: skip
+    said = ", ".join(parts) or "none that was measured at every resolution"
+    said += f"; at {last} px also with {', '.join(also)}" if also else ""
+    return said + (f"; not up to {last} px with {', '.join(never)}" if never else "")
+
+
 def page(reports: list[dict[str, Any]]) -> str:
-    """For ``docs/gpu.md``: the newest of the goals, of models, of layers over floors; Markdown."""
+    """For a page: the newest of the goals, of models, of layers over floors, as Markdown."""
     report, newest = joined(reports), newest_figures(reports)
     ordered = sorted(reports, key=lambda one: str(one["datetime"]), reverse=True)
     parts = ["\n".join(f"- {where(one)}" for one in ordered)]
