@@ -357,15 +357,7 @@ def page(reports: list[dict[str, Any]]) -> str:
     """For a page: the newest of the goals, of models, of layers over floors, as Markdown."""
     report, newest = joined(reports), newest_figures(reports)
     ordered = sorted(reports, key=lambda one: str(one["datetime"]), reverse=True)
-    parts = ["\n".join(f"- {where(one)}" for one in ordered)]
-    goals = [
-        [*row[:3], *row[4:], commit]
-        for row, commit in ((figure.row, commit) for figure, commit in newest)
-        if row[0] != "E9"
-    ]
-    if goals:
-        heading = [*HEADING[:3], *HEADING[4:], "commit"]
-        parts.append(markdown_table(heading, goals, padded=True))
+    parts = ["\n".join(f"- {source}" for source in dict.fromkeys(map(where, ordered)))]
     for size in dict.fromkeys(row["size"] for row in report["cases"]):
         columns = [
             (mode, px)
@@ -393,6 +385,16 @@ def page(reports: list[dict[str, Any]]) -> str:
         heading += [*(f"faster from, {_WORDS[mode]}" for mode in MODES), "commit"]
         title = f"**Size {size}: milliseconds an image as a user runs it (over softmax's)**"
         parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
+    goals = [
+        [*row[:3], *row[4:], commit]
+        for row, commit in ((figure.row, commit) for figure, commit in newest)
+        if row[0] != "E9"
+    ]
+    if goals:
+        heading = [*HEADING[:3], *HEADING[4:], "commit"]
+        missed = sum("minimum missed" in row for row in goals)
+        summary = f"Goals of whole models: {missed} of {len(goals)} figures miss the minimum"
+        parts.append(_fold(summary, markdown_table(heading, goals, padded=True)))
     if report["layers"]:
         verdicts = [figure.verdict for figure, _ in newest if figure.goal == "E9"]
         within = len(verdicts) - verdicts.count("minimum missed")
@@ -401,8 +403,12 @@ def page(reports: list[dict[str, Any]]) -> str:
             f"that is said and faster; products bind it, or memory where said; "
             f"{within} of {len(verdicts)} within the minimum"
         )
-        parts.append(f"<details>\n<summary>{summary}</summary>\n\n{_layers(report)}\n\n</details>")
+        parts.append(_fold(summary, _layers(report)))
     return "\n\n".join(parts)
+
+
+def _fold(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def _layers(report: dict[str, Any]) -> str:
@@ -451,7 +457,7 @@ def _profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
             ]
             table = markdown_table(["kernel", "times", "µs", "share"], longest, padded=True)
             summary = f"{of[0]} {of[1]} {of[2]}px {of[4]}, {name}: the longest kernels"
-            folds.append(f"<details>\n<summary>{summary}</summary>\n\n{table}\n\n</details>")
+            folds.append(_fold(summary, table))
     heading = ["model", "size", "px", "batch", "step", "treatment", "a step, ms", "kernels, ms",
                "gaps, ms", "kernels", "memsets", "copies"]  # fmt: skip
     if lines:
