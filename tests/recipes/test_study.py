@@ -416,6 +416,10 @@ class TestPage:
         frame = pd.DataFrame(rows(model="96x4", device="cpu")).drop(columns="FID[efflite0]")
         assert "rehearsal at a scale of minutes" in page.results_page(frame, "p.png", "t.csv")
         page.picture(frame)  # without any FID
+        larger = pd.DataFrame(rows("controls", px=64, model="384x12"))
+        text = page.results_page(pd.concat([pd.DataFrame(rows(px=64)), larger]), "p.png", "t.csv")
+        assert "seeds of model 192x6; emoji at 64 px, up to 5 seeds of model 384x12 (" in text
+        assert "rehearsal" not in page.results_page(larger, "p.png", "t.csv")
 
     def test_two_scales_are_no_page(self):
         frame = pd.concat([pd.DataFrame(rows(px=64)), pd.DataFrame(rows(model="96x4"))])

@@ -48,8 +48,8 @@ HEADLINES: Sequence[tuple[str, str, Sequence[tuple[str, str]] | str]] = (
     ("At equal time", "time", [("softmax", "sana"), ("dydila", "softmax")]),
 )
 NOT_YET = "not measured yet"
-# A study of this many blocks and channels is what the claims are about; smaller is a rehearsal.
-_FULL = "192x6"
+# Width and blocks of the smallest model that the claims are about, and of a rehearsal.
+_FULL, _SMALL = "192x6", "96x4"
 FID = "FID[efflite0]"
 
 
@@ -94,17 +94,18 @@ def _scale(done: pd.DataFrame) -> str:
     """How large what was measured is, and what it is too small for."""
     runs = done.drop_duplicates(["run", *MEASURE])
     devices = " and ".join(device for (device,) in _unique(runs, ["device"]))
+    models = runs.loc[runs["protocol"] != "MACs"].groupby(["data", "model"], sort=False)
     settings = "; ".join(
-        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px with up "
-        f"to {rows['seed'].nunique()} seeds"
-        for data, rows in runs.groupby("data", sort=False)
+        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px, up to "
+        f"{rows['seed'].nunique()} seeds of model {model}"
+        for (data, model), rows in models
     )
-    models = sorted(runs.loc[runs["protocol"] != "MACs", "model"].unique())
     text = (
-        f"{len(runs)} runs: {settings}; model {', '.join(models)} (width x blocks), "
-        f"{_range(runs['steps'])} steps of {_range(runs['batch'])} images; on {devices}."
+        f"{len(runs)} runs: {settings} (width x blocks); {_range(runs['steps'])} steps of "
+        f"{_range(runs['batch'])} images; on {devices}."
     )
-    is_small = _FULL not in models or all(str(d).startswith("cpu") for d in runs["device"])
+    is_on_cpu = all(str(device).startswith("cpu") for device in runs["device"])
+    is_small = is_on_cpu or {model for _, model in models.groups} == {_SMALL}
     if is_small:
         text += (
             f"\n\n**This is a rehearsal at a scale of minutes on a CPU. What only the studies "
