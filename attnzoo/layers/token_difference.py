@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,17 +86,12 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _inferred(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """``fused_forward`` without gradients: between the projections only launches are left."""
-    if layer.config.differential == "map":
-        from attnzoo.ops.map_difference.triton import attend
-    else:
-        from attnzoo.ops.token_difference.triton import attend
-
     dtype = operand_dtype(x)
     x = x if x.dtype is dtype else x.to(dtype)  # one cast for all
     qkv, conv, kernel = linear(layer.shared, x), layer.conv, None
     if conv is not None and is_bare(conv, (DepthwiseConv,)):
         kernel = conv.kernel
-    out = attend(
+    out = _attend(layer.config.differential)(
         x, qkv, *(kernel or (None, None)), *grid, layer.gammas(), layer.lambda_,
         *_known_weights(layer),
         layer.config.eps, layer.num_heads,
@@ -101,6 +99,12 @@ def _inferred(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     if conv is not None and kernel is None:
         out = conv(qkv.chunk(3, dim=-1)[2], grid, out)
     return linear(layer.proj, out)
+
+
+@functools.cache  # importing takes a host as long as a view
+def _attend(differential: str) -> Callable[..., Tensor]:
+    name = "map" if differential == "map" else "token"
+    return importlib.import_module(f"attnzoo.ops.{name}_difference.triton").attend
 
 
 def _weights(layer: Any) -> list[Tensor]:

@@ -151,10 +151,9 @@ class _Notes(TorchFunctionMode):
         if started is None:
             self.has_fault = True
             return
-        run, function, metadata, kernel = started
+        run, middle, is_flat, kernel = started
         self.kernels.append(kernel)
-        middle = function, metadata, None, None, None
-        self.steps.append((run, (*grid, 1, 1)[:3], middle, places, numbers))
+        self.steps.append((run, (*grid, 1, 1)[:3], (middle, is_flat), places, numbers))
 
 
 class _Replay:
@@ -191,7 +190,7 @@ class _Replay:
         for run, grid, middle, places, rest in notes.steps:
             if grid is not None:
                 picked = [slots.get(z.spot(), z.spot()[0]) for z in places]
-                self.steps.append((run, grid, middle, _picker(picked), rest, ()))
+                self.steps.append((run, grid, middle[0], _picker(picked), rest, middle[1]))
                 continue
             picked = [self._value(z) for z in places]
             for number in releases.get(middle.number - first, ()):
@@ -262,7 +261,8 @@ class _Replay:
         stream = torch._C._cuda_getCurrentRawStream(device)
         for run, grid, middle, picked, rest, found in self.steps:
             if grid is not None:
-                run(*grid, stream, *middle, *picked(addresses), *rest)
+                taken = *picked(addresses), *rest
+                run(*grid, stream, *middle, *(taken if found else (taken,)))
             elif run is None:
                 values[middle] = None
             else:
@@ -321,9 +321,7 @@ def replayed(function: Callable[..., Any], count: int | None = None) -> Callable
         if not triton_common._CAN_SKIP or not operands[0].is_cuda or _noting.locked():
             return function(*operands)
         types = (*map(type, operands),)
-        if types not in pickers:
-            pickers[types] = _pickers(types)
-        tensors, others = pickers[types]
+        tensors, others = pickers.get(types) or pickers.setdefault(types, _pickers(types))
         if tensors is None:
             return function(*operands)
         # In C: of a dozen operands, a loop takes longer than the launches.
