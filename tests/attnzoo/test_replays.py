@@ -72,7 +72,8 @@ def by_address(on_gpu, monkeypatch):
                 for i, like in enumerate(types):
                     if like is not None:
                         args[i] = at(args[i], like)
-                kernel.run(*args, grid=(x, y, z), warmup=False, **options)
+                with torch._C.DisableTorchFunction():  # it is no part of the call
+                    kernel.run(*args, grid=(x, y, z), warmup=False, **options)
 
             return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
 
@@ -80,6 +81,16 @@ def by_address(on_gpu, monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", launch)
     return started
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """What has been replayed."""
+    from attnzoo.ops.triton_replay import _Replay
+
+    found, own = [], _Replay.__call__
+    monkeypatch.setattr(_Replay, "__call__", lambda z, *args: (found.append(z), own(z, *args))[1])
+    return found
 
 
 def build(name, dtype=torch.float32, width=32, **options):
@@ -104,12 +115,14 @@ def tokens(seed=1, batch=2, grid=GRID, dtype=torch.float32, width=32):
 )
 @torch.no_grad()
 def test_a_replay_gives_what_the_operators_give(
-    name, dtype, by_address, on_gpu, small_convolutions, monkeypatch
+    name, dtype, by_address, replays, on_gpu, small_convolutions, monkeypatch
 ):
     layer, started = build(name, dtype), by_address
 
     def compare(x, grid=GRID, is_new=False):
+        del replays[:]
         found = [layer(x, grid) for _ in range(3 if is_new else 1)][-1]
+        assert replays
         with monkeypatch.context() as patch:
             patch.setattr(on_gpu, "_CAN_SKIP", False)
             wanted = layer(x, grid)
@@ -146,6 +159,28 @@ def test_a_replay_gives_what_the_operators_give(
     with torch.autocast("cpu", torch.bfloat16):
         compare(tokens(dtype=torch.float32))
     compare(tokens(dtype=dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dydila", {}), ("dydila", {"num_heads": 2}), ("dydila-map", {"conv": "none"})],
+)
+@torch.no_grad()
+def test_products_of_wide_heads_are_replayed(
+    name, options, by_address, replays, on_gpu, small_convolutions, monkeypatch
+):
+    from attnzoo.ops.token_difference import triton
+
+    monkeypatch.setattr(triton, "slower", lambda *_, **__: "yes")
+    layer = build(name, **options)
+    for seed in range(4):
+        x = tokens(seed, 3)  # no other test's kind, for it would find this core
+        found = layer(x, GRID)
+    with monkeypatch.context() as patch:
+        patch.setattr(on_gpu, "_CAN_SKIP", False)
+        assert torch.equal(found, layer(x, GRID))
+    assert len(replays) == 2
 
 
 @compiled
@@ -235,6 +270,85 @@ def test_functions_of_pytorch_are_repeated_between_launches(by_address):
         assert torch.equal(total, z[1:].sum(0)) and nothing is None
         assert torch.equal(wide, z.double())
     assert len(calls) == 2
+
+
+@interpreted
+@torch.no_grad()
+def test_products_of_pytorch_read_what_kernels_write(by_address, replays, monkeypatch):
+    from attnzoo.ops.triton_common import sample_sum
+    from attnzoo.ops.triton_replay import replayed
+
+    def product(z, w, n):
+        first, last = sample_sum(z), sample_sum(z[:, 1:])  # (b, d), (b, d)
+        wide = torch.bmm(first.unsqueeze(2), last.unsqueeze(1))
+        return sample_sum(torch.bmm(wide[:, n:], w)), w.transpose(1, 2), None
+
+    again, started, made = replayed(product), by_address, []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    kept = []
+    for seed in range(5):
+        whole = tokens(seed, 4)
+        z, w = whole[1:3], tokens(seed + 9, 3, width=7).repeat(1, 6, 1)[1:, :32]
+        del made[:]
+        count = len(started)
+        found, wanted = again(z, w, 1), product(z, w, 1)
+        assert all(torch.equal(one, other) for one, other in zip(found[:2], wanted, strict=False))
+        assert found[1].data_ptr() == w.data_ptr() and found[2] is None
+        kept.append((found[0], wanted[0]))
+    assert len(made) == 2 + 3  # one for the result, one for what lies between; by itself three
+    assert len(started) == count + 6
+    assert all(torch.equal(*pair) for pair in kept)  # no later call has written there
+    assert len(replays) == 3
+    odd = torch.zeros(z.numel() + 1)[1:].view(z.shape).copy_(z)  # 16 does not divide its address
+    assert torch.equal(again(odd, w, 1)[0], wanted[0]) and len(replays) == 3
+
+
+@interpreted
+@torch.no_grad()
+def test_what_only_kernels_need_is_freed_before_a_product(by_address, monkeypatch):
+    from attnzoo.ops import triton_replay
+    from attnzoo.ops.triton_common import sample_sum
+
+    alive, made, empty = [], [], torch.empty
+
+    def allocate(*sizes, **options):
+        made.append(weakref.ref(z := empty(*sizes, **options)))
+        return z
+
+    def bmm(a, b):
+        if torch.overrides.has_torch_function_unary(a):
+            return torch.overrides.handle_torch_function(bmm, (a,), a, b)
+        alive.append(sum(z() is not None for z in made))
+        return a @ b
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    again = triton_replay.replayed(lambda z: bmm(sample_sum(sample_sum(z)[:, None])[None], z))
+    z = tokens(batch=1, grid=(1, 32))
+    for _ in range(3):
+        del made[:]
+        out = again(z)
+    torch.testing.assert_close(out, z.sum(1)[None] @ z)
+    assert alive[-1] == 1 and len(made) == 2  # what the product reads, and what came before
+
+
+@interpreted
+@torch.no_grad()
+def test_a_replay_is_of_one_device_and_of_one_autocast(by_address, monkeypatch):
+    from attnzoo.ops import triton_replay
+
+    calls = []
+    again = triton_replay.replayed(lambda z: (calls.append(z), z.sum(0))[1])
+    z = torch.ones(3, 2)
+    for expected in (1, 2, 2):
+        assert torch.equal(again(z), z.sum(0)) and len(calls) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+        for expected in (3, 4, 4):
+            assert torch.equal(again(z), z.sum(0)) and len(calls) == expected
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)  # and tensors are on another
+    for expected in (5, 6, 7):
+        assert torch.equal(again(z), z.sum(0)) and len(calls) == expected
 
 
 @interpreted
