@@ -47,6 +47,15 @@ def on_gpu(monkeypatch):
     return triton_common
 
 
+class Launcher:
+    """As Triton's of version 3.7, to which a kernel's operands are a tuple."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __call__(self, x, y, z, stream, function, metadata, told, enter, leave, *args):
+        self.launch(x, y, z, stream, function, metadata, args)
+
+
 @pytest.fixture
 def by_address(on_gpu, monkeypatch):
     """The interpreter as what was compiled: it gets addresses, and counts what it gets."""
@@ -65,9 +74,9 @@ def by_address(on_gpu, monkeypatch):
             kernel.run(*args, grid=grid, warmup=False, **options)
             types = [z.new_empty(0) if isinstance(z, torch.Tensor) else None for z in args]
 
-            def run(x, y, z, stream, function, metadata, *args):
+            def run(x, y, z, stream, function, metadata, args):
                 assert (stream, function, metadata) == (7, "function", "metadata")
-                args = list(args[3:])
+                args = list(args)
                 started.append(kernel)
                 for i, like in enumerate(types):
                     if like is not None:
@@ -75,7 +84,9 @@ def by_address(on_gpu, monkeypatch):
                 with torch._C.DisableTorchFunction():  # it is no part of the call
                     kernel.run(*args, grid=(x, y, z), warmup=False, **options)
 
-            return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+            launcher = Launcher()
+            launcher.launch = run
+            return SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
 
         return first
 
@@ -181,16 +192,23 @@ def test_products_of_wide_heads_are_replayed(
         patch.setattr(on_gpu, "_CAN_SKIP", False)
         assert torch.equal(found, layer(x, GRID))
     assert len(replays) == 2
+    layer.config = dataclasses.replace(layer.config, impl="torch")
+    torch.testing.assert_close(found, layer(x, GRID), rtol=1e-4, atol=1e-5)
 
 
 @compiled
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["sana", "focused", "dydila", "lit", "edit"])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(name, 32) for name in ("sana", "focused", "dydila", "dydila-map", "lit", "edit")]
+    + [("dydila", 160), ("dydila-map", 160)],
+)
 @torch.no_grad()
-def test_a_replay_on_a_gpu_gives_what_triton_gives(name, monkeypatch):
+def test_a_replay_on_a_gpu_gives_what_triton_gives(name, width, monkeypatch):
     from attnzoo.ops import triton_common
 
-    layer, x = build(name, torch.bfloat16).cuda(), tokens(dtype=torch.bfloat16).cuda()
+    layer = build(name, torch.bfloat16, width).cuda()
+    x = tokens(dtype=torch.bfloat16, width=width).cuda()
     found = [layer(x, GRID).clone() for _ in range(4)]
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
@@ -198,7 +216,7 @@ def test_a_replay_on_a_gpu_gives_what_triton_gives(name, monkeypatch):
     monkeypatch.setattr(triton_common, "_CAN_SKIP", False)
     wanted = layer(x, GRID)
     assert all(torch.equal(z, wanted) for z in found)
-    x.copy_(tokens(2, dtype=torch.bfloat16))
+    x.copy_(tokens(2, dtype=torch.bfloat16, width=width))
     recorded.replay()
     assert torch.equal(out, layer(x, GRID)) and not torch.equal(out, wanted)
 
@@ -281,7 +299,7 @@ def test_products_of_pytorch_read_what_kernels_write(by_address, replays, monkey
     def product(z, w, n):
         first, last = sample_sum(z), sample_sum(z[:, 1:])  # (b, d), (b, d)
         wide = torch.bmm(first.unsqueeze(2), last.unsqueeze(1))
-        return sample_sum(torch.bmm(wide[:, n:], w)), w.transpose(1, 2), None
+        return sample_sum(torch.bmm(wide[:, n:], w)[n:]), w.transpose(1, 2), None
 
     again, started, made = replayed(product), by_address, []
     empty = torch.empty
@@ -383,6 +401,36 @@ def test_an_adapter_around_a_projection_is_heard_by_the_kernels():
     layer.config = dataclasses.replace(layer.config, impl="torch")
     torch.testing.assert_close(found, layer(x, (1, 2)), rtol=1e-4, atol=1e-5)
     assert (found - plain).abs().max() > 0.01
+
+
+@interpreted
+@pytest.mark.parametrize("way", ["hook", "replaced", "parametrized", "adapter", "conv"])
+@torch.no_grad()
+def test_a_replayed_layer_is_asked_anew_for_what_it_consists_of(
+    way, by_address, replays, on_gpu, small_convolutions, monkeypatch
+):
+    layer, x, seen = build("dydila"), tokens(), []
+    while not replays:  # by now, or by the test before
+        plain = layer(x, GRID)
+    router = layer.kernel_routers["query_prime"]
+    if way == "hook":
+        layer.conv.register_forward_hook(lambda _, __, out: (seen.append(out), 2 * out)[1])
+    elif way == "replaced":
+        router.weight = nn.Parameter(-router.weight)
+        layer.gamma = nn.Parameter(layer.gamma + 1)
+    elif way == "parametrized":
+        nn.utils.parametrize.register_parametrization(router, "weight", nn.Softsign())
+        nn.utils.parametrize.register_parametrization(layer.projectors, "key", nn.Softsign())
+    elif way == "adapter":
+        own = layer.shared.forward
+        layer.shared.forward = lambda z: own(z) * 2
+    else:
+        layer.conv = build("dydila", conv="5x5").conv
+    found = layer(x, GRID)
+    assert not torch.equal(found, plain) and len(seen) == (way == "hook")
+    with monkeypatch.context() as patch:
+        patch.setattr(on_gpu, "_CAN_SKIP", False)
+        assert torch.equal(found, layer(x, GRID))
 
 
 def test_operators_that_are_replayed_launch_in_one_way_only():
