@@ -189,7 +189,8 @@ class _Replay:
         slots = {z: first + i for i, z in enumerate((*parts, *later))}
         for run, grid, middle, places, rest in notes.steps:
             if grid is not None:
-                picked = [slots.get(z.spot(), z.spot()[0]) for z in places]
+                spots = [z.spot() for z in places]
+                picked = [slots[z] if z in slots else z[0] for z in spots]
                 self.steps.append((run, grid, middle[0], _picker(picked), rest, middle[1]))
                 continue
             picked = [self._value(z) for z in places]
@@ -253,16 +254,16 @@ class _Replay:
     def __call__(self, values: list[Any], addresses: list[int], device: int) -> Any:
         """Results of operands, to which all other values are added, and of their addresses."""
         for shape, dtype in self.allocated:
-            z = torch.empty(shape, dtype=dtype, device=self.device)
-            values.append(z)
-            addresses.append(z.data_ptr())
+            values.append(torch.empty(shape, dtype=dtype, device=self.device))
+            addresses.append(values[-1].data_ptr())
         values += self.blank
         addresses += [*map(operator.add, self.starts(addresses), self.offsets), *self.unknown]
         stream = torch._C._cuda_getCurrentRawStream(device)
         for run, grid, middle, picked, rest, found in self.steps:
-            if grid is not None:
-                taken = *picked(addresses), *rest
-                run(*grid, stream, *middle, *(taken if found else (taken,)))
+            if grid is not None and found:
+                run(*grid, stream, *middle, *picked(addresses), *rest)
+            elif grid is not None:
+                run(*grid, stream, *middle, (*picked(addresses), *rest))
             elif run is None:
                 values[middle] = None
             else:
