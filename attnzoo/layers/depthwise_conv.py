@@ -137,9 +137,11 @@ class DepthwiseConv(nn.Module):
     @property
     def kernel(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the one convolution that this is, or None if it is several."""
-        if len(self.branches) > 1:
+        branches: Any = self._modules["branches"]._modules  # pyright: ignore[reportOptionalMemberAccess]
+        if len(branches) > 1:
             return None
-        return self.branches[0].weight, self.branches[0].bias
+        [branch] = branches.values()
+        return branch.weight, branch.bias
 
     @property
     def reach(self) -> int:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear_attention import linear, linear_beside
-from attnzoo.ops.dispatch import choose_once, is_watched, is_without_kernels
+from attnzoo.ops.dispatch import (
+    choose_once,
+    is_bare,
+    is_inference,
+    is_watched,
+    is_without_kernels,
+)
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.map_difference import dynamic_map_attention
 from attnzoo.ops.map_difference import unserved as unserved_maps
@@ -39,23 +49,19 @@ def unserved_option(layer: Any) -> str | None:
 
 def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """What the layer computes of tokens, (b, h * w, dim) -> (b, h * w, dim), by the kernels."""
-    config, projectors = layer.config, layer.projectors
+    config = layer.config
+    if config.impl == "auto" and is_inference():  # which has found them able
+        return _inferred(layer, x, grid)
     if not torch.is_grad_enabled():  # one cast for all; gradients are added before theirs
         dtype = operand_dtype(x)
         x = x if x.dtype is dtype else x.to(dtype)
     is_packed = _is_packed(layer, x)
     qkv, x = linear_beside(layer.shared, x) if is_packed else (linear(layer.shared, x), x)
     x = x if x.dtype is qkv.dtype else x.to(qkv.dtype)  # by autocast
-    modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
-    # Looking up a module's weight takes a host as long as a view.
-    routers = [router.weight for some in modules for router in some._modules.values()]
-    cast = [
-        z if z.dtype is x.dtype else z.to(x.dtype)
-        for z in (projectors.query, projectors.key, *routers)
-    ]
+    cast = [z if z.dtype is x.dtype else z.to(x.dtype) for z in _weights(layer)]
     weights = Weights(
-        projectors=cast[:2],
-        projector_routers=cast[2:4],
+        projector_routers=cast[:2],
+        projectors=cast[2:4],
         kernel_routers=cast[4:8],
         difference_routers=cast[8:],
         gammas=layer.gammas(),
@@ -76,6 +82,51 @@ def fused_forward(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         out = dynamic_differential_attention(*operands, layer.num_heads, impl="triton")
     conv = layer.conv
     return linear(layer.proj, out if conv is None else conv(value, grid, out))
+
+
+def _inferred(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``fused_forward`` without gradients: between the projections only launches are left."""
+    dtype = operand_dtype(x)
+    x = x if x.dtype is dtype else x.to(dtype)  # one cast for all
+    qkv, conv, kernel = linear(layer.shared, x), layer.conv, None
+    if conv is not None and is_bare(conv, (DepthwiseConv,)):
+        kernel = conv.kernel
+    out = _attend(layer.config.differential)(
+        x, qkv, *(kernel or (None, None)), *grid, layer.gammas(), layer.lambda_,
+        *_known_weights(layer),
+        layer.config.eps, layer.num_heads,
+    )  # fmt: skip
+    if conv is not None and kernel is None:
+        out = conv(qkv.chunk(3, dim=-1)[2], grid, out)
+    return linear(layer.proj, out)
+
+
+@functools.cache  # importing takes a host as long as a view
+def _attend(differential: str) -> Callable[..., Tensor]:
+    name = "map" if differential == "map" else "token"
+    return importlib.import_module(f"attnzoo.ops.{name}_difference.triton").attend
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    """Routers of projectors, projectors, and routers of kernels and of differences."""
+    modules = layer.projector_routers, layer.kernel_routers, layer.differential_routers
+    first, *others = [[router.weight for router in some._modules.values()] for some in modules]
+    projectors = layer.projectors
+    return [*first, projectors.query, projectors.key, *others[0], *others[1]]
+
+
+def _known_weights(layer: Any) -> list[Tensor]:
+    """``_weights`` where they are parameters: each lookup takes a host as long as a view."""
+    own = layer._modules
+    try:
+        pair = own["projectors"]._parameters
+        first, *others = [
+            [router._parameters["weight"] for router in own[some]._modules.values()]
+            for some in ("projector_routers", "kernel_routers", "differential_routers")
+        ]
+        return [*first, pair["query"], pair["key"], *others[0], *others[1]]
+    except KeyError:  # of a parametrization
+        return _weights(layer)
 
 
 def _is_packed(layer: Any, x: Tensor) -> bool:

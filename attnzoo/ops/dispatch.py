@@ -439,12 +439,14 @@ def is_without_kernels(x: Tensor) -> bool:
     return x.is_cpu and not _IS_FORCED
 
 
-def is_bare(layer: torch.nn.Module) -> bool:
-    """Whether a call of a linear layer or an image's convolution is PyTorch's function alone.
+def is_bare(
+    layer: torch.nn.Module, kinds: tuple[type, ...] = (torch.nn.Linear, torch.nn.Conv2d)
+) -> bool:
+    """Whether a call of a layer is what its class computes of its parameters, and no more.
 
-    That is, with no hook, adapter or other forward.
+    That is, it is of one of these classes, with no hook, adapter or other forward.
     """
-    if type(layer) not in (torch.nn.Linear, torch.nn.Conv2d):
+    if type(layer) not in kinds:
         return False
     own = layer.__dict__
     return not (

@@ -11,6 +11,7 @@ sizes that depend on the data (how many tokens chose an expert) stay there.
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -93,17 +94,38 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
             if len(_COMPILED) >= _MOST_COMPILED:
                 _COMPILED.clear()
             # With the kernel, whose number no other gets while it is held.
-            found = compiled.run, compiled.function, compiled.packed_metadata, kernel
+            found = *_in_c(compiled.run, compiled.function, compiled.packed_metadata), kernel
             _COMPILED[key] = found
         if watching is not None:
             watching.launch(found, grid, tensors, numbers)
         return
     if watching is not None:
         watching.launch(found, grid, tensors, numbers)
-    run, function, metadata, _ = found
-    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers)
+    run, middle, is_flat, _ = found
+    stream, operands = torch._C._cuda_getCurrentRawStream(device), (*pointers, *numbers)
+    run(*(*grid, 1, 1)[:3], stream, *middle, *(operands if is_flat else (operands,)))
+
+
+def _in_c(launcher: Any, function: Any, metadata: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """What Triton's launcher calls in C for a kernel, without the Python that leads there.
+
+    That asks for scratch memory, and else gives the same each time: it is seen once.
+
+    Returns:
+        What to call with grid and stream, then these, then the kernel's operands; whether one by
+        one or as a tuple. Of a launcher of another kind it is the launcher itself.
+    """
+    start, marks, seen = (1, 1, 1, object()), (object(), object()), []
+    middle = function, metadata, None, None, None
+    sizes = [getattr(launcher, f"{z}_scratch_size", None) for z in ("global", "profile")]
+    if sizes == [0, 0] and callable(getattr(launcher, "launch", None)):
+        twin = copy.copy(launcher)
+        twin.launch = lambda *operands: seen.append(operands)
+        twin(*start, *middle, *marks)
+        for is_flat, tail in ((True, marks), (False, (marks,))):
+            if seen[0][:4] == start and seen[0][-len(tail) :] == tail:
+                return launcher.launch, seen[0][4 : -len(tail)], is_flat
+    return launcher, middle, True
 
 
 @functools.lru_cache(maxsize=4096)  # cheaper than a call

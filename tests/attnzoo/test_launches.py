@@ -71,6 +71,39 @@ def test_a_second_launch_starts_what_was_compiled(common):
     assert kernel.started == [(1, wanted)] * 2
 
 
+@pytest.fixture
+def launcher():
+    """Triton's own of a kernel without scratch memory, which notes what it would call in C."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    made = CudaLauncher.__new__(CudaLauncher)
+    sizes = {f"{z}_scratch_{what}": 0 for z in ("global", "profile") for what in ("size", "align")}
+    others = {"launch_cooperative_grid": False, "launch_pdl": True, "num_ctas": 1}
+    told = {"arg_annotations": ["told"], "kernel_signature": b"told"}
+    vars(made).update(sizes | others | told, launch=lambda *args: made.started.append(args))
+    made.started = []
+    return made
+
+
+def test_what_skips_the_launcher_calls_what_it_would(common, launcher):
+    class Compiled(Kernel):
+        def __getitem__(self, grid):
+            return lambda *_, **__: SimpleNamespace(
+                run=launcher, function="f", packed_metadata="m"
+            )
+
+    kernel, x, y = Compiled(), on_gpu(), on_gpu(dtype=torch.bfloat16)
+    for _ in range(2):
+        common.launch_kernel(kernel, (4, 2), x, y, 5, "ieee")
+    pointers = x.data_ptr(), y.data_ptr()
+    launcher(4, 2, 1, 7, "f", "m", None, None, None, *pointers, 5, "ieee")
+    assert launcher.started[0] == launcher.started[1] and len(launcher.started) == 2
+    found = common._in_c(launcher, "f", "m")
+    assert found[0] is launcher.launch
+    launcher.global_scratch_size = 64  # which it allocates anew for every launch
+    assert common._in_c(launcher, "f", "m")[0] is launcher
+
+
 OTHERS = {
     "type": {"x": on_gpu(dtype=torch.bfloat16)},
     "address": {"x": on_gpu(offset=1)},

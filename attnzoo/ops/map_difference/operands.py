@@ -22,8 +22,9 @@ class Operands(NamedTuple):
         key_router: Of K.
         prime_key_router: Of K'.
         rd: Router of lambda, of (phi(Q), phi(Q')), (factors', 2 d).
-        gammas: Exponents, (factors,) in float32.
-        lambdas: (factors',) in float32.
+        gammas: Exponents, (factors,) in float32, or in any type where nothing is differentiated or
+            watched.
+        lambdas: (factors',), likewise.
         eps: Added to the normalizers.
         learn: Whether routers get the straight-through gradient of "ste".
         save: Whether what the backward needs is returned too.

@@ -33,10 +33,9 @@ from attnzoo.ops.map_difference.triton_backward import (
     map_backward,
 )
 from attnzoo.ops.power_map.triton import _pivot
-from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference import Weights
-from attnzoo.ops.token_difference.triton import _keep
+from attnzoo.ops.token_difference.triton import _keep, between_projections
 from attnzoo.ops.token_difference.triton_backward import _exponent, _relu, _risen
 from attnzoo.ops.triton_common import (
     _LARGEST,
@@ -307,30 +306,26 @@ def dynamic_map_attention(
     learn: bool,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.map_difference``."""
-    routers = *weights.kernel_routers[::2], *weights.kernel_routers[1::2]
-    operands = x, query, key, value, *weights.projector_routers, *weights.projectors, *routers
-    operands = *operands, weights.difference_routers[0], weights.gammas[0], weights.lambdas[0]
-    # Without autocast, or after it: under another type the products might not be the kernels'.
-    if is_inference() and operand_dtype(x) is x.dtype:
-        return _product(*_replayed_tokens(*operands, eps, learn), value)[0]
-    return map_forward(*_operands(*operands, eps, learn))[0]
+    operands = weights.gammas, weights.lambdas, *weights.projector_routers, *weights.projectors
+    operands = *operands, *weights.kernel_routers, *weights.difference_routers, eps, learn, 1
+    return (_replayed_core if is_inference() else _core)(x, query, key, value, *operands)
 
 
-def _operands(x: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Operands:
-    """Of the operator, of all weights side by side."""
-    *routers, gammas, lambdas, eps, learn = others[4:]
-    primes, _, gates = routed_pair(x, others[:2], others[2:4])
-    scalars = (z.float().contiguous() for z in (gammas, lambdas))
-    operands = query, key, value, primes, gates, *routers, *scalars
+def _core(
+    x: Tensor, query: Tensor, key: Tensor, value: Tensor, gammas: Tensor, lambdas: Tensor,
+    *operands: Any,
+) -> Tensor:  # fmt: skip
+    """``dynamic_map_attention`` of all weights side by side, of one head."""
+    *routers, eps, learn, _ = operands
+    primes, _, gates = routed_pair(x, routers[:2], routers[2:4])
+    routers, scalars = (*routers[4:8:2], *routers[5:8:2], routers[8]), (gammas[0], lambdas[0])
+    if not is_inference():  # the kernel reads any type; gradients are of float32
+        scalars = [z.float() for z in scalars]
+    operands = query, key, value, primes, gates, *routers, *[z.contiguous() for z in scalars]
     # Only a call that may be differentiated keeps what its backward needs.
     save = torch.is_grad_enabled() and any(z.requires_grad for z in operands)
-    return Operands(*operands, eps, learn, save)
+    return map_forward(*operands, eps, learn, save)[0]
 
 
-def _tokens(*operands: Any) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys, for whoever wants no gradient."""
-    queries, keys, _ = _both_features(_operands(*operands))
-    return queries.tokens, keys.tokens
-
-
-_replayed_tokens = replayed(_tokens)
+_replayed_core = replayed(_core)
+attend = between_projections(_core)

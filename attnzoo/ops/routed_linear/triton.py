@@ -460,7 +460,7 @@ def _decide(logits, table, choices, dtype: tl.constexpr, C: tl.constexpr):
     logits = tl.where(choice[None, :] < choices, logits, -float("inf"))
     index = tl.argmax(logits, 1)
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
-    values = tl.load(table + choice, mask=choice < choices, other=0.0)
+    values = tl.load(table + choice, mask=choice < choices, other=0.0).to(tl.float32)
     chosen = tl.sum(tl.where(choice[None, :] == index[:, None], values[None, :], 0.0), 1)
     return chosen, weights / tl.sum(weights, 1)[:, None], index
 

@@ -37,8 +37,9 @@ class Operands(NamedTuple):
         r1: Kernel router of Z, (factors, d).
         r2: Of Z'.
         rd: Difference router of (phi(Z), phi(Z')), (factors', 2 d).
-        gammas: Exponents of Z and Z', (2, factors) in float32, each row without gaps.
-        lambdas: (factors',) in float32.
+        gammas: Exponents of Z and Z', (2, factors), each row without gaps; in float32, or in any
+            type where nothing is differentiated or watched.
+        lambdas: (factors',), likewise.
         gate: (b, n) of value 1, by which Z' counts as multiplied; the router of its projection
             learns from the gate's gradient.
         key_sum: (b, d) in float32, or None. Given, each head's part of the result is divided by

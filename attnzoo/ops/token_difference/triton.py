@@ -8,7 +8,7 @@ The backward has a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.depthwise_conv.triton import depthwise_conv
 from attnzoo.ops.dispatch import is_inference
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.linear_core.torch import half_attention
 from attnzoo.ops.power_map.triton import _pivot
-from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.routed_linear.triton import _decide, routed_pair
 from attnzoo.ops.token_difference.operands import SCHEMA, Operands, Weights
 from attnzoo.ops.token_difference.triton_backward import (
@@ -420,10 +420,11 @@ def focused_difference(
     if save:
         operands = (tokens, redundant, *kernel_routers, gammas, difference_router, lambdas, gate)
         save = any(z is not None and z.requires_grad for z in (*operands, key_sum))
+    if not is_inference():  # the kernel reads any type; gradients are of float32
+        gammas, lambdas = gammas.float(), lambdas.float()
     return difference_forward(
-        tokens, redundant, *kernel_routers, difference_router, gammas.float(),
-        lambdas.float().contiguous(), gate, key_sum, eps, heads if key_sum is not None else 1,
-        learn, save,
+        tokens, redundant, *kernel_routers, difference_router, gammas, lambdas.contiguous(), gate,
+        key_sum, eps, heads if key_sum is not None else 1, learn, save,
     )[:2]  # fmt: skip
 
 
@@ -438,30 +439,22 @@ def dynamic_differential_attention(
     heads: int,
 ) -> Tensor:
     """See ``attnzoo.ops.token_difference``."""
-    options = eps, learn, heads
-    operands = x, query, key, weights.gammas, weights.lambdas
     routers = *weights.kernel_routers, *weights.difference_routers
-    operands = *operands, *weights.projector_routers, *weights.projectors, *routers, *options
-    # Without autocast, or after it: under another type the core might not be the kernels'.
-    is_replayed = is_inference() and operand_dtype(x) is x.dtype
-    if slower(query.shape[-1] // heads, is_normalized=False) is None:
-        return (_replayed_attention if is_replayed else _attention)(*operands, value)
-    query, key = (_replayed_differences if is_replayed else _differences)(*operands)
-    if heads == 1:
-        return half_attention(query, key, value)
-    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
-    return half_attention(query, key, value).transpose(1, 2).flatten(2)
+    operands = weights.gammas, weights.lambdas, *weights.projector_routers, *weights.projectors
+    core = _replayed_core if is_inference() else _core
+    return core(x, query, key, value, *operands, *routers, eps, learn, heads)
 
 
-def _differences(
+def _core(
     x: Tensor,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     gammas: Tensor,
     lambdas: Tensor,
     *operands: Any,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys of ``dynamic_differential_attention``, of all weights side by side.
+) -> Tensor:
+    """``dynamic_differential_attention`` of all weights side by side.
 
     Queries leave their kernel divided by their normalizers, so that plain products are left.
     """
@@ -469,8 +462,7 @@ def _differences(
     projector_routers, projectors = routers[:2], routers[2:4]
     kernel_routers, difference_routers = routers[4:8], routers[8:]
     primes, _, gates = routed_pair(x, projector_routers, projectors)
-    lambdas = lambdas.float()
-    gammas = gammas.float().contiguous().expand(max(2, len(gammas)), -1)  # one row may serve all
+    gammas = gammas.contiguous().expand(max(2, len(gammas)), -1)  # one row may serve all
     step = len(gammas) // 2
     query_prime, key_prime = primes.unbind(0)
     key, key_sum = focused_difference(
@@ -481,14 +473,47 @@ def _differences(
         query, query_prime, kernel_routers[::2], gammas[::step], difference_routers[0], lambdas[0],
         gates[0], key_sum, eps, learn, heads,
     )  # fmt: skip
-    return query, key
+    if slower(query.shape[-1] // heads, is_normalized=False) is None:
+        return linear_tokens(query, key, value, heads, is_normalized=False)
+    if heads == 1:
+        return half_attention(query, key, value)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    return half_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def _attention(*operands: Any) -> Tensor:
-    """``_differences``, and the core by kernels."""
-    *of_differences, heads, value = operands
-    query, key = _differences(*of_differences, heads)
-    return linear_tokens(query, key, value, heads, is_normalized=False)
+_replayed_core = replayed(_core)
 
 
-_replayed_differences, _replayed_attention = replayed(_differences), replayed(_attention)
+def between_projections(core: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What a layer computes of packed tokens where no gradient is wanted, as one replay.
+
+    Args:
+        core: Of x, Q, K, V, and what else there is.
+
+    Returns:
+        A function of x (b, h * w, d), of Q, K and V side by side (b, h * w, 3 d), of the weight
+        and bias of a convolution of V that is added, or None, of h and w, and of what else the
+        core takes. It casts weights of products to the type of Q, K and V.
+    """
+
+    def attend(
+        x: Tensor,
+        qkv: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        height: int,
+        width: int,
+        gammas: Tensor,
+        lambdas: Tensor,
+        *operands: Any,
+    ) -> Tensor:
+        *weights, eps, heads = operands
+        query, key, value = qkv.chunk(3, dim=-1)
+        x, *weights = (z if z.dtype is qkv.dtype else z.to(qkv.dtype) for z in (x, *weights))
+        out = core(x, query, key, value, gammas, lambdas, *weights, eps, False, heads)
+        return out if weight is None else depthwise_conv(value, (height, width), weight, bias, out)
+
+    return replayed(attend)
+
+
+attend = between_projections(_core)
