@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+# What looks at a weight and reads none of its numbers, as who launches kernels by address does.
+_LOOKING = frozenset({"data_ptr", "dim", "element_size", "get_device", "is_contiguous", "numel",
+                      "size", "storage_offset", "stride", "untyped_storage"})  # fmt: skip
+
 
 class _Casts(TorchFunctionMode):
     """Notes which weights are used in no way but by casting them, as autocast does."""
@@ -29,8 +33,9 @@ class _Casts(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
-        is_fact = getattr(function, "__name__", "") == "__get__" and not isinstance(result, Tensor)
-        if not is_fact:  # such as a shape
+        name = getattr(function, "__name__", "")
+        is_property = name == "__get__" and not isinstance(result, Tensor)  # such as a shape
+        if not (is_property or name in _LOOKING):
             for z in tree_leaves((args, kwargs)):
                 if id(z) in self._uses:
                     self._uses[id(z)][1].add(_cast_by(function, z, args, kwargs))

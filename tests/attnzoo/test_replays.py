@@ -20,6 +20,7 @@ from torch import nn
 
 import attnzoo
 from attnzoo.ops import dispatch
+from backbones.cast_once import CastWeights
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(
@@ -493,3 +494,25 @@ def test_projections_are_called_where_something_watches(way):
         )
     assert torch.equal(linear(layer, x), layer(x))
     assert seen == [1, 1]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["dydila", "focused", "sana"])
+def test_weights_that_a_replay_casts_are_cast_once(name, by_address):
+    """Else a recording would repeat the casts: plain and replayed calls are seen alike."""
+    torch.manual_seed(0)
+    layer = attnzoo.build_attention(name, 96).eval()
+    layer.fuse()
+    x = torch.randn(2, 6, 96)
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return [layer(x, GRID) for _ in range(4)][-1]
+
+    casts = CastWeights(layer, call)
+    cast = {name for name, z in layer.named_parameters() if id(z) in casts.copies}
+    kept = {name for name, _ in layer.named_parameters()} - cast
+    assert not [name for name in kept if "router" in name or "projector" in name], kept
+    wanted = call()
+    with casts.in_place():
+        assert torch.equal(call(), wanted)

@@ -122,3 +122,17 @@ def test_what_a_property_gives_is_another_use():
 
     with cast_once(layer, call) as cast:
         assert cast == []
+
+
+def test_what_only_looks_is_no_use():
+    """As a replay of launches does, on a GPU: DyDiLA's weights had been cast in every step."""
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(2, 8)
+
+    def call():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            facts = layer.weight.data_ptr(), layer.weight.stride(), layer.weight.get_device()
+            return layer(x), facts
+
+    with cast_once(layer, call) as cast:
+        assert len(cast) == 1
