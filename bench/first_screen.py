@@ -29,6 +29,7 @@ from attnzoo.command.recommend import BYTES_PER_PARAMETER, chosen_rows
 from attnzoo.command.units import memory
 from bench.shipped import ROOT, TARGET
 from bench.tables import parts_around, put_into
+from bench.whole_models.figures import faster_words
 from recipes.lab.console import DONE, UserError, printable, run_script
 from recipes.lab.files import require_writable, whole_file
 from recipes.lab.pages import markdown_table
@@ -177,23 +178,11 @@ def _since(figures: Figures, device: str) -> str:
     for size in sorted(sizes, key=["tiny", "S", "B", "L"].index):
         rows = figures.of(device, size, MODE)
         since = faster_from(rows)
-        first = min(row.resolution for row in rows if row.mechanism == "softmax")
-        parts = [
-            f"`{name}` from {px:.0f} px{' or below' if px == first else ''}"
-            for name, px in sorted(since.items(), key=lambda item: item[1])
-            if math.isfinite(px)
-        ]
         last = max(row.resolution for row in rows)
-        never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
-        at_last = [
-            f"`{row.mechanism}`" for row in rows
-            if row.resolution == last and row.over_softmax < 1
-            and row.mechanism not in {*since, "softmax"}
-        ]  # fmt: skip
-        said = f"A sampling step of size {size} is faster than softmax's with {', '.join(parts)}"
-        said += f"; at {last} px also with {', '.join(at_last)}" if at_last else ""
-        said += f"; not up to {last} px with {', '.join(never)}" if never else ""
-        lines.append(f"- {said}.")
+        at_last = {row.mechanism: row.over_softmax for row in rows if row.resolution == last}
+        first = min(row.resolution for row in rows if row.mechanism == "softmax")
+        said = faster_words(since, first, last, at_last)
+        lines.append(f"- A sampling step of size {size} is faster than softmax's with {said}.")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ Pictures come as PNG and SVG; report.html holds them and the tables and needs no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -449,19 +450,32 @@ def _draw_whole(options: argparse.Namespace) -> int:
     reports = [whole_figures.read_whole(path) for path in options.report]
     report = whole_figures.joined(reports)
     require_writable(options.out / "whole-models.png")
-    if options.into:
-        parts_around(options.into, "whole")
+    parts = {page: _parts_in(page) for page in options.into}
     sizes = [row["size"] for row in report["cases"] if row["seconds"]]
     if not sizes:
         raise UserError(f"{options.report[0]} has no whole models that were timed")
     _saved(whole_curves(report, sizes[0]), options.out, "whole-models")
-    if options.into:
-        picture = os.path.relpath(options.out / "whole-models.png", options.into.parent)
-        words = "Time of one image of the whole model against resolution"
-        page = f"![{words}]({Path(picture).as_posix()})\n\n{whole_figures.page(reports)}"
-        put_into(options.into, "whole", page)
+    for page, names in parts.items():
+        link = Path(os.path.relpath(options.out / "whole-models.png", page.parent)).as_posix()
+        picture = f"![Time of one image of the whole model against resolution]({link})"
+        for name in names:
+            put_into(page, name, f"{picture}\n\n{_PARTS[name](reports)}")
     print(printable(f"whole-models (PNG and SVG) in {options.out}"))
     return DONE
+
+
+_PARTS = {"whole": whole_figures.page, "faster from": whole_figures.faster_from}
+
+
+def _parts_in(page: Path) -> list[str]:
+    """Those of ``_PARTS`` that a page has."""
+    text = ""
+    with contextlib.suppress(OSError, ValueError):  # the first part's check says what is wrong
+        text = page.read_text("utf-8")
+    found = [name for name in _PARTS if f"<!-- {name} -->" in text] or [*_PARTS][:1]
+    for name in found:
+        parts_around(page, name)
+    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -472,8 +486,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder to write to")
     parser.add_argument(
-        "--into", type=Path,
-        help="file whose <!-- where --> part, or of whole models <!-- whole -->, is replaced",
+        "--into", type=Path, action="append", default=[], metavar="PAGE",
+        help="file whose part <!-- where -->, or of whole models <!-- whole --> or "
+             "<!-- faster from -->, is replaced; repeat",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     path, *others = options.report
@@ -483,12 +498,12 @@ def main(arguments: list[str]) -> int:
         raise UserError("several files can only be of whole models; join others by bench.results")
     report = read_cases(path)
     require_writable(options.out / "report.html")
-    if options.into:
-        parts_around(options.into, "where")
+    for page in options.into:
+        parts_around(page, "where")
     drawn = draw(report, options.out)
     written = write_report(report, drawn, options.out, path.name)
-    if options.into:
-        put_into(options.into, "where", where(report))
+    for page in options.into:
+        put_into(page, "where", where(report))
     print(printable(f"{len(drawn)} pictures (PNG and SVG) and {written}"))
     return DONE
 

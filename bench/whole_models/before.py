@@ -34,11 +34,12 @@ class Step:
         batch: Images of a step.
         side: Latent pixels along one side.
         auxiliary: Gives what the model's mechanisms want added to the loss, or None.
+        cast: Makes the ``CastWeights`` that train.py steps with; None where it has none.
     """
 
     def __init__(
         self, model: nn.Module, mode: str, batch: int, side: int,
-        auxiliary: Callable[[nn.Module], Tensor | None],
+        auxiliary: Callable[[nn.Module], Tensor | None], cast: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.auxiliary = model, auxiliary
         self.parameters = list(model.parameters())
@@ -58,6 +59,8 @@ class Step:
             )
             self.average = [parameter.detach().clone() for parameter in self.parameters]
             self.step = self._train
+            self.casts = None if cast is None else cast(model, self._predicted)
+            self.auxiliary(model)  # of that forward
 
     def _predicted(self) -> Tensor:
         device = "cuda" if self.is_gpu else "cpu"
@@ -70,14 +73,24 @@ class Step:
 
     def _train(self) -> Tensor:
         self.optimizer.zero_grad()
-        loss = F.mse_loss(self._predicted().chunk(2, dim=1)[0].float(), self.noise)
-        auxiliary = self.auxiliary(self.model)
-        (loss if auxiliary is None else loss + auxiliary).backward()
+        if self.casts is None:
+            loss = self._gradients()
+        else:
+            self.casts.refresh()
+            with self.casts.in_place():
+                loss = self._gradients()
+            self.casts.hand_over()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         lerp: Any = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
         with torch.no_grad():  # else the averages hold every step's graph
             lerp(self.average, self.parameters, 1e-4)
+        return loss
+
+    def _gradients(self) -> Tensor:
+        loss = F.mse_loss(self._predicted().chunk(2, dim=1)[0].float(), self.noise)
+        auxiliary = self.auxiliary(self.model)
+        (loss if auxiliary is None else loss + auxiliary).backward()
         return loss.detach()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import attnzoo
 from backbones import DiT, build_backbone, compile_blocks, record
-from backbones.cast_once import cast_once
+from backbones.cast_once import CastWeights, cast_once
 from backbones.recorded import captured, compile_modules
 from bench.cases import PIXELS_PER_TOKEN
 from bench.checks import WrongStep, relative_error
@@ -138,7 +138,9 @@ class Subject(Step):
         self.case, self.setup = case, setup
         self.model: DiT
         model = build_model(case, setup.device) if model is None else model
-        super().__init__(model, case.mode, case.batch, 2 * case.side, attnzoo.auxiliary_loss)
+        super().__init__(
+            model, case.mode, case.batch, 2 * case.side, attnzoo.auxiliary_loss, CastWeights
+        )
 
     def found(self, out: Any) -> Tensor:
         """What a step has computed: the output, or all gradients."""

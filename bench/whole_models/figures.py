@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -309,19 +310,54 @@ def crossovers(report: dict[str, Any], size: str, mode: str) -> dict[str, float]
     }
 
 
+def faster_from(reports: Iterable[dict[str, Any]]) -> str:
+    """From which resolution on each model is faster than softmax's, a line a size and step."""
+    report, lines = joined(reports), []
+    sizes = dict.fromkeys(row["size"] for row in report["cases"])
+    for size, mode in itertools.product(sizes, MODES):
+        rows, found = _rows(report, size=size, mode=mode), crossovers(report, size, mode)
+        found.pop("softmax", None)
+        if found:
+            sides = [row["resolution"] for row in rows if row["mechanism"] == "softmax"]
+            at_last = {
+                row["mechanism"]: over[0] for row in rows
+                if row["resolution"] == max(sides) and (over := over_fastest(row))
+            }  # fmt: skip
+            words = faster_words(found, min(sides), max(sides), at_last)
+            step = _WORDS[mode]
+            lines.append(f"- Size {size}, a {step}: faster than softmax's with {words}.")
+    return "\n".join(lines)
+
+
+def faster_words(
+    since: Mapping[str, float], first: int, last: int, at_last: Mapping[str, float]
+) -> str:
+    """ "`sana` from 256 px or below; at 1024 px also with `lit`".
+
+    Args:
+        since: By mechanism the px from which it is faster; infinite if never.
+        first: The smallest resolution that was measured.
+        last: The largest.
+        at_last: Times over softmax's there, also of mechanisms without others.
+    """
+    parts = [
+        f"`{name}` from {px:.0f} px{' or below' if px == first else ''}"
+        for name, px in sorted(since.items(), key=lambda item: item[1])
+        if math.isfinite(px)
+    ]
+    never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
+    also = [f"`{name}`" for name, over in at_last.items()
+            if over < 1 and name not in {*since, "softmax"}]  # fmt: skip
+    said = ", ".join(parts) or "none that was measured at every resolution"
+    said += f"; at {last} px also with {', '.join(also)}" if also else ""
+    return said + (f"; not up to {last} px with {', '.join(never)}" if never else "")
+
+
 def page(reports: list[dict[str, Any]]) -> str:
-    """For ``docs/gpu.md``: the newest of the goals, of models, of layers over floors; Markdown."""
+    """For a page: the newest of the goals, of models, of layers over floors, as Markdown."""
     report, newest = joined(reports), newest_figures(reports)
     ordered = sorted(reports, key=lambda one: str(one["datetime"]), reverse=True)
-    parts = ["\n".join(f"- {where(one)}" for one in ordered)]
-    goals = [
-        [*row[:3], *row[4:], commit]
-        for row, commit in ((figure.row, commit) for figure, commit in newest)
-        if row[0] != "E9"
-    ]
-    if goals:
-        heading = [*HEADING[:3], *HEADING[4:], "commit"]
-        parts.append(markdown_table(heading, goals, padded=True))
+    parts = ["\n".join(f"- {source}" for source in dict.fromkeys(map(where, ordered)))]
     for size in dict.fromkeys(row["size"] for row in report["cases"]):
         columns = [
             (mode, px)
@@ -349,6 +385,16 @@ def page(reports: list[dict[str, Any]]) -> str:
         heading += [*(f"faster from, {_WORDS[mode]}" for mode in MODES), "commit"]
         title = f"**Size {size}: milliseconds an image as a user runs it (over softmax's)**"
         parts.append(f"{title}\n\n{markdown_table(heading, rows, padded=True)}")
+    goals = [
+        [*row[:3], *row[4:], commit]
+        for row, commit in ((figure.row, commit) for figure, commit in newest)
+        if row[0] != "E9"
+    ]
+    if goals:
+        heading = [*HEADING[:3], *HEADING[4:], "commit"]
+        missed = sum("minimum missed" in row for row in goals)
+        summary = f"Goals of whole models: {missed} of {len(goals)} figures miss the minimum"
+        parts.append(_fold(summary, markdown_table(heading, goals, padded=True)))
     if report["layers"]:
         verdicts = [figure.verdict for figure, _ in newest if figure.goal == "E9"]
         within = len(verdicts) - verdicts.count("minimum missed")
@@ -357,8 +403,12 @@ def page(reports: list[dict[str, Any]]) -> str:
             f"that is said and faster; products bind it, or memory where said; "
             f"{within} of {len(verdicts)} within the minimum"
         )
-        parts.append(f"<details>\n<summary>{summary}</summary>\n\n{_layers(report)}\n\n</details>")
+        parts.append(_fold(summary, _layers(report)))
     return "\n\n".join(parts)
+
+
+def _fold(summary: str, text: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
 def _layers(report: dict[str, Any]) -> str:
@@ -407,7 +457,7 @@ def _profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
             ]
             table = markdown_table(["kernel", "times", "µs", "share"], longest, padded=True)
             summary = f"{of[0]} {of[1]} {of[2]}px {of[4]}, {name}: the longest kernels"
-            folds.append(f"<details>\n<summary>{summary}</summary>\n\n{table}\n\n</details>")
+            folds.append(_fold(summary, table))
     heading = ["model", "size", "px", "batch", "step", "treatment", "a step, ms", "kernels, ms",
                "gaps, ms", "kernels", "memsets", "copies"]  # fmt: skip
     if lines:

@@ -602,7 +602,7 @@ def test_the_committed_gpu_run_is_small_and_is_what_its_page_shows():
     path = ROOT / "docs" / "plots" / "gpu.json"
     assert path.stat().st_size < 200 * 2**10
     report = results.read_report(path)
-    assert plot.where(report) in (ROOT / "docs" / "gpu.md").read_text()
+    assert plot.where(report) in (ROOT / "docs" / "gpu-measurements.md").read_text()
     assert {"layer", "backbone", "peers", "count"} <= set(results.frame(report)["kind"])
 
 

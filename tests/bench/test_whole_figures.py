@@ -12,6 +12,7 @@ from bench.whole_models import figures as whole_figures
 from bench.whole_models.__main__ import main
 from recipes.lab.console import UserError
 from tests.bench.whole_rows import case_row
+from tests.markdown_pages import ROOT
 
 
 def test_figures_are_of_the_last_treatment_and_judged():
@@ -134,6 +135,56 @@ def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
     ring = [line.get_xdata()[0] for line in plot.whole_curves(whole_report(), "S").axes[0].lines
             if line.get_markersize() == 13]  # fmt: skip
     assert ring == [pytest.approx(512)]
+
+
+def test_a_page_gets_the_parts_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "whole_curves", lambda *_: None)
+    monkeypatch.setattr(plot, "_saved", lambda *_: None)
+    report = whole_report()
+    over = {"ours": "compiled", "softmax": "compiled", "median": 0.8}
+    alone = case_row("lit", 4096, {}, compiled=1.0) | {"over_fastest": over}
+    report["cases"].append(alone)
+    path, page, other = (tmp_path / name for name in ("whole.json", "page.md", "other.md"))
+    path.write_text(json.dumps(report))
+    page.write_text("a\n<!-- faster from -->\nold\n<!-- /faster from -->\nb\n")
+    other.write_text("<!-- whole -->\n<!-- /whole -->\n")
+    given = [str(path), "--out", str(tmp_path), "--into", str(page), "--into", str(other)]
+    assert plot.main(given) == 0
+    assert page.read_text() == (
+        "a\n<!-- faster from -->\n"
+        "![Time of one image of the whole model against resolution](whole-models.png)\n\n"
+        "- Size S, a forward: faster than softmax's with `sana` from 512 px; at 1024 px also with "
+        "`lit`.\n- Size S, a training step: faster than softmax's with `sana` from 512 px.\n"
+        "<!-- /faster from -->\nb\n"
+    )
+    assert "**Size S: milliseconds an image" in other.read_text()
+    page.write_text("<!-- faster from -->\n")
+    with pytest.raises(UserError, match="one line <!-- faster from --> and one line <!-- /faster"):
+        plot.main(given)
+
+
+def test_the_words_of_what_is_faster():
+    words = whole_figures.faster_words
+    over = {"softmax": 1.0, "sana": 0.5, "lit": 0.8, "moh": 1.1, "dydila": 1.2}
+    since = {"dydila": math.inf, "focused": 600.4, "sana": 256.0}
+    assert words(since, 256, 1024, over) == (
+        "`sana` from 256 px or below, `focused` from 600 px; at 1024 px also with `lit`; not up "
+        "to 1024 px with `dydila`"
+    )
+    assert words({"sana": math.inf}, 256, 512, {"softmax": 1.0}) == (
+        "none that was measured at every resolution; not up to 512 px with `sana`"
+    )
+
+
+def test_the_pages_are_what_the_committed_files_say():
+    docs = ROOT / "docs"
+    reports = [whole_figures.read_whole(path) for path in docs.glob("plots/whole-models*.json")]
+    said = "run python bench/plot.py as docs/gpu-measurements.md says"
+    for name, text in (
+        ("gpu.md", whole_figures.faster_from(reports)),
+        ("gpu-measurements.md", whole_figures.page(reports)),
+    ):
+        assert f"\n\n{text}\n<!-- /" in (docs / name).read_text("utf-8"), f"{name}: {said}"
 
 
 def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import attnzoo
 from attnzoo import registry
+from backbones.cast_once import CastWeights
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, UserError
 from recipes.lab.training.checkpoint import Run
@@ -112,6 +114,22 @@ def test_a_step_on_the_device_is_the_eager_step(options):
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=2e-4), name
     near(state(eager), state(device), 1e-4)
+
+
+@on_cpu
+@pytest.mark.parametrize("decide", [lambda trainer: trainer, deciding], ids=["eager", "device"])
+def test_weights_that_are_cast_once_learn_as_those_of_autocast(decide, monkeypatch):
+    settings = Settings(**SMALL, attn="dydila", accumulate=2, steps=9, precision="bf16")
+    one, other = decide(Trainer(settings)), decide(Trainer(settings))
+    monkeypatch.setattr(other, "casts", CastWeights(nn.Linear(1, 1), lambda: None))
+    assert not other.casts.pairs
+    for _ in range(3):
+        assert one.train_step() == other.train_step()
+    same(state(one), state(other))
+    assert len(one.casts.pairs) > 40
+    assert all(
+        z.dtype == torch.float32 for z in one.model.state_dict().values() if z.is_floating_point()
+    )
 
 
 @on_cpu

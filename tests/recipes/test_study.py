@@ -347,7 +347,8 @@ class TestDecisions:
         assert (one.difference.pairs, one.foreign) == (5, 0)
         assert one.difference.percent < decided(frame)[key].difference.percent - 0.5
         text = page.results_page(both, "p.png", "t.csv")
-        assert "held-out images: 512" in text and "| 512, 1,024 |" in text
+        assert "held-out images: 512 of abcd" in text
+        assert "| 512 of abcd, 1,024 of abcd |" in text
         # What another protocol has measured of the same run serves too.
         one = decided(pd.concat([frame, again.assign(protocol="time")]))[key]
         assert (one.difference.pairs, one.foreign) == (5, 0)
@@ -381,7 +382,8 @@ class TestDecisions:
         assert one.kind == "not trained" and page.field(one) == "sana did not train, 5 seeds"
         assert found["softmax, conv", "softmax", 32, "depth"].kind == "holds"
         text = page.results_page(frame, "p.png", "t.csv")
-        assert re.search(r"\d not decided as sana did not train", text)
+        assert re.search(r"\d not decided as `sana` did not train", text)
+        assert "| sana did not train |" in text
 
     def test_one_seed_decides_nothing(self):
         one = decided(pd.DataFrame(rows(seeds=1)))["softmax, conv", "softmax", 32, "depth"]
@@ -404,8 +406,13 @@ class TestPage:
         text, picture = out.read_text(), (tmp_path / "plots" / "page.png").read_bytes()
         assert "✓ -3" in text and "below" in text and "This is a rehearsal" not in text
         assert text.count(page.NOT_YET) > 10  # of other variants and studies
-        assert "| resolution: claim | 32 px | 64 px |\n" in text
-        assert "Of the study `resolution` not measured yet: 128 px, 256 px.\n" in text
+        columns = [f"resolution<br>emoji, {px} px<br>equal depth" for px in (32, 64)]
+        assert f"| claim | {' | '.join(columns)} |\n" in text
+        assert (
+            "\nNot measured yet: controls at equal depth, 64 px; controls at equal MACs, 64 px; "
+            "controls at equal time, 64 px; resolution at equal depth, 128, 256 px; resolution at "
+            "equal time, 32, 64, 128, 256 px.\n"
+        ) in text
         assert r"out of memory | 1 | OutOfMemoryError: 80 \| GiB" in text
         assert "the held-out loss of the median run still changed by: 32 px -20.0 %" in text
         assert picture[:4] == b"\x89PNG"
@@ -418,6 +425,10 @@ class TestPage:
         frame = pd.DataFrame(rows(model="96x4", device="cpu")).drop(columns="FID[efflite0]")
         assert "rehearsal at a scale of minutes" in page.results_page(frame, "p.png", "t.csv")
         page.picture(frame)  # without any FID
+        larger = pd.DataFrame(rows("controls", px=64, model="384x12"))
+        text = page.results_page(pd.concat([pd.DataFrame(rows(px=64)), larger]), "p.png", "t.csv")
+        assert "seeds of model 192x6; emoji at 64 px, up to 5 seeds of model 384x12 (" in text
+        assert "rehearsal" not in page.results_page(larger, "p.png", "t.csv")
 
     def test_two_scales_are_no_page(self):
         frame = pd.concat([pd.DataFrame(rows(px=64)), pd.DataFrame(rows(model="96x4"))])
@@ -466,6 +477,86 @@ class TestPage:
                 table.read(self.write(tmp_path, bad))
         with pytest.raises(UserError, match="cannot be read"):
             table.read(tmp_path / "missing.csv")
+
+    def test_the_short_answer_follows_the_rows(self):
+        losses = LOSSES | {"sana": 0.103, "dydila": 0.1001, "local": 0.11}
+        frame = pd.DataFrame(rows(losses=losses))
+        far = pd.DataFrame(rows(px=128, losses=LOSSES | {"sana": 0.11, "dydila": 0.105}))
+        text = page.results_page(pd.concat([frame, far]), "p.png", "t.csv")
+        short = text.split("**In short**")[1].split("![")[0]
+        assert short.splitlines()[2:-1] == [
+            "- **Linear attention alone**: `softmax` is better than `sana` by 2.8 to 9 % at 32 to "
+            "128 px (2 of 2 settings).",
+            "- **DyDiLA**: `softmax` is better than `dydila` by 4.9 % at 128 px (1 of 2 "
+            "settings), undecided at 32 px (1 of 2 settings), the difference below 0.25 %.",
+            "- **No attention at all**: `dydila` against `conv` is not measured yet.",
+            "- **A convolution of the values**: of 2 comparisons better in 2, by 3.1 %.",
+            "- **At equal time**: `softmax` against `sana` is not measured yet; `dydila` against "
+            "`softmax` is not measured yet.",
+        ]
+        for paragraph in (
+            "**Does the attention type matter at this scale?** 3 of 4 comparisons are decided: "
+            "`softmax, conv` before `dydila` by 3.2 % at 32 px, 8.3 % at 128 px; `softmax` before "
+            "`dydila` by 4.9 % at 128 px. Undecided: 1 with a difference below 0.25 %. 10 more "
+            "are not measured yet.\n",
+            "**Linear against softmax, by resolution.** 3 of 3 comparisons are decided: `softmax` "
+            "before `local` by 9 % at 32 px; `softmax` before `sana` by 2.8 % at 32 px, 9 % at "
+            "128 px. 13 more are not measured yet.\n",
+        ):
+            assert f"\n{paragraph}" in text
+        assert "| softmax better than local |" not in text.split("<details>")[0]  # no main claim
+        turned = frame.assign(loss=1 / frame["loss"])
+        text = page.results_page(turned, "p.png", "t.csv")
+        assert "alone**: `sana` is better than `softmax` by 2.9 % at 32 px.\n" in text
+        assert "values**: of 1 comparison worse in 1, by 3.2 %.\n" in text
+
+    def test_a_cell_says_what_was_decided_by_how_many_seeds(self):
+        frame = pd.DataFrame(rows(losses=LOSSES | {"sana": 0.098}))
+        one = pd.DataFrame(rows(px=64, seeds=1))
+        text = page.results_page(pd.concat([frame, one]), "p.png", "t.csv")
+        (line,) = re.findall(r"^\| softmax, conv better than softmax \|.*", text, re.M)[:1]
+        assert re.fullmatch(r".* \| ✓ 3(\.\d)? % \(5\) \| \? \(1\) \|", line)
+        assert re.search(r"\| softmax better than sana \| ✗ [12]\S* % \(5\) \| \? \(1\) \|", text)
+        assert re.search(r"\| dydila better than softmax, conv \| &lt; 0\.\d+ % \(5\) \|", text)
+
+    def test_data_sets_of_a_study_stand_side_by_side(self):
+        other = pd.DataFrame(rows(losses={"softmax": 0.2, "sana": 0.3})).assign(data="faces")
+        other["run"] += "-faces"
+        text = page.results_page(pd.concat([pd.DataFrame(rows()), other]), "p.png", "t.csv")
+        assert (
+            "| claim | resolution<br>emoji, 32 px<br>equal depth | resolution<br>faces, " in text
+        )
+        assert re.search(
+            r"\| softmax better than sana \| &lt; 0\S* % \(5\) \| ✓ 33 % \(5\) \|", text
+        )
+
+    def test_of_equally_many_seeds_the_split_that_is_noted_counts(self):
+        old = pd.DataFrame(rows(images="", seeds=3))
+        new = pd.DataFrame(rows(losses=LOSSES | {"softmax, conv": 0.09}, seeds=3))
+        both = table.merged([old, new])
+        assert len(both) == len(old) + len(new)
+        key = "softmax, conv", "softmax", 32, "depth"
+        for frame in (both, both[::-1]):
+            assert decided(frame)[key].difference == decided(new)[key].difference
+        assert set(table.one_each(both)["images"]) == {"abcd"}
+        text = page.results_page(both, "p.png", "t.csv")
+        assert "| 512, 512 of abcd |" in text and "**Near copies.**" in text
+        more = pd.concat([both, pd.DataFrame(rows(images="", seeds=5)).query("seed > 2")])
+        assert decided(more)[key].difference.percent == pytest.approx(-3, abs=0.4)
+        assert decided(more)[key].difference.pairs == 5
+
+    def test_the_published_page_is_read_in_three_minutes(self):
+        text = (ROOT / "docs" / "results.md").read_text("utf-8")
+        shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+        lines = [line for line in shown.splitlines() if not line.startswith("|")]
+        assert len(" ".join(lines).split()) <= 700
+        assert len(re.findall(r"^\|---", shown, re.M)) == 1 and shown.count("![") == 1
+        paragraphs = [
+            line for line in lines if line.startswith("**") and not line.startswith("**In")
+        ]
+        assert len(paragraphs) == len(page.TOPICS) + 1
+        for line in paragraphs:
+            assert 1 <= len(re.findall(r"\.(?: |$)", line.split("** ", 1)[1])) <= 3, line
 
     def test_the_published_page_is_what_its_table_gives(self):
         file, out = ROOT / "docs" / "results.csv", ROOT / "docs" / "results.md"

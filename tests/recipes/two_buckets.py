@@ -1,5 +1,6 @@
 """What two processes add up in buckets, beside what one flat sum gives; two_processes runs it."""
 
+import contextlib
 import gc
 import time
 import weakref
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from backbones import build_backbone
+from backbones.cast_once import CastWeights
 from backbones.recorded import captured
 from recipes.lab.training.buckets import GradientBuckets
 
@@ -111,10 +113,12 @@ def flat_sum(model):
     }
 
 
-def backward(model, step, uses):
+def backward(model, step, uses, lowered=False):
     """``uses`` says which processes use the layer that is used sometimes, or "even" steps."""
     is_used = {"both": True, "one": dist.get_rank() == 1, "even": step % 2 == 0}
-    model(inputs(step), is_used.get(uses, False)).backward()
+    with torch.autocast(DEVICE, torch.bfloat16, lowered):
+        loss = model(inputs(step), is_used.get(uses, False))
+    loss.backward()
 
 
 class Watched:
@@ -142,8 +146,10 @@ class Watched:
         GradientBuckets._reduce = self._reduce
 
 
-def summed(size, uses, micro_steps=1, compiled=False, kind=Toy):
+def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy):
     """Three steps of a model, of which the first is not overlapped.
+
+    With ``cast``, under autocast, of whose casts the model holds copies.
 
     Returns:
         Whether each step's gradients are those of one flat sum, bit for bit; the sums of the
@@ -152,6 +158,11 @@ def summed(size, uses, micro_steps=1, compiled=False, kind=Toy):
     model, plain = kind(), kind()
     buckets = GradientBuckets(model, SIZES[size])
     called = torch.compile(model, backend="aot_eager") if compiled else model
+    # The layer that is used sometimes is used here.
+    casts = CastWeights(model, lambda: backward(model, 0, "both", True)) if cast else None
+    if casts:
+        assert len(casts.pairs) == 6
+        buckets.follow(casts)
     equal, numbers = [], count(1)
     trained = [p for p in model.parameters() if p.requires_grad]
     for step in range(3):
@@ -162,11 +173,14 @@ def summed(size, uses, micro_steps=1, compiled=False, kind=Toy):
                 if micro_step == micro_steps - 1:
                     buckets.begin()
                 watched.is_inside = True
-                backward(called, micro_steps * step + micro_step, uses)
+                with casts.in_place() if casts else contextlib.nullcontext():
+                    backward(called, micro_steps * step + micro_step, uses, cast)
                 watched.is_inside = False
+                if casts and micro_step < micro_steps - 1:
+                    casts.hand_over()
             told, norm = buckets.finish(told_of(next(numbers), 1 + dist.get_rank()))
         for micro_step in range(micro_steps):
-            backward(plain, micro_steps * step + micro_step, uses)
+            backward(plain, micro_steps * step + micro_step, uses, cast)
         one, other = gradients(model), flat_sum(plain)
         same = one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in trained])
@@ -289,6 +303,8 @@ def cases():
     found["each, micro-steps"] = summed("each", "both", micro_steps=2)
     # The last micro-step has no gradient for a layer of which the first has one.
     found["each even, micro-steps"] = summed("each", "even", micro_steps=2)
+    found["each, cast"] = summed("each", "one", cast=True)
+    found["each even, cast, micro-steps"] = summed("each", "even", micro_steps=2, cast=True)
     found["each, compiled"] = summed("each", "both", compiled=True)
     found["each, views"] = summed("each", "both", kind=Added)
     if DEVICE == "cuda":

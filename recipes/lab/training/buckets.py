@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from backbones.cast_once import CastWeights
 
 # One for all trainings of a process, and as long as that of all processes: it takes memory.
 _groups_of: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
@@ -43,15 +45,30 @@ class GradientBuckets:
     def __init__(self, model: nn.Module, megabytes: float) -> None:
         self._buckets = _buckets(model, megabytes * 1e6 or math.inf)
         self._group = _group(next(model.parameters()).device.type)
+        self._casts: CastWeights | None = None
+        self._is_beside = megabytes > 0
         self._works: list[Any] = []
         self._missing: list[int] = []
         self._next = 0
         self._is_open = False
         # The first backward may break off in one process alone, by its compiler.
         self._is_proven = False
-        for index, bucket in enumerate(self._buckets if megabytes else ()):
+        self._hook_on({id(parameter): parameter for parameter in model.parameters()})
+
+    def follow(self, casts: CastWeights) -> None:
+        """Takes gradients of copies that stand in parameters' places; to be called once.
+
+        Args:
+            casts: Of the model.
+        """
+        self._casts = casts
+        self._hook_on(casts.copies)
+
+    def _hook_on(self, getting: Mapping[int, nn.Parameter]) -> None:
+        for index, bucket in enumerate(self._buckets if self._is_beside else ()):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
+                if (owner := getting.get(id(parameter))) is not None:
+                    owner.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
 
     def begin(self) -> None:
         """To be called before the backward after which the gradients are complete."""
@@ -104,6 +121,8 @@ class GradientBuckets:
     def _reduce_next(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
+        if self._casts is not None:
+            self._casts.hand_over(bucket)
         gradients = []
         for parameter in bucket:
             if parameter.grad is None:  # of options that leave it unused, perhaps here only

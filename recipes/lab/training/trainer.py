@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import attnzoo
 from attnzoo.layers.shared_norm import share_batch_statistics
 from backbones import DiT
+from backbones.cast_once import CastWeights
 from backbones.recorded import why_not_recorded
 from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError
@@ -100,6 +101,7 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.notes: list[str] = []  # what there is to say, once
         self.is_sharded = settings.sharded and self.accelerator.num_processes > 1
+        self.casts: CastWeights | None = None
         self.compiling = Compiling(
             self.model,
             "off" if "features" in (settings.distil or {}) else settings.compile,
@@ -170,6 +172,8 @@ class Trainer:
         Raises:
             UserError: It is not, and has been asked for.
         """
+        if self.casts is None and self._is_cast:
+            self.casts = self._cast_weights()
         if self.recorded is None or self.recorded.is_tried:
             return
         # Not by the thread, which would go on to the next batch, perhaps on the GPU.
@@ -205,6 +209,33 @@ class Trainer:
         while len(self._queued) < (2 if ahead and self.recorded else 1):
             self._queued.append(self._launched(wants_stop))
         return self._finished(*self._queued.popleft())
+
+    @property
+    def _is_cast(self) -> bool:
+        return self.accelerator.mixed_precision != "no" and not self.is_sharded
+
+    def _cast_weights(self) -> CastWeights:
+        """Finds what autocast casts, by one forward that leaves no trace."""
+        before = [(tensor, tensor.clone()) for tensor in self.model.buffers()]
+        # Two images: uncompiled, more might take more memory than a step does.
+        batch = [tensor[:2].to(self.accelerator.device) for tensor in self.batches.at(self.step)]
+        images, labels, timesteps, noise = batch
+
+        def call() -> None:
+            with self.accelerator.autocast():
+                self.objective.training_losses(
+                    self.model, images, labels, timesteps=timesteps, noise=noise
+                )
+
+        try:
+            casts = CastWeights(self.model, call)
+        finally:
+            attnzoo.auxiliary_loss(self.model)
+            for tensor, old in before:
+                tensor.copy_(old)
+        if self.buckets:
+            self.buckets.follow(casts)
+        return casts
 
     def _launched(self, wants_stop: bool) -> tuple[float, Numbers]:
         """Begins a step; the rate of learning, and what waits for its numbers."""
@@ -303,6 +334,8 @@ class Trainer:
         settings, processes = self.settings, self.accelerator.num_processes
         share = [tensor.chunk(settings.accumulate) for tensor in batch]
         self.optimizer.zero_grad()
+        if self.casts:
+            self.casts.refresh()
         means: dict[str, Tensor] = {}
         by_time = torch.zeros(8, device=wants_stop.device)
         # FSDP2 averages gradients, and buckets add them up.
@@ -319,22 +352,25 @@ class Trainer:
             is_last = index == settings.accumulate - 1
             if self.is_sharded:
                 self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-            with self.accelerator.autocast():
-                losses = self.objective.training_losses(
-                    model,  # type: ignore[arg-type]
-                    images,
-                    labels,
-                    timesteps=timesteps,
-                    noise=noise,
-                )
-            parts = {name: value.mean() for name, value in losses.items()}
-            auxiliary = attnzoo.auxiliary_loss(self.model)
-            if auxiliary is not None:
-                parts["auxiliary"] = auxiliary
-            total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
-            if self.buckets and is_last:
-                self.buckets.begin()
-            (total / parts_of_mean).backward()
+            with self.casts.in_place() if self.casts else contextlib.nullcontext():
+                with self.accelerator.autocast():
+                    losses = self.objective.training_losses(
+                        model,  # type: ignore[arg-type]
+                        images,
+                        labels,
+                        timesteps=timesteps,
+                        noise=noise,
+                    )
+                parts = {name: value.mean() for name, value in losses.items()}
+                auxiliary = attnzoo.auxiliary_loss(self.model)
+                if auxiliary is not None:
+                    parts["auxiliary"] = auxiliary
+                total = parts["loss"] if auxiliary is None else parts["loss"] + auxiliary
+                if self.buckets and is_last:
+                    self.buckets.begin()
+                (total / parts_of_mean).backward()
+            if self.casts and not (self.buckets and is_last):
+                self.casts.hand_over()
             for name, value in parts.items():
                 share_of_mean = value.detach() / settings.accumulate
                 means[name] = means[name] + share_of_mean if name in means else share_of_mean

@@ -3,7 +3,8 @@
 Differences are of the held-out loss, paired by seed; Holm's correction takes the claims of one
 study as one family, in which the same runs count once, whichever protocols they serve. A pair
 counts only where both runs are of one device, one torch, and the same held-out images. Where runs
-were measured in several such ways, that of most seeds counts, and others for seeds that it lacks.
+were measured in several such ways, that of most seeds counts, and others for seeds that it lacks;
+of equally many seeds the way whose images are noted, which have no near copies.
 """
 
 from __future__ import annotations
@@ -127,7 +128,11 @@ def _decision(
             way = is_alike, *(row[name] for row in (one, other) for name in MEASURE)
             ways.setdefault(way, {}).setdefault(one["seed"], (one, other))
     pairs: dict[int, tuple[Row, Row]] = {}
-    for _, of_seeds in sorted(ways.items(), key=lambda way: (not way[0][0], -len(way[1]))):
+
+    def rank(way: tuple[tuple[Any, ...], dict[int, tuple[Row, Row]]]) -> tuple[bool, int, bool]:
+        return not way[0][0], -len(way[1]), not way[0][-1]
+
+    for _, of_seeds in sorted(ways.items(), key=rank):
         pairs = of_seeds | pairs
     both = {row["seed"] for row in first} & {row["seed"] for row in second}
     one, other = (

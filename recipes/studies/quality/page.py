@@ -14,7 +14,7 @@ from recipes.lab.console import UserError
 from recipes.lab.drawing.canvas import Figure, panels, plain
 from recipes.lab.drawing.palette import color_of, marker_of
 from recipes.lab.evaluation.scores import metric_of
-from recipes.lab.pages import markdown_table, markdown_text
+from recipes.lab.pages import markdown_table
 from recipes.studies.comparison.planned import OK
 from recipes.studies.comparison.statistics import LEVEL
 from recipes.studies.comparison.verdicts import rounded_up
@@ -33,19 +33,23 @@ from recipes.studies.quality.table import (
 )
 
 TOPICS = {
-    "type": ("Does the attention type matter at this scale?",
-             "Mixing against a convolution alone, and one kind of attention against another."),
-    "convolution": ("What does the convolution of the values do?",
-                    "Each mechanism with it against the same one without it, softmax too."),
-    "parts": ("DyDiLA's parts", "Its steps on top of one another, and each alone on its start."),
-    "difference": ("Token-wise against map-wise", "DyDiLA's difference of tokens against that of "
-                   "attention maps."),
-    "linear": ("Linear against softmax, by resolution", "The claim is that softmax, or a mixture "
-               "with it, is the better one."),
-}  # fmt: skip
+    "type": "Does the attention type matter at this scale?",
+    "convolution": "What does the convolution of the values do?",
+    "parts": "DyDiLA's parts, on top of one another and each alone on its start.",
+    "difference": "DyDiLA's difference of tokens against that of maps.",
+    "linear": "Linear against softmax, by resolution.",
+}
+# What the short answer is about: the first words, and claims at one protocol, or a whole topic.
+HEADLINES: Sequence[tuple[str, str, Sequence[tuple[str, str]] | str]] = (
+    ("Linear attention alone", "depth", [("softmax", "sana")]),
+    ("DyDiLA", "depth", [("dydila", "softmax")]),
+    ("No attention at all", "depth", [("dydila", "conv")]),
+    ("A convolution of the values", "depth", "convolution"),
+    ("At equal time", "time", [("softmax", "sana"), ("dydila", "softmax")]),
+)
 NOT_YET = "not measured yet"
-# A study of this many blocks and channels is what the claims are about; smaller is a rehearsal.
-_FULL = "192x6"
+# Width and blocks of the smallest model that the claims are about, and of a rehearsal.
+_FULL, _SMALL = "192x6", "96x4"
 FID = "FID[efflite0]"
 
 
@@ -75,7 +79,8 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
         picture=picture,
         table=name,
         scale=_scale(done),
-        claims="\n\n".join(_main_tables(decisions)),
+        short="\n".join(_short_answer(decisions)),
+        claims="\n\n".join(_main_table(decisions)),
         topics="\n".join(_topics(decisions)),
         flatness=_flatness(done) + _split(done),
         all_claims=_all_claims(decisions),
@@ -88,20 +93,19 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
 def _scale(done: pd.DataFrame) -> str:
     """How large what was measured is, and what it is too small for."""
     runs = done.drop_duplicates(["run", *MEASURE])
-    devices = ", ".join(f"{d} (torch {t})" for d, t in _unique(runs, ["device", "torch"]))
+    devices = " and ".join(device for (device,) in _unique(runs, ["device"]))
+    models = runs.loc[runs["protocol"] != "MACs"].groupby(["data", "model"], sort=False)
     settings = "; ".join(
-        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px with up "
-        f"to {rows['seed'].nunique()} seeds"
-        for data, rows in runs.groupby("data", sort=False)
+        f"{data} at {', '.join(map(str, sorted(rows['px'].unique())))} px, up to "
+        f"{rows['seed'].nunique()} seeds of model {model}"
+        for (data, model), rows in models
     )
-    models = sorted(runs.loc[runs["protocol"] != "MACs", "model"].unique())
     text = (
-        f"{len(runs)} runs, {settings}; model "
-        f"{', '.join(models)} (width x blocks), {_range(runs['steps'])} steps of "
-        f"{_range(runs['batch'])} images; on {devices}, {runs['wall_seconds'].sum() / 60:.0f} "
-        f"minutes of runs in all."
+        f"{len(runs)} runs: {settings} (width x blocks); {_range(runs['steps'])} steps of "
+        f"{_range(runs['batch'])} images; on {devices}."
     )
-    is_small = _FULL not in models or all(str(d).startswith("cpu") for d in runs["device"])
+    is_on_cpu = all(str(device).startswith("cpu") for device in runs["device"])
+    is_small = is_on_cpu or {model for _, model in models.groups} == {_SMALL}
     if is_small:
         text += (
             f"\n\n**This is a rehearsal at a scale of minutes on a CPU. What only the studies "
@@ -120,39 +124,53 @@ def _range(values: Iterable[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _main_tables(decisions: Sequence[Decision]) -> Iterator[str]:
-    """Per study: claims against settings; resolutions at equal depth only."""
-    for study in STUDIES.values():
-        own = [one for one in decisions if one.study == study.name and one.claim.is_main]
-        is_by_side = len(study.resolutions) > 1
-        if is_by_side:
-            own = [one for one in own if one.protocol == "depth"]
-        rows: dict[str, dict[str, str]] = {}
-        columns = dict.fromkeys(
-            f"{side} px" if is_by_side else f"equal {protocol}"
-            for protocol in (study.protocols if not is_by_side else ("depth",))
-            for side in study.resolutions
-        )
-        for one in own:
-            row = rows.setdefault(f"{one.claim.first} better than {one.claim.second}", {})
-            key = f"{one.px} px" if is_by_side else f"equal {one.protocol}"
-            columns.setdefault(key)
-            row[key] = field(one)
-        if all(text == NOT_YET for row in rows.values() for text in row.values()):
-            yield f"Of the study `{study.name}`: {NOT_YET}."
-            continue
-        order = sorted(columns, key=_side) if is_by_side else list(columns)
-        empty = [k for k in order if all(row.get(k, NOT_YET) == NOT_YET for row in rows.values())]
-        order = [key for key in order if key not in empty]
-        heading = [f"{study.name}: claim", *order]
-        body = [[claim, *(row.get(key, NOT_YET) for key in order)] for claim, row in rows.items()]
-        yield markdown_table(heading, body)
-        if empty:
-            yield f"Of the study `{study.name}` {NOT_YET}: {', '.join(empty)}."
+def _main_table(decisions: Sequence[Decision]) -> Iterator[str]:
+    """The main claims against all settings that have any; and which settings have none."""
+    rows: dict[tuple[str, str], dict[tuple[Any, ...], str]] = {}
+    has_any: dict[tuple[Any, ...], bool] = {}
+    for one in sorted(decisions, key=lambda one: list(TOPICS).index(one.claim.topic)):
+        setting = one.study, one.protocol, one.data, one.px
+        is_known = one.kind != "not measured"
+        has_any[setting] = has_any.get(setting, False) or is_known
+        if one.claim.is_main and is_known:
+            rows.setdefault((one.claim.first, one.claim.second), {})[setting] = _short_field(one)
+
+    def order(setting: tuple[Any, ...]) -> tuple[Any, ...]:
+        study, protocol, data, px = setting
+        plan = STUDIES[study]
+        return [*STUDIES].index(study), data, plan.protocols.index(protocol), px
+
+    columns = [s for s in sorted(has_any, key=order) if any(s in row for row in rows.values())]
+    if rows:
+        titles = [f"{study}\n{data}, {px} px\nequal {protocol}"
+                  for study, protocol, data, px in columns]  # fmt: skip
+        body = [[f"{first} better than {second}", *(row.get(s, "") for s in columns)]
+                for (first, second), row in rows.items()]  # fmt: skip
+        yield markdown_table(["claim", *titles], body)
+    parts = []
+    for name, study in STUDIES.items():
+        for protocol in study.protocols:
+            known = {s[3] for s, has in has_any.items() if has and s[:2] == (name, protocol)}
+            if missing := [f"{px}" for px in study.resolutions if px not in known]:
+                parts.append(f"{name} at equal {protocol}, {', '.join(missing)} px")
+    if parts:
+        yield f"{NOT_YET.capitalize()}: {'; '.join(parts)}."
 
 
-def _side(column: str) -> int:
-    return int(column.split()[0])
+def _short_field(one: Decision) -> str:
+    """ "✓ 1.2 % (5)"."""
+    found = one.difference
+    if one.failed:
+        return f"{' and '.join(one.failed)} did not train"
+    if found.pairs < 2:
+        return "? (1)"
+    symbol = {"holds": "✓", "opposite": "✗"}.get(one.kind)
+    seen = f"{symbol} {_size(one)}" if symbol else f"< {rounded_up(found.bound_percent)}"
+    return f"{seen} % ({found.pairs})"
+
+
+def _size(one: Decision) -> str:
+    return _number(abs(one.difference.percent)).lstrip("+")
 
 
 def field(one: Decision) -> str:
@@ -178,64 +196,132 @@ def _number(value: float) -> str:
     return f"{value:+.2g}" if abs(value) < 100 else f"{value:+.0f}"
 
 
+def _short_answer(decisions: Sequence[Decision]) -> Iterator[str]:
+    """A sentence for each of ``HEADLINES``."""
+    for words, protocol, about in HEADLINES:
+        own = [one for one in decisions if one.protocol == protocol]
+        if isinstance(about, str):
+            said = _tally([one for one in own if one.claim.topic == about])
+        else:
+            said = "; ".join(_across(p, [d for d in own if d.claim[1:3] == p]) for p in about)
+        yield f"- **{words}**: {said}."
+
+
+def _across(pair: Sequence[str], decisions: Sequence[Decision]) -> str:
+    """What one claim's settings say together."""
+    names = [f"`{name}`" for name in pair]
+    known = [one for one in decisions if one.kind != "not measured"]
+    if not known:
+        return f"{' against '.join(names)} is {NOT_YET}"
+    parts = []
+    for kind in ("holds", "opposite"):
+        if own := [one for one in known if one.kind == kind]:
+            better, worse = names if kind == "holds" else reversed(names)
+            parts.append(f"{better} is better than {worse} by {_sizes(own)} {_places(own, known)}")
+    if own := [one for one in known if one.kind == "undecided"]:
+        bounds = [one.difference.bound_percent for one in own if one.difference.pairs > 1]
+        said = f"undecided {_places(own, known)}"
+        said += (
+            f", the difference below {rounded_up(max(bounds))} %" if bounds else ", with 1 seed"
+        )
+        parts.append(said if parts else f"{' against '.join(names)} is {said}")
+    if failed := dict.fromkeys(label for one in known for label in one.failed):
+        parts.append(f"{' and '.join(f'`{label}`' for label in failed)} did not train")
+    return ", ".join(parts)
+
+
+def _sizes(decisions: Sequence[Decision]) -> str:
+    """ "4.6 to 9.6 %"."""
+    ordered = sorted(decisions, key=lambda one: abs(one.difference.percent))
+    return " to ".join(dict.fromkeys(_size(one) for one in (ordered[0], ordered[-1]))) + " %"
+
+
+def _places(own: Sequence[Decision], known: Sequence[Decision]) -> str:
+    """ "at 32 to 128 px (3 of 4 settings)"."""
+    sides = dict.fromkeys(str(px) for px in (min(d.px for d in own), max(d.px for d in own)))
+    share = f" ({len(own)} of {len(known)} settings)" if len(known) > 1 else ""
+    return f"at {' to '.join(sides)} px{share}"
+
+
 def _topics(decisions: Sequence[Decision]) -> Iterator[str]:
-    """A paragraph for each question."""
-    for topic, (question, words) in TOPICS.items():
-        own = [one for one in decisions if one.claim.topic == topic]
-        parts = [f"{words} {_count([d for d in own if d.protocol == 'depth'])}"]
-        if topic == "linear":
-            sides = sorted({*RESOLUTION.resolutions} | {one.px for one in own})
-            parts = [words] + [
-                f"{side} px: {_count([d for d in own if d.protocol == 'depth' and d.px == side])}"
-                for side in sides
-            ]
-        yield f"**{question}** {' '.join(parts)}\n"
-    timed = [one for one in decisions if one.protocol == "time"]
-    yield f"**At equal time.** All claims again, by seconds of training. {_count(timed)}\n"
+    """A paragraph of at most three sentences for each question."""
+    for topic, question in TOPICS.items():
+        own = [d for d in decisions if d.claim.topic == topic and d.protocol == "depth"]
+        yield f"**{question}** {_paragraph(own)}\n"
+    yield f"**At equal time.** {_paragraph([d for d in decisions if d.protocol == 'time'])}\n"
 
 
-def _count(decisions: Sequence[Decision]) -> str:
-    """What so many comparisons say together, in a sentence or two."""
-    by_kind: dict[str, list[Decision]] = {}
-    for one in decisions:
-        by_kind.setdefault(one.kind, []).append(one)
+def _paragraph(decisions: Sequence[Decision]) -> str:
+    """What so many comparisons say together."""
     known = [one for one in decisions if one.kind != "not measured"]
     if not known:
         return f"{NOT_YET.capitalize()}."
-    is_of_one_side = len({one.px for one in decisions}) == 1
-
-    def strongest(ones: Sequence[Decision]) -> str:
-        most = sorted(ones, key=lambda one: -abs(one.difference.percent))[:3]
-        return "; ".join(_named(one) + (f" at {one.px} px" * (not is_of_one_side)) for one in most)
-
+    missing, is_one = len(decisions) - len(known), len(known) == 1
+    sentences = []
+    decided = [one for one in known if one.kind in ("holds", "opposite")]
+    said = f"{len(decided)} of {len(known)} comparison{'' if is_one else 's'} "
+    said += f"{'is' if len(decided) == 1 else 'are'} decided"
+    if decided:
+        said += f": {_largest(decided, decisions, 2)}"
+    sentences.append(said)
+    undecided = [one for one in known if one.kind == "undecided"]
+    alone = [one for one in undecided if one.difference.p < LEVEL]
+    rest = [one.difference for one in undecided if one not in alone]
     parts = []
-    for kind, words in (("holds", "the first is better in"), ("opposite", "the second in")):
-        if own := by_kind.get(kind, []):
-            parts.append(f"{words} {len(own)} ({strongest(own)})")
-    open_ones = by_kind.get("undecided", [])
-    if alone := [one for one in open_ones if one.difference.p < LEVEL]:
-        parts.append(f"{len(alone)} would be decided but for the correction ({strongest(alone)})")
-    rest = [one.difference for one in open_ones if one not in alone]
+    if alone:
+        parts.append(f"{len(alone)} by the correction alone "
+                     f"({_largest(alone, decisions, 1)})")  # fmt: skip
     if bounds := [found.bound_percent for found in rest if found.pairs > 1]:
-        which = "is undecided, a difference" if len(bounds) == 1 else "are undecided, differences"
-        parts.append(f"{len(bounds)} {which} below {rounded_up(max(bounds))} %")
+        parts.append(f"{len(bounds)} with a difference below {rounded_up(max(bounds))} %")
     if len(rest) > len(bounds):
-        parts.append(f"{len(rest) - len(bounds)} with one seed")
-    failed = dict.fromkeys(label for one in by_kind.get("not trained", []) for label in one.failed)
-    if failed:
-        count = len(by_kind["not trained"])
-        names = markdown_text(" and ".join(failed))
-        parts.append(f"{count} not decided as {names} did not train")
-    text = f"Of {len(known)} {'comparison' if len(known) == 1 else 'comparisons'} "
-    text += f"{', '.join(parts)}."
-    missing = len(decisions) - len(known)
-    return text + (f" {missing} more {NOT_YET}." if missing else "")
+        parts.append(f"{len(rest) - len(bounds)} with 1 seed")
+    if parts:
+        sentences.append(f"Undecided: {', '.join(parts)}")
+    others = _untrained(known)
+    if missing:
+        others.append(f"{missing} more {'is' if missing == 1 else 'are'} {NOT_YET}")
+    if others:
+        sentences.append("; ".join(others))
+    return " ".join(f"{said}." for said in sentences)
 
 
-def _named(one: Decision) -> str:
-    claim = one.claim
-    better, worse = (claim.first, claim.second)[:: 1 if one.difference.mean < 0 else -1]
-    return markdown_text(f"{better} before {worse} by {abs(one.difference.percent):.2g} %")
+def _untrained(decisions: Sequence[Decision]) -> list[str]:
+    labels = dict.fromkeys(label for one in decisions for label in one.failed)
+    count = sum(bool(one.failed) for one in decisions)
+    names = " and ".join(f"`{label}`" for label in labels)
+    return [f"{count} not decided as {names} did not train"] if labels else []
+
+
+def _tally(decisions: Sequence[Decision]) -> str:
+    """How many comparisons are decided, and for which."""
+    known = [one for one in decisions if one.kind != "not measured"]
+    if not known:
+        return NOT_YET
+    parts = []
+    for kind, said in (("holds", "better"), ("opposite", "worse")):
+        if own := [one for one in known if one.kind == kind]:
+            parts.append(f"{said} in {len(own)}, by {_sizes(own)}")
+    if count := sum(one.kind == "undecided" for one in known):
+        parts.append(f"undecided in {count}")
+    of = "comparison" if len(known) == 1 else "comparisons"
+    return f"of {len(known)} {of} {'; '.join([*parts, *_untrained(known)])}"
+
+
+def _largest(decisions: Sequence[Decision], among: Sequence[Decision], most: int) -> str:
+    """ "`softmax` before `sana` by 4.6 % at 32 px, 9.6 % at 128 px; ..."."""
+    pairs: dict[tuple[str, str], list[Decision]] = {}
+    for one in sorted(decisions, key=lambda one: -abs(one.difference.percent)):
+        claim = one.claim
+        is_first = one.difference.mean < 0
+        names = (claim.first, claim.second) if is_first else (claim.second, claim.first)
+        pairs.setdefault(names, []).append(one)
+    is_of_one_side = len({one.px for one in among}) == 1
+    said, rest = [], sum(map(len, [*pairs.values()][most:]))
+    for (better, worse), own in list(pairs.items())[:most]:
+        sizes = [f"{_size(one)} %" + f" at {one.px} px" * (not is_of_one_side)
+                 for one in sorted(own, key=lambda one: one.px)]  # fmt: skip
+        said.append(f"`{better}` before `{worse}` by {', '.join(sizes)}")
+    return "; ".join(said) + (f"; {rest} more" if rest else "")
 
 
 def _flatness(done: pd.DataFrame) -> str:
@@ -285,7 +371,7 @@ def _all_claims(decisions: Sequence[Decision]) -> str:
 def _numbers(done: pd.DataFrame) -> Iterator[str]:
     metrics = [c for c in done.columns if metric_of(c) in METRICS and done[c].notna().any()]
     for setting, rows in one_each(done).groupby(SETTING, sort=False):
-        body, images = [], rows["held_out"].iloc[0]
+        body, images = [], _images(rows["held_out"].iloc[0], rows["images"].iloc[0])
         for variant, own in rows.groupby("variant", sort=False):
             shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
             body.append([
@@ -296,12 +382,13 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
                    "of the model", *NUMBERS[2:-1], "training loss", *metrics]  # fmt: skip
         named = dict(zip(SETTING, cast(tuple, setting), strict=True))
-        title = f"{group_name(named)}, {named['data']}, held-out images: {_images(images)}"
+        title = f"{group_name(named)}, {named['data']}, held-out images: {images}"
         yield f"{title}\n\n{markdown_table(heading, body)}"
 
 
-def _images(count: int) -> str:
-    return f"{count:,}" if count else "not noted"  # by versions before it was
+def _images(count: int, split: str) -> str:
+    """How many, and of which split of the data; versions before noted neither."""
+    return (f"{count:,}" if count else "not noted") + (f" of {split}" if split else "")
 
 
 def _mean(values: pd.Series) -> str:
@@ -321,7 +408,7 @@ def _origins(table: pd.DataFrame) -> str:
             group_name(named), named["data"], f"{done['run'].nunique()} of {len(planned)}",
             ", ".join(sorted(own["arithmetic"].unique())),
             ", ".join(f"{device}, torch {version}" for device, version in machines),
-            ", ".join(_images(count) for (count,) in _unique(done, ["held_out"])),
+            ", ".join(_images(*one) for one in _unique(done, ["held_out", "images"])),
             int(done["elsewhere"].fillna(0).sum()),
             f"{done['wall_seconds'].sum() / 60:.1f}",
         ])  # fmt: skip

@@ -129,12 +129,12 @@ def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def one_each(table: pd.DataFrame) -> pd.DataFrame:
     """A row of each run and protocol, whose losses may be averaged.
 
-    In each setting those of the held-out images that most have, and of these those that most have
-    measured alike.
+    In each setting those of the held-out images that most have, of equally many those that say
+    which they are; and of these those that most have measured alike.
     """
     images = table["held_out"].astype(str) + " " + table["images"]
     groups = images.groupby([table[name] for name in SETTING])
-    table = table.loc[images == groups.transform(lambda shown: shown.mode()[0])]
+    table = table.loc[images == groups.transform(lambda shown: shown.mode().iloc[-1])]
     sizes = table.groupby([*SETTING, *MEASURE], dropna=False)["run"].transform("size")
     order = (-sizes).sort_values(kind="stable").index
     return table.loc[order].drop_duplicates(KEY).sort_index()
