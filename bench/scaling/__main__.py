@@ -2,8 +2,9 @@
 
 Images per second of training steps on 1, 2, 4, ... GPUs, with gradients that are added up beside
 the backward, and with FSDP2; a checkpoint's time; and whether a killed process, encode.py and
-evaluate.py leave the results as they are. ``--table scaling.json`` prints what a file holds, and
-with ``--into PAGE`` puts it into the page's part ``<!-- scaling -->``.
+evaluate.py leave the results as they are. ``--table scaling.json`` prints what a file holds, with
+``--also more.json`` what others hold behind it, and with ``--into PAGE`` puts it into the page's
+part ``<!-- scaling -->``.
 """
 
 from __future__ import annotations
@@ -153,15 +154,16 @@ class Run(reports.Writer):
             return
         devices = None if options.device == "cpu" else range(processes)
         begun = time.monotonic()
-        for name, row, reason in Checks(processes, devices, folder / "checks", self.end).run(
-            names
-        ):
+        rows = self.report["checks"]
+        checks = Checks(processes, devices, folder / "checks", self.end)
+        for name, row, reason in checks.run(names):
             if row is None:
                 self.miss(f"{name} on {processes}", reason)
-            else:
-                self.report["checks"].append(row)
-        print(f"{', '.join(names)}: {time.monotonic() - begun:.0f} s", flush=True)
-        self.write()
+                continue
+            rows.append(row)
+            rows.sort(key=lambda row: CHECKS.index(row["check"]))
+            print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
+            self.write()
 
     def _keep(self, row: dict[str, Any]) -> None:
         if reason := self._failed.get(_case_of(row).name):
@@ -197,6 +199,7 @@ def _chosen(flag: str, text: str, known: Sequence[str]) -> Sequence[str]:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = reports.parser_of("bench.scaling", __doc__)
     flag = parser.add_argument
+    flag("--also", type=Path, nargs="+", default=[], help="JSONs to print behind --table's")
     flag("--into", type=Path, help="page whose part <!-- scaling --> --table replaces")
     flag("--gpus", help="numbers of GPUs (default: 1, 2, 4, 8 where there are so many)")
     flag("--mechanisms", default=",".join(MECHANISMS), help="names or patterns")
@@ -208,8 +211,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     flag("--patience", type=from_zero, default=150.0, help="seconds of one case")
     flag("--device", choices=("cpu", "cuda"), help="a CPU has processes in place of GPUs")
     options = reports.parsed(parser, arguments)
-    if options.into and not options.table:
-        raise UserError("--into takes a page for --table, a JSON that has been measured")
+    for name in ("into", "also"):
+        if getattr(options, name) and not options.table:
+            raise UserError(f"--{name} is for --table, a JSON that has been measured")
     if options.table:
         return options
     options.there = torch.cuda.device_count() if options.device == "cuda" else _PROCESSES
@@ -239,12 +243,13 @@ def main(arguments: list[str]) -> int:
     """Measures, or prints what was measured."""
     options = _options(arguments)
     if options.table:
-        report = read_scaling(options.table)
+        files = [options.table, *options.also]
+        text = "\n\n".join(tables(read_scaling(file)) for file in files)
         if options.into:
             parts_around(options.into, "scaling")
-        print(tables(report))
+        print(text)
         if options.into:
-            put_into(options.into, "scaling", tables(report))
+            put_into(options.into, "scaling", text)
         return DONE
     print(tables(rounded(Run(options, reports.earlier(options, read_scaling)).measure())))
     return DONE

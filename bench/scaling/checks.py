@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,18 @@ class Checks:
         self.steps, self.every = LENGTHS["cpu" if devices is None else "cuda"]
         folder.mkdir(parents=True)
 
-    def run(self, wanted: Sequence[str] = CHECKS) -> list[tuple[str, dict[str, Any] | None, str]]:
-        """By check its row, or None and why it could not be made."""
+    def run(
+        self, wanted: Sequence[str] = CHECKS
+    ) -> Iterator[tuple[str, dict[str, Any] | None, str]]:
+        """Each check as it ends: its row, or None and why it could not be made."""
         with ThreadPoolExecutor(4) as pool:
             whole = pool.submit(self._train, self.folder / "whole")
             makers: dict[str, Callable[[Future[Run]], dict[str, Any]]] = {
                 "kill": self.killed, "encode": self.encoded, "evaluate": self.evaluated,
             }  # fmt: skip
-            found = {name: pool.submit(makers[name], whole) for name in wanted}
-            return [(name, *_outcome(future)) for name, future in found.items()]
+            names = {pool.submit(makers[name], whole): name for name in wanted}
+            for future in as_completed(names):
+                yield names[future], *_outcome(future)
 
     def killed(self, whole: Future[Run]) -> dict[str, Any]:
         """Kills one process during training, resumes, and compares with ``whole``."""

@@ -79,6 +79,8 @@ def test_two_processes_shard_and_the_one_that_fails_says_why(out, tmp_path, caps
     said, written = capsys.readouterr().out, page.read_text()
     assert report["commit"] in said and "| sana " in said and "FSDP2" in said
     assert said.strip() in written and "old" not in written and written.endswith("after\n")
+    assert main(["--table", str(out), "--also", str(out), str(out)]) == 0
+    assert capsys.readouterr().out.count(said.strip()) == 3
 
 
 class Played:
@@ -254,7 +256,8 @@ def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
         (["--out", "x.json", "--mechanisms", ","], "names none"),
         (["--out", "x.json", "--ways", "fsdp"], "fsdp2"),
         (["--out", "x.json", "--parts", "kil"], "kill"),
-        (["--out", "x.json", "--into", "page.md"], "--into takes a page for --table"),
+        (["--out", "x.json", "--into", "page.md"], "--into is for --table"),
+        (["--out", "x.json", "--also", "y.json"], "--also is for --table"),
         (["--table", "nowhere.json"], "nowhere.json"),
         (["--out", "/proc/none/x.json"], "/proc/none"),
     ],
