@@ -218,9 +218,12 @@ def test_what_ships_answers_and_says_how_it_knows(capsys):
     text = said(capsys, "recommend", "--resolution", "1024", "--memory", "8 GB")
     rows = {line.split()[0]: line for line in text.splitlines() if " measured [" in line}
     assert {"softmax", "sana", "dydila"} <= rows.keys()
-    both = text + said(capsys, "recommend", "--resolution", "1024", "--mode", "train")
-    for source in found.sources:  # a file may have one of them alone
-        assert source.commit in both and source.date in both and source.device_name in both
+    # A file may have one mode of one size alone.
+    others = [said(capsys, "recommend", "--resolution", "1024", "--size", size, "--mode", mode)
+              for size in "SL" for mode in ("forward", "train")]  # fmt: skip
+    every = "".join([text, *others])
+    for source in found.sources:
+        assert source.commit in every and source.date in every and source.device_name in every
     over = next(r for r in found.of("h100", "S", "forward")
                 if (r.mechanism, r.tokens) == ("sana", 4096)).over_softmax  # fmt: skip
     assert f" {over:.2f} " in rows["sana"] and " 1.00 " in rows["softmax"]
