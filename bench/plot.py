@@ -145,9 +145,8 @@ def whole_curves(report: dict[str, Any], size: str) -> Figure:
     for part, mode in zip(parts, whole_figures.MODES, strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
         for row in sorted(cases, key=lambda row: row["resolution"]):
-            if row["mode"] == mode and (found := whole_figures.fastest(row)):
-                point = row["resolution"], found[0] / row["batch"] * 1e3
-                points.setdefault(row["mechanism"], []).append(point)
+            if row["mode"] == mode and (found := whole_figures.milliseconds(row, report)):
+                points.setdefault(row["mechanism"], []).append((row["resolution"], found))
         rings = {}
         for name, px in whole_figures.crossovers(report, size, mode).items():
             value = value_at(points[name], px) if px < math.inf else None

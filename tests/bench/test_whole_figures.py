@@ -284,3 +284,19 @@ def test_advice_is_by_whole_models_as_they_are_run(tmp_path, capsys):
         recommend.main([str(path), "--size", "L"])
     with pytest.raises(UserError, match=r"--width and --dtype are of layers.*choose by --size"):
         recommend.main([str(path), "--width", "96"])
+
+
+def test_milliseconds_of_an_older_file_are_in_the_unit_of_softmax_today():
+    softmax = case_row("softmax", 4096, {}, compiled=0.020)
+    old = [softmax, case_row("sana", 4096, {"compiled": 0.5}, compiled=0.011)]
+    new = [case_row("softmax", 4096, {}, compiled=0.012)]
+    older, newer = (
+        {"datetime": day, "commit": day, "device": "cuda", "cases": rows, "layers": []}
+        for day, rows in (("1", old), ("2", new))
+    )
+    report = whole_figures.joined([older, newer])
+    softmax, sana = sorted(report["cases"], key=lambda row: row["mechanism"], reverse=True)
+    assert whole_figures.milliseconds(softmax, report) == pytest.approx(12.0)
+    assert whole_figures.milliseconds(sana, report) == pytest.approx(6.0)
+    alone = whole_figures.joined([older])
+    assert whole_figures.milliseconds(sana, alone) == pytest.approx(11.0)
