@@ -119,9 +119,9 @@ def _in_c(launcher: Any, function: Any, metadata: Any) -> tuple[Any, tuple[Any, 
     middle = function, metadata, None, None, None
     sizes = [getattr(launcher, f"{z}_scratch_size", None) for z in ("global", "profile")]
     if sizes == [0, 0] and callable(getattr(launcher, "launch", None)):
-        twin = copy.copy(launcher)
-        twin.launch = lambda *operands: seen.append(operands)
-        twin(*start, *middle, *marks)
+        watched = copy.copy(launcher)
+        watched.launch = lambda *operands: seen.append(operands)
+        watched(*start, *middle, *marks)
         for is_flat, tail in ((True, marks), (False, (marks,))):
             if seen[0][:4] == start and seen[0][-len(tail) :] == tail:
                 return launcher.launch, seen[0][4 : -len(tail)], is_flat

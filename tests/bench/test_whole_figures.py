@@ -300,3 +300,6 @@ def test_milliseconds_of_an_older_file_are_in_the_unit_of_softmax_today():
     assert whole_figures.milliseconds(sana, report) == pytest.approx(6.0)
     alone = whole_figures.joined([older])
     assert whole_figures.milliseconds(sana, alone) == pytest.approx(11.0)
+    part, *_ = plot.whole_curves(report | {"device_name": "any"}, "S").subfigs
+    drawn = {float(y) for axes in part.axes for line in axes.lines for y in line.get_ydata()}
+    assert {12.0, 6.0} <= {round(y, 6) for y in drawn}

@@ -133,6 +133,18 @@ def test_weights_that_are_cast_once_learn_as_those_of_autocast(decide, monkeypat
 
 
 @on_cpu
+@pytest.mark.parametrize(("precision", "is_cast"), [("bf16", True), ("fp32", False)])
+def test_weights_are_cast_before_a_step_is_recorded(precision, is_cast, on_device, monkeypatch):
+    """A loop records before its first step, and a recording goes on with what it was made of."""
+    trainer = Trainer(Settings(**SMALL, attn="sana", steps=9, precision=precision))
+    found = []
+    monkeypatch.setattr(trainer.recorded, "record", lambda _: found.append(trainer.casts))
+    trainer.recorded.is_tried = False
+    trainer.record()
+    assert [casts is not None for casts in found] == [is_cast]
+
+
+@on_cpu
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(monkeypatch):
     poison(monkeypatch, 2)
     settings = Settings(**SMALL, attn="dydila", steps=9, warmup_steps=4, weight_decay=0.1)

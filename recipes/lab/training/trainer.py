@@ -172,7 +172,8 @@ class Trainer:
         Raises:
             UserError: It is not, and has been asked for.
         """
-        if self.casts is None and self._is_cast:
+        is_lowered = self.accelerator.mixed_precision != "no"
+        if self.casts is None and is_lowered and not self.is_sharded:
             self.casts = self._cast_weights()
         if self.recorded is None or self.recorded.is_tried:
             return
@@ -209,10 +210,6 @@ class Trainer:
         while len(self._queued) < (2 if ahead and self.recorded else 1):
             self._queued.append(self._launched(wants_stop))
         return self._finished(*self._queued.popleft())
-
-    @property
-    def _is_cast(self) -> bool:
-        return self.accelerator.mixed_precision != "no" and not self.is_sharded
 
     def _cast_weights(self) -> CastWeights:
         """Finds what autocast casts, by one forward that leaves no trace."""
