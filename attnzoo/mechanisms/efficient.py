@@ -13,7 +13,7 @@ from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State, softmax_merge, weighted
-from attnzoo.ops.precision import in_wide_range
+from attnzoo.ops.linear_core import key_softmax, query_softmax
 from attnzoo.registry import register_attention
 
 
@@ -22,11 +22,13 @@ class EfficientAttention(LinearAttention):
     """Linear attention of queries' softmax over channels and keys' softmax over positions."""
 
     paper = "Efficient attention, 1812.01243"
+    activation = "softmax"
     plot_style = ("#E377C2", "s")
 
     def __init__(self, context: AttentionContext, config: LinearConfig) -> None:
         super().__init__(context, config)
         self.normalizer = "none"
+        self.is_packed = True
         self.qkv = xavier_linear(self.dim, 3 * self.dim, bias=True)  # as the source
         self.proj = xavier_linear(self.dim, self.dim, bias=True)
 
@@ -37,13 +39,11 @@ class EfficientAttention(LinearAttention):
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """rho_q(Q)."""
-        return query.unflatten(-1, (self.num_heads, -1)).softmax(-1).flatten(-2)
+        return query_softmax(query, self.num_heads)
 
     def key_kernel(self, key: Tensor) -> Tensor:
-        """rho_k(K) of all tokens; in float32 for float16, in which 1 / n is no longer exact."""
-        key = in_wide_range(key)
-        # PyTorch's kernel along that axis leaves most of a GPU idle; a CPU would rather not copy.
-        return key.mT.softmax(-1).mT if key.is_cuda else key.softmax(-2)
+        """rho_k(K) of all tokens."""
+        return key_softmax(key)
 
     def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
         """See ``LinearAttention.encode``: sums under the block's own largest keys."""

@@ -12,8 +12,10 @@ from attnzoo.ops.linear_core.torch import (
     elu_plus_one,
     fold,
     half_matmul,
+    key_softmax,
     key_sum,
     normalized_read,
+    query_softmax,
     quotient,
     read,
     wide_read,
@@ -22,7 +24,8 @@ from attnzoo.ops.linear_core.torch import (
 FASTER_UP_TO = 384  # width of a head
 PLAIN_FASTER_UP_TO = 128  # without a normalizer, which leaves PyTorch two products
 
-Activation = Literal["relu", "elu", "none"]  # "elu" is ELU + 1
+# "elu" is ELU + 1; "softmax" is that of queries over a head's channels, of keys over all tokens.
+Activation = Literal["relu", "elu", "softmax", "none"]
 
 __all__ = [
     "Activation",
@@ -30,11 +33,13 @@ __all__ = [
     "elu_plus_one",
     "fold",
     "half_matmul",
+    "key_softmax",
     "key_sum",
     "linear_attention",
     "linear_attention_macs",
     "linear_tokens",
     "normalized_read",
+    "query_softmax",
     "quotient",
     "read",
     "slower",
@@ -79,8 +84,9 @@ def linear_tokens(
         key: (b, m, h * d), or None if they come with the queries.
         value: Likewise.
         heads: h.
-        activation: The kernel function that is still to be applied to queries and keys, a ReLU or
-            ELU + 1; with "none" they come after theirs.
+        activation: The kernel function that is still to be applied to queries and keys, a ReLU,
+            ELU + 1, or softmaxes of queries over a head's channels and of keys over all tokens;
+            with "none" they come after theirs.
         is_normalized: Whether to divide by the normalizer.
         eps: Added to the normalizer.
         impl: See ``attnzoo.ops.dispatch``.
@@ -89,7 +95,7 @@ def linear_tokens(
         (b, n, h * d), in the dtype of the values.
 
     Raises:
-        InvalidValue: The activation has another name.
+        InvalidValue: The activation has another name, or is "softmax" with a normalizer.
     """
     ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.ops.linear_core.torch import activated
+from attnzoo.ops.linear_core.torch import features
 from attnzoo.ops.precision import in_float32
 
 
@@ -30,7 +30,7 @@ def linear_tokens(
     """See ``attnzoo.ops.linear_core``."""
     if key is None or value is None:
         query, key, value = query.chunk(3, dim=-1)
+    query, key = features(query, key, heads, activation, is_normalized)
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
-    query, key = activated(query, activation), activated(key, activation)
     weights = linear_map(query, key, eps) if is_normalized else query @ key.mT
     return (weights @ value).transpose(1, 2).flatten(2)

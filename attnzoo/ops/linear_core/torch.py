@@ -28,18 +28,43 @@ def elu_plus_one(z: Tensor) -> Tensor:
     return F.relu(z) + z.clamp_max(0).exp()
 
 
-def check_activation(activation: str) -> None:
+def check_activation(activation: str, is_normalized: bool) -> None:
     """Raises InvalidValue for what is no kernel function of ``linear_tokens``."""
-    if activation not in ("relu", "elu", "none"):
-        raise InvalidValue(f"activation={activation!r}; give 'relu', 'elu' (ELU + 1) or 'none'")
+    if activation not in ("relu", "elu", "softmax", "none"):
+        known = "'relu', 'elu' (ELU + 1), 'softmax' or 'none'"
+        raise InvalidValue(f"activation={activation!r}; give {known}")
+    if activation == "softmax" and is_normalized:
+        raise InvalidValue("activation='softmax' needs no normalizer; give is_normalized=False")
 
 
 def activated(z: Tensor, activation: str) -> Tensor:
-    """The kernel function of that name of tokens."""
-    check_activation(activation)
+    """The kernel function of that name; z for "softmax", not one of queries and keys alike."""
+    check_activation(activation, False)
     if activation == "relu":
         return F.relu(z)
     return elu_plus_one(z) if activation == "elu" else z
+
+
+def query_softmax(query: Tensor, heads: int) -> Tensor:
+    """Over the channels of each head: (b, n, h * d) -> (b, n, h * d)."""
+    return query.unflatten(-1, (heads, -1)).softmax(-1).flatten(-2)
+
+
+def key_softmax(key: Tensor) -> Tensor:
+    """Over all tokens; in float32 for float16, in which 1 / n is no longer exact."""
+    key = in_wide_range(key)
+    # PyTorch's kernel along that axis leaves most of a GPU idle; a CPU would rather not copy.
+    return key.mT.softmax(-1).mT if key.is_cuda else key.softmax(-2)
+
+
+def features(
+    query: Tensor, key: Tensor, heads: int, activation: str, is_normalized: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys after the kernel function of that name."""
+    check_activation(activation, is_normalized)
+    if activation == "softmax":
+        return query_softmax(query, heads), key_softmax(key)
+    return activated(query, activation), activated(key, activation)
 
 
 def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
@@ -227,7 +252,8 @@ def linear_tokens(
     """See ``attnzoo.ops.linear_core``."""
     if key is None or value is None:
         query, key, value = query.chunk(3, dim=-1)
-    query, key, dtype = activated(query, activation), activated(key, activation), value.dtype
+    query, key = features(query, key, heads, activation, is_normalized)
+    dtype = value.dtype
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key, value))
     state = fold(key, value, query.shape[-2])
     sums = key_sum(key) if is_normalized else None

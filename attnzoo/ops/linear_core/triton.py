@@ -5,6 +5,9 @@ kernel function is applied as they are loaded. A tile covers the columns of one 
 heads as fit into it, whose states are the diagonal blocks of one square, or one head. A head that
 is wider than a tile has several.
 
+With "softmax", queries have theirs over a head's channels, in units of one head, and keys over all
+tokens: a state's last row is the sum of exp(k - peak), by which the others are yet to be divided.
+
 Sums over tokens are split among programs, which leave partial sums in float32 behind; a second
 launch adds them up, always in the same order.
 """
@@ -24,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.linear_core.torch import check_activation
+from attnzoo.ops.linear_core.torch import check_activation, features
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
+    _LARGEST,
     _add_dot,
     _ceil,
     _dot,
@@ -57,6 +61,14 @@ def _tokens(base, row, spacing, column, mask, PHI: tl.constexpr):
     if PHI == "elu":  # which is 1 where there is no token
         x = tl.where(mask, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
     return x
+
+
+@triton.jit
+def _softmax(x, is_column):
+    """Of queries over the channels of their head; finite where there is no token."""
+    x = tl.where(is_column[None, :], x, -float("inf"))
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    return x * (1.0 / tl.sum(x, 1))[:, None]
 
 
 @triton.jit
@@ -125,7 +137,7 @@ def _per_head(x, same, dtype: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _fold_kernel(
-    a, b, inverse, weight, state, n, a_row, b_row, heads, head_dim, tiles, units, splits, chunk,
+    a, b, inverse, weight, peaks, state, n, a_row, b_row, heads, head_dim, tiles, units, splits, chunk,
     PHI: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +157,21 @@ def _fold_kernel(
     scales = (sample * heads + head) * n + start
     acc = tl.zeros((W, W), tl.float32)
     total = tl.zeros((R, W), tl.float32)
+    # Finite, so that keys of -inf, which weigh nothing, may come first.
+    peak = tl.full((W,), -_LARGEST, tl.float32)
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         is_row = row < length
         x = _tokens(a, row, a_row, a_column, is_row[:, None] & is_a[None, :], PHI)
         y = _tokens(b, row, b_row, b_column, is_row[:, None] & is_b[None, :], "none")
+        if PHI == "softmax":
+            x = tl.where(is_row[:, None] & is_a[None, :], x, -float("inf"))
+            higher = tl.maximum(peak, tl.max(x, 0))
+            shrink = tl.exp(peak - higher)
+            x = tl.exp(x - higher[None, :])
+            acc *= shrink[:, None]
+            total *= shrink[None, :]
+            peak = higher
         if SCALED:
             y *= tl.load(inverse + scales + row, mask=is_row, other=0.0)[:, None]
             total += x * tl.load(weight + scales + row, mask=is_row, other=0.0)[:, None]
@@ -161,27 +183,49 @@ def _fold_kernel(
     tl.store(place, acc, mask=exists)
     last = _key_sum(state, head, a_column, head_dim, G)
     tl.store(last, tl.sum(total, 0), mask=is_a & (j == 0))
+    if PHI == "softmax":
+        peaks += part * heads * head_dim + first
+        tl.store(peaks + a_column, peak, mask=is_a & (j == 0))
 
 
 @triton.jit
 def _state_sum_kernel(
-    partial, total, rounded, parts, size, ROUND: tl.constexpr, S: tl.constexpr, C: tl.constexpr
-):
-    """The sum of the parts of a sample's states, and, with ROUND, that in another type too."""
+    partial, peaks, total, rounded, peak, parts, size, head_dim, ROUND: tl.constexpr,
+    PEAKS: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The sum of the parts of a sample's states, and, with ROUND, that in another type too.
+
+    With PEAKS each part's rows are relative to the part's peaks, the sum's to the highest.
+    """
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = column < size
     sample = tl.program_id(1).to(tl.int64)
     found = tl.zeros((S, C), tl.float32)
+    highest = tl.full((C,), -_LARGEST, tl.float32)
+    row = column // head_dim % (head_dim + 1)
+    channel = column // head_dim // (head_dim + 1) * head_dim
+    channel += tl.where(row < head_dim, row, column % head_dim)
+    channels = size // (head_dim + 1)
     for first in range(0, parts, S):
         part = first + tl.arange(0, S)
         place = partial + (sample * parts + part)[:, None] * size + column[None, :]
         mask = (part < parts)[:, None] & is_column[None, :]
-        found += tl.load(place, mask=mask, other=0.0)
+        z = tl.load(place, mask=mask, other=0.0)
+        if PEAKS:
+            place = peaks + (sample * parts + part)[:, None] * channels + channel[None, :]
+            of_part = tl.load(place, mask=mask, other=-float("inf"))
+            higher = tl.maximum(highest, tl.max(of_part, 0))
+            found *= tl.exp(highest - higher)[None, :]
+            z *= tl.exp(of_part - higher[None, :])
+            highest = higher
+        found += z
     found = tl.sum(found, 0)
     tl.store(total + sample * size + column, found, mask=is_column)
     if ROUND:
         rounding = found.to(rounded.dtype.element_ty)
         tl.store(rounded + sample * size + column, rounding, mask=is_column)
+    if PEAKS:
+        tl.store(peak + sample * channels + channel, highest, mask=is_column & (row == head_dim))
 
 
 @triton.jit
@@ -201,14 +245,19 @@ def _read_kernel(
     out += (sample * n + start) * out_row + first
     state += sample * heads * (head_dim + 1) * head_dim
     place, exists = _block(state, head, column, column, is_column, is_column, head_dim, G)
-    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    block = tl.load(place, mask=exists, other=0.0)
     last = _key_sum(state, head, column, head_dim, G)
-    key_sum = tl.load(last, mask=is_column, other=0.0)
+    key_sum = tl.load(last, mask=is_column, other=1.0)
+    if PHI == "softmax":
+        block /= key_sum[:, None]
+    block = block.to(DTYPE)
     same = _same_head(column, head_dim, DTYPE)
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         mask = (row < length)[:, None] & is_column[None, :]
         x = _tokens(q, row, q_row, column, mask, PHI)
+        if PHI == "softmax":
+            x = _softmax(x, is_column)
         acc = _dot(x.to(DTYPE), block, P)
         if DIVIDE:
             acc = acc / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
@@ -291,9 +340,12 @@ def _query_gradient_kernel(
     place, exists = _block_transposed(
         state, head, column, column, is_column, is_column, head_dim, G
     )
-    block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
+    block = tl.load(place, mask=exists, other=0.0)
     last = _key_sum(state, head, column, head_dim, G)
-    key_sum = tl.load(last, mask=is_column, other=0.0)
+    key_sum = tl.load(last, mask=is_column, other=1.0)
+    if PHI == "softmax":
+        block /= key_sum[None, :]
+    block = block.to(DTYPE)
     same = _same_head(column, head_dim, DTYPE)
     acc = tl.zeros((W, W), tl.float32)
     total = tl.zeros((R, W), tl.float32)
@@ -301,6 +353,8 @@ def _query_gradient_kernel(
         row = begin + tl.arange(0, R)
         mask = (row < length)[:, None] & is_column[None, :]
         x = _tokens(q, row, q_row, column, mask, PHI)
+        if PHI == "softmax":
+            x = _softmax(x, is_column)
         g = _tokens(grad, row, grad_row, column, mask, "none")
         if DIVIDE:
             norm = _per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps
@@ -312,6 +366,8 @@ def _query_gradient_kernel(
             slope += of_norm * key_sum[None, :]
             total += x * of_norm
         acc = _add_dot(acc, tl.trans(x.to(DTYPE)), rounded, P)
+        if PHI == "softmax":
+            slope = x * (slope - tl.sum(x * slope, 1)[:, None])
         slope = _to_token(slope, x, PHI)
         here = grad_q + row[:, None] * out_row + column[None, :]
         tl.store(here, slope.to(grad_q.dtype.element_ty), mask=mask)
@@ -324,8 +380,8 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_kernel(
-    k, v, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row, heads, head_dim,
-    units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr,
+    k, v, state, peaks, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row,
+    heads, head_dim, units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr,
     G: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, from the state's; heads no wider than a tile."""
@@ -344,10 +400,22 @@ def _key_gradient_kernel(
     block = tl.load(place, mask=exists, other=0.0).to(DTYPE)
     last = _key_sum(grad_state, head, column, head_dim, G)
     grad_sum = tl.load(last, mask=is_column, other=0.0)
+    if PHI == "softmax":
+        state += sample * heads * (head_dim + 1) * head_dim
+        last = _key_sum(state, head, column, head_dim, G)
+        share = 1.0 / tl.load(last, mask=is_column, other=1.0)
+        peaks += sample * heads * head_dim + first
+        peak = tl.load(peaks + column, mask=is_column, other=0.0)
+        place, _ = _block(state, head, column, column, is_column, is_column, head_dim, G)
+        # Of the slopes, each weighed by its key.
+        mean = tl.load(place, mask=exists, other=0.0) * block.to(tl.float32)
+        mean = tl.sum(mean, 1) * share
     for begin in range(0, length, R):
         row = begin + tl.arange(0, R)
         mask = (row < length)[:, None] & is_column[None, :]
         x = _tokens(k, row, k_row, column, mask, PHI)
+        if PHI == "softmax":
+            x = tl.exp(x - peak[None, :]) * share[None, :]
         y = _tokens(v, row, v_row, column, mask, "none")
         here = grad_v + row[:, None] * grad_v_row + column[None, :]
         of_value = _dot(x.to(DTYPE), block, P)
@@ -357,6 +425,8 @@ def _key_gradient_kernel(
         slope = _dot(y.to(DTYPE), tl.trans(block), P)
         if DIVIDE:
             slope += grad_sum[None, :]
+        if PHI == "softmax":
+            slope = x * (slope - mean[None, :])
         slope = _to_token(slope, x, PHI)
         here = grad_k + row[:, None] * grad_k_row + column[None, :]
         tl.store(here, slope.to(grad_k.dtype.element_ty), mask=mask)
@@ -477,8 +547,9 @@ def _is_wide(dtype: torch.dtype, width: int) -> bool:
 
 
 def _launch(
-    kernel: str, dtype: torch.dtype, device: torch.device, b: int, n: int, heads: int, width: int
-) -> _Launch:
+    kernel: str, dtype: torch.dtype, device: torch.device, b: int, n: int, heads: int, width: int,
+    activation: str,
+) -> _Launch:  # fmt: skip
     kind = 2 if _is_wide(dtype, width) else 0 if width <= NARROW else 1
     room = _shared_memory(device)
     is_small = bool(room and room < ROOMY)
@@ -486,13 +557,14 @@ def _launch(
     block = BLOCKS[kernel][kind]
     if width <= SMALL:
         block = SMALL_BLOCKS.get(kernel, block)
-    return _sizes(block, kind, dtype, is_small, FLOAT32_ROWS, kernel, *sizes)
+    is_alone = activation == "softmax" and kernel in ("read", "query_gradient")
+    return _sizes(block, kind, dtype, is_small, is_alone, FLOAT32_ROWS, kernel, *sizes)
 
 
 @functools.lru_cache(maxsize=1024)
 def _sizes(
-    block: Block, kind: int, dtype: torch.dtype, is_small: bool, float32_rows: int, kernel: str,
-    b: int, n: int, heads: int, width: int,
+    block: Block, kind: int, dtype: torch.dtype, is_small: bool, is_alone: bool,
+    float32_rows: int, kernel: str, b: int, n: int, heads: int, width: int,
 ) -> _Launch:  # fmt: skip
     """Of a launch; asked anew for every one, it took the host as long as the launch."""
     columns, rows, warps, stages = block.width, block.rows, block.warps, block.stages
@@ -504,6 +576,8 @@ def _sizes(
         rows, columns = (32, columns) if kind == 1 else (64, 64)
         stages = min(stages, 2)
     group, tiles = (max(1, columns // width), 1) if kind < 2 else (1, _ceil(width, columns))
+    if is_alone:  # sums over a head's channels are sums over the tile's
+        group = 1
     units = _ceil(heads, group)
     there = max(1, b * units * tiles * (tiles if kernel == "fold" else 1))
     most = max(1, _ceil(n, rows))
@@ -522,46 +596,55 @@ def _tail(launch: _Launch, dtype: torch.dtype) -> tuple[Any, ...]:
     return launch.group, *launch.tile, _precision(dtype), _TYPES[dtype]
 
 
-def _sum(partial: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """(b, splits, ...) -> (b, ...), and that in another type too."""
+def _sum(
+    partial: Tensor, dtype: torch.dtype = torch.float32, peaks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, splits, h, d + 1, d) -> (b, h, d + 1, d), that in another type too, and its peaks."""
     b, splits, *sizes = partial.shape
     total = torch.empty(b, *sizes, dtype=torch.float32, device=partial.device)
     rounded = total
     if dtype != torch.float32:
         rounded = torch.empty(b, *sizes, dtype=dtype, device=partial.device)
+    peak = total
+    if peaks is not None:
+        peak = torch.empty(b, sizes[0], sizes[2], dtype=torch.float32, device=partial.device)
     if total.numel():
         size = sizes[0] * sizes[1] * sizes[2]
         launch_kernel(_state_sum_kernel, (_ceil(size, 256), b),
-            partial, total, rounded, splits, size, dtype != torch.float32, 8, 256, num_warps=4,
+            partial, partial if peaks is None else peaks, total, rounded, peak, splits, size,
+            sizes[2], dtype != torch.float32, peaks is not None, 8, 256, num_warps=4,
         )  # fmt: skip
-    return total, rounded
+    return total, rounded, peak
 
 
 def _fold(
     a: Tensor, b: Tensor, heads: int, activation: str, dtype: torch.dtype,
     inverse: Tensor | None = None, weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """States and sums of (b, m, h * d), (b, m, h * d): (b, h, d + 1, d), the sum last.
 
-    Those of wide heads a second time in ``dtype``.
+    Those of wide heads a second time in ``dtype``; and with "softmax" the peaks, (b, h, d).
     """
     (a, a_row), (b, b_row) = _rows(a), _rows(b)
     batch, m, width = a.shape
     width //= heads
-    s = _launch("fold", dtype, a.device, batch, m, heads, width)
+    s = _launch("fold", dtype, a.device, batch, m, heads, width, activation)
     partial = torch.empty(
         batch, s.splits, heads, width + 1, width, dtype=torch.float32, device=a.device
     )
+    peaks = None
+    if activation == "softmax":
+        peaks = torch.empty(batch, s.splits, heads, width, dtype=torch.float32, device=a.device)
     if not m:
         partial.zero_()
     elif partial.numel():
         stand_in = partial if inverse is None else inverse
         launch_kernel(_fold_kernel, (batch * s.splits * s.units * s.tiles**2,),
-            a, b, stand_in, stand_in if weight is None else weight, partial, m, a_row, b_row,
-            heads, width, s.tiles, s.units, s.splits, s.chunk, activation, inverse is not None,
+            a, b, stand_in, stand_in if weight is None else weight,
+            partial if peaks is None else peaks, partial, m, a_row, b_row, heads, width, s.tiles, s.units, s.splits, s.chunk, activation, inverse is not None,
             *_tail(s, dtype), **s.options,
         )  # fmt: skip
-    return _sum(partial, dtype if _is_wide(dtype, width) else torch.float32)
+    return _sum(partial, dtype if _is_wide(dtype, width) else torch.float32, peaks)
 
 
 def _read(
@@ -575,7 +658,7 @@ def _read(
     query, q_row = _rows(query)
     b, n, width = query.shape
     width //= heads
-    s = _launch("read", dtype, query.device, b, n, heads, width)
+    s = _launch("read", dtype, query.device, b, n, heads, width, activation)
     is_wide = _is_wide(dtype, width)
     inverse = torch.empty(
         b, heads, n if is_wide and divide else 0, dtype=torch.float32, device=query.device
@@ -606,7 +689,7 @@ def _wide_gradient(
     (x, x_row), (y, y_row) = _rows(x), _rows(y)
     b, n, width = x.shape
     width //= heads
-    s = _launch(kernel, dtype, x.device, b, n, heads, width)
+    s = _launch(kernel, dtype, x.device, b, n, heads, width, activation)
     weight = torch.empty_like(inverse) if inverse is not None else state
     blocks = _ceil(n, s.tile[0])
     if grad.numel():
@@ -635,10 +718,10 @@ def _linear_core(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _split(query, key, value)
     dtype = value.dtype
-    state, rounded = _fold(key, value, heads, activation, dtype)
+    state, rounded, peaks = _fold(key, value, heads, activation, dtype)
     out = torch.empty(query.shape, dtype=dtype, device=query.device)
     inverse = _read(query, state, out, heads, activation, divide, eps, dtype, rounded)
-    return out, state, inverse
+    return out, state, peaks if activation == "softmax" else inverse
 
 
 # Nothing but the backward reads the others.
@@ -650,20 +733,20 @@ def _(
     query: Tensor, key: Tensor | None, value: Tensor | None, heads: int, activation: str,
     divide: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return fake_core(*_split(query, key, value), heads, divide)
+    return fake_core(*_split(query, key, value), heads, activation, divide)
 
 
 def fake_core(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, divide: bool
+    query: Tensor, key: Tensor, value: Tensor, heads: int, activation: str, divide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results of the core without numbers."""
     b, n, width = query.shape
     width //= heads
-    wide = divide and _is_wide(value.dtype, width)
+    norms = n if divide and _is_wide(value.dtype, width) else 0
     return (
         value.new_empty(b, n, heads * width),
         value.new_empty(b, heads, width + 1, width, dtype=torch.float32),
-        value.new_empty(b, heads, n if wide else 0, dtype=torch.float32),
+        value.new_empty(b, heads, width if activation == "softmax" else norms, dtype=torch.float32),
     )
 
 
@@ -683,12 +766,12 @@ def core_gradients(
                 query, grad, state, rounded, grad_query, *options, True, dtype, "query_gradient",
                 out, inverse,
             )  # fmt: skip
-            grad_state, rounded = _fold(query, grad, *options, dtype, inverse, weight)
+            grad_state, rounded, _ = _fold(query, grad, *options, dtype, inverse, weight)
         else:
             _wide_gradient(
                 query, grad, state, rounded, grad_query, *options, False, dtype, "query_gradient"
             )
-            grad_state, rounded = _fold(query, grad, *options, dtype)
+            grad_state, rounded, _ = _fold(query, grad, *options, dtype)
         _wide_gradient(
             key, value, grad_state, rounded, grad_key, *options, divide, dtype, "key_gradient"
         )
@@ -697,7 +780,7 @@ def core_gradients(
     (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
     b, n, _ = q.shape
     m = k.shape[1]
-    s = _launch("query_gradient", dtype, q.device, b, n, heads, width)
+    s = _launch("query_gradient", dtype, q.device, b, n, heads, width, activation)
     partial = torch.empty(
         b, s.splits, heads, width + 1, width, dtype=torch.float32, device=q.device
     )
@@ -709,11 +792,12 @@ def core_gradients(
         )  # fmt: skip
     elif not n:
         partial.zero_()
-    grad_state, _ = _sum(partial)
-    s = _launch("key_gradient", dtype, q.device, b, m, heads, width)
+    grad_state, *_ = _sum(partial)
+    s = _launch("key_gradient", dtype, q.device, b, m, heads, width, activation)
     if grad_key.numel():
         launch_kernel(_key_gradient_kernel, (b * s.splits * s.units,),
-            k, v, grad_state, grad_key, grad_value, m, k_row, v_row, grad_key.stride(1),
+            k, v, state, inverse if activation == "softmax" else state, grad_state, grad_key,
+            grad_value, m, k_row, v_row, grad_key.stride(1),
             grad_value.stride(1), heads, width, s.units, s.splits, s.chunk, activation, divide,
             add, *_tail(s, dtype), **s.options,
         )  # fmt: skip
@@ -753,8 +837,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     query, key, value, *ctx.options = inputs
     ctx.set_materialize_grads(False)
     out, state, inverse = output
-    # Only wide heads read the output again.
-    ctx.save_for_backward(out if inverse.numel() else inverse, state, inverse, query, key, value)
+    if not inverse.numel() or ctx.options[1] == "softmax":
+        out = inverse  # only wide heads read the output again
+    ctx.save_for_backward(out, state, inverse, query, key, value)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -774,11 +859,15 @@ def linear_tokens(
     is_normalized: bool = True, eps: float = 1e-15,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.linear_core``."""
-    check_activation(activation)
+    check_activation(activation, is_normalized)
     last = query if value is None else value
     dtype = operand_dtype(last)
     if last.dtype != dtype:
         last = last.to(dtype)
-    if value is None:
-        return _linear_core(last, None, None, heads, activation, is_normalized, eps)[0]
-    return _linear_core(query, key, last, heads, activation, is_normalized, eps)[0]
+    query, value, parts = (last, None, 3) if value is None else (query, last, 1)
+    if activation == "softmax" and _is_wide(dtype, last.shape[-1] // (parts * heads)):
+        # Sums over channels of several tiles.
+        query, key, value = _split(query, key, value)
+        query, key = features(query, key, heads, activation, is_normalized)
+        activation = "none"
+    return _linear_core(query, key, value, heads, activation, is_normalized, eps)[0]

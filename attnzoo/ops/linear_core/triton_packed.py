@@ -87,7 +87,7 @@ def _(
     offset: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     value = qkv.chunk(3, dim=-1)[2]
-    out, state, inverse = fake_core(value, value, value, heads, divide)
+    out, state, inverse = fake_core(value, value, value, heads, activation, divide)
     of_core = qkv.new_empty(out.shape if weight is not None and inverse.numel() else 0)
     b, n, c = out.shape
     is_mapped = scale is not None
