@@ -382,6 +382,7 @@ if CAN_RUN:
             ("relu", False, False),
             ("elu", True, True),
             ("elu", False, False),
+            ("softmax", False, True),
         ],
     )
     @pytest.mark.parametrize(
@@ -459,7 +460,7 @@ if CAN_RUN:
 
     @pytest.mark.parametrize(
         ("width", "activation"),
-        [(8, "relu"), (24, "relu"), (40, "relu"), (24, "elu"), (40, "elu")],
+        [(8, "relu"), (24, "relu"), (40, "relu"), (24, "elu"), (40, "elu"), (8, "softmax")],
     )
     def test_a_nan_stays_in_its_image(width, activation, monkeypatch):
         small_tiles(monkeypatch)
@@ -470,11 +471,33 @@ if CAN_RUN:
             results = []
             for z in (whole, broken):
                 z.requires_grad_()
-                out = linear_tokens(z, None, None, 2, activation, True, 1e-6, impl="triton")
+                divides = activation != "softmax"
+                out = linear_tokens(z, None, None, 2, activation, divides, 1e-6, impl="triton")
                 results.append((out, *torch.autograd.grad(out.square().sum(), z)))
             for clean, found in zip(*results, strict=True):
                 assert torch.equal(clean[::2], found[::2])
                 assert found[1].isnan().any()
+
+    @pytest.mark.parametrize("heads", [4, 1])
+    def test_softmaxes_of_any_spread(heads, monkeypatch):
+        """A channel's largest key in the first, a middle and the last part; keys of -inf."""
+        small_tiles(monkeypatch, programs=12)
+        n, c = 70, 32
+        whole = random(1, n, 3 * c) * 30
+        keys = whole[0, :, c : 2 * c]
+        for channel, token in enumerate((0, 40, 69)):
+            keys[token, channel] = 1e30
+        keys[:, 3] += 1e4
+        keys[:, 4] = -1e30 - 1e27 * torch.arange(n, device=DEVICE)
+        keys[:50, 5] = -torch.inf
+        whole[0, 7, :2] = 1e30  # a query's
+        found, exact = (
+            run(impl, [z], heads, "softmax", False, 0.0, random(1, n, c, seed=9))
+            for impl, z in (("triton", whole), ("reference", whole.double()))
+        )
+        pairs = zip(*((out, *grad.chunk(3, dim=-1)) for out, grad in (found, exact)), strict=True)
+        for mine, true in pairs:
+            assert (mine - true).abs().max() <= 2e-6 * true.abs().max()
 
     def test_a_query_similar_to_no_key_gives_zero():
         whole = random(1, 9, 24).requires_grad_()
@@ -542,6 +565,7 @@ if CAN_RUN:
         ("name", "operator"),
         [
             ("sana", "linear_core"),
+            ("efficient", "linear_core"),
             ("lit", "packed_core"),
             ("focused", "packed_core"),
             ("agent", "agent_core"),

@@ -137,9 +137,9 @@ def _per_head(x, same, dtype: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _fold_kernel(
-    a, b, inverse, weight, peaks, state, n, a_row, b_row, heads, head_dim, tiles, units, splits, chunk,
-    PHI: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    P: tl.constexpr, DTYPE: tl.constexpr,
+    a, b, inverse, weight, peaks, state, n, a_row, b_row, heads, head_dim, tiles, units, splits,
+    chunk, PHI: tl.constexpr, SCALED: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """phi(a)^T b and the sum of phi(a) of a part of the tokens; or of scaled b, weighted a."""
     programs = units * tiles * tiles
@@ -381,8 +381,9 @@ def _query_gradient_kernel(
 @triton.jit
 def _key_gradient_kernel(
     k, v, state, peaks, grad_state, grad_k, grad_v, n, k_row, v_row, grad_k_row, grad_v_row,
-    heads, head_dim, units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr, ADD: tl.constexpr,
-    G: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+    heads, head_dim, units, splits, chunk, PHI: tl.constexpr, DIVIDE: tl.constexpr,
+    ADD: tl.constexpr, G: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of keys and values, from the state's; heads no wider than a tile."""
     unit = tl.program_id(0) % units
@@ -415,6 +416,7 @@ def _key_gradient_kernel(
         mask = (row < length)[:, None] & is_column[None, :]
         x = _tokens(k, row, k_row, column, mask, PHI)
         if PHI == "softmax":
+            x = tl.where(mask, x, -float("inf"))
             x = tl.exp(x - peak[None, :]) * share[None, :]
         y = _tokens(v, row, v_row, column, mask, "none")
         here = grad_v + row[:, None] * grad_v_row + column[None, :]
@@ -641,8 +643,9 @@ def _fold(
         stand_in = partial if inverse is None else inverse
         launch_kernel(_fold_kernel, (batch * s.splits * s.units * s.tiles**2,),
             a, b, stand_in, stand_in if weight is None else weight,
-            partial if peaks is None else peaks, partial, m, a_row, b_row, heads, width, s.tiles, s.units, s.splits, s.chunk, activation, inverse is not None,
-            *_tail(s, dtype), **s.options,
+            partial if peaks is None else peaks, partial, m, a_row, b_row, heads, width, s.tiles,
+            s.units, s.splits, s.chunk, activation, inverse is not None, *_tail(s, dtype),
+            **s.options,
         )  # fmt: skip
     return _sum(partial, dtype if _is_wide(dtype, width) else torch.float32, peaks)
 
@@ -743,10 +746,11 @@ def fake_core(
     b, n, width = query.shape
     width //= heads
     norms = n if divide and _is_wide(value.dtype, width) else 0
+    norms = width if activation == "softmax" else norms
     return (
         value.new_empty(b, n, heads * width),
         value.new_empty(b, heads, width + 1, width, dtype=torch.float32),
-        value.new_empty(b, heads, width if activation == "softmax" else norms, dtype=torch.float32),
+        value.new_empty(b, heads, norms, dtype=torch.float32),
     )
 
 
