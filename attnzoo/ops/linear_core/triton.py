@@ -168,7 +168,8 @@ def _fold_kernel(
             x = tl.where(is_row[:, None] & is_a[None, :], x, -float("inf"))
             higher = tl.maximum(peak, tl.max(x, 0))
             shrink = tl.exp(peak - higher)
-            x = tl.exp(x - higher[None, :])
+            # Rounded as in the product, so that the weights still add up to 1.
+            x = tl.exp(x - higher[None, :]).to(DTYPE).to(tl.float32)
             acc *= shrink[:, None]
             total *= shrink[None, :]
             peak = higher
@@ -345,6 +346,8 @@ def _query_gradient_kernel(
     key_sum = tl.load(last, mask=is_column, other=1.0)
     if PHI == "softmax":
         block /= key_sum[None, :]
+        # What all keys' channels share of the values does not move a softmax, but rounding it does.
+        block -= (tl.sum(block, 1) / head_dim)[:, None]
     block = block.to(DTYPE)
     same = _same_head(column, head_dim, DTYPE)
     acc = tl.zeros((W, W), tl.float32)
