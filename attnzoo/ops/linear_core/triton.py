@@ -346,7 +346,7 @@ def _query_gradient_kernel(
     key_sum = tl.load(last, mask=is_column, other=1.0)
     if PHI == "softmax":
         block /= key_sum[None, :]
-        # What all keys' channels share of the values does not move a softmax, but rounding it does.
+        # What all channels share of the values moves no softmax, but its rounding does.
         block -= (tl.sum(block, 1) / head_dim)[:, None]
     block = block.to(DTYPE)
     same = _same_head(column, head_dim, DTYPE)
