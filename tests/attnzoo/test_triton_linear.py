@@ -493,7 +493,7 @@ if CAN_RUN:
         keys[:290, 5] = -torch.inf
         whole[0, 7, :2] = 1e30  # a query's
         found, exact = (
-            run(impl, [z], 4, "softmax", False, 0.0, random(1, n, c, seed=9))
+            run(impl, [z], 2, "softmax", False, 0.0, random(1, n, c, seed=9))
             for impl, z in (("triton", whole), ("reference", whole.double()))
         )
         pairs = zip(*((out, *grad.chunk(3, dim=-1)) for out, grad in (found, exact)), strict=True)
