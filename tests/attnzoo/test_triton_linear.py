@@ -295,6 +295,8 @@ def test_tokens_are_heads_side_by_side(impl, activation, is_normalized, is_packe
 def test_an_unknown_kernel_function_is_refused(impl, activation):
     with pytest.raises(InvalidValue, match=f"activation={activation!r}; give 'relu', 'elu'"):
         linear_tokens(random(1, 3, 24), None, None, 2, activation, impl=impl)
+    with pytest.raises(InvalidValue, match="'softmax' needs no normalizer"):
+        linear_tokens(random(1, 3, 24), None, None, 2, "softmax", impl=impl)
 
 
 class OwnFeatures(LinearAttention):
