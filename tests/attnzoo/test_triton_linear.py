@@ -529,6 +529,12 @@ if CAN_RUN:
             out = linear_tokens(whole, None, None, 2, "relu", True, 1e-6, impl="triton")
             (grad,) = torch.autograd.grad(out.sum(), whole)
             assert out.shape == (*shape[:2], 8) and grad.shape == shape
+        none = random(1, 0, 8)
+        assert (
+            linear_tokens(random(1, 3, 8), none, none, 2, "softmax", False, impl="triton")
+            .eq(0)
+            .all()
+        )
 
     LAYERS = [
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),

@@ -872,8 +872,9 @@ def linear_tokens(
     if last.dtype != dtype:
         last = last.to(dtype)
     query, value, parts = (last, None, 3) if value is None else (query, last, 1)
-    if activation == "softmax" and _is_wide(dtype, last.shape[-1] // (parts * heads)):
-        # Sums over channels of several tiles.
+    is_wide = _is_wide(dtype, last.shape[-1] // (parts * heads))
+    if activation == "softmax" and (is_wide or not last.shape[1]):
+        # Over channels of several tiles, or over no keys at all.
         query, key, value = _split(query, key, value)
         query, key = features(query, key, heads, activation, is_normalized)
         activation = "none"
