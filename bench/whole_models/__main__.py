@@ -47,7 +47,8 @@ DEFAULT_TOKENS = {"S": (256, 1024, 4096), "B": (256, 1024, 4096), "L": (1024, 40
 _ORDER = [("S", 4096), ("S", 256), ("S", 1024), ("L", 4096), ("L", 16384), ("L", 1024)]
 _AHEAD = 0.4  # of the time, at most, goes to compiling in other processes
 DEFAULT_PARTS = ("cases", "layers", "launches", "recipes", "scans", "before")
-PARTS = (*DEFAULT_PARTS, "profile")
+PROFILES = ("profile", "layer-profile")
+PARTS = (*DEFAULT_PARTS, *PROFILES)
 
 
 class Run(reports.Writer):
@@ -85,7 +86,7 @@ class Run(reports.Writer):
         jobs = [job for job in planned if job.name not in complete]
         # What an earlier run could not do in full comes after what it has not begun. A profiler
         # that has been on may slow whatever the same process launches later.
-        jobs.sort(key=lambda job: (job.part == "profile", job.name in begun))
+        jobs.sort(key=lambda job: (job.part in PROFILES, job.name in begun))
         late = self._compile_ahead(jobs)
         try:
             if "peaks" not in self.report and any(job.part == "layers" for job in jobs):
@@ -157,6 +158,7 @@ class Run(reports.Writer):
             jobs.append(Job("launches", name))
             for step in itertools.product(LAYER_TOKENS, MODES):
                 jobs.append(Job("layers", name, Layer(name, *step)))
+                jobs.append(Job("layer-profile", name, Layer(name, *step, ("recorded",))))
             if importlib.util.find_spec("fla") is not None:
                 jobs += _by_fla(name)
         for (recipe, compared), ways in RECIPES.items():
@@ -302,6 +304,9 @@ def _name_of(row: dict[str, Any]) -> str:
     if "over_before" in row:
         case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
         return Job("before", case=case).name
+    if "profiles" in row and "size" not in row:
+        layer = Layer(row["mechanism"], row["tokens"], row["mode"])
+        return Job("layer-profile", case=layer).name
     if "profiles" in row:
         case = Case(row["mechanism"], row["size"], row["tokens"], row["mode"])
         return Job("profile", case=case).name
@@ -348,7 +353,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--parts", default=None,
-        help=f"what to measure, of {', '.join(PARTS)} (default: all but profile; on a CPU only "
+        help=f"what to measure, of {', '.join(PARTS)} (default: all but profiles; on a CPU only "
         f"cases)",
     )  # fmt: skip
     parser.add_argument("--no-layers", action="store_true", help="short for --parts cases")

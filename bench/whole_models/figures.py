@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.command.fits import first_faster
+from bench.cases import PIXELS_PER_TOKEN
 from bench.reports import read, where
 from bench.results import NUMBER, TEXT, Foreign, require_shape
 from bench.thresholds import HEADING, WHOLE_MODELS, GoalFigure
@@ -29,6 +30,10 @@ _STEP = {
     "missing": {"*": TEXT},
 }  # fmt: skip
 _MODEL = {**_STEP, "size": TEXT, **dict.fromkeys(("resolution", "batch"), (int,))}
+_PROFILES = {"profiles": {"*": {
+    **dict.fromkeys(("kernels", "memsets", "copies", "busy", "gaps"), NUMBER),
+    "longest": [(list,)],
+}}}  # fmt: skip
 _SHAPE = {
     "cases": [{**_MODEL, "over_softmax": {"*": _MEDIAN}, "peak_memory": NUMBER}],
     "layers": [{"seconds": (int, float, dict)}],
@@ -37,10 +42,8 @@ _SHAPE = {
                   "images_per_second": NUMBER}],
     "scans?": [{"mode": TEXT, "over_fla": _MEDIAN}],
     "before?": [{**_MODEL, "commit": TEXT, "over_before": {"ours": TEXT, **_MEDIAN}}],
-    "profile?": [{**_MODEL, "profiles": {"*": {
-        **dict.fromkeys(("kernels", "memsets", "copies", "busy", "gaps"), NUMBER),
-        "longest": [(list,)],
-    }}}],
+    "profile?": [{**_MODEL, **_PROFILES}],
+    "layer-profile?": [{**_STEP, **_PROFILES}],
 }  # fmt: skip
 _LAYER = {**_STEP, "floor": NUMBER, "bound": TEXT}
 
@@ -106,9 +109,10 @@ def is_as_run(row: dict[str, Any], device: str) -> bool:
 
 
 def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Of several reports the newest, with the newest of every case and layer, and its commit.
+    """Of several reports the newest with models, with the newest of every case and layer.
 
-    An older case stays where the newer one did not run as users run it, or lacks a treatment.
+    Each has its commit, a layer its device. An older case stays where the newer one did not run
+    as users run it, or lacks a treatment.
     """
     ordered = sorted(reports, key=lambda report: str(report["datetime"]))
     cases, layers = {}, {}
@@ -119,9 +123,11 @@ def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
             if key not in cases or (is_as_run(row, report.get("device", "")) and not lacking):
                 cases[key] = {**row, "commit": report["commit"]}
         for row in report["layers"]:
-            layers[layer_label(row), row["mode"], row["tokens"]] = row
+            source = {name: report[name] for name in ("commit", "device_name")}
+            layers[layer_label(row), row["mode"], row["tokens"]] = {**row, **source}
+    newest = next((report for report in reversed(ordered) if report["cases"]), ordered[-1])
     found = {"cases": list(cases.values()), "layers": list(layers.values())}
-    return {**ordered[-1], **found}
+    return {**newest, **found}
 
 
 def newest_figures(reports: Iterable[dict[str, Any]]) -> list[tuple[GoalFigure, str]]:
@@ -434,8 +440,10 @@ def _layers(report: dict[str, Any]) -> str:
     rows = []
     for name in sorted({layer_label(row) for row in report["layers"]}):
         here = [layers.get((name, *column)) for column in columns]
-        rows.append([name, *("" if row is None else _over_floor(row) for row in here)])
-    heading = ["layer", *(f"{_WORDS[mode]}, n={tokens}" for mode, tokens in columns)]
+        of = [f"{row['commit']}, {row['device_name']}" for row in here if row is not None]
+        cells = ["" if row is None else _over_floor(row) for row in here]
+        rows.append([name, *cells, "; ".join(dict.fromkeys(of))])
+    heading = ["layer", *(f"{_WORDS[mode]}, n={tokens}" for mode, tokens in columns), "of"]
     table = markdown_table(heading, rows, padded=True)
     return "\n\n".join(filter(None, (table, _over_others(report))))
 
@@ -463,7 +471,8 @@ def _profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What a step's time consists of: a table of all, and a fold with the kernels of each."""
     lines, folds = [], []
     for row in rows:
-        of = row["mechanism"], row["size"], row["resolution"], row["batch"], row["mode"]
+        px = row.get("resolution", round(row["tokens"] ** 0.5) * PIXELS_PER_TOKEN)
+        of = row["mechanism"], row.get("size", "layer"), px, row.get("batch", 1), row["mode"]
         for name, found in row["profiles"].items():
             times = [row["seconds"][name]["median"], *(found[key] for key in ("busy", "gaps"))]
             counts = [f"{found[key]:g}" for key in ("kernels", "memsets", "copies")]
@@ -516,13 +525,13 @@ def tables(report: dict[str, Any]) -> str:
         heading = ["layer", "tokens", "step", *(f"{name}, µs" for name in LAYER_TREATMENTS),
                    "floor, µs", "bound by", "over floor"]  # fmt: skip
         parts += filter(None, (markdown_table(heading, layers, padded=True), _over_others(report)))
-    profiles = report.get("profile", [])
-    parts += _profiles(profiles)
+    profiles, of_layers = report.get("profile", []), report.get("layer-profile", [])
+    parts += _profiles([*profiles, *of_layers])
     lacking = [f"- {row['what']}: {row['reason']}" for row in report["missed"]]
     for row in (*report["cases"], *report.get("before", ()), *profiles):
         of = f"{row['mechanism']} {row['size']} {row['resolution']}px {row['mode']}"
         lacking += [f"- {of}, {name}: {why}" for name, why in row["missing"].items()]
-    for row in report["layers"]:
+    for row in (*report["layers"], *of_layers):
         of = f"layer {layer_name(row)}"
         lacking += [f"- {of}, {name}: {why}" for name, why in row["missing"].items()]
     if lacking:

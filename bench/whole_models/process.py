@@ -41,7 +41,7 @@ class Job:
 
     Attributes:
         part: Of the report; or "peaks" or "check". Of "before" it is softmax's model, held to an
-            older checkout's; of "profile" a model alone.
+            older checkout's; of "profile" a model alone, of "layer-profile" a layer.
         mechanism: Whose.
         case: A whole model, or a layer.
         softmax: The same case of softmax, where ``case`` is a model of another mechanism.
@@ -71,7 +71,7 @@ class Job:
     @property
     def name(self) -> str:
         if self.case is not None:
-            of = {"before": f" over {BEFORE}", "profile": " profile"}
+            of = {"before": f" over {BEFORE}", "profile": " profile", "layer-profile": " profile"}
             return self.case.name + of.get(self.part, "")
         return {
             "launches": f"launch {self.mechanism}", "check": f"check of {self.mechanism}",
@@ -113,6 +113,9 @@ class Bench:
             return machine.measure_peaks(device, (dtype_of(device),), torch.get_num_threads())
         if job.part == "launches":
             return measure_launch(job.mechanism, self.setup)
+        if job.part == "layer-profile":
+            assert job.case is not None
+            return measure_profile(job.case, self.setup)
         if isinstance(job.case, Layer):
             return measure_layer(job.case, self.setup, job.peaks)
         if job.part == "recipes":

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attnzoo.errors import Unavailable
 from bench.timing import interleave, spread
-from bench.whole_models.cases import Calls, Case, Setup
+from bench.whole_models.cases import Calls, Case, Layer, Setup
 from bench.whole_models.measures import stopwatch
 
 _REPLAYS = 4
@@ -19,13 +19,13 @@ _LONGEST = 12  # kernels that are named
 _NAME = 160  # letters; a template's arguments may fill a page
 
 
-def measure_profile(case: Case, setup: Setup) -> dict[str, Any]:
+def measure_profile(case: Case | Layer, setup: Setup) -> dict[str, Any]:
     """Times a step under each treatment, and its kernels one by one.
 
     On a CPU, which has no kernels, operators stand for them, each without those that it calls.
 
     Args:
-        case: The case.
+        case: A whole model, or a layer.
         setup: Where.
 
     Raises:
@@ -40,8 +40,8 @@ def measure_profile(case: Case, setup: Setup) -> dict[str, Any]:
     rounds = interleave(calls.steps, stopwatch(setup), 9, setup.seconds / 3)
     seconds = {name: spread(taken) for name, taken in rounds.items()}
     return {
-        **dataclasses.asdict(case),
-        "resolution": case.resolution, "batch": case.batch, "seconds": seconds,
+        **dataclasses.asdict(case), "seconds": seconds,
+        **({"resolution": case.resolution, "batch": case.batch} if isinstance(case, Case) else {}),
         "profiles": {
             name: _parts(step, seconds[name]["median"], setup.device)
             for name, step in calls.steps.items()

@@ -374,6 +374,18 @@ def test_a_profile_says_what_a_step_consists_of(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(str(report["device_name"]))  # nothing was measured
 
 
+def test_a_layers_profile_says_what_its_step_consists_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
+    few = ("--mechanisms", "sana", "--parts", "layer-profile")
+    report = run(tmp_path, *few)
+    assert not report["layers"] and not report["missed"]
+    assert [row["mode"] for row in report["layer-profile"]] == ["forward", "train"]
+    said = capsys.readouterr().out
+    assert "<summary>sana layer 64px train, recorded: the longest kernels</summary>" in said
+    again = run(tmp_path, *few, "--resume")
+    assert again["layer-profile"] == report["layer-profile"]
+
+
 def test_kernels_of_a_replay_are_told_from_the_hosts_calls(monkeypatch):
     def event(name, microseconds, kind=DeviceType.CUDA, **others):
         return FunctionEvent(1, name, 0, 7.0, 7.0 + microseconds, device_type=kind, **others)
@@ -584,7 +596,7 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
         run = whole_models.Run(whole_models._options([*arguments, names]))
         found[names] = [job.name for job in run._others()]
     names = found["softmax,dydila,gated"]
-    assert len(names) == len(set(names)) == 3 * 5 + 2 * 3 + 2 * 3 + 2 + 2 + 2
+    assert len(names) == len(set(names)) == 3 * 9 + 2 * 3 + 2 * 3 + 2 + 2 + 2
     assert "train compiled dydila" in names and "scans forward" in names
     # What goals name comes before the others' layers and models.
     run = whole_models.Run(whole_models._options([*arguments, "gated,dydila"]))
@@ -593,7 +605,7 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
                "sample eager dydila", "layer gated n=4096 train", "layer gated, fla n=4096 train",
                "gated S 1024px train")  # fmt: skip
     assert sorted(ordered, key=places.__getitem__) == list(ordered)
-    assert len(found["sana"]) == 5
+    assert len(found["sana"]) == 9
     # zigma has an implementation by that name for another state than its own.
     others = [name for name in found["deltanet,zigma"] if "fla" in name]
     assert others == ["layer deltanet, fla n=4096 forward", "layer deltanet, fla n=4096 train"]
