@@ -129,8 +129,9 @@ class Figures:
     def quality_near(self, tokens: int) -> list[Quality]:
         """Results of one comparison: of the number of tokens nearest to this, the largest.
 
-        One that decides comes first: softmax and another have ``SEEDS`` seeds there. Means over
-        fewer seeds than softmax's are left out, as they are of other noise.
+        One that decides comes first: softmax and two others have ``SEEDS`` seeds there, so that
+        there is a choice. Means over fewer seeds than softmax's are left out, as they are of
+        other noise.
         """
         comparisons: dict[tuple[int, str, str], list[Quality]] = {}
         for q in self.quality:
@@ -148,7 +149,7 @@ class Figures:
 
 def _decides(quality: list[Quality]) -> bool:
     judged = [q.mechanism for q in quality if q.seeds >= SEEDS]
-    return "softmax" in judged and len(judged) > 1
+    return "softmax" in judged and len(judged) > 2
 
 
 def softmax_seconds(rows: Iterable[Row]) -> dict[int, float]:
