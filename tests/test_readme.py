@@ -100,25 +100,27 @@ def test_quality_is_what_the_studies_decide():
         for one in decisions
         if one.protocol == "depth"
     }
-    sana = [found["resolution", "softmax", "sana", px] for px in (32, 64, 128)]
+    sana = [found["resolution", "softmax", "sana", px] for px in (32, 64, 128, 256)]
     assert all(one.kind == "holds" and one.difference.pairs == 3 for one in sana)
     percent = [f"{-one.difference.percent:.1f}" for one in sana]
     assert (
-        f"With 64, 256 and 1,024 tokens (2,000 steps, three seeds) softmax's held-out loss is "
-        f"{percent[0]}, {percent[1]} and {percent[2]} % below Sana's, in equal time"
+        f"With 64, 256, 1,024 and 4,096 tokens (2,000 steps, three seeds) softmax's held-out "
+        f"loss is {', '.join(percent[:3])} and {percent[3]} % below Sana's, in equal time"
     ) in SENTENCES
     in_time = {one.claim[1:3]: one for one in decisions if one.protocol == "time" and one.px == 64}
     over_sana = in_time["softmax", "sana"]
     assert over_sana.kind == "holds"
     assert f"below Sana's, in equal time {-over_sana.difference.percent:.1f} %." in SENTENCES
-    dydila = [found["resolution", "dydila", "softmax", px] for px in (32, 64, 128)]
-    assert all(one.difference.bound_percent < 2 for one in dydila)
+    assert "At 4,096 tokens FID prefers Sana." in SENTENCES
+    assert "clearest `sana` before `softmax` at 256 px" in (ROOT / "docs/results.md").read_text()
+    dydila = [found["resolution", "dydila", "softmax", px] for px in (32, 64, 128, 256)]
+    assert all(one.difference.bound_percent < 3 for one in dydila)
     slower = in_time["dydila", "softmax"]
     assert slower.kind == "opposite"
     without = found["controls", "dydila, no conv", "softmax", 64]
     assert without.kind == "opposite"
     assert (
-        f"DyDiLA stays within 2 % of softmax, in equal time {slower.difference.percent:.1f} % "
+        f"DyDiLA stays within 3 % of softmax, in equal time {slower.difference.percent:.1f} % "
         f"above; without its convolution it is {without.difference.percent:.1f} % above"
     ) in SENTENCES
 

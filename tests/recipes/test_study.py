@@ -478,6 +478,17 @@ class TestPage:
         with pytest.raises(UserError, match="cannot be read"):
             table.read(tmp_path / "missing.csv")
 
+    def test_the_short_answer_says_where_fid_orders_otherwise(self):
+        frame = pd.DataFrame(rows(losses=LOSSES | {"sana": 0.103}))
+        agrees = frame.assign(**{page.FID: frame["loss"] * 1000})
+        text = page.results_page(agrees, "p.png", "t.csv")
+        assert re.search(r"FID\[efflite0\]\*\* orders 0 of", text) is None
+        otherwise = agrees.copy()
+        otherwise.loc[otherwise["variant"] == "sana", page.FID] = 90.0
+        text = page.results_page(otherwise, "p.png", "t.csv")
+        assert re.search(r"orders \d+ of \d+ decided comparisons otherwise, clearest `sana` before "
+                         r"`[^`]+` at 32 px \(90 and 1\d\d\)", text)  # fmt: skip
+
     def test_the_short_answer_follows_the_rows(self):
         losses = LOSSES | {"sana": 0.103, "dydila": 0.1001, "local": 0.11}
         frame = pd.DataFrame(rows(losses=losses))

@@ -79,7 +79,7 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
         picture=picture,
         table=name,
         scale=_scale(done),
-        short="\n".join(_short_answer(decisions)),
+        short="\n".join([*_short_answer(decisions), *_by_fid(decisions, done)]),
         claims="\n\n".join(_main_table(decisions)),
         topics="\n".join(_topics(decisions)),
         flatness=_flatness(done) + _split(done),
@@ -205,6 +205,26 @@ def _short_answer(decisions: Sequence[Decision]) -> Iterator[str]:
         else:
             said = "; ".join(_across(p, [d for d in own if d.claim[1:3] == p]) for p in about)
         yield f"- **{words}**: {said}."
+
+
+def _by_fid(decisions: Sequence[Decision], done: pd.DataFrame) -> Iterator[str]:
+    """A sentence where FID, of few samples, orders two otherwise than the loss has decided."""
+    if FID not in done:
+        return
+    means = one_each(done).groupby([*SETTING, "variant"])[FID].mean()
+    against, count = [], 0
+    for one in decisions:
+        if one.kind in ("holds", "opposite"):
+            pair = one.claim[1:3] if one.kind == "holds" else one.claim[2:0:-1]
+            place = tuple(getattr(one, name) for name in SETTING)
+            better, worse = (means.get((*place, name), math.nan) for name in pair)
+            count += not math.isnan(better - worse)
+            if worse < better:
+                against.append((better / worse, f"`{pair[1]}` before `{pair[0]}` at {one.px} px "
+                                                f"({worse:.0f} and {better:.0f})"))  # fmt: skip
+    if against:
+        yield (f"- **{FID}** orders {len(against)} of {count} decided comparisons otherwise, "
+               f"clearest {max(against)[1]}.")  # fmt: skip
 
 
 def _across(pair: Sequence[str], decisions: Sequence[Decision]) -> str:
