@@ -16,6 +16,7 @@ from attnzoo.ops.block_core import TokenBlocks, block_core
 from attnzoo.ops.causal_conv import causal_conv
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
+from attnzoo.ops.fixation_core import fixation_core
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
@@ -165,6 +166,35 @@ def test_block_core(
 
     def run(qkv, mixing, weight=None, bias=None, **options):
         return block_core(qkv, mixing, weight, bias, heads, blocks, 1e-3, **options)
+
+    assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "heads", "d", "is_shifted"),
+    # Two parts of the tokens, the first of two tiles; channels beyond a multiple of 16; too few.
+    [
+        ((4, 7), 2, 24, True), ((7, 3), 3, 11, True), ((3, 5), 2, 24, False), ((1, 1), 1, 16, True),
+        ((1, 6), 2, 5, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fixation_core(impl, dtype, budget, grid, heads, d, is_shifted, rounding, monkeypatch):
+    if IS_INTERPRETED:
+        from attnzoo.ops.fixation_core import triton as kernels
+
+        for name in ("FOLD", "GRADIENT"):
+            monkeypatch.setattr(kernels, name, kernels.Block(8, 4 * heads, 4, 1))
+        monkeypatch.setattr(kernels, "FLOAT32_ROWS", 8)
+        monkeypatch.setattr(kernels, "SHIFT_TILE", (16, 16))
+    n = grid[0] * grid[1]
+    operands = [random(2, n, 3 * heads * d, seed=1), random(d, 3 * d, seed=2) * d**-0.5]
+    operands += [random(d, seed=3)]
+
+    def run(qkv, weight, bias, **options):
+        return fixation_core(qkv, weight, bias, heads, grid, is_shifted, 1.0, **options)
 
     assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
 
@@ -550,6 +580,7 @@ if CAN_RUN:
             ("mhla", "block_core"),
             ("rala", "rotary_core"),
             ("compressed", "downsample"),
+            ("fixation", "fixation_core"),
             ("edit", "group_norm"),
         ],
     )
