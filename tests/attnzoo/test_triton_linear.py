@@ -176,8 +176,8 @@ def test_block_core(
     ("grid", "heads", "d", "is_shifted"),
     # Two parts of the tokens, the first of two tiles; channels beyond a multiple of 16; too few.
     [
-        ((4, 7), 2, 24, True), ((7, 3), 3, 11, True), ((3, 5), 2, 24, False), ((1, 1), 1, 16, True),
-        ((1, 6), 2, 5, True),
+        ((4, 7), 2, 24, True), ((7, 3), 3, 11, True), ((3, 5), 2, 24, False),
+        ((1, 1), 1, 16, True), ((1, 6), 2, 5, True),
     ],
     ids=str,
 )  # fmt: skip
@@ -186,7 +186,7 @@ def test_fixation_core(impl, dtype, budget, grid, heads, d, is_shifted, rounding
         from attnzoo.ops.fixation_core import triton as kernels
 
         for name in ("FOLD", "GRADIENT"):
-            monkeypatch.setattr(kernels, name, kernels.Block(8, 4 * heads, 4, 1))
+            monkeypatch.setattr(kernels, name, kernels.Block(8, 4 * heads, 4, 1, 255))
         monkeypatch.setattr(kernels, "FLOAT32_ROWS", 8)
         monkeypatch.setattr(kernels, "SHIFT_TILE", (16, 16))
     n = grid[0] * grid[1]
@@ -527,6 +527,7 @@ if CAN_RUN:
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
         ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
         ("linfusion", {}), ("efficient", {}), ("fixation", {}), ("mhla", {}),
+        ("fixation", {"num_heads": 2}),
         ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
     ]  # fmt: skip
 
@@ -585,7 +586,8 @@ if CAN_RUN:
         ],
     )
     def test_compiles_into_one_graph(name, operator, small_convolutions):
-        options = {"landmarks": 16} if name == "linformer" else {}  # few enough in float32
+        # Few and narrow enough in float32.
+        options = {"linformer": {"landmarks": 16}, "fixation": {"num_heads": 2}}.get(name, {})
         layer, grid = build_scrambled(name, **options).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

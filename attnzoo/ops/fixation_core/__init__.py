@@ -9,18 +9,19 @@ from torch import Tensor
 from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.fixation_core.torch import fixed, shifted
 from attnzoo.ops.linear_core import linear_attention_macs
+from attnzoo.ops.precision import operand_dtype
 
-WIDEST = 64  # channels of a head, in the kernels
+WIDEST = 128  # bytes of a token's head, in the kernels
 
 __all__ = ["fixation_core", "fixed", "shifted", "unserved"]
 
 
-def unserved(qkv: Any, weight: Tensor, *_: Any) -> str | None:
-    """What the Triton kernels do not serve."""
-    gates, width = weight.shape
-    if width != 3 * gates:
+def unserved(qkv: Tensor, weight: Tensor, *_: Any) -> str | None:
+    """What the Triton kernels do not serve; ``qkv`` tells no more than the type."""
+    if weight.shape[1] != 3 * weight.shape[0]:
         return "two gates"
-    return f"heads of width {gates}" if gates > WIDEST else None
+    is_wide = len(weight) * operand_dtype(qkv).itemsize > WIDEST
+    return f"heads of width {len(weight)}" if is_wide else None
 
 
 @operator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,9 @@ def fixation_core(
     is_shifted: bool, eps: float,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.fixation_core``."""
-    parts = fixed(qkv, lambda z: F.linear(z, weight, bias), heads, grid, is_shifted)
-    return linear_tokens(*parts, heads, eps=eps)
+    gate = functools.partial(F.linear, weight=weight, bias=bias)
+    query, key, value = fixed(qkv, gate, heads, grid, is_shifted)
+    return linear_tokens(query, key, value, heads, eps=eps)
 
 
 def shifted(z: Tensor, grid: tuple[int, int], first: int = 0) -> Tensor:

@@ -25,6 +25,7 @@ from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
     _precision,
     _rows,
     _width,
@@ -68,10 +69,10 @@ def _near(z, row, spacing, first, column, fold, height, width, mask, SHIFT: tl.c
 
 
 @triton.jit
-def _features(z, scale, mask):
-    """ReLU and what is added to it, of a tile; like torch's ReLU it keeps a NaN."""
-    z = z.to(tl.float32)
-    return tl.where(mask, tl.where(z <= 0, 0.0, z) + scale, 0.0)
+def _features(z, scale):
+    """ReLU and what is added to it, rounded; like torch's ReLU it keeps a NaN."""
+    wide = z.to(tl.float32)
+    return (tl.where(wide <= 0, 0.0, wide) + scale).to(z.dtype)
 
 
 @triton.jit
@@ -97,8 +98,8 @@ def _gate_weight(weight, bias, d, column, is_column, dtype: tl.constexpr):
 
 @triton.jit
 def _gate(q, k, v, w_query, w_key, w_value, b, P: tl.constexpr):
-    logit = _dot(q.to(v.dtype), tl.trans(w_query), P)
-    logit = _add_dot(logit, k.to(v.dtype), tl.trans(w_key), P)
+    logit = _dot(q, tl.trans(w_query), P)
+    logit = _add_dot(logit, k, tl.trans(w_key), P)
     logit = _add_dot(logit, v, tl.trans(w_value), P) + b.to(tl.float32)
     return 1.0 / (1.0 + tl.exp(-logit))
 
@@ -117,24 +118,24 @@ def _fixation_fold_kernel(
     dtype: tl.constexpr = query.dtype.element_ty
     w_query, w_key, w_value, b = _gate_weight(weight, bias, d, column, is_column, dtype)
     acc = tl.zeros((W, W), tl.float32)
-    total = tl.zeros((R, W), tl.float32)
+    total = tl.zeros((W,), tl.float32)
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
         q = _near(query, row, spacing, first, column, fold, height, width, mask, False)
         k = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
         v = _near(value, row, spacing, first, column, fold, height, width, mask, SHIFT)
-        q, k = _features(q, scale, mask), _features(k, scale, mask)
+        q, k = _features(q, scale), _features(k, scale)
         gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
         place = features + row[:, None] * (heads * d) + column[None, :]
         tl.store(place, (gate * q).to(dtype), mask=mask)
-        k *= gate
-        total += k
+        k = tl.where((row < stop)[:, None], gate * k, 0.0)
+        total += tl.sum(k, 0)
         acc = _add_dot(acc, tl.trans(k.to(dtype)), v, P)
     state = partial + tl.program_id(0).to(tl.int64) * (d + 1) * d + column
     is_pair = is_column[:, None] & is_column[None, :]
     tl.store(state[None, :] + column[:, None] * d, acc, mask=is_pair)
-    tl.store(state + d * d, tl.sum(total, 0), mask=is_column)
+    tl.store(state + d * d, total, mask=is_column)
 
 
 @triton.jit
@@ -161,32 +162,35 @@ def _fixation_gradient_kernel(
     of_query_weight = tl.zeros((W, W), tl.float32)
     of_key_weight = tl.zeros((W, W), tl.float32)
     of_value_weight = tl.zeros((W, W), tl.float32)
-    of_bias = tl.zeros((R, W), tl.float32)
+    of_bias = tl.zeros((W,), tl.float32)
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
-        z_query = _near(query, row, spacing, first, column, fold, height, width, mask, False)
-        z_key = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
+        q = _near(query, row, spacing, first, column, fold, height, width, mask, False)
+        k = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
         v = _near(value, row, spacing, first, column, fold, height, width, mask, SHIFT)
         of_q = tl.load(of_features + row[:, None] * c + column[None, :], mask=mask, other=0.0)
-        q, k = _features(z_query, scale, mask), _features(z_key, scale, mask)
+        q, k = _features(q, scale), _features(k, scale)
         gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
-        of_k = _dot(v, tl.trans(products), P) + sums
-        of_q = of_q.to(tl.float32)
-        of_logit = (of_q * q + of_k * k) * gate * (1.0 - gate)
-        of_v = _dot((gate * k).to(dtype), products, P)
-        of_bias += of_logit
+        # Each is rounded, stored and forgotten as soon as may be: registers are few.
+        of_k = (_dot(v, tl.trans(products), P) + sums).to(dtype)
+        of_logit = (of_q.to(tl.float32) * q + of_k.to(tl.float32) * k) * gate * (1.0 - gate)
+        of_logit = tl.where((row < stop)[:, None], of_logit, 0.0)
+        of_bias += tl.sum(of_logit, 0)
         slope = of_logit.to(dtype)
         turned = tl.trans(slope)
-        of_query_weight = _add_dot(of_query_weight, turned, q.to(dtype), P)
-        of_key_weight = _add_dot(of_key_weight, turned, k.to(dtype), P)
+        of_query_weight = _add_dot(of_query_weight, turned, q, P)
+        of_key_weight = _add_dot(of_key_weight, turned, k, P)
         of_value_weight = _add_dot(of_value_weight, turned, v, P)
-        of_q = _add_dot(of_q * gate, slope, w_query, P)
-        of_k = _add_dot(of_k * gate, slope, w_key, P)
-        of_v = _add_dot(of_v, slope, w_value, P).to(dtype)
-        of_k = tl.where(z_key <= 0, 0.0, of_k).to(dtype)
         place = grads + row[:, None] * (3 * c) + column[None, :]
-        tl.store(place, tl.where(z_query <= 0, 0.0, of_q).to(dtype), mask=mask)
+        of_q = _dot(slope, w_query, P) + of_q * gate
+        z = _near(query, row, spacing, first, column, fold, height, width, mask, False)
+        tl.store(place, tl.where(z <= 0, 0.0, of_q).to(dtype), mask=mask)
+        of_k = _dot(slope, w_key, P) + of_k * gate
+        z = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
+        of_k = tl.where(z <= 0, 0.0, of_k).to(dtype)
+        of_v = _dot((gate * k).to(dtype), products, P)
+        of_v = _add_dot(of_v, slope, w_value, P).to(dtype)
         if SHIFT:
             is_moved = (first + column < 8 * fold)[None, :]
             there = moved + row[:, None] * (16 * fold) + column[None, :]
@@ -200,7 +204,7 @@ def _fixation_gradient_kernel(
     tl.store(place, of_query_weight, mask=is_pair)
     tl.store(place + d, of_key_weight, mask=is_pair)
     tl.store(place + 2 * d, of_value_weight, mask=is_pair)
-    tl.store(partial + 3 * d * d, tl.sum(of_bias, 0), mask=is_column)
+    tl.store(partial + 3 * d * d, of_bias, mask=is_column)
 
 
 @triton.jit
@@ -226,16 +230,17 @@ def _shift_back_kernel(
 
 
 class Block(NamedTuple):
-    """How a kernel is launched: tokens of a tile, programs at least, warps, stages."""
+    """How a kernel is launched: tokens of a tile, programs at least, warps, stages, registers."""
 
     rows: int
     programs: int
     warps: int
     stages: int
+    registers: int
 
 
 # In half precision; in float32 registers hold fewer tokens.
-FOLD, GRADIENT = Block(64, 264, 4, 2), Block(64, 264, 8, 1)
+FOLD, GRADIENT = Block(64, 264, 4, 2, 255), Block(32, 264, 8, 1, 128)
 FLOAT32_ROWS = 16
 SHIFT_TILE = 32, 128  # tokens and channels
 
@@ -252,7 +257,8 @@ def _launch(
     splits, fold = _ceil(n, chunk), _fold(c // 3)
     sizes = *grid, fold, d**-0.5, splits, chunk, is_shifted and fold > 0
     tile = rows, _width(d), _precision(qkv.dtype)
-    return splits, (*sizes, *tile), {"num_warps": block.warps, "num_stages": block.stages}
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    return splits, (*sizes, *tile), options | ({"maxnreg": block.registers} if _is_fast() else {})
 
 
 def _fold(c: int) -> int:
@@ -314,9 +320,7 @@ def _backward(
             features, grad, state, of_features, heads, "none", True, eps, qkv.dtype
         )
         is_moved = shift and fold > 0
-        moved = torch.empty(
-            b, n, 16 * fold if is_moved else 0, dtype=qkv.dtype, device=qkv.device
-        )
+        moved = torch.empty(b, n, 16 * fold if is_moved else 0, dtype=qkv.dtype, device=qkv.device)
         launch_kernel(_fixation_gradient_kernel, (b * splits * heads,),
             query, key, value, weight.contiguous(), bias, of_features, of_state, grads, moved,
             partial, n, heads, d, spacing, *sizes, **options,
@@ -330,9 +334,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(
-    qkv: Tensor, weight: Any, bias: Any, heads: int, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, weight: Any, bias: Any, heads: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, n, c = qkv.shape
     c //= 3
     state = qkv.new_empty(b, heads, c // heads + 1, c // heads, dtype=torch.float32)
