@@ -61,7 +61,8 @@ class FixationAttention(LinearAttention):
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
         weight, bias = self.gate.weight, self.gate.bias
-        if unserved(x, weight) or not is_bare(self.gate):
+        is_own = type(self).project is FixationAttention.project and is_bare(self.gate)
+        if not is_own or unserved(x, weight):
             return super().fused(x, grid)
         options = self.num_heads, grid, self.config.shift, self.config.eps
         out = fixation_core(linear(self.qkv, x), weight, bias, *options, impl="triton")

@@ -44,9 +44,9 @@ _STRAIGHT = tl.constexpr(4)  # the first kinds, which are zero beyond the border
 
 
 @triton.jit
-def _steps(channel, fold):
+def _steps(channel, F: tl.constexpr):
     """Of channels, (1, C), their kind and how far down and to the right they come from."""
-    kind = tl.minimum(channel // fold, 8)
+    kind = tl.minimum(channel // F, 8)
     return kind, ((_DOWN >> (2 * kind)) & 3) - 1, ((_RIGHT >> (2 * kind)) & 3) - 1
 
 
@@ -56,11 +56,17 @@ def _is_inside(y, x, height, width):
 
 
 @triton.jit
-def _near(z, row, spacing, first, column, fold, height, width, mask, SHIFT: tl.constexpr):
-    """A tile of tokens, each channel from its neighbor; ``first`` is the head's first channel."""
+def _near(z, row, spacing, first, column, height, width, mask, F: tl.constexpr):
+    """A tile of tokens, each channel from its neighbor.
+
+    Args:
+        first: The head's first channel.
+        F: Channels of each neighbor; 0 where none is shifted. The compiler knows it, so that it
+            sees which channels are loaded together.
+    """
     token = row[:, None]
-    if SHIFT:
-        kind, down, right = _steps((first + column)[None, :], fold)
+    if F > 0:
+        kind, down, right = _steps((first + column)[None, :], F)
         y, x = (row // width)[:, None], (row % width)[:, None]
         is_there = _is_inside(y + down, x + right, height, width)
         mask = mask & (is_there | (kind >= _STRAIGHT))
@@ -106,8 +112,8 @@ def _gate(q, k, v, w_query, w_key, w_value, b, P: tl.constexpr):
 
 @triton.jit
 def _fixation_fold_kernel(
-    query, key, value, weight, bias, features, partial, n, heads, d, spacing, height, width, fold,
-    scale, splits, chunk, SHIFT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    query, key, value, weight, bias, features, partial, n, heads, d, spacing, height, width, scale,
+    splits, chunk, F: tl.constexpr, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Gated queries, and a part of the state of gated keys and of values."""
     image, first, start, stop, column, is_column = _part(n, heads, d, splits, chunk, W)
@@ -122,9 +128,9 @@ def _fixation_fold_kernel(
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
-        q = _near(query, row, spacing, first, column, fold, height, width, mask, False)
-        k = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
-        v = _near(value, row, spacing, first, column, fold, height, width, mask, SHIFT)
+        q = _near(query, row, spacing, first, column, height, width, mask, 0)
+        k = _near(key, row, spacing, first, column, height, width, mask, F)
+        v = _near(value, row, spacing, first, column, height, width, mask, F)
         q, k = _features(q, scale), _features(k, scale)
         gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
         place = features + row[:, None] * (heads * d) + column[None, :]
@@ -141,7 +147,7 @@ def _fixation_fold_kernel(
 @triton.jit
 def _fixation_gradient_kernel(
     query, key, value, weight, bias, of_features, of_state, grads, moved, partial, n, heads, d,
-    spacing, height, width, fold, scale, splits, chunk, SHIFT: tl.constexpr, R: tl.constexpr,
+    spacing, height, width, scale, splits, chunk, F: tl.constexpr, R: tl.constexpr,
     W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Of tokens, and a part of the gate's; of channels that are shifted into ``moved``."""
@@ -151,7 +157,7 @@ def _fixation_gradient_kernel(
     key += image * n * spacing
     value += image * n * spacing
     grads += image * n * 3 * c + first
-    moved += image * n * 16 * fold + first
+    moved += image * n * (16 * F) + first
     of_features += image * n * c + first
     dtype: tl.constexpr = query.dtype.element_ty
     w_query, w_key, w_value, b = _gate_weight(weight, bias, d, column, is_column, dtype)
@@ -166,9 +172,9 @@ def _fixation_gradient_kernel(
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
-        q = _near(query, row, spacing, first, column, fold, height, width, mask, False)
-        k = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
-        v = _near(value, row, spacing, first, column, fold, height, width, mask, SHIFT)
+        q = _near(query, row, spacing, first, column, height, width, mask, 0)
+        k = _near(key, row, spacing, first, column, height, width, mask, F)
+        v = _near(value, row, spacing, first, column, height, width, mask, F)
         of_q = tl.load(of_features + row[:, None] * c + column[None, :], mask=mask, other=0.0)
         q, k = _features(q, scale), _features(k, scale)
         gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
@@ -184,18 +190,18 @@ def _fixation_gradient_kernel(
         of_value_weight = _add_dot(of_value_weight, turned, v, P)
         place = grads + row[:, None] * (3 * c) + column[None, :]
         of_q = _dot(slope, w_query, P) + of_q * gate
-        z = _near(query, row, spacing, first, column, fold, height, width, mask, False)
+        z = _near(query, row, spacing, first, column, height, width, mask, 0)
         tl.store(place, tl.where(z <= 0, 0.0, of_q).to(dtype), mask=mask)
         of_k = _dot(slope, w_key, P) + of_k * gate
-        z = _near(key, row, spacing, first, column, fold, height, width, mask, SHIFT)
+        z = _near(key, row, spacing, first, column, height, width, mask, F)
         of_k = tl.where(z <= 0, 0.0, of_k).to(dtype)
         of_v = _dot((gate * k).to(dtype), products, P)
         of_v = _add_dot(of_v, slope, w_value, P).to(dtype)
-        if SHIFT:
-            is_moved = (first + column < 8 * fold)[None, :]
-            there = moved + row[:, None] * (16 * fold) + column[None, :]
+        if F > 0:
+            is_moved = (first + column < 8 * F)[None, :]
+            there = moved + row[:, None] * (16 * F) + column[None, :]
             tl.store(there, of_k, mask=mask & is_moved)
-            tl.store(there + 8 * fold, of_v, mask=mask & is_moved)
+            tl.store(there + 8 * F, of_v, mask=mask & is_moved)
             mask = mask & (is_moved == 0)
         tl.store(place + c, of_k, mask=mask)
         tl.store(place + 2 * c, of_v, mask=mask)
@@ -209,20 +215,20 @@ def _fixation_gradient_kernel(
 
 @triton.jit
 def _shift_back_kernel(
-    moved, grads, rows, height, width, c, fold, R: tl.constexpr, C: tl.constexpr
+    moved, grads, rows, height, width, c, F: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
     """Gradients of channels of keys, or of values, where these came from."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
-    kind, down, right = _steps(column[None, :], fold)
-    mask = (row < rows)[:, None] & (column < 8 * fold)[None, :]
+    kind, down, right = _steps(column[None, :], F)
+    mask = (row < rows)[:, None] & (column < 8 * F)[None, :]
     token = row % (height * width)
     y, x = (token // width)[:, None], (token % width)[:, None]
     is_read = _is_inside(y - down, x - right, height, width)
     is_kept = (kind >= _STRAIGHT) & (_is_inside(y + down, x + right, height, width) == 0)
-    moved += tl.program_id(2) * 8 * fold + row.to(tl.int64)[:, None] * (16 * fold)
+    moved += tl.program_id(2) * 8 * F + row.to(tl.int64)[:, None] * (16 * F)
     moved += column[None, :]
-    z = tl.load(moved - (down * width + right) * (16 * fold), mask=mask & is_read, other=0.0)
+    z = tl.load(moved - (down * width + right) * (16 * F), mask=mask & is_read, other=0.0)
     own = tl.load(moved, mask=mask & is_kept, other=0.0)
     z = (z.to(tl.float32) + own.to(tl.float32)).to(grads.dtype.element_ty)
     grads += (1 + tl.program_id(2)) * c + row.to(tl.int64)[:, None] * (3 * c) + column[None, :]
@@ -246,24 +252,19 @@ SHIFT_TILE = 32, 128  # tokens and channels
 
 
 def _launch(
-    block: Block, qkv: Tensor, heads: int, grid: tuple[int, int], is_shifted: bool
+    block: Block, qkv: Tensor, heads: int, grid: tuple[int, int], fold: int
 ) -> tuple[int, tuple[Any, ...], dict[str, int]]:
     """Parts of an image's tokens; what the kernel is told last; what Triton is told."""
     b, n, c = qkv.shape
     d = c // (3 * heads)
     rows = block.rows if qkv.dtype != torch.float32 else FLOAT32_ROWS
     splits = max(1, min(_ceil(n, rows), _ceil(block.programs, max(1, b * heads))))
-    chunk = _ceil(_ceil(n, splits), rows) * rows
-    splits, fold = _ceil(n, chunk), _fold(c // 3)
-    sizes = *grid, fold, d**-0.5, splits, chunk, is_shifted and fold > 0
-    tile = rows, _width(d), _precision(qkv.dtype)
+    chunk = max(1, _ceil(_ceil(n, splits), rows)) * rows
+    splits = _ceil(n, chunk)
+    sizes = *grid, d**-0.5, splits, chunk
+    tile = fold, rows, _width(d), _precision(qkv.dtype)
     options = {"num_warps": block.warps, "num_stages": block.stages}
     return splits, (*sizes, *tile), options | ({"maxnreg": block.registers} if _is_fast() else {})
-
-
-def _fold(c: int) -> int:
-    """Channels of each neighbor."""
-    return c // 16
 
 
 SCHEMA = (
@@ -281,9 +282,9 @@ def _forward(
     qkv, spacing = _rows(qkv)
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
-    d = c // heads
+    d, fold = c // heads, c // 16 if shift else 0
     out, features = (torch.empty(b, n, c, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    splits, sizes, options = _launch(FOLD, qkv, heads, (height, width), shift)
+    splits, sizes, options = _launch(FOLD, qkv, heads, (height, width), fold)
     partial = torch.empty(b, splits, heads, d + 1, d, dtype=torch.float32, device=qkv.device)
     if out.numel():
         launch_kernel(_fixation_fold_kernel, (b * splits * heads,),
@@ -308,9 +309,9 @@ def _backward(
     qkv, spacing = _rows(qkv)
     query, key, value = qkv.chunk(3, dim=-1)
     b, n, c = query.shape
-    d, fold = c // heads, _fold(c)
+    d, fold = c // heads, c // 16 if shift else 0
     grads = torch.empty(b, n, 3 * c, dtype=qkv.dtype, device=qkv.device)
-    splits, sizes, options = _launch(GRADIENT, qkv, heads, (height, width), shift)
+    splits, sizes, options = _launch(GRADIENT, qkv, heads, (height, width), fold)
     partial = torch.empty(
         b * splits * heads, (3 * d + 1) * d, dtype=torch.float32, device=qkv.device
     )
@@ -319,13 +320,12 @@ def _backward(
         of_state = query_gradient(
             features, grad, state, of_features, heads, "none", True, eps, qkv.dtype
         )
-        is_moved = shift and fold > 0
-        moved = torch.empty(b, n, 16 * fold if is_moved else 0, dtype=qkv.dtype, device=qkv.device)
+        moved = torch.empty(b, n, 16 * fold, dtype=qkv.dtype, device=qkv.device)
         launch_kernel(_fixation_gradient_kernel, (b * splits * heads,),
             query, key, value, weight.contiguous(), bias, of_features, of_state, grads, moved,
             partial, n, heads, d, spacing, *sizes, **options,
         )  # fmt: skip
-        if is_moved:
+        if fold:
             rows, columns = SHIFT_TILE
             launch_kernel(_shift_back_kernel, (_ceil(b * n, rows), _ceil(8 * fold, columns), 2),
                 moved, grads, b * n, height, width, c, fold, rows, columns, num_warps=4,
