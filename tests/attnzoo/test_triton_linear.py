@@ -445,6 +445,14 @@ if CAN_RUN:
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
 
+    @pytest.mark.parametrize(("side", "c", "rows"), [(64, 1024, 22), (64, 512, 11), (8, 64, 8)])
+    def test_programs_of_a_7x7_convolution_end_together(side, c, rows):
+        from attnzoo.ops.depthwise_conv import triton as kernels
+
+        block = kernels._filled(kernels.STENCIL_BLOCK[7], (side, side), 1, c)
+        assert block == (rows, *kernels.STENCIL_BLOCK[7][1:])
+        assert kernels._parts((side, side), 1, c, block)[3] <= kernels.TOGETHER
+
     @pytest.mark.parametrize("size", [3, 5, 7])
     def test_the_tiles_that_are_used_for_a_gated_convolution(size):
         packed, weight = random(1, 2, 8), random(4, 1, size, size, seed=1)
