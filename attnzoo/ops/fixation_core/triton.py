@@ -47,7 +47,9 @@ _STRAIGHT = tl.constexpr(4)  # the first kinds, which are zero beyond the border
 def _steps(channel, F: tl.constexpr):
     """Of channels, (1, C), their kind and how far down and to the right they come from."""
     kind = tl.minimum(channel // F, 8)
-    return kind, ((_DOWN >> (2 * kind)) & 3) - 1, ((_RIGHT >> (2 * kind)) & 3) - 1
+    zero = tl.zeros_like(kind)
+    down, right = (zero + _DOWN) >> (2 * kind), (zero + _RIGHT) >> (2 * kind)
+    return kind, (down & 3) - 1, (right & 3) - 1
 
 
 @triton.jit
