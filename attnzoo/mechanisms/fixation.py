@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear
 from attnzoo.layers.streaming import State
-from attnzoo.ops.dispatch import is_transformed
-from attnzoo.ops.precision import in_wide_range
+from attnzoo.ops.dispatch import is_bare
+from attnzoo.ops.fixation_core import fixation_core, fixed, unserved
 from attnzoo.registry import register_attention
-
-# Where each sixteenth of the channels comes from: rows down, columns to the right.
-NEIGHBORS = ((1, 0), (-1, 0), (0, 1), (0, -1), (-1, -1), (1, 1), (-1, 1), (1, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +56,17 @@ class FixationAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """The gated features of queries and keys, and the shifted values, (b, n, dim) each."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(-2, 0)  # (3, b, n, dim)
-        if self.config.shift:
-            qkv = shifted(qkv, grid, first=1)
-        both, value = qkv.split([2, 1])
-        value, heads = value.squeeze(0), (self.num_heads, self.dim // self.num_heads)
-        features, by_head = (in_wide_range(z).unflatten(-1, heads) for z in (both, value))
-        features = F.relu(features) + heads[1] ** -0.5  # of queries and keys together
-        joined = torch.cat((*features.unbind(), by_head), -1).to(value.dtype)
-        gate = self.gate(joined).sigmoid()
-        gates = 1 if self.config.share_gate else 2
-        features = gate.unflatten(-1, (gates, -1)).movedim(-2, 0) * features
-        return *features.flatten(-2).unbind(), value
+        return fixed(self.qkv(x), self.gate, self.num_heads, grid, self.config.shift)
+
+    def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See ``LinearAttention.fused``."""
+        weight, bias = self.gate.weight, self.gate.bias
+        is_own = type(self).project is FixationAttention.project and is_bare(self.gate)
+        if not is_own or unserved(x, weight):
+            return super().fused(x, grid)
+        options = self.num_heads, grid, self.config.shift, self.config.eps
+        out = fixation_core(linear(self.qkv, x), weight, bias, *options, impl="triton")
+        return linear(self.proj, out)
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """The features, which ``project`` makes: a gate sees query, key and value together."""
@@ -108,65 +101,3 @@ class FixationAttention(LinearAttention):
         n, parts = grid[0] * grid[1], super().macs_parts(grid)
         gates = n * self.num_heads * self.gate.weight.numel()
         return parts | {"projections": parts["projections"] + gates}
-
-
-def shifted(z: Tensor, grid: tuple[int, int], first: int = 0) -> Tensor:
-    """Takes half of the channels from the neighbors, a sixteenth from each.
-
-    Beyond the border the four straight neighbors are zero and the four diagonal ones the token
-    itself, as in the released code.
-
-    Args:
-        z: (parts, ..., h * w, c).
-        grid: (h, w).
-        first: Parts before it stay as they are.
-
-    Returns:
-        (parts, ..., h * w, c), contiguous.
-    """
-    image = z.unflatten(-2, grid)
-    has_gradient = torch.is_grad_enabled() and z.requires_grad and not is_transformed()
-    out = _Moved.apply(image, first) if has_gradient else _moved(image, first)
-    return out.flatten(-3, -2)
-
-
-class _Moved(torch.autograd.Function):
-    """``_moved``; autograd would fill a tensor with zeros for each of its slices."""
-
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, first: int) -> Tensor:
-        ctx.first = first
-        return _moved(image, first)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _moved(grad, ctx.first, is_adjoint=True), None
-
-
-def _moved(image: Tensor, first: int, is_adjoint: bool = False) -> Tensor:
-    """What ``shifted`` makes of (parts, ..., h, w, c), or the adjoint, for its gradient."""
-    out = image.clone(memory_format=torch.contiguous_format)
-    fold = image.shape[-1] // 16
-    for place, (down, right) in enumerate(NEIGHBORS if fold else ()):
-        channels = slice(place * fold, (place + 1) * fold)
-        new, old = out[first:, ..., channels], image[first:, ..., channels]
-        if is_adjoint:
-            down, right = -down, -right
-        inside = _overlap(image.shape[-3], down), _overlap(image.shape[-2], right)
-        near = old[..., inside[0][1], inside[1][1], :]
-        if not (down and right):
-            new[..., inside[0][0], inside[1][0], :] = near
-            border = new.select(-3, -(down > 0)) if down else new.select(-2, -(right > 0))
-            border.zero_()
-        elif is_adjoint:
-            new[..., inside[0][1], inside[1][1], :] = 0  # those that went elsewhere
-            new[..., inside[0][0], inside[1][0], :] += near
-        else:
-            new[..., inside[0][0], inside[1][0], :] = near
-    return out
-
-
-def _overlap(size: int, step: int) -> tuple[slice, slice]:
-    """Places with a neighbor ``step`` further on, and those neighbors."""
-    before, after = max(-step, 0), max(step, 0)
-    return slice(before, size - after), slice(after, size - before)

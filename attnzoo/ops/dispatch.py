@@ -57,6 +57,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "block_core": ("triton", "torch", "reference"),
     "few_keys": ("triton", "torch", "reference"),
     "rotary_core": ("triton", "torch", "reference"),
+    "fixation_core": ("triton", "torch", "reference"),
     "downsample": ("triton", "torch", "reference"),
     "group_norm": ("triton", "torch", "reference"),
     "gated_norm": ("triton", "torch", "reference"),

@@ -238,6 +238,7 @@ def launch_norms_and_windows(dtype, every, width=384):
     from attnzoo.ops.block_core import triton as states
     from attnzoo.ops.downsample import triton as windows
     from attnzoo.ops.few_keys import triton as few
+    from attnzoo.ops.fixation_core import triton as fixed
     from attnzoo.ops.gated_norm import triton as gates
     from attnzoo.ops.group_norm import triton as groups
     from attnzoo.ops.neighborhood import triton as neighbors
@@ -276,6 +277,10 @@ def launch_norms_and_windows(dtype, every, width=384):
     sizes = qkv, torch.ones(64, 64), None, None, heads, 16, 16, 2, 2, 1e-6  # the most blocks
     out, *saved = states._forward.function(*sizes)
     states._backward.function(out, *saved, *sizes)
+    d = 32 if dtype == torch.float32 else 64  # the widest heads
+    sizes = qkv, torch.ones(d, 3 * d), ones[:d], width // d, 16, 16, True, 1e-6
+    out, *saved = fixed._forward.function(*sizes)
+    fixed._backward.function(out, *saved, *sizes)
     table = torch.ones(2, 16, 16)
     for is_weighed in (False, True):
         sizes = qkv, x, table, None, None, heads, 16, 16, is_weighed, 1e-6
@@ -352,6 +357,7 @@ KERNELS = {
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
     "_elu_sum_kernel", "_few_keys_gradient_kernel", "_few_keys_kernel", "_few_keys_sum_kernel",
+    "_fixation_fold_kernel", "_fixation_gradient_kernel",
     "_fold_kernel", "_gate_gradient_kernel", "_gate_logits_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
@@ -365,7 +371,8 @@ KERNELS = {
     "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
     "_scale_gradient_kernel", "_scaled_power_map_backward_kernel",
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
-    "_selective_gradient_kernel", "_selective_output_kernel", "_silu_gate_gradient_kernel",
+    "_selective_gradient_kernel", "_selective_output_kernel", "_shift_back_kernel",
+    "_silu_gate_gradient_kernel",
     "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
     "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_state_sum_kernel",
     "_sums_kernel",

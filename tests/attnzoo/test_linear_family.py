@@ -15,8 +15,8 @@ import attnzoo
 from attnzoo import InvalidValue, testing
 from attnzoo.counting import fvcore_macs, measure_macs
 from attnzoo.layers.linear_attention import Features
-from attnzoo.mechanisms.fixation import shifted
 from attnzoo.mechanisms.mhla import start_of_mixing
+from attnzoo.ops.fixation_core import shifted
 from attnzoo.ops.rotary_core.rotary import rotated
 from tests.attnzoo import formulas
 from tests.attnzoo.formulas import (

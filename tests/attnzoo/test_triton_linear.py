@@ -16,6 +16,7 @@ from attnzoo.ops.block_core import TokenBlocks, block_core
 from attnzoo.ops.causal_conv import causal_conv
 from attnzoo.ops.depthwise_conv import depthwise_conv, gated_depthwise_conv
 from attnzoo.ops.downsample import downsample
+from attnzoo.ops.fixation_core import fixation_core
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.linear_core import linear_tokens
@@ -165,6 +166,35 @@ def test_block_core(
 
     def run(qkv, mixing, weight=None, bias=None, **options):
         return block_core(qkv, mixing, weight, bias, heads, blocks, 1e-3, **options)
+
+    assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("grid", "heads", "d", "is_shifted"),
+    # Two parts of the tokens, the first of two tiles; channels beyond a multiple of 16; too few.
+    [
+        ((4, 7), 2, 24, True), ((7, 3), 3, 11, True), ((3, 5), 2, 24, False),
+        ((1, 1), 1, 16, True), ((1, 6), 2, 5, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fixation_core(impl, dtype, budget, grid, heads, d, is_shifted, rounding, monkeypatch):
+    if IS_INTERPRETED:
+        from attnzoo.ops.fixation_core import triton as kernels
+
+        for name in ("FOLD", "GRADIENT"):
+            monkeypatch.setattr(kernels, name, kernels.Block(8, 4 * heads, 4, 1, 255))
+        monkeypatch.setattr(kernels, "FLOAT32_ROWS", 8)
+        monkeypatch.setattr(kernels, "SHIFT_TILE", (16, 16))
+    n = grid[0] * grid[1]
+    operands = [random(2, n, 3 * heads * d, seed=1), random(d, 3 * d, seed=2) * d**-0.5]
+    operands += [random(d, seed=3)]
+
+    def run(qkv, weight, bias, **options):
+        return fixation_core(qkv, weight, bias, heads, grid, is_shifted, 1.0, **options)
 
     assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
 
@@ -418,6 +448,14 @@ if CAN_RUN:
 
         assert max(errors(run, operands, (1, 18, 66), torch.float32, "triton")) < 1e-6
 
+    @pytest.mark.parametrize(("side", "c", "rows"), [(64, 1024, 22), (64, 512, 11), (8, 64, 8)])
+    def test_programs_of_a_7x7_convolution_end_together(side, c, rows):
+        from attnzoo.ops.depthwise_conv import triton as kernels
+
+        block = kernels._filled(kernels.STENCIL_BLOCK[7], (side, side), 1, c)
+        assert block == (rows, *kernels.STENCIL_BLOCK[7][1:])
+        assert kernels._parts((side, side), 1, c, block)[3] <= kernels.TOGETHER
+
     @pytest.mark.parametrize("size", [3, 5, 7])
     def test_the_tiles_that_are_used_for_a_gated_convolution(size):
         packed, weight = random(1, 2, 8), random(4, 1, size, size, seed=1)
@@ -537,6 +575,7 @@ if CAN_RUN:
         ("sana", {}), ("sana", {"qk_norm": True}), ("sana", {"num_heads": 1}), ("focused", {}),
         ("focused", {"conv": "none", "key_position": (3, 5)}), ("lit", {}), ("edit", {}),
         ("linfusion", {}), ("efficient", {}), ("fixation", {}), ("mhla", {}),
+        ("fixation", {"num_heads": 2}),
         ("lit", {"conv": "3x3"}), ("lit", {"conv": "acnet"}),
     ]  # fmt: skip
 
@@ -591,11 +630,13 @@ if CAN_RUN:
             ("mhla", "block_core"),
             ("rala", "rotary_core"),
             ("compressed", "downsample"),
+            ("fixation", "fixation_core"),
             ("edit", "group_norm"),
         ],
     )
     def test_compiles_into_one_graph(name, operator, small_convolutions):
-        options = {"landmarks": 16} if name == "linformer" else {}  # few enough in float32
+        # Few and narrow enough in float32.
+        options = {"linformer": {"landmarks": 16}, "fixation": {"num_heads": 2}}.get(name, {})
         layer, grid = build_scrambled(name, **options).to(DEVICE), (4, 4)
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

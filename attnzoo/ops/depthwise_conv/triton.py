@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -301,13 +302,15 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side,
 # rows loaded ahead, turns of the loop written out, and most registers; by size. Small weights'
-# gradients have a warp a program: sums over four took twice as long.
+# gradients have a warp a program: sums over four took twice as long. Of 7x7 few programs run side
+# by side, and a last round of few takes nearly as long as a full one: 0 is one of ``ROWS``.
 STENCIL_BLOCK = {
-    3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (16, 4, 32, 4, 0, 1, 168),
+    3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (0, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
 STENCIL_WEIGHT_BLOCK = {
-    3: (16, 8, 32, 1, 0, 1, 255), 5: (16, 8, 32, 1, 0, 1, 255), 7: (16, 4, 32, 4, 0, 1, 168),
+    3: (16, 8, 32, 1, 0, 1, 255), 5: (16, 8, 32, 1, 0, 1, 255), 7: (0, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
+ROWS, TOGETHER = (8, 11, 16, 22, 32), 396  # programs of 168 registers on 132 processors
 GATE_BLOCK = (8, 256)  # tokens and channels
 
 
@@ -316,6 +319,17 @@ def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tup
     rows, w, channels, warps, *_ = block
     strips, blocks = _ceil(grid[0], rows), _ceil(grid[1], w * warps)
     return strips, blocks, b * strips * blocks, b * strips * blocks * _ceil(c, channels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _filled(block: tuple[int, ...], grid: tuple[int, int], b: int, c: int) -> tuple[int, ...]:
+    """The block with those rows whose rounds of programs end first, if it leaves that open."""
+
+    def time(rows: int) -> int:
+        programs = _parts(grid, b, c, (rows, *block[1:]))[3]
+        return _ceil(programs, TOGETHER) * (rows + 1)  # a start takes as long as a row
+
+    return block if block[0] else (min(ROWS, key=time), *block[1:])
 
 
 def _is_even(width: int, c: int, block: tuple[int, ...]) -> bool:
@@ -364,7 +378,7 @@ def stencil(
     bias = None if bias is None else bias.contiguous()
     other = added if gate is None else gate
     other, other_spacing = (out, 0) if other is None else _rows(other)
-    block = STENCIL_BLOCK[size]
+    block = _filled(STENCIL_BLOCK[size], grid, b, c)
     strips, blocks, _, programs = _parts(grid, b, c, block)
     launch_kernel(_stencil_kernel, (programs,),
         x, weight, weight if bias is None else bias, other, out, out if raw is None else raw,
@@ -382,7 +396,7 @@ def stencil_weight_gradient(
     size = weight.shape[-1]
     (x, spacing), (grad, grad_spacing) = _rows(x), _rows(grad)
     b, _, c = x.shape
-    block = STENCIL_WEIGHT_BLOCK[size]
+    block = _filled(STENCIL_WEIGHT_BLOCK[size], grid, b, c)
     strips, blocks, parts, programs = _parts(grid, b, c, block)
     partial = torch.empty(parts, size**2 + 1, c, dtype=torch.float32, device=x.device)
     if partial.numel():

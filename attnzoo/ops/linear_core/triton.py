@@ -757,6 +757,29 @@ def fake_core(
     )
 
 
+def query_gradient(
+    query: Tensor, grad: Tensor, state: Tensor, grad_query: Tensor, heads: int, activation: str,
+    divide: bool, eps: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Writes the gradient of queries and returns the state's; of heads no wider than a tile."""
+    (query, q_row), (grad, grad_row) = _rows(query), _rows(grad)
+    b, n, width = query.shape
+    width //= heads
+    s = _launch("query_gradient", dtype, query.device, b, n, heads, width, activation)
+    partial = torch.empty(
+        b, s.splits, heads, width + 1, width, dtype=torch.float32, device=query.device
+    )
+    if n and partial.numel():
+        launch_kernel(_query_gradient_kernel, (b * s.splits * s.units,),
+            query, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1),
+            heads, width, s.units, s.splits, s.chunk, eps, activation, divide, *_tail(s, dtype),
+            **s.options,
+        )  # fmt: skip
+    elif not n:
+        partial.zero_()
+    return _sum(partial)[0]
+
+
 def core_gradients(
     grad: Tensor, out: Tensor, state: Tensor, inverse: Tensor, query: Tensor, key: Tensor,
     value: Tensor, heads: int, activation: str, divide: bool, eps: float, found: Sequence[Tensor],
@@ -784,23 +807,11 @@ def core_gradients(
         )
         _read(key, grad_state, grad_value, *options, False, 0.0, dtype, rounded, add)
         return
-    (q, q_row), (k, k_row), (v, v_row), (grad, grad_row) = map(_rows, (query, key, value, grad))
-    b, n, _ = q.shape
-    m = k.shape[1]
-    s = _launch("query_gradient", dtype, q.device, b, n, heads, width, activation)
-    partial = torch.empty(
-        b, s.splits, heads, width + 1, width, dtype=torch.float32, device=q.device
-    )
-    if n and partial.numel():
-        launch_kernel(_query_gradient_kernel, (b * s.splits * s.units,),
-            q, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1), heads,
-            width, s.units, s.splits, s.chunk, eps, activation, divide, *_tail(s, dtype),
-            **s.options,
-        )  # fmt: skip
-    elif not n:
-        partial.zero_()
-    grad_state, *_ = _sum(partial)
-    s = _launch("key_gradient", dtype, q.device, b, m, heads, width, activation)
+    options = heads, activation, divide, eps, dtype
+    grad_state = query_gradient(query, grad, state, grad_query, *options)
+    (k, k_row), (v, v_row) = _rows(key), _rows(value)
+    b, m, _ = k.shape
+    s = _launch("key_gradient", dtype, k.device, b, m, heads, width, activation)
     if grad_key.numel():
         launch_kernel(_key_gradient_kernel, (b * s.splits * s.units,),
             k, v, state, inverse if activation == "softmax" else state, grad_state, grad_key,
