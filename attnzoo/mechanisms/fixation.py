@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.dispatch import is_transformed
@@ -62,7 +62,7 @@ class FixationAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """The gated features of queries and keys, and the shifted values, (b, n, dim) each."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(-2, 0)  # (3, b, n, dim)
+        qkv = linear(self.qkv, x).unflatten(-1, (3, -1)).movedim(-2, 0)  # (3, b, n, dim)
         if self.config.shift:
             qkv = shifted(qkv, grid, first=1)
         both, value = qkv.split([2, 1])
@@ -70,7 +70,7 @@ class FixationAttention(LinearAttention):
         features, by_head = (in_wide_range(z).unflatten(-1, heads) for z in (both, value))
         features = F.relu(features) + heads[1] ** -0.5  # of queries and keys together
         joined = torch.cat((*features.unbind(), by_head), -1).to(value.dtype)
-        gate = self.gate(joined).sigmoid()
+        gate = linear(self.gate, joined).sigmoid()
         gates = 1 if self.config.share_gate else 2
         features = gate.unflatten(-1, (gates, -1)).movedim(-2, 0) * features
         return *features.flatten(-2).unbind(), value

@@ -9,7 +9,8 @@ import torch._dynamo.testing
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear_attention import LinearAttention, linear
+from attnzoo.layers.linear import linear
+from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.block_core import TokenBlocks, block_core
