@@ -96,6 +96,15 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
+def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V of each head, (b, heads, n, d_head), of tokens and the layer that gives all."""
+    # Parts, not a stack: their gradients then lie where the projection's does.
+    query, key, value = (
+        z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in linear(layer, x).chunk(3, dim=-1)
+    )
+    return query, key, value
+
+
 def linear_parts(
     layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
 ) -> list[Tensor]:

@@ -25,7 +25,7 @@ from attnzoo.contract import (
     removed_in,
 )
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routed_linear import router_logits
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
@@ -149,10 +149,7 @@ class MixtureOfHeadAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            linear(self.qkv, x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return query, key, value
+        return query_key_value(self.qkv, x, self.num_heads)
 
     def gates(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Every token's weights of the heads, (batch, heads, n), shared heads first."""

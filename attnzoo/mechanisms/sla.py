@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.sparse_linear import sparse_linear_attention, sparse_linear_macs
 from attnzoo.ops.sparse_linear.reference import sparse_map
 from attnzoo.registry import register_attention
@@ -76,10 +76,7 @@ class SparseLinearAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            linear(self.qkv, x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return query, key, value
+        return query_key_value(self.qkv, x, self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``: the softmax part; a projection mixes the other's."""

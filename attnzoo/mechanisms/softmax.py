@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv, fuse_conv
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -82,9 +82,7 @@ class SoftmaxAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            linear(self.qkv, x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
+        query, key, value = query_key_value(self.qkv, x, self.num_heads)
         return self.query_norm(query), self.key_norm(key), value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -645,7 +645,9 @@ if CAN_RUN:
             assert (found - wanted).norm() <= budget * wanted.norm()
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-    @pytest.mark.parametrize("shape", [(5, 7), (1500, 40), (9000, 2, 10), (100, 4100), (0, 3)])
+    @pytest.mark.parametrize(
+        "shape", [(5, 7), (1, 9), (1500, 40), (2049, 13), (9000, 2, 10), (100, 4100), (0, 3)]
+    )
     def test_column_sum(shape, dtype):
         from attnzoo.ops.triton_common import column_sum
 
