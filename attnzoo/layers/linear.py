@@ -98,10 +98,11 @@ class _Linear(torch.autograd.Function):
 
 def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K and V of each head, (b, heads, n, d_head), of tokens and the layer that gives all."""
-    # Parts, not a stack: their gradients then lie where the projection's does.
-    query, key, value = (
-        z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in linear(layer, x).chunk(3, dim=-1)
-    )
+    qkv = linear(layer, x)
+    if torch.compiler.is_dynamo_compiling():  # which joins the two copies of a stack's gradient
+        query, key, value = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
+        return query, key, value
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in qkv.chunk(3, -1))
     return query, key, value
 
 

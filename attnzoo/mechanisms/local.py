@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, query_key_value, xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.ops.neighborhood import Window, neighborhood_attention, neighborhood_macs
 from attnzoo.ops.neighborhood.reference import bias_of
 from attnzoo.ops.softmax.reference import softmax_map
@@ -80,7 +80,11 @@ class LocalAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        return query_key_value(self.qkv, x, self.num_heads)
+        # Parts, not a stack: their gradients then lie where the projection's does.
+        parts = linear(self.qkv, x).chunk(3, dim=-1)
+        shape = self.num_heads, -1
+        query, key, value = (z.unflatten(-1, shape).transpose(1, 2) for z in parts)
+        return query, key, value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""
