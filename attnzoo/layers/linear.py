@@ -146,4 +146,12 @@ def windows_linear(conv: nn.Conv2d, image: Tensor) -> Tensor:
         return rearrange(conv(image), "b c h w -> b (h w) c")
     height, width = conv.kernel_size
     rows = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width)
-    return F.linear(rows, conv.weight.flatten(1), conv.bias)
+    return rows_linear(conv, rows)
+
+
+def rows_linear(conv: nn.Conv2d, rows: Tensor) -> Tensor:
+    """A convolution as the product that it is of windows, (..., c * window) -> (..., out)."""
+    weight, bias = conv.weight.flatten(1), conv.bias
+    if bias is not None and sums_bias(rows, conv):
+        return _Linear.apply(*autocast_operands(rows, weight, bias))[0]
+    return F.linear(rows, weight, bias)
