@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import WithAuxiliaryLoss, nearest
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear_gelu, xavier_linear
+from attnzoo.layers.linear import linear, linear_gelu, xavier_linear
 from attnzoo.ops.depthwise_conv import depthwise_conv
 from attnzoo.ops.gated_scan import is_counted
 from attnzoo.ops.routed_linear import routed_linear, router_logits
@@ -40,7 +40,7 @@ class MLP(FeedForward):
 
     def forward(self, x: Tensor, grid: tuple[int, int], time: Tensor | None = None) -> Tensor:
         """(b, n, dim) -> (b, n, dim)."""
-        return self.contract(linear_gelu(self.expand, x))
+        return linear(self.contract, linear_gelu(self.expand, x))
 
 
 class MixFFN(FeedForward):
@@ -55,7 +55,7 @@ class MixFFN(FeedForward):
 
     def forward(self, x: Tensor, grid: tuple[int, int], time: Tensor | None = None) -> Tensor:
         """(b, h * w, dim) -> (b, h * w, dim)."""
-        hidden = F.silu(self.expand(x))
+        hidden = F.silu(linear(self.expand, x))
         hidden = depthwise_conv(hidden, grid, self.conv.weight, self.conv.bias)
         value, gate = hidden.chunk(2, dim=-1)
         return self.contract(value * F.silu(gate))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.layers.downsample import rows_of
+from attnzoo.layers.linear import rows_linear
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.group_norm import group_norm
@@ -46,7 +47,7 @@ class ConvFusion(nn.Module):
         return x + self._expanded(hidden)
 
     def _expanded(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
+        return rows_linear(self.expand, hidden)
 
     @torch.no_grad()
     def lay_out(self) -> None:

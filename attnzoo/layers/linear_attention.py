@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
+from attnzoo.layers.linear import linear, linear_parts
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -28,14 +28,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import (
-    choose_once,
-    is_bare,
-    is_few,
-    owns_gradient,
-    require_triton,
-    sums_bias,
-)
+from attnzoo.ops.dispatch import choose_once, is_few, require_triton
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -48,7 +41,7 @@ from attnzoo.ops.linear_core import (
     wide_read,
 )
 from attnzoo.ops.linear_core.native import linear_core
-from attnzoo.ops.precision import autocast_operands, in_float32, operand_dtype
+from attnzoo.ops.precision import in_float32, operand_dtype
 from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
@@ -381,84 +374,6 @@ class LinearAttention(Attention):
     def fuse(self) -> dict[str, Any]:
         """See ``Attention.fuse``: the convolution's branches become one kernel."""
         return fuse_conv(self)
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), without the module's call, which takes a host as long as the product does.
-
-    Not so where a gradient, a compiler, a hook, an adapter or another forward is at work.
-    """
-    is_watched = torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling()
-    if not is_watched and is_bare(layer):
-        own = layer.__dict__["_parameters"]
-        return F.linear(x, own["weight"], own["bias"])
-    if is_watched and type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
-        return _Linear.apply(*autocast_operands(x, layer.weight, layer.bias))[0]
-    return layer(x)
-
-
-def linear_beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``linear``, and x for others to read, into whose gradient the layer's product is added.
-
-    They must leave that gradient to the layer: a fresh tensor, which it overwrites.
-    """
-    if type(layer) is not nn.Linear or not x.requires_grad:
-        return linear(layer, x), x
-    if not (owns_gradient(x, layer) and is_bare(layer)):
-        return linear(layer, x), x
-    bias: Tensor | None = layer.bias
-    x, weight = autocast_operands(x, layer.weight)
-    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer, and its tokens for others.
-
-    PyTorch's sum for its bias took as long as a product of the backward, and so does adding up
-    what several give the tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.set_materialize_grads(False)
-        return F.linear(x, weight, bias), x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Any, ...]:
-        from attnzoo.ops.triton_common import column_sum
-
-        if grad is None:
-            return beside, None, None
-        (x, weight), (has_x, has_weight, has_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows, is_differentiated = grad.reshape(-1, grad.shape[-1]), torch.is_grad_enabled()
-        of_x = of_weight = of_bias = None
-        if has_x and (beside is None or is_differentiated):
-            of_x = (rows @ weight).view(x.shape)
-            of_x = of_x if beside is None else of_x + beside
-        elif has_x and beside is not None:
-            of_x = beside.contiguous()
-            of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
-        if has_weight:
-            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if has_bias:
-            of_bias = rows.sum(0) if is_differentiated else column_sum(rows, grad.dtype)
-        return of_x, of_weight, of_bias
-
-
-def linear_parts(
-    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
-) -> list[Tensor]:
-    """Outputs of a linear layer in parts of ``width``, without computing the others.
-
-    One product per part makes each a tensor of its own, which is freed by itself and is not a
-    strided slice of a longer row: that costs a CPU more than the three products.
-    """
-    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
-        return list(layer(x).split(width, dim=-1)[parts])
-    weights = layer.weight.split(width)[parts]
-    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def fold_features(keys: Features, value: Tensor, queries: int | None) -> State:

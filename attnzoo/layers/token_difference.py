@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear_attention import linear, linear_beside
+from attnzoo.layers.linear import linear, linear_beside
 from attnzoo.ops.dispatch import (
     choose_once,
     is_bare,

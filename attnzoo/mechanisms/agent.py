@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import linear_parts
+from attnzoo.layers.linear import linear, linear_parts, xavier_linear
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -151,7 +150,8 @@ class AgentAttention(Attention):
             if self.conv is not None:
                 local = self.conv.branches[0].weight, self.conv.branches[0].bias
             sizes = self.num_heads, grid, self._pooled_grid(grid)
-            return self.proj(agent_core(self.qkv(x), *local, *sizes, impl=self.config.impl))
+            out = agent_core(linear(self.qkv, x), *local, *sizes, impl=self.config.impl)
+            return linear(self.proj, out)
         query, agent, key, value, value_tokens = self._operands(x, grid)
         if self.config.impl == "reference":
             out = _reference(query, agent, key, value, gather, hand_out)
@@ -161,7 +161,7 @@ class AgentAttention(Attention):
         out = rearrange(out, "b h n d -> b n (h d)")
         if self.conv is not None:
             out = out + self.conv(value_tokens, grid, impl=self._conv_impl).to(out.dtype)
-        return self.proj(out)
+        return linear(self.proj, out)
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         self.check_tokens(x, grid)
@@ -186,7 +186,7 @@ class AgentAttention(Attention):
             if self.conv is not None and cached is not None:
                 local = convolve(cached, span, grid[1], self.conv, halo, self._conv_impl)
                 out = out + local.to(out.dtype)
-            return self.proj(out)
+            return linear(self.proj, out)
 
         cached, [(_, total, weighted)] = first_pass(x, spans, encode, softmax_merge)
         gathered = (weighted / total).to(agent.dtype)
@@ -212,7 +212,7 @@ class AgentAttention(Attention):
     def _operands(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Q, A, K, V per head, and V as tokens."""
         self.check_tokens(x, grid)
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         agent = to_tokens(F.adaptive_avg_pool2d(to_image(query, grid), self._pooled_grid(grid)))
         return *map(self._heads, (query, agent, key, value)), value
 

@@ -22,7 +22,7 @@ from attnzoo.contract import (
 )
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -92,14 +92,14 @@ class CompressedAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         operands = self._query_key_value(x, grid)
-        return self.proj(attend_tokens(*operands, self.num_heads, self.config.impl))
+        return linear(self.proj, attend_tokens(*operands, self.num_heads, self.config.impl))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
         if self.compress is None:
-            query, key, value = self.qkv(x).chunk(3, dim=-1)
+            query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         else:
-            query, both = self.qkv(x).split([self.dim, 2 * self.dim], dim=-1)
+            query, both = linear(self.qkv, x).split([self.dim, 2 * self.dim], dim=-1)
             # Libraries of attention have no convolution.
             impl = self.config.impl if self.config.impl in ("reference", "torch") else "auto"
             both = self.compress(both, grid, impl).unflatten(-1, (2, self.dim))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.ops.depthwise_conv import SERVED, depthwise_conv_macs, gated_depthwise_conv
 from attnzoo.registry import register_attention
 
@@ -67,8 +67,9 @@ class GatedConvolution(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        both, weight, bias = self.gate_value(x), self.conv.weight, self.conv.bias
-        return self.proj(gated_depthwise_conv(both, grid, weight, bias, impl=self.config.impl))
+        both, weight, bias = linear(self.gate_value, x), self.conv.weight, self.conv.bias
+        out = gated_depthwise_conv(both, grid, weight, bias, impl=self.config.impl)
+        return linear(self.proj, out)
 
     def macs_parts(self, grid: tuple[int, int]) -> dict[str, int]:
         """See ``Attention.macs_parts``."""

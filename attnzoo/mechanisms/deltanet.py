@@ -136,7 +136,9 @@ class DeltaNet(Attention):
     ) -> Tensor:
         """Mean of the scans' outputs, (b, n, h, dv), in float32 or better; of other values."""
         decay, strength = _gates(self.gates(x), self.log_rate, self.step_bias)
-        qkv = self.qkv(x) if self.conv is None else self.conv(self.qkv(x), grid)
+        qkv, of_conv = self.qkv(x), "reference" if impl == "reference" else "auto"
+        if self.conv is not None:
+            qkv = self.conv(qkv, grid, impl=of_conv)
         gathered = []
         for index, direction in enumerate(self.directions):
             parts = self._convolved(scan(qkv, grid, direction))

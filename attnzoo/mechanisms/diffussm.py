@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.layers.state_space import SelectiveScan, _beside, rms_norm, sum_of
 from attnzoo.layers.streaming import StreamConfig
 from attnzoo.ops.silu_gate import silu_gate
@@ -80,10 +80,10 @@ class DiffuSSMAttention(Attention):
     def _hourglass(self, dense: nn.Module, x: Tensor, means: Tensor | None = None) -> Tensor:
         """(b, n, d or 2 d) -> (b, n, d): ``dense`` of each group's mean, and the deviations."""
         if (size := self.config.reduction) == 1:
-            return dense(x)
+            return linear(dense, x)
         if means is None:
             means = _means(x, size)
-        out = dense(means)
+        out = linear(dense, means)
         if x.shape[-1] > self.dim:  # both directions' deviations
             x, means = (torch.add(*z.chunk(2, dim=-1)) for z in (x, means))
         return _add_rows(x, out - means, size).to(out.dtype)

@@ -23,14 +23,8 @@ from torch import Tensor, nn
 from attnzoo.contract import AttentionContext, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import (
-    Features,
-    LinearAttention,
-    LinearConfig,
-    Normalizer,
-    linear_parts,
-)
+from attnzoo.layers.linear import linear, linear_parts, xavier_linear
+from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig, Normalizer
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.token_difference import (
     fused_forward,
@@ -216,7 +210,7 @@ class DyDiLA(LinearAttention):
     def project_key_value(self, x: Tensor) -> Sequence[Tensor | None]:
         """See ``project``."""
         if self.projection == "replace":
-            return None, self.shared(x)
+            return None, linear(self.shared, x)
         return linear_parts(self.shared, x, self.dim, slice(1, None))
 
     def queries(

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnzoo.contract import AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.conv_fusion import ConvFusion
 from attnzoo.layers.downsample import DepthwiseDownsample, rows_of
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.linear_core import linear_attention_macs
@@ -67,8 +67,9 @@ class EDiTAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """Q of every token, K and V of every window."""
-        query = self.query(self.fusion(x, grid, self.config.impl))
-        return query, *self.compress(self.key_value(x), grid, self.config.impl).chunk(2, dim=-1)
+        query = linear(self.query, self.fusion(x, grid, self.config.impl))
+        both = self.compress(linear(self.key_value, x), grid, self.config.impl)
+        return query, *both.chunk(2, dim=-1)
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """Q, of which the base takes the ReLU."""
@@ -99,9 +100,9 @@ class EDiTAttention(LinearAttention):
         assert cached is not None
         *state, moments = state
         squeezed = cached[:, span, : self.fusion.squeeze.out_channels]
-        query = self.query(self.fusion.expanded(x[:, span], squeezed, moments))
+        query = linear(self.query, self.fusion.expanded(x[:, span], squeezed, moments))
         queries = self.queries(query, x, grid, span)
-        return self.proj(self.read(queries, state, x, grid, span))
+        return linear(self.proj, self.read(queries, state, x, grid, span))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.

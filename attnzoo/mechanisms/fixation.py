@@ -8,14 +8,15 @@ Cost per sample: 4 d^2 n + 3 n d d_head + 2 n d d_head + n d; two gates cost the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear
+from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.dispatch import is_bare
 from attnzoo.ops.fixation_core import fixation_core, fixed, unserved
@@ -56,7 +57,8 @@ class FixationAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """The gated features of queries and keys, and the shifted values, (b, n, dim) each."""
-        return fixed(self.qkv(x), self.gate, self.num_heads, grid, self.config.shift)
+        gate = functools.partial(linear, self.gate)
+        return fixed(linear(self.qkv, x), gate, self.num_heads, grid, self.config.shift)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.ops.dispatch import is_watched
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.precision import in_float32
@@ -82,14 +82,15 @@ class LinformerAttention(Attention):
         if self.config.impl == "reference":
             query, key, value = (by_head(z, self.num_heads) for z in (query, *sources))
             out = _weights(query, key, *maps).to(value.dtype) @ value
-            return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+            return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
         # A product of any type with maps in its own type, as autocast would make them, for all
         # heads together: their tokens need no copy, and nor do the gradients.
         key, value = (
             of_tokens.to(z.dtype).expand(len(z), -1, -1) @ z
             for of_tokens, z in zip(maps, sources, strict=True)
         )
-        return self.proj(attend_tokens(query, key, value, self.num_heads, self.config.impl))
+        out = attend_tokens(query, key, value, self.num_heads, self.config.impl)
+        return linear(self.proj, out)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``; its rows have any sum."""

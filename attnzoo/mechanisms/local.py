@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, xavier_linear
 from attnzoo.ops.neighborhood import Window, neighborhood_attention, neighborhood_macs
 from attnzoo.ops.neighborhood.reference import bias_of
 from attnzoo.ops.softmax.reference import softmax_map
@@ -76,12 +76,12 @@ class LocalAttention(Attention):
         """See ``Attention.forward``."""
         operands = self._query_key_value(x, grid)
         out = neighborhood_attention(*operands, grid, self.window, impl=self.config.impl)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
         # Parts, not a stack: their gradients then lie where the projection's does.
-        parts = self.qkv(x).chunk(3, dim=-1)
+        parts = linear(self.qkv, x).chunk(3, dim=-1)
         shape = self.num_heads, -1
         query, key, value = (z.unflatten(-1, shape).transpose(1, 2) for z in parts)
         return query, key, value

@@ -20,13 +20,8 @@ from torch import Tensor, nn
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import (
-    Features,
-    LinearAttention,
-    LinearConfig,
-    linear,
-)
+from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.block_core import (
     TokenBlocks,

@@ -25,7 +25,7 @@ from attnzoo.contract import (
     removed_in,
 )
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routed_linear import router_logits
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
@@ -145,14 +145,11 @@ class MixtureOfHeadAttention(Attention):
         if self.training and self.routed_heads and self.config.balance_coefficient:
             # The sum over the layers that route is then the mean over them.
             self.auxiliary_loss = self.config.balance_coefficient * balance / self._routing_layers
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return query, key, value
+        return query_key_value(self.qkv, x, self.num_heads)
 
     def gates(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Every token's weights of the heads, (batch, heads, n), shared heads first."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.linear import windows_linear, xavier_linear
+from attnzoo.layers.linear import linear, windows_linear, xavier_linear
 from attnzoo.ops.depthwise_conv import to_image
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
@@ -98,9 +98,9 @@ class PVTAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        key, value = self.key_value(self.reduced(x, grid)).chunk(2, dim=-1)
-        operands = self.query(x), key, value
-        return self.proj(attend_tokens(*operands, self.num_heads, self.config.impl))
+        key, value = linear(self.key_value, self.reduced(x, grid)).chunk(2, dim=-1)
+        operands = linear(self.query, x), key, value
+        return linear(self.proj, attend_tokens(*operands, self.num_heads, self.config.impl))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.
@@ -108,8 +108,8 @@ class PVTAttention(Attention):
         A key's weight is shared evenly by the tokens of its window.
         """
         self.check_tokens(x, grid)
-        key, _ = self.key_value(self.reduced(x, grid)).chunk(2, dim=-1)
-        weights = softmax_map(*(by_head(z, self.num_heads) for z in (self.query(x), key)))
+        key, _ = linear(self.key_value, self.reduced(x, grid)).chunk(2, dim=-1)
+        weights = softmax_map(*(by_head(z, self.num_heads) for z in (linear(self.query, x), key)))
         if self.reduce is None:
             return weights
         n = grid[0] * grid[1]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig, linear
+from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
 from attnzoo.registry import register_attention
 
 
@@ -81,14 +81,14 @@ class SanaAttention(LinearAttention):
         features = [self._by_head(F.relu(key))]
         if not self.config.gated:
             return Features(features, features)
-        beta = self.beta(x).sigmoid().transpose(1, 2)[..., None]
+        beta = linear(self.beta, x).sigmoid().transpose(1, 2)[..., None]
         return Features([self._by_head(key) * beta], features)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """See ``LinearAttention.finish``; where it is gated, a norm and the gate come before."""
         if self.config.gated:
             out = self.head_norm(out.unflatten(-1, (self.num_heads, -1))).flatten(-2)
-            out = out * self.gate(x).sigmoid()
+            out = out * linear(self.gate, x).sigmoid()
         return linear(self.proj, out)
 
     def unserved_option(self) -> str | None:

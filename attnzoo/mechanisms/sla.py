@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.sparse_linear import sparse_linear_attention, sparse_linear_macs
 from attnzoo.ops.sparse_linear.reference import sparse_map
 from attnzoo.registry import register_attention
@@ -71,15 +71,12 @@ class SparseLinearAttention(Attention):
         options = config.block, config.share, config.linear == "rest", config.eps
         operands = self._query_key_value(x, grid)
         near, far = sparse_linear_attention(*operands, *options, impl=config.impl)
-        out = near + self.linear_proj(far).to(near.dtype)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        out = near + linear(self.linear_proj, far).to(near.dtype)
+        return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        return query, key, value
+        return query_key_value(self.qkv, x, self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``: the softmax part; a projection mixes the other's."""

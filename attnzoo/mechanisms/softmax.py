@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv, fuse_conv
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear, query_key_value, xavier_linear
 from attnzoo.ops.dispatch import Impl
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -78,13 +78,11 @@ class SoftmaxAttention(Attention):
         if self.gate is not None:
             gate = rearrange(self.gate(x), "b n (h d) -> b h n d", h=self.num_heads)
             out = out * gate.sigmoid()
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
+        query, key, value = query_key_value(self.qkv, x, self.num_heads)
         return self.query_norm(query), self.key_norm(key), value
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
-from attnzoo.layers.linear_attention import linear_parts
+from attnzoo.layers.linear import linear, linear_parts, xavier_linear
 from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
 from attnzoo.ops.inner_loop import (
     conv_tokens,
@@ -84,8 +83,8 @@ class InnerLoop(Attention):
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block, local)
         rate, impl = self.config.rate, self.config.impl
-        operands = self.qkv(x), self.first, self.second, self.num_heads, rate, local
-        return self.proj(unit_tokens(*operands, impl=impl))
+        operands = linear(self.qkv, x), self.first, self.second, self.num_heads, rate, local
+        return linear(self.proj, unit_tokens(*operands, impl=impl))
 
     def _by_head(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
@@ -95,7 +94,7 @@ class InnerLoop(Attention):
         if not self.config.conv:
             return None
         rate, impl = self.config.rate, self.config.impl
-        return conv_tokens(self.local_qkv(x), grid, self.taps, rate, impl=impl)
+        return conv_tokens(linear(self.local_qkv, x), grid, self.taps, rate, impl=impl)
 
     def _stream(
         self, x: Tensor, grid: tuple[int, int], block: int, local: Tensor | None
@@ -118,7 +117,7 @@ class InnerLoop(Attention):
         def decode(span: slice) -> Tensor:
             [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
             own = None if local is None else local[:, span]
-            return self.proj(read_unit(self._by_head(query), first, second, own))
+            return linear(self.proj, read_unit(self._by_head(query), first, second, own))
 
         return second_pass(None, spans, decode)
 

@@ -460,7 +460,7 @@ def is_bare(
     )
 
 
-def owns_gradient(x: Tensor, layer: torch.nn.Linear) -> bool:
+def owns_gradient(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
     """Whether a linear layer of many tokens may have a backward of ours.
 
     In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
@@ -481,8 +481,8 @@ def owns_gradient(x: Tensor, layer: torch.nn.Linear) -> bool:
     return _IS_FORCED or _triton_works()
 
 
-def sums_bias(x: Tensor, layer: torch.nn.Linear) -> bool:
-    """Whether a kernel of ours adds up the gradient of a linear layer's bias."""
+def sums_bias(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
+    """Whether a kernel of ours adds up the gradient of the bias of such a layer."""
     bias = layer.bias
     return bias is not None and bias.requires_grad and owns_gradient(x, layer)
 

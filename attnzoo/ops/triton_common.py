@@ -199,8 +199,8 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     PyTorch's takes several times as long for hundreds of parts.
     """
-    if len(parts) >= 1024 and parts.numel() >= MANY_SUMMED:
-        # First in parts: a column of lines too long for one program each.
+    if len(parts) >= 2048 and parts.numel():
+        # First in parts: one program of a whole column takes 1 or 2 us for every 1024 lines.
         rows, (size, columns, warps) = parts.contiguous().flatten(1), SUM_TILE
         splits = max(1, SUM_PROGRAMS // _ceil(rows.shape[1], columns))
         chunk = _ceil(_ceil(len(rows), splits), size) * size
@@ -221,10 +221,9 @@ def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out.view(parts.shape[0], *parts.shape[2:])
 
 
-# Rows and columns of a tile, and warps, of sums over many rows; programs; numbers worth two steps.
+# Rows and columns of a tile, and warps, of sums over many rows; programs.
 SUM_TILE = (32, 128, 4)
 SUM_PROGRAMS = 792
-MANY_SUMMED = 1 << 20
 
 
 def _chunk_sums(

@@ -9,7 +9,8 @@ import torch._dynamo.testing
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear_attention import LinearAttention, linear
+from attnzoo.layers.linear import linear
+from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.block_core import TokenBlocks, block_core
@@ -726,7 +727,9 @@ if CAN_RUN:
             assert (found - wanted).norm() <= budget * wanted.norm()
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-    @pytest.mark.parametrize("shape", [(5, 7), (1500, 40), (9000, 2, 10), (100, 4100), (0, 3)])
+    @pytest.mark.parametrize(
+        "shape", [(5, 7), (1, 9), (1500, 40), (2049, 13), (9000, 2, 10), (100, 4100), (0, 3)]
+    )
     def test_column_sum(shape, dtype):
         from attnzoo.ops.triton_common import column_sum
 

@@ -486,8 +486,8 @@ class TestPage:
         otherwise = agrees.copy()
         otherwise.loc[otherwise["variant"] == "sana", page.FID] = 90.0
         text = page.results_page(otherwise, "p.png", "t.csv")
-        assert re.search(r"orders \d+ of \d+ decided comparisons otherwise, clearest `sana` before "
-                         r"`[^`]+` at 32 px \(90 and 1\d\d\)", text)  # fmt: skip
+        assert re.search(r"orders \d+ of \d+ decided comparisons otherwise, clearest `sana` "
+                         r"before `[^`]+` at 32 px \(90 and 1\d\d\)", text)  # fmt: skip
 
     def test_the_short_answer_follows_the_rows(self):
         losses = LOSSES | {"sana": 0.103, "dydila": 0.1001, "local": 0.11}
