@@ -31,9 +31,9 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.studies import demo as demo_study
 from recipes.studies.comparison import execution, study
-from recipes.studies.comparison.execution import locally, run_all
+from recipes.studies.comparison.execution import STOPPED, locally, run_all
 from recipes.studies.comparison.plan import parse_variant, plan_runs
-from recipes.studies.comparison.planned import OK, PlannedRun, read_result
+from recipes.studies.comparison.planned import EARLIER, OK, PlannedRun, read_result, set_aside
 from recipes.studies.comparison.report import write_report
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.dydila.paper import paper_rows
@@ -74,6 +74,22 @@ def finished(out, one, fid=1.5, accuracy=0.5, curve=((1, 1.0), (2, 0.5))):
     config = {"settings": {"attn": "sana"}, "data": {"class_names": [str(i) for i in range(10)]}}
     (folder / "run" / "config.json").write_text(json.dumps(config))
     return result
+
+
+def test_seconds_of_a_run_are_those_of_all_attempts(tmp_path, monkeypatch):
+    one = case()
+    done, folder = finished(tmp_path, one), one.folder(tmp_path)
+    (folder / "result.json").write_text(json.dumps(STOPPED | {"wall_seconds": 500.0}))
+    ends = iter([STOPPED, done, STOPPED])
+    monkeypatch.setattr(execution, "_run_one", lambda *_: dict(next(ends)))
+    for attempt in range(3):
+        set_aside(folder)
+        assert read_result(folder) is None
+        assert 500.0 <= execution.run_one(folder)["wall_seconds"] < 510.0, attempt
+    # Numbers of a run that was done outlive an attempt to add others that was stopped.
+    set_aside(folder)
+    earlier = read_result(folder, EARLIER)
+    assert earlier["state"] == OK and earlier["wall_seconds"] >= 500.0
 
 
 class Page(html.parser.HTMLParser):

@@ -80,11 +80,12 @@ def run_one(folder: Path, progress: bool = False) -> Result:
 
     Returns:
         What result.json holds: "state" is "ok", "error", "not finite", "out of memory" or
-        "interrupted", with "error" in one line.
+        "interrupted", with "error" in one line; "wall_seconds" are of all attempts together.
     """
-    started = time.time()
+    earlier = read_result(folder, EARLIER)
+    started = time.time() - ((earlier or {}).get("wall_seconds") or 0.0)
     try:
-        result = _run_one(folder, progress)
+        result = _run_one(folder, earlier, progress)
     except Exception as error:
         if is_users_mistake(error):
             print(f"error: {printable(str(error))}")
@@ -98,7 +99,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
     return result
 
 
-def _run_one(folder: Path, progress: bool) -> Result:
+def _run_one(folder: Path, earlier: Result | None, progress: bool) -> Result:
     stored = read_json(known_as(folder, "planned.json"), "planned run")
     import_all(stored["imports"])
     settings = Settings(**canonical_settings(stored["settings"]))
@@ -116,7 +117,8 @@ def _run_one(folder: Path, progress: bool) -> Result:
             other = {"state": "error", "error": f"training ended with status {status}"}
             return {INTERRUPTED: STOPPED, NON_FINITE: NOT_FINITE}.get(status, other)
     vae = load_vae(settings.vae) if settings.vae else None
-    earlier = read_result(folder, EARLIER)
+    if earlier is not None and earlier["state"] != OK:
+        earlier = None
     cost = earlier["cost"] if earlier else cost_of(settings, load_training_data(settings, vae))
     measured = _measured(run, stored, folder, earlier["metrics"] if earlier else None, progress)
     (folder / EARLIER).unlink(missing_ok=True)

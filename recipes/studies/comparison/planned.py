@@ -26,7 +26,7 @@ from recipes.lab.training.held_out import IMAGES
 from recipes.lab.training.settings import Settings
 
 OK = "ok"
-EARLIER = "earlier.json"  # a result that is to get the numbers of another extractor
+EARLIER = "earlier.json"  # a result that the run goes on from
 EVALUATORS = ".evaluators"  # folder beside runs/, shared by all of them
 # What earlier versions called the folders, files and columns of a comparison.
 OLD_NAMES = {"runs": "cells", "planned.json": "cell.json", "runs.csv": "cells.csv", "run": "cell"}
@@ -165,12 +165,13 @@ def is_done(result: Mapping[str, Any] | None, extractors: Sequence[str]) -> bool
 
 
 def set_aside(folder: Path) -> None:
-    """Takes a result away before the run begins; the numbers of one that is done are kept."""
-    file, found = folder / "result.json", read_result(folder)
-    if found is not None and found["state"] == OK:
-        os.replace(file, folder / EARLIER)
-    else:
-        file.unlink(missing_ok=True)
+    """Takes a result away before the run begins; seconds, and numbers once done, are kept."""
+    found, earlier = read_result(folder), read_result(folder, EARLIER)
+    if found is not None:
+        if found["state"] != OK and earlier is not None and earlier["state"] == OK:
+            found = earlier | {"wall_seconds": found.get("wall_seconds")}
+        write_json(folder / EARLIER, found)
+    (folder / "result.json").unlink(missing_ok=True)
 
 
 def _is_result(found: Any) -> bool:

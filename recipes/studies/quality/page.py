@@ -211,7 +211,9 @@ def _by_fid(decisions: Sequence[Decision], done: pd.DataFrame) -> Iterator[str]:
     """A sentence where FID, of few samples, orders two otherwise than the loss has decided."""
     if FID not in done:
         return
-    means = one_each(done).groupby([*SETTING, "variant"])[FID].mean()
+    means: dict[Any, float] = {
+        place: own[FID].mean() for place, own in one_each(done).groupby([*SETTING, "variant"])
+    }
     against, count = [], 0
     for one in decisions:
         if one.kind in ("holds", "opposite"):
