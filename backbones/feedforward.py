@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from attnzoo.contract import WithAuxiliaryLoss, nearest
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, linear_gelu, xavier_linear
+from attnzoo.layers.linear import linear_gelu, xavier_linear
 from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.gated_scan import is_counted
 from attnzoo.ops.routed_linear import routed_linear, router_logits
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
-from attnzoo.ops.dispatch import choose_once
+from attnzoo.ops.dispatch import choose_once, linear
 from attnzoo.ops.linear_core import elu_plus_one
 from attnzoo.ops.rotary_core import WIDEST, rotary_core
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.ops.biased_linear import BiasedLinear
 from attnzoo.ops.dispatch import (
     has_fused_gelu,
     is_bare,
     is_without_kernels,
+    linear,
     owns_gradient,
     sums_bias,
 )
@@ -29,24 +29,6 @@ def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     return layer
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by which every mechanism calls its projections.
-
-    Without gradients it spares the module's call, which takes a host as long as the product does.
-    With them, of many tokens on a GPU, the bias's are added up by a kernel of ours. It is the
-    call where a compiler, a hook, an adapter or another forward is at work.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return layer(x)
-    if not torch.is_grad_enabled():
-        if is_bare(layer):
-            own = layer.__dict__["_parameters"]
-            return F.linear(x, own["weight"], own["bias"])
-    elif type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
-        return _Linear.apply(*autocast_operands(x, layer.weight, layer.bias))[0]
-    return layer(x)
-
-
 def linear_beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """``linear``, and x for others to read, into whose gradient the layer's product is added.
 
@@ -58,42 +40,7 @@ def linear_beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return linear(layer, x), x
     bias: Tensor | None = layer.bias
     x, weight = autocast_operands(x, layer.weight)
-    return _Linear.apply(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer, and its tokens for others.
-
-    PyTorch's sum for its bias took as long as a product of the backward, and so does adding up
-    what several give the tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        ctx.set_materialize_grads(False)
-        return F.linear(x, weight, bias), x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, beside: Tensor | None) -> tuple[Any, ...]:
-        from attnzoo.ops.triton_common import column_sum
-
-        if grad is None:
-            return beside, None, None
-        (x, weight), (has_x, has_weight, has_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows, is_differentiated = grad.reshape(-1, grad.shape[-1]), torch.is_grad_enabled()
-        of_x = of_weight = of_bias = None
-        if has_x and (beside is None or is_differentiated):
-            of_x = (rows @ weight).view(x.shape)
-            of_x = of_x if beside is None else of_x + beside
-        elif has_x and beside is not None:
-            of_x = beside.contiguous()
-            of_x.view(-1, x.shape[-1]).addmm_(rows, weight)
-        if has_weight:
-            of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if has_bias:
-            of_bias = rows.sum(0) if is_differentiated else column_sum(rows, grad.dtype)
-        return of_x, of_weight, of_bias
+    return BiasedLinear.apply(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,21 +51,6 @@ def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Te
         return query, key, value
     query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in qkv.chunk(3, -1))
     return query, key, value
-
-
-def linear_parts(
-    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
-) -> list[Tensor]:
-    """Outputs of a linear layer in parts of ``width``, without computing the others.
-
-    One product per part makes each a tensor of its own, which is freed by itself and is not a
-    strided slice of a longer row: that costs a CPU more than the three products.
-    """
-    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
-        return list(layer(x).split(width, dim=-1)[parts])
-    weights = layer.weight.split(width)[parts]
-    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
-    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
@@ -153,5 +85,5 @@ def rows_linear(conv: nn.Conv2d, rows: Tensor) -> Tensor:
     """A convolution as the product that it is of windows, (..., c * window) -> (..., out)."""
     weight, bias = conv.weight.flatten(1), conv.bias
     if bias is not None and sums_bias(rows, conv):
-        return _Linear.apply(*autocast_operands(rows, weight, bias))[0]
+        return BiasedLinear.apply(*autocast_operands(rows, weight, bias))[0]
     return F.linear(rows, weight, bias)

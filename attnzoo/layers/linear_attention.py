@@ -18,7 +18,6 @@ from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
-from attnzoo.layers.linear import linear, linear_parts
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -28,7 +27,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_few, require_triton
+from attnzoo.ops.dispatch import choose_once, is_few, linear, require_triton
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -443,3 +442,20 @@ def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, toke
         elif layer.normalizer == "mean":
             read[i] = read[i] / tokens
     return read[0] if factor is None else read[0] - factor * read[1]
+
+
+def linear_parts(
+    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
+) -> list[Tensor]:
+    """Outputs of a linear layer in parts of ``width``, without computing the others.
+
+    One product per part makes each a tensor of its own, which is freed by itself and is not a
+    strided slice of a longer row: that costs a CPU more than the three products.
+    """
+    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
+        return list(layer(x).split(width, dim=-1)[parts])
+    weights = layer.weight.split(width)[parts]
+    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
+    return [
+        nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)
+    ]

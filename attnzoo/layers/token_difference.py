@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import linear, linear_beside
+from attnzoo.layers.linear import linear_beside
 from attnzoo.ops.dispatch import (
     choose_once,
     is_bare,
     is_inference,
     is_watched,
     is_without_kernels,
+    linear,
 )
 from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.map_difference import dynamic_map_attention

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import linear, linear_parts, xavier_linear
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import (
     State,
     StreamConfig,
@@ -37,7 +38,7 @@ from attnzoo.layers.streaming import (
 )
 from attnzoo.ops.agent_core import agent_core
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.dispatch import Impl, linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import (
     SoftmaxImpl,

@@ -22,7 +22,8 @@ from attnzoo.contract import (
 )
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.downsample import DepthwiseDownsample
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.ops.depthwise_conv import SERVED, depthwise_conv_macs, gated_depthwise_conv
+from attnzoo.ops.dispatch import linear
 from attnzoo.registry import register_attention
 
 

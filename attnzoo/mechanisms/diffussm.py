@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.state_space import SelectiveScan, _beside, rms_norm, sum_of
 from attnzoo.layers.streaming import StreamConfig
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.registry import register_attention
 

@@ -23,8 +23,14 @@ from torch import Tensor, nn
 from attnzoo.contract import AttentionContext, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv
-from attnzoo.layers.linear import linear, linear_parts, xavier_linear
-from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig, Normalizer
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import (
+    Features,
+    LinearAttention,
+    LinearConfig,
+    Normalizer,
+    linear_parts,
+)
 from attnzoo.layers.router import Router, as_numbers
 from attnzoo.layers.token_difference import (
     fused_forward,
@@ -32,7 +38,7 @@ from attnzoo.layers.token_difference import (
     serves_maps,
     unserved_option,
 )
-from attnzoo.ops.dispatch import Impl, choose_once, is_few
+from attnzoo.ops.dispatch import Impl, choose_once, is_few, linear
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
 from attnzoo.ops.token_difference.native import focused_difference

@@ -18,9 +18,10 @@ from torch import Tensor
 from attnzoo.contract import AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.conv_fusion import ConvFusion
 from attnzoo.layers.downsample import DepthwiseDownsample, rows_of
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.linear_core import linear_attention_macs
 from attnzoo.registry import register_attention
 

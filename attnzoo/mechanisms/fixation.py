@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
-from attnzoo.ops.dispatch import is_bare
+from attnzoo.ops.dispatch import is_bare, linear
 from attnzoo.ops.fixation_core import fixation_core, fixed, unserved
 from attnzoo.registry import register_attention
 

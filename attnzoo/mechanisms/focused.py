@@ -19,8 +19,9 @@ from attnzoo.contract import AttentionContext, heads_of_width, removed_in
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import ConvKind, ValueConv
 from attnzoo.layers.key_position import KeyPosition
-from attnzoo.layers.linear import linear, linear_parts, xavier_linear
-from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import LinearAttention, LinearConfig, linear_parts
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, xavier_linear
-from attnzoo.ops.dispatch import is_watched
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.dispatch import is_watched, linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from attnzoo.contract import AttentionContext, heads_of_width
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
+from attnzoo.ops.dispatch import linear
 from attnzoo.registry import register_attention
 
 

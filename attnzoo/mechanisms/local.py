@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.neighborhood import Window, neighborhood_attention, neighborhood_macs
 from attnzoo.ops.neighborhood.reference import bias_of
 from attnzoo.ops.softmax.reference import softmax_map

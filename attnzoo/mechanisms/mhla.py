@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
-from attnzoo.layers.linear import linear, xavier_linear
+from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.block_core import (
@@ -32,7 +32,7 @@ from attnzoo.ops.block_core import (
     read_blocks,
     unserved_sizes,
 )
-from attnzoo.ops.dispatch import choose_once
+from attnzoo.ops.dispatch import choose_once, linear
 from attnzoo.ops.linear_core import fold, key_sum, quotient, wide_read
 from attnzoo.ops.routed_linear import Route
 from attnzoo.registry import register_attention

@@ -25,7 +25,8 @@ from attnzoo.contract import (
     removed_in,
 )
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, query_key_value, xavier_linear
+from attnzoo.layers.linear import query_key_value, xavier_linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.routed_linear import router_logits
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs

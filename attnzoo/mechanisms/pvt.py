@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.linear import linear, windows_linear, xavier_linear
+from attnzoo.layers.linear import windows_linear, xavier_linear
 from attnzoo.ops.depthwise_conv import to_image
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, query_key_value, xavier_linear
+from attnzoo.layers.linear import query_key_value, xavier_linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.sparse_linear import sparse_linear_attention, sparse_linear_macs
 from attnzoo.ops.sparse_linear.reference import sparse_map
 from attnzoo.registry import register_attention

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import ConvKind, DepthwiseConv, fuse_conv
-from attnzoo.layers.linear import linear, query_key_value, xavier_linear
-from attnzoo.ops.dispatch import Impl
+from attnzoo.layers.linear import query_key_value, xavier_linear
+from attnzoo.ops.dispatch import Impl, linear
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_attention, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
 from attnzoo.registry import register_attention

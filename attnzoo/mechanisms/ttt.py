@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import linear, linear_parts, xavier_linear
+from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.inner_loop import (
     conv_tokens,
     read_unit,

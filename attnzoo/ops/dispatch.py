@@ -23,7 +23,7 @@ from torch.nn.modules import module as of_modules
 
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import optional
-from attnzoo.ops.precision import operand_dtype
+from attnzoo.ops.precision import autocast_operands, operand_dtype
 
 Impl = Literal[
     "auto",
@@ -485,6 +485,30 @@ def sums_bias(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
     """Whether a kernel of ours adds up the gradient of the bias of such a layer."""
     bias = layer.bias
     return bias is not None and bias.requires_grad and owns_gradient(x, layer)
+
+
+def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """layer(x), by which every mechanism calls its projections.
+
+    Without gradients it spares the module's call, which takes a host as long as the product does.
+    With them, of many tokens on a GPU, the bias's are added up by a kernel of ours. It is the
+    call where a compiler, a hook, an adapter or another forward is at work.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return layer(x)
+    if not torch.is_grad_enabled():
+        if is_bare(layer):
+            own = layer.__dict__["_parameters"]
+            return torch.nn.functional.linear(x, own["weight"], own["bias"])
+    elif type(layer) is torch.nn.Linear and sums_bias(x, layer) and is_bare(layer):
+        return _biased_linear().apply(*autocast_operands(x, layer.weight, layer.bias))[0]
+    return layer(x)
+
+
+@functools.cache
+def _biased_linear() -> Any:
+    """The class of it, whose kernel asks this file where it may run."""
+    return importlib.import_module("attnzoo.ops.biased_linear").BiasedLinear
 
 
 def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:

@@ -47,4 +47,4 @@ def test_a_kernel_adds_up_the_gradients_of_biases(name, monkeypatch):
     for path, module in layer.named_modules(prefix=name):
         is_product = isinstance(module, torch.nn.Linear) or path.endswith(PRODUCTS)
         if is_product and not path.endswith(ELSEWHERE):
-            assert module.bias is None or users[module.bias] == {"_LinearBackward"}, path
+            assert module.bias is None or users[module.bias] == {"BiasedLinearBackward"}, path

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo import build_attention, get_attention, list_attention
-from attnzoo.layers.linear import linear_parts
+from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.testing import build_scrambled, outputs_and_gradients, tokens
 
 # One grid is for options that fix it.
