@@ -488,7 +488,7 @@ def sums_bias(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
 
 
 def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by which every mechanism calls its projections.
+    """layer(x), (..., in) -> (..., out), by which every mechanism calls its projections.
 
     Without gradients it spares the module's call, which takes a host as long as the product does.
     With them, of many tokens on a GPU, the bias's are added up by a kernel of ours. It is the

@@ -163,6 +163,20 @@ def test_a_page_gets_the_parts_that_it_has(tmp_path, monkeypatch):
         plot.main(given)
 
 
+def test_a_newer_file_of_layers_alone_names_its_device_there_only():
+    layer = {"mechanism": "sana", "tokens": 4096, "mode": "train", "floor": 1.0,
+             "bound": "products", "seconds": {"recorded": {"median": 2.0}}}  # fmt: skip
+    common = {"versions": {}, "missed": [], "launches": []}
+    models = common | {"datetime": "1", "commit": "aaaaaaa", "device_name": "H100", "layers": [],
+                       "cases": [case_row("softmax", 1024, {}, recorded=1.0)]}  # fmt: skip
+    layers = common | {"datetime": "2", "commit": "bbbbbbb", "device_name": "H200", "cases": [],
+                       "layers": [layer]}  # fmt: skip
+    joined = whole_figures.joined([layers, models])
+    assert joined["device_name"] == "H100" and len(joined["cases"]) == 1  # the picture's
+    [row] = whole_figures._layers(joined).splitlines()[2:]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["sana", "2.0", "bbbbbbb, H200"]
+
+
 def test_the_words_of_what_is_faster():
     words = whole_figures.faster_words
     over = {"softmax": 1.0, "sana": 0.5, "lit": 0.8, "moh": 1.1, "dydila": 1.2}

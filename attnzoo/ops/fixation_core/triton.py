@@ -105,11 +105,19 @@ def _gate_weight(weight, bias, d, column, is_column, dtype: tl.constexpr):
 
 
 @triton.jit
-def _gate(q, k, v, w_query, w_key, w_value, b, P: tl.constexpr):
+def _gated(
+    query, key, value, row, spacing, first, column, height, width, mask, scale, w_query, w_key,
+    w_value, b, F: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of tokens the features of queries and keys, the values, and the gate, (R, W)."""
+    q = _near(query, row, spacing, first, column, height, width, mask, 0)
+    k = _near(key, row, spacing, first, column, height, width, mask, F)
+    v = _near(value, row, spacing, first, column, height, width, mask, F)
+    q, k = _features(q, scale), _features(k, scale)
     logit = _dot(q, tl.trans(w_query), P)
     logit = _add_dot(logit, k, tl.trans(w_key), P)
     logit = _add_dot(logit, v, tl.trans(w_value), P) + b.to(tl.float32)
-    return 1.0 / (1.0 + tl.exp(-logit))
+    return q, k, v, 1.0 / (1.0 + tl.exp(-logit))
 
 
 @triton.jit
@@ -130,11 +138,10 @@ def _fixation_fold_kernel(
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
-        q = _near(query, row, spacing, first, column, height, width, mask, 0)
-        k = _near(key, row, spacing, first, column, height, width, mask, F)
-        v = _near(value, row, spacing, first, column, height, width, mask, F)
-        q, k = _features(q, scale), _features(k, scale)
-        gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
+        q, k, v, gate = _gated(
+            query, key, value, row, spacing, first, column, height, width, mask, scale, w_query,
+            w_key, w_value, b, F, P,
+        )  # fmt: skip
         place = features + row[:, None] * (heads * d) + column[None, :]
         tl.store(place, (gate * q).to(dtype), mask=mask)
         k = tl.where((row < stop)[:, None], gate * k, 0.0)
@@ -174,12 +181,11 @@ def _fixation_gradient_kernel(
     for begin in range(start, stop, R):
         row = begin + tl.arange(0, R)
         mask = (row < stop)[:, None] & is_column[None, :]
-        q = _near(query, row, spacing, first, column, height, width, mask, 0)
-        k = _near(key, row, spacing, first, column, height, width, mask, F)
-        v = _near(value, row, spacing, first, column, height, width, mask, F)
         of_q = tl.load(of_features + row[:, None] * c + column[None, :], mask=mask, other=0.0)
-        q, k = _features(q, scale), _features(k, scale)
-        gate = _gate(q, k, v, w_query, w_key, w_value, b, P)
+        q, k, v, gate = _gated(
+            query, key, value, row, spacing, first, column, height, width, mask, scale, w_query,
+            w_key, w_value, b, F, P,
+        )  # fmt: skip
         # Each is rounded, stored and forgotten as soon as may be: registers are few.
         of_k = (_dot(v, tl.trans(products), P) + sums).to(dtype)
         of_logit = (of_q.to(tl.float32) * q + of_k.to(tl.float32) * k) * gate * (1.0 - gate)
