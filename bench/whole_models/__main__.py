@@ -156,7 +156,7 @@ class Run(reports.Writer):
         names, jobs = self.options.mechanisms, []
         for name in dict.fromkeys(part for pattern in names for part in names_in(pattern)):
             jobs.append(Job("launches", name))
-            for step in itertools.product(LAYER_TOKENS, MODES):
+            for step in itertools.product(self.options.layer_tokens, MODES):
                 jobs.append(Job("layers", name, Layer(name, *step)))
                 jobs.append(Job("layer-profile", name, Layer(name, *step, ("recorded",))))
             if importlib.util.find_spec("fla") is not None:
@@ -385,6 +385,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for size in options.sizes:
         if size not in ("tiny", "S", "B", "L"):
             raise UserError(f"unknown size {size!r}; choose of tiny, S, B, L")
+    options.layer_tokens = LAYER_TOKENS
     if not options.tokens:
         options.models = {size: DEFAULT_TOKENS.get(size, (256,)) for size in options.sizes}
         return options
@@ -393,7 +394,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         count.isdecimal() and 0 < math.isqrt(int(count)) ** 2 == int(count) for count in counts
     ):
         raise UserError(f"--tokens {options.tokens} must be squares, such as 256,1024,4096,16384")
-    options.models = {size: [int(count) for count in counts] for size in options.sizes}
+    options.layer_tokens = [int(count) for count in counts]
+    options.models = dict.fromkeys(options.sizes, options.layer_tokens)
     return options
 
 

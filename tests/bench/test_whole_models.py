@@ -297,7 +297,6 @@ def test_another_implementation_is_held_to_the_usual_one(monkeypatch):
 
 
 def test_layers_are_compiled_ahead_and_what_is_late_is_timed_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
     ahead = []
 
     def late(self, jobs):
@@ -374,8 +373,7 @@ def test_a_profile_says_what_a_step_consists_of(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(str(report["device_name"]))  # nothing was measured
 
 
-def test_a_layers_profile_says_what_its_step_consists_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(whole_models, "LAYER_TOKENS", (16,))
+def test_a_layers_profile_says_what_its_step_consists_of(tmp_path, capsys):
     few = ("--mechanisms", "sana", "--parts", "layer-profile")
     report = run(tmp_path, *few)
     assert not report["layers"] and not report["missed"]
