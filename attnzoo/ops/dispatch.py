@@ -67,6 +67,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),
+    "group_means": ("triton", "torch", "reference"),
+    "hourglass": ("triton", "torch", "reference"),
     "selective_scan": ("triton", "torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
     "gated_delta_rule": ("triton", "torch", "reference", "fla"),
