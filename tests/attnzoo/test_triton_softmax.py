@@ -1,6 +1,7 @@
 """Kernels of softmax attention: over few keys, and over neighborhoods."""
 
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -78,7 +79,8 @@ def test_neighborhoods(dtype, budget, grid, window):
 def test_gradients_side_by_side_are_the_projections(monkeypatch):
     monkeypatch.setattr(linear, "owns_gradient", lambda *_: True)
     monkeypatch.setattr(torch, "cat", Mock(side_effect=torch.cat))
-    layer, slopes = build_attention("local", 32, num_heads=2, window=3).to(DEVICE), []
+    slopes: list[torch.Tensor] = []
+    layer: Any = build_attention("local", 32, num_heads=2, window=3).to(DEVICE)
     for impl in ("reference", "triton"):
         layer.config = replace(layer.config, impl=impl)
         out = layer(random(1, 20, 32), (4, 5)).square().sum()
