@@ -242,8 +242,8 @@ if CAN_RUN:
         [(40, 2, 1, False, 2), (9, 2, 2, True, 2), (11, 3, 1, True, 3)],
     )
     def test_hourglass(n, size, halves, is_active, count):
-        shapes = [(2, n, halves * 150), (2, -(-n // size), 150), (2, n, 150)][:count]
-        inputs = [random(*shape, seed=s) for s, shape in enumerate((*shapes, (2, n, 150)))]
+        shapes = [(2, n, halves * 300), (2, -(-n // size), 300), (2, n, 300)][:count]
+        inputs = [random(*shape, seed=s) for s, shape in enumerate((*shapes, (2, n, 300)))]
 
         def run(x, rows, *factor, impl):
             return hourglass(
@@ -255,7 +255,7 @@ if CAN_RUN:
             assert max(errors(with_gradients(run, inputs, impl=impl), exact)) < 1e-6, impl
 
     def test_group_means():
-        inputs = random(2, 9, 150), random(2, 5, 150, seed=1)
+        inputs = random(2, 9, 300), random(2, 5, 300, seed=1)
         exact = with_gradients(partial(group_means, size=2), doubled(inputs), impl="reference")
         for impl in ("torch", "triton"):
             found = with_gradients(partial(group_means, size=2), inputs, impl=impl)

@@ -141,7 +141,7 @@ def _hourglass_gradient_kernel(
             tl.store(place + d, g, mask=here)
 
 
-TILE = 16, 128  # groups and channels
+TILE = 4, 256  # groups and channels
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int],
