@@ -56,9 +56,9 @@ def test_few_keys(impl, dtype, budget, n, m, is_packed, monkeypatch):
     # More than one tile, each with more than one block; windows that end at the border, are
     # moved, dilated, wider than the map; a disc.
     [
-        ((9, 18), Window(3)),
-        ((20, 9), Window(5, 2)),
-        ((4, 2), Window(3, 9)),
+        ((9, 18), Window(9)),
+        ((18, 5), Window(5, 2)),
+        ((2, 3), Window(3, 9)),
         ((10, 9), Window(7, 1, 3)),
         ((1, 1), Window(7)),
     ],
