@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,8 +51,27 @@ def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Te
     if torch.compiler.is_dynamo_compiling():  # which joins the two copies of a stack's gradient
         query, key, value = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
         return query, key, value
-    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in qkv.chunk(3, -1))
+    is_ours = type(layer) is nn.Linear and owns_gradient(x, layer)
+    parts = _Parts.apply(qkv) if is_ours else qkv.chunk(3, -1)
+    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in parts)
     return query, key, value
+
+
+class _Parts(torch.autograd.Function):
+    """Thirds of rows, whose gradients are not copied where a kernel has put them side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(3, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        base, size = grads[0]._base, grads[0].shape[-1]
+        if base is not None and not torch.is_grad_enabled() and base.shape[-1] == 3 * size:
+            places = [(z.data_ptr(), z.stride()) for z in grads]
+            if places == [(z.data_ptr(), z.stride()) for z in base.chunk(3, -1)]:
+                return base
+        return torch.cat(grads, -1)
 
 
 def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext
@@ -21,7 +20,7 @@ from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.state_space import SelectiveScan, _beside, rms_norm, sum_of
 from attnzoo.layers.streaming import StreamConfig
 from attnzoo.ops.dispatch import linear
-from attnzoo.ops.silu_gate import silu_gate
+from attnzoo.ops.hourglass import group_means, hourglass
 from attnzoo.registry import register_attention
 
 
@@ -67,27 +66,27 @@ class DiffuSSMAttention(Attention):
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, block)
         impl, forth, back = self.config.impl, *self.scans
-        means = _means(x, self.config.reduction)
-        u = F.silu(self._hourglass(self.before, x, means))
+        means = self._means(x)
+        u = self._hourglass(self.before, x, means, True)
         return self._finish(x, means, forth(u, impl), back(u, impl, reverse=True))
 
     def _finish(self, x: Tensor, means: Tensor, forth: Tensor, back: Tensor) -> Tensor:
         y = rms_norm(torch.cat([forth, back], dim=-1), self.norm_weight).to(x.dtype)
-        mixed = F.silu(self._hourglass(self.after, y))
-        gate = self._hourglass(self.gate, x, means)
-        mixed = silu_gate(mixed, gate, impl=_beside(self.config.impl, "silu_gate"))
-        return self._hourglass(self.proj, mixed)
+        mixed = self._hourglass(self.after, y, self._means(y), True)
+        mixed = self._hourglass(self.gate, x, means, True, mixed)
+        return self._hourglass(self.proj, mixed, self._means(mixed))
 
-    def _hourglass(self, dense: nn.Module, x: Tensor, means: Tensor | None = None) -> Tensor:
+    def _means(self, x: Tensor) -> Tensor:
+        impl = _beside(self.config.impl, "group_means")
+        return (
+            x if self.config.reduction == 1 else group_means(x, self.config.reduction, impl=impl)
+        )
+
+    def _hourglass(self, dense: nn.Module, x: Tensor, means: Tensor, *options: Any) -> Tensor:
         """(b, n, d or 2 d) -> (b, n, d): ``dense`` of each group's mean, and the deviations."""
-        if (size := self.config.reduction) == 1:
-            return linear(dense, x)
-        if means is None:
-            means = _means(x, size)
-        out = linear(dense, means)
-        if x.shape[-1] > self.dim:  # both directions' deviations
-            x, means = (torch.add(*z.chunk(2, dim=-1)) for z in (x, means))
-        return _add_rows(x, out - means, size).to(out.dtype)
+        impl = _beside(self.config.impl, "hourglass")
+        rows = linear(dense, means)
+        return hourglass(x, means, rows, self.config.reduction, *options, impl=impl)
 
     @torch.no_grad()
     def _stream(self, x: Tensor, block: int) -> Tensor:
@@ -97,15 +96,15 @@ class DiffuSSMAttention(Attention):
         blocks = [slice(start, start + step) for start in range(0, x.shape[1], step)]
         cached, carried = None, None
         for span in reversed(blocks):
-            u = F.silu(self._hourglass(self.before, x[:, span]))
+            u = self._hourglass(self.before, x[:, span], self._means(x[:, span]), True)
             out, carried = back.advance(u.flip(1), carried)
             cached = out.new_empty(x.shape) if cached is None else cached
             cached[:, span] = out.flip(1)
         assert cached is not None
         carried, dtype = None, x.dtype
         for span in blocks:
-            means = _means(x[:, span], size)
-            u = F.silu(self._hourglass(self.before, x[:, span], means))
+            means = self._means(x[:, span])
+            u = self._hourglass(self.before, x[:, span], means, True)
             out, carried = forth.advance(u, carried)
             cached[:, span] = out = self._finish(x[:, span], means, out, cached[:, span])
             dtype = out.dtype
@@ -119,26 +118,3 @@ class DiffuSSMAttention(Attention):
         groups = -(-n // self.config.reduction)
         scans = [scan.macs_parts(n) for scan in self.scans]
         return sum_of({"projections": groups * weights}, *scans)
-
-
-def _means(x: Tensor, size: int) -> Tensor:
-    """Means of groups of ``size`` tokens, the last of which may be smaller: (b, groups, d)."""
-    if size == 1:
-        return x
-    whole = x.shape[1] // size * size
-    groups = x[:, :whole].unflatten(1, (-1, size))
-    if size == 2:  # which a GPU computes in half the time of a reduction
-        first, second = groups.unbind(2)
-        means = first.lerp(second, 0.5)
-    else:
-        means = groups.mean(2)
-    if whole == x.shape[1]:
-        return means
-    return torch.cat([means, x[:, whole:].mean(1, keepdim=True)], dim=1)
-
-
-def _add_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Adds each group's row to each of its tokens, without a copy of it for each."""
-    if x.shape[1] % size == 0:
-        return (x.unflatten(1, (-1, size)) + rows.unsqueeze(2)).flatten(1, 2)
-    return x + rows.unsqueeze(2).expand(-1, -1, size, -1).flatten(1, 2)[:, : x.shape[1]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import query_key_value, xavier_linear
 from attnzoo.ops.dispatch import linear
 from attnzoo.ops.neighborhood import Window, neighborhood_attention, neighborhood_macs
 from attnzoo.ops.neighborhood.reference import bias_of
@@ -32,7 +32,7 @@ class Config(AttentionConfig):
     window: int = 7  # K, side of the square; NAT's and DiNAT's
     dilation: int = 1  # of the square; NAT has none, DiNAT's are chosen by resolution
     radius: int = 8  # r, of the disc: 193 keys; CLEAR's smallest, beside 16 and 32
-    # "flex": PyTorch's FlexAttention; "auto" takes it on a GPU where it runs.
+    # "flex": PyTorch's FlexAttention.
     impl: Literal["auto", "reference", "torch", "flex", "triton", "natten"] = "auto"
 
     def __post_init__(self) -> None:
@@ -81,11 +81,7 @@ class LocalAttention(Attention):
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)
-        # Parts, not a stack: their gradients then lie where the projection's does.
-        parts = linear(self.qkv, x).chunk(3, dim=-1)
-        shape = self.num_heads, -1
-        query, key, value = (z.unflatten(-1, shape).transpose(1, 2) for z in parts)
-        return query, key, value
+        return query_key_value(self.qkv, x, self.num_heads)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""

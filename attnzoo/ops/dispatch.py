@@ -67,6 +67,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),
+    "group_means": ("triton", "torch", "reference"),
+    "hourglass": ("triton", "torch", "reference"),
     "selective_scan": ("triton", "torch", "reference", "mamba"),
     "ssd_scan": ("torch", "reference", "fla"),
     "gated_delta_rule": ("triton", "torch", "reference", "fla"),
@@ -76,7 +78,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
-    "neighborhood_attention": ("flex", "torch", "reference", "triton", "natten"),
+    "neighborhood_attention": ("triton", "torch", "reference", "flex", "natten"),
 }
 # Transforms of torch.func that the "torch" of an operator does not go through: it writes into
 # tensors of its own, or has a gradient of its own.
@@ -271,19 +273,9 @@ def _why_not(
     dtype = dtype or operand_dtype(x)
     if dtype not in _KERNEL_DTYPES and not (is_asked and dtype == torch.float16):
         return f"takes float32 or bfloat16, not {dtype}"
-    if impl == "flex":
-        return _why_no_flex(is_asked)
     if is_asked or _IS_FORCED:
         return None if _is_installed() else _MISSING
     return None if _triton_works() else "cannot run here"
-
-
-def _why_no_flex(is_asked: bool) -> str | None:
-    if not _is_installed():
-        return _MISSING
-    if is_asked:  # it says itself what it lacks
-        return None
-    return None if _triton_works() and _flex_works() else "cannot run here"
 
 
 _MISSING = "needs Triton, which is not installed (pip install 'attnzoo[triton]')"
@@ -607,20 +599,6 @@ def _try_fused_gelu() -> bool:
 
 
 @functools.cache
-def _try_flex() -> bool:
-    try:  # FlexAttention is young, and made of what the compiler makes of it
-        importlib.import_module("attnzoo.ops.neighborhood.flex").works()
-    except optional.ANYTHING as error:
-        warnings.warn(
-            f"PyTorch's FlexAttention cannot run here ({optional.reason(error)}), so that "
-            "attention to neighborhoods stays with products of tiles",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-@functools.cache
 def _try_native() -> bool:
     if os.environ.get("ATTNZOO_NATIVE") == "0":
         return False
@@ -642,10 +620,6 @@ def _fused_gelu_pays() -> bool:
     return _try_fused_gelu()
 
 
-def _flex_works() -> bool:
-    return _try_flex()
-
-
 def _native_works() -> bool:
     return _try_native()
 
@@ -660,6 +634,6 @@ def _load(package: str, impl: str, name: str) -> None:
 # As torch.compiler.assume_constant_result does, but that imports the compiler and so Triton, and
 # with a broken Triton nothing of the package would be importable.
 for _constant in (
-    _triton_works, _flex_works, _native_works, flash_works, _fused_gelu_pays, _load, _is_installed,
+    _triton_works, _native_works, flash_works, _fused_gelu_pays, _load, _is_installed,
 ):  # fmt: skip
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -312,6 +312,7 @@ def launch_delta(dtype, width=64, bits=0b0011):
 
 def launch_scan(dtype, width=384):
     from attnzoo.ops.causal_conv import triton as convolutions
+    from attnzoo.ops.hourglass import triton as glasses
     from attnzoo.ops.selective_scan import triton as scans
     from attnzoo.ops.silu_gate import triton as gates
 
@@ -329,6 +330,11 @@ def launch_scan(dtype, width=384):
     convolutions._backward.function(x, x, weight, ones, True)
     gates._forward.function(x, x, x)
     gates._backward.function(x, x, x, x)
+    pair = x.repeat(1, 1, 2)
+    glasses._spread.function(glasses._means.function(pair, 2), 256, 2)
+    for options in ((None, 2, False), (x, 2, True)):
+        glasses._forward.function(pair, x[:, :128], *options)
+        glasses._backward.function(x, pair, x[:, :128], *options)
 
 
 def launch_inner(dtype):
@@ -361,8 +367,10 @@ KERNELS = {
     "_fold_kernel", "_gate_gradient_kernel", "_gate_logits_kernel", "_gated_carry_kernel",
     "_gated_gradient_kernel", "_gated_norm_backward_kernel", "_gated_norm_kernel",
     "_gated_output_kernel", "_gated_update_kernel", "_gather_gradient_kernel", "_gather_kernel",
-    "_group_norm_backward_kernel", "_group_norm_kernel", "_grouped_kernel", "_grouped_sum_kernel",
-    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel", "_join_kernel",
+    "_group_means_kernel", "_group_norm_backward_kernel", "_group_norm_kernel",
+    "_group_spread_kernel", "_grouped_kernel", "_grouped_sum_kernel",
+    "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel",
+    "_hourglass_gradient_kernel", "_hourglass_kernel", "_join_kernel",
     "_key_gradient_kernel", "_map_features_kernel", "_map_gradient_kernel",
     "_map_router_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
     "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",

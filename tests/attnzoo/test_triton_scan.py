@@ -3,6 +3,7 @@
 ``test_interpreted.py`` runs this file again under Triton's interpreter.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import build_attention
 from attnzoo.ops.causal_conv import causal_conv
+from attnzoo.ops.hourglass import group_means, hourglass
 from attnzoo.ops.selective_scan import selective_scan, selective_scan_macs
 from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.testing import build_scrambled, tokens
@@ -233,6 +235,31 @@ if CAN_RUN:
         exact = with_gradients(silu_gate, doubled(inputs), impl="reference")
         for impl in ("torch", "triton"):
             assert max(errors(with_gradients(silu_gate, inputs, impl=impl), exact)) < 1e-6, impl
+
+    @pytest.mark.parametrize(
+        ("n", "size", "halves", "is_active", "count"),
+        # More groups than a tile's; a last group that is smaller; all that is asked for at once.
+        [(40, 2, 1, False, 2), (9, 2, 2, True, 2), (11, 3, 1, True, 3)],
+    )
+    def test_hourglass(n, size, halves, is_active, count):
+        shapes = [(2, n, halves * 300), (2, -(-n // size), 300), (2, n, 300)][:count]
+        inputs = [random(*shape, seed=s) for s, shape in enumerate((*shapes, (2, n, 300)))]
+
+        def run(x, rows, *factor, impl):
+            return hourglass(
+                x, group_means(x, size, impl=impl), rows, size, is_active, *factor, impl=impl
+            )
+
+        exact = with_gradients(run, doubled(inputs), impl="reference")
+        for impl in ("torch", "triton"):
+            assert max(errors(with_gradients(run, inputs, impl=impl), exact)) < 1e-6, impl
+
+    def test_group_means():
+        inputs = random(2, 9, 300), random(2, 5, 300, seed=1)
+        exact = with_gradients(partial(group_means, size=2), doubled(inputs), impl="reference")
+        for impl in ("torch", "triton"):
+            found = with_gradients(partial(group_means, size=2), inputs, impl=impl)
+            assert max(errors(found, exact)) < 1e-6, impl
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

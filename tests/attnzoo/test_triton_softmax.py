@@ -1,14 +1,21 @@
 """Kernels of softmax attention: over few keys, and over neighborhoods."""
 
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
+from attnzoo.layers import linear
 from attnzoo.ops.few_keys import few_keys
 from attnzoo.ops.neighborhood import Window, neighborhood_attention
 from tests.attnzoo.interpreted import (
     BUDGETS,
     CAN_RUN,
+    DEVICE,
     IMPLEMENTATIONS,
     IS_INTERPRETED,
     errors,
@@ -49,8 +56,9 @@ def test_few_keys(impl, dtype, budget, n, m, is_packed, monkeypatch):
     # More than one tile, each with more than one block; windows that end at the border, are
     # moved, dilated, wider than the map; a disc.
     [
-        ((9, 18), Window(3)),
-        ((13, 10), Window(5, 2)),
+        ((9, 18), Window(9)),
+        ((18, 5), Window(5, 2)),
+        ((2, 3), Window(3, 9)),
         ((10, 9), Window(7, 1, 3)),
         ((1, 1), Window(7)),
     ],
@@ -65,6 +73,20 @@ def test_neighborhoods(dtype, budget, grid, window):
 
     found = errors(run, [random(2, n, 144, seed=1)], (2, 2, n, 24), dtype, "triton")
     assert max(found) < budget
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+def test_gradients_side_by_side_are_the_projections(monkeypatch):
+    monkeypatch.setattr(linear, "owns_gradient", lambda *_: True)
+    monkeypatch.setattr(torch, "cat", Mock(side_effect=torch.cat))
+    slopes: list[torch.Tensor] = []
+    layer: Any = build_attention("local", 32, num_heads=2, window=3).to(DEVICE)
+    for impl in ("reference", "triton"):
+        layer.config = replace(layer.config, impl=impl)
+        out = layer(random(1, 20, 32), (4, 5)).square().sum()
+        slopes.append(torch.autograd.grad(out, layer.qkv.weight)[0])
+        assert torch.cat.call_count == 1  # the reference's
+    torch.testing.assert_close(*slopes)
 
 
 @pytest.mark.parametrize(

@@ -291,8 +291,9 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     *tokens, of_queries, of_keys, scalars = map_backward(grad, *saved[:10], *p)
     n, routers = len(p.gammas), [None] * 5
     if p.learn:
-        learned = *of_queries[: 2 * n].split(n), *of_keys.split(n), of_queries[2 * n :]
-        routers = [z.to(p.rd.dtype) for z in (*learned[:4], learned[4].view_as(p.rd))]
+        of_queries, of_keys = of_queries.to(p.rd.dtype), of_keys.to(p.rd.dtype)
+        routers = [*of_queries[: 2 * n].split(n), *of_keys.split(n)]
+        routers.append(of_queries[2 * n :].view_as(p.rd))
     else:  # without a straight-through gradient routers get none, not 0
         tokens[-1] = None
     return *tokens, *routers, scalars[:n], scalars[n:], None, None, None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from attnzoo.ops.neighborhood import torch as tiles
 from attnzoo.ops.neighborhood.window import Grid, Window, axis_of
 from attnzoo.ops.reorder import reordered
 
@@ -186,28 +185,3 @@ def _compiled(*_: Any) -> Callable[..., Any]:
     code = _attend.__code__.replace()
     own = types.FunctionType(code, _attend.__globals__, _attend.__name__)
     return torch.compile(own, dynamic=False, fullgraph=True)
-
-
-def works() -> None:
-    """Calls it once on a few tokens, as in inference and as in training.
-
-    Raises:
-        RuntimeError: It computes something else than tiles do. What it raises itself, otherwise.
-    """
-    grid, window = (12, 20), Window(7)
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 1, grid[0] * grid[1], 32, generator=generator)
-    query = query.to("cuda", torch.bfloat16).requires_grad_()
-    operands = query, query, query, grid, window
-    with torch.enable_grad():
-        expected, trained = (
-            tiles.neighborhood_attention(*operands),
-            neighborhood_attention(*operands),
-        )
-        [slope] = torch.autograd.grad(expected.float().square().sum(), query)
-        [found] = torch.autograd.grad(trained.float().square().sum(), query)
-    with torch.no_grad():
-        inferred = neighborhood_attention(*operands)
-    for one, other in ((trained, expected), (inferred, expected), (found, slope)):
-        if not (one - other).float().norm() < 0.05 * other.float().norm():
-            raise RuntimeError("it differs from the products of tiles")
