@@ -25,55 +25,55 @@ from attnzoo.ops.selective_scan.triton_backward import _selective_gradient_kerne
 from attnzoo.ops.selective_scan.triton_common import (
     _channels,
     _chunk,
-    _join,
     _log2_rate,
+    _row,
     _steps,
     _tile,
 )
-from attnzoo.ops.triton_common import _ceil, column_sum, launch_kernel, launched
+from attnzoo.ops.triton_common import _ceil, _power_of_2, column_sum, launch_kernel, launched
 
 __all__ = ["scan_by_kernels", "selective_scan"]
 
 
 @triton.jit
+def _numbers(z, token, n, number, N: tl.constexpr):
+    """What belongs to each number of a state, of one token: past the last of any, as steps are 0."""
+    place = z + tl.minimum(token, n - 1) * N + number
+    return tl.load(place, mask=number < N, other=0.0)
+
+
+@triton.jit
 def _selective_end_kernel(
-    x, step, bias, rates, taken, ends, totals, n, d, states, chunks, tiles, x_image, x_row,
-    step_image, step_row, ADJOINT: tl.constexpr, UPWARD: tl.constexpr, MAPPED: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr,
+    x, step, bias, rates, taken, ends, totals, n, d, chunks, tiles, x_image, x_row, step_image,
+    step_row, ADJOINT: tl.constexpr, UPWARD: tl.constexpr, MAPPED: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, R: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     # What a chunk leaves if nothing enters it; UPWARD: the last token comes first. ADJOINT: what
     # tokens want of the state before the chunk, x the gradient of the output and taken c.
-    image, chunk, count = _chunk(n, chunks, tiles, T)
+    image, chunk, count = _chunk(n, chunks, tiles, R * T)
     channel, is_channel = _channels(d, D)
-    row = tl.arange(0, T)
-    is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
-    is_first = (row == (T - 1 if UPWARD else 0))[:, None]
-    at = tl.program_id(0).to(tl.int64)
-    ends += at * states * d
-    taken += image * states * n
-    total = tl.zeros((D,), tl.float32)
-    for turn in range(0, count):
-        first = (chunk + (count - 1 - turn if UPWARD else turn)).to(tl.int64) * T
-        is_token = first + row < n
-        mask = is_token[:, None] & is_channel[None, :]
+    TURN: tl.constexpr = -1 if UPWARD else 1
+    row, number = tl.arange(0, T), tl.arange(0, S)
+    place = number[:, None] * d + channel[None, :]
+    is_state = (number < N)[:, None] & is_channel[None, :]
+    rate = _log2_rate(tl.load(rates + place, mask=is_state, other=0.0))
+    taken += image * n * N
+    state, total = tl.zeros((S, D), tl.float32), tl.zeros((D,), tl.float32)
+    for turn in range(0, count * R):
+        first = (chunk * R + (count * R - 1 - turn if UPWARD else turn)).to(tl.int64) * T
+        mask = (first + row < n)[:, None] & is_channel[None, :]
         z = _tile(step, image, first, row, channel, mask, step_image, step_row)
         dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
         given = _tile(x, image, first, row, channel, mask, x_image, x_row)
         if not ADJOINT:
             given *= dt
         total += tl.sum(dt, 0)
-        for s in range(0, states):
-            rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
-            decay = tl.exp2(dt * rate[None, :])
-            fed = given * tl.load(taken + s * n + first + row, mask=is_token, other=0.0)[:, None]
-            if ADJOINT:
-                fed *= decay
-            place = ends + s * d + channel
-            start = tl.load(place, mask=is_channel & (turn > 0), other=0.0)
-            fed = tl.where(is_first, fed + decay * start[None, :], fed)
-            state, _ = _join(decay, fed, T, UPWARD)
-            tl.store(place[None, :] + tl.zeros_like(row)[:, None], state, mask=is_last)
-        tl.debug_barrier()  # the next tile reads what this one wrote
+        for k in tl.static_range(T - 1 if UPWARD else 0, -1 if UPWARD else T, TURN):
+            decay = tl.exp2(_row(dt, k, T)[None, :] * rate)
+            fed = _row(given, k, T)[None, :] * _numbers(taken, first + k, n, number, N)[:, None]
+            state = decay * (state + fed) if ADJOINT else decay * state + fed
+    at = tl.program_id(0).to(tl.int64)
+    tl.store(ends + at * N * d + place, state, mask=is_state)
     tl.store(totals + at * d + channel, total, mask=is_channel)
 
 
@@ -103,54 +103,52 @@ def _selective_carry_kernel(
 
 @triton.jit
 def _selective_output_kernel(
-    x, step, bias, rates, b, c, skip, entering, starts, out, n, d, states, chunks, tiles, x_image,
-    x_row, step_image, step_row, CARRIED: tl.constexpr, SAVED: tl.constexpr, UPWARD: tl.constexpr,
-    MAPPED: tl.constexpr, SKIPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    x, step, bias, rates, b, c, skip, entering, starts, out, n, d, chunks, tiles, x_image, x_row,
+    step_image, step_row, CARRIED: tl.constexpr, SAVED: tl.constexpr, UPWARD: tl.constexpr,
+    MAPPED: tl.constexpr, SKIPS: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    # entering: the states that enter the chunk, in whose place those stand that enter each of its
-    # tiles; starts: the latter, of all tiles.
-    image, chunk, count = _chunk(n, chunks, tiles, T)
+    # entering: the states that enter the chunks; starts: those that enter each R tiles.
+    image, chunk, count = _chunk(n, chunks, tiles, R * T)
     channel, is_channel = _channels(d, D)
-    row = tl.arange(0, T)
-    is_last = (row == (0 if UPWARD else T - 1))[:, None] & is_channel[None, :]
-    is_first = (row == (T - 1 if UPWARD else 0))[:, None]
-    entering += tl.program_id(0).to(tl.int64) * states * d
-    starts += image * tl.cdiv(n, T) * states * d
-    b += image * states * n
-    c += image * states * n
-    for turn in range(0, count):
-        tile = (chunk + (count - 1 - turn if UPWARD else turn)).to(tl.int64)
+    TURN: tl.constexpr = -1 if UPWARD else 1
+    row, number = tl.arange(0, T), tl.arange(0, S)
+    place = number[:, None] * d + channel[None, :]
+    is_state = (number < N)[:, None] & is_channel[None, :]
+    rate = _log2_rate(tl.load(rates + place, mask=is_state, other=0.0))
+    state = tl.zeros((S, D), tl.float32)
+    if CARRIED:
+        entering += tl.program_id(0).to(tl.int64) * N * d
+        state += tl.load(entering + place, mask=is_state, other=0.0)
+    starts += image * tl.cdiv(n, R * T) * N * d
+    b += image * n * N
+    c += image * n * N
+    for turn in range(0, count * R):
+        tile = (chunk * R + (count * R - 1 - turn if UPWARD else turn)).to(tl.int64)
         first = tile * T
-        is_token = first + row < n
-        mask = is_token[:, None] & is_channel[None, :]
+        mask = (first + row < n)[:, None] & is_channel[None, :]
+        if SAVED:
+            tl.store(starts + tile // R * N * d + place, state, mask=is_state & (turn % R == 0))
         z = _tile(step, image, first, row, channel, mask, step_image, step_row)
         dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
-        x_tile = _tile(x, image, first, row, channel, mask, x_image, x_row)
-        given = x_tile * dt
-        result = tl.zeros((T, D), tl.float32)
+        result = _tile(x, image, first, row, channel, mask, x_image, x_row)
+        given = result * dt
         if SKIPS:
-            result += x_tile * tl.load(skip + channel, mask=is_channel, other=0.0).to(tl.float32)
-        for s in range(0, states):
-            rate = _log2_rate(tl.load(rates + s * d + channel, mask=is_channel, other=0.0))
-            decay = tl.exp2(dt * rate[None, :])
-            fed = given * tl.load(b + s * n + first + row, mask=is_token, other=0.0)[:, None]
-            place = entering + s * d + channel
-            if CARRIED:
-                start = tl.load(place, mask=is_channel, other=0.0)
-                if SAVED:
-                    tl.store(starts + (tile * states + s) * d + channel, start, mask=is_channel)
-                fed = tl.where(is_first, fed + decay * start[None, :], fed)
-            state, _ = _join(decay, fed, T, UPWARD)
-            if CARRIED:
-                tl.store(place[None, :] + tl.zeros_like(row)[:, None], state, mask=is_last)
-            result += state * tl.load(c + s * n + first + row, mask=is_token, other=0.0)[:, None]
-        place = out + (image * n + first) * d + row[:, None] * d + channel[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # the next tile reads what this one wrote
+            result *= tl.load(skip + channel, mask=is_channel, other=0.0).to(tl.float32)
+        for k in tl.static_range(T - 1 if UPWARD else 0, -1 if UPWARD else T, TURN):
+            decay = tl.exp2(_row(dt, k, T)[None, :] * rate)
+            fed = _row(given, k, T)[None, :] * _numbers(b, first + k, n, number, N)[:, None]
+            state = decay * state + fed
+            read = tl.sum(state * _numbers(c, first + k, n, number, N)[:, None], 0)[None, :]
+            if SKIPS:
+                read += result
+            result = tl.where(row[:, None] == k, read, result)
+        place_out = out + (image * n + first) * d + row.to(tl.int64)[:, None] * d + channel[None, :]
+        tl.store(place_out, result.to(out.dtype.element_ty), mask=mask)
 
 
 class Blocks(NamedTuple):
-    """Sizes of the kernels."""
+    """Sizes of a kernel."""
 
     tokens: int  # of a tile; chunks have several
     channels: int
@@ -162,11 +160,12 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.maxnreg}
 
 
-# Of a forward alone, and of what is differentiated, which stores the state before every tile.
-BLOCKS = {False: Blocks(32, 32, 1, 168), True: Blocks(16, 32, 1)}
-GRADIENT = Blocks(16, 32, 1)  # as many tokens; a cap of registers costs half as much again
+# Two channels a thread share what is read of b and c.
+END = Blocks(8, 64, 1, 168)
+OUTPUT = Blocks(8, 64, 1, 168)
+GRADIENT = Blocks(16, 32, 1)  # a cap of registers costs half as much again
 CARRY = (128, 2, 8)  # entries of a state, warps, stages
-PROGRAMS = 3072  # about as many as a GPU runs at a time: chunks are no shorter than that
+PROGRAMS = 3072  # of 32 channels, about as many as a GPU runs at a time
 
 
 class _Call(NamedTuple):
@@ -177,20 +176,22 @@ class _Call(NamedTuple):
     bias: Tensor | None
     rates: Tensor  # (s, d), float32
     reverse: bool
-    blocks: Blocks
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        parts = _ceil(self.x.shape[2], self.blocks.channels)
-        return self.x.shape[0] * self.chunks[0], parts
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Chunks of an image, and tiles of a chunk."""
+        """Chunks of an image, and tiles of a chunk, of as many tokens as the gradients'."""
         images, n, d = self.x.shape
-        total, parts = _ceil(n, self.blocks.tokens), _ceil(d, self.blocks.channels)
+        total, parts = _ceil(n, GRADIENT.tokens), _ceil(d, 32)
         tiles = min(total, max(1, images * total * parts // PROGRAMS))
         return _ceil(total, tiles), tiles
+
+    def grid(self, blocks: Blocks) -> tuple[int, int]:
+        return self.x.shape[0] * self.chunks[0], _ceil(self.x.shape[2], blocks.channels)
+
+    def sizes(self, blocks: Blocks) -> tuple[int, ...]:
+        """Of what walks over tokens: numbers of a state, tiles of one of the gradients', tiles."""
+        states, tiles = self.rates.shape[0], GRADIENT.tokens // blocks.tokens
+        return states, _power_of_2(states), tiles, *blocks[:2]
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=self.x.device)
@@ -204,17 +205,21 @@ def _strided(z: Tensor) -> Tensor:
     return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
 
 
+def _plain(z: Tensor) -> Tensor:
+    """In float32, its numbers one after the other."""
+    return z.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
 def _lines(z: Tensor) -> Tensor:
-    """(b, n, s) -> (b, s, n), so that a thread reads a chunk's tokens at once; float32."""
+    """(b, n, s) -> (b, s, n), so that a thread reads a tile's tokens at once; float32."""
     layout = torch.contiguous_format
     return z.transpose(1, 2).to(torch.float32, copy=True, memory_format=layout)
 
 
 def _call(
-    x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool, blocks: Blocks
+    x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool
 ) -> _Call:
-    rates = rates.t().contiguous().float()
-    return _Call(_strided(x), _strided(step), bias, rates, reverse, blocks)
+    return _Call(_strided(x), _strided(step), bias, rates.t().contiguous().float(), reverse)
 
 
 def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
@@ -224,11 +229,11 @@ def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
     found = call.new(images, chunks, states, d)
     if chunks == 1:
         return found.zero_() if tiles > 1 else found  # which nothing reads
-    is_upward, totals, blocks = call.reverse != adjoint, call.new(images, chunks, d), call.blocks
-    launch_kernel(_selective_end_kernel, call.grid,
+    is_upward, totals = call.reverse != adjoint, call.new(images, chunks, d)
+    launch_kernel(_selective_end_kernel, call.grid(END),
         x, call.step, x if call.bias is None else call.bias, call.rates, taken, found, totals,
-        n, d, states, chunks, tiles, *_strides(x, call.step), adjoint, is_upward,
-        call.bias is not None, *blocks[:2], **blocks.launch,
+        n, d, chunks, tiles, *_strides(x, call.step), adjoint, is_upward, call.bias is not None,
+        *call.sizes(END), **END.launch,
     )  # fmt: skip
     entries, warps, stages = CARRY
     launch_kernel(_selective_carry_kernel, (images, _ceil(states * d, entries)),
@@ -238,9 +243,9 @@ def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
     return found
 
 
-def _tiles(n: int, blocks: Blocks) -> int:
+def _tiles(n: int) -> int:
     """The tiles of an image whose states before them are stored: none of a single one."""
-    tiles = _ceil(n, blocks.tokens)
+    tiles = _ceil(n, GRADIENT.tokens)
     return tiles if tiles > 1 else 0
 
 
@@ -269,19 +274,19 @@ def scan_forward(
         (b, n, d) in the dtype of ``x``, and the states before each tile.
     """
     bias, skip = (z if z is None else z.contiguous() for z in (bias, skip))
-    call = _call(x, step, bias, rates, reverse, BLOCKS[save])
+    call = _call(x, step, bias, rates, reverse)
     (images, n, d), states = x.shape, rates.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    starts = call.new(images, _tiles(n, call.blocks) if save else 0, states, d)
+    starts = call.new(images, _tiles(n) if save else 0, states, d)
     if out.numel() == 0:
         return out, starts
-    b, c = _lines(b), _lines(c)
+    b, c = _plain(b), _plain(c)
     entering, (chunks, tiles) = _states(call, call.x, b, False), call.chunks
-    launch_kernel(_selective_output_kernel, call.grid,
+    launch_kernel(_selective_output_kernel, call.grid(OUTPUT),
         call.x, call.step, x if bias is None else bias, call.rates, b, c,
-        x if skip is None else skip, entering, starts, out, n, d, states, chunks, tiles,
-        *_strides(call.x, call.step), chunks * tiles > 1, save, reverse, bias is not None,
-        skip is not None, *call.blocks[:2], **call.blocks.launch,
+        x if skip is None else skip, entering, starts, out, n, d, chunks, tiles,
+        *_strides(call.x, call.step), chunks > 1, save and chunks * tiles > 1, reverse,
+        bias is not None, skip is not None, *call.sizes(OUTPUT), **OUTPUT.launch,
     )  # fmt: skip
     return out, starts
 
@@ -289,7 +294,7 @@ def scan_forward(
 @scan_forward.register_fake
 def _(x: Tensor, step: Tensor, rates: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     images, n, d = x.shape
-    shape = images, _tiles(n, BLOCKS[True]) if options[-1] else 0, rates.shape[1], d
+    shape = images, _tiles(n) if options[-1] else 0, rates.shape[1], d
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
 
@@ -303,14 +308,14 @@ def scan_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the operands that there are, in their dtypes."""
     bias, skip = (z if z is None else z.contiguous() for z in (bias, skip))
-    call = _call(x, step, bias, rates, reverse, GRADIENT)
+    call = _call(x, step, bias, rates, reverse)
     (images, n, d), states, grad = x.shape, rates.shape[1], _strided(grad)
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]
     if x.numel() == 0:
         return outs + [torch.zeros_like(z) for z in (rates, b, c, bias, skip) if z is not None]
     b_lines, c_lines = _lines(b), _lines(c)
     later, (chunks, tiles), (rows, parts) = (
-        _states(call, grad, c_lines, True), call.chunks, call.grid,
+        _states(call, grad, _plain(c), True), call.chunks, call.grid(GRADIENT),
     )  # fmt: skip
     of_rates, surround = call.new(rows, states, d), call.new(rows, 2, d)
     shared = call.new(parts, 2, images, states, n)

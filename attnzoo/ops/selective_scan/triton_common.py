@@ -37,19 +37,20 @@ def _channels(d, D: tl.constexpr):
 @triton.jit
 def _tile(z, image, first, row, channel, mask, of_image, of_token):
     place = z + image * of_image + first * of_token
-    place += row[:, None] * of_token + channel[None, :]
+    place += row.to(tl.int64)[:, None] * of_token + channel[None, :]
     return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _softplus(z):
-    # log(1 + e) = 2 artanh(e / (2 + e)) loses nothing where e is small and the step short.
+    # log(1 + e) / e as a polynomial, to 5e-9: nothing is lost where e is small and the step short.
     e = tl.exp(-tl.abs(z))
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1 / 11 + q * (1 / 13 + q * (1 / 15))
-    series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * series)))
-    return tl.maximum(z, 0.0) + 2.0 * s * (1.0 + q * series)
+    series = 0.10603653639554977 + e * (
+        -0.05695951730012894 + e * (0.019851453602313995 + e * -0.0032440233044326305)
+    )
+    series = 0.1967593878507614 + e * (-0.15305592119693756 + e * series)
+    series = 0.3332996368408203 + e * (-0.24954134225845337 + e * series)
+    return tl.maximum(z, 0.0) + e * (1.0 + e * (-0.4999990165233612 + e * series))
 
 
 @triton.jit
@@ -64,6 +65,13 @@ def _steps(z, bias, channel, is_channel, mask, MAPPED: tl.constexpr):
 @triton.jit
 def _log2_rate(rate):
     return tl.where(rate < _STRONGEST, _STRONGEST, rate) * _LOG2E
+
+
+@triton.jit
+def _row(z, k: tl.constexpr, T: tl.constexpr):
+    """The k-th of T rows: of registers of one thread, which costs nothing."""
+    row = tl.arange(0, T)[:, None]
+    return tl.sum(tl.where(row == k, z, -0.0), 0)  # compilers leave out -0.0, and not 0.0
 
 
 @triton.jit
