@@ -26,11 +26,17 @@ from attnzoo.ops.selective_scan.triton_common import (
     _channels,
     _chunk,
     _log2_rate,
-    _row,
     _steps,
     _tile,
 )
-from attnzoo.ops.triton_common import _ceil, _power_of_2, column_sum, launch_kernel, launched
+from attnzoo.ops.triton_common import (
+    _ceil,
+    _power_of_2,
+    _row,
+    column_sum,
+    launch_kernel,
+    launched,
+)
 
 __all__ = ["scan_by_kernels", "selective_scan"]
 

@@ -68,13 +68,6 @@ def _log2_rate(rate):
 
 
 @triton.jit
-def _row(z, k: tl.constexpr, T: tl.constexpr):
-    """The k-th of T rows: of registers of one thread, which costs nothing."""
-    row = tl.arange(0, T)[:, None]
-    return tl.sum(tl.where(row == k, z, -0.0), 0)  # compilers leave out -0.0, and not 0.0
-
-
-@triton.jit
 def _after(decay, state, past, before, later_decay, later_state, later_past, later):
     # past: the decay of all rows but the last; before: the state before the last.
     return (
