@@ -349,7 +349,7 @@ KERNELS = {
     "_block_mix_gradient_kernel", "_block_query_gradient_kernel", "_block_read_kernel",
     "_branch_gradient_kernel", "_branch_merge_kernel",
     "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
-    "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
+    "_causal_conv_gradient_kernel", "_causal_conv_kernel", "_column_sum_kernel",
     "_count_kernel", "_delta_carry_kernel",
     "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
     "_delta_written_kernel",

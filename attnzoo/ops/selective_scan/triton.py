@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,7 +44,7 @@ __all__ = ["scan_by_kernels", "selective_scan"]
 
 @triton.jit
 def _numbers(z, token, n, number, N: tl.constexpr):
-    """What belongs to each number of a state, of one token: past the last of any, as steps are 0."""
+    """Of one token, what each number of a state has; steps after the last token are 0."""
     place = z + tl.minimum(token, n - 1) * N + number
     return tl.load(place, mask=number < N, other=0.0)
 
@@ -149,7 +150,9 @@ def _selective_output_kernel(
             if SKIPS:
                 read += result
             result = tl.where(row[:, None] == k, read, result)
-        place_out = out + (image * n + first) * d + row.to(tl.int64)[:, None] * d + channel[None, :]
+        place_out = (
+            out + (image * n + first) * d + row.to(tl.int64)[:, None] * d + channel[None, :]
+        )
         tl.store(place_out, result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -170,6 +173,7 @@ class Blocks(NamedTuple):
 END = Blocks(8, 64, 1, 168)
 OUTPUT = Blocks(8, 64, 1, 168)
 GRADIENT = Blocks(16, 32, 1)  # a cap of registers costs half as much again
+STAGES = 2  # of its loop over the numbers of a state
 CARRY = (128, 2, 8)  # entries of a state, warps, stages
 PROGRAMS = 3072  # of 32 channels, about as many as a GPU runs at a time
 
@@ -217,14 +221,13 @@ def _plain(z: Tensor) -> Tensor:
 
 
 def _lines(z: Tensor) -> Tensor:
-    """(b, n, s) -> (b, s, n), so that a thread reads a tile's tokens at once; float32."""
-    layout = torch.contiguous_format
+    """(b, n, s) -> (b, s, n), float32: a thread reads a tile's tokens at once, the last's too."""
+    layout, more = torch.contiguous_format, -z.shape[1] % GRADIENT.tokens
+    z = F.pad(z, (0, 0, 0, more)) if more else z
     return z.transpose(1, 2).to(torch.float32, copy=True, memory_format=layout)
 
 
-def _call(
-    x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool
-) -> _Call:
+def _call(x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool) -> _Call:
     return _Call(_strided(x), _strided(step), bias, rates.t().contiguous().float(), reverse)
 
 
@@ -315,7 +318,7 @@ def scan_backward(
     """Gradients of the operands that there are, in their dtypes."""
     bias, skip = (z if z is None else z.contiguous() for z in (bias, skip))
     call = _call(x, step, bias, rates, reverse)
-    (images, n, d), states, grad = x.shape, rates.shape[1], _strided(grad)
+    (_, n, d), states, grad = x.shape, rates.shape[1], _strided(grad)
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]
     if x.numel() == 0:
         return outs + [torch.zeros_like(z) for z in (rates, b, c, bias, skip) if z is not None]
@@ -324,18 +327,18 @@ def scan_backward(
         _states(call, grad, _plain(c), True), call.chunks, call.grid(GRADIENT),
     )  # fmt: skip
     of_rates, surround = call.new(rows, states, d), call.new(rows, 2, d)
-    shared = call.new(parts, 2, images, states, n)
+    shared = call.new(parts, 2, *b_lines.shape)
     launch_kernel(_selective_gradient_kernel, (rows, parts),
         grad, call.x, call.step, x if bias is None else bias, call.rates, b_lines, c_lines,
         x if skip is None else skip, starts, later, *outs, of_rates, shared, surround,
-        n, d, states, chunks, tiles, images * states * n, *_strides(grad, call.x, call.step),
-        chunks * tiles > 1, reverse, bias is not None, skip is not None, *GRADIENT[:2],
+        n, d, states, chunks, tiles, b_lines.numel(), *_strides(grad, call.x, call.step),
+        chunks * tiles > 1, reverse, bias is not None, skip is not None, STAGES, *GRADIENT[:2],
         **GRADIENT.launch,
     )  # fmt: skip
     outs.append(column_sum(of_rates).t().to(rates.dtype).contiguous())
     for z, like in zip(column_sum(shared), (b, c), strict=True):
         outs.append(torch.empty(like.shape, dtype=like.dtype, device=z.device))
-        outs[-1].copy_(z.transpose(1, 2))
+        outs[-1].copy_(z.transpose(1, 2)[:, :n])
     if bias is not None or skip is not None:
         for z, like in zip(column_sum(surround), (bias, skip), strict=True):
             if like is not None:
