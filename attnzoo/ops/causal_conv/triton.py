@@ -1,4 +1,7 @@
-"""The causal convolution and its SiLU in one pass, and its gradients in another."""
+"""The causal convolution and its SiLU in one walk over the tokens, and its gradients in another.
+
+A thread has its channels' tokens one after the other, and the few before in registers.
+"""
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -36,27 +39,6 @@ def _tokens(z, n, first, spacing, column, mask, TURN: tl.constexpr, T: tl.conste
 
 
 @triton.jit
-def _causal_conv_kernel(
-    x, weight, bias, out, n, c, tiles, spacing, TURN: tl.constexpr, K: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    mask = column < c
-    x += image * n * spacing
-    z = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
-    z += tl.zeros((T, C), tl.float32)
-    for k in tl.static_range(K):
-        w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
-        move = first - TURN * (K - 1 - k)
-        z += w[None, :] * _tokens(x, n, move, spacing, column, mask, 1, T)
-    z /= 1.0 + tl.exp(-z)
-    row = first + tl.arange(0, T)
-    place = out + (image * n + row)[:, None] * c + column[None, :]
-    tl.store(place, z.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
-
-
-@triton.jit
 def _push(window, new, H: tl.constexpr):
     """H rows without their first, and one more: of registers of one thread, as ``_row``."""
     row = tl.arange(0, H)[:, None]
@@ -64,6 +46,55 @@ def _push(window, new, H: tl.constexpr):
     for k in tl.static_range(H - 1):
         out = tl.where(row == k, _row(window, k + 1, H)[None, :], out)
     return out
+
+
+@triton.jit
+def _put(out, z, n, first, begin, c, column, mask, TURN: tl.constexpr, T: tl.constexpr):
+    """Stores a tile of tokens, but none before ``begin``."""
+    token = first + tl.arange(0, T)
+    is_here = ((token >= begin) & (token < n))[:, None] & mask[None, :]
+    out += (first if TURN == 1 else n - 1 - first).to(tl.int64) * c
+    place = tl.arange(0, T).to(tl.int64)[:, None] * (TURN * c) + column[None, :]
+    tl.store(out + place, z.to(out.dtype.element_ty), mask=is_here)
+
+
+@triton.jit
+def _columns(c, C: tl.constexpr):
+    """The channels of a program, each with all its tokens in one thread, and which there are."""
+    column = tl.multiple_of(tl.program_id(1) * C + tl.arange(0, C), 1)
+    return column, column < c
+
+
+@triton.jit
+def _taps(weight, tap, column, mask, K: tl.constexpr):
+    """Those that there are, and zeros."""
+    is_tap = ((tap >= 0) & (tap < K))[:, None] & mask[None, :]
+    return tl.load(weight + column[None, :] * K + tap[:, None], mask=is_tap, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _causal_conv_kernel(
+    x, weight, bias, out, n, c, chunks, tiles, spacing, TURN: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = tl.program_id(0) % chunks * tiles * T
+    column, mask = _columns(c, C)
+    x += image * n * spacing
+    out += image * n * c
+    w = _taps(weight, tl.arange(0, H) - (H - K), column, mask, K)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    seen = _tokens(x, n, begin - H, spacing, column, mask, TURN, H)
+    row = tl.arange(0, T)[:, None]
+    for turn in range(0, tiles):
+        first = begin + turn * T
+        z = _tokens(x, n, first, spacing, column, mask, TURN, T)
+        for k in tl.static_range(T):
+            seen = _push(seen, _row(z, k, T), H)
+            z = tl.where(row == k, (shift + tl.sum(w * seen, 0))[None, :], z)
+        _put(out, z / (1.0 + tl.exp(-z)), n, first, begin, c, column, mask, TURN, T)
 
 
 @triton.jit
@@ -78,18 +109,13 @@ def _causal_conv_gradient_kernel(
     image = (tl.program_id(0) // chunks).to(tl.int64)
     begin = tl.program_id(0) % chunks * (tiles * T - H + 1)
     stop = begin + tiles * T - H + 1
-    column = tl.multiple_of(tl.program_id(1) * C + tl.arange(0, C), 1)  # a thread each
-    mask = column < c
+    column, mask = _columns(c, C)
     x += image * n * spacing
     grad += image * n * g_row
     out += image * n * c
-    row, tap = tl.arange(0, T), tl.arange(0, H) - (H - K)
-    weight += column[None, :] * K
-    is_tap = (tap >= 0)[:, None] & mask[None, :]
-    w = tl.load(weight + tap[:, None], mask=is_tap, other=0.0).to(tl.float32)
-    is_tap = (tl.arange(0, H) < K)[:, None] & mask[None, :]
-    back = tl.load(weight + (K - 1 - tl.arange(0, H))[:, None], mask=is_tap, other=0.0)
-    back = back.to(tl.float32)
+    row, tap = tl.arange(0, T)[:, None], tl.arange(0, H) - (H - K)
+    w = _taps(weight, tap, column, mask, K)
+    back = _taps(weight, K - 1 - tl.arange(0, H), column, mask, K)
     shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
     seen = _tokens(x, n, begin - H, spacing, column, mask, TURN, H)
     slopes, of_taps = tl.zeros((H, C), tl.float32), tl.zeros((H, C), tl.float32)
@@ -108,20 +134,16 @@ def _causal_conv_gradient_kernel(
             slope = tl.where(first + k < stop, slope, 0.0)
             of_taps += slope[None, :] * seen
             of_bias += slope
-            result = tl.where(row[:, None] == k, tl.sum(back * slopes, 0)[None, :], result)
-        token = first - (H - 1)
-        is_mine = ((token + row >= begin) & (token + row < n))[:, None] & mask[None, :]
-        token = (token if TURN == 1 else n - 1 - token).to(tl.int64)
-        place = out + token * c + row.to(tl.int64)[:, None] * (TURN * c) + column[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=is_mine)
+            result = tl.where(row == k, tl.sum(back * slopes, 0)[None, :], result)
+        _put(out, result, n, first - (H - 1), begin, c, column, mask, TURN, T)
     parts += tl.program_id(0).to(tl.int64) * (K + 1) * c + column
     tl.store(parts[None, :] + tap[:, None] * c, of_taps, mask=(tap >= 0)[:, None] & mask[None, :])
     tl.store(parts + K * c, of_bias, mask=mask)
 
 
-_TILE = 16, 128  # tokens and channels
-GRADIENT = 16, 64, 1  # likewise, and warps
-TILES = 4  # of a program
+# Tokens and channels of a tile, warps, and tiles of a program.
+FORWARD = 16, 64, 1, 2
+GRADIENT = 16, 64, 1, 4
 
 
 @launched("causal_conv", "(Tensor x, Tensor weight, Tensor bias, bool reverse) -> Tensor")
@@ -129,12 +151,12 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, spacing = _rows(x)
-    (b, n, c), (rows, columns) = x.shape, _TILE
+    (b, n, c), (rows, columns, warps, tiles), taps = x.shape, FORWARD, weight.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles, bias = _ceil(n, rows), bias.contiguous()
-    launch_kernel(_causal_conv_kernel, (b * tiles, _ceil(c, columns)),
-        x, weight.contiguous(), bias, out, n, c, tiles, spacing, -1 if reverse else 1,
-        weight.shape[-1], rows, columns, num_warps=4,
+    chunks = _ceil(n, tiles * rows)
+    launch_kernel(_causal_conv_kernel, (b * chunks, _ceil(c, columns)),
+        x, weight.contiguous(), bias.contiguous(), out, n, c, chunks, tiles, spacing,
+        -1 if reverse else 1, taps, _power_of_2(taps), rows, columns, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -150,10 +172,10 @@ def _backward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     (x, spacing), (grad, g_row) = _rows(x), _rows(grad)
-    (b, n, c), (rows, columns, warps), taps = x.shape, GRADIENT, weight.shape[-1]
+    (b, n, c), (rows, columns, warps, tiles), taps = x.shape, GRADIENT, weight.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     window = _power_of_2(taps)
-    tiles = max(TILES, _ceil(2 * window, rows))
+    tiles = max(tiles, _ceil(2 * window, rows))
     chunks, bias = _ceil(n, tiles * rows - window + 1), bias.contiguous()
     parts = torch.empty(b * chunks, taps + 1, c, dtype=torch.float32, device=x.device)
     launch_kernel(_causal_conv_gradient_kernel, (b * chunks, _ceil(c, columns)),
