@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,6 +39,31 @@ from attnzoo.ops.triton_common import (
 )
 
 __all__ = ["scan_by_kernels", "selective_scan"]
+
+
+@triton.jit
+def _selective_lay_kernel(
+    b, c, rows, lines, n, length, b_image, b_row, c_image, c_row, LINES: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    # b and c in float32, first as tokens have them and then, LINES, as numbers have them.
+    tiles = tl.cdiv(length, T)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    token, number = tl.program_id(0) % tiles * T + tl.arange(0, T), tl.arange(0, S)
+    is_number = (number < N)[None, :]
+    mask = (token < n)[:, None] & is_number
+    place, images = (image * n + token[:, None]) * N + number[None, :], tl.num_programs(0) // tiles
+    line = (image * N + number[None, :]) * length + token[:, None]
+    z = b + image * b_image + token.to(tl.int64)[:, None] * b_row + number[None, :]
+    of_c = c + image * c_image + token.to(tl.int64)[:, None] * c_row + number[None, :]
+    z = tl.load(z, mask=mask, other=0.0).to(tl.float32)
+    of_c = tl.load(of_c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(rows + place, z, mask=mask)
+    tl.store(rows + images.to(tl.int64) * n * N + place, of_c, mask=mask)
+    if LINES:
+        mask = (token < length)[:, None] & is_number
+        tl.store(lines + line, z, mask=mask)
+        tl.store(lines + images.to(tl.int64) * N * length + line, of_c, mask=mask)
 
 
 @triton.jit
@@ -174,6 +198,7 @@ END = Blocks(8, 64, 1, 168)
 OUTPUT = Blocks(8, 64, 1, 168)
 GRADIENT = Blocks(16, 32, 1)  # a cap of registers costs half as much again
 STAGES = 2  # of its loop over the numbers of a state
+LAID = 64  # tokens
 CARRY = (128, 2, 8)  # entries of a state, warps, stages
 PROGRAMS = 3072  # of 32 channels, about as many as a GPU runs at a time
 
@@ -215,20 +240,21 @@ def _strided(z: Tensor) -> Tensor:
     return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
 
 
-def _plain(z: Tensor) -> Tensor:
-    """In float32, its numbers one after the other."""
-    return z.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
-
-
-def _lines(z: Tensor) -> Tensor:
-    """(b, n, s) -> (b, s, n), float32: a thread reads a tile's tokens at once, the last's too."""
-    layout, more = torch.contiguous_format, -z.shape[1] % GRADIENT.tokens
-    z = F.pad(z, (0, 0, 0, more)) if more else z
-    return z.transpose(1, 2).to(torch.float32, copy=True, memory_format=layout)
-
-
 def _call(x: Tensor, step: Tensor, bias: Tensor | None, rates: Tensor, reverse: bool) -> _Call:
     return _Call(_strided(x), _strided(step), bias, rates.t().contiguous().float(), reverse)
+
+
+def _laid(call: _Call, b: Tensor, c: Tensor, has_lines: bool) -> tuple[Tensor, Tensor]:
+    """Both in float32: (2, images, n, s) and, where asked for, (2, images, s, tiles of n)."""
+    (images, n, states), tile = b.shape, GRADIENT.tokens
+    b, c, length = _strided(b), _strided(c), _ceil(n, tile) * tile
+    rows = call.new(2, images, n, states)
+    lines = call.new(2, images, states, length if has_lines else 0)
+    launch_kernel(_selective_lay_kernel, (images * _ceil(length, LAID),),
+        b, c, rows, lines, n, length, *_strides(b, c), has_lines, states, _power_of_2(states),
+        LAID, num_warps=4,
+    )  # fmt: skip
+    return rows, lines
 
 
 def _states(call: _Call, x: Tensor, taken: Tensor, adjoint: bool) -> Tensor:
@@ -289,7 +315,7 @@ def scan_forward(
     starts = call.new(images, _tiles(n) if save else 0, states, d)
     if out.numel() == 0:
         return out, starts
-    b, c = _plain(b), _plain(c)
+    b, c = _laid(call, b, c, False)[0]
     entering, (chunks, tiles) = _states(call, call.x, b, False), call.chunks
     launch_kernel(_selective_output_kernel, call.grid(OUTPUT),
         call.x, call.step, x if bias is None else bias, call.rates, b, c,
@@ -322,16 +348,16 @@ def scan_backward(
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in (x, step)]
     if x.numel() == 0:
         return outs + [torch.zeros_like(z) for z in (rates, b, c, bias, skip) if z is not None]
-    b_lines, c_lines = _lines(b), _lines(c)
+    laid, lines = _laid(call, b, c, True)
     later, (chunks, tiles), (rows, parts) = (
-        _states(call, grad, _plain(c), True), call.chunks, call.grid(GRADIENT),
+        _states(call, grad, laid[1], True), call.chunks, call.grid(GRADIENT),
     )  # fmt: skip
     of_rates, surround = call.new(rows, states, d), call.new(rows, 2, d)
-    shared = call.new(parts, 2, *b_lines.shape)
+    shared = call.new(parts, *lines.shape)
     launch_kernel(_selective_gradient_kernel, (rows, parts),
-        grad, call.x, call.step, x if bias is None else bias, call.rates, b_lines, c_lines,
+        grad, call.x, call.step, x if bias is None else bias, call.rates, *lines,
         x if skip is None else skip, starts, later, *outs, of_rates, shared, surround,
-        n, d, states, chunks, tiles, b_lines.numel(), *_strides(grad, call.x, call.step),
+        n, d, states, chunks, tiles, lines[0].numel(), *_strides(grad, call.x, call.step),
         chunks * tiles > 1, reverse, bias is not None, skip is not None, STAGES, *GRADIENT[:2],
         **GRADIENT.launch,
     )  # fmt: skip
