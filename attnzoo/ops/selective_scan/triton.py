@@ -2,10 +2,11 @@
 
 Three launches: the state that each chunk would leave if it began with none; the states that enter
 the chunks, by a recurrence over them; and the outputs. The gradients of the states are states of
-the scan the other way round, so that the first two serve the backward as well. A chunk has one
-tile of tokens or several. A thread holds a channel's tokens of a tile and takes the numbers of its
-state one after the other: no decay is a quotient, no exponent positive, and the sums over a state
-stay in registers. What passes from tile to tile passes through memory, at its thread's own place.
+the scan the other way round, so that the first two serve the backward as well. A thread walks over
+the tokens of its channels with their states in registers: each number has a chain of its own, and
+what binds is one exponential for each of them and each token. Only the gradients take the numbers
+one after the other, each with a tile's tokens in registers. No decay is a quotient, no exponent
+positive, and the sums over a state stay in registers.
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -159,7 +160,8 @@ def _selective_output_kernel(
         first = tile * T
         mask = (first + row < n)[:, None] & is_channel[None, :]
         if SAVED:
-            tl.store(starts + tile // R * N * d + place, state, mask=is_state & (turn % R == 0))
+            if turn % R == 0:
+                tl.store(starts + tile // R * N * d + place, state, mask=is_state)
         z = _tile(step, image, first, row, channel, mask, step_image, step_row)
         dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
         result = _tile(x, image, first, row, channel, mask, x_image, x_row)
