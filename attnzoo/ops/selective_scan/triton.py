@@ -159,9 +159,8 @@ def _selective_output_kernel(
         tile = (chunk * R + (count * R - 1 - turn if UPWARD else turn)).to(tl.int64)
         first = tile * T
         mask = (first + row < n)[:, None] & is_channel[None, :]
-        if SAVED:
-            if turn % R == 0:
-                tl.store(starts + tile // R * N * d + place, state, mask=is_state)
+        if SAVED and turn % R == 0:
+            tl.store(starts + tile // R * N * d + place, state, mask=is_state)
         z = _tile(step, image, first, row, channel, mask, step_image, step_row)
         dt = _steps(z, bias, channel, is_channel, mask, MAPPED)
         result = _tile(x, image, first, row, channel, mask, x_image, x_row)
