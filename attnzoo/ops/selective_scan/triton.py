@@ -353,23 +353,22 @@ def scan_backward(
     later, (chunks, tiles), (rows, parts) = (
         _states(call, grad, laid[1], True), call.chunks, call.grid(GRADIENT),
     )  # fmt: skip
-    of_rates, surround = call.new(rows, states, d), call.new(rows, 2, d)
-    shared = call.new(parts, *lines.shape)
+    of_rates, shared = call.new(rows, states + 2, d), call.new(parts, *lines.shape)
     launch_kernel(_selective_gradient_kernel, (rows, parts),
         grad, call.x, call.step, x if bias is None else bias, call.rates, *lines,
-        x if skip is None else skip, starts, later, *outs, of_rates, shared, surround,
+        x if skip is None else skip, starts, later, *outs, of_rates, shared,
         n, d, states, chunks, tiles, lines[0].numel(), *_strides(grad, call.x, call.step),
         chunks * tiles > 1, reverse, bias is not None, skip is not None, STAGES, *GRADIENT[:2],
         **GRADIENT.launch,
     )  # fmt: skip
-    outs.append(column_sum(of_rates).t().to(rates.dtype).contiguous())
+    of_rates, of_bias, of_skip = column_sum(of_rates).split([states, 1, 1])
+    outs.append(of_rates.t().to(rates.dtype).contiguous())
     for z, like in zip(column_sum(shared), (b, c), strict=True):
         outs.append(torch.empty(like.shape, dtype=like.dtype, device=z.device))
         outs[-1].copy_(z.transpose(1, 2)[:, :n])
-    if bias is not None or skip is not None:
-        for z, like in zip(column_sum(surround), (bias, skip), strict=True):
-            if like is not None:
-                outs.append(z.to(like.dtype, copy=True))
+    for z, like in ((of_bias, bias), (of_skip, skip)):
+        if like is not None:
+            outs.append(z[0].to(like.dtype, copy=True))
     return outs
 
 

@@ -24,13 +24,13 @@ from attnzoo.ops.selective_scan.triton_common import (
 @triton.jit
 def _selective_gradient_kernel(
     grad, x, step, bias, rates, b, c, skip, starts, later, grad_x, grad_step, of_rates, shared,
-    surround, n, d, states, chunks, tiles, of_c, g_image, g_row, x_image, x_row, step_image,
+    n, d, states, chunks, tiles, of_c, g_image, g_row, x_image, x_row, step_image,
     step_row, CARRIED: tl.constexpr, REVERSE: tl.constexpr, MAPPED: tl.constexpr,
     SKIPS: tl.constexpr, STAGES: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     # later: what later chunks want of the state that this one leaves, and then its tiles of those
-    # that each leaves. of_rates: parts of the gradient of the rates. shared: of b and, of_c on, of
-    # c. surround: of bias and skip.
+    # that each leaves. of_rates: parts of the gradients of the rates, of bias and of skip. shared:
+    # of b and, of_c on, of c.
     image, chunk, count = _chunk(n, chunks, tiles, T)
     channel, is_channel = _channels(d, D)
     row = tl.arange(0, T)
@@ -38,7 +38,7 @@ def _selective_gradient_kernel(
     is_last = (row == (0 if REVERSE else T - 1))[:, None]
     at = tl.program_id(0).to(tl.int64)
     later += at * states * d
-    of_rates += at * states * d
+    of_rates += at * (states + 2) * d
     starts += image * tl.cdiv(n, T) * states * d
     length = tl.cdiv(n, T) * T  # of the lines of b and c, with zeros at the end
     b += image * states * length
@@ -106,6 +106,6 @@ def _selective_gradient_kernel(
         tl.store(grad_x + spot, of_x.to(grad_x.dtype.element_ty), mask=mask)
         tl.store(grad_step + spot, of_step.to(grad_step.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next tile reads what this one wrote
-    surround += at * 2 * d + channel
-    tl.store(surround, of_bias, mask=is_channel)
-    tl.store(surround + d, of_skip, mask=is_channel)
+    of_rates += states * d + channel
+    tl.store(of_rates, of_bias, mask=is_channel)
+    tl.store(of_rates + d, of_skip, mask=is_channel)
