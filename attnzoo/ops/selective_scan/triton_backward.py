@@ -45,8 +45,8 @@ def _selective_gradient_kernel(
     c += image * states * length
     shared += tl.program_id(1).to(tl.int64) * 2 * of_c + image * states * length
     W: tl.constexpr = min(D, 32)
-    place = tl.arange(0, W) % T
-    is_place = tl.arange(0, W) < T
+    place = tl.arange(0, W) % T + tl.where(tl.arange(0, W) < T, 0, of_c)
+    is_place = tl.arange(0, W) < 2 * T
     of_bias, of_skip = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
     for turn in range(0, count):
         tile = (chunk + (turn if REVERSE else count - 1 - turn)).to(tl.int64)
@@ -85,10 +85,9 @@ def _selective_gradient_kernel(
             spot = of_rates + s * d + channel
             part = tl.load(spot, mask=is_channel & (turn > 0), other=0.0)
             tl.store(spot, part + tl.sum(of_exponent * dt, 0), mask=is_channel)
-            sums = _sum_over_channels(wanted * given, T, D)
+            both = tl.permute(tl.join(wanted * given, dy * state), (2, 0, 1))
+            sums = _sum_over_channels(tl.reshape(both, (2 * T, D)), 2 * T, D)
             tl.store(shared + line + place, sums, mask=is_place)
-            sums = _sum_over_channels(dy * state, T, D)
-            tl.store(shared + of_c + line + place, sums, mask=is_place)
         x_tile = _tile(x, image, first, row, channel, mask, x_image, x_row)
         of_step += of_given * x_tile
         of_x = of_given * dt
