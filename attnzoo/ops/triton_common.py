@@ -239,6 +239,19 @@ def _chunk_sums(
 
 
 @triton.jit
+def _nothing(z):
+    """-0.0, which compilers leave out of sums, as they must not 0.0."""
+    return tl.zeros_like(z) * -1.0
+
+
+@triton.jit
+def _row(z, k: tl.constexpr, T: tl.constexpr):
+    """The k-th of T rows: of registers of one thread, which costs nothing."""
+    row = tl.arange(0, T)[:, None]
+    return tl.sum(tl.where(row == k, z, _nothing(z)), 0)
+
+
+@triton.jit
 def _dot(a, b, P: tl.constexpr):
     if P == "ieee":
         # The interpreter would multiply the bits of bfloat16 operands as integers.

@@ -219,9 +219,9 @@ if CAN_RUN:
             torch.testing.assert_close(found, before)
 
     @pytest.mark.parametrize("reverse", [False, True])
-    @pytest.mark.parametrize(("n", "channels"), [(1, 5), (70, 130)])
-    def test_causal_convolution(n, channels, reverse):
-        inputs = [random(2, n, channels), random(channels, 1, 4, seed=1)]
+    @pytest.mark.parametrize(("n", "channels", "taps"), [(1, 5, 4), (9, 5, 3), (70, 66, 4)])
+    def test_causal_convolution(n, channels, taps, reverse):
+        inputs = [random(2, n, channels), random(channels, 1, taps, seed=1)]
         inputs += [random(channels, seed=2), random(2, n, channels, seed=3)]
         options = {"reverse": reverse}
         exact = with_gradients(causal_conv, doubled(inputs), impl="reference", **options)

@@ -1,7 +1,6 @@
-"""The causal convolution and its SiLU in one pass, and its gradients in two.
+"""The causal convolution and its SiLU in one walk over the tokens, and its gradients in another.
 
-The first makes the gradient of what the SiLU takes, and the sums over tokens; the second is the
-convolution of it the other way round.
+A thread has its channels' tokens one after the other, and the few before in registers.
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -18,96 +17,148 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.precision import autocast_operands
-from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launch_kernel, launched
+from attnzoo.ops.triton_common import (
+    _ceil,
+    _power_of_2,
+    _row,
+    _rows,
+    column_sum,
+    launch_kernel,
+    launched,
+)
 
 
 @triton.jit
-def _tokens(z, n, first, move, spacing, column, mask, T: tl.constexpr):
-    """A tile of an image's tokens, ``move`` tokens further on; zeros outside."""
-    row = first + move + tl.arange(0, T)
-    is_here = ((row >= 0) & (row < n))[:, None] & mask[None, :]
-    place = row.to(tl.int64)[:, None] * spacing + column[None, :]
+def _tokens(z, n, first, spacing, column, mask, TURN: tl.constexpr, T: tl.constexpr):
+    """A tile of an image's tokens, TURN = -1: counted from the last; zeros outside."""
+    row = tl.arange(0, T)
+    is_here = ((first + row).to(tl.uint32) < n.to(tl.uint32))[:, None] & mask[None, :]
+    z += (first if TURN == 1 else n - 1 - first).to(tl.int64) * spacing
+    place = row.to(tl.int64)[:, None] * (TURN * spacing) + column[None, :]
     return tl.load(z + place, mask=is_here, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _convolved(
-    x, weight, bias, n, first, spacing, column, mask, HAS_BIAS: tl.constexpr, TURN: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros((T, column.shape[0]), tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(K):
-        w = tl.load(weight + column * K + k, mask=mask, other=0.0).to(tl.float32)
-        move = -TURN * (K - 1 - k)
-        total += w[None, :] * _tokens(x, n, first, move, spacing, column, mask, T)
-    return total
+def _push(window, new, H: tl.constexpr):
+    """H rows without their first, and one more: of registers of one thread, as ``_row``."""
+    row = tl.arange(0, H)[:, None]
+    out = new[None, :] + tl.zeros_like(window)
+    for k in tl.static_range(H - 1):
+        out = tl.where(row == k, _row(window, k + 1, H)[None, :], out)
+    return out
+
+
+@triton.jit
+def _put(out, z, n, first, begin, c, column, mask, TURN: tl.constexpr, T: tl.constexpr):
+    """Stores a tile of tokens, but none before ``begin``."""
+    token = first + tl.arange(0, T)
+    is_here = ((token >= begin) & (token < n))[:, None] & mask[None, :]
+    out += (first if TURN == 1 else n - 1 - first).to(tl.int64) * c
+    place = tl.arange(0, T).to(tl.int64)[:, None] * (TURN * c) + column[None, :]
+    tl.store(out + place, z.to(out.dtype.element_ty), mask=is_here)
+
+
+@triton.jit
+def _columns(c, C: tl.constexpr):
+    """The channels of a program, each with all its tokens in one thread, and which there are."""
+    column = tl.multiple_of(tl.program_id(1) * C + tl.arange(0, C), 1)
+    return column, column < c
+
+
+@triton.jit
+def _taps(weight, tap, column, mask, K: tl.constexpr):
+    """Those that there are, and zeros."""
+    is_tap = ((tap >= 0) & (tap < K))[:, None] & mask[None, :]
+    return tl.load(weight + column[None, :] * K + tap[:, None], mask=is_tap, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def _causal_conv_kernel(
-    x, weight, bias, out, n, c, tiles, spacing, IS_WHOLE: tl.constexpr, TURN: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    x, weight, bias, out, n, c, chunks, tiles, spacing, TURN: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    # IS_WHOLE: with the bias and the SiLU.
-    image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    mask = column < c
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = tl.program_id(0) % chunks * tiles * T
+    column, mask = _columns(c, C)
     x += image * n * spacing
-    z = _convolved(x, weight, bias, n, first, spacing, column, mask, IS_WHOLE, TURN, K, T)
-    if IS_WHOLE:
-        z /= 1.0 + tl.exp(-z)
-    row = first + tl.arange(0, T)
-    place = out + (image * n + row)[:, None] * c + column[None, :]
-    tl.store(place, z.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
+    out += image * n * c
+    w = _taps(weight, tl.arange(0, H) - (H - K), column, mask, K)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    seen = _tokens(x, n, begin - H, spacing, column, mask, TURN, H)
+    row = tl.arange(0, T)[:, None]
+    for turn in range(0, tiles):
+        first = begin + turn * T
+        z = _tokens(x, n, first, spacing, column, mask, TURN, T)
+        for k in tl.static_range(T):
+            seen = _push(seen, _row(z, k, T), H)
+            z = tl.where(row == k, (shift + tl.sum(w * seen, 0))[None, :], z)
+        _put(out, z / (1.0 + tl.exp(-z)), n, first, begin, c, column, mask, TURN, T)
 
 
 @triton.jit
-def _causal_conv_slope_kernel(
-    grad, x, weight, bias, out, parts, n, c, tiles, g_row, spacing, TURN: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+def _causal_conv_gradient_kernel(
+    grad, x, weight, bias, out, parts, n, c, chunks, tiles, g_row, spacing, TURN: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    # parts: of the gradients of each tap and of the bias, (programs, K + 1, c).
-    image, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * T
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    mask = column < c
+    # A thread walks over its channels' tokens with what the H last ones were. The gradient of a
+    # token's x takes the slopes, of what the SiLU takes, of the K - 1 after it: the last H - 1
+    # belong to the next program. parts: of the gradients of each tap and of the bias,
+    # (programs, K + 1, c).
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    begin = tl.program_id(0) % chunks * (tiles * T - H + 1)
+    stop = begin + tiles * T - H + 1
+    column, mask = _columns(c, C)
     x += image * n * spacing
     grad += image * n * g_row
-    z = _convolved(x, weight, bias, n, first, spacing, column, mask, True, TURN, K, T)
-    gate = 1.0 / (1.0 + tl.exp(-z))
-    slope = _tokens(grad, n, first, 0, g_row, column, mask, T) * gate * (1.0 + z * (1.0 - gate))
-    row = first + tl.arange(0, T)
-    place = out + (image * n + row)[:, None] * c + column[None, :]
-    tl.store(place, slope.to(out.dtype.element_ty), mask=(row < n)[:, None] & mask[None, :])
+    out += image * n * c
+    row, tap = tl.arange(0, T)[:, None], tl.arange(0, H) - (H - K)
+    w = _taps(weight, tap, column, mask, K)
+    back = _taps(weight, K - 1 - tl.arange(0, H), column, mask, K)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    seen = _tokens(x, n, begin - H, spacing, column, mask, TURN, H)
+    slopes, of_taps = tl.zeros((H, C), tl.float32), tl.zeros((H, C), tl.float32)
+    of_bias = tl.zeros((C,), tl.float32)
+    for turn in range(0, tiles):
+        first = begin + turn * T
+        x_tile = _tokens(x, n, first, spacing, column, mask, TURN, T)
+        dy = _tokens(grad, n, first, g_row, column, mask, TURN, T)
+        result = tl.zeros((T, C), tl.float32)
+        for k in tl.static_range(T):
+            seen = _push(seen, _row(x_tile, k, T), H)
+            z = shift + tl.sum(w * seen, 0)
+            gate = 1.0 / (1.0 + tl.exp(-z))
+            slope = _row(dy, k, T) * gate * (1.0 + z * (1.0 - gate))
+            slopes = _push(slopes, slope, H)
+            slope = tl.where(first + k < stop, slope, 0.0)
+            of_taps += slope[None, :] * seen
+            of_bias += slope
+            result = tl.where(row == k, tl.sum(back * slopes, 0)[None, :], result)
+        _put(out, result, n, first - (H - 1), begin, c, column, mask, TURN, T)
     parts += tl.program_id(0).to(tl.int64) * (K + 1) * c + column
-    for k in tl.static_range(K):
-        z = _tokens(x, n, first, -TURN * (K - 1 - k), spacing, column, mask, T)
-        tl.store(parts + k * c, tl.sum(slope * z, 0), mask=mask)
-    tl.store(parts + K * c, tl.sum(slope, 0), mask=mask)
+    tl.store(parts[None, :] + tap[:, None] * c, of_taps, mask=(tap >= 0)[:, None] & mask[None, :])
+    tl.store(parts + K * c, of_bias, mask=mask)
 
 
-_TILE = 16, 128  # tokens and channels
-_SLOPE_TILE = 32, 64
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, is_whole: bool) -> Tensor:
-    x, spacing = _rows(x)
-    (b, n, c), (rows, columns) = x.shape, _TILE
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles, bias = _ceil(n, rows), bias.contiguous()
-    launch_kernel(_causal_conv_kernel, (b * tiles, _ceil(c, columns)),
-        x, weight.contiguous(), bias, out, n, c, tiles, spacing, is_whole, -1 if reverse else 1,
-        weight.shape[-1], rows, columns, num_warps=4,
-    )  # fmt: skip
-    return out
+# Tokens and channels of a tile, warps, and tiles of a program.
+FORWARD = 16, 64, 1, 2
+GRADIENT = 16, 64, 1, 4
 
 
 @launched("causal_conv", "(Tensor x, Tensor weight, Tensor bias, bool reverse) -> Tensor")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _convolve(x, weight, bias, reverse, True)
+    x, spacing = _rows(x)
+    (b, n, c), (rows, columns, warps, tiles), taps = x.shape, FORWARD, weight.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    chunks = _ceil(n, tiles * rows)
+    launch_kernel(_causal_conv_kernel, (b * chunks, _ceil(c, columns)),
+        x, weight.contiguous(), bias.contiguous(), out, n, c, chunks, tiles, spacing,
+        -1 if reverse else 1, taps, _power_of_2(taps), rows, columns, num_warps=warps,
+    )  # fmt: skip
+    return out
 
 
 @launched(
@@ -121,15 +172,16 @@ def _backward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     (x, spacing), (grad, g_row) = _rows(x), _rows(grad)
-    (b, n, c), (rows, columns), taps = x.shape, _SLOPE_TILE, weight.shape[-1]
-    slopes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiles, bias = _ceil(n, rows), bias.contiguous()
-    parts = torch.empty(b * tiles, taps + 1, c, dtype=torch.float32, device=x.device)
-    launch_kernel(_causal_conv_slope_kernel, (b * tiles, _ceil(c, columns)),
-        grad, x, weight.contiguous(), bias, slopes, parts, n, c, tiles, g_row, spacing,
-        -1 if reverse else 1, taps, rows, columns, num_warps=4,
+    (b, n, c), (rows, columns, warps, tiles), taps = x.shape, GRADIENT, weight.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    window = _power_of_2(taps)
+    tiles = max(tiles, _ceil(2 * window, rows))
+    chunks, bias = _ceil(n, tiles * rows - window + 1), bias.contiguous()
+    parts = torch.empty(b * chunks, taps + 1, c, dtype=torch.float32, device=x.device)
+    launch_kernel(_causal_conv_gradient_kernel, (b * chunks, _ceil(c, columns)),
+        grad, x, weight.contiguous(), bias, out, parts, n, c, chunks, tiles, g_row, spacing,
+        -1 if reverse else 1, taps, window, rows, columns, num_warps=warps,
     )  # fmt: skip
-    out = _convolve(slopes, weight, bias, not reverse, False)
     sums = column_sum(parts)
     of_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     of_weight.squeeze(1).copy_(sums[:taps].t())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.ops.triton_common import _LOG2E
+from attnzoo.ops.triton_common import _LOG2E, _nothing
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _STRONGEST = tl.constexpr(-2e38)  # times log2(e) it is finite, and times a step of 0 it is 0
@@ -37,19 +37,20 @@ def _channels(d, D: tl.constexpr):
 @triton.jit
 def _tile(z, image, first, row, channel, mask, of_image, of_token):
     place = z + image * of_image + first * of_token
-    place += row[:, None] * of_token + channel[None, :]
+    place += row.to(tl.int64)[:, None] * of_token + channel[None, :]
     return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _softplus(z):
-    # log(1 + e) = 2 artanh(e / (2 + e)) loses nothing where e is small and the step short.
+    # log(1 + e) / e as a polynomial, to 5e-9: nothing is lost where e is small and the step short.
     e = tl.exp(-tl.abs(z))
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1 / 11 + q * (1 / 13 + q * (1 / 15))
-    series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * series)))
-    return tl.maximum(z, 0.0) + 2.0 * s * (1.0 + q * series)
+    series = 0.10603653639554977 + e * (
+        -0.05695951730012894 + e * (0.019851453602313995 + e * -0.0032440233044326305)
+    )
+    series = 0.1967593878507614 + e * (-0.15305592119693756 + e * series)
+    series = 0.3332996368408203 + e * (-0.24954134225845337 + e * series)
+    return tl.maximum(z, 0.0) + e * (1.0 + e * (-0.4999990165233612 + e * series))
 
 
 @triton.jit
@@ -97,14 +98,35 @@ def _join(decay, fed, T: tl.constexpr, UPWARD: tl.constexpr):
                 state += decay * _moved(state, 1 << k, 0.0, T, UPWARD)
                 decay *= _moved(decay, 1 << k, 1.0, T, UPWARD)
         return state, _moved(state, 1, 0.0, T, UPWARD)
-    none = tl.zeros_like(fed)
     # Within a thread flips only rename registers, which a reverse scan does not know.
     if UPWARD:
         decay, fed = tl.flip(decay, 0), tl.flip(fed, 0)
+    none = _nothing(fed)
     _, state, _, before = tl.associative_scan((decay, fed, none + 1.0, none), 0, _after)
     if UPWARD:
         state, before = tl.flip(state, 0), tl.flip(before, 0)
     return state, before
+
+
+@triton.jit
+def _after_wanted(past, decay, wanted, later_past, later_decay, later_wanted):
+    # decay: of the last row; past: of all others.
+    passed = decay * wanted
+    return later_past * decay * past, later_decay, later_past * passed + later_wanted
+
+
+@triton.jit
+def _descend(decay, wanted, T: tl.constexpr, UPWARD: tl.constexpr):
+    """What is wanted of the states after each of T rows, decay * wanted of the ones before."""
+    if _IS_INTERPRETED:
+        return wanted + _join(decay, decay * wanted, T, UPWARD)[1]
+    if UPWARD:
+        decay, wanted = tl.flip(decay, 0), tl.flip(wanted, 0)
+    past = tl.zeros_like(decay) + 1.0
+    _, _, wanted = tl.associative_scan((past, decay, wanted), 0, _after_wanted)
+    if UPWARD:
+        wanted = tl.flip(wanted, 0)
+    return wanted
 
 
 @triton.jit
