@@ -54,6 +54,17 @@ def _features(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _laid_out(x, like, FAST: tl.constexpr):
+    """``x``, made once and in the layout of ``like``, not anew in each that it is read in."""
+    if FAST:  # the compiler does not see through this
+        pack: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, like], dtype=x.dtype, is_pure=False, pack=pack
+        )
+    return x
+
+
+@triton.jit
 def _to_token(slope, x):
     """The slope of a token, of that of its features ``x``."""
     return slope * tl.where(x > 1, 1.0, x)
@@ -324,7 +335,7 @@ def _elu_query_gradient_kernel(
         acc_odd = tl.zeros((W, W // 2), tl.float32)
         of_even_keys = tl.zeros((R, W // 2), tl.float32)
         of_odd_keys = tl.zeros((R, W // 2), tl.float32)
-        of_values = tl.zeros((R, W), tl.float32)
+        of_values = tl.zeros((R // 2, W), tl.float32)
     if WRITE and WEIGH:
         sums = spread + head * d
         even_shared = _mean(sums, image, spread_splits, n, heads * d, even_column, is_even, S)
@@ -342,12 +353,12 @@ def _elu_query_gradient_kernel(
             wide = g.to(tl.float32)
             place = row[:, None] * (heads * d) + column[None, :]
             tl.store(of_gate + place, (z * wide).to(of_gate.dtype.element_ty), mask=mask)
-            tl.store(of_plain + place, (factor * wide).to(dtype), mask=mask)
-            # Read back, or it would be made anew in the layout of each product.
-            tl.debug_barrier()
-            g = tl.load(of_plain + place, mask=mask, other=0.0)
-        even, odd = _halves(_features(x, FAST), R, W)
+            g = (factor * wide).to(dtype)
+            g = _laid_out(g, g, FAST)
+            tl.store(of_plain + place, g, mask=mask)
         even_slope, odd_slope = _dot(g, tl.trans(evens), P), _dot(g, tl.trans(odds), P)
+        even, odd = _halves(_features(x, FAST), R, W)
+        even, odd = _laid_out(even, even_slope, FAST), _laid_out(odd, odd_slope, FAST)
         turned_even, turned_odd = even, odd
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
@@ -369,7 +380,8 @@ def _elu_query_gradient_kernel(
             of_even_keys += even * of_norm[:, None]
             of_odd_keys += odd * of_norm[:, None]
             if not WEIGH:
-                of_values -= g.to(tl.float32) * (norm / n)[:, None]
+                z = g.to(tl.float32) * norm[:, None]
+                of_values -= tl.sum(tl.reshape(z, (2, R // 2, W)), 0)  # both of one thread
         if WRITE:
             even_slope = even_slope * factor[:, None] + of_norm[:, None] * even_keys[None, :]
             odd_slope = odd_slope * factor[:, None] + of_norm[:, None] * odd_keys[None, :]
@@ -387,7 +399,7 @@ def _elu_query_gradient_kernel(
         partial += d * d
         tl.store(partial + even_column, tl.sum(of_even_keys, 0), mask=is_even)
         tl.store(partial + even_column + 1, tl.sum(of_odd_keys, 0), mask=is_odd)
-        tl.store(partial + d + column, tl.sum(of_values, 0), mask=is_column)
+        tl.store(partial + d + column, tl.sum(of_values, 0) / n, mask=is_column)
 
 
 @triton.jit
@@ -429,8 +441,9 @@ def _elu_key_gradient_kernel(
         v = _tile(value, row, k_row, column, mask)
         if ADD:
             near = _tile(added, row, heads * d, column, mask)
-        x = _features(x, FAST)
         slope = _dot(v, tl.trans(block), P)
+        x = _features(x, FAST)
+        x = _laid_out(x, x, FAST)
         turned = x
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
@@ -474,8 +487,8 @@ class Block(NamedTuple):
 # In float32 registers hold fewer tokens.
 BLOCKS = {
     "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1, 128),
-    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 528, 4, 1, 128),
-    "key_gradient": Block(64, 528, 4, 1, 128),
+    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 384, 4, 1, 168),
+    "query_only": Block(64, 528, 4, 1, 128), "key_gradient": Block(64, 528, 4, 1, 128),
 }  # fmt: skip
 SUM_CHANNELS, JOINED, MOST_SPLITS = 128, 2048, 128
 
@@ -630,10 +643,12 @@ def _backward(
     turn, place = qkv if table is None else table, _place(table, width)
     flags, scales = (table is not None, is_weighed), _scales(n, d, eps, is_weighed)
     grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
-    s = _sizes("query_gradient", query, heads)
-    partial = _new(qkv, b * heads, s.splits, d + 2, d)
+    partial = _new(qkv, b * heads, _sizes("query_gradient", query, heads).splits, d + 2, d)
 
-    def of_queries(of: Tensor, row: int, spread: Tensor, parts: int, *which: bool) -> None:
+    def of_queries(
+        kernel: str, of: Tensor, row: int, spread: Tensor, parts: int, *which: bool
+    ) -> None:
+        s = _sizes(kernel, query, heads)
         launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
             of, query, gate, plain, norms, turn, state, spread, grad_q, of_plain, of_gate, partial,
             n, heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
@@ -641,7 +656,7 @@ def _backward(
         )  # fmt: skip
 
     if grads.numel():
-        of_queries(grad, g_row, state, 1, True, not is_weighed)
+        of_queries("query_gradient", grad, g_row, state, 1, True, not is_weighed)
     local, of_weight, of_bias = of_plain, _new(qkv, 0), _new(qkv, 0)
     if weight is not None:
         local = stencil(of_plain, weight, None, grid, is_transposed=True)
@@ -658,7 +673,7 @@ def _backward(
         **k.options,
     )  # fmt: skip
     if is_weighed:
-        of_queries(of_plain, c, spread, k.splits, False, True)
+        of_queries("query_only", of_plain, c, spread, k.splits, False, True)
     return grads, of_gate, of_weight, of_bias
 
 
