@@ -30,6 +30,7 @@ from attnzoo.ops.triton_common import (
     _ceil,
     _dot,
     _is_fast,
+    _laid_out,
     _power_of_2,
     _precision,
     _rows,
@@ -51,17 +52,6 @@ def _features(x, FAST: tl.constexpr):
     """ELU + 1 of a tile; 1 where nothing was loaded."""
     x = x.to(tl.float32)
     return tl.where(x > 0, x + 1.0, _exp2(x * _LOG2E, FAST))
-
-
-@triton.jit
-def _laid_out(x, like, FAST: tl.constexpr):
-    """``x``, made once and in the layout of ``like``, not anew in each that it is read in."""
-    if FAST:  # the compiler does not see through this
-        pack: tl.constexpr = 32 // x.dtype.primitive_bitwidth
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [x, like], dtype=x.dtype, is_pure=False, pack=pack
-        )
-    return x
 
 
 @triton.jit
