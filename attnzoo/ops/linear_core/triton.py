@@ -520,7 +520,7 @@ BLOCKS: dict[str, tuple[Block, Block, Block]] = {
                      Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
 # Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
-SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
+SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 3)}
 SMALL, NARROW, MEDIUM = 32, 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_ROWS = 32

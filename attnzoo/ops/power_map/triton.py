@@ -387,7 +387,7 @@ power_map_forward.register_autograd(_gradients, setup_context=_setup)
 
 # Rows of a tile of 256 columns, warps, programs at most, and most registers: as many as run at
 # once, for each begins with the divisors of all columns.
-FOCUS_BLOCK, FOCUS_GRADIENT_BLOCK = (4, 4, 528, 128), (4, 4, 396, 168)
+FOCUS_BLOCK, FOCUS_GRADIENT_BLOCK = (4, 4, 528, 128), (2, 2, 792, 168)
 _MOST_PRODUCTS = 8  # up to this power
 
 
@@ -457,7 +457,7 @@ def focus_gradient(
         )  # fmt: skip
     if d:
         launch_kernel(_scale_gradient_kernel, (_ceil(d, 16),),
-            partial, scale, of_scale, len(partial), d, is_soft, 128, 16, num_warps=4,
+            partial, scale, of_scale, len(partial), d, is_soft, 512, 16, num_warps=8,
         )  # fmt: skip
     return of_scale
 
