@@ -331,12 +331,18 @@ def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tup
 
 
 @functools.lru_cache(maxsize=1024)
-def _filled(block: tuple[int, ...], grid: tuple[int, int], b: int, c: int) -> tuple[int, ...]:
-    """The block with those rows whose rounds of programs end first, if it leaves that open."""
+def _filled(
+    block: tuple[int, ...], grid: tuple[int, int], b: int, c: int, together: int = TOGETHER,
+    start: int = 1,
+) -> tuple[int, ...]:  # fmt: skip
+    """The block with those rows whose rounds of programs end first, if it leaves that open.
+
+    ``together`` programs are a round, and to start takes as long as ``start`` rows.
+    """
 
     def time(rows: int) -> int:
         programs = _parts(grid, b, c, (rows, *block[1:]))[3]
-        return _ceil(programs, TOGETHER) * (rows + 1)  # a start takes as long as a row
+        return _ceil(programs, together) * (rows + start)
 
     return block if block[0] else (min(ROWS, key=time), *block[1:])
 
