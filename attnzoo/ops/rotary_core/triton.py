@@ -313,23 +313,18 @@ def _elu_query_gradient_kernel(
     of_plain += whole
     norms += (image * heads + head) * n
     state += (image * heads + head) * (d + 2) * d
-    evens, odds, even_keys, odd_keys = _state_halves(state, d, W, dtype)
-    even_column = 2 * tl.arange(0, W // 2)
-    is_even, is_odd = even_column < d, even_column + 1 < d
+    is_block = is_column[:, None] & is_column[None, :]
+    block = tl.load(state + column[:, None] * d + column[None, :], mask=is_block, other=0.0)
+    block = block.to(dtype)
+    keys = tl.load(state + d * d + column, mask=is_column, other=0.0)
     if not WEIGH:
-        values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0)
-        values = _beside(values / n, dtype)
+        values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0) / n
     if FOLD:
-        # Transposed: (channels of values, channels of keys).
-        acc_even = tl.zeros((W, W // 2), tl.float32)
-        acc_odd = tl.zeros((W, W // 2), tl.float32)
-        of_even_keys = tl.zeros((R, W // 2), tl.float32)
-        of_odd_keys = tl.zeros((R, W // 2), tl.float32)
+        acc = tl.zeros((W, W), tl.float32)
+        of_keys = tl.zeros((R // 2, W), tl.float32)
         of_values = tl.zeros((R // 2, W), tl.float32)
     if WRITE and WEIGH:
-        sums = spread + head * d
-        even_shared = _mean(sums, image, spread_splits, n, heads * d, even_column, is_even, S)
-        odd_shared = _mean(sums + 1, image, spread_splits, n, heads * d, even_column, is_odd, S)
+        shared = _mean(spread, image, spread_splits, n, heads * d, head * d + column, is_column, S)
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
         is_row = row < stop
@@ -346,15 +341,15 @@ def _elu_query_gradient_kernel(
             g = (factor * wide).to(dtype)
             g = _laid_out(g, g, FAST)
             tl.store(of_plain + place, g, mask=mask)
-        even_slope, odd_slope = _dot(g, tl.trans(evens), P), _dot(g, tl.trans(odds), P)
-        even, odd = _halves(_features(x, FAST), R, W)
-        even, odd = _laid_out(even, even_slope, FAST), _laid_out(odd, odd_slope, FAST)
-        turned_even, turned_odd = even, odd
+        slope = _dot(g, tl.trans(block), P)
+        x = _features(x, FAST)
+        x = _laid_out(x, x, FAST)
+        turned = x
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
-            turned_even, turned_odd = _turn(even, odd, cosine, sine)
-            even_slope, odd_slope = _turn(even_slope, odd_slope, cosine, -sine)
-        along = tl.sum(even_slope * even + odd_slope * odd, 1)
+            turned = _turned(x, cosine, sine, R, W)
+            slope = _turned(slope, cosine, -sine, R, W)
+        along = tl.sum(slope * x, 1)
         inverse = 1.0 / (norm + eps)
         if WEIGH:
             factor = inverse
@@ -362,34 +357,25 @@ def _elu_query_gradient_kernel(
         else:
             factor = scale + scale * inverse
             of_norm = -along * scale * inverse * inverse
-            of_norm = (of_norm - tl.sum(_dot(g, values, P), 1)) * scale
+            of_norm = (of_norm - tl.sum(g.to(tl.float32) * values[None, :], 1)) * scale
         if FOLD:
-            turned_even, turned_odd = turned_even * factor[:, None], turned_odd * factor[:, None]
-            acc_even = _add_dot(acc_even, tl.trans(g), turned_even.to(dtype), P)
-            acc_odd = _add_dot(acc_odd, tl.trans(g), turned_odd.to(dtype), P)
-            of_even_keys += even * of_norm[:, None]
-            of_odd_keys += odd * of_norm[:, None]
+            acc = _add_dot(acc, tl.trans((turned * factor[:, None]).to(dtype)), g, P)
+            # Rows of one thread: half as many sums to keep.
+            of_keys += tl.sum(tl.reshape(x * of_norm[:, None], (2, R // 2, W)), 0)
             if not WEIGH:
                 z = g.to(tl.float32) * norm[:, None]
-                of_values -= tl.sum(tl.reshape(z, (2, R // 2, W)), 0)  # both of one thread
+                of_values -= tl.sum(tl.reshape(z, (2, R // 2, W)), 0)
         if WRITE:
-            even_slope = even_slope * factor[:, None] + of_norm[:, None] * even_keys[None, :]
-            odd_slope = odd_slope * factor[:, None] + of_norm[:, None] * odd_keys[None, :]
+            slope = slope * factor[:, None] + of_norm[:, None] * keys[None, :]
             if WEIGH:
-                even_slope += even_shared[None, :]
-                odd_slope += odd_shared[None, :]
-            even_slope, odd_slope = _to_token(even_slope, even), _to_token(odd_slope, odd)
-            place = grad_q + row[:, None] * gq_row + column[None, :]
-            tl.store(place, _whole(even_slope.to(dtype), odd_slope.to(dtype), R, W), mask=mask)
+                slope += shared[None, :]
+            target = grad_q + row[:, None] * gq_row + column[None, :]
+            tl.store(target, _to_token(slope, x).to(dtype), mask=mask)
     if FOLD:
-        partial += tl.program_id(0).to(tl.int64) * (d + 2) * d
-        place = partial + even_column[None, :] * d + column[:, None]
-        tl.store(place, acc_even, mask=is_column[:, None] & is_even[None, :])
-        tl.store(place + d, acc_odd, mask=is_column[:, None] & is_odd[None, :])
-        partial += d * d
-        tl.store(partial + even_column, tl.sum(of_even_keys, 0), mask=is_even)
-        tl.store(partial + even_column + 1, tl.sum(of_odd_keys, 0), mask=is_odd)
-        tl.store(partial + d + column, tl.sum(of_values, 0) / n, mask=is_column)
+        line = partial + tl.program_id(0).to(tl.int64) * (d + 2) * d + column
+        tl.store(line[None, :] + column[:, None] * d, acc, mask=is_block)
+        tl.store(line + d * d, tl.sum(of_keys, 0), mask=is_column)
+        tl.store(line + (d + 1) * d, tl.sum(of_values, 0) / n, mask=is_column)
 
 
 @triton.jit
