@@ -113,7 +113,7 @@ def _state_halves(state, d: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr):
 def _beside(line, dtype: tl.constexpr):
     """A line as the first of 16 columns, the others 0.
 
-    Sums over channels are products with it: by ``tl.sum`` features would be made anew for them.
+    Sums over channels are products with it, rounded as those that they are subtracted from.
     """
     return tl.where(tl.arange(0, 16)[None, :] == 0, line[:, None], 0.0).to(dtype)
 
