@@ -404,9 +404,14 @@ def is_few(name: str, impl: str, *operands: Tensor) -> bool:
     return choose(name, impl, x) == "native"
 
 
+def is_seen_through() -> bool:
+    """Whether what is computed now is part of a trace or a transform."""
+    return torch.compiler.is_compiling() or is_watched() or is_transformed()
+
+
 def is_passing(device: torch.device) -> bool:
     """Whether a tensor made now is part of a trace, a transform or a recording, and no number."""
-    if torch.compiler.is_compiling() or is_watched() or is_transformed():
+    if is_seen_through():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 

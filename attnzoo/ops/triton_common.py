@@ -266,3 +266,14 @@ def _add_dot(total, a, b, P: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=P)
+
+
+@triton.jit
+def _laid_out(x, like, FAST: tl.constexpr):
+    """``x``, made once and in the layout of ``like``, not anew in each that it is read in."""
+    if FAST:  # the compiler does not see through this
+        pack: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [x, like], dtype=x.dtype, is_pure=False, pack=pack
+        )
+    return x

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnzoo
 from attnzoo import InvalidValue, testing
@@ -17,6 +18,7 @@ from attnzoo.counting import fvcore_macs, measure_macs
 from attnzoo.layers.linear_attention import Features
 from attnzoo.mechanisms.mhla import start_of_mixing
 from attnzoo.ops.fixation_core import shifted
+from attnzoo.ops.rotary_core import rotary
 from attnzoo.ops.rotary_core.rotary import rotated
 from tests.attnzoo import formulas
 from tests.attnzoo.formulas import (
@@ -500,6 +502,18 @@ def test_a_part_of_a_grid_is_rotated_as_the_whole() -> None:
     assert torch.equal(rotated(narrow, (5, 7)), narrow)
     odd = torch.randn(2, 3, 35, 11)[..., 1:]  # no pair lies where a complex number may
     torch.testing.assert_close(rotated(odd, (5, 7)), rotated(odd.clone(), (5, 7)))
+
+
+def test_a_recording_reads_the_angles_made_before_and_keeps_none_of_its_own(monkeypatch) -> None:
+    monkeypatch.setattr(rotary, "_TURNS", {})
+    sizes = 5, 2, torch.device("cpu"), torch.float32
+    made = rotary.turns(*sizes)
+    monkeypatch.setattr(rotary, "is_passing", lambda _: True)
+    assert rotary.turns(*sizes) is made
+    assert rotary.turns(6, *sizes[1:]) is not rotary.turns(6, *sizes[1:])
+    with FakeTensorMode():  # a tracer's tensors are no numbers, and it takes none of others
+        assert rotary.turns(*sizes) is not made
+    assert list(rotary._TURNS.values()) == [made]
 
 
 def test_wide_heads_of_mala_and_rala_are_not_for_the_kernels() -> None:

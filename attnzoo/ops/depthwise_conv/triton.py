@@ -16,7 +16,14 @@ from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.torch import widened
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.triton_common import _ceil, _is_fast, _rows, launch_kernel, launched
+from attnzoo.ops.triton_common import (
+    _ceil,
+    _is_fast,
+    _power_of_2,
+    _rows,
+    launch_kernel,
+    launched,
+)
 from attnzoo.ops.triton_replay import replayed
 
 
@@ -293,9 +300,11 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.empty(like.shape, dtype=like.dtype, device=partial.device)
     bias = torch.empty(kernels, dtype=like.dtype, device=partial.device)
     if kernels:
-        launch_kernel(_tap_sums_kernel, (taps, _ceil(kernels, 8)),
-            partial, weight, bias, parts * (c // kernels), c, kernels, c // kernels, taps - 1, 256,
-            8, num_warps=4,
+        rows, shared = parts * (c // kernels), c // kernels
+        high = min(256, max(16, _power_of_2(rows)))
+        wide = min(64, 2048 // high)
+        launch_kernel(_tap_sums_kernel, (taps, _ceil(kernels, wide)),
+            partial, weight, bias, rows, c, kernels, shared, taps - 1, high, wide, num_warps=4,
         )  # fmt: skip
     return weight, bias
 
@@ -322,12 +331,18 @@ def _parts(grid: tuple[int, int], b: int, c: int, block: tuple[int, ...]) -> tup
 
 
 @functools.lru_cache(maxsize=1024)
-def _filled(block: tuple[int, ...], grid: tuple[int, int], b: int, c: int) -> tuple[int, ...]:
-    """The block with those rows whose rounds of programs end first, if it leaves that open."""
+def _filled(
+    block: tuple[int, ...], grid: tuple[int, int], b: int, c: int, together: int = TOGETHER,
+    start: int = 1,
+) -> tuple[int, ...]:  # fmt: skip
+    """The block with those rows whose rounds of programs end first, if it leaves that open.
+
+    ``together`` programs are a round, and to start takes as long as ``start`` rows.
+    """
 
     def time(rows: int) -> int:
         programs = _parts(grid, b, c, (rows, *block[1:]))[3]
-        return _ceil(programs, TOGETHER) * (rows + 1)  # a start takes as long as a row
+        return _ceil(programs, together) * (rows + start)
 
     return block if block[0] else (min(ROWS, key=time), *block[1:])
 

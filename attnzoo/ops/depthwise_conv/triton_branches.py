@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.depthwise_conv.triton import (
+    _filled,
     _is_even,
     _parts,
     _place,
@@ -373,10 +374,13 @@ def _branch_gradient_kernel(
     _put_sums(partial + part * 15 * c, sums, c, channel, WARPS, C, 4)
 
 
-# Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side.
+# Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side; 0
+# rows as in ``STENCIL_BLOCK``. Gradients are bound by what a processor computes: of 192 programs
+# some of 132 processors had two, and took as long as if all had.
 MOMENTS_BLOCK = (16, 4, 64, 4)
 SUMS_BLOCK = (16, 4, 64, 4)
-GRADIENT_BLOCK = (32, 4, 32, 4)
+GRADIENT_BLOCK = (0, 4, 32, 4)
+PROCESSORS = 132
 UNROLL = tl.constexpr(3)  # rows of pixels take turns in three places: none is moved
 PARTS = 64  # that a program adds up at a time
 CHANNELS = 16  # whose parts a program adds up
@@ -479,12 +483,13 @@ def branch_gradients(
     if own is not None:  # weights see the loss of their own process
         torch.mul(own[1:], stats[6:], out=grad_gains[:3])
         grad_gains[3].copy_(own[0])
-    strips, blocks, parts, programs = _parts(grid, b, c, GRADIENT_BLOCK)
+    block = _filled(GRADIENT_BLOCK, grid, b, c, PROCESSORS, 2)
+    strips, blocks, parts, programs = _parts(grid, b, c, block)
     partial = new(parts, 15, c)
     _branch_gradient_kernel[(programs,)](
         tokens, grad, square, upright, level, slopes, grad_x, partial, height, width, c, strips,
-        blocks, spacing, grad_spacing, grad_x.stride(1), *GRADIENT_BLOCK,
-        _is_even(width, c, GRADIENT_BLOCK), num_warps=GRADIENT_BLOCK[3],
+        blocks, spacing, grad_spacing, grad_x.stride(1), *block, _is_even(width, c, block),
+        num_warps=block[3],
     )  # fmt: skip
     return column_sum(partial), grad_gains
 

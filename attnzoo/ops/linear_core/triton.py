@@ -34,6 +34,8 @@ from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
+    _laid_out,
     _precision,
     _rows,
     _shared_memory,
@@ -326,6 +328,7 @@ def _query_gradient_kernel(
     q, grad, state, grad_q, grad_state, n, q_row, grad_row, out_row, heads, head_dim, units,
     splits, chunk, eps, PHI: tl.constexpr, DIVIDE: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
     """Of queries, and of the state a part of it; heads no wider than a tile."""
     unit = tl.program_id(0) % units
@@ -360,12 +363,14 @@ def _query_gradient_kernel(
             x = _softmax(x, is_column)
         g = _tokens(grad, row, grad_row, column, mask, "none")
         if DIVIDE:
-            norm = _per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps
-            g = tl.where(mask, g / norm, 0.0)
+            inverse = 1.0 / (_per_head(x * key_sum[None, :], same, DTYPE, G, P) + eps)
+            g = tl.where(mask, g * inverse, 0.0)
         rounded = g.to(DTYPE)
+        rounded = _laid_out(rounded, rounded, ONCE)
         slope = _dot(rounded, block, P)
+        x = _laid_out(x, slope, ONCE)
         if DIVIDE:
-            of_norm = tl.where(mask, -_per_head(slope * x, same, DTYPE, G, P) / norm, 0.0)
+            of_norm = tl.where(mask, -_per_head(slope * x, same, DTYPE, G, P) * inverse, 0.0)
             slope += of_norm * key_sum[None, :]
             total += x * of_norm
         acc = _add_dot(acc, tl.trans(x.to(DTYPE)), rounded, P)
@@ -515,7 +520,7 @@ BLOCKS: dict[str, tuple[Block, Block, Block]] = {
                      Block(128, 64, 0, 4, 2)),
 }  # fmt: skip
 # Of heads of at most 32 channels: where one is a tile, sums over its channels are no product.
-SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 2)}
+SMALL_BLOCKS = {"read": Block(32, 64, 528, 4, 3), "query_gradient": Block(32, 64, 528, 2, 3)}
 SMALL, NARROW, MEDIUM = 32, 64, 128
 ROOMY = 200 * 2**10  # bytes of shared memory for the tiles of wide heads
 FLOAT32_ROWS = 32
@@ -773,7 +778,7 @@ def query_gradient(
         launch_kernel(_query_gradient_kernel, (b * s.splits * s.units,),
             query, grad, state, grad_query, partial, n, q_row, grad_row, grad_query.stride(1),
             heads, width, s.units, s.splits, s.chunk, eps, activation, divide, *_tail(s, dtype),
-            **s.options,
+            _is_fast() and width <= SMALL, **s.options,
         )  # fmt: skip
     elif not n:
         partial.zero_()

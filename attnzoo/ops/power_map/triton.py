@@ -144,9 +144,12 @@ def _power_map_backward_kernel(
 @triton.jit
 def _softplus(z):
     small = tl.exp(-tl.abs(z))
-    # 1 + small would round what a small divisor is made of.
-    log = tl.where(small < 0.01, small * (1 - small * (0.5 - small / 3)), tl.log(1 + small))
-    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + log
+    # log(1 + small) by its series in y of at most 1/3: 1 + small would round a small divisor.
+    y = small / (2 + small)
+    square, log = y * y, 1 / 13
+    for i in tl.static_range(6):
+        log = log * square + 1 / (11 - 2 * i)
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + 2 * y * log
 
 
 @triton.jit
@@ -161,16 +164,12 @@ def _divisors(scale, SOFT: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _load(
-    z, row, spacing, is_row, first: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-    KEEP: tl.constexpr,
-):  # fmt: skip
-    """A block of columns of rows, in float32; 0 outside."""
+def _load(z, row, spacing, is_row, first: tl.constexpr, D: tl.constexpr, B: tl.constexpr):
+    """A block of columns of rows; 0 outside."""
     column = first + tl.arange(0, B)
     mask = is_row[:, None] & (column < D)[None, :] if first + B > D else is_row[:, None]
     place = z + row[:, None] * spacing + column[None, :]
-    policy: tl.constexpr = "evict_last" if KEEP else ""
-    return tl.load(place, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    return tl.load(place, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -205,9 +204,8 @@ def _same_power(unit, x, gamma, POWER: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _scaled_power_map_kernel(
-    z, scale, out, stats, rows, z_row, out_row, gamma, offset, POWER: tl.constexpr,
-    SOFT: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-    FAST: tl.constexpr,
+    z, scale, out, stats, rows, z_row, out_row, gamma, offset, turns, POWER: tl.constexpr,
+    SOFT: tl.constexpr, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Of one part of each row, D columns; a second axis of programs goes through the parts."""
     part = tl.program_id(1)
@@ -216,12 +214,12 @@ def _scaled_power_map_kernel(
     stats += part * rows
     total = tl.num_programs(1) * rows
     inverse = _divisors(scale, SOFT, D, B)
-    for turn in range(TURNS):
-        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
+    for turn in range(turns):
+        row = (tl.program_id(0).to(tl.int64) * turns + turn) * R + tl.arange(0, R)
         is_row = row < rows
         xs = ()
         for i in tl.static_range(len(inverse)):
-            x = _load(z, row, z_row, is_row, i * B, D, B, False)
+            x = _load(z, row, z_row, is_row, i * B, D, B).to(tl.float32)
             xs += (_scaled(x, inverse[i], offset, i * B, D, B),)
         highest = xs[0]
         for i in tl.static_range(1, len(xs)):
@@ -253,9 +251,9 @@ def _scaled_power_map_kernel(
 
 @triton.jit
 def _scaled_power_map_backward_kernel(
-    grad, z, scale, stats, grad_z, partial, rows, g_row, z_row, out_row, gamma, offset,
-    POWER: tl.constexpr, SOFT: tl.constexpr, TURNS: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, B: tl.constexpr, FAST: tl.constexpr,
+    grad, z, scale, stats, grad_z, partial, rows, g_row, z_row, out_row, gamma, offset, turns,
+    POWER: tl.constexpr, SOFT: tl.constexpr, R: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """``grad_z`` may be ``grad``; ``partial`` gets sums over rows of x times its gradient."""
     part = tl.program_id(1)
@@ -267,28 +265,30 @@ def _scaled_power_map_backward_kernel(
     inverse = _divisors(scale, SOFT, D, B)
     zero = tl.zeros((R, B), tl.float32)
     sums = (zero,) * len(inverse)
-    for turn in range(TURNS):
-        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * R + tl.arange(0, R)
+    for turn in range(turns):
+        row = (tl.program_id(0).to(tl.int64) * turns + turn) * R + tl.arange(0, R)
         is_row = row < rows
         pivot = tl.load(stats + row, mask=is_row, other=1.0)
         norm = tl.load(stats + total + row, mask=is_row, other=1.0)
         factor = tl.load(stats + 2 * total + row, mask=is_row, other=0.0)
+        zs, slopes = (), ()
+        for i in tl.static_range(len(inverse)):
+            zs += (_load(z, row, z_row, is_row, i * B, D, B),)
+            slopes += (_load(grad, row, g_row, is_row, i * B, D, B),)
         along = tl.zeros((R, B), tl.float32)
         for i in tl.static_range(len(inverse)):
-            x = _load(z, row, z_row, is_row, i * B, D, B, True)
-            x = _scaled(x, inverse[i], offset, i * B, D, B)
+            x = _scaled(zs[i].to(tl.float32), inverse[i], offset, i * B, D, B)
             power, _ = _same_power(x * (1.0 / pivot)[:, None], x, gamma, POWER, FAST)
-            along += _load(grad, row, g_row, is_row, i * B, D, B, True) * power
+            along += slopes[i].to(tl.float32) * power
         along = tl.sum(along, 1) / norm
         of_power = along / norm
         of_x = along / tl.maximum(factor * norm, _NORMAL)
         steep = gamma * factor / pivot
         found = ()
-        for i in tl.static_range(len(inverse)):  # loads again: registers are few, caches near
-            raw = _load(z, row, z_row, is_row, i * B, D, B, False)
+        for i in tl.static_range(len(inverse)):  # anew, for registers are few
+            raw, slope = zs[i].to(tl.float32), slopes[i].to(tl.float32)
             x = _scaled(raw, inverse[i], offset, i * B, D, B)
             power, lower = _same_power(x * (1.0 / pivot)[:, None], x, gamma, POWER, FAST)
-            slope = _load(grad, row, g_row, is_row, i * B, D, B, False)
             slope = (slope - power * of_power[:, None]) * lower * steep[:, None]
             slope += x * of_x[:, None]
             found += (sums[i] + slope * x,)
@@ -385,23 +385,26 @@ def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor]:
 power_map_forward.register_autograd(_gradients, setup_context=_setup)
 
 
-# Rows of a tile of 256 columns, warps, and tiles that a program goes through.
-FOCUS_BLOCK, FOCUS_GRADIENT_BLOCK = (4, 4, 4), (4, 4, 4)
+# Rows of a tile of 256 columns, warps, programs at most, and most registers: as many as run at
+# once, for each begins with the divisors of all columns.
+FOCUS_BLOCK, FOCUS_GRADIENT_BLOCK = (4, 4, 528, 128), (2, 2, 792, 168)
 _MOST_PRODUCTS = 8  # up to this power
 
 
 def _focus_tile(
-    block: tuple[int, int, int], rows: int, d: int, gamma: float, is_soft: bool
-) -> tuple[int, tuple[Any, ...], int]:
-    """Programs, what a kernel is told behind its numbers, and warps."""
-    high, warps, turns = block
+    block: tuple[int, ...], rows: int, parts: int, d: int, gamma: float, is_soft: bool
+) -> tuple[int, tuple[Any, ...], dict[str, int]]:
+    """Programs, what a kernel is told behind its numbers, and what Triton is told."""
+    high, warps, programs, registers = block
     columns = min(256, _power_of_2(d))
     while d > 8 * columns:
         columns *= 2
     high = max(1, high * 256 // columns)
+    turns = max(1, _ceil(_ceil(rows, high), max(1, programs // parts)))
     power = int(gamma) if 1 <= gamma <= _MOST_PRODUCTS and gamma == int(gamma) else 0
-    constants = power, is_soft, turns, high, d, columns, _is_fast()
-    return _ceil(rows, high * turns), constants, warps
+    constants = turns, power, is_soft, high, d, columns, _is_fast()
+    options = {"num_warps": warps} | ({"maxnreg": registers} if _is_fast() else {})
+    return _ceil(rows, high * turns), constants, options
 
 
 def focus(
@@ -425,11 +428,10 @@ def focus(
     rows = z.numel() // max(1, width)
     out = torch.empty(*sizes, parts * d, dtype=z.dtype, device=z.device)
     stats = torch.empty(3, parts, rows, dtype=torch.float32, device=z.device)
-    programs, constants, warps = _focus_tile(FOCUS_BLOCK, rows, d, gamma, is_soft)
+    programs, constants, options = _focus_tile(FOCUS_BLOCK, rows, parts, d, gamma, is_soft)
     if rows:
         launch_kernel(_scaled_power_map_kernel, (programs, parts),
-            z, scale, out, stats, rows, spacing, parts * d, gamma, offset, *constants,
-            num_warps=warps,
+            z, scale, out, stats, rows, spacing, parts * d, gamma, offset, *constants, **options
         )  # fmt: skip
     return out, stats
 
@@ -444,17 +446,18 @@ def focus_gradient(
     """
     (z, spacing), (grad, grad_spacing), scale = _rows(z), _rows(grad), scale.contiguous()
     d, (_, parts, rows) = len(scale), stats.shape
-    programs, constants, warps = _focus_tile(FOCUS_GRADIENT_BLOCK, rows, d, gamma, is_soft)
+    tile = _focus_tile(FOCUS_GRADIENT_BLOCK, rows, parts, d, gamma, is_soft)
+    programs, constants, options = tile
     partial = torch.empty(programs * parts, d, dtype=torch.float32, device=z.device)
     of_scale = torch.empty(d, dtype=scale.dtype, device=z.device)
     if rows:
         launch_kernel(_scaled_power_map_backward_kernel, (programs, parts),
             grad, z, scale, stats, out, partial, rows, grad_spacing, spacing, out.stride(-2),
-            gamma, offset, *constants, num_warps=warps,
+            gamma, offset, *constants, **options,
         )  # fmt: skip
     if d:
         launch_kernel(_scale_gradient_kernel, (_ceil(d, 16),),
-            partial, scale, of_scale, len(partial), d, is_soft, 128, 16, num_warps=4,
+            partial, scale, of_scale, len(partial), d, is_soft, 512, 16, num_warps=8,
         )  # fmt: skip
     return of_scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.ops.dispatch import is_passing
+from attnzoo.ops.dispatch import is_passing, is_seen_through
 from attnzoo.ops.precision import in_float32
 
 SLOWEST = 10_000.0  # RoFormer's base; RALA's slowest pair turns by its inverse per step
@@ -25,15 +25,15 @@ def turns(steps: int, pairs: int, device: torch.device, dtype: torch.dtype) -> T
         (2, steps, pairs).
     """
     key = steps, pairs, device, dtype
-    is_kept = not is_passing(device)
-    if is_kept and key in _TURNS:
+    # A recording may read what was made before it, though what it makes itself is no number yet.
+    if key in _TURNS and not is_seen_through():
         return _TURNS[key]
     with torch.inference_mode(False), torch.no_grad():
         wide = torch.float32 if device.type == "mps" else torch.float64
         speed = SLOWEST ** -torch.linspace(0, 1, pairs, dtype=wide, device=device)
         angle = torch.arange(steps, dtype=wide, device=device)[:, None] * speed
         table = torch.stack((angle.cos(), angle.sin())).to(dtype)
-    if is_kept:
+    if not is_passing(device):
         _TURNS[key] = table
     return table
 

@@ -30,6 +30,7 @@ from attnzoo.ops.triton_common import (
     _ceil,
     _dot,
     _is_fast,
+    _laid_out,
     _power_of_2,
     _precision,
     _rows,
@@ -112,7 +113,7 @@ def _state_halves(state, d: tl.constexpr, W: tl.constexpr, dtype: tl.constexpr):
 def _beside(line, dtype: tl.constexpr):
     """A line as the first of 16 columns, the others 0.
 
-    Sums over channels are products with it: by ``tl.sum`` features would be made anew for them.
+    Sums over channels are products with it, rounded as those that they are subtracted from.
     """
     return tl.where(tl.arange(0, 16)[None, :] == 0, line[:, None], 0.0).to(dtype)
 
@@ -312,23 +313,18 @@ def _elu_query_gradient_kernel(
     of_plain += whole
     norms += (image * heads + head) * n
     state += (image * heads + head) * (d + 2) * d
-    evens, odds, even_keys, odd_keys = _state_halves(state, d, W, dtype)
-    even_column = 2 * tl.arange(0, W // 2)
-    is_even, is_odd = even_column < d, even_column + 1 < d
+    is_block = is_column[:, None] & is_column[None, :]
+    block = tl.load(state + column[:, None] * d + column[None, :], mask=is_block, other=0.0)
+    block = block.to(dtype)
+    keys = tl.load(state + d * d + column, mask=is_column, other=0.0)
     if not WEIGH:
-        values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0)
-        values = _beside(values / n, dtype)
+        values = tl.load(state + (d + 1) * d + column, mask=is_column, other=0.0) / n
     if FOLD:
-        # Transposed: (channels of values, channels of keys).
-        acc_even = tl.zeros((W, W // 2), tl.float32)
-        acc_odd = tl.zeros((W, W // 2), tl.float32)
-        of_even_keys = tl.zeros((R, W // 2), tl.float32)
-        of_odd_keys = tl.zeros((R, W // 2), tl.float32)
-        of_values = tl.zeros((R, W), tl.float32)
+        acc = tl.zeros((W, W), tl.float32)
+        of_keys = tl.zeros((R // 2, W), tl.float32)
+        of_values = tl.zeros((R // 2, W), tl.float32)
     if WRITE and WEIGH:
-        sums = spread + head * d
-        even_shared = _mean(sums, image, spread_splits, n, heads * d, even_column, is_even, S)
-        odd_shared = _mean(sums + 1, image, spread_splits, n, heads * d, even_column, is_odd, S)
+        shared = _mean(spread, image, spread_splits, n, heads * d, head * d + column, is_column, S)
     for first in range(start, stop, R):
         row = first + tl.arange(0, R)
         is_row = row < stop
@@ -342,18 +338,18 @@ def _elu_query_gradient_kernel(
             wide = g.to(tl.float32)
             place = row[:, None] * (heads * d) + column[None, :]
             tl.store(of_gate + place, (z * wide).to(of_gate.dtype.element_ty), mask=mask)
-            tl.store(of_plain + place, (factor * wide).to(dtype), mask=mask)
-            # Read back, or it would be made anew in the layout of each product.
-            tl.debug_barrier()
-            g = tl.load(of_plain + place, mask=mask, other=0.0)
-        even, odd = _halves(_features(x, FAST), R, W)
-        even_slope, odd_slope = _dot(g, tl.trans(evens), P), _dot(g, tl.trans(odds), P)
-        turned_even, turned_odd = even, odd
+            g = (factor * wide).to(dtype)
+            g = _laid_out(g, g, FAST)
+            tl.store(of_plain + place, g, mask=mask)
+        slope = _dot(g, tl.trans(block), P)
+        x = _features(x, FAST)
+        x = _laid_out(x, x, FAST)
+        turned = x
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
-            turned_even, turned_odd = _turn(even, odd, cosine, sine)
-            even_slope, odd_slope = _turn(even_slope, odd_slope, cosine, -sine)
-        along = tl.sum(even_slope * even + odd_slope * odd, 1)
+            turned = _turned(x, cosine, sine, R, W)
+            slope = _turned(slope, cosine, -sine, R, W)
+        along = tl.sum(slope * x, 1)
         inverse = 1.0 / (norm + eps)
         if WEIGH:
             factor = inverse
@@ -361,33 +357,25 @@ def _elu_query_gradient_kernel(
         else:
             factor = scale + scale * inverse
             of_norm = -along * scale * inverse * inverse
-            of_norm = (of_norm - tl.sum(_dot(g, values, P), 1)) * scale
+            of_norm = (of_norm - tl.sum(g.to(tl.float32) * values[None, :], 1)) * scale
         if FOLD:
-            turned_even, turned_odd = turned_even * factor[:, None], turned_odd * factor[:, None]
-            acc_even = _add_dot(acc_even, tl.trans(g), turned_even.to(dtype), P)
-            acc_odd = _add_dot(acc_odd, tl.trans(g), turned_odd.to(dtype), P)
-            of_even_keys += even * of_norm[:, None]
-            of_odd_keys += odd * of_norm[:, None]
+            acc = _add_dot(acc, tl.trans((turned * factor[:, None]).to(dtype)), g, P)
+            # Rows of one thread: half as many sums to keep.
+            of_keys += tl.sum(tl.reshape(x * of_norm[:, None], (2, R // 2, W)), 0)
             if not WEIGH:
-                of_values -= g.to(tl.float32) * (norm / n)[:, None]
+                z = g.to(tl.float32) * norm[:, None]
+                of_values -= tl.sum(tl.reshape(z, (2, R // 2, W)), 0)
         if WRITE:
-            even_slope = even_slope * factor[:, None] + of_norm[:, None] * even_keys[None, :]
-            odd_slope = odd_slope * factor[:, None] + of_norm[:, None] * odd_keys[None, :]
+            slope = slope * factor[:, None] + of_norm[:, None] * keys[None, :]
             if WEIGH:
-                even_slope += even_shared[None, :]
-                odd_slope += odd_shared[None, :]
-            even_slope, odd_slope = _to_token(even_slope, even), _to_token(odd_slope, odd)
-            place = grad_q + row[:, None] * gq_row + column[None, :]
-            tl.store(place, _whole(even_slope.to(dtype), odd_slope.to(dtype), R, W), mask=mask)
+                slope += shared[None, :]
+            target = grad_q + row[:, None] * gq_row + column[None, :]
+            tl.store(target, _to_token(slope, x).to(dtype), mask=mask)
     if FOLD:
-        partial += tl.program_id(0).to(tl.int64) * (d + 2) * d
-        place = partial + even_column[None, :] * d + column[:, None]
-        tl.store(place, acc_even, mask=is_column[:, None] & is_even[None, :])
-        tl.store(place + d, acc_odd, mask=is_column[:, None] & is_odd[None, :])
-        partial += d * d
-        tl.store(partial + even_column, tl.sum(of_even_keys, 0), mask=is_even)
-        tl.store(partial + even_column + 1, tl.sum(of_odd_keys, 0), mask=is_odd)
-        tl.store(partial + d + column, tl.sum(of_values, 0), mask=is_column)
+        line = partial + tl.program_id(0).to(tl.int64) * (d + 2) * d + column
+        tl.store(line[None, :] + column[:, None] * d, acc, mask=is_block)
+        tl.store(line + d * d, tl.sum(of_keys, 0), mask=is_column)
+        tl.store(line + (d + 1) * d, tl.sum(of_values, 0) / n, mask=is_column)
 
 
 @triton.jit
@@ -429,8 +417,9 @@ def _elu_key_gradient_kernel(
         v = _tile(value, row, k_row, column, mask)
         if ADD:
             near = _tile(added, row, heads * d, column, mask)
-        x = _features(x, FAST)
         slope = _dot(v, tl.trans(block), P)
+        x = _features(x, FAST)
+        x = _laid_out(x, x, FAST)
         turned = x
         if TURN:
             cosine, sine = _angles(table, row, is_row, width, steps, d, W // 2)
@@ -474,8 +463,8 @@ class Block(NamedTuple):
 # In float32 registers hold fewer tokens.
 BLOCKS = {
     "sum": Block(32, 264, 8, 1), "fold": Block(64, 528, 4, 1, 128),
-    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 528, 4, 1, 128),
-    "key_gradient": Block(64, 528, 4, 1, 128),
+    "read": Block(64, 528, 4, 1, 128), "query_gradient": Block(64, 384, 4, 1, 168),
+    "query_only": Block(64, 528, 4, 1, 128), "key_gradient": Block(64, 528, 4, 1, 128),
 }  # fmt: skip
 SUM_CHANNELS, JOINED, MOST_SPLITS = 128, 2048, 128
 
@@ -630,10 +619,12 @@ def _backward(
     turn, place = qkv if table is None else table, _place(table, width)
     flags, scales = (table is not None, is_weighed), _scales(n, d, eps, is_weighed)
     grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
-    s = _sizes("query_gradient", query, heads)
-    partial = _new(qkv, b * heads, s.splits, d + 2, d)
+    partial = _new(qkv, b * heads, _sizes("query_gradient", query, heads).splits, d + 2, d)
 
-    def of_queries(of: Tensor, row: int, spread: Tensor, parts: int, *which: bool) -> None:
+    def of_queries(
+        kernel: str, of: Tensor, row: int, spread: Tensor, parts: int, *which: bool
+    ) -> None:
+        s = _sizes(kernel, query, heads)
         launch_kernel(_elu_query_gradient_kernel, (b * heads * s.splits,),
             of, query, gate, plain, norms, turn, state, spread, grad_q, of_plain, of_gate, partial,
             n, heads, d, row, spacing, gate_row, 3 * c, s.splits, s.chunk, *scales, *place, parts,
@@ -641,7 +632,7 @@ def _backward(
         )  # fmt: skip
 
     if grads.numel():
-        of_queries(grad, g_row, state, 1, True, not is_weighed)
+        of_queries("query_gradient", grad, g_row, state, 1, True, not is_weighed)
     local, of_weight, of_bias = of_plain, _new(qkv, 0), _new(qkv, 0)
     if weight is not None:
         local = stencil(of_plain, weight, None, grid, is_transposed=True)
@@ -658,7 +649,7 @@ def _backward(
         **k.options,
     )  # fmt: skip
     if is_weighed:
-        of_queries(of_plain, c, spread, k.splits, False, True)
+        of_queries("query_only", of_plain, c, spread, k.splits, False, True)
     return grads, of_gate, of_weight, of_bias
 
 
