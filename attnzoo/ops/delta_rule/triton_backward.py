@@ -24,6 +24,7 @@ from attnzoo.ops.delta_rule.triton_common import (
     _tiles,
 )
 from attnzoo.ops.gated_scan.triton_common import _exp2
+from attnzoo.ops.triton_common import _dot
 
 
 @triton.jit
@@ -34,6 +35,15 @@ def _put(out, added, image, head, token, column, mask, value, of_image, of_token
     if ADD:
         value += tl.load(added + first + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + first + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _across(pairs, row, is_up, P: tl.constexpr):
+    """The sums of the pairs (t, s) that have a token after s and not after t."""
+    pairs = tl.where(_is_later(row, is_up), pairs, 0.0)
+    spans = _dot(pairs, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
+    reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
+    return tl.sum(tl.where(reaches, spans, 0.0), 0)
 
 
 @triton.jit
@@ -128,12 +138,21 @@ def _delta_query_gradient_kernel(
         of_value += beta[:, None] * of_wanted
         weights = _product(d, tl.trans(_kept(written, at, C, dv, row, wide)), P, HALF)
         weights *= _decays(gate, start, row, is_up, False, P, EXACT)
-        asked = _fine_product(weights, k, P, HALF)
+        asked = tl.zeros((C, K), tl.float32)
         if CARRIED:
             state = _kept(states, at, dv, dk, wide, column)
             asked += _exp2(start)[:, None] * _product(d, state, P, HALF)
+        if EXACT:
+            of_token = tl.sum(asked * q, 1)
+            of_gate = _across(weights * _product(q, tl.trans(k), P, HALF), row, is_up, P)
+            asked += _product(weights, k, P, HALF)
+        else:
+            of_gate = 0.0
+            asked += _fine_product(weights, k, P, HALF)
+            of_token = tl.sum(asked * (q + slot * nothing), 1)
         of_query += asked
-        of_gate, _ = _sums(tl.sum(asked * (q + slot * nothing), 1), row, is_up == 0, EXACT)
+        sums, _ = _sums(of_token, row, is_up == 0, EXACT)
+        of_gate += sums
         place = image * n * directions * heads + (first + slot) * heads + head
         place += token * (directions * heads)
         tl.store(grad_decay + place, of_gate, mask=is_token)
@@ -162,7 +181,8 @@ def _delta_key_gradient_kernel(
     EXACT: tl.constexpr,
 ):  # fmt: skip
     # A decay leads to whoever reads and from whoever writes, so that its gradient is what
-    # operands times their gradients leave.
+    # operands times their gradients leave. Of pairs within the chunk most of that cancels, to the
+    # last bit of a product; EXACT: pairs are summed by themselves.
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
@@ -188,30 +208,39 @@ def _delta_key_gradient_kernel(
         given = _kept(written, at, C, dv, row, wide)
         of_wanted = _kept(wanted_grads, at, C, dv, row, wide)
         decay = _decays(gate, start, row, is_up, False, P, EXACT)
+        # A token that writes nothing has a gradient of its strength.
+        beta = tl.where(beta == 0.0, 2.0**-60, beta)
         system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
-        system = tl.where(_is_later(row, is_up), system, 0.0)
-        of_read = _product(system, k, P, HALF)
-        of_key_here = _product(tl.trans(system * beta[:, None]), k, P, HALF)
-        weights = _product(d, tl.trans(given), P, HALF) * decay
-        of_key_here += _fine_product(tl.trans(weights), q, P, HALF)
-        of_all = 0.0
+        system = tl.where(_is_later(row, is_up), system * beta[:, None], 0.0)
+        weights = tl.trans(_product(d, tl.trans(given), P, HALF) * decay)
+        of_read, of_written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+        of_gate = tl.zeros((C,), tl.float32)
         if CARRIED:
             state = _kept(states, at, dv, dk, wide, column)
-            of_read -= _exp2(start)[:, None] * _product(of_wanted, state, P, HALF)
+            of_read -= (beta * _exp2(start))[:, None] * _product(of_wanted, state, P, HALF)
             state_grad = _kept(state_grads, at, dv, dk, wide, column)
-            left = _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
-            of_key_here += left
-            of_all = tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0)
-            of_all = of_all * tl.exp2(tl.sum(gate, 0)) + tl.sum(tl.sum(left * k, 1), 0)
-        of_key += beta[:, None] * of_read + of_key_here
-        of_beta = tl.sum(of_read * k, 1)
-        of_gate = beta * of_beta - tl.sum(of_key_here * k, 1)
-        of_gate, _ = _sums(of_gate, row, is_up == 0, EXACT)
+            of_written += _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
+            of_gate += tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0) * tl.exp2(
+                tl.sum(gate, 0)
+            )
+            of_gate += tl.sum(tl.sum(of_written * k, 1), 0)
+        if EXACT:
+            of_token = tl.sum((of_read - of_written) * k, 1)
+            of_gate += _across(system * _product(k, tl.trans(k), P, HALF), row, is_up, P)
+        of_read += _product(system, k, P, HALF)
+        of_written += _product(tl.trans(system), k, P, HALF)
+        of_written += _fine_product(weights, q, P, HALF)
+        if not EXACT:
+            of_token = tl.sum((of_read - of_written) * k, 1)
+        of_key += of_read + of_written
+        of_beta = tl.sum(of_read * k, 1) / beta
+        sums, _ = _sums(of_token, row, is_up == 0, EXACT)
+        of_gate += sums
         place = image * n * directions * heads + (first + slot) * heads + head
         place += token * (directions * heads)
         of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
         of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
-        tl.store(grad_decay + place, of_gate + of_all, mask=is_token)
+        tl.store(grad_decay + place, of_gate, mask=is_token)
         tl.store(grad_strength + place, of_beta, mask=is_token)
     row, column, wide, token, is_token, mask_k, mask_v = _tiles(
         chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
