@@ -45,6 +45,7 @@ from attnzoo.ops.gated_scan.triton import _BITS, _Order, _orders
 from attnzoo.ops.gated_scan.triton_common import _exp2
 from attnzoo.ops.triton_common import (
     _ceil,
+    _is_fast,
     _precision,
     _shared_memory,
     _width,
@@ -178,21 +179,23 @@ class Blocks(NamedTuple):
     """Sizes of the kernels for one type of operands."""
 
     chunk: int  # tokens, at most
-    # Warps of the kernels: of chunks, of outputs, of chunks' gradients, of all gradients.
-    update: int
-    output: int
-    adjoint: int
-    gradient: int
+    # Warps of kernels, and registers of a thread where they are limited: of chunks, of outputs, of
+    # chunks' gradients, of all gradients.
+    update: tuple[int, int | None]
+    output: tuple[int, int | None]
+    adjoint: tuple[int, int | None]
+    gradient: tuple[int, int | None]
     carry: tuple[int, int, int]  # columns of a state, warps, stages
     is_half: bool  # whether products are of bfloat16, and what one kernel leaves to the next
 
 
+_FOUR, _EIGHT = (4, None), (8, None)
 BLOCKS = {
-    torch.bfloat16: Blocks(64, 4, 4, 4, 4, (16, 1, 4), True),
-    torch.float32: Blocks(32, 4, 8, 8, 8, (16, 4, 3), False),
+    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (16, 1, 4), True),
+    torch.float32: Blocks(32, _FOUR, _EIGHT, _EIGHT, _EIGHT, (16, 4, 3), False),
 }
 # Where products read no operand from shared memory, larger tiles would not fit into registers.
-_SMALL = Blocks(32, 4, 4, 4, 4, (16, 1, 4), True)
+_SMALL = Blocks(32, _FOUR, _FOUR, _FOUR, _FOUR, (16, 1, 4), True)
 _HOPPER_ROOM = 200 * 2**10  # bytes of shared memory that only such devices have
 
 
@@ -200,6 +203,11 @@ def _blocks(x: Tensor) -> Blocks:
     room = _shared_memory(x.device)
     is_small = room is not None and room < _HOPPER_ROOM and x.dtype == torch.bfloat16
     return _SMALL if is_small else BLOCKS[x.dtype]
+
+
+def _limits(of_kernel: tuple[int, int | None]) -> dict[str, int]:
+    warps, registers = of_kernel
+    return {"num_warps": warps} | ({"maxnreg": registers} if _is_fast() and registers else {})
 
 
 class _Call(NamedTuple):
@@ -322,7 +330,7 @@ def delta_scans_forward(
             call.key, call.value, call.log_decay, call.strength, inverses, keeps, updates, totals,
             *call.sizes, *_strides(call.key, call.value), first, log_decay.shape[2], is_reversed,
             call.chunk.bit_length() - 1, call.is_mapped, order.is_columns, chunks > 1,
-            *call.options, num_warps=call.blocks.update,
+            *call.options, **_limits(call.blocks.update),
         )  # fmt: skip
         if chunks > 1:
             _carry(call, order, first, keeps, updates, totals, states, False)
@@ -332,7 +340,7 @@ def delta_scans_forward(
             written, to, to if partial is None else partial, *call.sizes,
             *_strides(call.query, call.key, call.value, to), call.scale, first,
             log_decay.shape[2], order.count, 0, is_reversed, call.is_mapped, order.is_columns,
-            chunks > 1, partial is not None, save, *call.options, num_warps=call.blocks.output,
+            chunks > 1, partial is not None, save, *call.options, **_limits(call.blocks.output),
             num_stages=1,
         )  # fmt: skip
         partial, first = to, first + order.count
@@ -390,7 +398,7 @@ def delta_scans_backward(
             call.query, call.key, grad, call.log_decay, call.strength, inverses, wanted_grads,
             updates, *call.sizes, *_strides(call.query, call.key, grad), call.scale, first,
             log_decay.shape[2], is_reversed, call.is_mapped, order.is_columns, chunks > 1,
-            *call.options, num_warps=call.blocks.adjoint,
+            *call.options, **_limits(call.blocks.adjoint),
         )  # fmt: skip
         if chunks > 1:
             _carry(call, order, first, keeps, updates, totals, state_grads, True)
@@ -400,14 +408,14 @@ def delta_scans_backward(
             written, wanted_grads, states, state_grads, *places[::2], *before[::2], *gates,
             *call.sizes, *_strides(call.query, call.key, call.value, grad, *places[::2]),
             call.scale, first, log_decay.shape[2], order.count, 0, *sides, *call.options,
-            num_warps=call.blocks.gradient, num_stages=1,
+            **_limits(call.blocks.gradient), num_stages=1,
         )  # fmt: skip
         launch_kernel(_delta_key_gradient_kernel, (rows * chunks,),
             call.query, call.key, call.log_decay, call.strength, grad, written, wanted_grads,
             states, state_grads, places[1], before[1], *gates, *call.sizes,
             *_strides(call.query, call.key, grad, places[1]), call.scale, first,
             log_decay.shape[2], order.count, 0, *sides, *call.options,
-            num_warps=call.blocks.gradient, num_stages=1,
+            **_limits(call.blocks.gradient), num_stages=1,
         )  # fmt: skip
         partial, first = to, first + order.count
     return outs + [z.to(like.dtype) for z, like in zip(gates, (log_decay, strength), strict=True)]

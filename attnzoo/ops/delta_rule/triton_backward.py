@@ -212,28 +212,33 @@ def _delta_key_gradient_kernel(
         beta = tl.where(beta == 0.0, 2.0**-60, beta)
         system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
         system = tl.where(_is_later(row, is_up), system * beta[:, None], 0.0)
-        weights = tl.trans(_product(d, tl.trans(given), P, HALF) * decay)
-        of_read, of_written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
         of_gate = tl.zeros((C,), tl.float32)
+        of_token, of_beta = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+        if EXACT:
+            pairs = system * _product(k, tl.trans(k), P, HALF)
+            of_gate += _across(pairs, row, is_up, P)
+            of_beta += tl.sum(pairs, 1)
+            of_key += _product(system + tl.trans(system), k, P, HALF)
+        weights = tl.trans(_product(d, tl.trans(given), P, HALF) * decay)
+        of_written = _fine_product(weights, q, P, HALF)
+        if EXACT:
+            of_key += of_written
+            of_read, of_written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+        else:
+            of_read = _product(system, k, P, HALF)
+            of_written += _product(tl.trans(system), k, P, HALF)
         if CARRIED:
             state = _kept(states, at, dv, dk, wide, column)
             of_read -= (beta * _exp2(start))[:, None] * _product(of_wanted, state, P, HALF)
             state_grad = _kept(state_grads, at, dv, dk, wide, column)
-            of_written += _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
-            of_gate += tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0) * tl.exp2(
-                tl.sum(gate, 0)
-            )
-            of_gate += tl.sum(tl.sum(of_written * k, 1), 0)
-        if EXACT:
-            of_token = tl.sum((of_read - of_written) * k, 1)
-            of_gate += _across(system * _product(k, tl.trans(k), P, HALF), row, is_up, P)
-        of_read += _product(system, k, P, HALF)
-        of_written += _product(tl.trans(system), k, P, HALF)
-        of_written += _fine_product(weights, q, P, HALF)
-        if not EXACT:
-            of_token = tl.sum((of_read - of_written) * k, 1)
+            left = _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
+            of_written += left
+            of_all = tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0)
+            of_gate += of_all * tl.exp2(tl.sum(gate, 0)) + tl.sum(tl.sum(left * k, 1), 0)
+        of_token = tl.sum((of_read - of_written) * k, 1)
+        of_beta += tl.sum(of_read * k, 1)
+        of_beta /= beta
         of_key += of_read + of_written
-        of_beta = tl.sum(of_read * k, 1) / beta
         sums, _ = _sums(of_token, row, is_up == 0, EXACT)
         of_gate += sums
         place = image * n * directions * heads + (first + slot) * heads + head
