@@ -306,8 +306,8 @@ def launch_delta(dtype, width=64, bits=0b0011):
 
     gate, z = torch.ones(1, 256, bits.bit_count(), 2), torch.ones(1, 256, 6 * width, dtype=dtype)
     operands = z, None, None, gate, gate, 2, 1.0, 16, 16, bits
-    out, states = kernels.delta_scans_forward.function(*operands, True)
-    kernels.delta_scans_backward.function(out, states, *operands)
+    out, *saved = kernels.delta_scans_forward.function(*operands, True)
+    kernels.delta_scans_backward.function(out, *saved, *operands)
 
 
 def launch_scan(dtype, width=384):
@@ -350,9 +350,8 @@ KERNELS = {
     "_branch_gradient_kernel", "_branch_merge_kernel",
     "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
     "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
-    "_count_kernel", "_delta_carry_kernel",
-    "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
-    "_delta_written_kernel",
+    "_count_kernel", "_delta_adjoint_kernel", "_delta_carry_kernel", "_delta_key_gradient_kernel",
+    "_delta_output_kernel", "_delta_query_gradient_kernel", "_delta_update_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
