@@ -410,13 +410,16 @@ def delta_scans_backward(
             call.scale, first, log_decay.shape[2], order.count, 0, *sides, *call.options,
             **_limits(call.blocks.gradient), num_stages=1,
         )  # fmt: skip
-        launch_kernel(_delta_key_gradient_kernel, (rows * chunks,),
-            call.query, call.key, call.log_decay, call.strength, grad, written, wanted_grads,
-            states, state_grads, places[1], before[1], *gates, *call.sizes,
-            *_strides(call.query, call.key, grad, places[1]), call.scale, first,
-            log_decay.shape[2], order.count, 0, *sides, *call.options,
-            **_limits(call.blocks.gradient), num_stages=1,
-        )  # fmt: skip
+        added = before[1]
+        for parts in ((True, True),) if call.blocks.is_half else ((True, False), (False, True)):
+            launch_kernel(_delta_key_gradient_kernel, (rows * chunks,),
+                call.query, call.key, call.log_decay, call.strength, grad, written, wanted_grads,
+                states, state_grads, places[1], added, *gates, *call.sizes,
+                *_strides(call.query, call.key, grad, places[1]), call.scale, first,
+                log_decay.shape[2], order.count, 0, *sides, *call.options, *parts,
+                **_limits(call.blocks.gradient), num_stages=1,
+            )  # fmt: skip
+            added, sides = places[1], (*sides[:-1], True)
         partial, first = to, first + order.count
     return outs + [z.to(like.dtype) for z, like in zip(gates, (log_decay, strength), strict=True)]
 

@@ -178,8 +178,10 @@ def _delta_key_gradient_kernel(
     to_k_image, to_k_token, to_k_head, scale, first, directions, slots, nothing, is_reversed,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
+    # Of keys that READ what the state holds, and that WRITE there: in one launch where their tiles
+    # fit into registers.
     # A decay leads to whoever reads and from whoever writes, so that its gradient is what
     # operands times their gradients leave. Of pairs within the chunk most of that cancels, to the
     # last bit of a product; EXACT: pairs are summed by themselves.
@@ -206,47 +208,46 @@ def _delta_key_gradient_kernel(
         )
         start, end = _sums(gate, row, is_up, EXACT)
         given = _kept(written, at, C, dv, row, wide)
-        of_wanted = _kept(wanted_grads, at, C, dv, row, wide)
         decay = _decays(gate, start, row, is_up, False, P, EXACT)
-        # A token that writes nothing has a gradient of its strength.
-        beta = tl.where(beta == 0.0, 2.0**-60, beta)
-        system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
-        system = tl.where(_is_later(row, is_up), system * beta[:, None], 0.0)
-        of_gate = tl.zeros((C,), tl.float32)
-        of_token, of_beta = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-        if EXACT:
-            pairs = system * _product(k, tl.trans(k), P, HALF)
-            of_gate += _across(pairs, row, is_up, P)
-            of_beta += tl.sum(pairs, 1)
-            of_key += _product(system + tl.trans(system), k, P, HALF)
-        weights = tl.trans(_product(d, tl.trans(given), P, HALF) * decay)
-        of_written = _fine_product(weights, q, P, HALF)
-        if EXACT:
-            of_key += of_written
-            of_read, of_written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-        else:
-            of_read = _product(system, k, P, HALF)
-            of_written += _product(tl.trans(system), k, P, HALF)
-        if CARRIED:
-            state = _kept(states, at, dv, dk, wide, column)
-            of_read -= (beta * _exp2(start))[:, None] * _product(of_wanted, state, P, HALF)
-            state_grad = _kept(state_grads, at, dv, dk, wide, column)
-            left = _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
-            of_written += left
-            of_all = tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0)
-            of_gate += of_all * tl.exp2(tl.sum(gate, 0)) + tl.sum(tl.sum(left * k, 1), 0)
-        of_token = tl.sum((of_read - of_written) * k, 1)
-        of_beta += tl.sum(of_read * k, 1)
-        of_beta /= beta
-        of_key += of_read + of_written
-        sums, _ = _sums(of_token, row, is_up == 0, EXACT)
-        of_gate += sums
+        of_read, of_written = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+        of_gate, of_token = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
         place = image * n * directions * heads + (first + slot) * heads + head
         place += token * (directions * heads)
-        of_gate += tl.load(grad_decay + place, mask=is_token, other=0.0)
-        of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
+        if WRITE:
+            if CARRIED:
+                state_grad = _kept(state_grads, at, dv, dk, wide, column)
+                of_written += _exp2(end)[:, None] * _product(given, state_grad, P, HALF)
+                state = _kept(states, at, dv, dk, wide, column)
+                through = tl.sum(tl.sum(state.to(tl.float32) * state_grad, 1), 0)
+                by_token = tl.sum(of_written * k, 1)
+                of_gate += through * tl.exp2(tl.sum(gate, 0)) + tl.sum(by_token, 0)
+                if EXACT:
+                    of_token -= by_token
+            weights = tl.trans(_product(d, tl.trans(given), P, HALF) * decay)
+            of_written += _fine_product(weights, q, P, HALF)
+        if READ:
+            # A token that writes nothing has a gradient of its strength.
+            beta = tl.where(beta == 0.0, 2.0**-60, beta)
+            of_wanted = _kept(wanted_grads, at, C, dv, row, wide)
+            system = -_product(of_wanted, tl.trans(given), P, HALF) * decay
+            system = tl.where(_is_later(row, is_up), system * beta[:, None], 0.0)
+            if CARRIED:
+                state = _kept(states, at, dv, dk, wide, column)
+                of_read -= (beta * _exp2(start))[:, None] * _product(of_wanted, state, P, HALF)
+            if EXACT:
+                of_token += tl.sum(of_read * k, 1)
+                of_gate += _across(system * _product(k, tl.trans(k), P, HALF), row, is_up, P)
+            of_read += _product(system, k, P, HALF)
+            of_written += _product(tl.trans(system), k, P, HALF)
+            of_beta = tl.sum(of_read * k, 1) / beta
+            of_beta += tl.load(grad_strength + place, mask=is_token, other=0.0)
+            tl.store(grad_strength + place, of_beta, mask=is_token)
+        if not EXACT:
+            of_token += tl.sum((of_read - of_written) * k, 1)
+        of_key += of_read + of_written
+        sums, _ = _sums(of_token, row, is_up == 0, EXACT)
+        of_gate += sums + tl.load(grad_decay + place, mask=is_token, other=0.0)
         tl.store(grad_decay + place, of_gate, mask=is_token)
-        tl.store(grad_strength + place, of_beta, mask=is_token)
     row, column, wide, token, is_token, mask_k, mask_v = _tiles(
         chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
     )
