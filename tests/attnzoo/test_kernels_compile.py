@@ -303,11 +303,14 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 def launch_delta(dtype, width=64, bits=0b0011):
     from attnzoo.ops.delta_rule import triton as kernels
+    from attnzoo.ops.delta_rule import triton_gates
 
     gate, z = torch.ones(1, 256, bits.bit_count(), 2), torch.ones(1, 256, 6 * width, dtype=dtype)
     operands = z, None, None, gate, gate, 2, 1.0, 16, 16, bits
     out, *saved = kernels.delta_scans_forward.function(*operands, True)
     kernels.delta_scans_backward.function(out, *saved, *operands)
+    scalars = z[..., : 4 * bits.bit_count()], gate[0, 0], gate[0, 0]
+    triton_gates._backward.function(*triton_gates._forward.function(*scalars), *scalars)
 
 
 def launch_scan(dtype, width=384):
@@ -351,7 +354,7 @@ KERNELS = {
     "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
     "_causal_conv_kernel", "_causal_conv_slope_kernel", "_column_sum_kernel",
     "_count_kernel", "_delta_adjoint_kernel", "_delta_carry_kernel", "_delta_key_gradient_kernel",
-    "_delta_output_kernel", "_delta_query_gradient_kernel", "_delta_update_kernel",
+    "_delta_gates_gradient_kernel", "_delta_gates_kernel", "_delta_output_kernel", "_delta_query_gradient_kernel", "_delta_update_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",
