@@ -23,7 +23,7 @@ from attnzoo.ops.triton_common import (
     launched,
 )
 
-GATES_TILE = (64, 4)  # rows, warps
+GATES_TILE = (32, 4)  # rows, warps
 
 
 @triton.jit
