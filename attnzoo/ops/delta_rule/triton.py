@@ -3,8 +3,11 @@
 Three launches, for both directions of an order of the tokens: of every chunk, the inverse of its
 triangular system, and what it keeps and adds; the states that enter each chunk, by a recurrence
 with one product a chunk; the outputs. The gradients of the states follow the same recurrence the
-other way round, so that the first two kernels serve the backward too; the gradients of the
-operands are in ``triton_backward.py``.
+other way round, from what ``triton_backward.py`` finds in each chunk; so do the gradients of the
+operands, which read what the forward has kept of every chunk.
+
+Of bfloat16 operands products are of bfloat16, with float32 sums. Where the rounding of one operand
+would be all of a result's error, it is a sum of two (``_fine_product``).
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -21,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.delta_rule import MOST_CHANNELS
 from attnzoo.ops.delta_rule.triton_backward import (
     _delta_adjoint_kernel,
     _delta_key_gradient_kernel,
@@ -31,6 +35,7 @@ from attnzoo.ops.delta_rule.triton_common import (
     _decays,
     _fine_product,
     _gates,
+    _half,
     _inverse,
     _is_later,
     _keep,
@@ -110,17 +115,29 @@ def _delta_carry_kernel(
     slot, image_head = tl.program_id(0) // rows, (tl.program_id(0) % rows).to(tl.int64)
     is_up = ((slot == 1) | (is_reversed != 0)) != ADJOINT
     column, wide = tl.arange(0, K), tl.program_id(1) * V + tl.arange(0, V)
+    square = column[:, None] * dk + tl.arange(0, K)[None, :]
+    mask = (column < dk)[:, None] & (tl.arange(0, K) < dk)[None, :]
+    spot = wide[:, None] * dk + column[None, :]
+    mask_s = (wide < dv)[:, None] & (column < dk)[None, :]
     at = ((first + slot) * rows + image_head) * chunks + tl.where(is_up, chunks - 1, 0)
     step = tl.where(is_up, -1, 1)
+    keeps += at * dk * dk
+    updates += at * dk * dv
+    states += at * dk * dv
+    totals += at
     state = tl.zeros((V, K), tl.float32)
     for _ in tl.range(0, chunks, num_stages=STAGES):
-        keep = _kept(keeps, at, dk, dk, column, column)
-        update = _kept(updates, at, dv, dk, wide, column).to(tl.float32)
-        total = tl.load(totals + at)
-        _keep(states, at, dv, dk, wide, column, state)
-        lost = _product(state, keep if ADJOINT else tl.trans(keep), P, HALF)
+        keep = tl.load(keeps + square, mask=mask, other=0.0)
+        update = tl.load(updates + spot, mask=mask_s, other=0.0).to(tl.float32)
+        total = tl.load(totals)
+        left = _half(state) if HALF else state
+        tl.store(states + spot, left, mask=mask_s)
+        lost = _product(left, keep if ADJOINT else tl.trans(keep), P, HALF)
         state = state * tl.exp2(total) + update - lost
-        at += step
+        keeps += step * dk * dk
+        updates += step * dk * dv
+        states += step * dk * dv
+        totals += step
 
 
 @triton.jit
@@ -191,18 +208,21 @@ class Blocks(NamedTuple):
 
 _FOUR, _EIGHT = (4, None), (8, None)
 BLOCKS = {
-    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (16, 1, 4), True),
+    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (32, 2, 4), True),
     torch.float32: Blocks(32, _FOUR, _EIGHT, _EIGHT, _EIGHT, (16, 4, 3), False),
 }
-# Where products read no operand from shared memory, larger tiles would not fit into registers.
+# Where products read no operand from shared memory, larger tiles would not fit into registers; and
+# of narrow heads such products got wrong addresses from ptxas 12.8.
 _SMALL = Blocks(32, _FOUR, _FOUR, _FOUR, _FOUR, (16, 1, 4), True)
 _HOPPER_ROOM = 200 * 2**10  # bytes of shared memory that only such devices have
 
 
-def _blocks(x: Tensor) -> Blocks:
-    room = _shared_memory(x.device)
-    is_small = room is not None and room < _HOPPER_ROOM and x.dtype == torch.bfloat16
-    return _SMALL if is_small else BLOCKS[x.dtype]
+def _blocks(query: Tensor, value: Tensor) -> Blocks:
+    room = _shared_memory(query.device)
+    is_small = room is not None and room < _HOPPER_ROOM
+    is_small = is_small or min(_width(z.shape[-1]) for z in (query, value)) < MOST_CHANNELS
+    is_small = is_small and query.dtype == torch.bfloat16
+    return _SMALL if is_small else BLOCKS[query.dtype]
 
 
 def _limits(of_kernel: tuple[int, int | None]) -> dict[str, int]:
@@ -224,7 +244,7 @@ class _Call(NamedTuple):
 
     @property
     def blocks(self) -> Blocks:
-        return _blocks(self.query)
+        return _blocks(self.query, self.value)
 
     @property
     def chunk(self) -> int:
@@ -318,7 +338,7 @@ def delta_scans_forward(
         keeps of the state, its decay, the state before it, and what its tokens write.
     """
     call = _call(query, key, value, log_decay, strength, heads, scale, height, width)
-    dk, dv, rows, chunks = call.sizes[2:6]
+    rows, chunks = call.sizes[4:6]
     out = torch.empty(call.value.shape, dtype=query.dtype, device=query.device)
     saved, partial, first = _saved(call), None, 0
     inverses, keeps, totals, states, written = saved
