@@ -208,12 +208,12 @@ class Blocks(NamedTuple):
 
 _FOUR, _EIGHT = (4, None), (8, None)
 BLOCKS = {
-    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (32, 2, 4), True),
+    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (16, 4, 4), True),
     torch.float32: Blocks(32, _FOUR, _EIGHT, _EIGHT, _EIGHT, (16, 4, 3), False),
 }
 # Where products read no operand from shared memory, larger tiles would not fit into registers; and
 # of narrow heads such products got wrong addresses from ptxas 12.8.
-_SMALL = Blocks(32, _FOUR, _FOUR, _FOUR, _FOUR, (16, 1, 4), True)
+_SMALL = Blocks(32, _FOUR, _FOUR, _FOUR, _FOUR, (16, 4, 4), True)
 _HOPPER_ROOM = 200 * 2**10  # bytes of shared memory that only such devices have
 
 
