@@ -196,19 +196,19 @@ class Blocks(NamedTuple):
     """Sizes of the kernels for one type of operands."""
 
     chunk: int  # tokens, at most
-    # Warps of kernels, and registers of a thread where they are limited: of chunks, of outputs, of
-    # chunks' gradients, of all gradients.
-    update: tuple[int, int | None]
-    output: tuple[int, int | None]
-    adjoint: tuple[int, int | None]
-    gradient: tuple[int, int | None]
+    # Warps of kernels, stages of their loops, and registers of a thread where they are limited: of
+    # chunks, of outputs, of chunks' gradients, of all gradients.
+    update: tuple[int, int, int | None]
+    output: tuple[int, int, int | None]
+    adjoint: tuple[int, int, int | None]
+    gradient: tuple[int, int, int | None]
     carry: tuple[int, int, int]  # columns of a state, warps, stages
     is_half: bool  # whether products are of bfloat16, and what one kernel leaves to the next
 
 
-_FOUR, _EIGHT = (4, None), (8, None)
+_FOUR, _AHEAD, _EIGHT = (4, 1, None), (4, 2, None), (8, 1, None)
 BLOCKS = {
-    torch.bfloat16: Blocks(64, (4, 168), _FOUR, (4, 168), _FOUR, (16, 4, 4), True),
+    torch.bfloat16: Blocks(64, (4, 1, 168), _AHEAD, (4, 1, 168), _AHEAD, (16, 4, 4), True),
     torch.float32: Blocks(32, _FOUR, _EIGHT, _EIGHT, _EIGHT, (16, 4, 3), False),
 }
 # Where products read no operand from shared memory, larger tiles would not fit into registers; and
@@ -225,9 +225,10 @@ def _blocks(query: Tensor, value: Tensor) -> Blocks:
     return _SMALL if is_small else BLOCKS[query.dtype]
 
 
-def _limits(of_kernel: tuple[int, int | None]) -> dict[str, int]:
-    warps, registers = of_kernel
-    return {"num_warps": warps} | ({"maxnreg": registers} if _is_fast() and registers else {})
+def _limits(of_kernel: tuple[int, int, int | None]) -> dict[str, int]:
+    warps, stages, registers = of_kernel
+    limit = {"maxnreg": registers} if _is_fast() and registers else {}
+    return {"num_warps": warps, "num_stages": stages} | limit
 
 
 class _Call(NamedTuple):
@@ -361,7 +362,6 @@ def delta_scans_forward(
             *_strides(call.query, call.key, call.value, to), call.scale, first,
             log_decay.shape[2], order.count, 0, is_reversed, call.is_mapped, order.is_columns,
             chunks > 1, partial is not None, save, *call.options, **_limits(call.blocks.output),
-            num_stages=1,
         )  # fmt: skip
         partial, first = to, first + order.count
     return out, *(saved if save else [z.new_empty(0) for z in saved])
@@ -428,7 +428,7 @@ def delta_scans_backward(
             written, wanted_grads, states, state_grads, *places[::2], *before[::2], *gates,
             *call.sizes, *_strides(call.query, call.key, call.value, grad, *places[::2]),
             call.scale, first, log_decay.shape[2], order.count, 0, *sides, *call.options,
-            **_limits(call.blocks.gradient), num_stages=1,
+            **_limits(call.blocks.gradient),
         )  # fmt: skip
         added = before[1]
         for parts in ((True, True),) if call.blocks.is_half else ((True, False), (False, True)):
@@ -437,7 +437,7 @@ def delta_scans_backward(
                 states, state_grads, places[1], added, *gates, *call.sizes,
                 *_strides(call.query, call.key, grad, places[1]), call.scale, first,
                 log_decay.shape[2], order.count, 0, *sides, *call.options, *parts,
-                **_limits(call.blocks.gradient), num_stages=1,
+                **_limits(call.blocks.gradient),
             )  # fmt: skip
             added, sides = places[1], (*sides[:-1], True)
         partial, first = to, first + order.count
