@@ -20,6 +20,7 @@ from attnzoo.ops.delta_rule.triton_common import (
     _mapped,
     _product,
     _raw,
+    _reaches,
     _sums,
     _tiles,
 )
@@ -42,8 +43,7 @@ def _across(pairs, row, is_up, P: tl.constexpr):
     """The sums of the pairs (t, s) that have a token after s and not after t."""
     pairs = tl.where(_is_later(row, is_up), pairs, 0.0)
     spans = _dot(pairs, tl.where(_is_later(row, is_up == 0), 1.0, 0.0), P)
-    reaches = _is_later(row, is_up) | (row[:, None] == row[None, :])
-    return tl.sum(tl.where(reaches, spans, 0.0), 0)
+    return tl.sum(tl.where(_reaches(row, is_up), spans, 0.0), 0)
 
 
 @triton.jit

@@ -58,8 +58,13 @@ def _product(a, b, P: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _fine_product(a, b, P: tl.constexpr, HALF: tl.constexpr):
     """As exact as b in bfloat16 is: of a there are two halves."""
-    total = _product(a, b, P, HALF)
-    return _add_dot(total, _half(a - _half(a)), _half(b), P) if HALF else total
+    if HALF:
+        # Cut off and not rounded: going back to float32 costs nothing.
+        high = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        total = _add_dot(_product(high, b, P, HALF), _half(a - high), _half(b), P)
+    else:
+        total = _dot(a, b, P)
+    return total
 
 
 @triton.jit
@@ -143,8 +148,15 @@ def _gates(log_decay, strength, image, head, token, is_token, direction, n, head
 @triton.jit
 def _is_later(row, is_up):
     """Which (t, s) have t scanned after s."""
-    t, s = row[:, None], row[None, :]
-    return tl.where(is_up, t < s, t > s)
+    turn = tl.where(is_up, -row, row)
+    return turn[:, None] > turn[None, :]
+
+
+@triton.jit
+def _reaches(row, is_up):
+    """Which (t, s) have t scanned after s, or the same."""
+    turn = tl.where(is_up, -row, row)
+    return turn[:, None] >= turn[None, :]
 
 
 @triton.jit
@@ -154,10 +166,8 @@ def _sums(gate, row, is_up, EXACT: tl.constexpr):
     EXACT: none is a difference, which after a strong gate would have lost the weak.
     """
     if EXACT:
-        is_later = _is_later(row, is_up)
-        reaches = is_later | (row[:, None] == row[None, :])
-        start = tl.sum(tl.where(reaches, gate[None, :], 0.0), 1)
-        end = tl.sum(tl.where(is_later, gate[:, None], 0.0), 0)
+        start = tl.sum(tl.where(_reaches(row, is_up), gate[None, :], 0.0), 1)
+        end = tl.sum(tl.where(_is_later(row, is_up), gate[:, None], 0.0), 0)
     else:
         until, total = tl.cumsum(gate, 0), tl.sum(gate, 0)
         start = tl.where(is_up, total - until + gate, until)
@@ -168,20 +178,18 @@ def _sums(gate, row, is_up, EXACT: tl.constexpr):
 @triton.jit
 def _decays(gate, start, row, is_up, TURNED: tl.constexpr, P: tl.constexpr, EXACT: tl.constexpr):
     """Decays from s to t, (C, C), 0 unless t is s or later; (s, t) where TURNED."""
-    is_same = row[:, None] == row[None, :]
     if EXACT:
-        is_later = _is_later(row, is_up)
-        reaches = is_later | is_same
-        between = _dot(tl.where(reaches, 1.0, 0.0), tl.where(is_later, gate[:, None], 0.0), P)
-        decay = _exp2(tl.where(reaches, between, float("-inf")))
-        return tl.trans(decay) if TURNED else decay
-    if TURNED:
-        reaches = _is_later(row, is_up == 0) | is_same
+        reaches = _reaches(row, is_up)
+        between = tl.where(_is_later(row, is_up), gate[:, None], 0.0)
+        between = _dot(tl.where(reaches, 1.0, 0.0), between, P)
+    elif TURNED:
+        reaches = _reaches(row, is_up == 0)
         between = start[None, :] - start[:, None]
     else:
-        reaches = _is_later(row, is_up) | is_same
+        reaches = _reaches(row, is_up)
         between = start[:, None] - start[None, :]
-    return _exp2(tl.where(reaches, between, float("-inf")))
+    decay = _exp2(tl.where(reaches, between, float("-inf")))
+    return tl.trans(decay) if EXACT and TURNED else decay
 
 
 @triton.jit
