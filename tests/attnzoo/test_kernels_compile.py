@@ -39,30 +39,38 @@ INSTRUCTION = re.compile(r"\*/ +(?:@!?U?P\w+ +)?(\S+) +(.*?) *;")
 def misread(kernel, path):
     """Where Hopper's code calculates with the descriptor of device memory, which no source does.
 
-    ptxas 12.8 took it for the address of an operand of a product, and no error told it.
+    ptxas 12.8 took it for the address of an operand of a product, and no error told it; or a
+    register in which nothing is.
     """
     from triton import knobs
 
     path.write_bytes(kernel.asm["cubin"])
     command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [(line, *match.groups()) for line in told.splitlines()
+             if (match := INSTRUCTION.search(line))]  # fmt: skip
     held, found = set(), []
-    for line in told.splitlines():
-        if (match := INSTRUCTION.search(line)) is None:
-            continue
-        name, operands = match.groups()
+    filled = set().union(*(filled_by(name, operands) for _, name, operands in lines))
+    for line, name, operands in lines:
         read = re.sub(r"g?desc\[UR\d+\]", "", operands)
-        written = re.match(r"UR(\d+), *(.*)", read)
-        if written is None:
+        pair = filled_by(name, read)
+        if not pair:
             continue  # what may put it away for later
-        first, read = int(written[1]), written[2]
-        is_read = bool(held & {int(one) for one in re.findall(r"\bUR(\d+)", read)})
-        if is_read and name != "UMOV":
+        read = {int(one) for one in re.findall(r"\bUR(\d+)", read.partition(",")[2])}
+        is_read = bool(held & read)
+        if (is_read and name != "UMOV") or not read <= filled:
             found.append(line.strip())
-        pair = {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
         is_loaded = name == "ULDC.64" and "c[0x0][0x208]" in operands
         held = held | pair if is_loaded or (is_read and name == "UMOV") else held - pair
     return found
+
+
+def filled_by(name, operands):
+    """The uniform registers that an instruction writes."""
+    if (written := re.match(r"UR(\d+)", operands)) is None:
+        return set()
+    first = int(written[1])
+    return {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
 
 
 @pytest.fixture
