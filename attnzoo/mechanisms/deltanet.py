@@ -112,8 +112,9 @@ class DeltaNet(Attention):
     def _by_kernels(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``_scans`` from the projections as they are, in their dtype."""
         from attnzoo.ops.delta_rule.triton import delta_scans
+        from attnzoo.ops.delta_rule.triton_gates import delta_gates
 
-        decay, strength = _gates(self.gates(x), self.log_rate, self.step_bias)
+        decay, strength = delta_gates(self.gates(x), self.log_rate, self.step_bias)
         qkv = self.qkv(x) if self.conv is None else self.conv(self.qkv(x), grid)
         heads, scale = self.num_heads, (self.dim // self.num_heads) ** -0.5
         if self.taps is None:

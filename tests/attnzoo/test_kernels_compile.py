@@ -39,30 +39,38 @@ INSTRUCTION = re.compile(r"\*/ +(?:@!?U?P\w+ +)?(\S+) +(.*?) *;")
 def misread(kernel, path):
     """Where Hopper's code calculates with the descriptor of device memory, which no source does.
 
-    ptxas 12.8 took it for the address of an operand of a product, and no error told it.
+    ptxas 12.8 took it for the address of an operand of a product, and no error told it; or a
+    register in which nothing is.
     """
     from triton import knobs
 
     path.write_bytes(kernel.asm["cubin"])
     command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [(line, *match.groups()) for line in told.splitlines()
+             if (match := INSTRUCTION.search(line))]  # fmt: skip
     held, found = set(), []
-    for line in told.splitlines():
-        if (match := INSTRUCTION.search(line)) is None:
-            continue
-        name, operands = match.groups()
+    filled = set().union(*(filled_by(name, operands) for _, name, operands in lines))
+    for line, name, operands in lines:
         read = re.sub(r"g?desc\[UR\d+\]", "", operands)
-        written = re.match(r"UR(\d+), *(.*)", read)
-        if written is None:
+        pair = filled_by(name, read)
+        if not pair:
             continue  # what may put it away for later
-        first, read = int(written[1]), written[2]
-        is_read = bool(held & {int(one) for one in re.findall(r"\bUR(\d+)", read)})
-        if is_read and name != "UMOV":
+        read = {int(one) for one in re.findall(r"\bUR(\d+)", read.partition(",")[2])}
+        is_read = bool(held & read)
+        if (is_read and name != "UMOV") or not read <= filled:
             found.append(line.strip())
-        pair = {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
         is_loaded = name == "ULDC.64" and "c[0x0][0x208]" in operands
         held = held | pair if is_loaded or (is_read and name == "UMOV") else held - pair
     return found
+
+
+def filled_by(name, operands):
+    """The uniform registers that an instruction writes."""
+    if (written := re.match(r"UR(\d+)", operands)) is None:
+        return set()
+    first = int(written[1])
+    return {first, first + 1} if re.search(r"\.(64|WIDE)", name) else {first}
 
 
 @pytest.fixture
@@ -303,11 +311,14 @@ def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
 
 def launch_delta(dtype, width=64, bits=0b0011):
     from attnzoo.ops.delta_rule import triton as kernels
+    from attnzoo.ops.delta_rule import triton_gates
 
     gate, z = torch.ones(1, 256, bits.bit_count(), 2), torch.ones(1, 256, 6 * width, dtype=dtype)
     operands = z, None, None, gate, gate, 2, 1.0, 16, 16, bits
-    out, states = kernels.delta_scans_forward.function(*operands, True)
-    kernels.delta_scans_backward.function(out, states, *operands)
+    out, *saved = kernels.delta_scans_forward.function(*operands, True)
+    kernels.delta_scans_backward.function(out, *saved, *operands)
+    scalars = z[..., : 4 * bits.bit_count()], gate[0, 0], gate[0, 0]
+    triton_gates._backward.function(*triton_gates._forward.function(*scalars), *scalars)
 
 
 def launch_scan(dtype, width=384):
@@ -356,9 +367,9 @@ KERNELS = {
     "_branch_gradient_kernel", "_branch_merge_kernel",
     "_branch_moments_kernel", "_branch_slopes_kernel", "_branch_sums_kernel",
     "_causal_conv_gradient_kernel", "_causal_conv_kernel", "_column_sum_kernel",
-    "_count_kernel", "_delta_carry_kernel",
-    "_delta_gradient_kernel", "_delta_output_kernel", "_delta_update_kernel",
-    "_delta_written_kernel",
+    "_count_kernel", "_delta_adjoint_kernel", "_delta_carry_kernel",
+    "_delta_gates_gradient_kernel", "_delta_gates_kernel", "_delta_key_gradient_kernel",
+    "_delta_output_kernel", "_delta_query_gradient_kernel", "_delta_update_kernel",
     "_difference_backward_kernel", "_difference_kernel", "_downsample_gradient_kernel",
     "_downsample_kernel", "_downsample_weight_kernel", "_elu_fold_kernel", "_elu_join_kernel",
     "_elu_key_gradient_kernel", "_elu_query_gradient_kernel", "_elu_read_kernel",

@@ -110,7 +110,7 @@ if CAN_RUN:
 
         blocks = module.BLOCKS[torch.bfloat16]._replace(chunk=chunk)
         monkeypatch.setitem(module.BLOCKS, torch.bfloat16, blocks)
-        inputs = operands(100, 20, 24, torch.bfloat16)
+        inputs = operands(100, 40, 48, torch.bfloat16)  # as wide tiles as there are
         exact = with_gradients(torch_path, doubled(inputs))
         own = errors(with_gradients(torch_path, inputs), exact)
         found = errors(with_gradients(kernels, inputs), exact)

@@ -86,5 +86,6 @@ def _macs(query: Tensor, key: Any, value: Any, log_decay: Tensor, *_: Any, **__:
 
 MACS |= {
     "delta_scans": _macs,
-    "delta_scans_backward": lambda _, __, *operands, **___: 2 * _macs(*operands),
+    # After the gradient and what was kept of the forward.
+    "delta_scans_backward": lambda *operands, **_: 2 * _macs(*operands[6:]),
 }

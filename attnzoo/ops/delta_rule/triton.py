@@ -3,8 +3,11 @@
 Three launches, for both directions of an order of the tokens: of every chunk, the inverse of its
 triangular system, and what it keeps and adds; the states that enter each chunk, by a recurrence
 with one product a chunk; the outputs. The gradients of the states follow the same recurrence the
-other way round, so that the first two kernels serve the backward too; the gradients of the
-operands are in ``triton_backward.py``.
+other way round, from what ``triton_backward.py`` finds in each chunk; so do the gradients of the
+operands, which read what the forward has kept of every chunk.
+
+Of bfloat16 operands products are of bfloat16, with float32 sums. Where the rounding of one operand
+would be all of a result's error, it is a sum of two (``_fine_product``).
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -21,28 +24,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.delta_rule import MOST_CHANNELS
 from attnzoo.ops.delta_rule.triton_backward import (
-    _delta_gradient_kernel,
-    _delta_written_kernel,
+    _delta_adjoint_kernel,
+    _delta_key_gradient_kernel,
+    _delta_query_gradient_kernel,
     _put,
 )
 from attnzoo.ops.delta_rule.triton_common import (
     _decays,
-    _edges,
+    _fine_product,
     _gates,
+    _half,
     _inverse,
     _is_later,
+    _keep,
+    _kept,
     _mapped,
     _product,
     _raw,
-    _state,
+    _sums,
     _tiles,
 )
 from attnzoo.ops.gated_scan.triton import _BITS, _Order, _orders
-from attnzoo.ops.gated_scan.triton_common import _places
+from attnzoo.ops.gated_scan.triton_common import _exp2
 from attnzoo.ops.triton_common import (
     _ceil,
-    _dot,
+    _is_fast,
     _precision,
     _shared_memory,
     _width,
@@ -53,89 +61,79 @@ from attnzoo.ops.triton_common import (
 
 @triton.jit
 def _delta_update_kernel(
-    query, key, value, log_decay, strength, inverses, keeps, updates, totals,
+    key, value, log_decay, strength, inverses, keeps, updates, totals,
     n, heads, dk, dv, rows, chunks, height, width,
-    q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
-    scale, first, directions, is_reversed, levels,
-    MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADJOINT: tl.constexpr,
+    k_image, k_token, k_head, v_image, v_token, v_head,
+    first, directions, is_reversed, levels,
+    MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    # The state after a chunk is (total - keeps) times that before it, plus updates. ADJOINT: of
-    # the states' gradients, from the end to the start, where value is the outputs' gradient.
+    # The state after a chunk is (total - keeps) times that before it, plus updates; of inverses,
+    # whose diagonal is 1, what is beside it is left, so that rounding does not touch the rest.
     slot = tl.program_id(1)
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
-    token, is_token = _places(chunk, n, height, width, C, COLUMNS)
+    row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+        chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
+    )
     is_up = (slot == 1) | (is_reversed != 0)
-    row, column, wide = tl.arange(0, C), tl.arange(0, K), tl.arange(0, V)
-    mask_k = is_token[:, None] & (column < dk)[None, :]
-    mask_v = is_token[:, None] & (wide < dv)[None, :]
     k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-    k = _mapped(k, MAPPED, True)
+    k = _mapped(k, MAPPED, True, HALF)
     gate, beta = _gates(
         log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
     )
-    decay = _decays(gate, row, is_up, P, EXACT)
-    system = _product(k, tl.trans(k), P, HALF) * decay * beta[:, None]
-    inverse = _inverse(tl.where(_is_later(row, is_up), system, 0.0), row, levels, P)
-    at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
-    tl.store(inverses + at * C * C + row[:, None] * C + tl.arange(0, C)[None, :],
-             inverse.to(inverses.dtype.element_ty))  # fmt: skip
+    start, end = _sums(gate, row, is_up, EXACT)
+    system = _product(k, tl.trans(k), P, HALF) * beta[:, None]
+    system *= _decays(gate, start, row, is_up, False, P, EXACT)
+    system = tl.where(_is_later(row, is_up), system, 0.0)
+    inverse = _inverse(system, row, levels, C, P, HALF)
+    at = ((first + slot) * rows + image_head).to(tl.int64) * chunks + chunk
+    beside = tl.where(row[:, None] == row[None, :], 0.0, inverse)
+    _keep(inverses, at, C, C, row, row, beside)
     if CARRIED:
-        start, end = _edges(gate, row, is_up)
         v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-        if ADJOINT:
-            v *= scale
-            q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-            q = _mapped(q, MAPPED, True)
-            weights = _product(q, tl.trans(k), P, HALF) * decay
-            of_written = _product(tl.trans(weights), v, P, HALF)
-            left = _product(tl.trans(k * (start * beta)[:, None]), tl.trans(inverse), P, HALF)
-            update = _product(tl.trans(q * start[:, None]), v, P, HALF)
-            update -= _product(left, of_written, P, HALF)
-            keep = _product(left, k * end[:, None], P, HALF)
-        else:
-            v = _mapped(v, MAPPED, False)
-            left = _product(tl.trans(k * end[:, None]), inverse, P, HALF) * beta[None, :]
-            update = _product(left, v, P, HALF)
-            keep = _product(left, k * start[:, None], P, HALF)
-        is_key = column < dk
-        spot = at * dk * dv + column[:, None] * dv + wide[None, :]
-        mask = is_key[:, None] & (wide < dv)[None, :]
-        tl.store(updates + spot, update.to(updates.dtype.element_ty), mask=mask)
-        spot = at * dk * dk + column[:, None] * dk + tl.arange(0, K)[None, :]
-        mask = is_key[:, None] & (tl.arange(0, K) < dk)[None, :]
-        tl.store(keeps + spot, keep.to(keeps.dtype.element_ty), mask=mask)
+        v = _mapped(v, MAPPED, False, HALF)
+        inverse *= _exp2(end)[:, None] * beta[None, :]
+        left = _product(tl.trans(k), inverse, P, HALF)
+        update = _product(tl.trans(v), tl.trans(left), P, HALF)
+        keep = _product(left, k * _exp2(start)[:, None], P, HALF)
+        _keep(updates, at, dv, dk, wide, column, update)
+        _keep(keeps, at, dk, dk, column, column, keep)
         tl.store(totals + at, tl.sum(gate, 0))
 
 
 @triton.jit
 def _delta_carry_kernel(
-    keeps, updates, totals, states, rows, chunks, dk, dv, is_reversed, ADJOINT: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr, P: tl.constexpr,
+    keeps, updates, totals, states, rows, chunks, dk, dv, first, is_reversed,
+    ADJOINT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+    P: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    # States are (dv, dk), so that one is the left operand of the product that makes the next.
+    # ADJOINT: of the states' gradients, from the end to the start.
     slot, image_head = tl.program_id(0) // rows, (tl.program_id(0) % rows).to(tl.int64)
     is_up = ((slot == 1) | (is_reversed != 0)) != ADJOINT
     column, wide = tl.arange(0, K), tl.program_id(1) * V + tl.arange(0, V)
     square = column[:, None] * dk + tl.arange(0, K)[None, :]
     mask = (column < dk)[:, None] & (tl.arange(0, K) < dk)[None, :]
-    spot = column[:, None] * dv + wide[None, :]
-    mask_s = (column < dk)[:, None] & (wide < dv)[None, :]
-    at = (slot * rows + image_head) * chunks + tl.where(is_up, chunks - 1, 0)
+    spot = wide[:, None] * dk + column[None, :]
+    mask_s = (wide < dv)[:, None] & (column < dk)[None, :]
+    at = ((first + slot) * rows + image_head) * chunks + tl.where(is_up, chunks - 1, 0)
     step = tl.where(is_up, -1, 1)
     keeps += at * dk * dk
     updates += at * dk * dv
     states += at * dk * dv
     totals += at
-    state = tl.zeros((K, V), tl.float32)
+    state = tl.zeros((V, K), tl.float32)
     for _ in tl.range(0, chunks, num_stages=STAGES):
-        keep = tl.load(keeps + square, mask=mask, other=0.0).to(tl.float32)
+        keep = tl.load(keeps + square, mask=mask, other=0.0)
         update = tl.load(updates + spot, mask=mask_s, other=0.0).to(tl.float32)
         total = tl.load(totals)
-        tl.store(states + spot, state.to(states.dtype.element_ty), mask=mask_s)
-        state = state * tl.exp2(total) + update - _dot(keep, state, P)
+        left = _half(state) if HALF else state
+        tl.store(states + spot, left, mask=mask_s)
+        lost = _product(left, keep if ADJOINT else tl.trans(keep), P, HALF)
+        state = state * tl.exp2(total) + update - lost
         keeps += step * dk * dk
         updates += step * dk * dv
         states += step * dk * dv
@@ -144,43 +142,49 @@ def _delta_carry_kernel(
 
 @triton.jit
 def _delta_output_kernel(
-    query, key, value, log_decay, strength, inverses, states, out, added,
+    query, key, value, log_decay, strength, inverses, states, written, out, added,
     n, heads, dk, dv, rows, chunks, height, width,
     q_image, q_token, q_head, k_image, k_token, k_head, v_image, v_token, v_head,
     o_image, o_token, o_head, scale, first, directions, slots, nothing, is_reversed,
     MAPPED: tl.constexpr, COLUMNS: tl.constexpr, CARRIED: tl.constexpr, ADD: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
-    EXACT: tl.constexpr,
+    SAVE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
+    HALF: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0) % chunks
     image_head = tl.program_id(0) // chunks
     image, head = (image_head // heads).to(tl.int64), image_head % heads
+    row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+        chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
+    )
+    k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
+    k = _mapped(k, MAPPED, True, HALF)
+    v = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
+    v = _mapped(v, MAPPED, False, HALF)
+    q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
+    q = _mapped(q, MAPPED, True, HALF)
     result = tl.zeros((C, V), tl.float32)
     for slot in range(slots):
-        row, column, wide, token, is_token, mask_k, mask_v = _tiles(
+        row, column, wide, token, is_token, _, _ = _tiles(
             chunk, n, dk, dv, height, width, slot * nothing, C, K, V, COLUMNS
         )
         is_up = (slot == 1) | (is_reversed != 0)
-        at = (slot * rows + image_head).to(tl.int64) * chunks + chunk
+        at = ((first + slot) * rows + image_head).to(tl.int64) * chunks + chunk
         gate, beta = _gates(
             log_decay, strength, image, head, token, is_token, first + slot, n, heads, directions
         )
-        k = _raw(key, image, head, token, column, mask_k, k_image, k_token, k_head)
-        k = _mapped(k, MAPPED, True)
-        wanted = _raw(value, image, head, token, wide, mask_v, v_image, v_token, v_head)
-        wanted = _mapped(wanted, MAPPED, False)
-        q = _raw(query, image, head, token, column, mask_k, q_image, q_token, q_head)
-        q = _mapped(q, MAPPED, True)
+        start, _ = _sums(gate, row, is_up, EXACT)
+        given = v.to(tl.float32)
         if CARRIED:
-            start, _ = _edges(gate, row, is_up)
-            state = _state(states, at, dk, dv, column, wide)
-            wanted -= start[:, None] * _product(k, state, P, HALF)
-            result += start[:, None] * _product(q, state, P, HALF)
-        weights = _product(q, tl.trans(k), P, HALF) * _decays(gate, row, is_up, P, EXACT)
-        square = inverses + at * C * C + row[:, None] * C + row[None, :]
-        inverse = tl.load(square).to(tl.float32)
-        written = _product(inverse, beta[:, None] * wanted, P, HALF)
-        result += _product(weights, written, P, HALF)
+            state = tl.trans(_kept(states, at, dv, dk, wide, column))
+            given -= _exp2(start)[:, None] * _product(k, state, P, HALF)
+            result += _exp2(start)[:, None] * _product(q, state, P, HALF)
+        given *= beta[:, None]
+        given += _product(_kept(inverses, at, C, C, row, row), given, P, HALF)
+        if SAVE:
+            _keep(written, at, C, dv, row, wide, given)
+        weights = _product(q, tl.trans(k), P, HALF)
+        weights *= _decays(gate, start, row, is_up, False, P, EXACT)
+        result += _fine_product(weights, given, P, HALF)
     row, column, wide, token, is_token, mask_k, mask_v = _tiles(
         chunk, n, dk, dv, height, width, 0, C, K, V, COLUMNS
     )
@@ -192,29 +196,39 @@ class Blocks(NamedTuple):
     """Sizes of the kernels for one type of operands."""
 
     chunk: int  # tokens, at most
-    # Warps of the kernels: of chunks, of outputs, of what is written, of gradients.
-    update: int
-    output: int
-    written: int
-    gradient: int
+    # Warps of kernels, stages of their loops, and registers of a thread where they are limited: of
+    # chunks, of outputs, of chunks' gradients, of all gradients.
+    update: tuple[int, int, int | None]
+    output: tuple[int, int, int | None]
+    adjoint: tuple[int, int, int | None]
+    gradient: tuple[int, int, int | None]
     carry: tuple[int, int, int]  # columns of a state, warps, stages
-    is_half: bool  # whether products, but for the inverse and the states, are of bfloat16
-    cached: torch.dtype  # of what one kernel leaves to the next
+    is_half: bool  # whether products are of bfloat16, and what one kernel leaves to the next
 
 
+_FOUR, _AHEAD, _EIGHT = (4, 1, None), (4, 2, None), (8, 1, None)
 BLOCKS = {
-    torch.bfloat16: Blocks(64, 4, 4, 8, 4, (16, 4, 3), False, torch.float32),
-    torch.float32: Blocks(32, 4, 8, 8, 8, (16, 4, 3), False, torch.float32),
+    torch.bfloat16: Blocks(64, (4, 1, 168), _AHEAD, (4, 1, 168), _AHEAD, (16, 4, 4), True),
+    torch.float32: Blocks(32, _FOUR, _EIGHT, _EIGHT, _EIGHT, (16, 4, 3), False),
 }
-# Where products read no operand from shared memory, larger tiles would not fit into registers.
-_SMALL = Blocks(32, 4, 4, 4, 4, (16, 4, 3), False, torch.float32)
+# Where products read no operand from shared memory, larger tiles would not fit into registers; and
+# of narrow heads such products got wrong addresses from ptxas 12.8.
+_SMALL = Blocks(32, _FOUR, _FOUR, _FOUR, _FOUR, (16, 4, 4), True)
 _HOPPER_ROOM = 200 * 2**10  # bytes of shared memory that only such devices have
 
 
-def _blocks(x: Tensor) -> Blocks:
-    room = _shared_memory(x.device)
-    is_small = room is not None and room < _HOPPER_ROOM and x.dtype == torch.bfloat16
-    return _SMALL if is_small else BLOCKS[x.dtype]
+def _blocks(query: Tensor, value: Tensor) -> Blocks:
+    room = _shared_memory(query.device)
+    is_small = room is not None and room < _HOPPER_ROOM
+    is_small = is_small or min(_width(z.shape[-1]) for z in (query, value)) < MOST_CHANNELS
+    is_small = is_small and query.dtype == torch.bfloat16
+    return _SMALL if is_small else BLOCKS[query.dtype]
+
+
+def _limits(of_kernel: tuple[int, int, int | None]) -> dict[str, int]:
+    warps, stages, registers = of_kernel
+    limit = {"maxnreg": registers} if _is_fast() and registers else {}
+    return {"num_warps": warps, "num_stages": stages} | limit
 
 
 class _Call(NamedTuple):
@@ -231,7 +245,7 @@ class _Call(NamedTuple):
 
     @property
     def blocks(self) -> Blocks:
-        return _blocks(self.query)
+        return _blocks(self.query, self.value)
 
     @property
     def chunk(self) -> int:
@@ -252,7 +266,10 @@ class _Call(NamedTuple):
         return self.chunk, _width(dk), _width(dv), precision, self.blocks.is_half, is_exact
 
     def new(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=self.blocks.cached, device=self.query.device)
+        """What kernels leave of every chunk."""
+        dtype = torch.bfloat16 if self.blocks.is_half else torch.float32
+        tail = self.log_decay.shape[2], *self.sizes[4:6]
+        return torch.empty(*tail, *shape, dtype=dtype, device=self.query.device)
 
 
 def _call(
@@ -274,37 +291,17 @@ def _strides(*operands: Tensor) -> tuple[int, ...]:
 
 
 def _carry(
-    call: _Call, order: _Order, first: int, grad: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The inverses of all chunks of an order, and the states that enter them.
-
-    With the gradient of the outputs, those of the states that leave them.
-    """
+    call: _Call, order: _Order, first: int, keeps: Tensor, updates: Tensor, totals: Tensor,
+    states: Tensor, is_adjoint: bool,
+) -> None:  # fmt: skip
+    """From what chunks keep and add, the states that enter them; or the gradients that leave."""
     dk, dv, rows, chunks = call.sizes[2:6]
-    is_adjoint, is_alone, blocks = grad is not None, chunks == 1, call.blocks
-    value = call.value if grad is None else grad
-    tail = order.count, rows, chunks
-    inverses = call.new(*tail, call.chunk, call.chunk)
-    keeps = inverses if is_alone else call.new(*tail, dk, dk)
-    updates = inverses if is_alone else call.new(*tail, dk, dv)
-    totals = torch.empty(tail, dtype=torch.float32, device=value.device)
-    is_reversed = int(not order.is_forward)
-    launch_kernel(_delta_update_kernel, (rows * chunks, order.count),
-        call.query, call.key, value, call.log_decay, call.strength, inverses, keeps, updates,
-        totals, *call.sizes, *_strides(call.query, call.key, value), call.scale, first,
-        call.log_decay.shape[2], is_reversed, call.chunk.bit_length() - 1, call.is_mapped,
-        order.is_columns, not is_alone, is_adjoint, *call.options, num_warps=blocks.update,
-    )  # fmt: skip
-    if is_alone:
-        return inverses, call.new(order.count, rows, 0, dk, dv)
-    states = call.new(*tail, dk, dv)
-    columns, warps, stages = blocks.carry
+    columns, warps, stages = call.blocks.carry
     columns = min(columns, _width(dv))
     launch_kernel(_delta_carry_kernel, (order.count * rows, _ceil(dv, columns)),
-        keeps, updates, totals, states, rows, chunks, dk, dv, is_reversed, is_adjoint,
-        _width(dk), columns, stages, _precision(call.query.dtype), num_warps=warps,
+        keeps, updates, totals, states, rows, chunks, dk, dv, first, int(not order.is_forward),
+        is_adjoint, _width(dk), columns, stages, *call.options[3:5], num_warps=warps,
     )  # fmt: skip
-    return inverses, states
 
 
 _OPERANDS = (
@@ -313,11 +310,13 @@ _OPERANDS = (
 )
 
 
-@launched("delta_scans", f"({_OPERANDS}, bool save) -> (Tensor, Tensor)")
+@launched(
+    "delta_scans", f"({_OPERANDS}, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def delta_scans_forward(
     query: Tensor, key: Tensor | None, value: Tensor | None, log_decay: Tensor, strength: Tensor,
     heads: int, scale: float, height: int, width: int, bits: int, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``scale`` times the mean of scans.
 
     Args:
@@ -333,61 +332,80 @@ def delta_scans_forward(
         height: Of the grid of tokens.
         width: Of the grid of tokens.
         bits: 1, 2, 4, 8 for rows forward, backward, columns forward, backward.
-        save: Whether the states are needed for a backward.
+        save: Whether a backward needs what chunks leave.
 
     Returns:
-        (b, n, h, dv) in the dtype of ``query``, and the states before each chunk.
+        (b, n, h, dv) in the dtype of ``query``; and of every chunk, if saved, the inverse, what it
+        keeps of the state, its decay, the state before it, and what its tokens write.
     """
     call = _call(query, key, value, log_decay, strength, heads, scale, height, width)
-    dk, dv, rows, chunks = call.sizes[2:6]
+    rows, chunks = call.sizes[4:6]
     out = torch.empty(call.value.shape, dtype=query.dtype, device=query.device)
-    cached, partial, first = [], None, 0
+    saved, partial, first = _saved(call), None, 0
+    inverses, keeps, totals, states, written = saved
+    updates = torch.empty_like(states)
     orders = _orders(bits) if out.numel() else []
     for order in orders:
-        inverses, states = _carry(call, order, first)
-        cached.append(states)
+        is_reversed = int(not order.is_forward)
+        launch_kernel(_delta_update_kernel, (rows * chunks, order.count),
+            call.key, call.value, call.log_decay, call.strength, inverses, keeps, updates, totals,
+            *call.sizes, *_strides(call.key, call.value), first, log_decay.shape[2], is_reversed,
+            call.chunk.bit_length() - 1, call.is_mapped, order.is_columns, chunks > 1,
+            *call.options, **_limits(call.blocks.update),
+        )  # fmt: skip
+        if chunks > 1:
+            _carry(call, order, first, keeps, updates, totals, states, False)
         to = out if order is orders[-1] else torch.empty_like(out, dtype=torch.float32)
         launch_kernel(_delta_output_kernel, (rows * chunks,),
-            call.query, call.key, call.value, call.log_decay, call.strength, inverses, states, to,
-            to if partial is None else partial, *call.sizes,
+            call.query, call.key, call.value, call.log_decay, call.strength, inverses, states,
+            written, to, to if partial is None else partial, *call.sizes,
             *_strides(call.query, call.key, call.value, to), call.scale, first,
-            log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
-            order.is_columns, chunks > 1, partial is not None, *call.options,
-            num_warps=call.blocks.output, num_stages=1,
+            log_decay.shape[2], order.count, 0, is_reversed, call.is_mapped, order.is_columns,
+            chunks > 1, partial is not None, save, *call.options, **_limits(call.blocks.output),
         )  # fmt: skip
         partial, first = to, first + order.count
-    if not (save and chunks > 1 and cached):
-        return out, call.new(0, rows, chunks, dk, dv)
-    return out, cached[0] if len(cached) == 1 else torch.cat(cached)
+    return out, *(saved if save else [z.new_empty(0) for z in saved])
+
+
+def _saved(call: _Call) -> list[Tensor]:
+    dk, dv = call.sizes[2:4]
+    shapes = (call.chunk, call.chunk), (dk, dk), (), (dv, dk), (call.chunk, dv)
+    saved = [call.new(*shape) for shape in shapes]
+    saved[2] = torch.empty_like(saved[2], dtype=torch.float32)
+    return saved
 
 
 @delta_scans_forward.register_fake
-def _(query: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    *_, bits, save = operands
+def _(query: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    *_, save = operands
     call = _call(query, *operands[:-2])
-    dk, dv, rows, chunks = call.sizes[2:6]
-    is_cached = save and chunks > 1 and call.value.numel() > 0
-    count = bits.bit_count() if is_cached else 0
-    return query.new_empty(call.value.shape), call.new(count, rows, chunks, dk, dv)
+    saved = _saved(call)
+    out = query.new_empty(call.value.shape)
+    return out, *(saved if save else [z.new_empty(0) for z in saved])
 
 
-@launched("delta_scans_backward", f"(Tensor grad, Tensor states, {_OPERANDS}) -> Tensor[]")
+@launched(
+    "delta_scans_backward",
+    f"(Tensor grad, Tensor inverses, Tensor keeps, Tensor totals, Tensor states, Tensor written, "
+    f"{_OPERANDS}) -> Tensor[]",
+)
 def delta_scans_backward(
-    grad: Tensor, states: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None,
-    log_decay: Tensor, strength: Tensor, heads: int, scale: float, height: int, width: int,
-    bits: int,
+    grad: Tensor, inverses: Tensor, keeps: Tensor, totals: Tensor, states: Tensor,
+    written: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, log_decay: Tensor,
+    strength: Tensor, heads: int, scale: float, height: int, width: int, bits: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the operands that there are, in their dtypes."""
     call = _call(query, key, value, log_decay, strength, heads, scale, height, width)
-    dv, rows, chunks = call.sizes[3:6]
+    rows, chunks = call.sizes[4:6]
     grad = grad if grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
     operands = [query] if key is None else [query, key, value]
     outs = [torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in operands]
     gates = [torch.empty_like(z) for z in (call.log_decay, call.strength)]
+    updates, state_grads = torch.empty_like(states), torch.empty_like(states)
+    wanted_grads = torch.empty_like(written)
     partial, first = None, 0
     orders = _orders(bits) if call.value.numel() else []
     for order in orders:
-        inverses, state_grads = _carry(call, order, first, grad)
         to = outs
         if order is not orders[-1]:
             to = [torch.empty_like(z, dtype=torch.float32) for z in outs]
@@ -395,46 +413,55 @@ def delta_scans_backward(
         before = places
         if partial is not None:
             before = _parts(partial[0], heads) if key is None else partial
-        entering = states[first : first + order.count] if chunks > 1 else state_grads
-        written, wanted_grads = call.new(2, order.count, rows, chunks, call.chunk, dv)
-        launch_kernel(_delta_written_kernel, (rows * chunks, order.count),
-            call.query, call.key, call.value, call.log_decay, call.strength, grad, inverses,
-            entering, state_grads, written, wanted_grads, *gates, *call.sizes,
-            *_strides(call.query, call.key, call.value, grad), call.scale, first,
-            log_decay.shape[2], int(not order.is_forward), call.is_mapped,
-            order.is_columns, chunks > 1, *call.options, num_warps=call.blocks.written,
+        is_reversed = int(not order.is_forward)
+        launch_kernel(_delta_adjoint_kernel, (rows * chunks, order.count),
+            call.query, call.key, grad, call.log_decay, call.strength, inverses, wanted_grads,
+            updates, *call.sizes, *_strides(call.query, call.key, grad), call.scale, first,
+            log_decay.shape[2], is_reversed, call.is_mapped, order.is_columns, chunks > 1,
+            *call.options, **_limits(call.blocks.adjoint),
         )  # fmt: skip
-        for part in range(4):
-            launch_kernel(_delta_gradient_kernel, (rows * chunks,),
-                call.query, call.key, call.value, call.log_decay, call.strength, grad, written,
-                wanted_grads, entering, state_grads, *places, *before, *gates, *call.sizes,
-                *_strides(call.query, call.key, call.value, grad, *places), call.scale, first,
-                log_decay.shape[2], order.count, 0, int(not order.is_forward), call.is_mapped,
-                order.is_columns, chunks > 1, partial is not None, *call.options, part,
-                num_warps=call.blocks.gradient, num_stages=1,
+        if chunks > 1:
+            _carry(call, order, first, keeps, updates, totals, state_grads, True)
+        sides = is_reversed, call.is_mapped, order.is_columns, chunks > 1, partial is not None
+        launch_kernel(_delta_query_gradient_kernel, (rows * chunks,),
+            call.query, call.key, call.value, call.log_decay, call.strength, grad, inverses,
+            written, wanted_grads, states, state_grads, *places[::2], *before[::2], *gates,
+            *call.sizes, *_strides(call.query, call.key, call.value, grad, *places[::2]),
+            call.scale, first, log_decay.shape[2], order.count, 0, *sides, *call.options,
+            **_limits(call.blocks.gradient),
+        )  # fmt: skip
+        added = before[1]
+        for parts in ((True, True),) if call.blocks.is_half else ((True, False), (False, True)):
+            launch_kernel(_delta_key_gradient_kernel, (rows * chunks,),
+                call.query, call.key, call.log_decay, call.strength, grad, written, wanted_grads,
+                states, state_grads, places[1], added, *gates, *call.sizes,
+                *_strides(call.query, call.key, grad, places[1]), call.scale, first,
+                log_decay.shape[2], order.count, 0, *sides, *call.options, *parts,
+                **_limits(call.blocks.gradient),
             )  # fmt: skip
+            added, sides = places[1], (*sides[:-1], True)
         partial, first = to, first + order.count
     return outs + [z.to(like.dtype) for z, like in zip(gates, (log_decay, strength), strict=True)]
 
 
 @delta_scans_backward.register_fake
-def _(grad: Tensor, states: Tensor, *operands: Any) -> list[Tensor]:
-    return [z.new_empty(z.shape) for z in operands[:5] if z is not None]
+def _(grad: Tensor, *operands: Any) -> list[Tensor]:
+    return [z.new_empty(z.shape) for z in operands[5:10] if z is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *operands, heads, scale, height, width, bits, _ = inputs
     ctx.options = heads, scale, height, width, bits
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *operands)
+    ctx.save_for_backward(*output[1:], *operands)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
-    states, *operands = ctx.saved_tensors
-    found = iter(delta_scans_backward(grad, states, *operands, *ctx.options))
-    return *(None if z is None else next(found) for z in operands), *[None] * 6
+    operands = ctx.saved_tensors
+    found = iter(delta_scans_backward(grad, *operands, *ctx.options))
+    return *(None if z is None else next(found) for z in operands[5:]), *[None] * 6
 
 
 delta_scans_forward.register_autograd(_gradients, setup_context=_setup)

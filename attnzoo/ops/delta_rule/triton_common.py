@@ -14,22 +14,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo.ops.gated_scan.triton_common import _places
-from attnzoo.ops.triton_common import (
-    _LOG2E,
-    _dot,
-)
+from attnzoo.ops.gated_scan.triton_common import _exp2, _places
+from attnzoo.ops.triton_common import _LOG2E, _add_dot, _dot, _is_fast
 
 _STRONGEST = tl.constexpr(-110.0)  # its exponential is 0, and finite sums of it stay exact
+
+
+_FAST = tl.constexpr(_is_fast())
+
+if _is_fast():
+
+    @triton.jit
+    def _sigmoid(x):
+        """By the approximate reciprocal, whose error is that of the exponential."""
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + _exp2(x * -_LOG2E)], dtype=tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+else:
+
+    @triton.jit
+    def _sigmoid(x):
+        return 1.0 / (1.0 + _exp2(x * -_LOG2E))
+
+
+@triton.jit
+def _half(x):
+    """As bfloat16, rounded: the interpreter alone would cut off."""
+    if not _FAST:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits += tl.where(x == x, 0x7FFF + ((bits >> 16) & 1), 0)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
 
 
 @triton.jit
 def _product(a, b, P: tl.constexpr, HALF: tl.constexpr):
     """a b with float32 sums, of operands in bfloat16 where HALF."""
+    return _dot(_half(a), _half(b), P) if HALF else _dot(a, b, P)
+
+
+@triton.jit
+def _fine_product(a, b, P: tl.constexpr, HALF: tl.constexpr):
+    """As exact as b in bfloat16 is: of a there are two halves."""
     if HALF:
-        a = a.to(tl.bfloat16)
-        b = b.to(tl.bfloat16)
-    return _dot(a, b, P)
+        # Cut off and not rounded: going back to float32 costs nothing.
+        high = (a.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        total = _add_dot(_product(high, b, P, HALF), _half(a - high), _half(b), P)
+    else:
+        total = _dot(a, b, P)
+    return total
 
 
 @triton.jit
@@ -54,10 +89,19 @@ def _tiles(
 
 
 @triton.jit
-def _state(states, at, dk, dv, column, wide):
-    place = states + at * dk * dv + column[:, None] * dv + wide[None, :]
-    mask = (column < dk)[:, None] & (wide < dv)[None, :]
-    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+def _kept(z, at, rows, columns, row, column):
+    """Tile ``at`` of what another kernel left, (rows, columns)."""
+    place = z + at * rows * columns + row[:, None] * columns + column[None, :]
+    return tl.load(place, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _keep(z, at, rows, columns, row, column, tile):
+    """Leaves it there."""
+    place = z + at * rows * columns + row[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tile = _half(tile) if z.dtype.element_ty == tl.bfloat16 else tile
+    tl.store(place, tile, mask=mask)
 
 
 @triton.jit
@@ -68,20 +112,20 @@ def _raw(z, image, head, token, column, mask, of_image, of_token, of_head):
 
 
 @triton.jit
-def _mapped(z, MAPPED: tl.constexpr, UNIT: tl.constexpr):
-    """z itself or, where MAPPED, SiLU(z), where UNIT divided by its length."""
+def _mapped(z, MAPPED: tl.constexpr, UNIT: tl.constexpr, HALF: tl.constexpr):
+    """z itself or, where MAPPED, SiLU(z), where UNIT divided by its length; for products."""
     if MAPPED:
-        z = z / (1.0 + tl.exp(-z))
+        z = z * _sigmoid(z)
         if UNIT:
             z = z * tl.rsqrt(tl.sum(z * z, 1) + 1e-6)[:, None]
-    return z
+    return _half(z) if HALF else z
 
 
 @triton.jit
 def _before_map(raw, grad, MAPPED: tl.constexpr, UNIT: tl.constexpr):
     """The gradient of ``raw`` from that of what ``_mapped`` made of it."""
     if MAPPED:
-        share = 1.0 / (1.0 + tl.exp(-raw))
+        share = _sigmoid(raw)
         if UNIT:
             z = raw * share
             inverse = tl.rsqrt(tl.sum(z * z, 1) + 1e-6)[:, None]
@@ -104,47 +148,81 @@ def _gates(log_decay, strength, image, head, token, is_token, direction, n, head
 @triton.jit
 def _is_later(row, is_up):
     """Which (t, s) have t scanned after s."""
-    t, s = row[:, None], row[None, :]
-    return tl.where(is_up, t < s, t > s)
+    turn = tl.where(is_up, -row, row)
+    return turn[:, None] > turn[None, :]
 
 
 @triton.jit
-def _edges(gate, row, is_up):
-    """Decays from the start of the chunk to each token, its own among them, and to the end."""
-    is_later = _is_later(row, is_up)
-    reaches = is_later | (row[:, None] == row[None, :])
-    start = tl.sum(tl.where(reaches, gate[None, :], 0.0), 1)
-    end = tl.sum(tl.where(is_later, gate[:, None], 0.0), 0)
-    return tl.exp2(start), tl.exp2(end)
+def _reaches(row, is_up):
+    """Which (t, s) have t scanned after s, or the same."""
+    turn = tl.where(is_up, -row, row)
+    return turn[:, None] >= turn[None, :]
 
 
 @triton.jit
-def _decays(gate, row, is_up, P: tl.constexpr, EXACT: tl.constexpr):
-    """Decays from s to t, (C, C), 0 unless t is s or later.
+def _sums(gate, row, is_up, EXACT: tl.constexpr):
+    """Sums from the start of the chunk to each token, its own among them, and to the end.
 
-    EXACT: none is a difference of sums, which after a strong gate would have lost the weak.
+    EXACT: none is a difference, which after a strong gate would have lost the weak.
     """
-    is_later = _is_later(row, is_up)
-    reaches = is_later | (row[:, None] == row[None, :])
     if EXACT:
-        between = _dot(tl.where(reaches, 1.0, 0.0), tl.where(is_later, gate[:, None], 0.0), P)
+        start = tl.sum(tl.where(_reaches(row, is_up), gate[None, :], 0.0), 1)
+        end = tl.sum(tl.where(_is_later(row, is_up), gate[:, None], 0.0), 0)
     else:
-        start = tl.sum(tl.where(reaches, gate[None, :], 0.0), 1)
-        between = start[:, None] - start[None, :]
-    decay = tl.exp2(tl.where(reaches, between, 0.0))
-    return tl.where(reaches, decay, 0.0)
+        until, total = tl.cumsum(gate, 0), tl.sum(gate, 0)
+        start = tl.where(is_up, total - until + gate, until)
+        end = total - start
+    return start, end
 
 
 @triton.jit
-def _inverse(system, row, levels, P: tl.constexpr):
+def _decays(gate, start, row, is_up, TURNED: tl.constexpr, P: tl.constexpr, EXACT: tl.constexpr):
+    """Decays from s to t, (C, C), 0 unless t is s or later; (s, t) where TURNED."""
+    if EXACT:
+        reaches = _reaches(row, is_up)
+        between = tl.where(_is_later(row, is_up), gate[:, None], 0.0)
+        between = _dot(tl.where(reaches, 1.0, 0.0), between, P)
+    elif TURNED:
+        reaches = _reaches(row, is_up == 0)
+        between = start[None, :] - start[:, None]
+    else:
+        reaches = _reaches(row, is_up)
+        between = start[:, None] - start[None, :]
+    decay = _exp2(tl.where(reaches, between, float("-inf")))
+    return tl.trans(decay) if EXACT and TURNED else decay
+
+
+@triton.jit
+def _near_inverse(system, C: tl.constexpr, P: tl.constexpr):
+    """(I + system)^-1 of the blocks of 16 tokens on the diagonal alone, as the whole would have.
+
+    Of each by itself: a product of the whole does four times as much, sixteen with its operands.
+    """
+    block, place = tl.arange(0, C // 16), tl.arange(0, 16)
+    is_own = block[:, None, None, None] == block[None, None, :, None]
+    system = tl.reshape(system, (C // 16, 16, C // 16, 16))
+    system = tl.sum(tl.where(is_own, system, 0.0), 2)
+    apart = place[None, :, None] ^ place[None, None, :]
+    inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
+    for level in tl.static_range(1, 4):
+        across = tl.where((apart >> level) == 1, system, 0.0)
+        inverse -= _dot(inverse, _dot(across, inverse, P), P)
+    return tl.reshape(tl.where(is_own, inverse[:, :, None, :], 0.0), (C, C))
+
+
+@triton.jit
+def _inverse(system, row, levels, C: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr):
     """(I + system)^-1 of a strictly triangular system.
 
     Blocks of 1, 2, 4, ... tokens are inverted and joined pairwise. All that appears is the
     inverse of a block; powers of the system, which others sum, are huge where keys are alike.
     """
     apart = row[:, None] ^ row[None, :]
-    inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
-    for level in range(1, levels):
+    if HALF and C > 16:
+        inverse = _near_inverse(system, C, P)
+    else:
+        inverse = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, system, 0.0)
+    for level in range(4 if HALF and C > 16 else 1, levels):
         across = tl.where((apart >> level) == 1, system, 0.0)
-        inverse -= _dot(inverse, _dot(across, inverse, P), P)
+        inverse -= _product(inverse, _product(across, inverse, P, HALF), P, HALF)
     return inverse
