@@ -32,7 +32,7 @@ from attnzoo.ops.triton_common import (
 def _tokens(z, n, first, spacing, column, mask, TURN: tl.constexpr, T: tl.constexpr):
     """A tile of an image's tokens, TURN = -1: counted from the last; zeros outside."""
     row = tl.arange(0, T)
-    is_here = ((first + row).to(tl.uint32) < n.to(tl.uint32))[:, None] & mask[None, :]
+    is_here = ((first + row).to(tl.uint32) < n)[:, None] & mask[None, :]  # nor below 0
     z += (first if TURN == 1 else n - 1 - first).to(tl.int64) * spacing
     place = row.to(tl.int64)[:, None] * (TURN * spacing) + column[None, :]
     return tl.load(z + place, mask=is_here, other=0.0).to(tl.float32)
