@@ -111,23 +111,24 @@ def is_as_run(row: dict[str, Any], device: str) -> bool:
 def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of several reports the newest with models, with the newest of every case and layer.
 
-    Each has its commit, a layer its device. An older case stays where the newer one did not run
-    as users run it, or lacks a treatment.
+    Each has its commit and its device, the report those of all its models. An older case stays
+    where the newer one did not run as users run it, or lacks a treatment.
     """
     ordered = sorted(reports, key=lambda report: str(report["datetime"]))
     cases, layers = {}, {}
     for report in ordered:
+        source = {name: report[name] for name in ("commit", "device_name")}
         for row in report["cases"]:
             key = tuple(row[name] for name in ("mechanism", "size", "mode", "tokens"))
             lacking = row.get("missing", {}).keys() & cases.get(key, row)["seconds"].keys()
             if key not in cases or (is_as_run(row, report.get("device", "")) and not lacking):
-                cases[key] = {**row, "commit": report["commit"]}
+                cases[key] = {**row, **source}
         for row in report["layers"]:
-            source = {name: report[name] for name in ("commit", "device_name")}
             layers[layer_label(row), row["mode"], row["tokens"]] = {**row, **source}
     newest = next((report for report in reversed(ordered) if report["cases"]), ordered[-1])
     found = {"cases": list(cases.values()), "layers": list(layers.values())}
-    return {**newest, **found}
+    devices = sorted({row["device_name"] for row in cases.values()}) or [newest["device_name"]]
+    return {**newest, **found, "device_name": ", ".join(devices)}
 
 
 def newest_figures(reports: Iterable[dict[str, Any]]) -> list[tuple[GoalFigure, str]]:

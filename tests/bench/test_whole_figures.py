@@ -175,6 +175,8 @@ def test_a_newer_file_of_layers_alone_names_its_device_there_only():
     assert joined["device_name"] == "H100" and len(joined["cases"]) == 1  # the picture's
     [row] = whole_figures._layers(joined).splitlines()[2:]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["sana", "2.0", "bbbbbbb, H200"]
+    newer = layers | {"cases": [case_row("sana", 1024, {"recorded": 0.5}, recorded=0.5)]}
+    assert whole_figures.joined([newer, models])["device_name"] == "H100, H200"
 
 
 def test_the_words_of_what_is_faster():
@@ -304,8 +306,9 @@ def test_milliseconds_of_an_older_file_are_in_the_unit_of_softmax_today():
     softmax = case_row("softmax", 4096, {}, compiled=0.020)
     old = [softmax, case_row("sana", 4096, {"compiled": 0.5}, compiled=0.011)]
     new = [case_row("softmax", 4096, {}, compiled=0.012)]
+    common = {"device": "cuda", "device_name": "any", "layers": []}
     older, newer = (
-        {"datetime": day, "commit": day, "device": "cuda", "cases": rows, "layers": []}
+        common | {"datetime": day, "commit": day, "cases": rows}
         for day, rows in (("1", old), ("2", new))
     )
     report = whole_figures.joined([older, newer])
@@ -314,6 +317,6 @@ def test_milliseconds_of_an_older_file_are_in_the_unit_of_softmax_today():
     assert whole_figures.milliseconds(sana, report) == pytest.approx(6.0)
     alone = whole_figures.joined([older])
     assert whole_figures.milliseconds(sana, alone) == pytest.approx(11.0)
-    part, *_ = plot.whole_curves(report | {"device_name": "any"}, "S").subfigs
+    part, *_ = plot.whole_curves(report, "S").subfigs
     drawn = {float(y) for axes in part.axes for line in axes.lines for y in line.get_ydata()}
     assert {12.0, 6.0} <= {round(y, 6) for y in drawn}
