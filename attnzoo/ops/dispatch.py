@@ -97,7 +97,8 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 _KNOWS_EXPORT = torch.__version__ >= "2.9"  # which compares numbers
 # Those that need packages that may be missing.
-_LAZY = ("triton", "flex", "fla", "flash", "mamba", "xformers", "natten")
+_LIBRARIES = ("fla", "flash", "mamba", "xformers", "natten")
+_LAZY = ("triton", "flex", *_LIBRARIES)
 _LOADED: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # by package and operator
 _MANY = 1 << 20  # numbers, of which a sum takes a GPU longer than a host to start it from Python
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # float16 overflows where float32 does not
@@ -190,7 +191,7 @@ def choose(
 
     Raises:
         InvalidValue: There is no such implementation.
-        Unavailable: It cannot run here; the message says why, for each that cannot.
+        Unavailable: It cannot run here; the message says why, and what can.
     """
     offered = TABLE[name]
     if is_transformed() and (impl == "auto" or impl in offered):
@@ -202,9 +203,10 @@ def choose(
     if impl not in offered:
         raise InvalidValue(f"impl={impl!r} of {name} is not one of {('auto', *offered)}")
     if reason := _why_not(impl, x, dtype, unserved, True):
-        others = [f"{o!r} {_why_not(o, x, dtype, unserved, True) or 'fits'}" for o in offered]
+        others = [o for o in offered if o not in _LIBRARIES]  # which may not be installed
+        fitting = [repr(o) for o in others if not _why_not(o, x, dtype, unserved, True)]
         raise Unavailable(
-            f"impl={impl!r} {reason}; leave impl='auto', or choose: {', '.join(others)}"
+            f"impl={impl!r} {reason}; leave impl='auto', or choose {' or '.join(fitting)}"
         )
     return cast(Impl, impl)
 
