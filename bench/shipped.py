@@ -34,7 +34,7 @@ _STUDIED = {"study", "protocol", "variant", "data", "px", "tokens", "state", "lo
 
 
 def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
-    """What files of ``bench.whole_models`` say, joined.
+    """What files of ``bench.whole_models`` say, joined, of devices of which softmax is known.
 
     Raises:
         UserError: One of them is no such file, or there is none.
@@ -54,13 +54,12 @@ def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
             if (row := _row(case, index, sources[-1].device)) is not None:
                 key = sources[-1].device, row.size, row.mode, row.tokens, row.mechanism
                 rows[key] = row
-    used = sorted({row.source for row in rows.values()})
+    compared = {key[:3] for key in rows if key[4] == "softmax"}
+    kept = [row for key, row in sorted(rows.items()) if key[:3] in compared]
+    used = sorted({row.source for row in kept})
     return Figures(
         [sources[index] for index in used],
-        [
-            dataclasses.replace(row, source=used.index(row.source))
-            for _, row in sorted(rows.items())
-        ],
+        [dataclasses.replace(row, source=used.index(row.source)) for row in kept],
         quality,
     )
 

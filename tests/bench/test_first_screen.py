@@ -88,6 +88,12 @@ def test_the_newest_case_counts_that_ran_as_users_run_it(tmp_path):
     said = {r.mechanism: (r.seconds, r.over_softmax, r.source, r.eager) for r in found.rows}
     assert said["softmax"] == (4.0, 1.0, 1, 9.0) and said["sana"] == (1.0, 0.5, 0, 9.0)
     assert said["lit"] == (1.0, 0.7, 0, None)  # beside an eager softmax anything looks fast
+    alone = written(
+        tmp_path / "alone.json", "2030-03-01T00:00", case("lit", {"compiled": 1.0}, 0.7)
+    )
+    # A device of which nobody knows softmax's time.
+    alone.write_text(alone.read_text().replace("H100", "H200"))
+    assert shipped.collected([new, old, alone], []) == found
     with pytest.raises(UserError, match="no JSON"):
         shipped.collected([], [])
 
