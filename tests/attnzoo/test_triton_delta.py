@@ -104,13 +104,14 @@ if CAN_RUN:
         budget = 1e-6 if dtype == torch.float32 else (1e-2 if IS_INTERPRETED else 5e-3)
         assert max(errors(found[:4], exact[:4])) < budget
 
-    @pytest.mark.parametrize("chunk", [16, 64])
-    def test_half_precision(chunk, monkeypatch):
+    # Narrow heads, and tiles as wide as there are.
+    @pytest.mark.parametrize(("chunk", "widths"), [(16, (20, 24)), (64, (20, 24)), (64, (40, 48))])
+    def test_half_precision(chunk, widths, monkeypatch):
         from attnzoo.ops.delta_rule import triton as module
 
         blocks = module.BLOCKS[torch.bfloat16]._replace(chunk=chunk)
         monkeypatch.setitem(module.BLOCKS, torch.bfloat16, blocks)
-        inputs = operands(100, 40, 48, torch.bfloat16)  # as wide tiles as there are
+        inputs = operands(100, *widths, torch.bfloat16)
         exact = with_gradients(torch_path, doubled(inputs))
         own = errors(with_gradients(torch_path, inputs), exact)
         found = errors(with_gradients(kernels, inputs), exact)
