@@ -1,10 +1,10 @@
 """``python -m bench.shipped``: the figures that come with attnzoo, from what is committed.
 
 Times and memory are those of ``docs/plots/whole-models*.json``. Of a case that several files have,
-the newest counts in which both it and softmax ran as a user runs them. Quality is that of the
-studies' tables under ``docs``, and of digits in ``docs/zoo.csv``. Writes
-``attnzoo/command/figures.json``, which ``attnzoo recommend`` and ``bench.first_screen`` read; run
-it after any of these files has changed.
+the newest counts in which both it and softmax ran as a user runs them, in every treatment of
+before. Quality is that of the studies' tables under ``docs``, and of digits in ``docs/zoo.csv``.
+Writes ``attnzoo/command/figures.json``, which ``attnzoo recommend`` and ``bench.first_screen``
+read; run it after any of these files has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from attnzoo.command.figures import Figures, Quality, Row, Source, dumps
 from backbones import build_backbone
 from bench import zoo
-from bench.whole_models.figures import fastest, is_as_run, over_fastest, read_whole
+from bench.whole_models.figures import fastest, over_fastest, read_whole, replaces
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
 from recipes.studies.quality import table
@@ -44,18 +44,20 @@ def collected(paths: Iterable[Path], quality: list[Quality]) -> Figures:
     )
     if not reports:
         raise UserError("there is no JSON of python -m bench.whole_models --out to ship")
-    sources, rows = [], {}
+    sources, cases = [], {}
     for index, (path, report) in enumerate(reports):
         sources.append(Source(
             device_of(report), report["device_name"], report["datetime"][:10], report["commit"],
             report["versions"], path.name,
         ))  # fmt: skip
         for case in report["cases"]:
-            if (row := _row(case, index, sources[-1].device)) is not None:
-                key = sources[-1].device, row.size, row.mode, row.tokens, row.mechanism
-                rows[key] = row
-    compared = {key[:3] for key in rows if key[4] == "softmax"}
-    kept = [row for key, row in sorted(rows.items()) if key[:3] in compared]
+            device = sources[-1].device
+            key = device, *(case[name] for name in ("size", "mode", "tokens", "mechanism"))
+            older = cases[key][0] if key in cases else case
+            if replaces(case, older, device):
+                cases[key] = case, index
+    compared = {key[:3] for key in cases if key[4] == "softmax"}
+    kept = [_row(*found) for key, found in sorted(cases.items()) if key[:3] in compared]
     used = sorted({row.source for row in kept})
     return Figures(
         [sources[index] for index in used],
@@ -72,12 +74,11 @@ def device_of(report: dict[str, Any]) -> str:
     return (model[0] if model else report["device_name"]).lower()
 
 
-def _row(case: dict[str, Any], source: int, device: str) -> Row | None:
-    """A case as a row; None if it or softmax beside it ran in no way that users run it."""
+def _row(case: dict[str, Any], source: int) -> Row:
+    """A case that ran as users run it, as a row."""
     is_softmax = case["mechanism"] == "softmax"
     best, over = fastest(case), (1.0, "") if is_softmax else over_fastest(case)
-    if best is None or over is None or not is_as_run(case, device):
-        return None
+    assert best is not None and over is not None
     eager = case["seconds"].get("eager")
     return Row(
         source, case["mechanism"], case["size"], case["mode"], case["tokens"], case["batch"],

@@ -108,6 +108,12 @@ def is_as_run(row: dict[str, Any], device: str) -> bool:
     return device == "cpu" or "eager" not in (best[1], *over[1].replace(", softmax", "").split())
 
 
+def replaces(row: dict[str, Any], older: dict[str, Any], device: str) -> bool:
+    """Whether a newer case counts: it ran as users run it, in every treatment of the older."""
+    lacking = row.get("missing", {}).keys() & older["seconds"].keys()
+    return is_as_run(row, device) and not lacking
+
+
 def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of several reports the newest with models, with the newest of every case and layer.
 
@@ -120,8 +126,7 @@ def joined(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
         source = {name: report[name] for name in ("commit", "device_name")}
         for row in report["cases"]:
             key = tuple(row[name] for name in ("mechanism", "size", "mode", "tokens"))
-            lacking = row.get("missing", {}).keys() & cases.get(key, row)["seconds"].keys()
-            if key not in cases or (is_as_run(row, report.get("device", "")) and not lacking):
+            if key not in cases or replaces(row, cases[key], report.get("device", "")):
                 cases[key] = {**row, **source}
         for row in report["layers"]:
             layers[layer_label(row), row["mode"], row["tokens"]] = {**row, **source}

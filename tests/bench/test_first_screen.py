@@ -75,12 +75,15 @@ def test_the_newest_case_counts_that_ran_as_users_run_it(tmp_path):
         tmp_path / "old.json", "2030-01-01T00:00",
         case("softmax", {"eager": 9.0, "compiled": 2.0}),
         case("sana", {"eager": 9.0, "compiled": 1.0}, 0.5), case("lit", {"compiled": 1.0}, 0.7),
+        case("gated", {"recorded": 2.0, "compiled": 1.0}, 0.8),
     )  # fmt: skip
+    hasty = case("gated", {"recorded": 1.9}, 1.2)
+    hasty["missing"] = {"compiled": "was not compiled in time"}
     new = written(
         tmp_path / "new.json", "2030-02-01T00:00",
         case("softmax", {"eager": 9.0, "compiled": 4.0}),
         case("sana", {"eager": 8.0}, 0.9, ("ours", "softmax")),
-        case("lit", {"compiled": 1.5}, 0.1, ("softmax",)),
+        case("lit", {"compiled": 1.5}, 0.1, ("softmax",)), hasty,
     )  # fmt: skip
     found = shipped.collected([new, old], [])
     assert loads(dumps(found)) == found
@@ -88,6 +91,7 @@ def test_the_newest_case_counts_that_ran_as_users_run_it(tmp_path):
     said = {r.mechanism: (r.seconds, r.over_softmax, r.source, r.eager) for r in found.rows}
     assert said["softmax"] == (4.0, 1.0, 1, 9.0) and said["sana"] == (1.0, 0.5, 0, 9.0)
     assert said["lit"] == (1.0, 0.7, 0, None)  # beside an eager softmax anything looks fast
+    assert said["gated"] == (1.0, 0.8, 0, None)
     alone = written(
         tmp_path / "alone.json", "2030-03-01T00:00", case("lit", {"compiled": 1.0}, 0.7)
     )
