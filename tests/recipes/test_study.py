@@ -384,6 +384,10 @@ class TestDecisions:
         text = page.results_page(frame, "p.png", "t.csv")
         assert re.search(r"\d not decided as `sana` did not train", text)
         assert "| sana did not train |" in text
+        others = [pd.DataFrame(rows(px=px)).assign(tokens=4 * px) for px in (64, 128)]
+        left = page.picture(pd.concat([frame, *others])).axes[0]
+        points = {line.get_label(): len(line.get_xdata()) for line in left.get_lines()}
+        assert points["sana"] == 2 and points["softmax"] == 3
 
     def test_one_seed_decides_nothing(self):
         one = decided(pd.DataFrame(rows(seeds=1)))["softmax, conv", "softmax", 32, "depth"]

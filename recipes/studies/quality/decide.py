@@ -74,6 +74,11 @@ class Decision(NamedTuple):
         return "holds" if self.difference.mean < 0 else "opposite"
 
 
+def far_loss(losses: pd.Series) -> float:
+    """Above which a run of a setting has not trained."""
+    return FAR * losses.median()
+
+
 def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
     """Every claim of the studies in every setting of the table, and those without a run.
 
@@ -144,7 +149,7 @@ def _decision(
     if difference.pairs >= 2 and difference.std > 0:
         needed = needed_of((one[LOSS] - other[LOSS]).tolist())
     study, protocol, data, px = setting
-    far = FAR * here[LOSS].median()
+    far = far_loss(here[LOSS])
     failed = [
         label
         for label, frame in ((claim.first, one), (claim.second, other))

@@ -18,7 +18,7 @@ from recipes.lab.pages import markdown_table
 from recipes.studies.comparison.planned import OK
 from recipes.studies.comparison.statistics import LEVEL
 from recipes.studies.comparison.verdicts import rounded_up
-from recipes.studies.quality.decide import LOSS, Decision, decide
+from recipes.studies.quality.decide import LOSS, Decision, decide, far_loss
 from recipes.studies.quality.plans import REFERENCE, RESOLUTION, STUDIES
 from recipes.studies.quality.table import (
     KEY,
@@ -459,6 +459,8 @@ def picture(table: pd.DataFrame) -> Figure:
         (table["state"] == OK) & (table["study"] == RESOLUTION.name)
         & (table["protocol"] == "depth")
     ])  # fmt: skip
+    lost = done[LOSS] > done.groupby("px")[LOSS].transform(far_loss)
+    done = done.loc[~lost.groupby([done["px"], done["variant"]]).transform("any")]
     keys = ["px", "seed", *MEASURE]
     softmax = done.loc[done["variant"] == REFERENCE].drop_duplicates(keys).set_index(keys)[LOSS]
     of_softmax = [
