@@ -196,7 +196,7 @@ def caption(figures: Figures, device: str) -> str:
             of[q.setting] = q
     alike: dict[tuple[str, int], list[str]] = {}
     for q in of.values():
-        alike.setdefault((q.metric, q.seeds), []).append(f"{q.setting}, {q.tokens:,} tokens")
+        alike.setdefault((q.metric, q.seeds), []).append(q.setting)
     quality = "; ".join(
         f"{metric} of small models on {' and '.join(settings)}, {seeds} seeds"
         for (metric, seeds), settings in alike.items()

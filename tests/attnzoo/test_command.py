@@ -218,9 +218,11 @@ def test_what_ships_answers_and_says_how_it_knows(capsys):
     text = said(capsys, "recommend", "--resolution", "1024", "--memory", "8 GB")
     rows = {line.split()[0]: line for line in text.splitlines() if " measured [" in line}
     assert {"softmax", "sana", "dydila"} <= rows.keys()
-    # A file may have one mode of one size alone.
-    others = [said(capsys, "recommend", "--resolution", "1024", "--size", size, "--mode", mode)
-              for size in "SL" for mode in ("forward", "train")]  # fmt: skip
+    # A file may have one mode of one size and device alone.
+    kinds = {(found.sources[r.source].device, r.size, r.mode) for r in found.rows}
+    others = [said(capsys, "recommend", "--resolution", "1024", "--device", device,
+                   "--size", size, "--mode", mode)
+              for device, size, mode in sorted(kinds)]  # fmt: skip
     every = "".join([text, *others])
     for source in found.sources:
         assert source.commit in every and source.date in every and source.device_name in every
