@@ -32,7 +32,7 @@ class Config(AttentionConfig):
     block: int = 64  # tokens; SLA's, of queries and keys
     linear: Literal["rest", "all"] = "rest"  # the paper's; its newer code sees all keys
     eps: float = 1e-5  # SLA
-    impl: Literal["auto", "reference", "torch"] = "auto"
+    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

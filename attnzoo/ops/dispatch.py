@@ -76,7 +76,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "trained_conv": ("torch", "reference"),
     "unit_tokens": ("triton", "torch", "reference"),
     "conv_tokens": ("triton", "torch", "reference"),
-    "sparse_linear_attention": ("torch", "reference"),
+    "sparse_linear_attention": ("triton", "torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("triton", "torch", "reference", "flex", "natten"),
 }

@@ -321,6 +321,18 @@ def launch_norms_and_windows(dtype, every, width=384):
         turned._backward.function(out, *saved, *sizes)
 
 
+def launch_sparse(dtype, every):
+    from attnzoo.ops import sparse_linear
+    from attnzoo.ops.sparse_linear import triton as kernels
+
+    widest = sparse_linear.WIDEST if dtype == torch.float32 else sparse_linear.WIDEST_HALF
+    for d, n in ((64, 4096), (widest, 4095)) if every else ((64, 4095),):
+        x = torch.ones(1, n, 3 * d, dtype=dtype)
+        options = *x.chunk(3, dim=-1), 1, 64, 12, True, 1e-5
+        near, far, *saved = kernels._forward.function(*options)
+        kernels._backward.function(near, far, near, *saved, *options)
+
+
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):
     from attnzoo.ops.gated_scan import triton as kernels
     from attnzoo.ops.gated_scan import triton_tokens
@@ -417,7 +429,9 @@ KERNELS = {
     "_scaled_power_map_kernel", "_selective_carry_kernel", "_selective_end_kernel",
     "_selective_gradient_kernel", "_selective_lay_kernel", "_selective_output_kernel",
     "_shift_back_kernel", "_silu_gate_gradient_kernel",
-    "_silu_gate_kernel", "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
+    "_silu_gate_kernel", "_sparse_choice_kernel", "_sparse_fold_kernel", "_sparse_key_kernel",
+    "_sparse_query_kernel", "_sparse_read_kernel", "_sparse_rest_kernel", "_sparse_turn_kernel",
+    "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
     "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_state_sum_kernel",
     "_sums_kernel",
     "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
@@ -451,6 +465,7 @@ def test_every_kernel_compiles(compiled, capability, dtype, every):
     launch_norms_and_windows(dtype, every)
     launch_scan(dtype)
     launch_inner(dtype)
+    launch_sparse(dtype, every)
     only_half = {"_mild_gradient_kernel"} if dtype == torch.float32 else set()
     assert set(found) == KERNELS - only_half
     assert {name: size for name, size in found.items() if size > SPILL} == {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from attnzoo.ops.dispatch import Impl, operator
+from torch import Tensor, float32
+
+from attnzoo.ops.dispatch import MACS, Impl, operator
+from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.softmax import softmax_macs
 from attnzoo.ops.sparse_linear.torch import block_size, blocks_kept, features, kept_blocks
 
@@ -16,6 +19,21 @@ __all__ = [
     "sparse_linear_attention",
     "sparse_linear_macs",
 ]
+
+
+# What the kernels serve: channels of a head, in float32 and in half precision, tokens of a block,
+# and blocks.
+WIDEST, WIDEST_HALF, SIZES, MOST_BLOCKS = 64, 128, (16, 32, 64), 1024
+
+
+def unserved(query: Tensor, key: Tensor, value: Tensor, block: int, *_: Any) -> str | None:
+    """What the Triton kernels do not serve."""
+    n, width = query.shape[2:]
+    if width > (WIDEST if operand_dtype(query) == float32 else WIDEST_HALF):
+        return f"heads of width {width}"
+    if block not in SIZES:
+        return f"blocks of {block} tokens"
+    return f"{-(-n // block)} blocks" if n > MOST_BLOCKS * block else None
 
 
 @operator
@@ -41,7 +59,7 @@ def sparse_linear_attention(
             but one at least.
         is_rest_only: Whether the linear part sees the other blocks only, or all.
         eps: Added to its normalizer; the linear part of queries that have no other blocks is 0.
-        impl: "reference" materialises both n x n maps.
+        impl: See ``attnzoo.ops.dispatch``. "reference" materialises both n x n maps.
 
     Returns:
         The softmax part and the linear part, (b, h, n, d), in the dtype of ``value``.
@@ -56,11 +74,37 @@ def sparse_linear_macs(
 
     The last block is filled up to the length of the others.
     """
+    count = blocks_kept(-(-tokens // block_size(tokens, block)), share)
+    return sum(_parts(tokens, dim, heads, block, count, is_rest_only))
+
+
+def _parts(
+    tokens: int, dim: int, heads: int, block: int, count: int, is_rest_only: bool
+) -> tuple[int, int, int]:
+    """Of the choice of ``count`` blocks, the softmax and the linear part."""
     size, head_dim = block_size(tokens, block), dim // heads
     blocks = -(-tokens // size)
     filled = blocks * size
-    chosen = softmax_macs(filled, blocks_kept(blocks, share) * size, dim, dim)
+    chosen = softmax_macs(filled, count * size, dim, dim)
     linear = 2 * filled * dim * head_dim + filled * dim
     if is_rest_only:
         linear += blocks**2 * dim * (head_dim + 1)
-    return blocks**2 * dim + chosen + linear
+    return blocks**2 * dim, chosen, linear
+
+
+def _macs(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, block: int, count: int,
+    is_rest_only: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    b, n, c = query.shape
+    return b * sum(_parts(n, c, heads, block, count, is_rest_only))
+
+
+def _backward_macs(*operands: Any, **_: Any) -> int:
+    query, _key, _value, *sizes = operands[7:14]
+    (b, n, c) = query.shape
+    _choice, chosen, linear = _parts(n, c, *sizes)
+    return b * (5 * chosen // 2 + 2 * linear)
+
+
+MACS |= {"sparse_linear": _macs, "sparse_linear_backward": _backward_macs}
