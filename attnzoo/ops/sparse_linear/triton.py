@@ -56,7 +56,7 @@ def _sparse_fold_kernel(
     D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The means of a block of queries and of keys, and the state of the keys."""
-    image, head, part, block, token, is_real, column = _here(n, heads, d, S, D)
+    image, head, part, block, token, is_real, column = _here(n, heads, d, S, S, D)
     q = _tile(query + image * n * q_row + head * d, token, q_row, column, is_real, d)
     k = _tile(key + image * n * k_row + head * d, token, k_row, column, is_real, d)
     v = _tile(value + image * n * v_row + head * d, token, v_row, column, is_real, d)
@@ -153,7 +153,7 @@ def _sparse_read_kernel(
     D: tl.constexpr, FULL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Both parts of a block of queries, and log2 of the softmax's sums of exponentials."""
-    image, head, part, block, token, is_real, column = _here(n, heads, d, S, D)
+    image, head, part, block, token, is_real, column = _here(n, heads, d, S, S, D)
     q = _tile(query + image * n * q_row + head * d, token, q_row, column, is_real, d)
     key += image * n * k_row + head * d
     value += image * n * v_row + head * d
@@ -331,9 +331,11 @@ def _backward(
         chosen, readers, counts, blocks, _power_of_2(blocks), num_warps=1,
     )  # fmt: skip
     tile, options = _sizes("key", dtype, block, d)
-    launch_kernel(_sparse_key_kernel, (blocks, parts),
+    rows = min(block, 32) if dtype == torch.float32 else block
+    launch_kernel(_sparse_key_kernel, (_ceil(n, rows), parts),
         of_near, query, key, value, readers, counts, of_state, logs, along, grads, n, blocks,
-        heads, d, n_row, q_row, k_row, v_row, *steps, scale, *tile, precision,
+        heads, d, n_row, q_row, k_row, v_row, *steps, scale, block, rows,
+        *tile[1:], precision,
         **options,
     )  # fmt: skip
     return grads

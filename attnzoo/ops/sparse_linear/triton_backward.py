@@ -46,7 +46,7 @@ def _sparse_query_kernel(
     S: tl.constexpr, K: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The gradients of queries and of the states they read; each output times its gradient."""
-    image, head, part, block, token, is_real, column = _here(n, heads, d, S, D)
+    image, head, part, block, token, is_real, column = _here(n, heads, d, S, S, D)
     row = heads * d
     q = _tile(query + image * n * q_row + head * d, token, q_row, column, is_real, d)
     g = _tile(of_near + image * n * n_row + head * d, token, n_row, column, is_real, d)
@@ -89,11 +89,11 @@ def _sparse_query_kernel(
 @triton.jit
 def _sparse_key_kernel(
     of_near, query, key, value, readers, counts, of_state, logs, along, grads, n, blocks, heads, d,
-    n_row, q_row, k_row, v_row, part_step, block_step, scale, S: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr,    P: tl.constexpr,
+    n_row, q_row, k_row, v_row, part_step, block_step, scale, S: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr,    P: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values."""
-    image, head, part, block, token, is_real, column = _here(n, heads, d, S, D)
+    image, head, part, block, token, is_real, column = _here(n, heads, d, S, R, D)
     row = heads * d
     k = _tile(key + image * n * k_row + head * d, token, k_row, column, is_real, d)
     v = _tile(value + image * n * v_row + head * d, token, v_row, column, is_real, d)
@@ -103,8 +103,12 @@ def _sparse_key_kernel(
     along += part * n
     line = part * blocks + block
     readers += line * blocks
-    of_key = tl.zeros((S, D), tl.float32)
-    of_value = tl.zeros((S, D), tl.float32)
+    x = _features(k, is_real, column, d)
+    of_rows, of_sums = _state_of(of_state + part * part_step + block * block_step, column, d)
+    kind = of_rows.dtype
+    of_x = _dot(v.to(kind), tl.trans(of_rows), P) + of_sums[None, :]
+    of_key = _slope(x, of_x) / (scale * _LN2)
+    of_value = _dot(x.to(kind), of_rows, P)
     for i in range(tl.load(counts + line) * (S // K)):
         other = _listed(readers, i, S, K)
         is_query = other < n
@@ -116,12 +120,6 @@ def _sparse_key_kernel(
         of_value = _add_dot(of_value, p.to(g.dtype), g, P)
         slope = p * (_dot(v, tl.trans(g), P) - delta[None, :])
         of_key = _add_dot(of_key, slope.to(q.dtype), q, P)
-    x = _features(k, is_real, column, d)
-    of_rows, of_sums = _state_of(of_state + part * part_step + block * block_step, column, d)
-    kind = of_rows.dtype
-    of_x = _dot(v.to(kind), tl.trans(of_rows), P) + of_sums[None, :]
-    of_value = _add_dot(of_value, x.to(kind), of_rows, P)
-    of_key = of_key * (scale * _LN2) + _slope(x, of_x)
     grads += image * n * (3 * row) + head * d
-    _put(grads + row, token, 3 * row, column, is_real, d, of_key)
+    _put(grads + row, token, 3 * row, column, is_real, d, of_key * (scale * _LN2))
     _put(grads + 2 * row, token, 3 * row, column, is_real, d, of_value)

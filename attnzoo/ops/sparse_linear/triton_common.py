@@ -11,10 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _here(n, heads, d, S: tl.constexpr, D: tl.constexpr):
-    """Image, head, the two together, block; its tokens, which of them there are; channels."""
-    part, block, column = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, D)
-    token = block * S + tl.arange(0, S)
+def _here(n, heads, d, S: tl.constexpr, R: tl.constexpr, D: tl.constexpr):
+    """Image, head, the two together, block of S; R of its tokens, which there are; channels."""
+    part, column = tl.program_id(1).to(tl.int64), tl.arange(0, D)
+    token = tl.program_id(0) * R + tl.arange(0, R)
+    block = tl.program_id(0) // (S // R)
     return part // heads, part % heads, part, block, token, token < n, column
 
 
