@@ -39,6 +39,7 @@ from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
     _power_of_2,
     _precision,
     _rows,
@@ -186,9 +187,14 @@ def _sparse_read_kernel(
     _put(far + start, token, row, column, is_real, d, out / norm[:, None])
 
 
-# Tokens of others that are read at once, warps and stages, of each kernel for heads of at most
-# 64 in half precision.
-LAUNCHES = {"fold": (64, 4, 1), "read": (64, 4, 3), "query": (64, 4, 2), "key": (64, 4, 2)}
+# Tokens of others that are read at once, warps, stages and registers of a thread, of each kernel
+# for heads of at most 64 in half precision.
+LAUNCHES = {
+    "fold": (64, 4, 1, None),
+    "read": (64, 4, 3, None),
+    "query": (64, 4, 2, 168),
+    "key": (64, 4, 2, 168),
+}
 REST_TILE = (64, 128, 64, 4, 3)  # rows, columns and depth, warps, stages
 CHOICES = 1024  # scores that a program of the choice compares at most
 
@@ -197,12 +203,15 @@ def _sizes(
     kernel: str, dtype: torch.dtype, block: int, d: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Tokens of a block, those that are read at once, and channels of a tile; Triton's options."""
-    piece, warps, stages = LAUNCHES[kernel]
+    piece, warps, stages, registers = LAUNCHES[kernel]
     if dtype == torch.float32:
-        piece, warps, stages = 16, 8, 1
+        piece, warps, stages, registers = 16, 8, 1, None
     elif d > 64:
-        piece, warps, stages = 32, 8, 1
-    return (block, min(piece, block), _width(d)), {"num_warps": warps, "num_stages": stages}
+        piece, warps, stages, registers = 32, 8, 1, None
+    options = {"num_warps": warps, "num_stages": stages}
+    if registers and _is_fast():
+        options["maxnreg"] = registers
+    return (block, min(piece, block), _width(d)), options
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
