@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
@@ -71,9 +70,10 @@ class SparseLinearAttention(Attention):
         config = self.config
         options = config.block, config.share, config.linear == "rest", config.eps
         operands = self._query_key_value(x, grid)
-        near, far = sparse_linear_attention(*operands, *options, impl=config.impl)
-        out = near + linear(self.linear_proj, far).to(near.dtype)
-        return linear(self.proj, rearrange(out, "b h n d -> b n (h d)"))
+        parts = sparse_linear_attention(*operands, *options, impl=config.impl)
+        near, far = (z.transpose(1, 2) for z in parts)  # as kernels write them
+        out = linear(self.linear_proj, far).to(near.dtype) + near
+        return linear(self.proj, out.flatten(2))
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)

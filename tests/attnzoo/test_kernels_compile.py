@@ -326,9 +326,10 @@ def launch_sparse(dtype, every):
     from attnzoo.ops.sparse_linear import triton as kernels
 
     widest = sparse_linear.WIDEST if dtype == torch.float32 else sparse_linear.WIDEST_HALF
-    for d, n in ((64, 4096), (widest, 4095)) if every else ((64, 4095),):
+    cases = [(64, 64, 4096), (64, widest, 4095)] if every else [(32, 32, 2047)]
+    for block, d, n in cases:
         x = torch.ones(1, n, 3 * d, dtype=dtype)
-        options = *x.chunk(3, dim=-1), 1, 64, 12, True, 1e-5
+        options = *x.chunk(3, dim=-1), 1, block, 12, True, 1e-5
         near, far, *saved = kernels._forward.function(*options)
         kernels._backward.function(near, far, near, *saved, *options)
 

@@ -123,7 +123,12 @@ def tokens(seed=1, batch=2, grid=GRID, dtype=torch.float32, width=32):
 @interpreted
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("sana", torch.float32), ("focused", torch.bfloat16), ("dydila", torch.bfloat16)],
+    [
+        ("sana", torch.float32),
+        ("sla", torch.bfloat16),
+        ("focused", torch.bfloat16),
+        ("dydila", torch.bfloat16),
+    ],
 )
 @torch.no_grad()
 def test_a_replay_gives_what_the_operators_give(

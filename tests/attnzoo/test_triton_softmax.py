@@ -1,4 +1,4 @@
-"""Kernels of softmax attention: over few keys, and over neighborhoods."""
+"""Kernels of softmax attention: over few keys, over neighborhoods, and over chosen blocks."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers import linear
 from attnzoo.ops.few_keys import few_keys
 from attnzoo.ops.neighborhood import Window, neighborhood_attention
+from attnzoo.ops.sparse_linear import sparse_linear_attention
 from tests.attnzoo.interpreted import (
     BUDGETS,
     CAN_RUN,
@@ -76,11 +77,82 @@ def test_neighborhoods(dtype, budget, grid, window):
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
-def test_gradients_side_by_side_are_the_projections(monkeypatch):
+@pytest.mark.parametrize(("dtype", "budget"), BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("n", "batch", "block", "share", "is_rest_only", "is_packed"),
+    # The last block not full, read in pieces; all keys seen twice; one block alone, shorter than
+    # a tile, and one token; every block kept, which leaves nothing to the linear part.
+    [
+        (75, 1, 32, 0.67, True, True),
+        (41, 2, 16, 0.4, True, False),
+        (41, 1, 16, 0.4, False, True),
+        (9, 1, 64, 0.2, True, True),
+        (1, 1, 16, 0.2, False, False),
+        (32, 1, 16, 1.0, True, True),
+    ],
+)
+def test_sparse_and_linear_parts(dtype, budget, n, batch, block, share, is_rest_only, is_packed):
+    def run(x, impl):
+        parts = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1))
+        if not is_packed:
+            parts = (z.contiguous() for z in parts)
+        near, far = sparse_linear_attention(*parts, block, share, is_rest_only, 1e-5, impl=impl)
+        return torch.stack([near, 2 * far])  # gradients that differ
+
+    found = errors(run, [random(batch, n, 72, seed=1)], (2, batch, 2, n, 12), dtype, "triton")
+    assert max(found) < budget
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+def test_blocks_are_chosen_turned_and_summed(monkeypatch):
+    from attnzoo.ops.sparse_linear import triton as kernels
+
+    monkeypatch.setattr(kernels, "REST_TILE", (16, 16, 16, 4, 1))  # several each way
+    blocks, count = 18, 5
+    means, state = random(2, 2, 10, blocks), random(2, blocks, 20)
+    means[1, 0, :, 7] = torch.nan  # whose choice is any
+    kept, chosen = kernels.choose(means, count)
+    key = means[:, 1] - means[:, 1].mean(-1, keepdim=True)
+    wanted = (means[:, 0].mT @ key).topk(count).indices.sort(-1).values
+    wanted[1, 7] = torch.arange(count)  # all are equal
+    assert torch.equal(kept.long(), wanted)
+    mask = torch.zeros(2, blocks, blocks, device=DEVICE).scatter_(-1, wanted, 1)
+    assert torch.equal(chosen.float(), mask)
+    readers, counts = kernels.turned(chosen)
+    for part, block in ((0, 0), (1, 3), (1, 17)):
+        found = readers[part, block, : counts[part, block]]
+        assert found.tolist() == mask[part, :, block].nonzero().flatten().tolist()
+    for is_transposed, rest in ((False, 1 - mask), (True, 1 - mask.mT)):
+        found = kernels.rest_sums(chosen, state, True, is_transposed)
+        torch.testing.assert_close(found, rest @ state)
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+def test_an_image_of_nan_leaves_the_others_theirs():
+    x = random(2, 40, 36)
+    x[0, 3, 2] = torch.nan
+    x.requires_grad_()
+
+    def run(z):
+        parts = (part.unsqueeze(1) for part in z.chunk(3, dim=-1))
+        near, far = sparse_linear_attention(*parts, 16, 0.4, True, 1e-5, impl="triton")
+        return (near + far).sum((1, 2, 3))
+
+    out = run(x)
+    [grad] = torch.autograd.grad(out.sum(), x)
+    assert out[0].isnan() and out[1] == run(x[1:])[0]
+    assert grad[0].isnan().any() and grad[1].isfinite().all()
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+@pytest.mark.parametrize(
+    ("name", "options"), [("local", {"window": 3}), ("sla", {"block": 16})], ids=str
+)
+def test_gradients_side_by_side_are_the_projections(name, options, monkeypatch):
     monkeypatch.setattr(linear, "owns_gradient", lambda *_: True)
     monkeypatch.setattr(torch, "cat", Mock(side_effect=torch.cat))
     slopes: list[torch.Tensor] = []
-    layer: Any = build_attention("local", 32, num_heads=2, window=3).to(DEVICE)
+    layer: Any = build_attention(name, 32, num_heads=2, **options).to(DEVICE)
     for impl in ("reference", "triton"):
         layer.config = replace(layer.config, impl=impl)
         out = layer(random(1, 20, 32), (4, 5)).square().sum()
@@ -99,3 +171,14 @@ def test_other_keys_are_left_to_pytorch(shape, keys, heads):
     if CAN_RUN:
         with pytest.raises(InvalidValue, match=f"does not serve {keys} keys with heads of"):
             few_keys(query, key, key, heads, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "block"), [(4, 16, 5), (4, 129, 16), (16400, 1, 16)], ids=str
+)
+def test_other_blocks_are_left_to_pytorch(n, width, block):
+    if not CAN_RUN:
+        pytest.skip("needs Triton")
+    z = random(1, 1, n, width)
+    with pytest.raises(InvalidValue, match=r"does not serve (blocks of 5|heads|1025)"):
+        sparse_linear_attention(z, z, z, block, 0.2, True, 1e-5, impl="triton")

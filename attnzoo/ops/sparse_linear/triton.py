@@ -219,7 +219,35 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _rest_sums(chosen: Tensor, state: Tensor, is_rest_only: bool, is_transposed: bool) -> Tensor:
+def choose(means: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The blocks that are kept, of means of queries and keys, (parts, 2, d, blocks).
+
+    Returns:
+        Lists, (parts, blocks, count), and a map of ones and zeros, (parts, blocks, blocks).
+    """
+    parts, _, d, blocks = means.shape
+    kept = torch.empty(parts, blocks, count, dtype=torch.int32, device=means.device)
+    chosen = torch.empty(parts, blocks, blocks, dtype=torch.int8, device=means.device)
+    columns = _power_of_2(blocks)
+    rows = max(1, min(4, CHOICES // columns))
+    launch_kernel(_sparse_choice_kernel, (_ceil(blocks, rows), parts),
+        means, kept, chosen, blocks, count, d, rows, columns, 8, num_warps=1,
+    )  # fmt: skip
+    return kept, chosen
+
+
+def turned(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of such a map, for each block of keys the blocks of queries that keep it; their number."""
+    parts, blocks, _ = chosen.shape
+    readers = torch.empty(parts, blocks, blocks, dtype=torch.int32, device=chosen.device)
+    counts = torch.empty(parts, blocks, dtype=torch.int32, device=chosen.device)
+    launch_kernel(_sparse_turn_kernel, (blocks, parts),
+        chosen, readers, counts, blocks, _power_of_2(blocks), num_warps=1,
+    )  # fmt: skip
+    return readers, counts
+
+
+def rest_sums(chosen: Tensor, state: Tensor, is_rest_only: bool, is_transposed: bool) -> Tensor:
     """(parts, blocks, size) -> likewise, of what is not chosen; of all blocks (parts, size)."""
     parts, blocks, size = state.shape
     if not is_rest_only:
@@ -259,22 +287,17 @@ def _forward(
     means = torch.empty(parts, 2, d, blocks, dtype=torch.float32, device=device)
     size = (d + 1) * d
     state = torch.empty(parts, blocks, size, dtype=_state_dtype(dtype), device=device)
-    kept = torch.empty(parts, blocks, count, dtype=torch.int32, device=device)
-    chosen = torch.empty(parts, blocks, blocks, dtype=torch.int8, device=device)
     if not near.numel():
-        return near, far, logs, state, kept, chosen
+        kept = torch.empty(parts, blocks, count, dtype=torch.int32, device=device)
+        return near, far, logs, state, kept, kept.to(torch.int8)
     spacings, precision = (q_row, k_row, v_row), _precision(dtype)
     tile, options = _sizes("fold", dtype, block, d)
     launch_kernel(_sparse_fold_kernel, (blocks, parts),
         query, key, value, means, state, n, blocks, heads, d, *spacings, tile[0],
         tile[2], precision, **options,
     )  # fmt: skip
-    columns = _power_of_2(blocks)
-    rows = max(1, min(4, CHOICES // columns))
-    launch_kernel(_sparse_choice_kernel, (_ceil(blocks, rows), parts),
-        means, kept, chosen, blocks, count, d, rows, columns, 8, num_warps=1,
-    )  # fmt: skip
-    rest = _rest_sums(chosen, state, is_rest_only, False)
+    kept, chosen = choose(means, count)
+    rest = rest_sums(chosen, state, is_rest_only, False)
     steps = (blocks * size, size) if is_rest_only else (size, 0)
     tile, options = _sizes("read", dtype, block, d)
     launch_kernel(_sparse_read_kernel, (blocks, parts),
@@ -333,12 +356,8 @@ def _backward(
         blocks, count, heads, d, n_row, f_row, q_row, k_row, v_row, *steps, scale, eps, *tile,
         n % block == 0, precision, **options,
     )  # fmt: skip
-    of_state = _rest_sums(chosen, of_rest, is_rest_only, True)
-    readers = torch.empty(parts, blocks, blocks, dtype=torch.int32, device=query.device)
-    counts = torch.empty(parts, blocks, dtype=torch.int32, device=query.device)
-    launch_kernel(_sparse_turn_kernel, (blocks, parts),
-        chosen, readers, counts, blocks, _power_of_2(blocks), num_warps=1,
-    )  # fmt: skip
+    of_state = rest_sums(chosen, of_rest, is_rest_only, True)
+    readers, counts = turned(chosen)
     tile, options = _sizes("key", dtype, block, d)
     rows = min(block, 32) if dtype == torch.float32 else block
     launch_kernel(_sparse_key_kernel, (_ceil(n, rows), parts),
