@@ -9,6 +9,7 @@ phi the softmax over channels, W_l and b_l of all heads and 0 at first. Cost per
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,13 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import query_key_value, xavier_linear
-from attnzoo.ops.dispatch import linear
-from attnzoo.ops.sparse_linear import sparse_linear_attention, sparse_linear_macs
+from attnzoo.ops.dispatch import is_bare, linear
+from attnzoo.ops.sparse_linear import (
+    joined,
+    sparse_linear_attention,
+    sparse_linear_macs,
+    sparse_linear_tokens,
+)
 from attnzoo.ops.sparse_linear.reference import sparse_map
 from attnzoo.registry import register_attention
 
@@ -70,10 +76,13 @@ class SparseLinearAttention(Attention):
         config = self.config
         options = config.block, config.share, config.linear == "rest", config.eps
         operands = self._query_key_value(x, grid)
-        parts = sparse_linear_attention(*operands, *options, impl=config.impl)
-        near, far = (z.transpose(1, 2) for z in parts)  # as kernels write them
-        out = linear(self.linear_proj, far).to(near.dtype) + near
-        return linear(self.proj, out.flatten(2))
+        if is_bare(self.linear_proj):
+            learned = self.linear_proj.weight, self.linear_proj.bias
+            out = sparse_linear_tokens(*operands, *learned, *options, impl=config.impl)
+        else:
+            parts = sparse_linear_attention(*operands, *options, impl=config.impl)
+            out = joined(parts, functools.partial(linear, self.linear_proj))
+        return linear(self.proj, out)
 
     def _query_key_value(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         self.check_tokens(x, grid)

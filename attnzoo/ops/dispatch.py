@@ -77,6 +77,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "unit_tokens": ("triton", "torch", "reference"),
     "conv_tokens": ("triton", "torch", "reference"),
     "sparse_linear_attention": ("triton", "torch", "reference"),
+    "sparse_linear_tokens": ("triton", "torch", "reference"),
     "softmax_attention": ("torch", "reference", "flash", "xformers"),
     "neighborhood_attention": ("triton", "torch", "reference", "flex", "natten"),
 }

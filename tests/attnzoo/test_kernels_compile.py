@@ -328,10 +328,12 @@ def launch_sparse(dtype, every):
     widest = sparse_linear.WIDEST if dtype == torch.float32 else sparse_linear.WIDEST_HALF
     cases = [(64, 64, 4096), (64, widest, 4095)] if every else [(32, 32, 2047)]
     for block, d, n in cases:
-        x = torch.ones(1, n, 3 * d, dtype=dtype)
-        options = *x.chunk(3, dim=-1), 1, block, 12, True, 1e-5
-        near, far, *saved = kernels._forward.function(*options)
-        kernels._backward.function(near, far, near, *saved, *options)
+        x, weight = torch.ones(1, n, 3 * d, dtype=dtype), torch.ones(d, d, dtype=dtype)
+        is_joined = dtype == torch.bfloat16 and d <= 64
+        for learned in [(weight, weight[0])] * is_joined + [(None, None)] * every:
+            options = *x.chunk(3, dim=-1), *learned, 1, block, 12, True, 1e-5
+            near, out, *saved = kernels._forward.function(*options)
+            kernels._backward.function(out, out, near, *saved, *options)
 
 
 def launch_gated(dtype, key_dim=32, value_dim=64, directions=0b0011):

@@ -12,7 +12,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers import linear
 from attnzoo.ops.few_keys import few_keys
 from attnzoo.ops.neighborhood import Window, neighborhood_attention
-from attnzoo.ops.sparse_linear import sparse_linear_attention
+from attnzoo.ops.sparse_linear import sparse_linear_attention, sparse_linear_tokens
 from tests.attnzoo.interpreted import (
     BUDGETS,
     CAN_RUN,
@@ -92,14 +92,19 @@ def test_neighborhoods(dtype, budget, grid, window):
     ],
 )
 def test_sparse_and_linear_parts(dtype, budget, n, batch, block, share, is_rest_only, is_packed):
-    def run(x, impl):
-        parts = (z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1))
-        if not is_packed:
-            parts = (z.contiguous() for z in parts)
-        near, far = sparse_linear_attention(*parts, block, share, is_rest_only, 1e-5, impl=impl)
-        return torch.stack([near, 2 * far])  # gradients that differ
+    options = block, share, is_rest_only, 1e-5
 
-    found = errors(run, [random(batch, n, 72, seed=1)], (2, batch, 2, n, 12), dtype, "triton")
+    def run(x, weight, bias, impl):
+        parts = [z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1)]
+        if not is_packed:
+            parts = [z.contiguous() for z in parts]
+        near, far = sparse_linear_attention(*parts, *options, impl=impl)
+        near, far = (z.transpose(1, 2).flatten(2) for z in (near, far))
+        joined = sparse_linear_tokens(*parts, weight, bias, *options, impl=impl)
+        return torch.stack([near, 2 * far, 3 * joined])  # gradients that differ
+
+    operands = random(batch, n, 72, seed=1), random(12, 12, seed=2), random(12, seed=3)
+    found = errors(run, operands, (3, batch, n, 24), dtype, "triton")
     assert max(found) < budget
 
 

@@ -9,15 +9,23 @@ from torch import Tensor, float32
 from attnzoo.ops.dispatch import MACS, Impl, operator
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.softmax import softmax_macs
-from attnzoo.ops.sparse_linear.torch import block_size, blocks_kept, features, kept_blocks
+from attnzoo.ops.sparse_linear.torch import (
+    block_size,
+    blocks_kept,
+    features,
+    joined,
+    kept_blocks,
+)
 
 __all__ = [
     "block_size",
     "blocks_kept",
     "features",
+    "joined",
     "kept_blocks",
     "sparse_linear_attention",
     "sparse_linear_macs",
+    "sparse_linear_tokens",
 ]
 
 
@@ -26,9 +34,9 @@ __all__ = [
 WIDEST, WIDEST_HALF, SIZES, MOST_BLOCKS = 64, 128, (16, 32, 64), 1024
 
 
-def unserved(query: Tensor, key: Tensor, value: Tensor, block: int, *_: Any) -> str | None:
+def unserved(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """What the Triton kernels do not serve."""
-    n, width = query.shape[2:]
+    (n, width), block = query.shape[2:], next(z for z in others if not isinstance(z, Tensor))
     if width > (WIDEST if operand_dtype(query) == float32 else WIDEST_HALF):
         return f"heads of width {width}"
     if block not in SIZES:
@@ -67,6 +75,37 @@ def sparse_linear_attention(
     ...
 
 
+@operator
+def sparse_linear_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    block: int,
+    share: float,
+    is_rest_only: bool,
+    eps: float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The softmax part plus W times the linear part plus b, as tokens.
+
+    Args:
+        query: (b, h, n, d).
+        key: (b, h, n, d).
+        value: (b, h, n, d).
+        weight: W, (d, d), of all heads.
+        bias: b, (d,).
+        block: As in ``sparse_linear_attention``, like ``share``, ``is_rest_only`` and ``eps``.
+        impl: Likewise.
+
+    Returns:
+        (b, n, h * d), in the dtype of ``value``.
+    """
+    ...
+
+
 def sparse_linear_macs(
     tokens: int, dim: int, heads: int, block: int, share: float, is_rest_only: bool
 ) -> int:
@@ -93,18 +132,18 @@ def _parts(
 
 
 def _macs(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, block: int, count: int,
-    is_rest_only: bool, *_: Any, **__: Any,
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Any, heads: int,
+    *sizes: Any, **_: Any,
 ) -> int:  # fmt: skip
     b, n, c = query.shape
-    return b * sum(_parts(n, c, heads, block, count, is_rest_only))
+    projected = 0 if weight is None else n * heads * weight.numel()
+    return b * (sum(_parts(n, c, heads, *sizes[:3])) + projected)
 
 
 def _backward_macs(*operands: Any, **_: Any) -> int:
-    query, _key, _value, *sizes = operands[7:14]
-    (b, n, c) = query.shape
-    _choice, chosen, linear = _parts(n, c, *sizes)
-    return b * (5 * chosen // 2 + 2 * linear)
+    (b, n, c), sizes = operands[7].shape, operands[12:16]
+    choice, chosen, _ = _parts(n, c, *sizes)
+    return 2 * _macs(*operands[7:]) + b * (chosen // 2 - 2 * choice)
 
 
 MACS |= {"sparse_linear": _macs, "sparse_linear_backward": _backward_macs}

@@ -39,3 +39,13 @@ def _in_float32(
     if is_rest_only:
         similar = similar.masked_fill(chosen, 0)
     return weights @ value, similar @ value / (similar.sum(-1, keepdim=True) + eps)
+
+
+@in_float32
+def sparse_linear_tokens(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, block: int,
+    share: float, is_rest_only: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """Likewise."""
+    near, far = _in_float32(query, key, value, block, share, is_rest_only, eps)
+    return (near + far @ weight.T + bias).transpose(1, 2).flatten(2)

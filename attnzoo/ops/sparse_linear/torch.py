@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +68,21 @@ def sparse_linear_attention(
     near = _softmax_part(query, key, value, kept, n)[:, :, :n]
     far = _linear_part(query, key, value, kept, n, is_rest_only, eps)[:, :, :n]
     return near, far.to(near.dtype)
+
+
+def sparse_linear_tokens(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, block: int,
+    share: float, is_rest_only: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """Likewise."""
+    parts = sparse_linear_attention(query, key, value, block, share, is_rest_only, eps)
+    return joined(parts, functools.partial(F.linear, weight=weight, bias=bias))
+
+
+def joined(parts: tuple[Tensor, Tensor], project: Callable[[Tensor], Tensor]) -> Tensor:
+    """The softmax part plus the projected linear one, (b, h, n, d) -> (b, n, h * d)."""
+    near, far = (z.transpose(1, 2) for z in parts)  # as kernels write them
+    return (project(far).to(near.dtype) + near).flatten(2)
 
 
 def _softmax_part(query: Tensor, key: Tensor, value: Tensor, kept: Tensor, n: int) -> Tensor:

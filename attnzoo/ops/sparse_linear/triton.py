@@ -11,15 +11,17 @@ byte for each pair of blocks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.sparse_linear.torch import blocks_kept
+from attnzoo.ops.sparse_linear.torch import blocks_kept, joined
 from attnzoo.ops.sparse_linear.triton_backward import (
     _sparse_key_kernel,
     _sparse_query_kernel,
@@ -29,6 +31,7 @@ from attnzoo.ops.sparse_linear.triton_common import (
     _features,
     _here,
     _listed,
+    _matrix,
     _put,
     _put_state,
     _state_of,
@@ -44,8 +47,10 @@ from attnzoo.ops.triton_common import (
     _precision,
     _rows,
     _width,
+    column_sum,
     launch_kernel,
     launched,
+    on_its_device,
     sample_sum,
 )
 from attnzoo.ops.triton_replay import replayed
@@ -149,11 +154,15 @@ def _sparse_rest_kernel(
 
 @triton.jit
 def _sparse_read_kernel(
-    query, key, value, kept, rest, near, far, logs, n, blocks, count, heads, d, q_row, k_row,
-    v_row, part_step, block_step, scale, eps, S: tl.constexpr, K: tl.constexpr,
-    D: tl.constexpr, FULL: tl.constexpr, P: tl.constexpr,
+    query, key, value, weight, bias, kept, rest, near, out, logs, n, blocks, count, heads, d,
+    q_row, k_row, v_row, part_step, block_step, scale, eps, JOIN: tl.constexpr,
+    KEEP: tl.constexpr, S: tl.constexpr, K: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of a block of queries, and log2 of the softmax's sums of exponentials."""
+    """Both parts of a block of queries, and log2 of the softmax's sums of exponentials.
+
+    The linear part, or with JOIN its projection plus the other, goes to ``out``.
+    """
     image, head, part, block, token, is_real, column = _here(n, heads, d, S, S, D)
     q = _tile(query + image * n * q_row + head * d, token, q_row, column, is_real, d)
     key += image * n * k_row + head * d
@@ -179,12 +188,18 @@ def _sparse_read_kernel(
     tl.store(logs + part * n + token, peak + tl.log2(total), mask=is_real)
     row = heads * d
     start = image * n * row + head * d
-    _put(near + start, token, row, column, is_real, d, acc / total[:, None])
+    acc /= total[:, None]
+    if KEEP:
+        _put(near + start, token, row, column, is_real, d, acc)
     x = _features(q, is_real, column, d)
     state, sums = _state_of(rest + part * part_step + block * block_step, column, d)
     norm = tl.sum(x * sums[None, :], 1) + eps
-    out = _dot(x.to(state.dtype), state, P)
-    _put(far + start, token, row, column, is_real, d, out / norm[:, None])
+    far = _dot(x.to(state.dtype), state, P) / norm[:, None]
+    if JOIN:
+        matrix = _matrix(weight, column, d)
+        b = tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)
+        far = _add_dot(acc + b[None, :], far.to(matrix.dtype), tl.trans(matrix), P)
+    _put(out + start, token, row, column, is_real, d, far)
 
 
 # Tokens of others that are read at once, warps, stages and registers of a thread, of each kernel
@@ -266,30 +281,33 @@ def rest_sums(chosen: Tensor, state: Tensor, is_rest_only: bool, is_transposed: 
 
 
 SCHEMA = (
-    "Tensor query, Tensor key, Tensor value, int heads, int block, int count, "
-    "bool is_rest_only, float eps"
+    "Tensor query, Tensor key, Tensor value, Tensor? weight, Tensor? bias, int heads, int block, "
+    "int count, bool is_rest_only, float eps"
 )
 
 
-@launched("sparse_linear", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, block: int, count: int,
-    is_rest_only: bool, eps: float,
+def _run(
+    is_kept: bool, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None,
+    bias: Tensor | None, heads: int, block: int, count: int, is_rest_only: bool, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Both parts, (b, n, c); then logs, sums of states, and the choice as lists and as a map."""
+    """The softmax part, (b, n, c), and the linear one, or with ``weight`` the sum.
+
+    Then logs, sums of states, and the choice as lists and as a map.
+    """
     (query, q_row), (key, k_row), (value, v_row) = _rows(query), _rows(key), _rows(value)
     b, n, c = query.shape
     dtype, device = query.dtype, query.device
     d, blocks, parts = c // heads, _ceil(n, block), b * heads
-    near = torch.empty(b, n, c, dtype=dtype, device=device)
-    far = torch.empty(b, n, c, dtype=dtype, device=device)
+    out = torch.empty(b, n, c, dtype=dtype, device=device)
+    has_near = is_kept or weight is None
+    near = torch.empty(b, n, c, dtype=dtype, device=device) if has_near else out
     logs = torch.empty(b, heads, n, dtype=torch.float32, device=device)
     means = torch.empty(parts, 2, d, blocks, dtype=torch.float32, device=device)
     size = (d + 1) * d
     state = torch.empty(parts, blocks, size, dtype=_state_dtype(dtype), device=device)
-    if not near.numel():
+    if not out.numel():
         kept = torch.empty(parts, blocks, count, dtype=torch.int32, device=device)
-        return near, far, logs, state, kept, kept.to(torch.int8)
+        return near, out, logs, state, kept, kept.to(torch.int8)
     spacings, precision = (q_row, k_row, v_row), _precision(dtype)
     tile, options = _sizes("fold", dtype, block, d)
     launch_kernel(_sparse_fold_kernel, (blocks, parts),
@@ -301,20 +319,31 @@ def _forward(
     steps = (blocks * size, size) if is_rest_only else (size, 0)
     tile, options = _sizes("read", dtype, block, d)
     launch_kernel(_sparse_read_kernel, (blocks, parts),
-        query, key, value, kept, rest, near, far, logs, n, blocks, count, heads, d, *spacings,
-        *steps, d**-0.5 * _LOG2E.value, eps, *tile, n % block == 0, precision,
-        **options,
+        query, key, value, *_or_none(query, weight, bias), kept, rest, near, out, logs, n, blocks,
+        count, heads, d, *spacings, *steps, d**-0.5 * _LOG2E.value, eps, weight is not None,
+        has_near, *tile, n % block == 0, precision, **options,
     )  # fmt: skip
-    return near, far, logs, rest, kept, chosen
+    return near, out, logs, rest, kept, chosen
 
 
-_forward.register_inference(replayed(_forward.function, 2))
+def _or_none(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Operands of a kernel, which takes anything in place of those that it does not read."""
+    return tuple(like if z is None else z.contiguous() for z in tensors)
+
+
+@launched("sparse_linear", f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def _forward(query: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _run(True, query, *others)
+
+
+# Nothing but the backward reads the others.
+_forward.register_inference(replayed(on_its_device(functools.partial(_run, False)), 2))
 
 
 @_forward.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, block: int, count: int,
-    is_rest_only: bool, eps: float,
+    query: Tensor, key: Any, value: Any, weight: Any, bias: Any, heads: int, block: int,
+    count: int, is_rest_only: bool, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     b, n, c = query.shape
     blocks, d, parts = -(-n // block), c // heads, b * heads
@@ -331,30 +360,35 @@ def _(
 @launched(
     "sparse_linear_backward",
     "(Tensor of_near, Tensor of_far, Tensor near, Tensor logs, Tensor rest, Tensor kept, "
-    f"Tensor chosen, {SCHEMA}) -> Tensor",
+    f"Tensor chosen, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward(
     of_near: Tensor, of_far: Tensor, near: Tensor, logs: Tensor, rest: Tensor, kept: Tensor,
-    chosen: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, block: int,
-    count: int, is_rest_only: bool, eps: float,
-) -> Tensor:  # fmt: skip
-    """The gradients side by side, (b, n, 3 c), as a projection to all three wants them."""
+    chosen: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None,
+    bias: Tensor | None, heads: int, block: int, count: int, is_rest_only: bool, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients side by side, (b, n, 3 c), as a projection to all three wants them.
+
+    Then, with ``weight``, its gradient and as a last row the bias's.
+    """
     (query, q_row), (key, k_row), (value, v_row) = _rows(query), _rows(key), _rows(value)
     (of_near, n_row), (of_far, f_row) = _rows(of_near), _rows(of_far)
     b, n, c = query.shape
     dtype, d, blocks, parts = query.dtype, c // heads, _ceil(n, block), b * heads
     grads = torch.empty(b, n, 3 * c, dtype=dtype, device=query.device)
-    if not grads.numel():
-        return grads
     size, precision = (d + 1) * d, _precision(dtype)
+    programs = parts * blocks if weight is not None else 0
+    of_weight = torch.empty(programs, d + 1, d, dtype=torch.float32, device=query.device)
+    if not grads.numel():
+        return grads, column_sum(of_weight)
     along, scale = torch.empty_like(logs), d**-0.5 * _LOG2E.value
     of_rest = torch.empty(parts, blocks, size, dtype=rest.dtype, device=rest.device)
     steps = (blocks * size, size) if is_rest_only else (size, 0)
     tile, options = _sizes("query", dtype, block, d)
     launch_kernel(_sparse_query_kernel, (blocks, parts),
-        of_near, of_far, near, query, key, value, kept, rest, logs, grads, of_rest, along, n,
-        blocks, count, heads, d, n_row, f_row, q_row, k_row, v_row, *steps, scale, eps, *tile,
-        n % block == 0, precision, **options,
+        of_near, of_far, near, query, key, value, *_or_none(query, weight), kept, rest, logs,
+        grads, of_rest, of_weight, along, n, blocks, count, heads, d, n_row, f_row, q_row, k_row,
+        v_row, *steps, scale, eps, weight is not None, *tile, n % block == 0, precision, **options,
     )  # fmt: skip
     of_state = rest_sums(chosen, of_rest, is_rest_only, True)
     readers, counts = turned(chosen)
@@ -366,13 +400,15 @@ def _backward(
         *tile[1:], precision,
         **options,
     )  # fmt: skip
-    return grads
+    return grads, column_sum(of_weight)
 
 
 @_backward.register_fake
-def _(*operands: Any) -> Tensor:
-    b, n, c = operands[7].shape
-    return operands[7].new_empty(b, n, 3 * c)
+def _(*operands: Any) -> tuple[Tensor, Tensor]:
+    query, heads = operands[7], operands[12]
+    b, n, c = query.shape
+    d = c // heads
+    return query.new_empty(b, n, 3 * c), query.new_empty(d + 1, d, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -383,17 +419,34 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _gradients(
-    ctx: Any, of_near: Tensor | None, of_far: Tensor | None, *_: Any
+    ctx: Any, of_near: Tensor | None, of_out: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    if of_near is None and of_far is None:
-        return (None,) * 8
-    near = ctx.saved_tensors[0]
-    of_near, of_far = (torch.zeros_like(near) if g is None else g for g in (of_near, of_far))
+    if of_near is None and of_out is None:
+        return (None,) * 10
+    near, weight, bias = ctx.saved_tensors[0], *ctx.saved_tensors[-2:]
+    if weight is not None:
+        of_near = of_out
+    of_near, of_out = (torch.zeros_like(near) if g is None else g for g in (of_near, of_out))
     options = ctx.heads, ctx.block, ctx.count, ctx.is_rest_only, ctx.eps
-    return *_backward(of_near, of_far, *ctx.saved_tensors, *options).chunk(3, -1), *(None,) * 5
+    grads, of_weight = _backward(of_near, of_out, *ctx.saved_tensors, *options)
+    learned = (None, None)
+    if weight is not None:
+        learned = of_weight[:-1].to(weight.dtype), of_weight[-1].to(bias.dtype)
+    return *grads.chunk(3, -1), *learned, *(None,) * 5
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _both(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None,
+    block: int, share: float, is_rest_only: bool, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype, (_, heads, n, _) = operand_dtype(query), query.shape
+    operands = (z.to(dtype).transpose(1, 2).flatten(2) for z in (query, key, value))
+    learned = (None if z is None else z.to(dtype) for z in (weight, bias))
+    count = blocks_kept(-(-n // block), share)
+    return _forward(*operands, *learned, heads, block, count, is_rest_only, eps)[:2]
 
 
 def sparse_linear_attention(
@@ -401,8 +454,18 @@ def sparse_linear_attention(
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``attnzoo.ops.sparse_linear``; all sums in float32, states in bfloat16 if values are."""
-    dtype, (_, heads, n, _) = operand_dtype(query), query.shape
-    count = blocks_kept(-(-n // block), share)
-    operands = (z.to(dtype).transpose(1, 2).flatten(2) for z in (query, key, value))
-    near, far = _forward(*operands, heads, block, count, is_rest_only, eps)[:2]
-    return tuple(z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (near, far))
+    both = _both(query, key, value, None, None, block, share, is_rest_only, eps)
+    near, far = (z.unflatten(-1, (query.shape[1], -1)).transpose(1, 2) for z in both)
+    return near, far
+
+
+def sparse_linear_tokens(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, block: int,
+    share: float, is_rest_only: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """Likewise; wide heads, and float32, have no registers left for the projection."""
+    options = block, share, is_rest_only, eps
+    if query.shape[-1] <= 64 and operand_dtype(query) != torch.float32:
+        return _both(query, key, value, weight, bias, *options)[1]
+    parts = sparse_linear_attention(query, key, value, *options)
+    return joined(parts, functools.partial(F.linear, weight=weight, bias=bias))

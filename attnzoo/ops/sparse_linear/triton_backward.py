@@ -13,6 +13,7 @@ from attnzoo.ops.sparse_linear.triton_common import (
     _features,
     _here,
     _listed,
+    _matrix,
     _put,
     _put_state,
     _state_of,
@@ -41,9 +42,10 @@ def _slope(x, of_x):
 
 @triton.jit
 def _sparse_query_kernel(
-    of_near, of_far, near, query, key, value, kept, rest, logs, grads, of_rest, along, n, blocks,
-    count, heads, d, n_row, f_row, q_row, k_row, v_row, part_step, block_step, scale, eps,
-    S: tl.constexpr, K: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr, P: tl.constexpr,
+    of_near, of_far, near, query, key, value, weight, kept, rest, logs, grads, of_rest, of_weight,
+    along, n, blocks, count, heads, d, n_row, f_row, q_row, k_row, v_row, part_step, block_step,
+    scale, eps, JOIN: tl.constexpr, S: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    FULL: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The gradients of queries and of the states they read; each output times its gradient."""
     image, head, part, block, token, is_real, column = _here(n, heads, d, S, S, D)
@@ -73,7 +75,14 @@ def _sparse_query_kernel(
     state, sums = _state_of(rest + part * part_step + block * block_step, column, d)
     kind = state.dtype
     norm = tl.sum(x * sums[None, :], 1) + eps
-    g = _tile(of_far + image * n * f_row + head * d, token, f_row, column, is_real, d)
+    line = (part * blocks + block) * ((d + 1) * d)
+    if JOIN:
+        far = _dot(x.to(kind), state, P) / norm[:, None]
+        of_matrix = _dot(tl.trans(g), far.to(g.dtype), P)
+        _put_state(of_weight + line, column, d, of_matrix, tl.sum(g.to(tl.float32), 0))
+        g = _dot(g, _matrix(weight, column, d), P)
+    else:
+        g = _tile(of_far + image * n * f_row + head * d, token, f_row, column, is_real, d)
     g = g.to(tl.float32) / norm[:, None]
     of_x = _dot(g.to(kind), tl.trans(state), P)
     of_norm = -tl.sum(x * of_x, 1) / norm
@@ -81,9 +90,7 @@ def _sparse_query_kernel(
     acc = acc * (scale * _LN2) + _slope(x, of_x)
     _put(grads + image * n * (3 * row) + head * d, token, 3 * row, column, is_real, d, acc)
     product = _dot(tl.trans(x.to(kind)), g.to(kind), P)
-    last = tl.sum(x * of_norm[:, None], 0)
-    of_rest += (part * blocks + block) * ((d + 1) * d)
-    _put_state(of_rest, column, d, product, last)
+    _put_state(of_rest + line, column, d, product, tl.sum(x * of_norm[:, None], 0))
 
 
 @triton.jit

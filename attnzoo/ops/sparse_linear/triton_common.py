@@ -41,12 +41,17 @@ def _features(z, is_real, column, d):
 
 
 @triton.jit
-def _state_of(state, column, d):
-    """Rows of a state, (d, d), and its last one."""
+def _matrix(z, column, d):
     row, is_column = tl.arange(0, column.shape[0]), column < d
     mask = is_column[:, None] & is_column[None, :]
-    both = tl.load(state + row[:, None] * d + column[None, :], mask=mask, other=0.0)
-    return both, tl.load(state + d * d + column, mask=is_column, other=0.0).to(tl.float32)
+    return tl.load(z + row[:, None] * d + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _state_of(state, column, d):
+    """Rows of a state, (d, d), and its last one."""
+    last = tl.load(state + d * d + column, mask=column < d, other=0.0)
+    return _matrix(state, column, d), last.to(tl.float32)
 
 
 @triton.jit
