@@ -20,6 +20,7 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import query_key_value, xavier_linear
 from attnzoo.ops.dispatch import is_bare, linear
 from attnzoo.ops.sparse_linear import (
+    can_join,
     joined,
     sparse_linear_attention,
     sparse_linear_macs,
@@ -76,7 +77,7 @@ class SparseLinearAttention(Attention):
         config = self.config
         options = config.block, config.share, config.linear == "rest", config.eps
         operands = self._query_key_value(x, grid)
-        if is_bare(self.linear_proj):
+        if can_join(operands[0]) and is_bare(self.linear_proj):
             learned = self.linear_proj.weight, self.linear_proj.bias
             out = sparse_linear_tokens(*operands, *learned, *options, impl=config.impl)
         else:

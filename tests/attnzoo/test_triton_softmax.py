@@ -17,6 +17,7 @@ from tests.attnzoo.interpreted import (
     BUDGETS,
     CAN_RUN,
     DEVICE,
+    HALF,
     IMPLEMENTATIONS,
     IS_INTERPRETED,
     errors,
@@ -92,20 +93,31 @@ def test_neighborhoods(dtype, budget, grid, window):
     ],
 )
 def test_sparse_and_linear_parts(dtype, budget, n, batch, block, share, is_rest_only, is_packed):
-    options = block, share, is_rest_only, 1e-5
+    def run(x, impl):
+        parts = by_head(x) if is_packed else map(torch.Tensor.contiguous, by_head(x))
+        near, far = sparse_linear_attention(*parts, block, share, is_rest_only, 1e-5, impl=impl)
+        return torch.stack([near, 2 * far])  # gradients that differ
 
-    def run(x, weight, bias, impl):
-        parts = [z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1)]
-        if not is_packed:
-            parts = [z.contiguous() for z in parts]
-        near, far = sparse_linear_attention(*parts, *options, impl=impl)
-        near, far = (z.transpose(1, 2).flatten(2) for z in (near, far))
-        joined = sparse_linear_tokens(*parts, weight, bias, *options, impl=impl)
-        return torch.stack([near, 2 * far, 3 * joined])  # gradients that differ
-
-    operands = random(batch, n, 72, seed=1), random(12, 12, seed=2), random(12, seed=3)
-    found = errors(run, operands, (3, batch, n, 24), dtype, "triton")
+    found = errors(run, [random(batch, n, 72, seed=1)], (2, batch, 2, n, 12), dtype, "triton")
     assert max(found) < budget
+
+
+def by_head(x):
+    """Packed queries, keys and values of two heads."""
+    return [z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1)]
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+@pytest.mark.parametrize("n", [75, 5])
+def test_the_linear_part_is_projected_and_added(n):
+    def run(x, weight, bias, impl):
+        operands = *by_head(x), weight, bias
+        return sparse_linear_tokens(*operands, 32, 0.4, True, 1e-5, impl=impl)
+
+    # Most of the result is the linear part's.
+    operands = random(2, n, 72, seed=1), 9 * random(12, 12, seed=2), random(12, seed=3)
+    found = errors(run, operands, (2, n, 24), HALF, "triton")
+    assert max(found) < BUDGETS[1][1]
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
@@ -187,3 +199,6 @@ def test_other_blocks_are_left_to_pytorch(n, width, block):
     z = random(1, 1, n, width)
     with pytest.raises(InvalidValue, match=r"does not serve (blocks of 5|heads|1025)"):
         sparse_linear_attention(z, z, z, block, 0.2, True, 1e-5, impl="triton")
+    learned, options = (z[0, 0, :1], z[0, 0, 0]), (16, 0.2, True, 1e-5)
+    with pytest.raises(InvalidValue, match=r"does not serve (the projection|heads)"):
+        sparse_linear_tokens(z, z, z, *learned, *options, impl="triton")

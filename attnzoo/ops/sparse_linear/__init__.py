@@ -20,6 +20,7 @@ from attnzoo.ops.sparse_linear.torch import (
 __all__ = [
     "block_size",
     "blocks_kept",
+    "can_join",
     "features",
     "joined",
     "kept_blocks",
@@ -29,19 +30,27 @@ __all__ = [
 ]
 
 
-# What the kernels serve: channels of a head, in float32 and in half precision, tokens of a block,
-# and blocks.
-WIDEST, WIDEST_HALF, SIZES, MOST_BLOCKS = 64, 128, (16, 32, 64), 1024
+# What the kernels serve: channels of a head, in float32 and in half precision, and with the
+# projection; tokens of a block, and blocks.
+WIDEST, WIDEST_HALF, WIDEST_JOINED, SIZES, MOST_BLOCKS = 64, 128, 64, (16, 32, 64), 1024
 
 
 def unserved(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """What the Triton kernels do not serve."""
-    (n, width), block = query.shape[2:], next(z for z in others if not isinstance(z, Tensor))
+    (n, width), is_joined = query.shape[2:], isinstance(others[0], Tensor)
+    block = others[2 if is_joined else 0]
     if width > (WIDEST if operand_dtype(query) == float32 else WIDEST_HALF):
         return f"heads of width {width}"
+    if is_joined and not can_join(query):
+        return "the projection of float32 or of wide heads"
     if block not in SIZES:
         return f"blocks of {block} tokens"
     return f"{-(-n // block)} blocks" if n > MOST_BLOCKS * block else None
+
+
+def can_join(query: Tensor) -> bool:
+    """Whether ``sparse_linear_tokens`` has kernels, which have registers for so much only."""
+    return query.shape[-1] <= WIDEST_JOINED and operand_dtype(query) != float32
 
 
 @operator
@@ -140,7 +149,7 @@ def _macs(
     return b * (sum(_parts(n, c, heads, *sizes[:3])) + projected)
 
 
-def _backward_macs(*operands: Any, **_: Any) -> int:
+def _backward_macs(*operands: Any, **__: Any) -> int:
     (b, n, c), sizes = operands[7].shape, operands[12:16]
     choice, chosen, _ = _parts(n, c, *sizes)
     return 2 * _macs(*operands[7:]) + b * (chosen // 2 - 2 * choice)

@@ -15,13 +15,12 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnzoo.ops.precision import operand_dtype
-from attnzoo.ops.sparse_linear.torch import blocks_kept, joined
+from attnzoo.ops.sparse_linear.torch import blocks_kept
 from attnzoo.ops.sparse_linear.triton_backward import (
     _sparse_key_kernel,
     _sparse_query_kernel,
@@ -463,9 +462,5 @@ def sparse_linear_tokens(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, block: int,
     share: float, is_rest_only: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Likewise; wide heads, and float32, have no registers left for the projection."""
-    options = block, share, is_rest_only, eps
-    if query.shape[-1] <= 64 and operand_dtype(query) != torch.float32:
-        return _both(query, key, value, weight, bias, *options)[1]
-    parts = sparse_linear_attention(query, key, value, *options)
-    return joined(parts, functools.partial(F.linear, weight=weight, bias=bias))
+    """Likewise."""
+    return _both(query, key, value, weight, bias, block, share, is_rest_only, eps)[1]
