@@ -108,6 +108,15 @@ def test_starts_as_the_sparse_part_which_is_its_map():
     torch.testing.assert_close(layer.proj(mixed), layer(x, grid))
 
 
+def test_a_projection_that_is_watched_is_called():
+    """In half precision it is part of an operator else."""
+    layer, x = build_scrambled("sla", block=16).bfloat16(), tokens((7, 13)).bfloat16()
+    out, seen = layer(x, (7, 13)), []
+    layer.linear_proj.register_forward_hook(lambda _, __, out: seen.append(out))
+    assert (layer(x, (7, 13)) - out).norm() <= 2**-6 * out.norm()
+    assert seen[0].abs().max() > 0
+
+
 def test_what_moves_all_keys_alike_moves_no_choice():
     """A common part of all keys, a thousand times as large, would drown the differences."""
     generator = torch.Generator().manual_seed(0)

@@ -98,9 +98,7 @@ def _sparse_choice_kernel(
             common = tl.load(line, mask=is_channel, other=0.0)
             k = tl.load(line + column, mask=is_column & is_channel, other=0.0) - common
             score += q[:, None] * k[None, :]
-    # Unsigned numbers in the order of the scores, no two of which are then undecided: NaN is the
-    # largest, as for torch's topk, and what is no block the smallest.
-    score = tl.where(score != score, float("inf"), score)
+    # Unsigned numbers in the order of the scores, NaN among them; what is no block is the least.
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) ^ -0x80000000
     order = tl.where(is_column[None, :], bits.to(tl.uint32, bitcast=True), 0)
