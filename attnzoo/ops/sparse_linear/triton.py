@@ -231,6 +231,11 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+def _exact(dtype: torch.dtype) -> str:
+    """For float32 no tensor cores: ptxas 12.8 gave their products wrong addresses."""
+    return "ieee" if dtype == torch.float32 else _precision(dtype)
+
+
 def choose(means: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The blocks that are kept, of means of queries and keys, (parts, 2, d, blocks).
 
@@ -271,7 +276,7 @@ def rest_sums(chosen: Tensor, state: Tensor, is_rest_only: bool, is_transposed: 
     steps = (1, blocks) if is_transposed else (blocks, 1)
     grid = _ceil(size, columns), _ceil(blocks, rows), parts
     launch_kernel(_sparse_rest_kernel, grid,
-        chosen, state, out, blocks, size, *steps, rows, columns, depth, _precision(state.dtype),
+        chosen, state, out, blocks, size, *steps, rows, columns, depth, _exact(state.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -305,7 +310,7 @@ def _run(
     if not out.numel():
         kept = torch.empty(parts, blocks, count, dtype=torch.int32, device=device)
         return near, out, logs, state, kept, kept.to(torch.int8)
-    spacings, precision = (q_row, k_row, v_row), _precision(dtype)
+    spacings, precision = (q_row, k_row, v_row), _exact(dtype)
     tile, options = _sizes("fold", dtype, block, d)
     launch_kernel(_sparse_fold_kernel, (blocks, parts),
         query, key, value, means, state, n, blocks, heads, d, *spacings, tile[0],
@@ -373,7 +378,7 @@ def _backward(
     b, n, c = query.shape
     dtype, d, blocks, parts = query.dtype, c // heads, _ceil(n, block), b * heads
     grads = torch.empty(b, n, 3 * c, dtype=dtype, device=query.device)
-    size, precision = (d + 1) * d, _precision(dtype)
+    size, precision = (d + 1) * d, _exact(dtype)
     programs = parts * blocks if weight is not None else 0
     of_weight = torch.empty(programs, d + 1, d, dtype=torch.float32, device=query.device)
     if not grads.numel():
