@@ -177,8 +177,11 @@ def _shared_memory(device: torch.device) -> int | None:
 
 
 @triton.jit
-def _column_sum_kernel(parts, out, n, size, chunk, R: tl.constexpr, C: tl.constexpr):
-    """Of every ``chunk`` rows their sum."""
+def _column_sum_kernel(
+    parts, out, n, size, chunk, R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Of every ``chunk`` rows their sum; with FULL tiles have no row or column too many."""
     column = tl.program_id(0) * C + tl.arange(0, C)
     is_column = (column < size)[None, :]
     total = tl.zeros((R, C), tl.float32)
@@ -186,10 +189,14 @@ def _column_sum_kernel(parts, out, n, size, chunk, R: tl.constexpr, C: tl.conste
     begin = tl.program_id(1) * chunk
     stop = tl.minimum(begin + chunk, n)
     place = parts + (begin + row).to(tl.int64)[:, None] * size + column[None, :]
-    for first in range(begin, stop, R):
-        mask = (first + row < stop)[:, None] & is_column
-        total += tl.load(place, mask=mask, other=0.0)
-        place += R * size
+    for first in range(begin, stop, K * R):
+        for i in tl.static_range(K):  # loads that wait for no other
+            if FULL:
+                total += tl.load(place)
+            else:
+                mask = (first + i * R + row < stop)[:, None] & is_column
+                total += tl.load(place, mask=mask, other=0.0)
+            place += R * size
     line = out + tl.program_id(1).to(tl.int64) * size + column
     tl.store(line, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < size)
 
@@ -201,10 +208,8 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if len(parts) >= 2048 and parts.numel():
         # First in parts: one program of a whole column takes 1 or 2 us for every 1024 lines.
-        rows, (size, columns, warps) = parts.contiguous().flatten(1), SUM_TILE
-        splits = max(1, SUM_PROGRAMS // _ceil(rows.shape[1], columns))
-        chunk = _ceil(_ceil(len(rows), splits), size) * size
-        rows = _chunk_sums(rows, chunk, torch.float32, size, columns, warps)
+        rows = parts.contiguous().flatten(1)
+        rows = _chunk_sums(rows, torch.float32, *_many_rows(*rows.shape, rows.element_size()))
         return sample_sum(rows[None], dtype).view(parts.shape[1:])
     return sample_sum(parts[None], dtype)[0]
 
@@ -214,26 +219,46 @@ def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if not parts.numel():
         return torch.zeros(parts.shape[0], *parts.shape[2:], dtype=dtype, device=parts.device)
     n, rows = parts.shape[1], parts.contiguous().flatten(0, 1).flatten(1)
+    tile = _few_rows(n, rows.shape[1], rows.element_size())
+    return _chunk_sums(rows, dtype, n, *tile).view(parts.shape[0], *parts.shape[2:])
+
+
+# Columns and warps of a program of a sum over many rows; its loads of a thread, of 16 bytes, that
+# wait for no other; parts at most.
+SUM_TILE = (128, 8, 4)
+SUM_PARTS = 128
+
+
+@functools.lru_cache(maxsize=4096)
+def _many_rows(n: int, width: int, size: int) -> tuple[int, ...]:
+    """Rows of a part, of numbers of ``size`` bytes; then as ``_few_rows``."""
+    columns, warps, loads = SUM_TILE
+    columns = min(columns, _width(width))
+    rows = warps * 512 // (columns * size)
+    chunk = rows * loads * _ceil(n, rows * loads * SUM_PARTS)
+    return chunk, rows, columns, loads, warps
+
+
+@functools.lru_cache(maxsize=4096)
+def _few_rows(n: int, width: int, size: int) -> tuple[int, ...]:
+    """Rows and columns of a tile, tiles that are loaded at once, warps."""
+    together = min(max(8, _power_of_2(n)), 1024)
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
-    columns = 32 if n < 1024 and rows.shape[1] >= 1 << 12 else 16
-    size, warps = (2048 // columns, 4) if n < 1024 else (16384 // columns, 16)
-    out = _chunk_sums(rows, n, dtype, size, columns, warps)
-    return out.view(parts.shape[0], *parts.shape[2:])
-
-
-# Rows and columns of a tile, and warps, of sums over many rows; programs.
-SUM_TILE = (32, 128, 4)
-SUM_PROGRAMS = 792
+    columns = min(_width(width // 264), max(16, 2048 // together))
+    warps = min(max(1, together * columns * size >> 11), 16)
+    rows = min(warps * 512 // (columns * size), together)
+    return rows, columns, together // rows, warps
 
 
 def _chunk_sums(
-    rows: Tensor, chunk: int, dtype: torch.dtype, size: int, columns: int, warps: int
+    rows: Tensor, dtype: torch.dtype, chunk: int, size: int, columns: int, loads: int, warps: int
 ) -> Tensor:
     """The sums of every ``chunk`` rows, (n, c) -> (parts, c), by tiles of (size, columns)."""
     n, width = rows.shape
     out = torch.empty(_ceil(n, chunk), width, dtype=dtype, device=rows.device)
+    is_full = not (n % chunk or chunk % (size * loads) or width % columns)
     launch_kernel(_column_sum_kernel, (_ceil(width, columns), len(out)),
-        rows, out, n, width, chunk, size, columns, num_warps=warps,
+        rows, out, n, width, chunk, size, columns, loads, is_full, num_warps=warps,
     )  # fmt: skip
     return out
 
