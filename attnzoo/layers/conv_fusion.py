@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from attnzoo.layers.downsample import rows_of
 from attnzoo.layers.linear import rows_linear
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.dispatch import Impl, is_without_kernels
 from attnzoo.ops.group_norm import group_norm
 from attnzoo.ops.precision import in_float32
+from attnzoo.ops.windows import from_windows
 
 SLOPE = 0.01  # of the leaky ReLU below 0; PyTorch's
 
@@ -41,7 +42,7 @@ class ConvFusion(nn.Module):
         norm, squeeze, bias = self.norm, self.squeeze.weight, self.squeeze.bias
         assert bias is not None
         # The bias comes with the norm: after a convolution on a GPU it would be a pass of its own.
-        hidden = to_tokens(F.conv2d(to_image(x, grid), squeeze, padding=1))
+        hidden = to_tokens(F.conv2d(to_image(x, grid), _laid_out(squeeze, x), padding=1))
         options = norm.num_groups, norm.weight, norm.bias, norm.eps, SLOPE
         hidden = group_norm(hidden, bias, *options, impl=impl)
         return x + self._expanded(hidden)
@@ -72,6 +73,17 @@ class ConvFusion(nn.Module):
     def macs(self, grid: tuple[int, int]) -> int:
         """Multiply-accumulates of C_1 per sample; C_2 is a product of each token."""
         return self.squeeze.weight.numel() * grid[0] * grid[1]
+
+
+def _laid_out(weight: Tensor, x: Tensor) -> Tensor:
+    """Kernels with channels side by side, once for all three products that cuDNN lays them for."""
+    is_left = is_without_kernels(x) or torch.compiler.is_dynamo_compiling()
+    if is_left or type(weight) not in (Tensor, nn.Parameter):  # it may keep its numbers elsewhere
+        return weight
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    size = weight.shape[2], weight.shape[3]
+    return to_image(from_windows(weight.flatten(1).unsqueeze(1), size, size), size)
 
 
 @in_float32

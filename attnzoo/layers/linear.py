@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.ops.biased_linear import BiasedLinear
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import (
     has_fused_gelu,
     is_bare,
@@ -20,6 +21,7 @@ from attnzoo.ops.dispatch import (
 )
 from attnzoo.ops.linear_core import elu_plus_one as elu_plus_one  # for mechanisms of your own
 from attnzoo.ops.precision import autocast_operands
+from attnzoo.ops.windows import to_windows
 
 
 def xavier_linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -89,16 +91,16 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(linear(layer, x), approximate="tanh")
 
 
-def windows_linear(conv: nn.Conv2d, image: Tensor) -> Tensor:
-    """A convolution whose windows touch, to tokens: (b, c, h, w) -> (b, n / window, out).
+def windows_linear(conv: nn.Conv2d, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A convolution whose windows touch, of tokens: (b, h * w, c) -> (b, n / window, out).
 
     On a GPU it is one product of the windows, and so are its gradients: cuDNN copies kernels
     between layouts, and their gradients back.
     """
-    if image.is_meta or is_without_kernels(image) or not is_bare(conv):
-        return rearrange(conv(image), "b c h w -> b (h w) c")
+    if x.is_meta or is_without_kernels(x) or not is_bare(conv):
+        return to_tokens(conv(to_image(x, grid)))
     height, width = conv.kernel_size
-    rows = rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width)
+    rows = x if height == width == 1 else to_windows(x, grid, (height, width))
     return rows_linear(conv, rows)
 
 

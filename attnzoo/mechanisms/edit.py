@@ -18,7 +18,7 @@ from torch import Tensor
 from attnzoo.contract import AttentionContext, heads_of_width, removed_in
 from attnzoo.layers.conv_fusion import ConvFusion
 from attnzoo.layers.downsample import DepthwiseDownsample, rows_of
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear_beside, xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
 from attnzoo.layers.streaming import State
 from attnzoo.ops.dispatch import linear
@@ -68,8 +68,9 @@ class EDiTAttention(LinearAttention):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Tensor]:
         """Q of every token, K and V of every window."""
+        both, x = linear_beside(self.key_value, x)
+        both = self.compress(both, grid, self.config.impl)
         query = linear(self.query, self.fusion(x, grid, self.config.impl))
-        both = self.compress(linear(self.key_value, x), grid, self.config.impl)
         return query, *both.chunk(2, dim=-1)
 
     def query_kernel(self, query: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
-from attnzoo.layers.linear import windows_linear, xavier_linear
-from attnzoo.ops.depthwise_conv import to_image
+from attnzoo.layers.linear import linear_beside, windows_linear, xavier_linear
+from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
@@ -80,12 +80,12 @@ class PVTAttention(Attention):
         if self.reduce is None:
             return x
         if self.config.kind == "pool":
-            image = F.adaptive_avg_pool2d(to_image(x, grid), self.coarse_grid(grid))
-            return F.gelu(self.norm(windows_linear(self.reduce, image)))
+            coarse = self.coarse_grid(grid)
+            means = to_tokens(F.adaptive_avg_pool2d(to_image(x, grid), coarse))
+            return F.gelu(self.norm(windows_linear(self.reduce, means, coarse)))
         missing = [-side % self.config.ratio for side in grid]
-        image = to_image(x, grid)
         if any(missing):  # the last windows' sums count as those of full ones
-            image = F.pad(image, (0, missing[1], 0, missing[0]))
+            image = F.pad(to_image(x, grid), (0, missing[1], 0, missing[0]))
             scales = []
             for side, gap in zip(grid, missing, strict=True):
                 scale = image.new_ones(side + gap)
@@ -93,15 +93,17 @@ class PVTAttention(Attention):
                     self.config.ratio - gap
                 )
                 scales.append(scale)
-            image = image * (scales[0][:, None] * scales[1])
-        return self.norm(windows_linear(self.reduce, image))
+            x = to_tokens(image * (scales[0][:, None] * scales[1]))
+            grid = grid[0] + missing[0], grid[1] + missing[1]
+        return self.norm(windows_linear(self.reduce, x, grid))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
+        query, x = linear_beside(self.query, x)
         key, value = linear(self.key_value, self.reduced(x, grid)).chunk(2, dim=-1)
-        operands = linear(self.query, x), key, value
-        return linear(self.proj, attend_tokens(*operands, self.num_heads, self.config.impl))
+        attended = attend_tokens(query, key, value, self.num_heads, self.config.impl)
+        return linear(self.proj, attended)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``.

@@ -67,6 +67,8 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "gated_linear_attention": ("triton", "torch", "reference", "fla"),
     "causal_conv": ("triton", "torch", "reference"),
     "silu_gate": ("triton", "torch", "reference"),
+    "to_windows": ("triton", "torch", "reference"),
+    "from_windows": ("triton", "torch", "reference"),
     "group_means": ("triton", "torch", "reference"),
     "hourglass": ("triton", "torch", "reference"),
     "selective_scan": ("triton", "torch", "reference", "mamba"),
@@ -466,7 +468,7 @@ def owns_gradient(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
     In the eager loop; a compiler makes one of its own, and a counter is to see PyTorch's product.
     """
     if torch.compiler.is_dynamo_compiling() or not (
-        _IS_FORCED or (x.is_cuda and x.numel() >= _MANY)
+        _IS_FORCED or (x.is_cuda and max(x.numel(), _results(x, layer)) >= _MANY)
     ):
         return False
     if not torch.is_grad_enabled():
@@ -479,6 +481,11 @@ def owns_gradient(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:
         if z is not None and type(z) not in (Tensor, torch.nn.Parameter):
             return False
     return _IS_FORCED or _triton_works()
+
+
+def _results(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> int:
+    """Numbers that a layer makes of tokens."""
+    return x.numel() // x.shape[-1] * len(layer.weight) if x.shape[-1] else 0
 
 
 def sums_bias(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:

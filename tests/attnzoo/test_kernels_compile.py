@@ -276,6 +276,7 @@ def launch_norms_and_windows(dtype, every, width=384):
     from attnzoo.ops.group_norm import triton as groups
     from attnzoo.ops.neighborhood import triton as neighbors
     from attnzoo.ops.rotary_core import triton as turned
+    from attnzoo.ops.windows import triton as sides
 
     x = torch.ones(1, 256, width, dtype=dtype)
     by_head, ones = x.unflatten(-1, (6, -1)), x[0, 0]
@@ -287,6 +288,10 @@ def launch_norms_and_windows(dtype, every, width=384):
         weight = torch.ones(width, 1, size, size, dtype=dtype)
         out = windows._forward.function(x, weight, ones, 16, 16, 2, padding)
         windows._backward.function(out, x, weight, 16, 16, 2, padding)
+    for size in (2, 4) if every else (2,):
+        sizes = 16, 16, size, size
+        sides._from_windows.function(sides._to_windows.function(x, *sizes), *sizes)
+    sides._from_windows.function(weight.view(width, 1, 9), 3, 3, 3, 3)
     weight = torch.ones(width, 1, 3, 3, dtype=dtype)
     # Float32 takes as many agents of 32 channels as half precision of 128.
     cases = [(12, 8), (12, 4)] if dtype == torch.float32 else [(3, 8), (6, 8)]
@@ -439,7 +444,7 @@ KERNELS = {
     "_sums_kernel",
     "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
     "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_read_kernel",
-    "_window_products_kernel", "_window_sum_kernel",
+    "_window_products_kernel", "_window_sum_kernel", "_windows_kernel",
 }  # fmt: skip
 
 

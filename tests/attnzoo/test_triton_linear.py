@@ -24,6 +24,7 @@ from attnzoo.ops.linear_core import linear_tokens
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.rotary_core import rotary_core
+from attnzoo.ops.windows import from_windows, to_windows
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from tests.attnzoo.interpreted import (
     BUDGETS,
@@ -237,18 +238,39 @@ def test_a_window_that_hangs_over_the_edge_is_a_mean_of_what_is_there():
         downsample(x, (5, 7), weight, bias, 2, 0, impl="triton")
 
 
+@pytest.mark.parametrize("grid", [(4, 6), (12, 12)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (4, 3)], ids=str)
+def test_windows(grid, size):
+    (height, width), (p, q) = grid, size
+    x = random(2, height * width, 3 * 140)[..., 140:280].requires_grad_()
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.unfold(image, size, stride=size).mT
+    for impl in {"torch", IMPLEMENTATIONS[-1]}:
+        found = to_windows(x, grid, size, impl=impl)
+        assert torch.equal(found, expected)
+        wide = random(*found.shape, seed=1).repeat(1, 1, 2)[..., : 140 * p * q]
+        (of_tokens,) = torch.autograd.grad(found, x, wide)
+        assert torch.equal(of_tokens, torch.autograd.grad(expected, x, wide, True)[0])
+        windows = found.detach().requires_grad_()
+        again = from_windows(windows, grid, size, impl=impl)
+        assert torch.equal(again, x)
+        (of_windows,) = torch.autograd.grad(again, windows, of_tokens)
+        assert torch.equal(of_windows, wide)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("b", [2, 1])
 @pytest.mark.parametrize(("n", "width", "groups"), [(37, 48, 4), (300, 130, 5), (1, 8, 2)])
-def test_group_norm(impl, n, width, groups):
-    operands = [random(2, n, width, seed=1) * 2 + 3, *random(3, width, seed=2)]
+def test_group_norm(impl, b, n, width, groups):
+    operands = [random(b, n, width, seed=1) * 2 + 3, *random(3, width, seed=2)]
 
     def run(x, shift, weight, bias, **options):
         return group_norm(x, shift, groups, weight, bias, 1e-5, 0.01, **options)
 
-    assert max(errors(run, operands, (2, n, width), torch.float32, impl)) < 1e-6
+    assert max(errors(run, operands, (b, n, width), torch.float32, impl)) < 1e-6
     # The shift rounds the sum, and what is near 0 has another slope then.
     if impl == "triton":
-        assert max(errors(run, operands, (2, n, width), HALF, impl)) < 2**-6
+        assert max(errors(run, operands, (b, n, width), HALF, impl)) < 2**-6
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -728,8 +750,13 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(
-        "shape", [(5, 7), (1, 9), (1500, 40), (2049, 13), (9000, 2, 10), (100, 4100), (0, 3)]
-    )
+        "shape",
+        [
+            (5, 7), (1, 9), (1500, 40), (2049, 13), (9000, 2, 10), (100, 4100), (0, 3),
+            (64, 32), (2048, 128),  # tiles that are full
+        ],
+        ids=str,
+    )  # fmt: skip
     def test_column_sum(shape, dtype):
         from attnzoo.ops.triton_common import column_sum
 

@@ -52,24 +52,28 @@ def _downsample_gradient_kernel(
     grad, weight, out, rows, height, width, high, wide, c, kernels, g_row,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens: each sums over the windows that it is in."""
+    """Of the tokens of cells of S x S: each sums over the windows that it is in."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     mask = (row < rows)[:, None] & (column < c)[None, :]
-    sample, place = row // (height * width), row % (height * width)
-    h, w = place // width + PAD, place % width + PAD
+    sample, place = row // (high * wide), row % (high * wide)
+    u, v = place // wide, place % wide
     tap = weight + column % kernels * (K * K)
-    total = tl.zeros((R, C), tl.float32)
-    for i in tl.static_range(K):
-        for j in tl.static_range(K):
-            is_start = (h >= i) & (w >= j) & ((h - i) % S == 0) & ((w - j) % S == 0)
-            z = _tokens_of(
-                grad, sample, (h - i) // S, (w - j) // S, high, wide, g_row, column,
-                mask & is_start[:, None],
-            )  # fmt: skip
-            total += z * tl.load(tap + (i * K + j)).to(tl.float32)[None, :]
-    place = out + row.to(tl.int64)[:, None] * c + column[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+    for r in tl.static_range(S):
+        for s in tl.static_range(S):
+            total = tl.zeros((R, C), tl.float32)
+            for i in tl.static_range((r + PAD) % S, K, S):
+                for j in tl.static_range((s + PAD) % S, K, S):
+                    z = _tokens_of(
+                        grad, sample, u + (r + PAD - i) // S, v + (s + PAD - j) // S, high, wide,
+                        g_row, column, mask,
+                    )  # fmt: skip
+                    total += z * tl.load(tap + (i * K + j)).to(tl.float32)[None, :]
+            h, w = u * S + r, v * S + s
+            place = (sample.to(tl.int64) * height + h) * width + w
+            is_token = mask & ((h < height) & (w < width))[:, None]
+            place = out + place[:, None] * c + column[None, :]
+            tl.store(place, total.to(out.dtype.element_ty), mask=is_token)
 
 
 @triton.jit
@@ -143,8 +147,8 @@ def _backward(
     programs = _ceil(rows, block * turns)
     partial = torch.empty(programs, taps, c, dtype=torch.float32, device=x.device)
     if grad_x.numel():
-        _downsample_gradient_kernel[(_ceil(b * n, block), tiles)](
-            grad, weight.contiguous(), grad_x, b * n, height, width, high, wide, c, kernels, g_row,
+        _downsample_gradient_kernel[(_ceil(rows, block), tiles)](
+            grad, weight.contiguous(), grad_x, rows, height, width, high, wide, c, kernels, g_row,
             *options, num_warps=4,
         )  # fmt: skip
         _downsample_weight_kernel[(programs, tiles, taps)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnzoo.ops.triton_common import _ceil, _rows, launched
+from attnzoo.ops.triton_common import _ceil, _rows, column_sum, launched
 
 
 @triton.jit
@@ -134,7 +134,8 @@ def _sums_kernel(
 
 @triton.jit
 def _means_kernel(
-    partial, stats, weight, totals, means, n, c, groups, splits, S: tl.constexpr, W: tl.constexpr
+    partial, stats, weight, of_bias, of_weight, of_shift, means, n, c, groups, splits,
+    S: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a group's bias, weight and shift, and what that of each token is less by."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -151,11 +152,11 @@ def _means_kernel(
     count = tl.sum(tl.load(place + 2 * c, mask=mask, other=0.0), 0)
     less, less_along = tl.sum(alone * w, 0) / number, tl.sum(along * w, 0) / number
     inverse = tl.load(stats + 2 * tl.program_id(0) + 1)
-    here = totals + sample * 3 * c + group * width + column
-    tl.store(here, alone, mask=is_column)
-    tl.store(here + c, along, mask=is_column)
-    of_shift = (w * alone - n * 1.0 * less - less_along * count) * inverse
-    tl.store(here + 2 * c, of_shift, mask=is_column)
+    here = sample * c + group * width + column
+    tl.store(of_bias + here, alone.to(of_bias.dtype.element_ty), mask=is_column)
+    tl.store(of_weight + here, along.to(of_weight.dtype.element_ty), mask=is_column)
+    moved = (w * alone - n * 1.0 * less - less_along * count) * inverse
+    tl.store(of_shift + here, moved.to(of_shift.dtype.element_ty), mask=is_column)
     tl.store(means + 2 * tl.program_id(0), less)
     tl.store(means + 2 * tl.program_id(0) + 1, less_along)
 
@@ -242,7 +243,9 @@ def _backward(
     shift, weight, bias = (z.contiguous() for z in (shift, weight, bias))
     b, n, c = x.shape
     out = torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    totals = torch.empty(b, 3, c, dtype=torch.float32, device=x.device)
+    # Of one image they are the sums over all: rounded once, and none of them a view of another.
+    dtype = weight.dtype if b == 1 else torch.float32
+    totals = [torch.empty(b, c, dtype=dtype, device=x.device) for _ in range(3)]
     if out.numel():
         splits, turns, tiles = _sizes(x)
         partial = torch.empty(b, splits, 3, c, dtype=torch.float32, device=x.device)
@@ -251,17 +254,17 @@ def _backward(
         sizes = n, c, g_row, spacing, groups, splits, turns, slope, *tile
         _sums_kernel[grid](grad, x, shift, stats, weight, bias, partial, *sizes, num_warps=4)
         _means_kernel[(b * groups,)](
-            partial, stats, weight, totals, means, n, c, groups, splits,
+            partial, stats, weight, *totals, means, n, c, groups, splits,
             triton.next_power_of_2(splits), triton.next_power_of_2(c // groups), num_warps=4,
         )  # fmt: skip
         _group_norm_backward_kernel[grid](
             grad, x, shift, stats, means, weight, bias, out, *sizes, num_warps=4
         )
     else:
-        totals.zero_()
-    found = totals[0] if b == 1 else totals.sum(0)
-    # An operator's results are no views of one another.
-    of_bias, of_weight, of_shift = (z.to(weight.dtype, copy=True) for z in found)
+        totals = [z.zero_() for z in totals]
+    of_bias, of_weight, of_shift = (
+        z.view(c) if b == 1 else column_sum(z, weight.dtype) for z in totals
+    )
     return out, of_shift, of_weight, of_bias
 
 
