@@ -159,7 +159,8 @@ def test_block_core(
 
         block = kernels.Block(8, 12, 4, 1)
         monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
-        monkeypatch.setattr(kernels, "MIXED", 1024)  # several tiles of the states
+        tiles = dict.fromkeys(kernels.MIXED, (1024, 4))  # several tiles of the states
+        monkeypatch.setattr(kernels, "MIXED", tiles)
     n, heads, blocks = grid[0] * grid[1], 2, TokenBlocks.of(grid, side)
     mixing = random(blocks.count, blocks.count, seed=4).abs()
     operands = [random(2, n, 3 * heads * d, seed=1), mixing]

@@ -27,6 +27,7 @@ from attnzoo.ops.triton_common import (
     _add_dot,
     _ceil,
     _dot,
+    _is_fast,
     _precision,
     _rows,
     _width,
@@ -209,10 +210,11 @@ def _block_query_gradient_kernel(
         x = _features(z, mask)
         # Where there is no token this may be 1 / 0.
         inverse = tl.where(is_token, 1 / (tl.sum(x * sums[None, :], 1) + eps), 0.0)[:, None]
-        g = (_tile(grad, token, g_row, column, mask).to(tl.float32) * inverse).to(products.dtype)
-        slope = _dot(g, products, P)
+        # Features are divided, not what comes in: products read that as it was loaded.
+        g = _tile(grad, token, g_row, column, mask).to(products.dtype)
+        acc = _add_dot(acc, tl.trans((x * inverse).to(products.dtype)), g, P)
+        slope = _dot(g, products, P) * inverse
         of_norm = -tl.sum(slope * x, 1)[:, None] * inverse
-        acc = _add_dot(acc, tl.trans(x.to(products.dtype)), g, P)
         total += x * of_norm
         slope = tl.where(z <= 0, 0.0, slope + of_norm * sums[None, :])
         here = grad_q + token[:, None] * gq_row + column[None, :]
@@ -259,20 +261,24 @@ def _block_key_gradient_kernel(
 
 
 class Block(NamedTuple):
-    """How a kernel is launched: tokens of a tile, programs at least, warps, stages."""
+    """How a kernel is launched."""
 
-    rows: int
-    programs: int
+    rows: int  # tokens of a tile
+    programs: int  # at least
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
 
 # In half precision; in float32 registers hold fewer tokens.
 BLOCKS = {
     "fold": Block(64, 264, 4, 3), "read": Block(64, 528, 4, 3),
-    "query_gradient": Block(32, 264, 4, 2), "key_gradient": Block(64, 528, 4, 2),
+    # Three programs side by side: all of one image of 4,096 tokens at once.
+    "query_gradient": Block(32, 264, 4, 2, 168), "key_gradient": Block(64, 528, 4, 2),
 }  # fmt: skip
-MIXED = 2048  # numbers of a tile of all blocks' states
+# Numbers of a tile of all blocks' states, and warps. What W's gradient multiplies is as deep as a
+# tile is wide, and every warp does all of it.
+MIXED = {"mix": (2048, 4), "mix_gradient": (1024, 2)}
 
 
 class _Launch(NamedTuple):
@@ -289,7 +295,7 @@ def _launch(
     block: Block, dtype: torch.dtype, precision: str, b: int, heads: int, d: int,
     blocks: TokenBlocks,
 ) -> _Launch:  # fmt: skip
-    rows, programs, warps, stages = block
+    rows, programs, warps, stages, registers = block
     width, size = _width(d), blocks.height * blocks.width
     if dtype == torch.float32:
         rows, warps, stages = (min(rows, 32), warps, 1) if width <= 32 else (16, 8, 1)
@@ -299,6 +305,8 @@ def _launch(
     splits = _ceil(size, chunk)
     sizes = *blocks.grid, blocks.count, *blocks[1:4], splits, chunk
     options = {"num_warps": warps, "num_stages": stages}
+    if registers and dtype != torch.float32 and _is_fast():
+        options["maxnreg"] = registers
     return _Launch(splits, sizes, (rows, width, precision), options)
 
 
@@ -308,10 +316,10 @@ def _sizes(kernel: str, query: Tensor, heads: int, blocks: TokenBlocks) -> _Laun
     return _launch(BLOCKS[kernel], *kind, b, heads, c // heads, blocks)
 
 
-def _mix_tile(blocks: int) -> tuple[int, int, str]:
-    """Blocks and columns of a tile, and the precision of its products."""
-    lines = _width(blocks)
-    return lines, MIXED // lines, _precision(torch.float32)
+def _mix_tile(kernel: str, blocks: int) -> tuple[tuple[int, int, str], int]:
+    """Blocks and columns of a tile, and the precision of its products; warps."""
+    lines, (numbers, warps) = _width(blocks), MIXED[kernel]
+    return (lines, max(16, numbers // lines), _precision(torch.float32)), warps
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
@@ -345,10 +353,10 @@ def _run(
     )  # fmt: skip
     is_kept = is_kept and s.splits > 1
     state = _new(qkv, *shape) if is_kept else partial.view(b, -1, *shape[2:])
-    tile = _mix_tile(count)
+    tile, warps = _mix_tile("mix", count)
     launch_kernel(_block_mix_kernel, (_ceil(heads * (d + 1) * d, tile[1]), b),
         partial, mixing.contiguous(), state, result, count, s.splits, heads * (d + 1) * d,
-        is_kept, *tile, num_warps=4,
+        is_kept, *tile, num_warps=warps,
     )  # fmt: skip
     if weight is None:
         out = torch.empty(b, n, c, dtype=qkv.dtype, device=qkv.device)
@@ -392,7 +400,7 @@ def _backward(
     if weight is not None:
         local = stencil(grad, weight, None, blocks.grid, is_transposed=True)
         of_weight, of_bias = stencil_weight_gradient(value, grad, blocks.grid, weight)
-    tile, size = _mix_tile(count), heads * (d + 1) * d
+    (tile, warps), size = _mix_tile("mix_gradient", count), heads * (d + 1) * d
     programs = _ceil(size, tile[1])
     of_mixing = _new(qkv, b * programs, count, count)
     if grads.numel():
@@ -405,7 +413,7 @@ def _backward(
         of_state = torch.empty_like(state)
         launch_kernel(_block_mix_gradient_kernel, (programs, b),
             partial, mixing.contiguous(), state, of_state, of_mixing, count, s.splits, size,
-            *tile, num_warps=4,
+            *tile, num_warps=warps,
         )  # fmt: skip
         s = _sizes("key_gradient", query, heads, blocks)
         launch_kernel(_block_key_gradient_kernel, (b * count * s.splits * heads,),
