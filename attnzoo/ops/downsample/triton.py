@@ -102,7 +102,7 @@ def _downsample_weight_kernel(
 
 
 _TILE = 16, 128  # tokens and channels
-_PROGRAMS = 1056  # of the gradient of the weights
+_PROGRAMS = 2112  # of the gradient of the weights
 
 
 @launched(
