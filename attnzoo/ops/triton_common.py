@@ -224,9 +224,9 @@ def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 # Columns and warps of a program of a sum over many rows; its loads of a thread, of 16 bytes, that
-# wait for no other; parts at most.
+# wait for no other. Parts at most, of many columns and of few.
 SUM_TILE = (128, 8, 4)
-SUM_PARTS = 128
+SUM_PARTS = 128, 512
 
 
 @functools.lru_cache(maxsize=4096)
@@ -235,7 +235,8 @@ def _many_rows(n: int, width: int, size: int) -> tuple[int, ...]:
     columns, warps, loads = SUM_TILE
     columns = min(columns, _width(width))
     rows = warps * 512 // (columns * size)
-    chunk = rows * loads * _ceil(n, rows * loads * SUM_PARTS)
+    parts = min(max(SUM_PARTS[0], 1056 // _ceil(width, columns)), SUM_PARTS[1])
+    chunk = rows * loads * _ceil(n, rows * loads * parts)
     return chunk, rows, columns, loads, warps
 
 
