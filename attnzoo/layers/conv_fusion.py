@@ -42,7 +42,7 @@ class ConvFusion(nn.Module):
         norm, squeeze, bias = self.norm, self.squeeze.weight, self.squeeze.bias
         assert bias is not None
         # The bias comes with the norm: after a convolution on a GPU it would be a pass of its own.
-        hidden = to_tokens(F.conv2d(to_image(x, grid), _laid_out(squeeze, x), padding=1))
+        hidden = to_tokens(F.conv2d(to_image(x, grid), _laid_out(squeeze, x, impl), padding=1))
         options = norm.num_groups, norm.weight, norm.bias, norm.eps, SLOPE
         hidden = group_norm(hidden, bias, *options, impl=impl)
         return x + self._expanded(hidden)
@@ -75,7 +75,7 @@ class ConvFusion(nn.Module):
         return self.squeeze.weight.numel() * grid[0] * grid[1]
 
 
-def _laid_out(weight: Tensor, x: Tensor) -> Tensor:
+def _laid_out(weight: Tensor, x: Tensor, impl: Impl) -> Tensor:
     """Kernels with channels side by side, once for all three products that cuDNN lays them for."""
     is_left = is_without_kernels(x) or torch.compiler.is_dynamo_compiling()
     if is_left or type(weight) not in (Tensor, nn.Parameter):  # it may keep its numbers elsewhere
@@ -83,7 +83,7 @@ def _laid_out(weight: Tensor, x: Tensor) -> Tensor:
     if weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     size = weight.shape[2], weight.shape[3]
-    return to_image(from_windows(weight.flatten(1).unsqueeze(1), size, size), size)
+    return to_image(from_windows(weight.flatten(1).unsqueeze(1), size, size, impl=impl), size)
 
 
 @in_float32

@@ -9,6 +9,7 @@ import torch._dynamo.testing
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue
+from attnzoo.layers.linear import windows_linear
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops import dispatch
 from attnzoo.ops.agent_core import agent_core
@@ -257,6 +258,20 @@ def test_windows(grid, size):
         assert torch.equal(again, x)
         (of_windows,) = torch.autograd.grad(again, windows, of_tokens)
         assert torch.equal(of_windows, wide)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1)], ids=str)
+def test_a_product_of_windows_is_their_convolution(size):
+    conv, x = torch.nn.Conv2d(20, 7, size, stride=size).to(DEVICE), random(2, 24, 20)
+    cotangent, results = random(2, 24 // (size[0] * size[1]), 7, seed=1), []
+    for call in (
+        lambda z: conv(z.unflatten(1, (4, 6)).permute(0, 3, 1, 2)).flatten(2).mT,
+        lambda z: windows_linear(conv, z, (4, 6)),
+    ):
+        operands = x.clone().requires_grad_(), *conv.parameters()
+        out = call(operands[0])
+        results.append([out, *torch.autograd.grad(out, operands, cotangent)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
