@@ -206,7 +206,7 @@ def column_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     PyTorch's takes several times as long for hundreds of parts.
     """
-    if len(parts) >= 2048 and parts.numel():
+    if len(parts) >= SUM_MANY and parts.numel():
         # First in parts: one program of a whole column takes 1 or 2 us for every 1024 lines.
         rows = parts.contiguous().flatten(1)
         rows = _chunk_sums(rows, torch.float32, *_many_rows(*rows.shape, rows.element_size()))
@@ -223,6 +223,7 @@ def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return _chunk_sums(rows, dtype, n, *tile).view(parts.shape[0], *parts.shape[2:])
 
 
+SUM_MANY = 2048  # rows that one program of a whole column takes longer for than two launches
 # Columns and warps of a program of a sum over many rows; its loads of a thread, of 16 bytes, that
 # wait for no other. Parts at most, of many columns and of few.
 SUM_TILE = (128, 8, 4)
