@@ -223,11 +223,11 @@ def sample_sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return _chunk_sums(rows, dtype, n, *tile).view(parts.shape[0], *parts.shape[2:])
 
 
-SUM_MANY = 2048  # rows that one program of a whole column takes longer for than two launches
-# Columns and warps of a program of a sum over many rows; its loads of a thread, of 16 bytes, that
+SUM_MANY = 4097  # rows for which two launches take less than programs of whole columns
+# Columns and warps of a program of a sum over many rows; its loads of a thread, of 32 bytes, that
 # wait for no other. Parts at most, of many columns and of few.
-SUM_TILE = (128, 8, 4)
-SUM_PARTS = 128, 512
+SUM_TILE = (64, 4, 4)
+SUM_PARTS = 32, 512
 
 
 @functools.lru_cache(maxsize=4096)
@@ -235,7 +235,7 @@ def _many_rows(n: int, width: int, size: int) -> tuple[int, ...]:
     """Rows of a part, of numbers of ``size`` bytes; then as ``_few_rows``."""
     columns, warps, loads = SUM_TILE
     columns = min(columns, _width(width))
-    rows = warps * 512 // (columns * size)
+    rows = warps * 1024 // (columns * size)
     parts = min(max(SUM_PARTS[0], 1056 // _ceil(width, columns)), SUM_PARTS[1])
     chunk = rows * loads * _ceil(n, rows * loads * parts)
     return chunk, rows, columns, loads, warps
@@ -244,10 +244,11 @@ def _many_rows(n: int, width: int, size: int) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=4096)
 def _few_rows(n: int, width: int, size: int) -> tuple[int, ...]:
     """Rows and columns of a tile, tiles that are loaded at once, warps."""
-    together = min(max(8, _power_of_2(n)), 1024)
+    # Few programs have more threads each.
+    together = min(max(8, _power_of_2(n)), 1024 if width >= 2048 else 2048)
     # Enough programs to fill a GPU, of columns that lie in one line of memory at least.
     columns = min(_width(width // 264), max(16, 2048 // together))
-    warps = min(max(1, together * columns * size >> 11), 16)
+    warps = min(max(1, together * columns * size >> 12), 16)
     rows = min(warps * 512 // (columns * size), together)
     return rows, columns, together // rows, warps
 

@@ -274,7 +274,7 @@ class Block(NamedTuple):
 BLOCKS = {
     "fold": Block(64, 264, 4, 3), "read": Block(64, 528, 4, 3),
     # Three programs side by side: all of one image of 4,096 tokens at once.
-    "query_gradient": Block(32, 264, 4, 2, 168), "key_gradient": Block(64, 528, 4, 2),
+    "query_gradient": Block(32, 264, 4, 3, 168), "key_gradient": Block(64, 528, 4, 2),
 }  # fmt: skip
 # Numbers of a tile of all blocks' states, and warps. What W's gradient multiplies is as deep as a
 # tile is wide, and every warp does all of it.
