@@ -116,14 +116,14 @@ def _first_rows(
 
 @triton.jit
 def _kernel_taps(
-    weight, channel, is_c, kernels, SIZE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr
+    weight, kernel, is_c, SIZE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr
 ):  # fmt: skip
-    """The taps of each channel, (1, C) each.
+    """The taps of each channel's kernel, (1, C) each.
 
     A channel's taps lie side by side: loaded one by one, each would fetch all of their lines.
     """
     tap = tl.arange(0, 2**LEVELS)[None, :]
-    place = weight + (channel % kernels)[:, None] * (SIZE * SIZE) + tap
+    place = weight + kernel[:, None] * (SIZE * SIZE) + tap
     z = tl.load(place, mask=is_c[:, None] & (tap < SIZE * SIZE), other=0.0)
     parts = (z.to(tl.float32),)
     for level in tl.static_range(LEVELS):
@@ -149,12 +149,13 @@ def _stencil_kernel(
     x, weight, bias, other, out, raw, height, width, c, kernels, strips, blocks_w,
     X_ROW: tl.constexpr, OTHER_ROW: tl.constexpr, OUT_ROW: tl.constexpr, BIAS: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr, FLIP: tl.constexpr,
-    SIZE: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
     UNROLL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A thread walks down W columns of few channels, and keeps the rows that it needs again.
 
+    WHOLE: Whether the number of kernels divides C, or C divides it.
     AHEAD: How many rows of the image, and of ``other``, are loaded before the row of their use.
     """
     R: tl.constexpr = SIZE // 2
@@ -174,10 +175,15 @@ def _stencil_kernel(
     queue = ()
     if ADD | GATE:
         queue = _first_rows(others, first, w, stop, width, is_column, OTHER_ROW, AHEAD, 0, W, EVEN)
-    k = _kernel_taps(weight, channel, (channel < c) | EVEN, kernels, SIZE, C, LEVELS)
+    kernel = channel % kernels
+    if WHOLE:  # one division instead of one a channel
+        kernel = tl.program_id(0) % tl.cdiv(c, C) * C % kernels
+        kernel += tl.arange(0, C) & (tl.minimum(kernels, C) - 1)
+    k = _kernel_taps(weight, kernel, (channel < c) | EVEN, SIZE, C, LEVELS)
     start = tl.zeros((WARPS, C), tl.float32)
     if BIAS:
-        start += tl.load(bias + column % kernels, mask=is_column, other=0.0).to(tl.float32)
+        z = tl.load(bias + kernel, mask=(channel < c) | EVEN, other=0.0)
+        start += z.to(tl.float32)[None, :]
     for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
         h = first + turn
         rows += _row(image, h + R + AHEAD, w, end, width, is_column, X_ROW, -R, W + R, W, EVEN)
@@ -213,11 +219,15 @@ def _stencil_kernel(
 @triton.jit
 def _stencil_weight_kernel(
     x, grad, partial, height, width, c, strips, blocks_w, X_ROW: tl.constexpr,
-    G_ROW: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
-    W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    UNROLL: tl.constexpr, EVEN: tl.constexpr,
+    G_ROW: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient times each pixel around it, and of it, (SIZE ** 2 + 1, c)."""
+    """Each warp's sums of the gradient times each pixel around it, and of it, (SIZE ** 2 + 1, c).
+
+    A thread walks down a strip of x and keeps the gradient's rows around: they are W columns, and
+    x's would be R more on both sides.
+    """
     R: tl.constexpr = SIZE // 2
     N: tl.constexpr = W + 2 * R
     part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
@@ -227,28 +237,35 @@ def _stencil_weight_kernel(
     slopes = grad + sample * height * width * G_ROW + (w * G_ROW + column)
     stop = tl.minimum(first + ROWS, height)
     end = tl.minimum(stop + R, height)
-    rows = _first_rows(
-        image, first - R, w, end, width, is_column, X_ROW, SIZE - 1 + AHEAD, R, W, EVEN
+    g = _first_rows(
+        slopes, first - R, w, end, width, is_column, G_ROW, SIZE - 1 + AHEAD, 0, W, EVEN
     )
-    g = _row(slopes, first, w, stop, width, is_column, G_ROW, 0, W, W, EVEN)
+    queue = _first_rows(image, first, w, stop, width, is_column, X_ROW, AHEAD, R, W, EVEN)
     sums = ()
     for _ in tl.static_range(SIZE * SIZE + 1):
         sums += (tl.zeros((WARPS, C), tl.float32),)
-    for turn in tl.range(0, stop - first, loop_unroll_factor=UNROLL):
-        h = first + turn
-        rows += _row(image, h + R + AHEAD, w, end, width, is_column, X_ROW, -R, W + R, W, EVEN)
-        later = _row(slopes, h + 1, w, stop, width, is_column, G_ROW, 0, W, W, EVEN)
-        found = ()
-        for i in tl.static_range(SIZE * SIZE + 1):
-            total = sums[i]
-            for j in tl.static_range(W):
-                if i < SIZE * SIZE:
-                    total += g[j] * rows[i // SIZE * N + i % SIZE + j]
-                else:
-                    total += g[j]
-            found += (total,)
-        rows, sums, g = rows[N:], found, later
-    _put_sums(partial + part * (SIZE * SIZE + 1) * c, sums, c, channel, WARPS, C, LEVELS)
+    for turn in range(0, stop - first, UNROLL):
+        for u in tl.static_range(UNROLL):  # of rows behind the image all is 0
+            h = first + turn + u
+            rows = queue
+            rows += _row(image, h + AHEAD, w, stop, width, is_column, X_ROW, -R, W + R, W, EVEN)
+            g += _row(slopes, h + R + AHEAD, w, end, width, is_column, G_ROW, 0, W, W, EVEN)
+            found = ()
+            for i in tl.static_range(SIZE * SIZE + 1):
+                total = sums[i]
+                for j in tl.static_range(W):
+                    if i < SIZE * SIZE:
+                        total += g[(SIZE - 1 - i // SIZE) * W + j] * rows[i % SIZE + j]
+                    else:
+                        total += g[R * W + j]
+                found += (total,)
+            g, sums = g[W:], found
+            if AHEAD > 0:
+                queue = rows[N:]
+    line = part * WARPS + tl.arange(0, WARPS)[:, None]
+    line = partial + line * (SIZE * SIZE + 1) * c + column
+    for i in tl.static_range(SIZE * SIZE + 1):
+        tl.store(line + i * c, sums[i], mask=is_column)
 
 
 @triton.jit
@@ -310,16 +327,16 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side,
-# rows loaded ahead, turns of the loop written out, and most registers; by size. Small weights'
-# gradients have a warp a program: sums over four took twice as long. Of 7x7 few programs run side
-# by side, and a last round of few takes nearly as long as a full one: 0 is one of ``ROWS``.
+# rows loaded ahead, turns of the loop written out, and most registers; by size. Of 7x7 few programs
+# run side by side, and a last round of few takes nearly as long as a full one: 0 is one of
+# ``ROWS``. Weights' gradients need rows that are a multiple of their turns.
 STENCIL_BLOCK = {
     3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (0, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
 STENCIL_WEIGHT_BLOCK = {
-    3: (16, 8, 32, 1, 0, 1, 255), 5: (16, 8, 32, 1, 0, 1, 255), 7: (0, 4, 32, 4, 0, 1, 168),
+    3: (8, 8, 32, 4, 0, 2, 128), 5: (8, 8, 32, 4, 0, 2, 128), 7: (16, 8, 32, 4, 0, 2, 168),
 }  # fmt: skip
-ROWS, TOGETHER = (8, 11, 16, 22, 32), 396  # programs of 168 registers on 132 processors
+ROWS, TOGETHER = (8, 12, 16, 22, 32), 396  # programs of 168 registers on 132 processors
 GATE_BLOCK = (8, 256)  # tokens and channels
 
 
@@ -399,7 +416,7 @@ def stencil(
         x, weight, weight if bias is None else bias, other, out, out if raw is None else raw,
         *grid, c, len(weight), strips, blocks, spacing, other_spacing, out.stride(1),
         bias is not None, added is not None, gate is not None, raw is not None, is_transposed,
-        size, (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
+        0 in (len(weight) % block[2], block[2] % len(weight)), size, (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
     )  # fmt: skip
     return out
 
@@ -413,11 +430,12 @@ def stencil_weight_gradient(
     b, _, c = x.shape
     block = _filled(STENCIL_WEIGHT_BLOCK[size], grid, b, c)
     strips, blocks, parts, programs = _parts(grid, b, c, block)
-    partial = torch.empty(parts, size**2 + 1, c, dtype=torch.float32, device=x.device)
+    shape = parts * block[3], size**2 + 1, c
+    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     if partial.numel():
         launch_kernel(_stencil_weight_kernel, (programs,),
             x, grad, partial, *grid, c, strips, blocks, spacing, grad_spacing, size,
-            (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
+            *block[:6], _is_even(grid[1], c, block), **_options(block),
         )  # fmt: skip
     return tap_sums(partial, weight)
 
