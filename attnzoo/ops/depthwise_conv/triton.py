@@ -327,9 +327,9 @@ def tap_sums(partial: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side,
-# rows loaded ahead, turns of the loop written out, and most registers; by size. Of 7x7 few programs
-# run side by side, and a last round of few takes nearly as long as a full one: 0 is one of
-# ``ROWS``. Weights' gradients need rows that are a multiple of their turns.
+# rows loaded ahead, turns of the loop written out, and most registers; by size. Of 7x7 few
+# programs run side by side, and a last round of few takes nearly as long as a full one: 0 is one
+# of ``ROWS``. Rows of weights' gradients are a multiple of the turns.
 STENCIL_BLOCK = {
     3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (0, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
@@ -412,11 +412,13 @@ def stencil(
     other, other_spacing = (out, 0) if other is None else _rows(other)
     block = _filled(STENCIL_BLOCK[size], grid, b, c)
     strips, blocks, _, programs = _parts(grid, b, c, block)
+    is_whole = 0 in (len(weight) % block[2], block[2] % len(weight))
     launch_kernel(_stencil_kernel, (programs,),
         x, weight, weight if bias is None else bias, other, out, out if raw is None else raw,
         *grid, c, len(weight), strips, blocks, spacing, other_spacing, out.stride(1),
         bias is not None, added is not None, gate is not None, raw is not None, is_transposed,
-        0 in (len(weight) % block[2], block[2] % len(weight)), size, (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block), **_options(block),
+        is_whole, size, (size**2).bit_length(), *block[:6], _is_even(grid[1], c, block),
+        **_options(block),
     )  # fmt: skip
     return out
 
