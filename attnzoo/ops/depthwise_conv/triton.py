@@ -82,24 +82,13 @@ def _put_row(
 
 
 @triton.jit
-def _put_sums(
-    line, sums, c, channel, WARPS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr
-):  # fmt: skip
-    """Sums over a program's warps, at most 2 ** LEVELS, one row of ``line`` each.
-
-    Side by side in one tile: each sum by itself would wait for all warps several times.
-    """
+def _put_sums(partial, sums, part, c, column, is_column, WARPS: tl.constexpr):
+    """Sums of each warp of a part, (count, c): to add up those of warps here takes longer."""
     count: tl.constexpr = len(sums)
-    for _i in tl.static_range(2**LEVELS - count):
-        sums += (tl.zeros((WARPS, C), tl.float32),)
-    for level in tl.static_range(LEVELS):
-        joined = ()
-        for i in tl.static_range(2 ** (LEVELS - 1 - level)):
-            both = tl.join(sums[i], sums[i + 2 ** (LEVELS - 1 - level)])
-            joined += (tl.reshape(both, (WARPS, C, 2 ** (level + 1))),)
-        sums = joined
-    row, channel = tl.arange(0, 2**LEVELS)[None, :], channel[:, None]
-    tl.store(line + row * c + channel, tl.sum(sums[0], 0), mask=(row < count) & (channel < c))
+    warp = part * WARPS + tl.arange(0, WARPS)[:, None]
+    line = partial + warp * count * c + column
+    for i in tl.static_range(count):
+        tl.store(line + i * c, sums[i], mask=is_column)
 
 
 @triton.jit
@@ -262,10 +251,7 @@ def _stencil_weight_kernel(
             g, sums = g[W:], found
             if AHEAD > 0:
                 queue = rows[N:]
-    line = part * WARPS + tl.arange(0, WARPS)[:, None]
-    line = partial + line * (SIZE * SIZE + 1) * c + column
-    for i in tl.static_range(SIZE * SIZE + 1):
-        tl.store(line + i * c, sums[i], mask=is_column)
+    _put_sums(partial, sums, part, c, column, is_column, WARPS)
 
 
 @triton.jit

@@ -199,7 +199,7 @@ def _branch_sums_kernel(
     X_ROW: tl.constexpr, G_ROW: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient, and of it times each branch less its mean, in a strip, (4, c)."""
+    """Each warp's sums of the gradient, and of it times each branch less its mean, (4, c)."""
     part, sample, first, w, channel = _place(c, strips, blocks_w, ROWS, W, C, WARPS)
     column = channel[None, :] + tl.zeros((WARPS, 1), tl.int32)
     is_column = (column < c) | EVEN
@@ -231,7 +231,7 @@ def _branch_sums_kernel(
             sum3 += g[j] * _dot3(-mean3, here[j], here[j + 1], here[j + 2], v)
         above, here, below, g = here, below, after, later
     sums = (total, sum1, sum2, sum3)
-    _put_sums(partial + part * 4 * c, sums, c, channel, WARPS, C, 2)
+    _put_sums(partial, sums, part, c, column, is_column, WARPS)
 
 
 @triton.jit
@@ -312,7 +312,7 @@ def _branch_gradient_kernel(
     X_ROW: tl.constexpr, G_ROW: tl.constexpr, OUT_ROW: tl.constexpr, ROWS: tl.constexpr,
     W: tl.constexpr, C: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The tokens' gradient, and those of the branches' weights in a strip, (15, c).
+    """The tokens' gradient, and each warp's of the branches' weights, (15, c).
 
     Each row of the branches' gradients adds to three rows of the tokens'.
     """
@@ -371,7 +371,7 @@ def _branch_gradient_kernel(
     # Below the image's last row there is none that completes it.
     is_last = stop <= first + ROWS
     _put_row(target, before, stop - 1, w, width, is_column & is_last, OUT_ROW, W, EVEN)
-    _put_sums(partial + part * 15 * c, sums, c, channel, WARPS, C, 4)
+    _put_sums(partial, sums, part, c, column, is_column, WARPS)
 
 
 # Rows that a thread walks down, its pixels of a row, channels of its warp, warps side by side; 0
@@ -466,7 +466,7 @@ def branch_gradients(
     slopes, grad_gains = new(9, c), new(4, c)
     square, upright, level = (z.contiguous() for z in (square, upright, level))
     strips, blocks, parts, programs = _parts(grid, b, c, SUMS_BLOCK)
-    partial = new(parts, 4, c)
+    partial = new(parts * SUMS_BLOCK[3], 4, c)
     _branch_sums_kernel[(programs,)](
         tokens, grad, square, upright, level, stats, partial, height, width, c, strips,
         blocks, spacing, grad_spacing, *SUMS_BLOCK, _is_even(width, c, SUMS_BLOCK),
@@ -485,7 +485,7 @@ def branch_gradients(
         grad_gains[3].copy_(own[0])
     block = _filled(GRADIENT_BLOCK, grid, b, c, PROCESSORS, 2)
     strips, blocks, parts, programs = _parts(grid, b, c, block)
-    partial = new(parts, 15, c)
+    partial = new(parts * block[3], 15, c)
     _branch_gradient_kernel[(programs,)](
         tokens, grad, square, upright, level, slopes, grad_x, partial, height, width, c, strips,
         blocks, spacing, grad_spacing, grad_x.stride(1), *block, _is_even(width, c, block),
