@@ -404,7 +404,7 @@ if CAN_RUN:
         block = 2, 3, 16, 2, 1, 2, 255  # small, for the interpreter
         for name in ("STENCIL_BLOCK", "STENCIL_WEIGHT_BLOCK"):
             monkeypatch.setattr(convolution, name, {size: block})
-        b, c = 2 if size == 3 else 1, 20
+        b, c = 2 if size == 3 else 1, 20 if has_bias else 32
         x = random(b, grid[0] * grid[1], c, dtype=dtype)
         weight = random(c, 1, size, size, seed=1, dtype=dtype)
         bias = random(c, seed=2, dtype=dtype) if has_bias else None
