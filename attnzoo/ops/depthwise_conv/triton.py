@@ -320,7 +320,7 @@ STENCIL_BLOCK = {
     3: (8, 4, 64, 4, 1, 4, 96), 5: (8, 4, 64, 4, 0, 2, 168), 7: (0, 4, 32, 4, 0, 1, 168),
 }  # fmt: skip
 STENCIL_WEIGHT_BLOCK = {
-    3: (8, 8, 32, 4, 0, 2, 128), 5: (8, 8, 32, 4, 0, 2, 128), 7: (16, 8, 32, 4, 0, 2, 168),
+    3: (8, 8, 32, 4, 0, 2, 128), 5: (8, 8, 32, 4, 0, 2, 128), 7: (16, 8, 32, 4, 0, 1, 168),
 }  # fmt: skip
 ROWS, TOGETHER = (8, 11, 16, 22, 32), 396  # programs of 168 registers on 132 processors
 GATE_BLOCK = (8, 256)  # tokens and channels
