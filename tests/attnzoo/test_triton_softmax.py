@@ -124,7 +124,7 @@ def test_the_linear_part_is_projected_and_added(n):
 def test_blocks_are_chosen_turned_and_summed(monkeypatch):
     from attnzoo.ops.sparse_linear import triton as kernels
 
-    monkeypatch.setattr(kernels, "REST_TILE", (16, 16, 16, 4, 1))  # several each way
+    monkeypatch.setattr(kernels, "REST_TILE", (16, 32, 32, 4, 1))  # several each way
     blocks, count = 18, 5
     means, state = random(2, 2, 10, blocks), random(2, blocks, 20)
     means[1, 0, :, 7] = torch.nan  # whose choice is any
