@@ -232,7 +232,7 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _exact(dtype: torch.dtype) -> str:
-    """For float32 no tensor cores: ptxas 12.8 gave their products wrong addresses."""
+    """For float32 no tensor cores: by ptxas 12.8 their products read outside shared memory."""
     return "ieee" if dtype == torch.float32 else _precision(dtype)
 
 
