@@ -71,7 +71,11 @@ def check_layer(
 def _gradients(
     layer: Attention, reference: Any, x: Tensor, grid: tuple[int, int], least: float
 ) -> dict[str, float]:
-    """Of all gradients the one that is furthest off for what is allowed, ``least`` or more."""
+    """Of all gradients the one that is furthest off for what is allowed, ``least`` or more.
+
+    Of one that the reference itself has wrong by a quarter, which is a router's of few tokens,
+    nothing can be told: zeros would do.
+    """
     exact, own, fast = (
         testing.outputs_and_gradients(model, z, grid)
         for model, z in (
@@ -79,14 +83,13 @@ def _gradients(
         )
     )  # fmt: skip
     pairs = [
-        (
-            relative_error(fast[key], exact[key]),
-            max(4 * relative_error(own[key], exact[key]), least),
-        )
+        (relative_error(fast[key], exact[key]), max(4 * told, least))
         for key in exact
         if key != "output" and exact[key].norm() > 0
-    ]
-    error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1])
+        and (told := relative_error(own[key], exact[key])) < 1 / 4
+    ]  # fmt: skip
+    nothing = float("inf"), least
+    error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1], default=nothing)
     return {"gradients": error, "allowed gradients": allowed}
 
 

@@ -142,6 +142,20 @@ def test_a_small_gradient_that_is_wrong_does_not_hide_among_others(monkeypatch):
     assert len(calls) == 3
 
 
+def test_a_gradient_of_which_the_reference_knows_nothing_is_not_compared(monkeypatch):
+    """As of a router's whose choices rounding turns: of two threads it was off by twice itself."""
+    one = torch.ones(3)
+
+    def of(own, fast):
+        results = iter([{"router": one, "proj": one}, {"router": 1.3 * one, "proj": own * one},
+                        {"router": 9 * one, "proj": fast * one}])  # fmt: skip
+        monkeypatch.setattr(checks.testing, "outputs_and_gradients", lambda *_: next(results))
+        return checks._gradients(torch.nn.Identity(), torch.nn.Identity(), one, (1, 3), 0.2)
+
+    assert of(1.01, 1.02)["gradients"] < 0.03 and of(1.01, 2)["gradients"] == 1
+    assert of(1.3, 1.3)["gradients"] == float("inf")  # nothing was compared
+
+
 def test_the_device_time_counts_where_both_could_be_recorded():
     race = Race(
         launched={"a": [2.0, 2.0], "b": [1.0, 1.0], "c": [8.0, 8.0]},
