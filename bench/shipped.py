@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from attnzoo.command.figures import Figures, Quality, Row, Source, dumps
@@ -27,6 +28,7 @@ from bench.whole_models.figures import fastest, over_fastest, read_whole, replac
 from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
 from recipes.studies.quality import table
+from recipes.studies.quality.decide import far_loss
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "attnzoo" / "command" / "figures.json"
@@ -96,6 +98,8 @@ def _parameters(case: dict[str, Any]) -> int:
 def studied_quality(paths: Iterable[Path]) -> list[Quality]:
     """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth.
 
+    Of a variant of which a run did not train there is none: a mean with it says nothing.
+
     Raises:
         UserError: Two tables have a setting at two scales, whose losses have no mean.
     """
@@ -113,9 +117,15 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
                 raise UserError(f"{path} has {row['data']} at {row['px']} px at another scale")
             key = row["variant"], row["data"], row["px"], row["tokens"]
             losses.setdefault(key, []).append(row["loss"])
+    far = {
+        (data, px): far_loss(pd.Series([loss for key in losses if key[1:3] == (data, px)
+                                        for loss in losses[key]]))
+        for _, data, px, _ in losses
+    }  # fmt: skip
     return [
         _quality(variant, tokens, found, f"{data}, {px} px")
         for (variant, data, px, tokens), found in sorted(losses.items())
+        if max(found) <= far[data, px]
     ]
 
 

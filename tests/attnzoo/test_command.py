@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_left_out_or_the_batch_gets_smaller(ship, capsys):
 
 def test_a_cpu_without_memory_figures(ship, capsys):
     ship(small(row("softmax", 256, 1.0, peak=0), row("sana", 256, 0.9, peak=0), device="cpu"))
-    text = said(capsys, "recommend", "--resolution", "256", "--device", "cpu")
+    text = said(capsys, "recommend", "--resolution", "256", "--device", "CPU")
     assert "sana: the fastest; " in text and "least memory" not in text
     line = said(capsys, "recommend", "--resolution", "256", "--device", "cpu", "--memory", "8GiB",
                 status=2)  # fmt: skip
