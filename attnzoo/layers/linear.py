@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnzoo.ops.biased_linear import BiasedLinear
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
 from attnzoo.ops.dispatch import (
+    Impl,
     has_fused_gelu,
     is_bare,
     is_without_kernels,
@@ -91,7 +92,9 @@ def linear_gelu(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(linear(layer, x), approximate="tanh")
 
 
-def windows_linear(conv: nn.Conv2d, x: Tensor, grid: tuple[int, int]) -> Tensor:
+def windows_linear(
+    conv: nn.Conv2d, x: Tensor, grid: tuple[int, int], impl: Impl = "auto"
+) -> Tensor:
     """A convolution whose windows touch, of tokens: (b, h * w, c) -> (b, n / window, out).
 
     On a GPU it is one product of the windows, and so are its gradients: cuDNN copies kernels
@@ -100,7 +103,7 @@ def windows_linear(conv: nn.Conv2d, x: Tensor, grid: tuple[int, int]) -> Tensor:
     if x.is_meta or is_without_kernels(x) or not is_bare(conv):
         return to_tokens(conv(to_image(x, grid)))
     height, width = conv.kernel_size
-    rows = x if height == width == 1 else to_windows(x, grid, (height, width))
+    rows = x if height == width == 1 else to_windows(x, grid, (height, width), impl=impl)
     return rows_linear(conv, rows)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.layers.linear import linear_beside, windows_linear, xavier_linear
 from attnzoo.ops.depthwise_conv import to_image, to_tokens
-from attnzoo.ops.dispatch import linear
+from attnzoo.ops.dispatch import Impl, linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
 from attnzoo.ops.softmax.reference import softmax_map
@@ -95,7 +95,9 @@ class PVTAttention(Attention):
                 scales.append(scale)
             x = to_tokens(image * (scales[0][:, None] * scales[1]))
             grid = grid[0] + missing[0], grid[1] + missing[1]
-        return self.norm(windows_linear(self.reduce, x, grid))
+        impl = self.config.impl
+        windows: Impl = impl if impl in ("reference", "torch") else "auto"
+        return self.norm(windows_linear(self.reduce, x, grid, windows))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
