@@ -104,6 +104,7 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
         UserError: Two tables have a setting at two scales, whose losses have no mean.
     """
     losses: dict[tuple[str, str, int, int], list[float]] = {}
+    of_setting: dict[tuple[str, int], list[float]] = {}
     scales: dict[tuple[str, int], tuple[Any, ...]] = {}
     for path in sorted(paths):
         with path.open(encoding="utf-8", newline="") as file:
@@ -117,11 +118,8 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
                 raise UserError(f"{path} has {row['data']} at {row['px']} px at another scale")
             key = row["variant"], row["data"], row["px"], row["tokens"]
             losses.setdefault(key, []).append(row["loss"])
-    far = {
-        (data, px): far_loss(pd.Series([loss for key in losses if key[1:3] == (data, px)
-                                        for loss in losses[key]]))
-        for _, data, px, _ in losses
-    }  # fmt: skip
+            of_setting.setdefault(key[1:3], []).append(row["loss"])
+    far = {setting: far_loss(pd.Series(found)) for setting, found in of_setting.items()}
     return [
         _quality(variant, tokens, found, f"{data}, {px} px")
         for (variant, data, px, tokens), found in sorted(losses.items())

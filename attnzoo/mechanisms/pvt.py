@@ -95,7 +95,7 @@ class PVTAttention(Attention):
                 scales.append(scale)
             x = to_tokens(image * (scales[0][:, None] * scales[1]))
             grid = grid[0] + missing[0], grid[1] + missing[1]
-        impl = self.config.impl
+        impl = self.config.impl  # other libraries have attention alone
         windows: Impl = impl if impl in ("reference", "torch") else "auto"
         return self.norm(windows_linear(self.reduce, x, grid, windows))
 

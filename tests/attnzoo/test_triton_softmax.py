@@ -102,6 +102,18 @@ def test_sparse_and_linear_parts(dtype, budget, n, batch, block, share, is_rest_
     assert max(found) < budget
 
 
+@pytest.mark.skipif(not CAN_RUN, reason="needs Triton, and a GPU or its interpreter")
+def test_wide_heads_of_whole_blocks_in_float32():
+    """Their products on Hopper's tensor cores read outside shared memory."""
+
+    def run(x, impl):
+        parts = [z.unsqueeze(1) for z in x.chunk(3, dim=-1)]
+        return torch.stack(sparse_linear_attention(*parts, 64, 0.5, True, 1e-5, impl=impl))
+
+    found = errors(run, [random(1, 128, 192, seed=1)], (2, 1, 1, 128, 64), torch.float32, "triton")
+    assert max(found) < BUDGETS[0][1]
+
+
 def by_head(x):
     """Packed queries, keys and values of two heads."""
     return [z.unflatten(-1, (2, -1)).transpose(1, 2) for z in x.chunk(3, dim=-1)]

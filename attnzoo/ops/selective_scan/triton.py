@@ -195,9 +195,7 @@ class Blocks(NamedTuple):
 
 
 # Two channels a thread share what is read of b and c.
-END = Blocks(8, 64, 1, 168)
-OUTPUT = Blocks(8, 64, 1, 168)
-GRADIENT = Blocks(8, 64, 1, 168)
+END = OUTPUT = GRADIENT = Blocks(8, 64, 1, 168)
 STAGES = 2  # of its loop over the numbers of a state
 LAID = 64  # tokens
 CARRY = (128, 2, 8)  # entries of a state, warps, stages
