@@ -21,9 +21,10 @@ MECHANISMS = ("softmax", "sana", "dydila", "sana*3+softmax")
 IMAGES = {256: 32, 4096: 8}
 STEPS = {256: 90, 4096: 24}
 STORED = {256: 1024, 4096: 256}
-# Gradients added up in buckets beside the backward; FSDP2, train.py's --sharded; or, to compare
-# the first with, one reduction of all gradients after the backward, --bucket-mb 0.
-WAYS = ("overlapped", "fsdp2", "ddp")
+# Gradients added up in buckets beside the backward; likewise in bfloat16, --gradient-sums bf16;
+# FSDP2, train.py's --sharded; or, to compare the first with, one reduction of all gradients after
+# the backward, --bucket-mb 0.
+WAYS = ("overlapped", "bf16", "fsdp2", "ddp")
 _CHANNELS, _FACTOR, _CLASSES = 4, 8, 1000
 _LONG = 100_000  # steps of a run that pays for its compiler and saves, draws and looks at nothing
 
@@ -37,8 +38,8 @@ class Case:
         tokens: Of one image.
         gpus: Processes, each on a GPU of its own, or on a CPU.
         way: Of ``WAYS``. One process has nothing to shard: "fsdp2" on one is a step launched by
-            the host, as sharded ones are, for them to be compared with; "ddp" on one is the step
-            of "overlapped".
+            the host, as sharded ones are, for them to be compared with; "bf16" and "ddp" on one
+            are the step of "overlapped".
         size: Of the backbone, in the controlled protocol.
         saves: Whether a checkpoint is written and timed afterwards.
         recorded: Whether a step is one CUDA graph where that is possible.
@@ -75,6 +76,7 @@ class Case:
             "protocol": "controlled", "batch_size": self.images * self.gpus, "steps": _LONG,
             "sharded": self.way == "fsdp2" and self.gpus > 1, "keep_every": None,
             **({"bucket_mb": 0} if self.way == "ddp" else {}),
+            **({"gradient_sums": "bf16"} if self.way == "bf16" else {}),
             "cuda_graph": "auto" if self.recorded and not is_base else "off",
         }  # fmt: skip
         return Settings(**{**PRESETS["dit"], **own, **every})
@@ -139,7 +141,8 @@ def planned(
     """
     ordered = sorted(counts, reverse=True)
     # One GPU has nothing to reduce.
-    alone = tuple(way for way in ways if way != "ddp" or "overlapped" not in ways)
+    reduced = [way for way in ways if way != "fsdp2"]
+    alone = tuple(way for way in ways if way not in reduced[1:])
     stages = [(1, alone)] if 1 in counts else []
     stages += [(count, (way,)) for way in ways for count in ordered if count > 1]
     waves: list[Wave] = []

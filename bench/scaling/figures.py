@@ -23,7 +23,8 @@ _SHAPE = {
     }],
     "checks": [{"check": TEXT, "processes": (int,)}],
 }  # fmt: skip
-_WAYS = {"overlapped": "overlapped", "fsdp2": "FSDP2", "ddp": "one reduction"}
+_WAYS = {"overlapped": "overlapped", "bf16": "overlapped, bfloat16", "fsdp2": "FSDP2",
+         "ddp": "one reduction"}  # fmt: skip
 
 
 def read_scaling(path: Path) -> dict[str, Any]:

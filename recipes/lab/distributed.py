@@ -18,6 +18,8 @@ from recipes.lab.console import UserError, is_users_mistake
 Result = TypeVar("Result")
 
 
+# The types in which gradients of several processes are added up, by name of the setting.
+SUMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What these plug into training is not what a run's settings say, or not tested.
 _FOREIGN = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
@@ -107,18 +109,24 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> None:
+def shard(model: nn.Module, accelerator: Accelerator, sums: torch.dtype = torch.float32) -> None:
     """Spreads weights, gradients and optimizer state over the processes (FSDP2), block by block.
 
     Torch's own call, because Accelerate ignores its FSDP2 plugin on a CPU without a word.
+
+    Args:
+        model: On its device.
+        accelerator: Of all processes.
+        sums: The type in which gradients are added up.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy = MixedPrecisionPolicy(reduce_dtype=None if sums == torch.float32 else sums)
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def gathered(tensor: Tensor) -> Tensor:

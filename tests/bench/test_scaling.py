@@ -175,10 +175,11 @@ def test_one_gpu_comes_first_and_groups_get_gpus_of_their_own(out, played, monke
     assert shape == [
         [(1, {"overlapped", "fsdp2"}, 4)] * 4,  # one reduction of one GPU would be the first
         [(4, {"overlapped"}, 8)], [(2, {"overlapped"}, 4)] * 2,
+        [(4, {"bf16"}, 8)], [(2, {"bf16"}, 4)] * 2,
         [(4, {"fsdp2"}, 8)], [(2, {"fsdp2"}, 4)] * 2, [(4, {"ddp"}, 8)], [(2, {"ddp"}, 4)] * 2,
     ]  # fmt: skip
     cases = [case for wave in waves for group in wave for case in group]
-    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * (2 + 2 * 3)
+    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * (2 + 2 * 4)
     assert waves[1][0][0] == Case("softmax", 256, 4, "overlapped", "L", saves=True)
     alone = planned(["sana"], (1,), (256,), ("ddp",), "L", 4)
     assert [case.way for wave in alone for group in wave for case in group] == ["ddp"]
@@ -205,6 +206,8 @@ def test_what_is_trained_is_the_recipe_of_dit(tmp_path):
     assert four.batch_size == 32 and four.bucket_mb == Settings().bucket_mb
     after = Case("sana", 4096, 4, "ddp").settings(tmp_path)
     assert dataclasses.replace(four, bucket_mb=0) == after
+    rounded = Case("sana", 4096, 4, "bf16").settings(tmp_path)
+    assert dataclasses.replace(four, gradient_sums="bf16") == rounded
 
 
 def test_shares_are_of_the_same_way_on_one_gpu_and_judged():

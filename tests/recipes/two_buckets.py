@@ -62,6 +62,14 @@ class Added(nn.Module):
         return (Late.apply(self.layer(x)) + self.added[0].view(8, SIDE)).square().mean()
 
 
+class CastAdded(Added):
+    """Likewise where the weights are cast, and what is sent is of that type."""
+
+    def forward(self, x, _):
+        late = Late.apply(self.layer(x))
+        return (late + self.added[0].to(torch.bfloat16).view(8, SIDE)).square().mean()
+
+
 class Toy(nn.Module):
     """Five layers: the first two share a matrix, the last is frozen; of two more one is unused."""
 
@@ -100,15 +108,19 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def flat_sum(model):
+def flat_sum(model, sums=torch.float32):
     """What one sum of all gradients gives, and 0 for those that there are not."""
+
+    def rounded(gradient):
+        return gradient.to(sums) if gradient.dtype == torch.float32 else gradient
+
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained.values()]
-    flat = torch.cat([gradient.double().flatten() for gradient in found])
+    flat = torch.cat([rounded(gradient).double().flatten() for gradient in found])
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in trained.values()])
     return {
-        name: part.view_as(p).to(p.dtype)
+        name: rounded(part.view_as(p).to(p.dtype)).to(p.dtype)
         for (name, p), part in zip(trained.items(), parts, strict=True)
     }
 
@@ -146,7 +158,7 @@ class Watched:
         GradientBuckets._reduce = self._reduce
 
 
-def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy):
+def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy, sums=torch.float32):
     """Three steps of a model, of which the first is not overlapped.
 
     With ``cast``, under autocast, of whose casts the model holds copies.
@@ -156,12 +168,12 @@ def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy):
         last; and whether its numbers are summed.
     """
     model, plain = kind(), kind()
-    buckets = GradientBuckets(model, SIZES[size])
+    buckets = GradientBuckets(model, SIZES[size], sums)
     called = torch.compile(model, backend="aot_eager") if compiled else model
     # The layer that is used sometimes is used here.
     casts = CastWeights(model, lambda: backward(model, 0, "both", True)) if cast else None
     if casts:
-        assert len(casts.pairs) == 6
+        assert len(casts.pairs) == (6 if kind is Toy else 2)
         buckets.follow(casts)
     equal, numbers = [], count(1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -181,7 +193,7 @@ def summed(size, uses, micro_steps=1, compiled=False, cast=False, kind=Toy):
             told, norm = buckets.finish(told_of(next(numbers), 1 + dist.get_rank()))
         for micro_step in range(micro_steps):
             backward(plain, micro_steps * step + micro_step, uses, cast)
-        one, other = gradients(model), flat_sum(plain)
+        one, other = gradients(model), flat_sum(plain, sums)
         same = one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in trained])
         same &= torch.equal(norm, torch.linalg.vector_norm(norms))
@@ -307,6 +319,11 @@ def cases():
     found["each even, cast, micro-steps"] = summed("each", "even", micro_steps=2, cast=True)
     found["each, compiled"] = summed("each", "both", compiled=True)
     found["each, views"] = summed("each", "both", kind=Added)
+    low = {"sums": torch.bfloat16}
+    found["each, bf16"] = summed("each", "one", **low)
+    found["each, views, bf16"] = summed("each", "both", cast=True, kind=CastAdded, **low)
+    found["each, cast, bf16"] = summed("each", "one", cast=True, **low)
+    found["each even, cast, micro-steps, bf16"] = summed("each", "even", 2, cast=True, **low)
     if DEVICE == "cuda":
         found["recorded"] = recorded()
     found |= {"backbone": of_a_backbone(), "freed": freed()}

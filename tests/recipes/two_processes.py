@@ -63,6 +63,9 @@ def main(arguments: list[str]) -> int:
     if not names:
         _decisions(out)
         _exactly(out)
+        for name, sharded in (("rounded", False), ("rounded-sharded", True)):
+            rounded = settings("dydila", gradient_sums="bf16", sharded=sharded)
+            assert train(rounded, Run(out / name)) == 0
         found = two_buckets.cases()
         (out / f"buckets-{dist.get_rank()}.json").write_text(json.dumps(found))
     (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))

@@ -40,14 +40,20 @@ class GradientBuckets:
     Args:
         model: On its device; which of its parameters are trained must not change any more.
         megabytes: Of a bucket, at least one parameter each; 0 reduces all after the backward.
+        sums: The type in which float32 gradients are added up, if another one: bfloat16 halves
+            what is sent, and costs no cast where a copy of ``follow`` has its gradient in it.
     """
 
-    def __init__(self, model: nn.Module, megabytes: float) -> None:
+    def __init__(
+        self, model: nn.Module, megabytes: float, sums: torch.dtype = torch.float32
+    ) -> None:
         self._buckets = _buckets(model, megabytes * 1e6 or math.inf)
         self._group = _group(next(model.parameters()).device.type)
         self._casts: CastWeights | None = None
+        self._sums = sums
         self._is_beside = megabytes > 0
         self._works: list[Any] = []
+        self._sent: list[Sequence[Tensor]] = []  # of each bucket on its way
         self._missing: list[int] = []
         self._next = 0
         self._is_open = False
@@ -75,7 +81,7 @@ class GradientBuckets:
         for work in self._works:  # of a backward that broke off
             with contextlib.suppress(RuntimeError):
                 work.wait()
-        self._works = []
+        self._works, self._sent = [], []
         self._missing = [len(bucket) for bucket in self._buckets]
         self._next = 0
         self._is_open = self._is_proven
@@ -96,11 +102,13 @@ class GradientBuckets:
             self._reduce_next()
         self._reduce([numbers])
         norms: list[Tensor] = []
-        for work, bucket in zip(self._works, [*self._buckets, []], strict=True):
+        for bucket, work, sums in zip(self._buckets, self._works, self._sent, strict=False):
             work.wait()
-            if bucket:  # while the last sums are on their way
-                norms += torch._foreach_norm([p.grad for p in bucket])  # type: ignore
-        self._works = []
+            self._leave(bucket, sums)
+            # While the last sums are on their way.
+            norms += torch._foreach_norm([p.grad for p in bucket])  # type: ignore
+        self._works[-1].wait()
+        self._works, self._sent = [], []
         self._is_proven = True
         # In the order of the parameters, as one process adds them up.
         return numbers, torch.linalg.vector_norm(torch.stack(norms[::-1]))
@@ -121,22 +129,53 @@ class GradientBuckets:
     def _reduce_next(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
+        self._reduce(self._lowered(bucket) if self._lowers(bucket) else self._whole(bucket))
+
+    def _lowers(self, bucket: Sequence[nn.Parameter]) -> bool:
+        return bucket[0].dtype == torch.float32 != self._sums
+
+    def _whole(self, bucket: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Gradients in their own type, to be added up in place."""
         if self._casts is not None:
             self._casts.hand_over(bucket)
-        gradients = []
         for parameter in bucket:
             if parameter.grad is None:  # of options that leave it unused, perhaps here only
                 parameter.grad = torch.zeros_like(parameter)
             elif _uses(parameter.grad) > _ALONE:  # the backward goes on with the same numbers
                 parameter.grad = parameter.grad.clone()
-            gradients.append(parameter.grad)
-        self._reduce(gradients)
+        return [parameter.grad for parameter in bucket]  # type: ignore[misc]
+
+    def _lowered(self, bucket: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Gradients rounded, in place only where a copy has its own; the parameters have none."""
+        copies = {} if self._casts is None else self._casts.copies
+        found = []
+        for parameter in bucket:
+            sent = None
+            for holder in (parameter, copies.get(id(parameter))):
+                if holder is not None and holder.grad is not None:
+                    sent = holder.grad if sent is None else sent + holder.grad
+                    holder.grad = None
+            if sent is None:
+                sent = torch.zeros_like(parameter)
+            elif sent.dtype == self._sums and _uses(sent) > _ALONE:
+                sent = sent.clone()
+            found.append(sent.to(self._sums))
+        return found
+
+    @torch.no_grad()
+    def _leave(self, bucket: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
+        if self._lowers(bucket):
+            whole = [torch.empty_like(parameter) for parameter in bucket]
+            torch._foreach_copy_(whole, sums)  # type: ignore
+            for parameter, gradient in zip(bucket, whole, strict=True):
+                parameter.grad = gradient
 
     def _reduce(self, tensors: Sequence[Tensor]) -> None:
         with dist._coalescing_manager(self._group, async_ops=True) as work:  # type: ignore
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self._group)
         self._works.append(work)
+        self._sent.append(tensors)
 
 
 def _uses(tensor: Tensor) -> int:

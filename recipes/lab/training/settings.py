@@ -248,6 +248,12 @@ class Settings:
         "MB of gradients that several processes add up at once, beside the backward; 0: all of "
         "them, after it",
     )
+    gradient_sums: str = _setting(
+        "run",
+        "fp32",
+        one_of("fp32", "bf16"),
+        "what several processes send of gradients: bf16 is half as much, and rounds the sums",
+    )
     skip_limit: int = _setting(
         "run", 10, integer(), "non-finite steps in a row before the run stops"
     )

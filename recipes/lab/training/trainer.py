@@ -25,7 +25,7 @@ from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
-from recipes.lab.distributed import make_accelerator, shard
+from recipes.lab.distributed import SUMS, make_accelerator, shard
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links
 from recipes.lab.training.batches import Batch, Batches
@@ -111,13 +111,15 @@ class Trainer:
             fullgraph=not self.is_sharded,
         )
         if self.is_sharded:
-            shard(self.model, self.accelerator)
+            shard(self.model, self.accelerator, SUMS[settings.gradient_sums])
         else:
             # Without DDP, see GradientBuckets.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.buckets: GradientBuckets | None = None
         if self.accelerator.num_processes > 1 and not self.is_sharded:
-            self.buckets = GradientBuckets(self.model, settings.bucket_mb)
+            self.buckets = GradientBuckets(
+                self.model, settings.bucket_mb, SUMS[settings.gradient_sums]
+            )
         self.optimizer = make_optimizer(self.model, settings)
         self.average = WeightAverage(
             self.model,
