@@ -26,6 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from PIL import Image
 
 from attnzoo.command.fits import Points, crossover, value_at
 from attnzoo.command.units import amount, memory
@@ -364,6 +365,10 @@ def _saved(figure: Figure, out: Path, name: str) -> Path:
     for ending in ("svg", "png"):
         with whole_file(out / f"{plain}.{ending}") as path:
             figure.savefig(path, format=ending, bbox_inches="tight", dpi=DPI[ending])
+            if ending == "png":  # a third of the bytes, which a repository keeps for good
+                with Image.open(path) as picture:
+                    few = picture.convert("RGB").quantize(dither=Image.Dither.NONE)
+                few.save(path, "png", optimize=True)
     return out / f"{plain}.png"
 
 
