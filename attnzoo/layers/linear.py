@@ -48,6 +48,17 @@ def linear_beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return BiasedLinear.apply(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def linear_apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``linear``, and its bias if who reads the tokens must give it the sum of their gradients.
+
+    A kernel that makes those has their sum for less than who reads them once more.
+    """
+    if type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
+        x, weight, bias = autocast_operands(x, layer.weight, layer.bias)
+        return BiasedLinear.apply(x, weight, bias.detach())[0], bias
+    return linear(layer, x), None
+
+
 def query_key_value(layer: nn.Module, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K and V of each head, (b, heads, n, d_head), of tokens and the layer that gives all."""
     qkv = linear(layer, x)

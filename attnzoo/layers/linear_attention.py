@@ -445,9 +445,9 @@ def _combine(read: list[Tensor], queries: Features, layer: LinearAttention, toke
 
 
 def linear_parts(
-    layer: nn.Module, x: Tensor, width: int, parts: slice = slice(None)
+    layer: nn.Module, x: Tensor, width: int | list[int], parts: slice = slice(None)
 ) -> list[Tensor]:
-    """Outputs of a linear layer in parts of ``width``, without computing the others.
+    """Outputs of a linear layer in parts of ``width``, or of these, without computing others.
 
     One product per part makes each a tensor of its own, which is freed by itself and is not a
     strided slice of a longer row: that costs a CPU more than the three products.

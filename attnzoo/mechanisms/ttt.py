@@ -17,17 +17,11 @@ from torch import Tensor, nn
 
 from attnzoo.contract import Attention, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
-from attnzoo.layers.linear import xavier_linear
+from attnzoo.layers.linear import linear_apart, xavier_linear
 from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
 from attnzoo.ops.dispatch import linear
-from attnzoo.ops.inner_loop import (
-    conv_tokens,
-    read_unit,
-    stepped,
-    unit_gradients,
-    unit_tokens,
-)
+from attnzoo.ops.inner_loop import inner_tokens, read_unit, stepped, unit_gradients
 from attnzoo.registry import register_attention
 
 
@@ -59,16 +53,16 @@ class InnerLoop(Attention):
         super().__init__(context, config)
         dim, self.head_dim = self.dim, self.dim // self.num_heads
         width = dim + (self.head_dim if config.conv else 0)
-        self.qkv = xavier_linear(dim, 3 * dim, bias=True)
+        # One product, as in ViT3's code: behind the heads' projections the convolution's.
+        self.qkv = xavier_linear(dim, 3 * width, bias=True)
+        for rows in self.qkv.weight.data.split([3 * dim, 3 * (width - dim)]):
+            nn.init.xavier_uniform_(rows)
         self.first = nn.Parameter(torch.empty(self.num_heads, self.head_dim, self.head_dim))
         self.second = nn.Parameter(torch.empty_like(self.first))
-        started = [self.first, self.second]
-        if config.conv:
-            self.local_qkv = xavier_linear(dim, 3 * self.head_dim, bias=True)
-            self.taps = nn.Parameter(torch.empty(self.head_dim, 1, 3, 3))
-            started.append(self.taps)
-        for weight in started:
-            nn.init.trunc_normal_(weight, std=0.02)
+        self.taps = nn.Parameter(torch.empty(self.head_dim, 1, 3, 3)) if config.conv else None
+        for weight in (self.first, self.second, self.taps):
+            if weight is not None:
+                nn.init.trunc_normal_(weight, std=0.02)
         self.proj = xavier_linear(width, dim, bias=True)
 
     @classmethod
@@ -81,43 +75,42 @@ class InnerLoop(Attention):
         self.check_tokens(x, grid)
         if not len(x):  # a convolution has no kernels of no images
             return x
-        local = self._local(x, grid)
         if (block := self.config.block(self.training)) is not None:
-            return self._stream(x, grid, block, local)
-        rate, impl = self.config.rate, self.config.impl
-        operands = linear(self.qkv, x), self.first, self.second, self.num_heads, rate, local
-        return linear(self.proj, unit_tokens(*operands, impl=impl))
+            return self._stream(x, grid, block)
+        tokens, bias = linear_apart(self.qkv, x)
+        weights = self.first, self.second, self.taps, self.config.rate, bias
+        return linear(self.proj, inner_tokens(tokens, grid, *weights, impl=self.config.impl))
 
     def _by_head(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)
 
-    def _local(self, x: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """The head of the convolution, (b, n, d_head)."""
-        if not self.config.conv:
-            return None
-        rate, impl = self.config.rate, self.config.impl
-        return conv_tokens(linear(self.local_qkv, x), grid, self.taps, rate, impl=impl)
+    def _parts(self, x: Tensor, which: slice) -> list[Tensor]:
+        """Some of queries, keys and values, (b, n, d) each, and those of the convolution."""
+        sizes = [self.dim] * 3 + [3 * self.head_dim] * self.config.conv
+        return linear_parts(self.qkv, x, sizes, which)
 
-    def _stream(
-        self, x: Tensor, grid: tuple[int, int], block: int, local: Tensor | None
-    ) -> Tensor:
-        """As ``forward``; the gradients of blocks add up, and only then queries are made."""
-        spans, weights = spans_of(grid, block), (self.first, self.second)
+    def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+        """As ``forward``; the gradients of blocks add up, and only then queries are made.
+
+        The convolution, of one head, is computed at once.
+        """
+        rate, impl, local = self.config.rate, self.config.impl, None
+        weights = self.first, self.second
+        if self.config.conv:
+            [tokens] = self._parts(x, slice(3, None))
+            first, second = (w[:0] for w in weights)
+            local = inner_tokens(tokens, grid, first, second, self.taps, rate, impl=impl)
+        spans = spans_of(grid, block)
 
         def encode(span: slice) -> tuple[None, State]:
-            parts = linear_parts(self.qkv, x[:, span], self.dim, slice(1, None))
-            key, value = (self._by_head(z) for z in parts)
-            return None, [unit_gradients(key, value, self.first, self.second, x.shape[1])]
+            key, value = (self._by_head(z) for z in self._parts(x[:, span], slice(1, 3)))
+            return None, [unit_gradients(key, value, *weights, x.shape[1])]
 
         _, [gradients] = first_pass(x, spans, encode)
-        trained = [
-            stepped(w, g, self.config.rate) for w, g in zip(weights, gradients, strict=True)
-        ]
-
-        first, second = trained
+        first, second = (stepped(w, g, rate) for w, g in zip(weights, gradients, strict=True))
 
         def decode(span: slice) -> Tensor:
-            [query] = linear_parts(self.qkv, x[:, span], self.dim, slice(1))
+            [query] = self._parts(x[:, span], slice(1))
             own = None if local is None else local[:, span]
             return linear(self.proj, read_unit(self._by_head(query), first, second, own))
 

@@ -29,7 +29,7 @@ def test_a_reference_keeps_the_type_of_its_tokens(name, dtype):
 
 
 # Whose bias a kernel adds itself, or whose parts are products of their own without kernels.
-ELSEWHERE = ("step_proj", "forget_gate.1", "focused.qkv")
+ELSEWHERE = ("step_proj", "forget_gate.1", "focused.qkv", "ttt.qkv")
 PRODUCTS = ("fusion.expand", "pvt.reduce")  # convolutions
 
 

@@ -398,12 +398,11 @@ def launch_inner(dtype):
     from attnzoo.ops.inner_loop import triton as kernels
 
     e = inner_loop.WIDEST_HALF if dtype == torch.bfloat16 else inner_loop.WIDEST
-    x, weight = torch.ones(1, 256, 6 * e, dtype=dtype), torch.ones(2, e, e, dtype=dtype)
-    sizes, taps = (2, 1.0), torch.ones(e, 1, 3, 3, dtype=dtype)
-    out, *saved = kernels._unit.function(x, weight, weight + 1, x[..., :e], *sizes)
-    kernels._unit_backward.function(out, *saved, x, weight, weight + 1, *sizes)
-    out, *saved = kernels._conv.function(x[..., : 3 * e], taps, 16, 16, 1.0)
-    kernels._conv_backward.function(out, *saved, x[..., : 3 * e], 16, 16, 1.0)
+    x, weight = torch.ones(1, 256, 9 * e, dtype=dtype), torch.ones(2, e, e, dtype=dtype)
+    out, *saved = kernels._inner.function(
+        x, weight, weight + 1, torch.ones(e, 1, 3, 3, dtype=dtype), None, 16, 16, 1.0
+    )
+    kernels._inner_backward.function(out, *saved, x, weight, weight + 1, 16, 16, 1.0)
 
 
 KERNELS = {
@@ -426,7 +425,8 @@ KERNELS = {
     "_group_means_kernel", "_group_norm_backward_kernel", "_group_norm_kernel",
     "_group_spread_kernel", "_grouped_kernel", "_grouped_sum_kernel",
     "_grouped_weight_kernel", "_hand_out_gradient_kernel", "_hand_out_kernel",
-    "_hourglass_gradient_kernel", "_hourglass_kernel", "_join_kernel",
+    "_hourglass_gradient_kernel", "_hourglass_kernel", "_inner_fold_kernel",
+    "_inner_key_kernel", "_inner_query_kernel", "_inner_read_kernel", "_join_kernel",
     "_key_gradient_kernel", "_map_features_kernel", "_map_gradient_kernel",
     "_map_router_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
     "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
@@ -442,9 +442,8 @@ KERNELS = {
     "_spread_kernel", "_statistics_kernel", "_stencil_kernel",
     "_stencil_weight_kernel", "_step_gradient_kernel", "_step_kernel", "_state_sum_kernel",
     "_sums_kernel",
-    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_unit_fold_kernel", "_unit_key_kernel",
-    "_unit_query_kernel", "_unit_read_kernel", "_wide_gradient_kernel", "_wide_read_kernel",
-    "_window_products_kernel", "_window_sum_kernel", "_windows_kernel",
+    "_tap_sums_kernel", "_top1_kernel", "_turn_kernel", "_wide_gradient_kernel",
+    "_wide_read_kernel", "_windows_kernel",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import build_attention
-from attnzoo.ops.inner_loop import conv_tokens, unit_tokens
+from attnzoo.ops.inner_loop import inner_tokens
 from attnzoo.testing import build_scrambled, tokens
 from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IMPLEMENTATIONS, IS_INTERPRETED
 
@@ -27,32 +27,25 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
-def unit_operands(b, n, heads, width, has_local, dtype=torch.float32):
-    """Tokens, both matrices, perhaps what comes behind the heads; and a cotangent."""
-    found = [random(b, n, 3 * heads * width, dtype=dtype)]
+def operands(b, grid, heads, width, has_taps, dtype=torch.float32):
+    """Tokens, both matrices, perhaps taps, a bias; and a cotangent."""
+    n, columns = grid[0] * grid[1], (heads + has_taps) * width
+    found = [random(b, n, 3 * columns, dtype=dtype)]
     found += [random(heads, width, width, seed=s, dtype=dtype) / width**0.5 for s in (1, 2)]
-    found += [random(b, n, width, seed=3, dtype=dtype)] * has_local
+    found += [random(width, 1, 3, 3, seed=3, dtype=dtype)] * has_taps
+    found += [random(3 * columns, seed=5, dtype=dtype)]
     # Long values, so that a step is not small beside its matrix.
-    found[0][..., 2 * heads * width :] *= 30
-    return [*found, random(b, n, (heads + has_local) * width, seed=4, dtype=dtype)]
+    for start in (2 * heads * width, 3 * heads * width + 2 * width):
+        found[0][..., start : start + (heads if start < 3 * heads * width else 1) * width] *= 30
+    return [*found, random(b, n, columns, seed=4, dtype=dtype)]
 
 
-def unit(heads, impl, rate=0.7):
-    def call(qkv, first, second, *local):
-        return unit_tokens(qkv, first, second, heads, rate, *local, impl=impl)
+def inner(grid, impl, rate=0.7):
+    def call(qkv, first, second, *others):
+        taps = others[0] if len(others) == 2 else None
+        return inner_tokens(qkv, grid, first, second, taps, rate, others[-1], impl=impl)
 
     return call
-
-
-def conv_operands(b, grid, channels, dtype=torch.float32):
-    n = grid[0] * grid[1]
-    found = [random(b, n, 3 * channels, dtype=dtype), random(channels, 1, 3, 3, seed=1)]
-    found[0][..., 2 * channels :] *= 30
-    return [found[0], found[1].to(dtype), random(b, n, channels, seed=4, dtype=dtype)]
-
-
-def conv(grid, impl, rate=0.7):
-    return lambda qkv, taps: conv_tokens(qkv, grid, taps, rate, impl=impl)
 
 
 def with_gradients(function, inputs):
@@ -68,7 +61,8 @@ def with_gradients(function, inputs):
 
 def errors(found, exact):
     pairs = zip(found, exact, strict=True)
-    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
+    apart = [(f - e).norm() / e.norm().clamp_min(1e-30) for f, e in pairs]
+    return [z.nan_to_num(torch.inf).item() for z in apart]  # max() may overlook a NaN
 
 
 def check(inputs, function_of, impl):
@@ -87,49 +81,48 @@ def check(inputs, function_of, impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(
-    ("b", "n", "heads", "width", "has_local"),
-    [(2, 37, 3, 8, True), (1, 1, 1, 24, False), (1, 150, 2, 40, True), (2, 70, 1, 64, False)],
+    ("b", "grid", "heads", "width", "has_taps"),
+    [
+        (2, (1, 37), 3, 8, False),
+        (2, (5, 7), 3, 5, True),
+        (1, (1, 1), 1, 24, True),
+        (1, (3, 50), 2, 40, True),
+        (2, (70, 1), 1, 64, True),
+        (1, (9, 4), 0, 16, True),
+    ],
+    ids=str,
 )
-def test_the_unit_equals_the_reference(b, n, heads, width, has_local, dtype, impl):
+def test_the_inner_loop_equals_the_reference(b, grid, heads, width, has_taps, dtype, impl):
     if impl == "triton" and dtype == torch.float32:
         width = min(width, 32)  # wider ones are PyTorch's
-    inputs = unit_operands(b, n, heads, width, has_local, dtype)
-    check(inputs, lambda impl: unit(heads, impl), impl)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize(
-    ("b", "grid", "channels"), [(2, (5, 7), 5), (1, (1, 1), 3), (1, (3, 40), 70), (1, (40, 1), 16)]
-)
-def test_the_convolution_equals_the_reference(b, grid, channels, dtype, impl):
-    check(conv_operands(b, grid, channels, dtype), lambda impl: conv(grid, impl), impl)
+    inputs = operands(b, grid, heads, width, has_taps, dtype)
+    check(inputs, lambda impl: inner(grid, impl), impl)
 
 
 if CAN_RUN:
 
     def test_wide_heads_are_left_to_pytorch():
-        *inputs, _ = unit_operands(1, 5, 1, 40, False)
+        *inputs, _ = operands(1, (1, 5), 1, 40, False)
         with pytest.raises(RuntimeError, match=r"heads of width 40 in torch.float32, only up to"):
-            unit(1, "triton")(*inputs)
-        assert torch.equal(unit(1, "auto")(*inputs), unit(1, "torch")(*inputs))
+            inner((1, 5), "triton")(*inputs)
+        assert torch.equal(*(inner((1, 5), impl)(*inputs) for impl in ("auto", "torch")))
 
     def test_values_that_train_nothing_have_finite_gradients():
-        inputs = unit_operands(1, 20, 2, 8, False)
-        inputs[0][..., 32:] = 0
-        check(inputs, lambda impl: unit(2, impl), "triton")
+        inputs = operands(1, (4, 5), 2, 8, True)
+        inputs[0][..., 32:48] = inputs[0][..., 64:] = 0
+        check(inputs, lambda impl: inner((4, 5), impl), "triton")
 
     def test_a_nan_stays_in_its_image():
-        *inputs, _ = unit_operands(3, 20, 2, 8, True)
+        *inputs, _ = operands(3, (4, 5), 2, 8, True)
         broken = [inputs[0].clone(), *inputs[1:]]
         broken[0][1, 3, 20] = float("nan")
-        clean, found = (unit(2, "triton")(*z) for z in (inputs, broken))
+        clean, found = (inner((4, 5), "triton")(*z) for z in (inputs, broken))
         assert torch.equal(clean[::2], found[::2]) and found[1].isnan().any()
 
     def test_float16_keeps_small_gradients():
-        inputs = [z.half() for z in unit_operands(1, 150, 2, 8, True)]
-        exact = with_gradients(unit(2, "reference"), [z.double() for z in inputs])
-        assert max(errors(with_gradients(unit(2, "triton"), inputs), exact)) < 2e-3
+        inputs = [z.half() for z in operands(1, (3, 50), 2, 8, True)]
+        exact = with_gradients(inner((3, 50), "reference"), [z.double() for z in inputs])
+        assert max(errors(with_gradients(inner((3, 50), "triton"), inputs), exact)) < 2e-3
 
     @pytest.mark.parametrize("options", [{}, {"conv": False}], ids=str)
     @pytest.mark.parametrize("way", ["float32", "cast", "autocast"])

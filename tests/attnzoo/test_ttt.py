@@ -14,7 +14,8 @@ def oracle(layer, x, grid):
     e = layer.dim // heads
     out = []
     for image in x:
-        q, k, v = (image @ layer.qkv.weight.T + layer.qkv.bias).view(n, 3, heads, e).unbind(1)
+        made = image @ layer.qkv.weight.T + layer.qkv.bias
+        q, k, v = made[:, : 3 * heads * e].view(n, 3, heads, e).unbind(1)
         parts = []
         for h in range(heads):
             w = [layer.first[h] * 1, layer.second[h] * 1]
@@ -30,8 +31,7 @@ def oracle(layer, x, grid):
             ]
             parts.append(f(q[:, h], w))
         if layer.config.conv:
-            z = image @ layer.local_qkv.weight.T + layer.local_qkv.bias
-            q, k, v = z.view(height, width, 3, e).unbind(2)
+            q, k, v = made[:, 3 * heads * e :].view(height, width, 3, e).unbind(2)
             taps = layer.taps[:, 0] * 1
 
             def convolved(z, taps):

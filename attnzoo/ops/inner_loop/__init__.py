@@ -16,20 +16,19 @@ from attnzoo.ops.inner_loop.torch import read_unit, stepped, unit_gradients
 from attnzoo.ops.precision import operand_dtype
 
 __all__ = [
-    "conv_tokens",
+    "inner_tokens",
     "read_unit",
     "stepped",
     "trained_conv",
     "trained_unit",
     "unit_gradients",
-    "unit_tokens",
 ]
 
 # Heads whose matrices a program of the kernels holds; all but bfloat16 is computed in float32.
 WIDEST_HALF, WIDEST = 64, 32
 
 
-def unserved(tokens: Tensor, first: Any, *_: Any) -> str | None:
+def unserved(tokens: Tensor, _: Any, first: Any, *__: Any) -> str | None:
     """What the Triton kernels do not serve."""
     if not tokens.numel():
         return "no tokens"
@@ -90,66 +89,42 @@ def trained_conv(
 
 
 @operator
-def unit_tokens(
-    tokens: Tensor,
-    first: Tensor,
-    second: Tensor,
-    heads: int,
-    rate: float = 1.0,
-    local: Tensor | None = None,
-    *,
-    impl: Impl = "auto",
-) -> Tensor:
-    """What the queries read of the model that ``trained_unit`` trains.
-
-    Args:
-        tokens: Queries, keys and values side by side, (b, n, 3 * h * d).
-        first: See ``trained_unit``; also for ``second`` and ``rate``.
-        heads: h.
-        local: (b, n, d), which comes behind the heads' outputs, or None.
-        impl: See ``attnzoo.ops.dispatch``.
-
-    Returns:
-        (b, n, h * d), or (b, n, h * d + d) with ``local``.
-    """
-    ...
-
-
-@operator
-def conv_tokens(
+def inner_tokens(
     tokens: Tensor,
     grid: tuple[int, int],
-    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    taps: Tensor | None = None,
     rate: float = 1.0,
+    bias: Tensor | None = None,
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """What the queries read of the convolution that ``trained_conv`` trains.
+    """What the queries read of the models that ``trained_unit`` and ``trained_conv`` train.
 
     Args:
-        tokens: Queries, keys and values side by side, (b, height * width, 3 * c).
-        grid: (height, width).
-        weight: See ``trained_conv``; also for ``rate``.
+        tokens: Queries, keys and values of the heads side by side, behind them those of the
+            convolution: (b, n, 3 * h * d), or (b, n, 3 * h * d + 3 * d) with ``taps``.
+        grid: (height, width), n = height * width.
+        first: See ``trained_unit``; also for ``second`` and ``rate``. There may be no head.
+        taps: Of the convolution, (d, 1, 3, 3), or None.
+        bias: What was added to every token, if it is to be given the sum of their gradients.
         impl: See ``attnzoo.ops.dispatch``.
 
     Returns:
-        (b, height * width, c).
+        (b, n, h * d), or (b, n, h * d + d) with ``taps``.
     """
     ...
 
 
-def _unit_macs(tokens: Tensor, first: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * tokens.numel() * first.shape[-1]
-
-
-def _conv_macs(tokens: Tensor, *_: Any, **__: Any) -> int:
-    return 6 * tokens.numel()
+def _macs(tokens: Tensor, first: Tensor, *_: Any, **__: Any) -> int:
+    heads, width, _last = first.shape
+    of_heads = 3 * heads * width
+    return tokens[..., 0].numel() * (2 * of_heads * width + 6 * (tokens.shape[-1] - of_heads))
 
 
 # Backward: two products for each; that some are made anew is not counted, as nowhere.
 MACS |= {
-    "trained_unit_tokens": _unit_macs,
-    "trained_unit_tokens_backward": lambda *operands, **_: 2 * _unit_macs(*operands[3:]),
-    "trained_conv_tokens": _conv_macs,
-    "trained_conv_tokens_backward": lambda *operands, **_: 2 * _conv_macs(*operands[3:]),
+    "trained_tokens": _macs,
+    "trained_tokens_backward": lambda *operands, **_: 2 * _macs(*operands[3:]),
 }

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.depthwise_conv import to_image
 from attnzoo.ops.dispatch import is_transformed
-from attnzoo.ops.inner_loop.torch import read_conv, read_unit
+from attnzoo.ops.inner_loop.torch import read_conv, read_unit, split_tokens
 from attnzoo.ops.precision import in_float32
 
 
@@ -52,18 +51,14 @@ def trained_conv(key: Tensor, value: Tensor, weight: Tensor, rate: float = 1.0) 
     return weights - rate * found / (found.norm(dim=(-2, -1), keepdim=True) + 1)
 
 
-def unit_tokens(
-    tokens: Tensor, first: Tensor, second: Tensor, heads: int, rate: float = 1.0,
-    local: Tensor | None = None,
+def inner_tokens(
+    tokens: Tensor, grid: tuple[int, int], first: Tensor, second: Tensor,
+    taps: Tensor | None = None, rate: float = 1.0, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.inner_loop``."""
-    split = tokens.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return read_unit(split[0], *trained_unit(split[1], split[2], first, second, rate), local)
-
-
-def conv_tokens(
-    tokens: Tensor, grid: tuple[int, int], weight: Tensor, rate: float = 1.0
-) -> Tensor:
-    """See ``attnzoo.ops.inner_loop``."""
-    query, key, value = to_image(tokens, grid).chunk(3, dim=1)
-    return read_conv(query, trained_conv(key, value, weight, rate))
+    tokens = tokens if bias is None else tokens + (bias - bias.detach())
+    (query, key, value), near = split_tokens(tokens, grid, first)
+    local = None
+    if taps is not None:
+        local = read_conv(near[0], trained_conv(near[1], near[2], taps, rate))
+    return read_unit(query, *trained_unit(key, value, first, second, rate), local)

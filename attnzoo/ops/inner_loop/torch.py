@@ -74,19 +74,25 @@ def read_conv(query: Tensor, taps: Tensor) -> Tensor:
     return to_tokens(out.view_as(query))
 
 
-def unit_tokens(
-    tokens: Tensor, first: Tensor, second: Tensor, heads: int, rate: float = 1.0,
-    local: Tensor | None = None,
+def split_tokens(
+    tokens: Tensor, grid: tuple[int, int], first: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Queries, keys and values of the heads, (b, h, n, d), and of the convolution, images."""
+    heads, width, _ = first.shape
+    of_heads = 3 * heads * width
+    own, near = tokens.split([of_heads, tokens.shape[-1] - of_heads], dim=-1)
+    parts = own.unflatten(-1, (3, heads, width)).transpose(1, 3).unbind(2)
+    return parts, to_image(near, grid).chunk(3, dim=1) if near.shape[-1] else ()
+
+
+def inner_tokens(
+    tokens: Tensor, grid: tuple[int, int], first: Tensor, second: Tensor,
+    taps: Tensor | None = None, rate: float = 1.0, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.inner_loop``."""
-    parts = tokens.chunk(3, dim=-1)
-    query, key, value = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in parts)
+    tokens = tokens if bias is None else tokens + (bias - bias.detach())
+    (query, key, value), near = split_tokens(tokens, grid, first)
+    local = None
+    if taps is not None:
+        local = read_conv(near[0], trained_conv(near[1], near[2], taps, rate))
     return read_unit(query, *trained_unit(key, value, first, second, rate), local)
-
-
-def conv_tokens(
-    tokens: Tensor, grid: tuple[int, int], weight: Tensor, rate: float = 1.0
-) -> Tensor:
-    """See ``attnzoo.ops.inner_loop``."""
-    query, key, value = to_image(tokens, grid).chunk(3, dim=1)
-    return read_conv(query, trained_conv(key, value, weight, rate))
