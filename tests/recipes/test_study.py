@@ -297,8 +297,8 @@ def rows(name="resolution", protocol="depth", px=32, seeds=5, losses=LOSSES, **o
                 "run": f"{name}-{protocol}-{px}-{variant}-{seed}", "parameters": 10, "macs": 1000,
                 "step_seconds": 0.01, "wall_seconds": 6.0, "loss": value, "loss_model": value,
                 **{f"q{q}": value for q in range(1, 5)}, "train_loss": value, "device": "H100",
-                "torch": "2.11", "held_out": 512, "images": "abcd", "elsewhere": 0,
-                "FID[efflite0]": 100 * value,
+                "torch": "2.11", "learning_rate": 0.003, "held_out": 512, "images": "abcd",
+                "elsewhere": 0, "FID[efflite0]": 100 * value,
                 "curve": f"20:{3 * value:.6g} 80:{1.25 * value:.6g} 100:{value:.6g}",
             } | other  # fmt: skip
 
@@ -438,6 +438,9 @@ class TestPage:
         frame = pd.concat([pd.DataFrame(rows(px=64)), pd.DataFrame(rows(model="96x4"))])
         with pytest.raises(UserError, match=r"of model 192x6, .* and model 96x4, .* of each"):
             page.results_page(frame, "p.png", "t.csv")
+        frame = pd.concat([pd.DataFrame(rows()), pd.DataFrame(rows(learning_rate=1e-3))])
+        with pytest.raises(UserError, match=r"rate 0.003 and .* rate 0.001: make a page of each"):
+            page.results_page(frame, "p.png", "t.csv")
 
     def test_tables_are_put_together_and_a_done_run_speaks_for_itself(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=2))
@@ -573,8 +576,9 @@ class TestPage:
         for line in paragraphs:
             assert 1 <= len(re.findall(r"\.(?: |$)", line.split("** ", 1)[1])) <= 3, line
 
-    def test_the_published_page_is_what_its_table_gives(self):
-        file, out = ROOT / "docs" / "results.csv", ROOT / "docs" / "results.md"
+    @pytest.mark.parametrize("name", ["results", "results-size-s"])
+    def test_a_published_page_is_what_its_table_gives(self, name):
+        file = ROOT / "docs" / f"{name}.csv"
         assert file.stat().st_size < table.LIMIT
-        text = page.results_page(table.read(file), "plots/results.png", file.name)
-        assert text == out.read_text()
+        text = page.results_page(table.read(file), f"plots/{name}.png", file.name)
+        assert text == file.with_suffix(".md").read_text()

@@ -50,6 +50,7 @@ HEADLINES: Sequence[tuple[str, str, Sequence[tuple[str, str]] | str]] = (
 NOT_YET = "not measured yet"
 # Width and blocks of the smallest model that the claims are about, and of a rehearsal.
 _FULL, _SMALL = "192x6", "96x4"
+_SCALE = ["model", "steps", "batch", "learning_rate"]
 FID = "FID[efflite0]"
 
 
@@ -69,8 +70,9 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
     if done.empty:
         raise UserError("no run of the table is done yet: go on with python recipes/study.py")
     for study, runs in done.loc[done["protocol"] == "depth"].groupby("study"):
-        if len(scales := _unique(runs, ["model", "steps", "batch"])) > 1:
-            named = " and ".join("model {}, {} steps of {} images".format(*s) for s in scales)
+        if len(scales := _unique(runs, _SCALE)) > 1:
+            words = "model {}, {} steps of {} images, learning rate {}"
+            named = " and ".join(words.format(*scale) for scale in scales)
             raise UserError(f"the table has runs of {study!r} of {named}: make a page of each, "
                             f"since a line through both would show the scale")  # fmt: skip
     decisions = decide(table, mixed)
@@ -102,7 +104,8 @@ def _scale(done: pd.DataFrame) -> str:
     )
     text = (
         f"{len(runs)} runs: {settings} (width x blocks); {_range(runs['steps'])} steps of "
-        f"{_range(runs['batch'])} images; on {devices}."
+        f"{_range(runs['batch'])} images at rate {_range(runs['learning_rate'])}; "
+        f"on {devices}."
     )
     is_on_cpu = all(str(device).startswith("cpu") for device in runs["device"])
     is_small = is_on_cpu or {model for _, model in models.groups} == {_SMALL}

@@ -12,6 +12,7 @@ import pandas as pd
 from recipes.lab.console import UserError, one_line
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.planned import OK, read_result
 from recipes.studies.comparison.tables import read_table, write_table
 from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
@@ -54,7 +55,7 @@ def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
         "data": settings.data + ("" if settings.level == "easy" else f"/{settings.level}"),
         "px": side, "tokens": (side // PATCH) ** 2, "seed": settings.seed,
         "steps": settings.steps, "batch": settings.batch_size,
-        "held_out": settings.held_out_images,
+        "learning_rate": settings.learning_rate, "held_out": settings.held_out_images,
         "model": f"{backbone.get('dim')}x{backbone.get('depth')}",
         "arithmetic": settings.precision + (", compiled" if settings.compile == "on" else ""),
         "run": planned.name, "state": result["state"],
@@ -161,9 +162,9 @@ def read(path: Path) -> pd.DataFrame:
         UserError: It is none, or damaged.
     """
     frame = read_table(path, _TEXTS)
-    frame = frame.assign(  # a table of before they were noted
-        **{n: v for n, v in (("held_out", 0), ("images", "")) if n not in frame}
-    )
+    older = {"held_out": 0, "images": "", "learning_rate": Settings.learning_rate}
+    # A table of before they were noted.
+    frame = frame.assign(**{n: value for n, value in older.items() if n not in frame})
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
