@@ -135,7 +135,9 @@ class Run(reports.Writer):
             treatments = LAYER_TREATMENTS if options.device == "cuda" else ("eager",)
             case = dataclasses.replace(case, treatments=treatments)
             jobs.append(Job("profile", case.mechanism, case))
-        return sorted((job for job in jobs if job.part in options.parts), key=self._place)
+        wanted = {"", *options.modes}
+        asked = [job for job in jobs if job.part in options.parts and _mode_of(job) in wanted]
+        return sorted(asked, key=self._place)
 
     def _place(self, job: Job) -> int:
         case, is_first, older = job.case, job.mechanism in FIRST, self.options.before
@@ -246,6 +248,10 @@ class Run(reports.Writer):
         return late
 
 
+def _mode_of(job: Job) -> str:
+    return job.mode if job.case is None else job.case.mode
+
+
 def planned(
     mechanisms: Sequence[str],
     models: Mapping[str, Sequence[int]],
@@ -331,6 +337,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--sizes", default="S,L", help="of the backbone: tiny, S, B, L; without --mechanisms "
         f"only {', '.join(LARGE)} have more than the first",
     )  # fmt: skip
+    parser.add_argument(
+        "--modes", default=",".join(MODES), help=f"of {', '.join(MODES)} (default: both)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument(
@@ -362,13 +371,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("give --parts or --no-layers, which is short for --parts cases")
     is_short = options.no_layers or options.device == "cpu"
     is_named = options.parts is not None
-    for name in ("mechanisms", "sizes", "parts", "tokens"):
+    for name in ("mechanisms", "sizes", "parts", "tokens", "modes"):
         if (text := getattr(options, name)) and not split(text):
             raise UserError(f"--{name} {text} names none")
     options.parts = split(options.parts or ("cases" if is_short else ",".join(DEFAULT_PARTS)))
     for part in options.parts:
         if part not in PARTS:
             raise UserError(f"unknown part {part!r}; choose of {', '.join(PARTS)}")
+    options.modes = split(options.modes)
+    for mode in options.modes:
+        if mode not in MODES:
+            raise UserError(f"unknown mode {mode!r}; choose of {', '.join(MODES)}")
     if options.before is not None:
         if not {"recipes", "before"} & set(options.parts):
             raise UserError("--before is of recipes and before; give --parts recipes,before, too")

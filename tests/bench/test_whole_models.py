@@ -585,6 +585,13 @@ def test_what_is_no_older_checkout_is_refused(older, tmp_path):
         measure_recipe("sample", "dydila", "before", setup)
 
 
+def test_one_mode_may_be_asked_for(tmp_path):
+    arguments = ["--out", str(tmp_path / "x.json"), "--mechanisms", "sana", "--modes", "train"]
+    run = whole_models.Run(whole_models._options([*arguments, "--parts", "cases,layers"]))
+    assert {job.case.mode for job in run._planned()} == {"train"}
+    assert {job.part for job in run._planned()} == {"cases", "layers"}
+
+
 def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
     arguments = ["--out", str(tmp_path / "x.json"), "--device", "cuda", "--mechanisms"]
     found = {}
@@ -628,6 +635,7 @@ def test_what_a_gpu_is_asked_for_beside_models(tmp_path, monkeypatch):
         (["--out", "x.json", "--parts", ","], "--parts , names none"),
         (["--out", "x.json", "--sizes", "XL"], "unknown size 'XL'"),
         (["--out", "x.json", "--parts", "layer"], "unknown part 'layer'; choose of cases, layers"),
+        (["--out", "x.json", "--modes", "step"], "unknown mode 'step'; choose of forward, train"),
         (["--out", "x.json", "--parts", "layers", "--no-layers"], "short for --parts cases"),
         ([], "either --out"),
         (["--out", "x.json", "--table", "x.json"], "either --out"),
