@@ -29,6 +29,7 @@ from recipes.lab.console import DONE, UserError, run_script
 from recipes.lab.files import require_writable, write_text
 from recipes.studies.quality import table
 from recipes.studies.quality.decide import far_loss
+from recipes.studies.quality.plans import Scale
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "attnzoo" / "command" / "figures.json"
@@ -98,14 +99,15 @@ def _parameters(case: dict[str, Any]) -> int:
 def studied_quality(paths: Iterable[Path]) -> list[Quality]:
     """Held-out losses of the studies' tables (``recipes/study.py``), at equal depth.
 
-    Of a variant of which a run did not train there is none: a mean with it says nothing.
+    Models of another size are another comparison. Of a variant of which a run did not train there
+    is none: a mean with it says nothing.
 
     Raises:
         UserError: Two tables have a setting at two scales, whose losses have no mean.
     """
-    losses: dict[tuple[str, str, int, int], list[float]] = {}
-    of_setting: dict[tuple[str, int], list[float]] = {}
-    scales: dict[tuple[str, int], tuple[Any, ...]] = {}
+    losses: dict[tuple[str, str, int, str, int], list[float]] = {}
+    of_setting: dict[tuple[str, int, str], list[float]] = {}
+    scales: dict[tuple[str, int, str], tuple[Any, ...]] = {}
     for path in sorted(paths):
         with path.open(encoding="utf-8", newline="") as file:
             if not set(next(csv.reader(file), ())) >= _STUDIED:
@@ -113,17 +115,17 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
         runs = table.read(path)
         runs = runs.loc[(runs["state"] == "ok") & (runs["protocol"] == "depth")]
         for row in table.one_each(runs.loc[runs["loss"].notna()]).to_dict("records"):
-            scale = row.get("model"), row["steps"], row["batch"]
-            if scales.setdefault((row["data"], row["px"]), scale) != scale:
+            setting = row["data"], row["px"], row.get("model", Scale.model)
+            scale = row["steps"], row["batch"], row["learning_rate"]
+            if scales.setdefault(setting, scale) != scale:
                 raise UserError(f"{path} has {row['data']} at {row['px']} px at another scale")
-            key = row["variant"], row["data"], row["px"], row["tokens"]
-            losses.setdefault(key, []).append(row["loss"])
-            of_setting.setdefault(key[1:3], []).append(row["loss"])
+            losses.setdefault((row["variant"], *setting, row["tokens"]), []).append(row["loss"])
+            of_setting.setdefault(setting, []).append(row["loss"])
     far = {setting: far_loss(pd.Series(found)) for setting, found in of_setting.items()}
     return [
-        _quality(variant, tokens, found, f"{data}, {px} px")
-        for (variant, data, px, tokens), found in sorted(losses.items())
-        if max(found) <= far[data, px]
+        _quality(variant, tokens, found, f"{data}, {px} px{f', {model}' * (model != Scale.model)}")
+        for (variant, data, px, model, tokens), found in sorted(losses.items())
+        if max(found) <= far[data, px, model]
     ]
 
 

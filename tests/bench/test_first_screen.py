@@ -124,10 +124,16 @@ def test_the_studies_come_before_digits(tmp_path):
     (found,) = shipped.studied_quality(tmp_path.glob("*.csv"))
     assert (found.mean, found.spread, found.seeds, found.tokens) == (0.3, 0.1, 2, 256)
     assert found.setting == "emoji, 64 px"
+    larger = [f"{line},384x12" for line in rows]
+    (tmp_path / "s.csv").write_text("\n".join([f"{columns},model", *larger, ""]))
+    settings = [q.setting for q in shipped.studied_quality(tmp_path.glob("*.csv"))]
+    assert settings == ["emoji, 64 px", "emoji, 64 px, 384x12"]
     longer = [line.replace(",10,8,", ",20,8,") for line in rows]
-    (tmp_path / "z.csv").write_text("\n".join([columns, *longer, ""]))
-    with pytest.raises(UserError, match=r"z\.csv has emoji at 64 px at another scale"):
-        shipped.studied_quality(tmp_path.glob("*.csv"))
+    slower = [f"{line},0.001" for line in rows]
+    for titles, other in ((columns, longer), (f"{columns},learning_rate", slower)):
+        (tmp_path / "z.csv").write_text("\n".join([titles, *other, ""]))
+        with pytest.raises(UserError, match=r"z\.csv has emoji at 64 px at another scale"):
+            shipped.studied_quality(tmp_path.glob("*.csv"))
     digits = shipped.digits_quality()
     assert {"softmax", "sana", "conv"} <= {q.mechanism for q in digits}
     assert {(q.tokens, q.setting) for q in digits} == {(4, "digits, 8 px")}
