@@ -438,9 +438,11 @@ class TestPage:
         frame = pd.concat([pd.DataFrame(rows(px=64)), pd.DataFrame(rows(model="96x4"))])
         with pytest.raises(UserError, match=r"of model 192x6, .* and model 96x4, .* of each"):
             page.results_page(frame, "p.png", "t.csv")
-        frame = pd.concat([pd.DataFrame(rows()), pd.DataFrame(rows(learning_rate=1e-3))])
-        with pytest.raises(UserError, match=r"rate 0.003 and .* rate 0.001: make a page of each"):
-            page.results_page(frame, "p.png", "t.csv")
+        for protocol in ("depth", "time"):
+            other = rows(protocol=protocol, learning_rate=1e-3)
+            frame = pd.concat([pd.DataFrame(rows()), pd.DataFrame(other)])
+            with pytest.raises(UserError, match=r"rate 0.003 and .* rate 0.001: make a page of"):
+                page.results_page(frame, "p.png", "t.csv")
 
     def test_tables_are_put_together_and_a_done_run_speaks_for_itself(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=2))
@@ -479,6 +481,7 @@ class TestPage:
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
             (frame.assign(px="many"), "damaged: column 'px'"),
             (frame.assign(seed=None), "'seed' lacks a number"),
+            (frame.assign(learning_rate=None), "'learning_rate' lacks a number"),
         ):
             with pytest.raises(UserError, match=words):
                 table.read(self.write(tmp_path, bad))

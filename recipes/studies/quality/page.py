@@ -69,12 +69,16 @@ def results_page(table: pd.DataFrame, picture: str, name: str, mixed: bool = Fal
     done = table.loc[(table["state"] == OK) & table[LOSS].notna()]
     if done.empty:
         raise UserError("no run of the table is done yet: go on with python recipes/study.py")
-    for study, runs in done.loc[done["protocol"] == "depth"].groupby("study"):
-        if len(scales := _unique(runs, _SCALE)) > 1:
-            words = "model {}, {} steps of {} images, learning rate {}"
-            named = " and ".join(words.format(*scale) for scale in scales)
-            raise UserError(f"the table has runs of {study!r} of {named}: make a page of each, "
-                            f"since a line through both would show the scale")  # fmt: skip
+    for study, runs in done.groupby("study"):
+        # At equal MACs models differ, and at equal time steps.
+        for alike, names in ((runs.loc[runs["protocol"] == "depth"], _SCALE), (runs, _SCALE[2:])):
+            if len(scales := _unique(alike, names)) > 1:
+                words = ", ".join(f"{name.replace('_', ' ')} {{}}" for name in names)
+                named = " and ".join(words.format(*scale) for scale in scales)
+                raise UserError(
+                    f"the table has runs of {study!r} of {named}: make a page of each, since a "
+                    f"line through both would show the scale"
+                )
     decisions = decide(table, mixed)
     template = Path(__file__).with_name("page.md").read_text("utf-8")
     return string.Template(template).substitute(

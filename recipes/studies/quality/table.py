@@ -168,7 +168,7 @@ def read(path: Path) -> pd.DataFrame:
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
-    for name in _WHOLE:
+    for name in (*_WHOLE, "learning_rate"):
         if frame[name].isna().any():
             raise UserError(f"table {str(path)!r} is damaged: column {name!r} lacks a number")
     return frame.astype(dict.fromkeys(_WHOLE, int))
