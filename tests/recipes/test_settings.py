@@ -318,6 +318,7 @@ class TestRate:
             ({"decay": "exponential"}, "--decay must be one of linear, cosine, constant"),
             ({"warmup_steps": -1}, "--warmup-steps must be an integer from 0"),
             ({"weight_decay": -0.1}, "--weight-decay must be a finite number of at least 0"),
+            ({"sharded": True, "accumulate": 2, "gradient_sums": "bf16"}, "2 micro-steps adds as"),
         ],
     )
     def test_what_cannot_be_is_refused(self, options, said):

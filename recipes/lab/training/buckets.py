@@ -52,8 +52,7 @@ class GradientBuckets:
         self._casts: CastWeights | None = None
         self._sums = sums
         self._is_beside = megabytes > 0
-        self._works: list[Any] = []
-        self._sent: list[Sequence[Tensor]] = []  # of each bucket on its way
+        self._works: list[tuple[Any, Sequence[Tensor]]] = []  # with what is on its way
         self._missing: list[int] = []
         self._next = 0
         self._is_open = False
@@ -78,10 +77,10 @@ class GradientBuckets:
 
     def begin(self) -> None:
         """To be called before the backward after which the gradients are complete."""
-        for work in self._works:  # of a backward that broke off
+        for work, _ in self._works:  # of a backward that broke off
             with contextlib.suppress(RuntimeError):
                 work.wait()
-        self._works, self._sent = [], []
+        self._works = []
         self._missing = [len(bucket) for bucket in self._buckets]
         self._next = 0
         self._is_open = self._is_proven
@@ -102,13 +101,14 @@ class GradientBuckets:
             self._reduce_next()
         self._reduce([numbers])
         norms: list[Tensor] = []
-        for bucket, work, sums in zip(self._buckets, self._works, self._sent, strict=False):
+        *works, (last, _) = self._works
+        for bucket, (work, sums) in zip(self._buckets, works, strict=True):
             work.wait()
             self._leave(bucket, sums)
             # While the last sums are on their way.
             norms += torch._foreach_norm([p.grad for p in bucket])  # type: ignore
-        self._works[-1].wait()
-        self._works, self._sent = [], []
+        last.wait()
+        self._works = []
         self._is_proven = True
         # In the order of the parameters, as one process adds them up.
         return numbers, torch.linalg.vector_norm(torch.stack(norms[::-1]))
@@ -174,8 +174,7 @@ class GradientBuckets:
         with dist._coalescing_manager(self._group, async_ops=True) as work:  # type: ignore
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self._group)
-        self._works.append(work)
-        self._sent.append(tensors)
+        self._works.append((work, tensors))
 
 
 def _uses(tensor: Tensor) -> int:

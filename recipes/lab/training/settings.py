@@ -283,6 +283,11 @@ class Settings:
                 f"--steps {self.steps} of --batch-size {self.batch_size} are more images than can "
                 f"be counted"
             )
+        if self.sharded and self.accumulate > 1 and self.gradient_sums != "fp32":
+            raise UserError(
+                f"--sharded with --gradient-sums {self.gradient_sums} would round what each of "
+                f"the --accumulate {self.accumulate} micro-steps adds as well: drop one"
+            )
         if self.decay_steps is not None and self.decay == "constant":
             raise UserError(
                 f"--decay-steps {self.decay_steps} is of a rate that falls, and --decay constant "
