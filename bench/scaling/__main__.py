@@ -193,7 +193,7 @@ def _chosen(flag: str, text: str, known: Sequence[str]) -> Sequence[str]:
         if part not in known:
             raise UserError(f"{flag}: unknown {part!r}{nearest(part, known)} Choose of "
                             f"{', '.join(known)}")  # fmt: skip
-    return parts
+    return list(dict.fromkeys(parts))
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

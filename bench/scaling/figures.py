@@ -8,6 +8,7 @@ from typing import Any
 from bench.reports import read, where
 from bench.results import NUMBER, TEXT
 from bench.thresholds import HEADING, SCALING, GoalFigure
+from recipes.lab.console import UserError
 from recipes.lab.pages import markdown_table
 from recipes.lab.training.settings import PRESETS
 
@@ -31,9 +32,13 @@ def read_scaling(path: Path) -> dict[str, Any]:
     """A file that ``bench.scaling`` has written.
 
     Raises:
-        UserError: It is no such file.
+        UserError: It is no such file, or has a way that this version does not know.
     """
-    return read(path, _SHAPE, "bench.scaling")
+    report = read(path, _SHAPE, "bench.scaling")
+    for row in report["training"]:
+        if row["way"] not in _WAYS:
+            raise UserError(f"{path} has the way {row['way']!r}; known are {', '.join(_WAYS)}")
+    return report
 
 
 def share_of_linear(report: dict[str, Any], row: dict[str, Any]) -> float | None:

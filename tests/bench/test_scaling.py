@@ -279,6 +279,19 @@ def test_another_file_is_no_file_of_scaling(tmp_path):
         main(["--table", str(tmp_path / "x.json")])
 
 
+def test_a_way_counts_once_and_one_of_a_later_version_is_named(tmp_path):
+    assert scaling._chosen("--ways", "bf16,ddp,bf16", WAYS) == ["bf16", "ddp"]
+    report = {
+        "training": [row_of(Case("sana", 16, 1, "fp8"), beside=0)], "checks": [], "missed": [],
+        "gpus": 1, "device": "cpu", "device_name": "C", "versions": {}, "commit": "c",
+        "datetime": "2026-01-01",
+    }  # fmt: skip
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(report))
+    with pytest.raises(UserError, match=r"x\.json has the way 'fp8'; known are overlapped, bf16"):
+        main(["--table", str(file)])
+
+
 def test_runs_that_differ_in_one_number_are_found(tmp_path):
     runs = [Run(tmp_path / name) for name in ("one", "other")]
     for run, value in zip(runs, (1.0, 1.5), strict=True):
