@@ -235,9 +235,10 @@ def _about_quality(quality: list[Quality], tokens: int) -> str:
     best = (min if first.lower else max)(quality, key=lambda q: q.mean)
     softmax = next((f"; softmax {q.mean:.4f}" for q in quality if q.mechanism == "softmax"), "")
     seeds = min(q.seeds for q in quality), max(q.seeds for q in quality)
+    other = f", not {tokens:,}" if tokens != first.tokens else ""
     return (
         f"*Quality is known at small scale only, and does not count in the choice: {first.metric} "
-        f"on {first.setting}, {first.tokens:,} tokens, not {tokens:,}, "
+        f"on {first.setting}, {first.tokens:,} tokens{other}, "
         f"{seeds[0] if seeds[0] == seeds[1] else f'{seeds[0]} to {seeds[1]}'} seeds; the best is "
         f"{best.mechanism} with {best.mean:.4f}{softmax}"
     )

@@ -229,6 +229,7 @@ def test_what_ships_answers_and_says_how_it_knows(capsys):
     over = next(r for r in found.of("h100", "S", "forward")
                 if (r.mechanism, r.tokens) == ("sana", 4096)).over_softmax  # fmt: skip
     assert f" {over:.2f} " in rows["sana"] and " 1.00 " in rows["softmax"]
+    assert " 256 tokens, 3 seeds" in said(capsys, "recommend", "--resolution", "256")
     between = said(capsys, "recommend", "--resolution", "768")
     assert "interpolated" in between and "768 px was not measured" in between
     beyond = said(capsys, "recommend", "--resolution", "4096")
