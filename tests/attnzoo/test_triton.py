@@ -29,7 +29,7 @@ from attnzoo.ops.token_difference import Weights, dynamic_differential_attention
 from attnzoo.ops.token_difference import reference as composed
 from attnzoo.testing import DIM, build_scrambled, reference_of, tokens
 from backbones import build_backbone
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON
+from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, saved_once
 from tests.attnzoo.two_parts import assert_equal, halves_and_whole
 
 
@@ -197,7 +197,8 @@ if CAN_RUN:
             if impl == "reference":
                 halves = [z.float() for z in halves]
             weight = router if impl == "auto" else router.float()
-            chosen, routed = pick(weight, halves, scalars, gradient, impl)
+            with saved_once():
+                chosen, routed = pick(weight, halves, scalars, gradient, impl)
             assert chosen.shape == (2, rows, 1) and chosen.dtype == torch.float32
             inputs = (together, router, scalars)
             grads = torch.autograd.grad(chosen, inputs, cotangent, allow_unused=True)
@@ -611,7 +612,10 @@ if CAN_RUN:
 
     @pytest.mark.parametrize("name", list_attention())
     def test_a_training_step_waits_for_nothing(name, small_convolutions):
-        """No operator of a step, those inside custom operators too, needs a number on the host."""
+        """No operator of a step, those inside custom operators too, needs a number on the host.
+
+        And each reads what it saved once.
+        """
         options = {"balance_coefficient": 0.1} if name == "dydila-map" else {}
         layer, grid = build_attention(name, DIM, **options).to(DEVICE).train(), (4, 4)
         x = tokens(grid, batch=1).to(DEVICE).requires_grad_()
@@ -629,7 +633,8 @@ if CAN_RUN:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         layer(x, grid)  # plans of a grid are made once
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile, saved_once():
             step()
         ran = {event.name.removeprefix("aten::") for event in profile.events()}
         assert not ran & WAITING

@@ -453,10 +453,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
-    others = ctx.saved_tensors[3:]
+    saved = ctx.saved_tensors
     sizes = ctx.heads, ctx.height, ctx.width, ctx.tall, ctx.wide, ctx.eps
-    of_qkv, *found = _backward(grad, *ctx.saved_tensors, *sizes)
-    found = [None if z is None else g.to(z.dtype) for g, z in zip(found, others, strict=True)]
+    of_qkv, *found = _backward(grad, *saved, *sizes)
+    found = [None if z is None else g.to(z.dtype) for g, z in zip(found, saved[3:], strict=True)]
     return of_qkv, *found, *(None,) * 6
 
 

@@ -366,8 +366,8 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * 8
     sizes = ctx.heads, ctx.height, ctx.width, ctx.shift, ctx.eps
-    of_qkv, of_gate = _backward(grad, *ctx.saved_tensors, *sizes)
-    weight, bias = ctx.saved_tensors[-2:]
+    *_, weight, bias = saved = ctx.saved_tensors
+    of_qkv, of_gate = _backward(grad, *saved, *sizes)
     of_weight, of_bias = of_gate.split([weight.numel(), bias.numel()])
     return of_qkv, of_weight.view(weight.shape), of_bias.to(bias.dtype), *(None,) * 5
 

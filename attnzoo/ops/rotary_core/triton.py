@@ -695,9 +695,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
-    weight, bias = ctx.saved_tensors[-2:]
+    *_, weight, bias = saved = ctx.saved_tensors
     sizes = ctx.heads, ctx.height, ctx.width, ctx.is_weighed, ctx.eps
-    of_qkv, of_gate, *of_conv = _backward(grad, *ctx.saved_tensors, *sizes)
+    of_qkv, of_gate, *of_conv = _backward(grad, *saved, *sizes)
     of_conv = [
         None if z is None else g.to(z.dtype) for g, z in zip(of_conv, (weight, bias), strict=True)
     ]

@@ -201,12 +201,12 @@ def _scalar_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
 def _scalar_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
-    found = _routed_scalar_backward(grad, *ctx.saved_tensors, ctx.learn)
+    saved = ctx.saved_tensors
+    found = _routed_scalar_backward(grad, *saved, ctx.learn)
     grad_x, grad_y, grad_router, grad_scalars = found
     if not ctx.learn:
         return None, None, None, grad_scalars, None
-    is_alone = ctx.saved_tensors[1] is None
-    return grad_x, None if is_alone else grad_y, grad_router, grad_scalars, None
+    return grad_x, None if saved[1] is None else grad_y, grad_router, grad_scalars, None
 
 
 _routed_scalar.register_autograd(_scalar_gradients, setup_context=_scalar_setup)

@@ -425,12 +425,12 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     if of_near is None and of_out is None:
         return (None,) * 10
-    near, weight, bias = ctx.saved_tensors[0], *ctx.saved_tensors[-2:]
+    near, *_, weight, bias = saved = ctx.saved_tensors
     if weight is not None:
         of_near = of_out
     of_near, of_out = (torch.zeros_like(near) if g is None else g for g in (of_near, of_out))
     options = ctx.heads, ctx.block, ctx.count, ctx.is_rest_only, ctx.eps
-    grads, of_weight = _backward(of_near, of_out, *ctx.saved_tensors, *options)
+    grads, of_weight = _backward(of_near, of_out, *saved, *options)
     learned = (None, None)
     if weight is not None:
         learned = of_weight[:-1].to(weight.dtype), of_weight[-1].to(bias.dtype)
