@@ -9,7 +9,7 @@ out = [o, o_conv] W_o. Cost per sample, e = d_head: (4 d^2 + 4 d e) n + 6 n d e 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -80,6 +80,14 @@ class InnerLoop(Attention):
         tokens, bias = linear_apart(self.qkv, x)
         weights = self.first, self.second, self.taps, self.config.rate, bias
         return linear(self.proj, inner_tokens(tokens, grid, *weights, impl=self.config.impl))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # As weights were before the convolution's rows came behind the heads'.
+        for kind in ("weight", "bias"):
+            whole, local = f"{prefix}qkv.{kind}", f"{prefix}local_qkv.{kind}"
+            if whole in state_dict and local in state_dict:
+                state_dict[whole] = torch.cat([state_dict[whole], state_dict.pop(local)])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _by_head(self, z: Tensor) -> Tensor:
         return rearrange(z, "b n (h d) -> b h n d", h=self.num_heads)

@@ -107,6 +107,16 @@ def test_without_gradients_the_reference_still_trains():
     torch.testing.assert_close(out, layer(x, (4, 4)).detach())
 
 
+def test_weights_with_a_projection_for_the_convolution_alone_are_read():
+    stack, fresh = (torch.nn.Sequential(build_attention("ttt", 24, num_heads=2)) for _ in range(2))
+    old = stack.state_dict()
+    for kind in ("weight", "bias"):
+        own, local = old[f"0.qkv.{kind}"].split([72, 36])
+        old |= {f"0.qkv.{kind}": own, f"0.local_qkv.{kind}": local}
+    fresh.load_state_dict(old)
+    assert torch.equal(fresh[0].qkv.weight, stack[0].qkv.weight) and "0.local_qkv.bias" in old
+
+
 def test_a_rate_that_trains_nothing_is_refused():
     with pytest.raises(InvalidValue, match=r"rate must be positive, got 0\.0"):
         build_attention("ttt", 48, rate=0.0)

@@ -28,12 +28,10 @@ __all__ = [
 WIDEST_HALF, WIDEST = 64, 32
 
 
-def unserved(tokens: Tensor, _: Any, first: Any, *__: Any) -> str | None:
+def unserved(tokens: Tensor, _: Any, first: Tensor, *__: Any) -> str | None:
     """What the Triton kernels do not serve."""
     if not tokens.numel():
         return "no tokens"
-    if not isinstance(first, Tensor):
-        return None
     width, dtype = first.shape[-1], operand_dtype(tokens)
     most = WIDEST_HALF if dtype == bfloat16 else WIDEST
     return f"heads of width {width} in {dtype}, only up to {most}" if width > most else None
