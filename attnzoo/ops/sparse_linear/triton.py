@@ -425,7 +425,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     if of_near is None and of_out is None:
         return (None,) * 10
-    near, *_, weight, bias = saved = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    near, weight, bias = saved[0], *saved[-2:]
     if weight is not None:
         of_near = of_out
     of_near, of_out = (torch.zeros_like(near) if g is None else g for g in (of_near, of_out))
