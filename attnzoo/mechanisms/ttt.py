@@ -20,8 +20,8 @@ from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import linear_apart, xavier_linear
 from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.layers.streaming import State, StreamConfig, first_pass, second_pass, spans_of
-from attnzoo.ops.dispatch import linear
-from attnzoo.ops.inner_loop import inner_tokens, read_unit, stepped, unit_gradients
+from attnzoo.ops.dispatch import choose_once, linear
+from attnzoo.ops.inner_loop import inner_tokens, read_unit, stepped, unit_gradients, unserved
 from attnzoo.registry import register_attention
 
 
@@ -77,9 +77,15 @@ class InnerLoop(Attention):
             return x
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block)
-        tokens, bias = linear_apart(self.qkv, x)
+        impl, bias = self.config.impl, None
+        if impl == "auto":
+            impl = choose_once(self, "inner_tokens", x, lambda: unserved(x, grid, self.first))
+        if impl == "triton":  # whose kernels have the sum of the tokens' gradients
+            tokens, bias = linear_apart(self.qkv, x)
+        else:
+            tokens = linear(self.qkv, x)
         weights = self.first, self.second, self.taps, self.config.rate, bias
-        return linear(self.proj, inner_tokens(tokens, grid, *weights, impl=self.config.impl))
+        return linear(self.proj, inner_tokens(tokens, grid, *weights, impl=impl))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # As weights were before the convolution's rows came behind the heads'.
