@@ -52,6 +52,13 @@ def linear_apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """``linear``, and its bias if who reads the tokens must give it the sum of their gradients.
 
     A kernel that makes those has their sum for less than who reads them once more.
+
+    Args:
+        layer: A linear layer, or what stands in its place.
+        x: (b, n, d).
+
+    Returns:
+        (b, n, d_out), and (d_out,) or None.
     """
     if type(layer) is nn.Linear and sums_bias(x, layer) and is_bare(layer):
         x, weight, bias = autocast_operands(x, layer.weight, layer.bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.dispatch import is_transformed
-from attnzoo.ops.inner_loop.torch import read_conv, read_unit, split_tokens
+from attnzoo.ops.inner_loop.torch import reading
 from attnzoo.ops.precision import in_float32
 
 
@@ -51,14 +51,4 @@ def trained_conv(key: Tensor, value: Tensor, weight: Tensor, rate: float = 1.0) 
     return weights - rate * found / (found.norm(dim=(-2, -1), keepdim=True) + 1)
 
 
-def inner_tokens(
-    tokens: Tensor, grid: tuple[int, int], first: Tensor, second: Tensor,
-    taps: Tensor | None = None, rate: float = 1.0, bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See ``attnzoo.ops.inner_loop``."""
-    tokens = tokens if bias is None else tokens + (bias - bias.detach())
-    (query, key, value), near = split_tokens(tokens, grid, first)
-    local = None
-    if taps is not None:
-        local = read_conv(near[0], trained_conv(near[1], near[2], taps, rate))
-    return read_unit(query, *trained_unit(key, value, first, second, rate), local)
+inner_tokens = reading(trained_unit, trained_conv)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,14 +87,23 @@ def split_tokens(
     return parts, to_image(near, grid).chunk(3, dim=1) if near.shape[-1] else ()
 
 
-def inner_tokens(
-    tokens: Tensor, grid: tuple[int, int], first: Tensor, second: Tensor,
-    taps: Tensor | None = None, rate: float = 1.0, bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See ``attnzoo.ops.inner_loop``."""
-    tokens = tokens if bias is None else tokens + (bias - bias.detach())
-    (query, key, value), near = split_tokens(tokens, grid, first)
-    local = None
-    if taps is not None:
-        local = read_conv(near[0], trained_conv(near[1], near[2], taps, rate))
-    return read_unit(query, *trained_unit(key, value, first, second, rate), local)
+def reading(
+    unit: Callable[..., tuple[Tensor, Tensor]], conv: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """``inner_tokens`` of ``attnzoo.ops.inner_loop`` with these two ways to train."""
+
+    def inner_tokens(
+        tokens: Tensor, grid: tuple[int, int], first: Tensor, second: Tensor,
+        taps: Tensor | None = None, rate: float = 1.0, bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        tokens = tokens if bias is None else tokens + (bias - bias.detach())
+        (query, key, value), near = split_tokens(tokens, grid, first)
+        local = None
+        if taps is not None:
+            local = read_conv(near[0], conv(near[1], near[2], taps, rate))
+        return read_unit(query, *unit(key, value, first, second, rate), local)
+
+    return inner_tokens
+
+
+inner_tokens = reading(trained_unit, trained_conv)

@@ -46,6 +46,15 @@ def _part(program, each, splits, n, chunk):
 
 
 @triton.jit
+def _square(e, W: tl.constexpr):
+    """Columns of a head, the places of its matrices' numbers, and which of both there are."""
+    column = tl.arange(0, W)
+    is_column = column < e
+    place = column[:, None] * e + column[None, :]
+    return column, is_column, place, is_column[:, None] & is_column[None, :]
+
+
+@triton.jit
 def _matrix(base, heads, head, e, place, mask, DTYPE: tl.constexpr):
     """Two matrices of a head, of all heads' first ones and then all second ones."""
     first = tl.load(base + head * e * e + place, mask=mask, other=0.0).to(DTYPE)
@@ -123,10 +132,7 @@ def _inner_fold_kernel(
         )  # fmt: skip
     else:
         head, part, sample, start, length = _part(program - windows, heads, splits, n, chunk)
-        column = tl.arange(0, W)
-        is_column = column < e
-        place = column[:, None] * e + column[None, :]
-        is_place = is_column[:, None] & is_column[None, :]
+        column, is_column, place, is_place = _square(e, W)
         first = tl.load(w1 + head * e * e + place, mask=is_place, other=0.0).to(DTYPE)
         second = tl.load(w2 + head * e * e + place, mask=is_place, other=0.0).to(DTYPE)
         keys = tokens + (sample * n + start) * token_row + (heads + head) * e
@@ -170,10 +176,7 @@ def _inner_read_kernel(
             )  # fmt: skip
     else:
         head, _, sample, start, length = _part(program - windows, heads, splits, n, chunk)
-        column = tl.arange(0, W)
-        is_column = column < e
-        place = column[:, None] * e + column[None, :]
-        is_place = is_column[:, None] & is_column[None, :]
+        column, is_column, place, is_place = _square(e, W)
         first, second = _matrix(trained + sample * size, heads, head, e, place, is_place, DTYPE)
         token = sample * n + start
         queries = tokens + token * token_row + head * e
@@ -219,10 +222,7 @@ def _inner_query_kernel(
         )  # fmt: skip
     else:
         head, part, sample, start, length = _part(program - windows, heads, splits, n, chunk)
-        column = tl.arange(0, W)
-        is_column = column < e
-        place = column[:, None] * e + column[None, :]
-        is_place = is_column[:, None] & is_column[None, :]
+        column, is_column, place, is_place = _square(e, W)
         first, second = _matrix(trained + sample * size, heads, head, e, place, is_place, DTYPE)
         token = sample * n + start
         queries = tokens + token * token_row + head * e
@@ -299,10 +299,7 @@ def _inner_key_kernel(
         tl.store(near + 2 * e, near_values, mask=channel < e)
     else:
         head, part, sample, start, length = _part(program - windows, heads, splits, n, chunk)
-        column = tl.arange(0, W)
-        is_column = column < e
-        place = column[:, None] * e + column[None, :]
-        is_place = is_column[:, None] & is_column[None, :]
+        column, is_column, place, is_place = _square(e, W)
         first = tl.load(w1 + head * e * e + place, mask=is_place, other=0.0).to(DTYPE)
         second = tl.load(w2 + head * e * e + place, mask=is_place, other=0.0).to(DTYPE)
         m1, m2 = _matrix(moved + sample * size, heads, head, e, place, is_place, DTYPE)
