@@ -434,6 +434,15 @@ class TestPage:
         assert "seeds of model 192x6; emoji at 64 px, up to 5 seeds of model 384x12 (" in text
         assert "rehearsal" not in page.results_page(larger, "p.png", "t.csv")
 
+    def test_a_variant_of_one_resolution_is_in_the_picture_and_its_comparison_is_one(self):
+        losses = {name: LOSSES[name] for name in ("softmax", "sana")}
+        far = pd.DataFrame(rows(px=64, losses=losses))
+        frame = pd.concat([pd.DataFrame(rows(losses=losses | {"dydila": 0.1})), far])
+        drawn = page.picture(frame).axes[0].get_legend_handles_labels()[1]
+        assert drawn == ["softmax", "sana", "dydila"]
+        text = page.results_page(frame, "p.png", "t.csv")
+        assert "at this scale?** 0 of 1 comparison is decided." in text
+
     def test_two_scales_are_no_page(self):
         frame = pd.concat([pd.DataFrame(rows(px=64)), pd.DataFrame(rows(model="96x4"))])
         with pytest.raises(UserError, match=r"of model 192x6, .* and model 96x4, .* of each"):

@@ -289,7 +289,7 @@ def _paragraph(decisions: Sequence[Decision]) -> str:
     sentences = []
     decided = [one for one in known if one.kind in ("holds", "opposite")]
     said = f"{len(decided)} of {len(known)} comparison{'' if is_one else 's'} "
-    said += f"{'is' if len(decided) == 1 else 'are'} decided"
+    said += f"{'is' if is_one or len(decided) == 1 else 'are'} decided"
     if decided:
         said += f": {_largest(decided, decisions, 2)}"
     sentences.append(said)
@@ -477,9 +477,6 @@ def picture(table: pd.DataFrame) -> Figure:
     shown = done.assign(percent=100 * (done[LOSS] / reference - 1))
     figure, axes = panels(1, 2, 6.4, 4.6)
     sides = sorted(done["tokens"].unique())
-    # Of several resolutions, variants of one alone would be a heap of points in a corner.
-    sizes = shown.groupby("variant")["tokens"].transform("nunique")
-    shown = shown.loc[sizes > 1] if (sizes > 1).any() else shown
     for axis, column, title in (
         (axes[0, 0], "percent", "held-out loss, % above softmax's; lower is better"),
         (axes[0, 1], FID, f"{FID}; lower is better"),
