@@ -269,6 +269,7 @@ def launch_the_rest(dtype, width=384):
 def launch_norms_and_windows(dtype, every, width=384):
     from attnzoo.ops.agent_core import triton as agents
     from attnzoo.ops.block_core import triton as states
+    from attnzoo.ops.block_core import triton_pairs as pairs
     from attnzoo.ops.downsample import triton as windows
     from attnzoo.ops.few_keys import triton as few
     from attnzoo.ops.fixation_core import triton as fixed
@@ -313,8 +314,9 @@ def launch_norms_and_windows(dtype, every, width=384):
 
     heads = width // 64  # the widest that are served
     sizes = qkv, torch.ones(64, 64), None, None, heads, 16, 16, 2, 2, 1e-6  # the most blocks
-    out, *saved = states._forward.function(*sizes)
-    states._backward.function(out, *saved, *sizes)
+    for kernels in (states, pairs):
+        out, *saved = kernels._forward.function(*sizes)
+        kernels._backward.function(out, *saved, *sizes)
     d = 32 if dtype == torch.float32 else 64  # the widest heads
     sizes = qkv, torch.ones(d, 3 * d), ones[:d], width // d, 16, 16, True, 1e-6
     out, *saved = fixed._forward.function(*sizes)
@@ -430,7 +432,8 @@ KERNELS = {
     "_key_gradient_kernel", "_map_features_kernel", "_map_gradient_kernel",
     "_map_router_kernel", "_means_kernel", "_mild_gradient_kernel", "_moments_kernel",
     "_neighborhood_kernel", "_neighborhood_key_kernel", "_neighborhood_query_kernel",
-    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_place_kernel",
+    "_normed_difference_backward_kernel", "_normed_difference_kernel", "_pair_kernel",
+    "_pair_key_gradient_kernel", "_pair_query_gradient_kernel", "_place_kernel",
     "_pool_kernel", "_power_map_backward_kernel", "_power_map_kernel", "_query_gradient_kernel",
     "_read_kernel", "_router_gradient_kernel", "_scalar_gradient_kernel", "_scalar_kernel",
     "_scale_gradient_kernel", "_scaled_power_map_backward_kernel",

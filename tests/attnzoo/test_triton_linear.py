@@ -152,12 +152,19 @@ def test_a_nan_of_rotary_core_stays_in_its_image(impl, is_weighed, small_turns):
     [((8, 12), 2, 10, 3), ((5, 7), 2, 16, 5), ((9, 7), 4, 8, 0), ((3, 1), 4, 3, 0)],
     ids=str,
 )
+@pytest.mark.parametrize("way", ["states", "pairs"])
 def test_block_core(
-    impl, dtype, budget, grid, side, d, size, rounding, small_convolutions, monkeypatch
+    impl, dtype, budget, grid, side, d, size, way, rounding, small_convolutions, monkeypatch
 ):
+    if impl == "triton":
+        from attnzoo.ops.block_core import triton_pairs as pairs
+
+        monkeypatch.setattr(pairs, "is_worth", lambda *_: way == "pairs")
     if IS_INTERPRETED:
         from attnzoo.ops.block_core import triton as kernels
 
+        tile = pairs.Tile(32, 16, 4, 1)
+        monkeypatch.setattr(pairs, "TILES", dict.fromkeys(pairs.TILES, (tile, tile)))
         block = kernels.Block(8, 12, 4, 1)
         monkeypatch.setattr(kernels, "BLOCKS", dict.fromkeys(kernels.BLOCKS, block))
         tiles = dict.fromkeys(kernels.MIXED, (1024, 4))  # several tiles of the states
@@ -172,6 +179,38 @@ def test_block_core(
         return block_core(qkv, mixing, weight, bias, heads, blocks, 1e-3, **options)
 
     assert max(errors(run, operands, (2, n, heads * d), dtype, impl)) < budget
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_few_tokens_are_multiplied_in_pairs():
+    from attnzoo.ops.block_core.triton_pairs import is_worth
+
+    # Few: states are as many as the blocks, and as wide as heads squared.
+    for grid, side, d, few in ((16, 4, 64, True), (32, 4, 64, False), (16, 2, 32, False)):
+        assert is_worth(HALF, d, TokenBlocks.of((grid, grid), side)) == few
+    assert not is_worth(torch.float32, 64, TokenBlocks.of((16, 16), 4))  # products take longer
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("way", ["states", "pairs"])
+def test_a_nan_of_block_core_stays_in_its_image(impl, way, monkeypatch):
+    if impl == "triton":
+        from attnzoo.ops.block_core import triton_pairs as pairs
+
+        monkeypatch.setattr(pairs, "is_worth", lambda *_: way == "pairs")
+    clean, blocks, results = random(2, 20, 3 * 16, seed=1), TokenBlocks.of((4, 5), 2), []
+    mixing = random(4, 4, seed=2).abs()
+    for place in (None, 7, 23, 40):  # of a query, a key, a value
+        qkv = clean.clone()
+        if place is not None:
+            qkv[0, 3, place] = torch.nan
+        qkv.requires_grad_()
+        out = block_core(qkv, mixing, None, None, 2, blocks, 1e-6, impl=impl)
+        results.append((out, *torch.autograd.grad(out.sum(), qkv)))
+        assert place is None or out[0, 3].isnan().any()
+    for z in zip(*results, strict=True):
+        assert z[0].isfinite().all()
+        assert all(torch.equal(other[1], z[0][1]) for other in z[1:])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

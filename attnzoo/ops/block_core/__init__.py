@@ -76,7 +76,10 @@ def _macs(
     return b * (n * c * (2 * width + 1 + taps) + mixing.numel() * c * (width + 1))
 
 
+# Of states; pairs of tokens, which kernels of few tokens take, are their choice.
 MACS |= {
     "block_core": _macs,
     "block_core_backward": lambda *operands, **_: 2 * _macs(*operands[3:]),
+    "block_core_pairs": _macs,
+    "block_core_pairs_backward": lambda *operands, **_: 2 * _macs(*operands[2:]),
 }

@@ -2,7 +2,8 @@
 
 A program finds the tokens of a part of one block and one head where the projection left them, so
 that nothing is put in the order of the blocks. Each block and head has a state of d + 1 rows of d:
-phi(K)^T V, then the sum of phi(K). Parts of a state are added up by what mixes the states.
+phi(K)^T V, then the sum of phi(K). Parts of a state are added up by what mixes the states. Few
+tokens are multiplied in pairs, ``triton_pairs``.
 """
 
 # Triton's stubs take a kernel for its Python function, whose launch has other arguments.
@@ -19,9 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.ops.block_core import triton_pairs
 from attnzoo.ops.block_core.token_blocks import TokenBlocks
-from attnzoo.ops.block_core.torch import RELU_OFFSET
-from attnzoo.ops.depthwise_conv.triton import stencil, stencil_weight_gradient
+from attnzoo.ops.block_core.triton_common import (
+    GRADIENTS,
+    SCHEMA,
+    _convolved,
+    _features,
+    _new,
+    _of_convolution,
+    _tile,
+    register,
+)
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
     _add_dot,
@@ -37,8 +47,6 @@ from attnzoo.ops.triton_common import (
     on_its_device,
 )
 from attnzoo.ops.triton_replay import replayed
-
-_OFFSET = tl.constexpr(RELU_OFFSET)
 
 
 @triton.jit
@@ -61,17 +69,6 @@ def _tokens(block, place, stop, height, width, columns, tall, wide):
 
 
 @triton.jit
-def _tile(z, token, spacing, column, mask):
-    return tl.load(z + token[:, None] * spacing + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _features(z, mask):
-    """phi of a tile; like torch's ReLU it keeps a NaN."""
-    return tl.where(mask, tl.where(z <= 0, 0.0, z) + _OFFSET, 0.0)
-
-
-@triton.jit
 def _block_fold_kernel(
     key, value, partial, n, heads, d, spacing, height, width, blocks, columns, tall, wide, splits,
     chunk, R: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
@@ -88,7 +85,7 @@ def _block_fold_kernel(
         place = first + tl.arange(0, R)
         token, is_token = _tokens(block, place, stop, height, width, columns, tall, wide)
         mask = is_token[:, None] & is_column[None, :]
-        x = _features(_tile(key, token, spacing, column, mask).to(tl.float32), mask)
+        x = _features(_tile(key, token, spacing, column, mask), mask)
         v = _tile(value, token, spacing, column, mask)
         total += x
         acc = _add_dot(acc, tl.trans(x.to(v.dtype)), v, P)
@@ -172,7 +169,7 @@ def _block_read_kernel(
         place = first + tl.arange(0, R)
         token, is_token = _tokens(block, place, stop, height, width, columns, tall, wide)
         mask = is_token[:, None] & is_column[None, :]
-        x = _features(_tile(query, token, spacing, column, mask).to(tl.float32), mask)
+        x = _features(_tile(query, token, spacing, column, mask), mask)
         inverse = 1 / (tl.sum(x * sums[None, :], 1) + eps)
         z = _dot(x.to(products.dtype), products, P) * inverse[:, None]
         here = out + token[:, None] * (heads * d) + column[None, :]
@@ -248,7 +245,7 @@ def _block_key_gradient_kernel(
         place = first + tl.arange(0, R)
         token, is_token = _tokens(block, place, stop, height, width, columns, tall, wide)
         mask = is_token[:, None] & is_column[None, :]
-        z = _tile(key, token, spacing, column, mask).to(tl.float32)
+        z = _tile(key, token, spacing, column, mask)
         of_value = _dot(_features(z, mask).to(products.dtype), products, P)
         if ADD:
             of_value += _tile(added, token, heads * d, column, mask).to(tl.float32)
@@ -322,16 +319,6 @@ def _mix_tile(kernel: str, blocks: int) -> tuple[tuple[int, int, str], int]:
     return (lines, max(16, numbers // lines), _precision(torch.float32)), warps
 
 
-def _new(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float32, device=like.device)
-
-
-SCHEMA = (
-    "Tensor qkv, Tensor mixing, Tensor? weight, Tensor? bias, int heads, int height, int width, "
-    "int tall, int wide, float eps"
-)
-
-
 def _run(
     is_kept: bool, qkv: Tensor, mixing: Tensor, weight: Tensor | None, bias: Tensor | None,
     heads: int, height: int, width: int, tall: int, wide: int, eps: float,
@@ -358,10 +345,7 @@ def _run(
         partial, mixing.contiguous(), state, result, count, s.splits, heads * (d + 1) * d,
         is_kept, *tile, num_warps=warps,
     )  # fmt: skip
-    if weight is None:
-        out = torch.empty(b, n, c, dtype=qkv.dtype, device=qkv.device)
-    else:
-        out = stencil(value, weight, bias, blocks.grid)
+    out = _convolved(value, weight, bias, blocks)
     s = _sizes("read", query, heads, blocks)
     launch_kernel(_block_read_kernel, (b * count * s.splits * heads,),
         query, result, out, n, heads, d, spacing, *s.sizes, eps, weight is not None, *s.tile,
@@ -381,7 +365,7 @@ _forward.register_inference(replayed(on_its_device(functools.partial(_run, False
 
 @launched(
     "block_core_backward",
-    f"(Tensor grad, Tensor state, Tensor mixed, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor state, Tensor mixed, {SCHEMA}) -> {GRADIENTS}",
 )
 def _backward(
     grad: Tensor, state: Tensor, mixed: Tensor, qkv: Tensor, mixing: Tensor,
@@ -396,10 +380,7 @@ def _backward(
     d, count = c // heads, blocks.count
     grads = torch.empty(b, n, 3 * c, dtype=qkv.dtype, device=qkv.device)
     grad_q, grad_k, grad_v = grads.chunk(3, dim=-1)
-    local, of_weight, of_bias = grads, _new(qkv, 0), _new(qkv, 0)
-    if weight is not None:
-        local = stencil(grad, weight, None, blocks.grid, is_transposed=True)
-        of_weight, of_bias = stencil_weight_gradient(value, grad, blocks.grid, weight)
+    local, of_weight, of_bias = _of_convolution(grad, value, weight, blocks)
     (tile, warps), size = _mix_tile("mix_gradient", count), heads * (d + 1) * d
     programs = _ceil(size, tile[1])
     of_mixing = _new(qkv, b * programs, count, count)
@@ -433,34 +414,7 @@ def _(
     return qkv.new_empty(b, n, c), state, torch.empty_like(state)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, state: Tensor, mixed: Tensor, qkv: Tensor, mixing: Tensor,
-    weight: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    of_tokens, of_mixing = qkv.new_empty(qkv.shape), mixing.new_empty(mixing.shape)
-    if weight is None:
-        return of_tokens, of_mixing, state.new_empty(0), state.new_empty(0)
-    return of_tokens, of_mixing, weight.new_empty(weight.shape), weight.new_empty(len(weight))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *operands, ctx.heads, ctx.height, ctx.width, ctx.tall, ctx.wide, ctx.eps = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *operands)
-
-
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    saved = ctx.saved_tensors
-    sizes = ctx.heads, ctx.height, ctx.width, ctx.tall, ctx.wide, ctx.eps
-    of_qkv, *found = _backward(grad, *saved, *sizes)
-    found = [None if z is None else g.to(z.dtype) for g, z in zip(found, saved[3:], strict=True)]
-    return of_qkv, *found, *(None,) * 6
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
+register(_forward, _backward)
 
 
 def block_core(
@@ -469,4 +423,7 @@ def block_core(
 ) -> Tensor:  # fmt: skip
     """See ``attnzoo.ops.block_core``; features, sums and mixed states in float32."""
     sizes = heads, *blocks.grid, blocks.height, blocks.width, eps
-    return _forward(qkv.to(operand_dtype(qkv)), mixing, weight, bias, *sizes)[0]
+    qkv = qkv.to(operand_dtype(qkv))
+    of_pairs = triton_pairs.is_worth(qkv.dtype, qkv.shape[-1] // (3 * heads), blocks)
+    run = triton_pairs._forward if of_pairs else _forward
+    return run(qkv, mixing, weight, bias, *sizes)[0]
