@@ -313,8 +313,8 @@ def launch_norms_and_windows(dtype, every, width=384):
             neighbors._backward.function(x, *saved, *sizes)
 
     heads = width // 64  # the widest that are served
-    sizes = qkv, torch.ones(64, 64), None, None, heads, 16, 16, 2, 2, 1e-6  # the most blocks
-    for kernels in (states, pairs):
+    for kernels, most, size in ((states, 64, (2, 2)), (pairs, pairs.MOST_BLOCKS, (4, 2))):
+        sizes = qkv, torch.ones(most, most), None, None, heads, 16, 16, *size, 1e-6
         out, *saved = kernels._forward.function(*sizes)
         kernels._backward.function(out, *saved, *sizes)
     d = 32 if dtype == torch.float32 else 64  # the widest heads

@@ -189,6 +189,7 @@ def test_few_tokens_are_multiplied_in_pairs():
     for grid, side, d, few in ((16, 4, 64, True), (32, 4, 64, False), (16, 2, 32, False)):
         assert is_worth(HALF, d, TokenBlocks.of((grid, grid), side)) == few
     assert not is_worth(torch.float32, 64, TokenBlocks.of((16, 16), 4))  # products take longer
+    assert not is_worth(HALF, 64, TokenBlocks.of((16, 16), 8))  # the most blocks
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

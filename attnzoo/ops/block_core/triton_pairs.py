@@ -236,12 +236,14 @@ TILES = {
 # Pairs are multiplied n^2 d times a head, where numbers of states, blocks * d^2, come from memory
 # and go there; what one of these is worth of those, likewise.
 WORTH = 256, 32
+MOST_BLOCKS = 32  # the gradient of W of more takes more registers than an A100 has
 
 
 def is_worth(dtype: torch.dtype, width: int, blocks: TokenBlocks) -> bool:
     """Whether pairs of tokens are cheaper than states, of heads of ``width``."""
     n = blocks.grid[0] * blocks.grid[1]
-    return n * n <= WORTH[dtype == torch.float32] * blocks.count * width
+    worth = WORTH[dtype == torch.float32] * blocks.count * width
+    return blocks.count <= MOST_BLOCKS and n * n <= worth
 
 
 class _Launch(NamedTuple):
