@@ -404,8 +404,8 @@ def page(reports: list[dict[str, Any]]) -> str:
                 text = "" if found is None else f"{found:.3g}"
                 cells.append(text if over is None else f"{text} ({over[0]:.2f})")
             since = [
-                "" if name not in points[mode] else
-                f"{points[mode][name]:.0f}".replace("inf", "never") for mode in MODES
+                f"{points[mode][name]:.0f}".replace("inf", "never") if name in points[mode] else
+                _between(row for row in mine if row["mode"] == mode) for mode in MODES
             ]  # fmt: skip
             if any(cells):
                 commits = ", ".join(dict.fromkeys(row["commit"] for row in mine))
@@ -434,6 +434,14 @@ def page(reports: list[dict[str, Any]]) -> str:
         )
         parts.append(_fold(summary, _layers(report)))
     return "\n\n".join(parts)
+
+
+def _between(rows: Iterable[dict[str, Any]]) -> str:
+    """The px between which a model that lacks a resolution becomes faster, where that is known."""
+    over = {row["resolution"]: found[0] for row in rows if (found := over_fastest(row))}
+    slower, faster = ([px for px, z in over.items() if (z > 1) == side] for side in (True, False))
+    is_known = slower and faster and max(slower) < min(faster)
+    return f"{max(slower)} to {min(faster)}" if is_known else ""
 
 
 def _fold(summary: str, text: str) -> str:

@@ -137,6 +137,17 @@ def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
     assert ring == [pytest.approx(512)]
 
 
+def test_a_model_that_lacks_a_resolution_becomes_faster_between_two_of_its_own():
+    report = whole_report() | {"layers": []}
+    report["cases"].append(case_row("softmax", 1024, {}, compiled=1.0))
+    for tokens, median in ((256, 1.2), (4096, 0.8)):
+        over = {"ours": "compiled", "softmax": "compiled", "median": median}
+        report["cases"].append(case_row("lit", tokens, {}, compiled=1.0) | {"over_fastest": over})
+    page = whole_figures.page([report])
+    (line,) = (row for row in page.splitlines() if row.startswith("| lit "))
+    assert line.count(" 256 to 1024 ") == 1  # of the forward
+
+
 def test_a_page_gets_the_parts_that_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "whole_curves", lambda *_: None)
     monkeypatch.setattr(plot, "_saved", lambda *_: None)
