@@ -245,7 +245,7 @@ class Attention(WithAuxiliaryLoss, ABC):
     """Base class of every mechanism: tokens on a grid in, tokens of the same shape out.
 
     A subclass defines ``forward``, may define ``Config`` (its options), ``default_num_heads``,
-    ``macs_parts`` (its closed-form cost) and ``attention_map``, and initialises its own
+    ``macs_parts`` (its closed-form cost) and ``attention_map``, and initializes its own
     parameters.
 
     Args:
@@ -320,7 +320,7 @@ class Attention(WithAuxiliaryLoss, ABC):
         return round((tokens + sum(p.numel() for p in self.parameters())) * dtype.itemsize)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The weight of every token in every token's output, materialised.
+        """The weight of every token in every token's output, materialized.
 
         Returns:
             (batch, heads, height * width, height * width), rows are queries. Convolutional

@@ -28,7 +28,7 @@ DIM = 48
 def build_scrambled(name: str, dim: int = DIM, seed: int = 0, **options: Any) -> Attention:
     """Builds a mechanism in eval mode with every parameter moved off its start value.
 
-    Zero-initialised parts and ties between equal scalars would hide errors.
+    Zero-initialized parts and ties between equal scalars would hide errors.
     """
     torch.manual_seed(seed)
     layer = build_attention(name, dim, layer_index=1, depth=3, **options).eval()

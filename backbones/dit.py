@@ -180,7 +180,7 @@ class DiT(ModelMixin, ConfigMixin):
         self._initialize()
 
     def _initialize(self) -> None:
-        """DiT's initialisation; attention and feed-forward have initialised themselves."""
+        """DiT's initialization; attention and feed-forward have initialized themselves."""
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         biased: list[nn.Linear | nn.Conv2d] = [self.patch_embedding]
         nn.init.normal_(self.class_embedding.weight, std=0.02)

@@ -137,7 +137,7 @@ def build_backbone(
             merged into the preset's.
 
     Returns:
-        A freshly initialised model. Its config records where the numbers came from.
+        A freshly initialized model. Its config records where the numbers came from.
 
     Raises:
         InvalidValue: A name is unknown, or the resolution does not fit factor and patch.

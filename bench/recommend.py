@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> int:
         (on_device, "Times are those of replayed CUDA graphs, except where a step could not be "
          "recorded. Launched one by one the host may take longer; --launched ranks by that."),
         (True, "Time and memory are of attention alone, one layer times the number of blocks; "
-         "feed-forwards, and in training the optimiser, come on top for every mechanism alike."),
+         "feed-forwards, and in training the optimizer, come on top for every mechanism alike."),
         (not all(c.is_measured for c in found), f"{options.resolution} px was not measured for "
          f"what is called estimated: the value lies on the line through the two nearest sizes in "
          f"log-log. Measure it with pytest bench/ --resolutions {options.resolution}."),

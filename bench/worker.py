@@ -138,7 +138,7 @@ def count(case: Case, conditions: Conditions) -> dict[str, Any]:
 
 def subject(case: Case) -> tuple[Any, Callable[[], Any]]:
     """A case's model with trained-like weights, and one forward or training step of it."""
-    with torch.device(case.device):  # initialising a whole backbone on the CPU takes seconds
+    with torch.device(case.device):  # initializing a whole backbone on the CPU takes seconds
         model = build(case)
     model = model.to(case.device, getattr(torch, case.dtype)).train(case.mode == "train")
     if case.mode == "forward":

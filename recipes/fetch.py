@@ -4,7 +4,7 @@
     python recipes/train.py --data emoji --resolution 32
 
 It takes three packages of npm with the npm client, or their tarballs with ``--tarballs``, checks
-their hashes, and writes a folder of images by class with its licences.
+their hashes, and writes a folder of images by class with its licenses.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from tests.markdown_pages import (
 )
 
 DOCS = ROOT / "docs"
+ROOMS = ("attnzoo", "backbones", "recipes", "bench", "examples")
 # Of the site alone: made of the files in the repository's root.
 GENERATED = {"contributing.md", "changelog.md"}
 SCRIPTS = {
@@ -101,12 +102,25 @@ def test_warnings_are_errors_and_the_site_is_ignored_by_git():
 
 @pytest.mark.parametrize("path", pages(), ids=shown)
 def test_every_file_that_is_named_is_there(path):
-    rooms = "attnzoo|backbones|recipes|bench|tests|examples|docs"
+    rooms = "|".join((*ROOMS, "tests", "docs"))
     named = re.findall(rf"`((?:{rooms})/[\w/.-]+\.\w+)`", path.read_text("utf-8"))
     if path.name == "CHANGELOG.md":  # which names what is gone
         return
     examples = {"docs/mechanisms/NAME.md", "docs/mechanisms/x.md", "attnzoo/mechanisms/x.py"}
     assert not [name for name in set(named) - examples if not (ROOT / name).exists()]
+
+
+def test_spelling_is_american():
+    """In code and pages; CONTRIBUTING.md names the other, and saved files have it in a key."""
+    british = re.compile(
+        r"(?<!agreement_)(?:(?:normal|initial|material|optim|minim)is(?:e|ing|ation)"
+        r"|(?:colo|neighbo|behavio)ur|licen[c]e)"
+    )
+    rooms = [ROOT / room for room in (*ROOMS, "tests")]
+    files = {*pages(), *(file for room in rooms for file in room.rglob("*.py"))}
+    for path in sorted(files - {ROOT / "CONTRIBUTING.md"}):
+        found = british.search(path.read_text("utf-8"))
+        assert not found, (shown(path), found[0])
 
 
 def test_every_flag_of_a_recipe_exists(capsys, monkeypatch):

@@ -36,7 +36,7 @@ class PaperRule:
 
 
 def _product(layer: Attention, grid: Grid, keys: int | None = None) -> int:
-    """Q K^T V in the cheaper order, all heads, without a normaliser."""
+    """Q K^T V in the cheaper order, all heads, without a normalizer."""
     n, width = math.prod(grid), layer.dim // layer.num_heads
     return layer.num_heads * linear_attention_macs(n, keys or n, width, width, normalized=False)
 
@@ -49,7 +49,7 @@ def _coarse_tokens(layer: Any, grid: Grid) -> int:
     return 0 if layer.compress is None else math.prod(layer.compress.coarse_grid(grid))
 
 
-_NO_NORMALISER = PaperRule("core", "the normaliser's product is not counted", _product)
+_NO_NORMALIZER = PaperRule("core", "the normalizer's product is not counted", _product)
 _DYDILA = (
     PaperRule(
         "projections",
@@ -69,12 +69,12 @@ _DYDILA = (
 # By mechanism, where the paper's figures differ from the full count.
 PAPER_RULES: dict[str, tuple[PaperRule, ...]] = {
     "softmax": (),
-    "sana": (_NO_NORMALISER,),
-    "dydila": (_NO_NORMALISER, *_DYDILA),
+    "sana": (_NO_NORMALIZER,),
+    "dydila": (_NO_NORMALIZER, *_DYDILA),
     "dydila-map": (
         PaperRule(
             "core",
-            "two products, without normalisers",
+            "two products, without normalizers",
             lambda layer, grid: 2 * _product(layer, grid),
         ),
         *_DYDILA,
@@ -82,7 +82,7 @@ PAPER_RULES: dict[str, tuple[PaperRule, ...]] = {
     "edit": (
         PaperRule(
             "core",
-            "the normaliser's product is not counted",
+            "the normalizer's product is not counted",
             lambda layer, grid: _product(layer, grid, _coarse_tokens(layer, grid)),
         ),
     ),

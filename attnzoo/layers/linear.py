@@ -1,4 +1,4 @@
-"""Linear layers as diffusion transformers initialise them, and functions behind them."""
+"""Linear layers as diffusion transformers initialize them, and functions behind them."""
 
 from __future__ import annotations
 

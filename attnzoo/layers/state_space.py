@@ -1,6 +1,6 @@
 """Parts of state-space mechanisms: Mamba's scan, and the layers of Mamba and Mamba-2 around one.
 
-Initialised as there: steps between 0.001 and 0.1 at the start, rates of -1 to -s.
+Initialized as there: steps between 0.001 and 0.1 at the start, rates of -1 to -s.
 """
 
 from __future__ import annotations

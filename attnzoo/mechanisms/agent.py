@@ -261,7 +261,7 @@ def _reference(
     gather: Tensor | None,
     hand_out: Tensor | None,
 ) -> Tensor:
-    """Reference of the two stages that materialises the n x n map."""
+    """Reference of the two stages that materializes the n x n map."""
     return _map(query, agent, key, gather, hand_out) @ value
 
 

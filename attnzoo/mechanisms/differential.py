@@ -149,7 +149,7 @@ def _factor(lambda_vectors: Tensor, lambda_init: float) -> Tensor:
 def _reference(
     value: Tensor, query: Tensor, key: Tensor, lambda_vectors: Tensor, lambda_init: float
 ) -> Tensor:
-    """Reference of the above: subtracts the materialised maps, then takes V."""
+    """Reference of the above: subtracts the materialized maps, then takes V."""
     return _map(query, key, lambda_vectors, lambda_init) @ value
 
 

@@ -175,7 +175,7 @@ class MixtureOfHeadAttention(Attention):
 
 @in_float32
 def _reference(query: Tensor, key: Tensor, value: Tensor, gates: Tensor) -> Tensor:
-    """Reference of the gated softmax attention that materialises the map."""
+    """Reference of the gated softmax attention that materializes the map."""
     return (softmax_map(query, key) * gates) @ value
 
 

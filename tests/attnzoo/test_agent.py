@@ -111,8 +111,8 @@ def test_formula_agent_by_agent(grid, n_agents, bias):
             for dy in (-1, 0, 1):
                 for dz in (-1, 0, 1):
                     if 0 <= y + dy < height and 0 <= z + dz < width:
-                        neighbour = v[(y + dy) * width + z + dz]
-                        out[y * width + z] += kernel[:, dy + 1, dz + 1] * neighbour
+                        neighbor = v[(y + dy) * width + z + dz]
+                        out[y * width + z] += kernel[:, dy + 1, dz + 1] * neighbor
     expected = out @ layer.proj.weight.T + layer.proj.bias
     for impl in ("auto", "reference"):
         reference = build_attention("agent", dim, heads, n_agents=n_agents, impl=impl, **options)

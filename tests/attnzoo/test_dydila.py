@@ -72,7 +72,7 @@ def test_the_first_step_is_sana():
 
 @pytest.mark.parametrize("name", ["dydila", "dydila-map"])
 def test_the_equations_token_by_token(name):
-    """Eqs. 1 to 10 written as loops over tokens, with the normaliser off as they stand."""
+    """Eqs. 1 to 10 written as loops over tokens, with the normalizer off as they stand."""
     layer = build_scrambled(name, normalizer="none").double()
     grid, n = (3, 4), 12
     x = tokens(grid, batch=1).double()

@@ -24,7 +24,7 @@ EQUIVARIANT = {
     "dydila": {"conv": "none"},
     "dydila-map": {"conv": "none"},
 }
-# By default the neighbourhood on the grid, or the order of a scan, matters.
+# By default the neighborhood on the grid, or the order of a scan, matters.
 ORDERED = (
     "focused", "lit", "compressed", "edit", "agent", "gated", "dig", "dydila", "dydila-map",
     "fixation", "mhla", "mala", "rala", "zigma", "dis", "diffussm",

@@ -275,7 +275,7 @@ if CAN_RUN:
 
     # Powers that are clamped, and half precision, where they meet what they change.
     @pytest.mark.parametrize(
-        ("dtype", "powers", "gradient", "width"),  # of heads; None: keys, not normalised
+        ("dtype", "powers", "gradient", "width"),  # of heads; None: keys, not normalized
         [
             *((torch.float32, (1.5, 4.0), g, w) for g in ("ste", "none") for w in (None, 0, 16)),
             *((torch.float32, (-0.5, 0.5), *case) for case in (("ste", None), ("none", 16))),

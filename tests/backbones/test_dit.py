@@ -1,4 +1,4 @@
-"""The shared backbone: shapes, initialisation, saving, refusals."""
+"""The shared backbone: shapes, initialization, saving, refusals."""
 
 import copy
 import itertools

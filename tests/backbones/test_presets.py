@@ -82,8 +82,8 @@ def test_matched_depth_is_the_nearest(model, size, resolution):
     assert match["macs"] == count_macs(matched, resolution=resolution).total
     assert match["residual"] == pytest.approx(match["macs"] / target - 1)
     for other in (-1, 1):
-        neighbour = macs(model, size, resolution, depth=matched.config.depth + other)
-        assert abs(neighbour - target) >= abs(match["macs"] - target)
+        neighbor = macs(model, size, resolution, depth=matched.config.depth + other)
+        assert abs(neighbor - target) >= abs(match["macs"] - target)
 
 
 @pytest.mark.parametrize("size", ["S", "B", "L"])

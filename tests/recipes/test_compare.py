@@ -554,14 +554,14 @@ class TestTheResultsPage:
 
 
 class TestPalette:
-    def test_one_colour_per_mechanism_under_every_name(self):
+    def test_one_color_per_mechanism_under_every_name(self):
         assert color_of("sana") == color_of("Sana") == color_of("Sana-S/2") == "#0072B2"
         assert color_of("dydila") == color_of("DyDi-LiT") == color_of("+reparameterization")
         assert color_of("a-name-of-mine") == color_of("a-name-of-mine")
         assert re.fullmatch(r"#[0-9A-F]{6}", color_of("a-name-of-mine"))
         assert marker_of("DiT") == marker_of("softmax") != marker_of("sana")
 
-    def test_the_zoo_has_colours_of_its_own(self):
+    def test_the_zoo_has_colors_of_its_own(self):
         from attnzoo import get_attention, list_attention
 
         # Other tests of this process may have registered mechanisms of their own.

@@ -59,7 +59,7 @@ class Recorded(nn.Module):
 
 
 class GaussianOracle(nn.Module):
-    """The exact minimiser of each loss for data N(mean[label], std^2); std 0 knows x_0."""
+    """The exact minimizer of each loss for data N(mean[label], std^2); std 0 knows x_0."""
 
     def __init__(self, prediction: str, means: Tensor, std: float = 0.0) -> None:
         super().__init__()

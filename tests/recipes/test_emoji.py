@@ -60,7 +60,7 @@ def packages(tmp_path_factory):
     return made
 
 
-def test_what_is_fetched_is_two_splits_with_licences(packages, tmp_path, capsys):
+def test_what_is_fetched_is_two_splits_with_licenses(packages, tmp_path, capsys):
     out = tmp_path / "emoji"
     count = fetch(out, list(packages.values()), list(packages))
     assert count == 2 * (len(codes()) - 1)  # a skin tone alone is no emoji

@@ -73,11 +73,11 @@ def _two_factors(
     cumulative = log_gate.cumsum(-2)
     last = cumulative[..., -1:, :]
     # No result depends on c. A gradient through it would only cancel, to rounding errors.
-    centre = last.detach() / 2
-    factor = (cumulative - centre).exp()
+    center = last.detach() / 2
+    factor = (cumulative - center).exp()
     query, key = query * factor, key / factor
     scores = (query @ key.transpose(-2, -1)).tril()
-    return scores, query * centre.exp(), key * (last - centre).exp(), last.exp().squeeze(-2)
+    return scores, query * center.exp(), key * (last - center).exp(), last.exp().squeeze(-2)
 
 
 def _doubling(

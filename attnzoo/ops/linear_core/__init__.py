@@ -51,13 +51,13 @@ __all__ = [
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15, *, impl: Impl = "auto"
 ) -> Tensor:
-    """Normalised kernel attention: Q (K^T V) / (Q sum_j K_j^T + eps).
+    """Normalized kernel attention: Q (K^T V) / (Q sum_j K_j^T + eps).
 
     Args:
         query: (..., n, d), after a non-negative kernel function.
         key: (..., m, d), likewise.
         value: (..., m, e).
-        eps: Added to the normaliser; a query similar to no key gives 0.
+        eps: Added to the normalizer; a query similar to no key gives 0.
 
     Returns:
         (..., n, e).

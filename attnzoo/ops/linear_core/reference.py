@@ -11,7 +11,7 @@ from attnzoo.ops.precision import in_float32
 
 @in_float32
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """See ``attnzoo.ops.linear_core``; materialises the attention map."""
+    """See ``attnzoo.ops.linear_core``; materializes the attention map."""
     return linear_map(query, key, eps) @ value
 
 

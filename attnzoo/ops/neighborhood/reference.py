@@ -34,7 +34,7 @@ def _spread(rows: Tensor, columns: Tensor) -> Tensor:
 def neighborhood_attention(
     query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: Window
 ) -> Tensor:
-    """See ``attnzoo.ops.neighborhood``; materialises the map."""
+    """See ``attnzoo.ops.neighborhood``; materializes the map."""
     return reference.softmax_attention(query, key, value, bias_of(query, grid, window))
 
 

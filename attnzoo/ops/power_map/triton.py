@@ -78,7 +78,7 @@ def _pivot(gamma, low, peak):
 
 @triton.jit
 def _power(x, gamma, FAST: tl.constexpr):
-    """(unnormalised power, pivot, norm of the power, factor that restores the norm)."""
+    """(unnormalized power, pivot, norm of the power, factor that restores the norm)."""
     peak = tl.maximum(tl.max(x, 1), _NORMAL)
     pivot = _pivot(gamma, tl.min(tl.where(x > _NORMAL, x, _LARGEST), 1), peak)
     _, power = _raised(x, gamma, pivot, FAST)

@@ -154,7 +154,7 @@ def _grouped_kernel(
     LOGITS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    # Programs that share rows of `a` are neighbours; the weights of all experts fit in L2.
+    # Programs that share rows of `a` are neighbors; the weights of all experts fit in L2.
     tiles_n = tl.cdiv(N, N_BLOCK)
     tile = tl.program_id(0) // tiles_n
     column = (tl.program_id(0) % tiles_n) * N_BLOCK + tl.arange(0, N_BLOCK)

@@ -12,7 +12,7 @@ from attnzoo.ops.precision import in_float32
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """See ``attnzoo.ops.softmax``; materialises the attention map."""
+    """See ``attnzoo.ops.softmax``; materializes the attention map."""
     return softmax_map(query, key, bias) @ value
 
 

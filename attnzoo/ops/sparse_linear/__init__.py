@@ -76,7 +76,7 @@ def sparse_linear_attention(
             but one at least.
         is_rest_only: Whether the linear part sees the other blocks only, or all.
         eps: Added to its normalizer; the linear part of queries that have no other blocks is 0.
-        impl: See ``attnzoo.ops.dispatch``. "reference" materialises both n x n maps.
+        impl: See ``attnzoo.ops.dispatch``. "reference" materializes both n x n maps.
 
     Returns:
         The softmax part and the linear part, (b, h, n, d), in the dtype of ``value``.

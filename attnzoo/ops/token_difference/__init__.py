@@ -29,7 +29,7 @@ def dynamic_differential_attention(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Token-wise DyDiLA, normalised by phi(Q) . sum phi(K), without convolution.
+    """Token-wise DyDiLA, normalized by phi(Q) . sum phi(K), without convolution.
 
     Args:
         x: (b, n, d).
@@ -37,7 +37,7 @@ def dynamic_differential_attention(
         key: K, likewise.
         value: V, likewise.
         weights: The parameters.
-        eps: Added to the normalisers.
+        eps: Added to the normalizers.
         learn: Whether routers get the straight-through gradient of "ste".
         heads: Parts of equal width; for the kernels a multiple of 16 where there are several.
         impl: "torch" and "reference" compose it from the other operators.

@@ -554,7 +554,7 @@ def difference_gradients(
 
     Args:
         grad: Of the difference.
-        grad_sum: Of the sum, where the difference is not normalised.
+        grad_sum: Of the sum, where the difference is not normalized.
         saved: Statistics, choices and probabilities.
         operands: ``Operands``.
         found: Where to put those of z1, which may be a slice of a wider tensor, of z2 and of the

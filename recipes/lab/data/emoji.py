@@ -55,14 +55,14 @@ class Package(NamedTuple):
         maker: Of the images; the start of their files' names.
         sha256: Of the tarball.
         member: Path of an image in the tarball, with the code points as its group.
-        licence: Of the images.
+        license: Of the images.
     """
 
     name: str
     maker: str
     sha256: str
     member: str
-    licence: str
+    license: str
 
 
 PACKAGES = (
@@ -192,7 +192,7 @@ def fetch(
         found = _checked(list(tarballs) or _packed(Path(scratch), packages), packages)
         categories = _categories(found[packages[0]])
         # First what says whose the folder is, last what says that it is whole.
-        lines = [f"{p.maker}: {p.licence}; from {p.name} of npm" for p in packages]
+        lines = [f"{p.maker}: {p.license}; from {p.name} of npm" for p in packages]
         write_bytes(out / _LICENCES, "\n".join([*lines, ""]).encode())
         (out / MANIFEST).unlink(missing_ok=True)
         counts: Counter[str] = Counter()

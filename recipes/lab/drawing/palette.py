@@ -1,7 +1,7 @@
 """The project's one color and one marker per mechanism, in every picture.
 
 A mechanism's class states its own. The colors are Okabe and Ito's and Paul Tol's "muted", told
-apart with every kind of color blindness; the markers say the same once more, for print in grey.
+apart with every kind of color blindness; the markers say the same once more, for print in gray.
 """
 
 from __future__ import annotations
