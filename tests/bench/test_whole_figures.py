@@ -5,8 +5,11 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
+from attnzoo import list_attention
 from bench import plot, recommend
 from bench.whole_models import figures as whole_figures
 from bench.whole_models.__main__ import main
@@ -212,6 +215,15 @@ def test_the_pages_are_what_the_committed_files_say():
         ("gpu-measurements.md", whole_figures.page(reports)),
     ):
         assert f"\n\n{text}\n<!-- /" in (docs / name).read_text("utf-8"), f"{name}: {said}"
+
+
+def test_the_committed_picture_has_the_colors_of_the_zoo():
+    """It has 256 of them: those of thin lines must not give way to grays."""
+    with Image.open(ROOT / "docs" / "plots" / "whole-models.png") as picture:
+        drawn = np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)
+    for name in list_attention():
+        wanted = np.array(ImageColor.getrgb(plot._style(name)["color"]))
+        assert np.abs(drawn.astype(int) - wanted).max(1).min() <= 8, name
 
 
 def test_a_page_of_several_files_has_the_newest_of_each_figure(tmp_path):
