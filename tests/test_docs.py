@@ -255,6 +255,26 @@ def test_what_the_page_on_kernels_runs_is_there():
     assert dispatch.TABLE["gated_norm"] == ("triton", "torch", "reference")
 
 
+def test_every_folder_with_kernels_is_in_the_table_of_operators():
+    table = page("gpu.md").split("<summary>Every operator")[1].split("</details>")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    folders = {path.parent for path in (ROOT / "attnzoo" / "ops").glob("*/triton.py")}
+    assert len(folders) > 20
+    for folder in folders:
+        source = "".join(path.read_text("utf-8") for path in folder.glob("*.py"))
+        known = re.findall(r"(?:^def |launched\(\")(\w+)", source, re.MULTILINE)
+        assert named & set(known), folder
+
+
+def test_how_many_training_steps_are_missing_is_what_the_table_lacks():
+    text = page("gpu-measurements.md")
+    table = text.split("**Size S: ")[1].split("**Size L")[0].strip().splitlines()[2:]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table)
+    lacking = [row for row in rows if not row[head.index("training step, 512 px")]]
+    words = {8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve"}
+    assert f"training steps of 512 px of {words[len(lacking)]} mechanisms" in text
+
+
 def test_the_install_page_names_every_extra_and_variable():
     text = page("install.md")
     project = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -264,6 +284,9 @@ def test_the_install_page_names_every_extra_and_variable():
     dispatch = (ROOT / "attnzoo" / "ops" / "dispatch.py").read_text("utf-8")
     for variable in set(re.findall(r"\"(ATTNZOO_\w+)\"", dispatch)):
         assert f"`{variable}=" in text, variable
+    (libraries,) = re.findall(r"^_LIBRARIES = \((.*)\)$", dispatch, re.MULTILINE)
+    for library in re.findall(r"\w+", libraries):
+        assert f'`impl="{library}"`' in text, library
     for message in re.findall(r"^\| `([^`]+)` \|", text.split("## If something")[1], re.MULTILINE):
         sources = dispatch + (ROOT / "Makefile").read_text("utf-8")
         assert message in sources, message
