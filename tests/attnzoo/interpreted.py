@@ -38,6 +38,26 @@ def errors(function, operands, shape, dtype, impl):
         yield ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
+def with_gradients(function, inputs, *args, **options):
+    """The output and the gradients of all inputs but the last, the cotangent, in float64."""
+    *inputs, cotangent = (z.detach().clone() for z in inputs)
+    inputs = [z.requires_grad_() for z in inputs]
+    out = function(*inputs, *args, **options)
+    assert out.dtype == inputs[0].dtype
+    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
+    return [z.detach().double() for z in found]
+
+
+def doubled(inputs):
+    return [z.double() for z in inputs]
+
+
+def relative_errors(found, exact):
+    pairs = zip(found, exact, strict=True)
+    apart = [(f - e).norm() / e.norm().clamp_min(1e-30) for f, e in pairs]
+    return [z.nan_to_num(torch.inf).item() for z in apart]  # max() may overlook a NaN
+
+
 # PyTorch's are tested where nothing is interpreted.
 IMPLEMENTATIONS = ["torch"] * (not IS_INTERPRETED) + ["triton"] * CAN_RUN
 # The interpreter cuts digits off where a GPU rounds.

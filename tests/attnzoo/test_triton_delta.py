@@ -13,17 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.delta_rule import gated_delta_rule, gated_delta_rule_macs
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
+from tests.attnzoo.interpreted import (
+    CAN_RUN,
+    DEVICE,
+    HAS_TRITON,
+    IS_INTERPRETED,
+    doubled,
+    random,
+    with_gradients,
+)
+from tests.attnzoo.interpreted import relative_errors as errors
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
 def test_asking_for_triton_where_it_does_not_serve():
     with pytest.raises(RuntimeError, match=r"runs on a GPU, not on 'cpu'"):
         build_attention("deltanet", 48, impl="triton")(torch.ones(1, 4, 48), (2, 2))
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def operands(n, key_dim=5, value_dim=3, dtype=torch.float32, images=2, heads=1, decay=0.3):
@@ -47,26 +52,6 @@ def reference(*inputs: Any) -> Any:
 
 def torch_path(*inputs: Any) -> Any:
     return gated_delta_rule(*inputs, impl="torch")
-
-
-def with_gradients(function, inputs):
-    """The output and the gradients of all operands, in float64."""
-    *inputs, cotangent = inputs
-    inputs = [z.detach().clone().requires_grad_() for z in inputs]
-    out = function(*inputs)
-    assert out.dtype == inputs[0].dtype
-    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
-    assert all(f.dtype == z.dtype for f, z in zip(found[1:], inputs, strict=True))
-    return [z.detach().double() for z in found]
-
-
-def doubled(inputs):
-    return [z.double() for z in inputs]
-
-
-def errors(found, exact):
-    pairs = zip(found, exact, strict=True)
-    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
 
 
 if CAN_RUN:

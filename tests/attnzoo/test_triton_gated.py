@@ -19,7 +19,15 @@ from attnzoo.ops.gated_scan import (
     tokens_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
+from tests.attnzoo.interpreted import (
+    CAN_RUN,
+    DEVICE,
+    HAS_TRITON,
+    IS_INTERPRETED,
+    random,
+    with_gradients,
+)
+from tests.attnzoo.interpreted import relative_errors as errors
 
 FOUR = ("forward", "backward", "columns-forward", "columns-backward")
 # 16 times the default gates, by which a chunk still forgets little, and what shuts most of them.
@@ -30,11 +38,6 @@ STRENGTHS = {"default": 1.0, "strong": 16.0, "shut": 1e6}
 def test_asking_for_triton_where_it_does_not_serve():
     with pytest.raises(RuntimeError, match=r"runs on a GPU, not on 'cpu'"):
         build_attention("gated", 48, impl="triton")(torch.ones(1, 4, 48), (2, 2))
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 def operands(n, key_dim=16, value_dim=24, dtype=torch.float32, images=2):
@@ -56,21 +59,6 @@ def reference(*inputs: Any, impl: Any = "reference") -> Any:
 
 def torch_path(*inputs: Any) -> Any:
     return reference(*inputs, impl="torch")
-
-
-def with_gradients(function, inputs, *options):
-    """The output and the gradients of queries, keys, values and gate logits, in float64."""
-    *inputs, cotangent = inputs
-    inputs = [z.detach().clone().requires_grad_() for z in inputs]
-    out = function(*inputs, *options)
-    assert out.dtype == inputs[0].dtype
-    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
-    return [z.detach().double() for z in found]
-
-
-def errors(found, exact):
-    pairs = zip(found, exact, strict=True)
-    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
 
 
 if CAN_RUN:

@@ -11,7 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnzoo import build_attention
 from attnzoo.ops.inner_loop import inner_tokens
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IMPLEMENTATIONS, IS_INTERPRETED
+from tests.attnzoo.interpreted import (
+    CAN_RUN,
+    DEVICE,
+    HAS_TRITON,
+    IMPLEMENTATIONS,
+    IS_INTERPRETED,
+    random,
+    with_gradients,
+)
+from tests.attnzoo.interpreted import relative_errors as errors
 
 HALF = torch.bfloat16
 
@@ -20,11 +29,6 @@ HALF = torch.bfloat16
 def test_asking_for_triton_where_it_does_not_serve():
     with pytest.raises(RuntimeError, match=r"runs on a GPU, not on 'cpu'"):
         build_attention("ttt", 32, impl="triton")(torch.ones(1, 4, 32), (2, 2))
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 def operands(b, grid, heads, width, has_taps, dtype=torch.float32):
@@ -46,23 +50,6 @@ def inner(grid, impl, rate=0.7):
         return inner_tokens(qkv, grid, first, second, taps, rate, others[-1], impl=impl)
 
     return call
-
-
-def with_gradients(function, inputs):
-    """The output and the gradients of all operands, in float64."""
-    *inputs, cotangent = inputs
-    inputs = [z.detach().clone().requires_grad_() for z in inputs]
-    out = function(*inputs)
-    assert out.dtype == inputs[0].dtype
-    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
-    assert all(f.dtype == z.dtype for f, z in zip(found[1:], inputs, strict=True))
-    return [z.detach().double() for z in found]
-
-
-def errors(found, exact):
-    pairs = zip(found, exact, strict=True)
-    apart = [(f - e).norm() / e.norm().clamp_min(1e-30) for f, e in pairs]
-    return [z.nan_to_num(torch.inf).item() for z in apart]  # max() may overlook a NaN
 
 
 def check(inputs, function_of, impl):

@@ -17,7 +17,16 @@ from attnzoo.ops.hourglass import group_means, hourglass
 from attnzoo.ops.selective_scan import selective_scan, selective_scan_macs
 from attnzoo.ops.silu_gate import silu_gate
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETED
+from tests.attnzoo.interpreted import (
+    CAN_RUN,
+    DEVICE,
+    HAS_TRITON,
+    IS_INTERPRETED,
+    doubled,
+    random,
+    with_gradients,
+)
+from tests.attnzoo.interpreted import relative_errors as errors
 
 
 @pytest.mark.skipif(not HAS_TRITON or CAN_RUN, reason="needs Triton and no GPU")
@@ -25,11 +34,6 @@ from tests.attnzoo.interpreted import CAN_RUN, DEVICE, HAS_TRITON, IS_INTERPRETE
 def test_asking_for_triton_where_it_does_not_serve(name):
     with pytest.raises(RuntimeError, match=r"runs on a GPU, not on 'cpu'"):
         build_attention(name, 32, impl="triton")(torch.ones(1, 4, 32), (2, 2))
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 def operands(n, channels=5, states=3, dtype=torch.float32, images=2, strength=1.0):
@@ -61,26 +65,6 @@ def reference(x, step, rates, b, c, bias, skip, reverse=False, impl: Any = "refe
 
 def torch_path(*inputs: Any, **options: Any) -> Any:
     return reference(*inputs, impl="torch", **options)
-
-
-def with_gradients(function, inputs, **options):
-    """The output and the gradients of all operands, in float64."""
-    *inputs, cotangent = inputs
-    inputs = [z.detach().clone().requires_grad_() for z in inputs]
-    out = function(*inputs, **options)
-    assert out.dtype == inputs[0].dtype
-    found = [out, *torch.autograd.grad(out, inputs, cotangent)]
-    assert all(f.dtype == z.dtype for f, z in zip(found[1:], inputs, strict=True))
-    return [z.detach().double() for z in found]
-
-
-def doubled(inputs):
-    return [z.double() for z in inputs]
-
-
-def errors(found, exact):
-    pairs = zip(found, exact, strict=True)
-    return [((f - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in pairs]
 
 
 if CAN_RUN:
