@@ -105,9 +105,8 @@ def recommendation(
         "",
         "How it is known:",
     ]
-    used = sorted({row.source for row in rows})
-    for index in used:
-        lines.append(f"- [{index + 1}] measured on {figures.sources[index]}")
+    for number, source in enumerate(_sources(rows), 1):
+        lines.append(f"- [{number}] measured on {figures.sources[source]}")
     measured = ", ".join(f"{_pixels(row, unit)}" for row in _of_softmax(rows))
     caveats: Sequence[tuple[object, str]] = (
         (not all(c.is_measured for c in found), f"{given.resolution} px was not measured for what "
@@ -185,13 +184,19 @@ def _what_there_is(figures: Figures) -> str:
     )
 
 
+def _sources(rows: list[Row]) -> list[int]:
+    """What the rows are of, in the order of their numbers in the answer."""
+    return sorted({row.source for row in rows})
+
+
 def _table(
     found: Sequence[Choice], treatments: dict[str, str], rows: list[Row], tokens: int,
     quality: list[Quality], unit: int,
 ) -> str:  # fmt: skip
     softmax = next((c for c in found if c.label == "softmax"), None)
     since = faster_from(rows)
-    sources = {(row.mechanism, row.tokens): row.source for row in rows}
+    used = _sources(rows)
+    numbers = {(row.mechanism, row.tokens): used.index(row.source) + 1 for row in rows}
     of_quality = {q.mechanism: f"{q.mean:.4f}" for q in quality}
     columns: dict[str, Callable[[Choice], str]] = {
         "mechanism": lambda c: c.label,
@@ -201,9 +206,7 @@ def _table(
         "memory": lambda c: memory(c.peak) if c.peak else "",
         f"{quality[0].metric}*" if quality else "": lambda c: of_quality.get(c.label, ""),
         "runs": lambda c: treatments[c.label],
-        "known": lambda c: (
-            f"measured [{sources[c.label, tokens] + 1}]" if c.is_measured else c.how
-        ),
+        "known": lambda c: f"measured [{numbers[c.label, tokens]}]" if c.is_measured else c.how,
     }
     if not quality:
         columns.pop("")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -218,6 +219,8 @@ def test_what_ships_answers_and_says_how_it_knows(capsys):
     text = said(capsys, "recommend", "--resolution", "1024", "--memory", "8 GB")
     rows = {line.split()[0]: line for line in text.splitlines() if " measured [" in line}
     assert {"softmax", "sana", "dydila"} <= rows.keys()
+    numbers = [int(number) for number in re.findall(r"^- \[(\d+)\]", text, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
     # A file may have one mode of one size and device alone.
     kinds = {(found.sources[r.source].device, r.size, r.mode) for r in found.rows}
     others = [said(capsys, "recommend", "--resolution", "1024", "--device", device,
