@@ -88,7 +88,7 @@ class _Parts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         base, size = grads[0]._base, grads[0].shape[-1]
-        if base is not None and not torch.is_grad_enabled() and base.shape[-1] == 3 * size:
+        if base is not None and not torch.is_grad_enabled() and base.shape[-1:] == (3 * size,):
             places = [(z.data_ptr(), z.stride()) for z in grads]
             if places == [(z.data_ptr(), z.stride()) for z in base.chunk(3, -1)]:
                 return base
