@@ -308,7 +308,9 @@ class CustomOp:
         device_types: str | None = None,
     ) -> None:
         self.name = name
-        self.function = self.differentiable = self.inference = function
+        self.function = self.inference = function
+        # Gradients that a kernel computes would pass for constants in a second differentiation.
+        self._make_differentiable(self._refuse, _keep_nothing)
         self.operator = torch.library.custom_op(
             f"attnzoo::{name}", function, mutates_args=(), device_types=device_types, schema=schema
         )
@@ -333,12 +335,23 @@ class CustomOp:
     ) -> None:
         """As of torch's custom operators."""
         self.operator.register_autograd(backward, setup_context=setup_context)
+        self._make_differentiable(backward, setup_context)
+
+    def _make_differentiable(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
         methods = {
             "forward": self.function, "setup_context": setup_context, "backward": backward,
         }  # fmt: skip
         methods = {name: staticmethod(method) for name, method in methods.items()}
         function = type(f"attnzoo::{self.name}", (torch.autograd.Function,), methods)
         self.differentiable = function.apply  # type: ignore[attr-defined]
+
+    def _refuse(self, *_: Any) -> Any:
+        raise Unavailable(
+            f"{self.name} cannot be differentiated, as second derivatives need; "
+            f"choose impl='reference'"
+        )
 
     def register_inference(self, function: Callable[..., Any]) -> None:
         """What runs in place of the function where nothing is differentiated or watched."""
@@ -354,6 +367,10 @@ class CustomOp:
         ):
             return self.operator(*operands)
         return (self.differentiable if torch.is_grad_enabled() else self.inference)(*operands)
+
+
+def _keep_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """What an operator without a gradient saves for its backward."""
 
 
 def custom_op(

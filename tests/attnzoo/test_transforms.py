@@ -117,6 +117,27 @@ def test_vmap_over_samples_is_the_batch(layer):
         close({name: z.sum(0) for name, z in each.items()}, layer.gradients(x))
 
 
+def twice(layer, x):
+    """Gradients of the square of the gradient of a loss, where there are any."""
+    x = x.clone().requires_grad_()
+    operands = [x, *layer.parameters.values()]
+    [slope] = torch.autograd.grad(layer.loss(layer.parameters, x), x, create_graph=True)
+    found = torch.autograd.grad(slope.square().sum(), operands, allow_unused=True)
+    return [torch.zeros_like(p) if z is None else z for p, z in zip(operands, found, strict=True)]
+
+
+def test_second_derivatives_are_the_references_or_refused(layer):
+    x = tokens(GRID, 2, DIM)
+    try:
+        found = twice(layer, x)
+    except RuntimeError:  # of ours, or PyTorch's of its fused softmax
+        return
+    for one, exact in zip(found, twice(Layer(layer.module.name, "reference"), x), strict=True):
+        torch.testing.assert_close(
+            one, exact, rtol=1e-3, atol=1e-4 * (1 + exact.abs().max().item())
+        )
+
+
 def test_the_page_lists_what_is_refused():
     text = PAGE.read_text("utf-8").split("## torch.func\n")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", text, re.MULTILINE))
@@ -127,3 +148,16 @@ def test_a_kernel_by_name_is_not_replaced():
     layer = Layer("sana", "triton")
     with pytest.raises(Unavailable, match="triton"):
         grad(layer.loss)(layer.parameters, tokens(GRID, 2, DIM))
+
+
+def test_thirds_of_no_images_have_gradients():
+    from attnzoo.layers.linear import _Parts
+
+    x = torch.randn(0, 4, 6, requires_grad=True)
+    sum(z.sum() for z in _Parts.apply(x)).backward()
+    assert x.grad.shape == x.shape
+    # Gradients that are views of one number.
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    query, key, value = _Parts.apply(x)
+    (query.sum() + 2 * key.sum() + value.sum()).backward()
+    torch.testing.assert_close(x.grad[0, 0], torch.tensor([1.0, 1, 2, 2, 1, 1]))

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 
 from attnzoo import build_attention
-from attnzoo.errors import InvalidValue
+from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.layers.linear import windows_linear
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops import dispatch
@@ -836,6 +836,13 @@ if CAN_RUN:
             twice = torch.autograd.grad(sum(z.square().sum() for z in grads), operands)
             results.append([out, *grads, *twice])
         torch.testing.assert_close(*results)
+
+    def test_second_derivatives_of_kernels_are_refused():
+        x = random(2, 7, 8).requires_grad_()
+        out = linear_tokens(x, x * 2, x + 1, 2, impl="triton") * x
+        [slope] = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(Unavailable, match="reference"):
+            slope.square().sum().backward()
 
     @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
     @pytest.mark.parametrize(("n", "d"), [(37, 24), (1, 8), (300, 128)])

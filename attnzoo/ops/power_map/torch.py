@@ -108,7 +108,9 @@ class _PowerMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        backward = _cpu_backward if grad.device.type == "cpu" else _backward
+        # The operator refuses a second derivative, for which what is kept would be constants.
+        is_twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        backward = _cpu_backward if is_twice or grad.device.type == "cpu" else _backward
         return backward(grad, *ctx.saved_tensors)
 
 
