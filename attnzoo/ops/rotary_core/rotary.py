@@ -26,7 +26,7 @@ def turns(steps: int, pairs: int, device: torch.device, dtype: torch.dtype) -> T
     """
     key = steps, pairs, device, dtype
     # A recording may read what was made before it, though what it makes itself is no number yet.
-    if key in _TURNS and not is_seen_through():
+    if not is_seen_through() and key in _TURNS:  # a compiler would guard the table
         return _TURNS[key]
     with torch.inference_mode(False), torch.no_grad():
         wide = torch.float32 if device.type == "mps" else torch.float64
