@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
@@ -125,6 +126,11 @@ def one_line(text: str) -> str:
     """``printable`` without line breaks and tabs; names whose bytes the locale hid are shown."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def argument(value: object) -> str:
+    """A value as a command that is shown has to spell it: a folder's name may have spaces."""
+    return shlex.quote(str(value))
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:

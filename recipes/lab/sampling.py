@@ -64,7 +64,13 @@ def read_checkpoint(run: Run, weights: str = "ema") -> Checkpoint:
     for _ in range(_TRIES):
         found = run.newest_checkpoint(warn=warn)
         if found is None:
-            raise UserError(f"{run.folder} holds no whole checkpoint yet; train it further")
+            # Training goes on from nothing only where there was nothing.
+            remedy = (
+                "; train it anew with --overwrite"
+                if run.checkpoint_names()
+                else " yet; train it further"
+            )
+            raise UserError(f"{run.folder} holds no whole checkpoint{remedy}")
         step, folder = found
         try:
             return _read_listed(step, folder, weights)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from backbones.pattern import file_name, parse_pattern
-from recipes.lab.console import DONE, UserError, log, printable, warn
+from recipes.lab.console import DONE, UserError, argument, log, printable, warn
 from recipes.lab.drawing.canvas import new_figure, save_figure
 from recipes.lab.drawing.palette import color_of
 from recipes.lab.drawing.pictures import image_grid
@@ -61,9 +61,10 @@ def demo(attn: str, steps: int, out: Path, overwrite: bool) -> int:
         if status != DONE:
             return status
     _draw(runs, picture)
+    first = argument(runs[mechanisms[0]].folder)
     print(
         f"\n{printable(str(picture))} shows them.\nWhat next:\n"
-        f"  python recipes/sample.py {runs[mechanisms[0]].folder} --classes 3,7 --cfg 4.0\n"
+        f"  python recipes/sample.py {first} --classes 3,7 --cfg 4.0\n"
         f"  python recipes/train.py --attn sana --data shapes\n"
         f"with the environment that make has made: source .venv/bin/activate"
     )

@@ -17,6 +17,7 @@ from recipes import sample as sample_module
 from recipes import train as train_module
 from recipes.lab.console import INTERRUPTED, NON_FINITE, UserError
 from recipes.lab.files import sha256
+from recipes.lab.sampling import read_checkpoint
 from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
@@ -104,6 +105,14 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_from_nothing(copy):
     with pytest.raises(UserError, match="no whole checkpoint"):
         train(Settings(**SMALL, steps=4), copy, resume=True)
     assert len(copy.read_log()) == 4
+    with pytest.raises(UserError, match="no whole checkpoint; train it anew with --overwrite"):
+        read_checkpoint(copy)
+
+
+def test_a_first_checkpoint_that_finds_no_room_names_no_step_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.lab.training.loop.save_checkpoint", lambda *_, **__: "no space")
+    with pytest.raises(UserError, match=r"step 1 \(no space\); there is no other: make room"):
+        train(Settings(**SMALL, steps=1), Run(tmp_path / "run"))
 
 
 def test_broken_later_checkpoints_do_not_push_out_whole_ones(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -263,6 +264,19 @@ def test_a_finished_run_says_so_and_stays_as_it_is(trained, capsys):
     said = capsys.readouterr().out
     assert "is done, 30 steps" in said and "--overwrite" in said
     assert before == {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+
+
+def test_commands_that_are_shown_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "my first run"
+    with pytest.raises(UserError, match=r"--out '.*my first run'"):
+        Run.open(folder)
+    settings = Settings(attn="softmax", steps=2, **SMALL)
+    assert train(settings, Run(folder), should_stop=lambda step: step == 1) == INTERRUPTED
+    assert train(settings, Run(folder), resume=True) == 0
+    assert train(settings, Run(folder), resume=True) == 0
+    said = capsys.readouterr().out
+    commands = [shlex.split(line) for line in said.splitlines() if "  python recipes/" in line]
+    assert [str(folder) in command for command in commands] == [True] * 3
 
 
 def test_a_run_that_is_there_is_continued(tmp_path, capsys):

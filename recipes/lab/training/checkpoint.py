@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.lab import files
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, argument
 from recipes.lab.files import CannotWrite, read_json, refuse_links, sha256
 from recipes.lab.training.run_files import (
     damage_of,
@@ -90,7 +90,7 @@ class Run:
         if not run.config_file.is_file():
             raise UserError(
                 f"{folder} holds no run (no config.json); make one with "
-                f"python recipes/train.py --out {folder}"
+                f"python recipes/train.py --out {argument(folder)}"
             )
         run.config()
         return run

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserError
+from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserError, argument
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.guard import SpikeWatch
@@ -115,7 +115,7 @@ class Loop:
                 return INTERRUPTED, "preempted", self._stopped(received)
         reason = (
             f"done: samples in {run.samples}; more with\n"
-            f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0"
+            f"  python recipes/sample.py {argument(run.folder)} --classes 0,1,2 --cfg 2.0"
         )
         return DONE, "done", reason
 
@@ -148,7 +148,7 @@ class Loop:
         return (
             f"stopped after step {self.trainer.step} and saved"
             f"{' on ' + ', '.join(causes) if causes else ''}; go on with\n"
-            f"  python recipes/train.py --resume --out {self.run.folder}"
+            f"  python recipes/train.py --resume --out {argument(self.run.folder)}"
         )
 
     def _draw(self) -> None:
@@ -202,9 +202,10 @@ class Loop:
             self.saved, self.failed_saves = trainer.step, 0
             return
         self.failed_saves += 1
+        kept = "there is no other" if self.saved is None else f"that of step {self.saved} is whole"
         text = (
-            f"no checkpoint of step {trainer.step} ({problem}); the newest whole one is of step "
-            f"{self.saved}: make room for {self.run.folder}"
+            f"no checkpoint of step {trainer.step} ({problem}); {kept}: make room for "
+            f"{self.run.folder}"
         )
         if must or self.failed_saves >= _FAILED_SAVES:
             raise UserError(text)

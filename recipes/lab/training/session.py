@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from backbones.pattern import file_name
-from recipes.lab.console import DONE, Progress, UserError
+from recipes.lab.console import DONE, Progress, UserError, argument
 from recipes.lab.data.latents import canonical_settings
 from recipes.lab.distributed import on_main
 from recipes.lab.files import check_unlocked, refuse_links, write_json
@@ -267,7 +267,7 @@ def _continued(
 def _already_done(run: Run, step: int) -> str:
     return (
         f"{run.folder} is done, {step} steps: sample it with\n"
-        f"  python recipes/sample.py {run.folder} --classes 0,1,2 --cfg 2.0\n"
+        f"  python recipes/sample.py {argument(run.folder)} --classes 0,1,2 --cfg 2.0\n"
         f"train it longer with --steps N --allow-change steps, or anew with --overwrite"
     )
 

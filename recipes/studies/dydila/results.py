@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from recipes.lab.console import UserError, one_line
+from recipes.lab.console import UserError, argument, one_line
 from recipes.lab.evaluation.scores import metric_of
 from recipes.lab.pages import markdown_table, markdown_text
 from recipes.studies.comparison.planned import OK, known_as
@@ -82,7 +82,7 @@ def results_page(folders: Sequence[Path]) -> str:
         raise UserError(f"no run of {', '.join(map(str, folders))} is done yet")
     tables = ("table1-S", "table4", "table5", "table6")
     from_paper = [variant for table in tables for variant in PRESETS[table].variants]
-    commands.append(f"python recipes/results.py {' '.join(map(str, folders))}")
+    commands.append(f"python recipes/results.py {' '.join(map(argument, folders))}")
     tested = {claim: tested_claim(claim, done) for claim in CLAIMS}
     template = Path(__file__).with_name("results_page.md").read_text("utf-8")
     return string.Template(template).substitute(
@@ -112,7 +112,7 @@ def _read(folders: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
         except UserError as error:
             raise UserError(
                 f"{folder} holds no comparison ({error}); make one with "
-                f"python recipes/compare.py --preset results --out {folder}"
+                f"python recipes/compare.py --preset results --out {argument(folder)}"
             ) from error
         commands.append(one_line(command.strip()))
     found = pd.concat(frames, ignore_index=True)
