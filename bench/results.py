@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench.thresholds import GOALS
 from bench.timing import spread
-from recipes.lab.console import DONE, UserError, run_script
+from recipes.lab.console import DONE, UserError, argument, run_script
 from recipes.lab.files import read_json, require_writable, write_json
 
 # What the suite writes, as far as tables and pictures read it; ``require_shape`` says how.
@@ -147,7 +147,8 @@ def read_cases(path: Path) -> dict[str, Any]:
     entries = report["benchmarks"]
     if entries and not any("stats" in entry for entry in entries):
         raise UserError(
-            f"{path} holds figures of goals and no cases; python -m bench.goals {path} shows them"
+            f"{path} holds figures of goals and no cases; "
+            f"python -m bench.goals {argument(path)} shows them"
         )
     if entries and not any("id" in entry["extra_info"] for entry in entries):
         raise UserError(f"{path} is a file of pytest-benchmark, but none of attnzoo's suite")

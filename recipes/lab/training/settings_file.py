@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import yaml
 
 from attnzoo.contract import nearest
-from recipes.lab.console import UserError, one_line
+from recipes.lab.console import UserError, argument, one_line
 from recipes.lab.training.rules import Rule
 from recipes.lab.training.settings import FIELDS, resumed_settings
 
@@ -50,7 +50,7 @@ def _of_run(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if settings.pop(name) is not None:
             raise UserError(
                 f"{path} is of a run that recipes/convert.py began from another: convert again, "
-                f"or go on with it by --resume --out {path.parent}"
+                f"or go on with it by --resume --out {argument(path.parent)}"
             )
     return settings
 
