@@ -85,6 +85,15 @@ def _lines(mixing, token, n, width, columns, tall, wide, blocks, across, along, 
 
 
 @triton.jit
+def _key_value(key, value, token, n, spacing, column, is_column):
+    """phi of keys, where there are none too, whose pairs have no weight; and values."""
+    mask = (token < n)[:, None] & is_column
+    k = _tile(key, token, spacing, column, mask)
+    v = _tile(value, token, spacing, column, mask)
+    return _phi(k).to(k.dtype), v
+
+
+@triton.jit
 def _pair_kernel(
     query, key, value, mixing, out, inverse, n, heads, d, spacing, width, columns, tall, wide,
     blocks, eps, ADD: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
@@ -92,9 +101,8 @@ def _pair_kernel(
 ):  # fmt: skip
     """Of R queries, over C keys at a time; with ADD what lies in ``out`` is added."""
     image, head, token = _own(n, heads, R)
-    query += image * n * spacing + head * d
-    key += image * n * spacing + head * d
-    value += image * n * spacing + head * d
+    place = image * n * spacing + head * d
+    query, key, value = query + place, key + place, value + place
     column, other = tl.arange(0, D), tl.arange(0, C)
     is_column = (column < d)[None, :]
     mask = (token < n)[:, None] & is_column
@@ -105,10 +113,7 @@ def _pair_kernel(
     norm = tl.zeros((R,), tl.float32)
     for first in range(0, n, C):
         near = first + other
-        is_near = (near < n)[:, None] & is_column
-        k = _tile(key, near, spacing, column, is_near)
-        v = _tile(value, near, spacing, column, is_near)
-        k = _phi(k).to(k.dtype)
+        k, v = _key_value(key, value, near, n, spacing, column, is_column)
         marks = _marks(near, n, width, columns, tall, wide, M)
         p = _dot(x, tl.trans(k), P) * _dot(w, tl.trans(marks), P)
         norm += tl.sum(p, 1)
@@ -131,9 +136,8 @@ def _pair_query_gradient_kernel(
     """Of R queries; and what the gradients of all their pairs have in common, by the norm."""
     image, head, token = _own(n, heads, R)
     grad += image * n * g_row + head * d
-    query += image * n * spacing + head * d
-    key += image * n * spacing + head * d
-    value += image * n * spacing + head * d
+    place = image * n * spacing + head * d
+    query, key, value = query + place, key + place, value + place
     column, other = tl.arange(0, D), tl.arange(0, C)
     is_column = (column < d)[None, :]
     mask = (token < n)[:, None] & is_column
@@ -143,10 +147,7 @@ def _pair_query_gradient_kernel(
     sums = tl.zeros((R, D), tl.float32)
     for first in range(0, n, C):
         near = first + other
-        is_near = (near < n)[:, None] & is_column
-        k = _tile(key, near, spacing, column, is_near)
-        v = _tile(value, near, spacing, column, is_near)
-        k = _phi(k).to(k.dtype)
+        k, v = _key_value(key, value, near, n, spacing, column, is_column)
         marks = _marks(near, n, width, columns, tall, wide, M)
         mixed = _dot(w, tl.trans(marks), P)
         slope = _dot(g, tl.trans(v), P) * mixed
@@ -172,9 +173,8 @@ def _pair_key_gradient_kernel(
     """Of R keys and values, over C queries at a time, and of W a part."""
     image, head, token = _own(n, heads, R)
     grad += image * n * g_row + head * d
-    query += image * n * spacing + head * d
-    key += image * n * spacing + head * d
-    value += image * n * spacing + head * d
+    place = image * n * spacing + head * d
+    query, key, value = query + place, key + place, value + place
     inverse += (image * heads + head) * n
     shared += (image * heads + head) * n
     column, other = tl.arange(0, D), tl.arange(0, C)
@@ -233,10 +233,10 @@ TILES = {
     "query_gradient": (Tile(128, 64, 8, 2), Tile(32, 32, 4, 1)),
     "key_gradient": (Tile(64, 32, 4, 2), Tile(16, 32, 4, 1)),
 }
-# Pairs are multiplied n^2 d times a head, where numbers of states, blocks * d^2, come from memory
-# and go there; what one of these is worth of those, likewise.
+# Pairs take n^2 d multiplications a head, states blocks * d^2 numbers from and to memory. So many
+# multiplications are taken in place of a number, likewise; by counting, not yet by measuring.
 WORTH = 256, 32
-MOST_BLOCKS = 32  # the gradient of W of more takes more registers than an A100 has
+MOST_BLOCKS = 32  # with more the gradient of W spills registers on an A100
 
 
 def is_worth(dtype: torch.dtype, width: int, blocks: TokenBlocks) -> bool:
