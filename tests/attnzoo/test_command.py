@@ -229,9 +229,11 @@ def test_what_ships_answers_and_says_how_it_knows(capsys):
     every = "".join([text, *others])
     for source in found.sources:
         assert source.commit in every and source.date in every and source.device_name in every
-    over = next(r for r in found.of("h100", "S", "forward")
-                if (r.mechanism, r.tokens) == ("sana", 4096)).over_softmax  # fmt: skip
-    assert f" {over:.2f} " in rows["sana"] and " 1.00 " in rows["softmax"]
+    sana = next(r for r in found.of("h100", "S", "forward")
+                if (r.mechanism, r.tokens) == ("sana", 4096))  # fmt: skip
+    assert f" {sana.over_softmax:.2f} " in rows["sana"] and " 1.00 " in rows["softmax"]
+    number = rows["sana"].split(" measured ")[1].strip()
+    assert f"- {number} measured on {found.sources[sana.source]}" in text
     assert " 256 tokens, 3 seeds" in said(capsys, "recommend", "--resolution", "256")
     between = said(capsys, "recommend", "--resolution", "768")
     assert "interpolated" in between and "768 px was not measured" in between
