@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
     weights = given.extractor_weights
     scale = Scale(
         model=given.model, data=given.data, steps=given.steps, batch_size=given.batch_size,
-        learning_rate=given.learning_rate, seeds=given.seeds, samples=given.samples,
-        points=given.points,
+        accumulate=given.accumulate, learning_rate=given.learning_rate, seeds=given.seeds,
+        samples=given.samples, points=given.points,
         held_out_images=given.held_out_images, hold_out=given.hold_out,
         extractor_weights=weights and str(weights.expanduser().resolve()),
         extractors=tuple(given.extractors),
@@ -97,6 +97,8 @@ def _parser() -> Parser:
     flag("--minutes", type=_minutes, default=9.5, help="after which all is saved")
     flag("--steps", type=whole(1), default=3000, help="of training")
     flag("--batch-size", type=whole(1), default=64, help="images per step")
+    flag("--accumulate", type=whole(1), default=1,
+         help="micro-steps of a step, where all of its images take too much memory")  # fmt: skip
     flag("--learning-rate", type=float, default=3e-3, metavar="X", help="at the first step")
     flag("--seeds", type=whole(1), default=5, help="number of seeds")
     flag("--samples", type=_samples, default=500,

@@ -205,8 +205,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     flag("--mechanisms", default=",".join(MECHANISMS), help="names or patterns")
     flag("--tokens", default="256,4096", help="of one image")
     flag("--ways", default="overlapped,fsdp2", help="overlapped (as train.py reduces gradients), "
-         "bf16 (likewise, --gradient-sums bf16), fsdp2 (--sharded), ddp (one reduction after the "
-         "backward)")  # fmt: skip
+         "bf16 (likewise, --gradient-sums bf16), fsdp2 (--sharded), 25MB (--bucket-mb 25), ddp "
+         "(one reduction after the backward)")  # fmt: skip
     flag("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     flag("--size", default="L", choices=("tiny", "S", "B", "L"), help="of the backbone")
     flag("--patience", type=from_zero, default=150.0, help="seconds of one case")
@@ -231,7 +231,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for tokens in options.tokens:
         if round(tokens**0.5) ** 2 != tokens:
             raise UserError(f"--tokens {tokens} must be a square, such as 256 or 4096")
-    options.ways = _chosen("--ways", options.ways, WAYS)
+    options.ways = _chosen("--ways", options.ways, list(WAYS))
     options.parts = _chosen("--parts", options.parts, PARTS)
     options.mechanisms = split(options.mechanisms)
     reports.require_mechanisms(options.mechanisms)

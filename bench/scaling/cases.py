@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,10 +22,13 @@ MECHANISMS = ("softmax", "sana", "dydila", "sana*3+softmax")
 IMAGES = {256: 32, 4096: 8}
 STEPS = {256: 90, 4096: 24}
 STORED = {256: 1024, 4096: 256}
-# Gradients added up in buckets beside the backward; likewise in bfloat16, --gradient-sums bf16;
-# FSDP2, train.py's --sharded; or, to compare the first with, one reduction of all gradients after
-# the backward, --bucket-mb 0.
-WAYS = ("overlapped", "bf16", "fsdp2", "ddp")
+# Gradients added up in buckets beside the backward; likewise in bfloat16; FSDP2; or, to compare
+# the first with, in buckets of DDP's size, and by one reduction after the backward. What is not
+# train.py's default, by name of the setting:
+WAYS: dict[str, dict[str, Any]] = {
+    "overlapped": {}, "bf16": {"gradient_sums": "bf16"}, "fsdp2": {"sharded": True},
+    "25MB": {"bucket_mb": 25}, "ddp": {"bucket_mb": 0},
+}  # fmt: skip
 _CHANNELS, _FACTOR, _CLASSES = 4, 8, 1000
 _LONG = 100_000  # steps of a run that pays for its compiler and saves, draws and looks at nothing
 
@@ -38,8 +42,8 @@ class Case:
         tokens: Of one image.
         gpus: Processes, each on a GPU of its own, or on a CPU.
         way: Of ``WAYS``. One process has nothing to shard: "fsdp2" on one is a step launched by
-            the host, as sharded ones are, for them to be compared with; "bf16" and "ddp" on one
-            are the step of "overlapped".
+            the host, as sharded ones are, for them to be compared with; the others on one are
+            the step of "overlapped".
         size: Of the backbone, in the controlled protocol.
         saves: Whether a checkpoint is written and timed afterwards.
         recorded: Whether a step is one CUDA graph where that is possible.
@@ -74,9 +78,7 @@ class Case:
         own = {
             "data": str(latents), "attn": self.mechanism, "size": self.size,
             "protocol": "controlled", "batch_size": self.images * self.gpus, "steps": _LONG,
-            "sharded": self.way == "fsdp2" and self.gpus > 1, "keep_every": None,
-            **({"bucket_mb": 0} if self.way == "ddp" else {}),
-            **({"gradient_sums": "bf16"} if self.way == "bf16" else {}),
+            "keep_every": None, **({} if is_base else WAYS[self.way]),
             "cuda_graph": "auto" if self.recorded and not is_base else "off",
         }  # fmt: skip
         return Settings(**{**PRESETS["dit"], **own, **every})

@@ -25,7 +25,7 @@ _SHAPE = {
     "checks": [{"check": TEXT, "processes": (int,)}],
 }  # fmt: skip
 _WAYS = {"overlapped": "overlapped", "bf16": "overlapped, bfloat16", "fsdp2": "FSDP2",
-         "ddp": "one reduction"}  # fmt: skip
+         "25MB": "overlapped, 25 MB", "ddp": "one reduction"}  # fmt: skip
 
 
 def read_scaling(path: Path) -> dict[str, Any]:

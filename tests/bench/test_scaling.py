@@ -176,10 +176,11 @@ def test_one_gpu_comes_first_and_groups_get_gpus_of_their_own(out, played, monke
         [(1, {"overlapped", "fsdp2"}, 4)] * 4,  # one reduction of one GPU would be the first
         [(4, {"overlapped"}, 8)], [(2, {"overlapped"}, 4)] * 2,
         [(4, {"bf16"}, 8)], [(2, {"bf16"}, 4)] * 2,
-        [(4, {"fsdp2"}, 8)], [(2, {"fsdp2"}, 4)] * 2, [(4, {"ddp"}, 8)], [(2, {"ddp"}, 4)] * 2,
+        [(4, {"fsdp2"}, 8)], [(2, {"fsdp2"}, 4)] * 2, [(4, {"25MB"}, 8)], [(2, {"25MB"}, 4)] * 2,
+        [(4, {"ddp"}, 8)], [(2, {"ddp"}, 4)] * 2,
     ]  # fmt: skip
     cases = [case for wave in waves for group in wave for case in group]
-    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * (2 + 2 * 4)
+    assert len({case.name for case in cases}) == len(cases) == 4 * 2 * (2 + 2 * 5)
     assert waves[1][0][0] == Case("softmax", 256, 4, "overlapped", "L", saves=True)
     alone = planned(["sana"], (1,), (256,), ("ddp",), "L", 4)
     assert [case.way for wave in alone for group in wave for case in group] == ["ddp"]
@@ -204,10 +205,11 @@ def test_what_is_trained_is_the_recipe_of_dit(tmp_path):
     assert four.precision == "bf16" and four.compile == "auto" and four.size == "L"
     four = Case("sana", 4096, 4).settings(tmp_path)
     assert four.batch_size == 32 and four.bucket_mb == Settings().bucket_mb
-    after = Case("sana", 4096, 4, "ddp").settings(tmp_path)
-    assert dataclasses.replace(four, bucket_mb=0) == after
-    rounded = Case("sana", 4096, 4, "bf16").settings(tmp_path)
-    assert dataclasses.replace(four, gradient_sums="bf16") == rounded
+    others = [("ddp", {"bucket_mb": 0}), ("25MB", {"bucket_mb": 25}),
+              ("bf16", {"gradient_sums": "bf16"})]  # fmt: skip
+    for way, changed in others:
+        other = Case("sana", 4096, 4, way).settings(tmp_path)
+        assert dataclasses.replace(four, **changed) == other != four
 
 
 def test_shares_are_of_the_same_way_on_one_gpu_and_judged():
@@ -280,7 +282,7 @@ def test_another_file_is_no_file_of_scaling(tmp_path):
 
 
 def test_a_way_counts_once_and_one_of_a_later_version_is_named(tmp_path):
-    assert scaling._chosen("--ways", "bf16,ddp,bf16", WAYS) == ["bf16", "ddp"]
+    assert scaling._chosen("--ways", "bf16,ddp,bf16", list(WAYS)) == ["bf16", "ddp"]
     report = {
         "training": [row_of(Case("sana", 16, 1, "fp8"), beside=0)], "checks": [], "missed": [],
         "gpus": 1, "device": "cpu", "device_name": "C", "versions": {}, "commit": "c",

@@ -86,10 +86,20 @@ class TestPlan:
     def test_the_largest_model_is_size_s_at_the_rate_that_was_asked(self):
         large = dataclasses.replace(TINY, model="384x12", learning_rate=1e-3)
         settings = study_runs(RESOLUTION, large, {}, protocols=["depth"], **AT)[0].planned.settings
-        assert settings.learning_rate == 1e-3
+        assert settings.learning_rate == 1e-3 and settings.accumulate == 1
         size = SIZES["S"]
         heads = size.dim // size.head_dim
         assert settings.backbone == {"dim": size.dim, "depth": size.depth, "num_heads": heads}
+
+    def test_micro_steps_are_a_run_of_its_own_and_the_table_says_so(self, tmp_path):
+        runs = [
+            study_runs(RESOLUTION, dataclasses.replace(TINY, accumulate=count), {},
+                       protocols=["depth"], **AT)[0]
+            for count in (1, 2)
+        ]  # fmt: skip
+        assert runs[0].planned.name != runs[1].planned.name
+        rows = table.collect(tmp_path, runs, {})
+        assert list(rows["arithmetic"]) == ["fp32", "fp32, 2 micro-steps"]
 
     def test_equal_macs_are_as_near_as_blocks_allow(self):
         (softmax, *others) = study_runs(

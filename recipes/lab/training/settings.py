@@ -243,7 +243,7 @@ class Settings:
     )
     bucket_mb: int = _setting(
         "run",
-        25,
+        100,
         integer(0),
         "MB of gradients that several processes add up at once, beside the backward; 0: all of "
         "them, after it",

@@ -193,6 +193,7 @@ class Scale:
         data: Of the emoji, or another set's name.
         steps: Of softmax and of all at equal depth and MACs.
         batch_size: Images per step.
+        accumulate: Micro-steps that share a step's images, where all take too much memory.
         learning_rate: Of all variants, at the first step.
         seeds: Number of them, from 0.
         samples: Images per run for FID and KID; 0 measures the held-out loss alone.
@@ -209,6 +210,7 @@ class Scale:
     data: str = "emoji"
     steps: int = 3000
     batch_size: int = 64
+    accumulate: int = 1
     learning_rate: float = Settings.learning_rate
     seeds: int = 5
     samples: int = 500
@@ -288,8 +290,9 @@ def _planned(
     settings = Settings(
         attn=variant.attn, attn_options=dict(variant.options), backbone=backbone,
         data=scale.data, level=study.level if scale.data.partition(":")[0] == "emoji" else "easy",
-        resolution=side, patch_size=PATCH, steps=steps, batch_size=scale.batch_size, seed=seed,
-        learning_rate=scale.learning_rate, precision=scale.precision, compile=scale.compile,
+        resolution=side, patch_size=PATCH, steps=steps, batch_size=scale.batch_size,
+        accumulate=scale.accumulate, seed=seed, learning_rate=scale.learning_rate,
+        precision=scale.precision, compile=scale.compile,
         sample_every=steps,
         checkpoint_every=max(1, min(1000, steps)), diagnose_every=steps,
         held_out_every=max(1, -(-steps // scale.points)), held_out_images=scale.held_out_images,

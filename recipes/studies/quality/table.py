@@ -57,7 +57,8 @@ def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
         "steps": settings.steps, "batch": settings.batch_size,
         "learning_rate": settings.learning_rate, "held_out": settings.held_out_images,
         "model": f"{backbone.get('dim')}x{backbone.get('depth')}",
-        "arithmetic": settings.precision + (", compiled" if settings.compile == "on" else ""),
+        "arithmetic": settings.precision + ", compiled" * (settings.compile == "on")
+        + f", {settings.accumulate} micro-steps" * (settings.accumulate > 1),
         "run": planned.name, "state": result["state"],
         "error": one_line(result.get("error") or "")[:160],
         "parameters": cost.get("parameters"), "macs": cost.get("macs"),
