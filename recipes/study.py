@@ -53,15 +53,17 @@ def main(arguments: list[str]) -> int:
     chosen = {"resolutions": given.resolutions, "only": given.only}
     protocols = given.protocols or list(study.protocols)
     earlier = table.read(given.table) if given.table else None
+    own = out / "table.csv"
+    before = [table.of_scale(table.read(own), scale)] if own.is_file() else []
     if not given.report_only and not given.dry_run:
         share_data(study, scale, given.resolutions)
     file = Path(given.seconds or out / seconds.FILE)
     if given.measure:
         runs = study_runs(study, scale, {}, protocols=["depth"], **chosen)
         os.environ["CUDA_VISIBLE_DEVICES"] = slots[0] or ""
-        seconds.measure(runs, file, threads)
+        seconds.measure(runs, scale, file, threads)
         return DONE
-    known = seconds.read_seconds(file)
+    known = seconds.read_seconds(file, scale)
     if "time" in protocols and not known and not given.protocols:
         print(f"equal time is left out: --measure writes {file}", file=sys.stderr)
         protocols.remove("time")
@@ -74,13 +76,13 @@ def main(arguments: list[str]) -> int:
         check_held_out(runs)
         missing.run(slots, threads, given.minutes - (time.monotonic() - started) / 60)
     rows = [table.collect(out, runs, known)] + ([] if earlier is None else [earlier])
-    found = table.merged(rows)
-    table.write(out / "table.csv", found)
+    found = table.merged([*rows, *before])
+    table.write(own, found)
     left = missing.left(found)
     for line in left:
         print(printable(line))
-    print(printable(f"{len(runs) - len(left)} of {len(runs)} rows are done: {out / 'table.csv'}"))
-    size = (out / "table.csv").stat().st_size
+    print(printable(f"{len(runs) - len(left)} of {len(runs)} rows are done: {own}"))
+    size = own.stat().st_size
     if size > table.LIMIT:
         print(f"it has {size} bytes, more than {table.LIMIT} to be committed", file=sys.stderr)
     return 1 if left else DONE

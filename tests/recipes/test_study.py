@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import re
 import signal
+import sys
 import time
 import types
 from pathlib import Path
@@ -122,13 +124,34 @@ class TestPlan:
         entry = {"variant": "sana", "resolution": 8, "seconds": 0.1, "device": "a", "torch": "2"}
         file = tmp_path / "seconds.json"
         write_json(file, {"steps": [entry]})
-        assert read_seconds(file) == {("sana", 8): 0.1}
+        assert read_seconds(file, TINY) == {("sana", 8): 0.1}
         write_json(file, {"steps": [entry, entry | {"device": "b"}]})
         with pytest.raises(UserError, match=r"several machines .* measure again"):
-            read_seconds(file)
+            read_seconds(file, TINY)
         write_json(file, {"steps": [{}]})
         with pytest.raises(UserError, match="is damaged"):
-            read_seconds(file)
+            read_seconds(file, TINY)
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"model": "192x6"}, {"batch_size": 8}, {"precision": "bf16"}, {"compile": "on"},
+         {"accumulate": 2}],
+    )  # fmt: skip
+    def test_seconds_are_of_one_model_and_its_steps(self, other, tmp_path, monkeypatch):
+        file, taken = tmp_path / "seconds.json", iter((0.1, 0.2))
+        monkeypatch.setattr(seconds, "seconds_of_step", lambda settings: next(taken))
+        runs = study_runs(RESOLUTION, TINY, {}, protocols=["depth"], only=["sana"], **AT)
+        changed = dataclasses.replace(TINY, **other)
+        seconds.measure(runs, TINY, file, 1)
+        assert read_seconds(file, changed) == {}
+        seconds.measure(runs, changed, file, 1)
+        seconds.measure(runs, changed, file, 1)  # has nothing left to measure
+        assert read_seconds(file, TINY) == {("sana", 8): 0.1}
+        assert read_seconds(file, changed) == {("sana", 8): 0.2}
+
+    def test_what_is_named_twice_runs_once(self):
+        runs = study_runs(RESOLUTION, TINY, {}, resolutions=[8, 8], protocols=["depth"] * 2)
+        assert len(runs) == len(study_runs(RESOLUTION, TINY, {}, protocols=["depth"], **AT))
 
     def test_an_unknown_name_is_one_line(self):
         with pytest.raises(UserError, match="'softmx' is none of softmax; softmax, conv"):
@@ -183,6 +206,26 @@ class TestLauncher:
         assert {(f / "gpu").read_text() for f in folders[:2]} == {"0", "1"}
         assert "killed by signal 9" in (folders[1] / "result.json").read_text()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to tell a child")
+    def test_a_run_ends_with_a_launcher_that_is_killed(self, tmp_path):
+        def work():
+            (tmp_path / "begun").write_text(str(os.getpid()))
+            time.sleep(60)
+
+        launcher = os.fork()
+        if not launcher:
+            launch.forked(work, None, 1, tmp_path / "output.txt")
+            time.sleep(60)
+            os._exit(0)
+        while not (tmp_path / "begun").is_file() or not (tmp_path / "begun").read_text():
+            time.sleep(0.01)
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+        run, until = Path("/proc", (tmp_path / "begun").read_text()), time.monotonic() + 20
+        while run.exists() and ") Z " not in (run / "stat").read_text():  # if nobody asks for it
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
     def test_when_time_is_up_running_ones_are_told_and_others_wait(self, folders, monkeypatch):
         monkeypatch.setattr(launch, "SAVE_SECONDS", 0.0)
         monkeypatch.setattr(launch, "START_SECONDS", 0.2)
@@ -209,7 +252,8 @@ def test_a_measurement_needs_no_extractor(tmp_path, monkeypatch):
              "none", "--measure", "--out", str(tmp_path), "--extractor", "inception",
              "--extractor-weights", str(tmp_path / "none.pth")]  # fmt: skip
     assert study.main(given) == 0
-    assert read_seconds(tmp_path / seconds.FILE) == {("sana", 8): 0.1}
+    scale = Scale(precision="fp32")
+    assert read_seconds(tmp_path / seconds.FILE, scale) == {("sana", 8): 0.1}
 
 
 @pytest.mark.usefixtures("launching")
@@ -283,6 +327,13 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
     assert study.main(more) == 0  # of a run that is done its own number counts
     assert set(table.read(out / "table.csv")["held_out"]) == {32}
+    # A call of fewer variants forgets no run that one page may hold beside its own.
+    assert study.main([*given, "--out", str(out), "--only", "sana", "--report-only"]) == 0
+    assert set(table.read(out / "table.csv")["variant"]) == {"softmax", "sana"}
+    elsewhere = ["--batch-size", "4", "--out", str(out), "--report-only"]
+    assert study.main([*given, *elsewhere]) == 1
+    assert set(table.read(out / "table.csv")["batch"]) == {4}
+    assert study.main([*given, "--out", str(out), "--report-only"]) == 0
     assert study.main([*given, *other]) == 1
     assert "not run: resolution, equal depth, 8 px, sana, seed 0" in capsys.readouterr().out
     assert study.main([*given, *other, "--table", str(out / "table.csv")]) == 0
@@ -373,6 +424,34 @@ class TestDecisions:
         assert one.p == pytest.approx(one.difference.p)
         many = pd.concat([alone, *(pd.DataFrame(rows(px=px)) for px in (64, 128))])
         assert decided(many)[key].p > 2 * one.p
+
+    def test_runs_of_two_arithmetics_are_no_pair_and_no_mean(self):
+        frame = pd.DataFrame(rows())
+        is_sana = frame["variant"] == "sana"
+        mixed = frame.assign(arithmetic=is_sana.map({True: "fp32", False: "bf16, compiled"}))
+        assert decided(mixed)["softmax", "sana", 32, "depth"].foreign == 5
+        again = frame.assign(arithmetic="fp32", run=frame["run"] + "x", loss=2 * frame["loss"])
+        both = table.one_each(pd.concat([frame, again.loc[again["seed"] < 3]]))
+        pd.testing.assert_frame_equal(both, frame)
+
+    def test_runs_that_have_trained_in_one_protocol_alone_are_corrected_there(self):
+        frame = pd.DataFrame(rows(losses=LOSSES | {"sana": 0.11}))
+        # The same runs beside losses so low that they have not trained.
+        low = frame["variant"].isin(["softmax, conv", "dydila"])
+        other = frame.assign(loss=frame["loss"].where(~low, 0.04), protocol="MACs")
+        others = pd.DataFrame(rows(protocol="MACs", losses={"lit": 0.04, "mhla": 0.04}))
+        found = decided(pd.concat([frame, other, others]))
+        assert found["softmax", "sana", 32, "MACs"].kind == "not trained"
+        one = found["softmax", "sana", 32, "depth"]
+        assert one.kind == "holds" and one.difference.p < one.p < 0.05
+
+    def test_an_infinite_loss_has_not_trained(self):
+        frame = pd.DataFrame(rows(losses={name: LOSSES[name] for name in ("softmax", "sana")}))
+        frame.loc[frame["variant"] == "sana", "loss"] = math.inf  # half of all
+        named = {one.claim[1:3]: one for one in decide(frame) if one.study == "resolution"}
+        found = named["softmax", "sana"]
+        assert found.failed == ("sana",) and found.kind == "not trained"
+        assert "`sana` did not train" in page.results_page(frame, "p.png", "t.csv")
 
     def test_runs_that_serve_two_protocols_are_one_claim(self):
         frame = pd.DataFrame(rows())
@@ -488,6 +567,10 @@ class TestPage:
         found = table.merged([again, frame]).set_index("protocol")
         assert set(found.loc["time", "device"]) == {"another"} != set(found.loc["depth", "device"])
 
+    def test_a_protocol_that_a_study_does_not_plan_has_a_page_too(self):
+        frame = pd.DataFrame(rows(protocol="MACs"))
+        assert "equal MACs" in page.results_page(frame, "p.png", "t.csv")
+
     def test_bad_tables_are_one_line(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=1))
         none = self.write(tmp_path, frame.assign(state="not run"))
@@ -501,6 +584,11 @@ class TestPage:
             (frame.assign(px="many"), "damaged: column 'px'"),
             (frame.assign(seed=None), "'seed' lacks a number"),
             (frame.assign(learning_rate=None), "'learning_rate' lacks a number"),
+            (frame.assign(px=math.inf), "column 'px' has inf, no whole number"),
+            (frame.assign(px=32.7), "column 'px' has 32.7, no whole number"),
+            (frame.assign(seed=-1), "column 'seed' has -1, no whole number"),
+            (frame.assign(protocol="flops"), "has the protocol 'flops'; known are depth, MACs"),
+            (frame.assign(study="quality"), "has the study 'quality'; known are controls, res"),
         ):
             with pytest.raises(UserError, match=words):
                 table.read(self.write(tmp_path, bad))

@@ -69,14 +69,14 @@ class Decision(NamedTuple):
             return "not trained"
         if self.difference.pairs < 2 or math.isnan(self.difference.p):
             return "not measured" if not self.difference.pairs else "undecided"
-        if self.p >= LEVEL:
+        if not self.p < LEVEL:
             return "undecided"
         return "holds" if self.difference.mean < 0 else "opposite"
 
 
 def far_loss(losses: pd.Series) -> float:
     """Above which a run of a setting has not trained."""
-    return FAR * losses.median()
+    return FAR * losses.loc[losses < math.inf].median()
 
 
 def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
@@ -105,9 +105,9 @@ def decide(table: pd.DataFrame, mixed: bool = False) -> list[Decision]:
                 for protocol in study.protocols
                 for px in study.resolutions
             ]
-        family = {one.runs: math.nan if one.failed else one.difference.p for one in of_study}
+        family = {one.runs: one.difference.p for one in of_study if not one.failed}
         corrected = dict(zip(family, holm(family.values()), strict=True))
-        found += [one._replace(p=corrected[one.runs]) for one in of_study]
+        found += [one._replace(p=corrected.get(one.runs, math.nan)) for one in of_study]
     return found
 
 
@@ -153,7 +153,7 @@ def _decision(
     failed = [
         label
         for label, frame in ((claim.first, one), (claim.second, other))
-        if (frame[LOSS] > far).any()
+        if not (frame[LOSS] <= far).all()
     ]
     return Decision(
         claim, study, protocol, data, px, difference, math.nan, _saved(one, other),

@@ -7,6 +7,7 @@ saved its state, and the next call goes on exactly.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from recipes.studies.comparison.execution import (
 from recipes.studies.comparison.planned import OK, read_result, set_aside
 
 SAVE_SECONDS = 20.0  # at the end of a call, for running ones to save
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 START_SECONDS = 20.0  # what is left for less than this is not begun
 
 
@@ -69,7 +71,7 @@ def forked(work: Callable[[], Any], gpu: str | None, threads: int, output: Path)
     assert not torch.cuda.is_initialized(), "a forked process could not use the GPU any more"
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    launcher, pid = os.getpid(), os.fork()
     if pid:
         return pid
     status = 1
@@ -82,6 +84,7 @@ def forked(work: Callable[[], Any], gpu: str | None, threads: int, output: Path)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, nothing), (1, file), (2, file)):
             os.dup2(source, target)
+        _end_with(launcher)
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu or ""
         torch.set_num_threads(threads)
         status = int(work() or 0)
@@ -91,6 +94,14 @@ def forked(work: Callable[[], Any], gpu: str | None, threads: int, output: Path)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _end_with(launcher: int) -> None:
+    """Lets this process save and end when its launcher is killed: it holds the study's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            raise SystemExit("the launcher has ended")
 
 
 def run_forked(

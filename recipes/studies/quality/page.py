@@ -19,7 +19,7 @@ from recipes.studies.comparison.planned import OK
 from recipes.studies.comparison.statistics import LEVEL
 from recipes.studies.comparison.verdicts import rounded_up
 from recipes.studies.quality.decide import LOSS, Decision, decide, far_loss
-from recipes.studies.quality.plans import REFERENCE, RESOLUTION, STUDIES
+from recipes.studies.quality.plans import PROTOCOLS, REFERENCE, RESOLUTION, STUDIES
 from recipes.studies.quality.table import (
     KEY,
     MEASURE,
@@ -144,8 +144,7 @@ def _main_table(decisions: Sequence[Decision]) -> Iterator[str]:
 
     def order(setting: tuple[Any, ...]) -> tuple[Any, ...]:
         study, protocol, data, px = setting
-        plan = STUDIES[study]
-        return [*STUDIES].index(study), data, plan.protocols.index(protocol), px
+        return [*STUDIES].index(study), data, PROTOCOLS.index(protocol), px
 
     columns = [s for s in sorted(has_any, key=order) if any(s in row for row in rows.values())]
     if rows:
@@ -423,7 +422,7 @@ def _images(count: int, split: str) -> str:
 def _mean(values: pd.Series) -> str:
     if values.notna().sum() == 0:
         return ""
-    spread = values.std()
+    spread = values.std() if values.abs().max() < math.inf else math.nan
     return f"{values.mean():.4g}" + (f" ± {spread:.2g}" if spread == spread else "")
 
 
@@ -466,7 +465,7 @@ def picture(table: pd.DataFrame) -> Figure:
         (table["state"] == OK) & (table["study"] == RESOLUTION.name)
         & (table["protocol"] == "depth")
     ])  # fmt: skip
-    lost = done[LOSS] > done.groupby("px")[LOSS].transform(far_loss)
+    lost = ~(done[LOSS] <= done.groupby("px")[LOSS].transform(far_loss))
     done = done.loc[~lost.groupby([done["px"], done["variant"]]).transform("any")]
     keys = ["px", "seed", *MEASURE]
     softmax = done.loc[done["variant"] == REFERENCE].drop_duplicates(keys).set_index(keys)[LOSS]

@@ -251,7 +251,8 @@ def study_runs(
     Raises:
         UserError: A name is unknown, seconds are missing, or the data does not fit.
     """
-    resolutions, protocols = resolutions or study.resolutions, protocols or study.protocols
+    resolutions = list(dict.fromkeys(resolutions or study.resolutions))
+    protocols = list(dict.fromkeys(protocols or study.protocols))
     known = [variant.label for variant in study.variants]
     for name, choices in ((only, known), (protocols, PROTOCOLS)):
         if unknown := [one for one in name if one not in choices]:

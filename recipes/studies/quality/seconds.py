@@ -17,10 +17,11 @@ from recipes.lab.console import UserError, printable
 from recipes.lab.files import read_json, write_json
 from recipes.lab.training.settings import Settings
 from recipes.lab.training.trainer import Trainer
-from recipes.studies.quality.plans import Seconds, StudyRun
+from recipes.studies.quality.plans import Scale, Seconds, StudyRun
 
 FILE = "step-seconds.json"
 _ROUNDS, _LEAST_SECONDS, _LEAST_STEPS, _WARM = 5, 0.5, 3, 4
+_OF_SCALE = ("model", "batch_size", "accumulate", "precision", "compile")
 _ALIKE = 1.15  # between the slowest and the fastest round of an idle machine
 
 
@@ -46,11 +47,11 @@ def seconds_of_step(settings: Settings) -> float:
     return statistics.median(found)
 
 
-def measure(runs: Sequence[StudyRun], file: Path, threads: int) -> None:
-    """Adds the seconds of every variant and resolution that the file lacks."""
+def measure(runs: Sequence[StudyRun], scale: Scale, file: Path, threads: int) -> None:
+    """Adds the seconds of every variant and resolution that the file lacks at this scale."""
     torch.set_num_threads(threads)
     entries = _entries(file) if file.is_file() else []
-    known = {(e["variant"], e["resolution"]) for e in entries}
+    known = {(e["variant"], e["resolution"]) for e in entries if _is_of(e, scale)}
     for planned, *_ in runs:
         settings = planned.settings
         key = planned.label, settings.resolution
@@ -65,7 +66,7 @@ def measure(runs: Sequence[StudyRun], file: Path, threads: int) -> None:
         print(printable(f"{key[0]} at {key[1]} px: {1e3 * seconds:.3g} ms a step"), flush=True)
         entries.append({
             "variant": key[0], "resolution": key[1], "seconds": float(f"{seconds:.4g}"),
-            "batch_size": settings.batch_size, "precision": settings.precision,
+            **{name: getattr(scale, name) for name in _OF_SCALE},
             "device": device_name(), "torch": torch.__version__,
         })  # fmt: skip
         write_json(file, {"steps": entries})
@@ -78,13 +79,13 @@ def device_name() -> str:
     return f"cpu {platform.machine()}"
 
 
-def read_seconds(file: Path) -> Seconds:
-    """What ``measure`` wrote; nothing where there is no file.
+def read_seconds(file: Path, scale: Scale) -> Seconds:
+    """What ``measure`` wrote of this scale; nothing where there is no file.
 
     Raises:
         UserError: The file is damaged, or was measured on several devices.
     """
-    entries = _entries(file) if file.is_file() else []
+    entries = [e for e in (_entries(file) if file.is_file() else []) if _is_of(e, scale)]
     devices = sorted({f"{e['device']}, torch {e['torch']}" for e in entries})
     if len(devices) > 1:
         raise UserError(
@@ -92,6 +93,12 @@ def read_seconds(file: Path) -> Seconds:
             f"compare: move it away and measure again"
         )
     return {(e["variant"], e["resolution"]): e["seconds"] for e in entries}
+
+
+def _is_of(entry: dict[str, Any], scale: Scale) -> bool:
+    # Versions before noted fewer.
+    noted = [name for name in _OF_SCALE if name in entry]
+    return all(entry[name] == getattr(scale, name) for name in noted)
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:

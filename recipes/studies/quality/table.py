@@ -15,14 +15,14 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison.planned import OK, read_result
 from recipes.studies.comparison.tables import read_table, write_table
-from recipes.studies.quality.plans import PATCH, Seconds, StudyRun
+from recipes.studies.quality.plans import PATCH, PROTOCOLS, STUDIES, Scale, Seconds, StudyRun
 
 LIMIT = 300 * 1024  # bytes of a table that is committed
 KEY = ["study", "protocol", "run"]
 SETTING = ["study", "protocol", "data", "px"]
 # What two runs share whose losses compare: a run that another machine does again, or whose loss is
 # of other held-out images, is another measurement.
-MEASURE = ["device", "torch", "held_out", "images"]
+MEASURE = ["device", "torch", "arithmetic", "held_out", "images"]
 _TEXTS = (*KEY, "data", "variant", "model", "arithmetic", "state", "error", "device", "torch",
           "images", "curve")  # fmt: skip
 _WHOLE = ("px", "tokens", "seed", "steps", "batch", "held_out")
@@ -139,7 +139,17 @@ def one_each(table: pd.DataFrame) -> pd.DataFrame:
     table = table.loc[images == groups.transform(lambda shown: shown.mode().iloc[-1])]
     sizes = table.groupby([*SETTING, *MEASURE], dropna=False)["run"].transform("size")
     order = (-sizes).sort_values(kind="stable").index
-    return table.loc[order].drop_duplicates(KEY).sort_index()
+    return table.loc[order].drop_duplicates([*SETTING, "variant", "seed"]).sort_index()
+
+
+def of_scale(table: pd.DataFrame, scale: Scale) -> pd.DataFrame:
+    """The rows that are done and that one page may hold beside runs of this scale."""
+    is_alike = (table["batch"] == scale.batch_size) & (
+        table["learning_rate"] == scale.learning_rate
+    )
+    for name, value, free in (("model", scale.model, "MACs"), ("steps", scale.steps, "time")):
+        is_alike &= (table[name] == value) | (table["protocol"] == free)
+    return table.loc[is_alike & (table["state"] == OK)]
 
 
 def done_in(table: pd.DataFrame | None) -> set[str]:
@@ -163,7 +173,8 @@ def read(path: Path) -> pd.DataFrame:
         UserError: It is none, or damaged.
     """
     frame = read_table(path, _TEXTS)
-    older = {"held_out": 0, "images": "", "learning_rate": Settings.learning_rate}
+    older = {"held_out": 0, "images": "", "arithmetic": "",
+             "learning_rate": Settings.learning_rate}  # fmt: skip
     # A table of before they were noted.
     frame = frame.assign(**{n: value for n, value in older.items() if n not in frame})
     needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
@@ -172,6 +183,18 @@ def read(path: Path) -> pd.DataFrame:
     for name in (*_WHOLE, "learning_rate"):
         if frame[name].isna().any():
             raise UserError(f"table {str(path)!r} is damaged: column {name!r} lacks a number")
+        is_whole = (frame[name] % 1 == 0) & frame[name].between(0, 2**53)
+        if name in _WHOLE and not is_whole.all():
+            raise UserError(
+                f"table {str(path)!r} is damaged: column {name!r} has "
+                f"{frame.loc[~is_whole, name].iloc[0]}, no whole number"
+            )
+    for name, known in (("study", [*STUDIES]), ("protocol", PROTOCOLS)):
+        if not frame[name].isin(known).all():
+            unknown = frame.loc[~frame[name].isin(known), name].iloc[0]
+            raise UserError(
+                f"table {str(path)!r} has the {name} {unknown!r}; known are {', '.join(known)}"
+            )
     return frame.astype(dict.fromkeys(_WHOLE, int))
 
 
