@@ -434,6 +434,15 @@ class TestMemory:
         plain = Trainer(Settings(**SMALL | {"attn": "dydila"}))
         assert few < memory.step_bytes(plain)
 
+    def test_compiled_blocks_keep_less(self):
+        told, weights = {}, 0
+        for mode in ("off", "on"):
+            trainer = Trainer(Settings(**SMALL | {"attn": "sana"}, compile=mode))
+            told[mode] = memory.step_bytes(trainer)
+            weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+        kept = {mode: count - 1.25 * 3 * weights for mode, count in told.items()}
+        assert kept["on"] == pytest.approx(0.75 * kept["off"], abs=2)
+
     def test_a_step_that_does_not_fit_is_refused(self, tmp_path, monkeypatch, no_pictures):
         monkeypatch.setattr(banner, "free_bytes", lambda device: 1_000_000)
         arguments = ["--attn", "sana", "--steps", "1", "--out", str(tmp_path / "run")]
