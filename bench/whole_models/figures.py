@@ -361,7 +361,7 @@ def faster_from(reports: Iterable[dict[str, Any]]) -> str:
 def faster_words(
     since: Mapping[str, float], first: int, last: int, at_last: Mapping[str, float]
 ) -> str:
-    """ "`sana` from 256 px or below; at 1024 px also with `lit`".
+    """ "`sana` from 256 px or below; at 1024 px also with `lit`; not at 1024 px with `moh`".
 
     Args:
         since: By mechanism the px from which it is faster; infinite if never.
@@ -375,11 +375,13 @@ def faster_words(
         if math.isfinite(px)
     ]
     never = [f"`{name}`" for name, px in since.items() if math.isinf(px)]
-    also = [f"`{name}`" for name, over in at_last.items()
-            if over < 1 and name not in {*since, "softmax"}]  # fmt: skip
+    there = {name: over for name, over in at_last.items() if name not in {*since, "softmax"}}
+    also, slower = ([f"`{name}`" for name, over in there.items() if (over < 1) == is_faster]
+                    for is_faster in (True, False))  # fmt: skip
     said = ", ".join(parts) or "none that was measured at every resolution"
     said += f"; at {last} px also with {', '.join(also)}" if also else ""
-    return said + (f"; not up to {last} px with {', '.join(never)}" if never else "")
+    said += f"; not up to {last} px with {', '.join(never)}" if never else ""
+    return said + (f"; not at {last} px with {', '.join(slower)}" if slower else "")
 
 
 def page(reports: list[dict[str, Any]]) -> str:

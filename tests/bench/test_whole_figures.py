@@ -199,7 +199,7 @@ def test_the_words_of_what_is_faster():
     since = {"dydila": math.inf, "focused": 600.4, "sana": 256.0}
     assert words(since, 256, 1024, over) == (
         "`sana` from 256 px or below, `focused` from 600 px; at 1024 px also with `lit`; not up "
-        "to 1024 px with `dydila`"
+        "to 1024 px with `dydila`; not at 1024 px with `moh`"
     )
     assert words({"sana": math.inf}, 256, 512, {"softmax": 1.0}) == (
         "none that was measured at every resolution; not up to 512 px with `sana`"
