@@ -17,15 +17,18 @@ from PIL import Image
 
 import attnzoo
 from attnzoo import registry
+from recipes import export as export_module
 from recipes import train as train_module
 from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError
 from recipes.lab.data.encoding import encode
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training import banner, description, memory
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.trainer import Trainer
 from tests.recipes.reliability import draw, make_vae
+from tests.recipes.test_checkpoint import WEIGHTS, edited
 
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
 SCRIPT = Path(train_module.__file__)
@@ -300,7 +303,41 @@ def forget():
         del sys.modules[name]
 
 
+TIED = OWN.replace(
+    "\n    def forward", """
+        self.key = torch.nn.Linear(self.dim, self.dim)
+        self.key.weight = self.value.weight
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward""",
+).replace("self.value(x", "self.value(self.key(x.tanh())")  # fmt: skip
+
+
 class TestOwnMechanism:
+    def test_weights_that_are_tied_and_buffers_that_are_not_saved(
+        self, own, tmp_path, no_pictures
+    ):
+        own.write_text(TIED)
+        attnzoo.import_mechanisms(str(own))
+        settings = Settings(**SMALL | {"attn": "mean"}, steps=4)
+        whole, half = Run(tmp_path / "whole"), Run(tmp_path / "half")
+        assert train(settings, whole) == DONE
+        assert train(settings, half, should_stop=lambda step: step == 2) == INTERRUPTED
+
+        def as_before(average):
+            for index in range(4):
+                layer = f"blocks.{index}.attention"
+                average[f"{layer}.cache"] = torch.zeros(1)
+                assert average.pop(f"{layer}.key.weight").equal(average[f"{layer}.value.weight"])
+
+        edited(half, f"ema/{WEIGHTS}", as_before)
+        assert RunSampler(half)(torch.tensor([1]), steps=1).isfinite().all()
+        assert train(settings, half, resume=True) == DONE
+        for part in (f"model/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"):
+            one, other = (run.checkpoints / "step-00000004" / part for run in (whole, half))
+            assert one.read_bytes() == other.read_bytes()
+        assert export_module.main([str(half.folder), "--out", str(tmp_path / "out")]) == DONE
+
     def test_a_run_remembers_where_it_came_from(self, own, tmp_path, no_pictures, capsys):
         run = Run(tmp_path / "run")
         start = ["--import", str(own), "--attn", "mean", "--steps", "2", "--batch-size", "4"]

@@ -371,7 +371,9 @@ def test_loss_by_time_is_summed_in_quarters():
 
 def test_the_average_takes_in_buffers():
     layer = torch.nn.BatchNorm1d(2)
+    layer.register_buffer("cache", torch.zeros(1), persistent=False)
     average = WeightAverage(layer, decay=0.75, ramp=False)
+    assert average.shadow.keys() == layer.state_dict().keys()
     with torch.no_grad():
         layer.weight += 4
         layer.running_mean += 8
@@ -380,6 +382,8 @@ def test_the_average_takes_in_buffers():
     with average.applied():
         assert layer.weight.tolist() == [2, 2] and layer.running_mean.tolist() == [2, 2]
         assert layer.num_batches_tracked == 5
+        layer.cache += 1  # as a forward may
+    assert layer.cache == 0
     assert layer.weight.tolist() == [5, 5] and layer.running_mean.tolist() == [8, 8]
 
 

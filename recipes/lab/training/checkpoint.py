@@ -27,6 +27,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ _MADE = (
     *("teacher", "conversion.json"),
     *("evaluation", "metrics.json", "classifier.json", "judge.json", *TRACKER_FOLDERS),
 )
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without shared memory, such as that of tied weights: safetensors refuses it."""
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if places[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 class Run:
@@ -301,7 +311,7 @@ class Run:
             for name, contents in tensors.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 # diffusers wants to know what wrote the file.
-                save_file(dict(contents), temporary / name, metadata={"format": "pt"})
+                save_file(apart(contents), temporary / name, metadata={"format": "pt"})
                 files.sync(temporary / name)
             for name, text in texts.items():
                 files.write_text(temporary / name, text)
@@ -318,8 +328,9 @@ class Run:
             os.replace(temporary, target)
             files.sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CannotWrite(target, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         if evict:
             # A folder of a later step is one that was passed over as broken: it counts for
             # nothing.
