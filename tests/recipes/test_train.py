@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -264,6 +265,16 @@ def test_a_finished_run_says_so_and_stays_as_it_is(trained, capsys):
     said = capsys.readouterr().out
     assert "is done, 30 steps" in said and "--overwrite" in said
     assert before == {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+
+
+def test_a_finished_run_gets_back_what_found_no_room(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    lines = run.log_file.read_bytes().splitlines(keepends=True)
+    run.log_file.write_bytes(b"".join(lines[:-2]))
+    run.held_file.write_bytes(b"".join(lines[-2:]))
+    assert train_module.main(["--out", str(run.folder)]) == 0
+    assert run.log_file.read_bytes() == b"".join(lines) and not run.held_file.exists()
 
 
 def test_commands_that_are_shown_can_be_pasted(tmp_path, capsys):
