@@ -185,11 +185,17 @@ class TestDamagedFiles:
         with refused(copy.folder, r"status\.json' is damaged"):
             train_module.main(["--status", str(copy.folder)])
 
-    @pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', '{"step": "1"}', "", "\xff"])
-    def test_of_a_log(self, copy, line):
+    @pytest.mark.parametrize("name", ["log.jsonl", "log.held.jsonl"])
+    @pytest.mark.parametrize(
+        "line",
+        ["{", "[]", '{"loss": 1}', '{"step": "1"}', "", "\xff", '{"step": 1, "loss": "x"}',
+         '{"step": 1, "gradient_norm": true}', f'{{"step": 1, "loss": 1{"0" * 400}}}'],
+    )  # fmt: skip
+    def test_of_a_log(self, copy, name, line):
         lines = copy.log_file.read_text().splitlines()
-        copy.log_file.write_text("\n".join([lines[0], line, lines[1], ""]), encoding="latin-1")
-        with refused(copy.folder, r"line 2 of .*log\.jsonl' is damaged"):
+        file = copy.folder / name
+        file.write_text("\n".join([lines[0], line, lines[1], ""]), encoding="latin-1")
+        with refused(copy.folder, rf"line 2 of .*{name}' is damaged"):
             resume(copy, "--steps", 4, "--allow-change", "steps")
 
     def test_escape_codes_do_not_reach_the_terminal(self, copy, capsys):
