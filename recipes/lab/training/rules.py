@@ -110,7 +110,9 @@ SWITCH = Rule(
     "true or false",
     flag={"action": argparse.BooleanOptionalAction},
 )
-POSITIVE = real("a finite number above 0", lambda value: value > 0)
+# Products of two such numbers are far from where float32 ends, which some of PyTorch refuses.
+LARGEST = 1e9
+POSITIVE = real("a number above 0 and at most 1e9", lambda value: 0 < value <= LARGEST)
 SHARE = real("from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = real("at least 0 and less than 1", lambda value: 0 <= value < 1)
 

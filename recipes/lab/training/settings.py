@@ -11,6 +11,7 @@ from typing import Any
 from recipes.lab.console import COMPILE_FLAG, COMPILE_HELP, COMPILE_MODES, UserError
 from recipes.lab.training.rules import (
     BELOW_ONE,
+    LARGEST,
     OPTIONS,
     POSITIVE,
     SHARE,
@@ -202,7 +203,7 @@ class Settings:
     weight_decay: float = _setting(
         "optimization",
         0.0,
-        real("a finite number of at least 0", lambda value: value >= 0),
+        real("a number from 0 to 1e9", lambda value: 0 <= value <= LARGEST),
         "AdamW's, of weights that are matrices or kernels: not of biases and scales",
     )
     adam_beta2: float = _setting(
