@@ -371,10 +371,13 @@ def sample_grid(
     images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)
     bad = int((~images.isfinite().flatten(1).all(1)).sum())
     if bad:
+        guidance, less = (f"--cfg {cfg:g} is too strong, or ", "lower it, or ")
+        if cfg in (0, 1):
+            guidance = less = ""
         raise NotFinite(
-            f"{bad} of {len(images)} images are not finite, and no picture is written: the model "
-            f"of step {draw.checkpoint.step} has diverged: train it again "
-            f"with a lower rate"
+            f"{bad} of {len(images)} images are not finite, and no picture is written: {guidance}"
+            f"the model of step {draw.checkpoint.step} has diverged: {less}train it again with a "
+            f"lower rate"
         )
     save_grid(images, out, columns=len(classes))
     return len(images), out

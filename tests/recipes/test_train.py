@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
-from recipes.lab.console import INTERRUPTED, UserError, parse_options
+from recipes.lab.console import INTERRUPTED, UserError, parse_options, run_script
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
@@ -202,7 +202,9 @@ def _errors(tmp_path):
         "size": (["--size", "XL"], ["'XL'", "tiny"]),
         "foreign folder": (["--out", str(foreign)], [str(foreign), "another --out"]),
         "a file": (["--out", str(foreign / "thesis.tex")], ["is a file", "another --out"]),
-        "no folder": (["--out", ""], ["--out ''", "drop the flag"]),
+        "no folder": (["--out", ""], ["--out ''", "drop it"]),
+        "no value": (["--vae="], ["--vae ''", "drop it"]),
+        "null character": (["--data", "a\0b"], [r"'a\x00b'", "leave it out"]),
         "no run": (["--resume", "--out", str(tmp_path / "none")], ["none", "no run"]),
     }
 
@@ -220,6 +222,8 @@ CASES = (
     "foreign folder",
     "a file",
     "no folder",
+    "no value",
+    "null character",
     "no run",
 )
 
@@ -239,11 +243,29 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
 
 
 def test_the_command_line_exits_with_two_and_no_traceback(tmp_path, commands):
-    for arguments in (["--steps", "0"], ["--attn", "dydlia", "--out", str(tmp_path / "run")]):
+    for arguments in (
+        ["--steps", "0"],
+        ["--attn", "dydlia", "--out", str(tmp_path / "run")],
+        ["--steps", "1", "--out", "a" * 300],
+    ):
         status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
         assert status == 2
         assert "Traceback" not in said
         assert "error:" in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("world", "said"), [("", "error: x\n"), ("1", "error: x\n"), ("2", "")])
+def test_what_all_processes_know_is_said_by_one(world, said, monkeypatch, capsys):
+    def main(arguments):
+        error = UserError("x")
+        error.is_shared = True
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE", False)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_a_run_is_never_overwritten_unasked(trained):
