@@ -251,7 +251,7 @@ tags: [diffusion-transformer, attention, attnzoo]
 def _metrics(run: Run, checkpoint: Checkpoint) -> str:
     if not run.metrics_file.is_file():
         return "Not evaluated yet (`python recipes/evaluate.py RUN`)."
-    result: Any = read_json(run.metrics_file, "the metrics")
+    result: Any = read_json(run.metrics_file, "the metrics", "evaluate the run again")
     try:
         step, text = result["sampling"].get("trained_steps"), table(result)
     except (KeyError, AttributeError, TypeError) as error:

@@ -19,7 +19,7 @@ import attnzoo
 from attnzoo import registry
 from recipes import export as export_module
 from recipes import train as train_module
-from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError
+from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError, is_users_mistake
 from recipes.lab.data.encoding import encode
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training import banner, description, memory
@@ -62,7 +62,7 @@ def refused(folder, match):
     """One line, and not a byte of the folder changes."""
     before = contents(folder)
     with pytest.raises((UserError, attnzoo.UsageError), match=match) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
 
@@ -174,15 +174,22 @@ class TestDamagedFiles:
         if text.startswith('{"settings": {"attn"') and '"data"' not in text:
             text = json.dumps({"data": copy.config()["data"]} | json.loads(text))
         copy.config_file.write_text(text)
-        with refused(copy.folder, f"config.json.*{said}"):
+        with refused(copy.folder, f"config.json.*{said}") as caught:
             resume(copy)
+        if "does not know" not in said:
+            assert str(caught.value).endswith("; restore it, or choose another folder")
+
+    def test_of_a_configuration_that_is_to_be_replaced(self, copy):
+        copy.config_file.write_text("{")
+        with refused(copy.folder, r"config.json' is damaged.*; restore it, or choose another fol"):
+            resume(copy, "--overwrite")
 
     @pytest.mark.parametrize(
         "text", ["{}", "[]", "{", '"done"', '{"state": 1}', "\xff", '{"state": "running"}']
     )
     def test_of_a_status(self, copy, text):
         copy.status_file.write_text(text, encoding="latin-1")
-        with refused(copy.folder, r"status\.json' is damaged"):
+        with refused(copy.folder, r"status\.json' is damaged.*; log\.jsonl beside it lists"):
             train_module.main(["--status", str(copy.folder)])
 
     @pytest.mark.parametrize("name", ["log.jsonl", "log.held.jsonl"])
@@ -365,6 +372,14 @@ class TestOwnMechanism:
         status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
         assert status == 1
         assert "Traceback" in said and "TypeError" in said and str(own) in said
+
+    def test_a_result_of_another_shape_is_not_trained(self, own, tmp_path):
+        own.write_text(OWN.replace(".expand_as(x)", ""))
+        attnzoo.import_mechanisms(str(own))
+        said = r"attention 'mean' returned tokens of \(\d+, 1, 96\) for tokens of \(\d+, 16, 96\)"
+        with pytest.raises(ValueError, match=said) as caught:
+            train(Settings(**SMALL | {"attn": "mean"}, steps=1), Run(tmp_path / "run"))
+        assert not is_users_mistake(caught.value)
 
     @pytest.mark.parametrize("where", ["step", "diagnostics", "preview"])
     def test_a_late_mistake_is_no_line_either(self, own, tmp_path, where):

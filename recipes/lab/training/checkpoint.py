@@ -47,6 +47,7 @@ from recipes.lab.training.run_files import (
     read_manifest,
     step_of,
 )
+from recipes.lab.training.settings import RESTORE
 
 KEPT_CHECKPOINTS = 2
 _TEMPORARY = f"{files.TEMPORARY}*"
@@ -127,7 +128,7 @@ class Run:
         )
 
     def _raw_config(self) -> Any:
-        return read_json(self.config_file, "the configuration")
+        return read_json(self.config_file, "the configuration", RESTORE)
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
@@ -210,11 +211,13 @@ class Run:
         if not is_configuration(config):
             raise UserError(
                 f"{str(self.config_file)!r} is damaged, or not the configuration of a run: it has "
-                f"no settings with an attn"
+                f"no settings with an attn; {RESTORE}"
             )
         damage = damage_of(config)
         if damage is not None:
-            raise UserError(f"the configuration {str(self.config_file)!r} is damaged: {damage}")
+            raise UserError(
+                f"the configuration {str(self.config_file)!r} is damaged: {damage}; {RESTORE}"
+            )
         return config
 
     def append_log(self, entry: dict[str, Any]) -> None:

@@ -78,6 +78,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+RESTORE = "restore it, or choose another folder"  # of a run's configuration
+
 GROUPS = {
     "data": "what the model learns from",
     "model": "what is trained",
@@ -361,7 +363,7 @@ def resumed_settings(
     try:
         before = Settings(**saved)
     except UserError as error:
-        raise UserError(f"{where} is damaged: {error}") from error
+        raise UserError(f"{where} is damaged: {error}; {RESTORE}") from error
     changes = {
         name: (getattr(before, name), value)
         for name, value in given.items()

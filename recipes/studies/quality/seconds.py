@@ -95,7 +95,7 @@ def read_seconds(file: Path) -> Seconds:
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
-    found = read_json(file, "table of seconds")
+    found = read_json(file, "table of seconds", "move it away and measure again")
     try:
         entries = found["steps"]
         wanted = {"variant", "resolution", "seconds", "device", "torch"}
