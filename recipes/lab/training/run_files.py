@@ -115,8 +115,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        is_entry = isinstance(entry, dict) and _is_whole(entry.get("step"))
-        if not (is_entry and all(_is_loss(entry.get(name)) for name in WATCHED)):
+        if not (
+            isinstance(entry, dict)
+            and _is_whole(entry.get("step"))
+            and all(_is_loss(entry.get(name)) for name in WATCHED)
+        ):
             raise UserError(
                 f"line {number} of {str(file)!r} is damaged; repair it or move the file away"
             )
