@@ -49,7 +49,13 @@ class Block(nn.Module):
     ) -> Tensor:
         """Tokens (b, n, dim), condition (b, dim) and time (b,) -> tokens (b, n, dim)."""
         modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
-        x = torch.addcmul(x, gate[:, None], self.attention(modulated, grid))
+        attended = self.attention(modulated, grid)
+        if attended.shape != x.shape:  # which might broadcast, and train to the end
+            raise ValueError(
+                f"attention {self.attention.name!r} returned tokens of {tuple(attended.shape)} "
+                f"for tokens of {tuple(x.shape)}: a mechanism keeps the shape"
+            )
+        x = torch.addcmul(x, gate[:, None], attended)
         modulated = torch.addcmul(shift_ff[:, None], self.norm(x), 1 + scale_ff[:, None])
         x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid, time))
         return self.attention.after_block(x, grid)

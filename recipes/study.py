@@ -142,7 +142,7 @@ def _minutes(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes") from None
     if not 1 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 1 and below 1e6, got {text}")
     return value
 
 

@@ -36,8 +36,6 @@ def main(arguments: list[str]) -> int:
         print(describe(Run.open(given["status"])))
         return DONE
     out, resume, overwrite = given.pop("out"), given.pop("resume"), given.pop("overwrite")
-    if out == "":  # of a variable of the shell that is not set
-        raise UserError("--out '' names no folder; name one, or drop the flag")
     allowed, pixels = given.pop("allow_change"), given.pop("pixels")
     options = {name: given.pop(name) for name in ("trackers", "imports", "ignore_memory")}
     import_all(options["imports"])

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import io
 import itertools
 import logging
@@ -53,7 +54,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
 
     A mistake of the caller (``UserError``, or a ``UsageError`` of attnzoo) becomes one line and
     exit status 2, Ctrl-C one line and 130; a reader that closes the pipe (``| head``) ends the
-    script quietly. Everything else is a bug and shows its traceback.
+    script quietly. A name too long for the system was given, whatever was about to be done with
+    it, and is one line too. Everything else is a bug and shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,12 +71,18 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         abandon(sys.stdout)
         status = PIPE_CLOSED
     except Exception as error:
-        if not is_users_mistake(error):
+        if is_users_mistake(error):
+            text = str(error)
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            text = f"{error.filename!r} is too long a name; choose a shorter one"
+        else:
             raise
-        rank = os.environ.get("RANK", "0")
+        # A rank without a launcher's world is a leftover: nobody else says what all know.
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        rank = "0" if is_alone else os.environ.get("RANK", "0")
         if rank == "0" or not getattr(error, "is_shared", False):
             where = "" if rank == "0" else f" in process {rank}"
-            _tell(f"error{where}: {printable(str(error))}")
+            _tell(f"error{where}: {printable(text)}")
         status = USER_ERROR
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -233,6 +241,22 @@ class Parser(argparse.ArgumentParser):
         prog = f"python recipes/{script}.py"
         super().__init__(prog=prog, description=about, formatter_class=_Help, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what is empty, as of a shell's variable that is not set, for all flags alike.
+
+        Raises:
+            UserError: An argument is empty, or holds what no path can.
+        """
+        given = sys.argv[1:] if args is None else [*args]
+        for before, text in zip(["", *given], given, strict=False):
+            flag, equals, value = text.partition("=")
+            if not text or (flag.startswith("--") and equals and not value):
+                name = flag or (before if before.startswith("-") else "argument")
+                raise UserError(f"{name} '' is empty: give a value, or drop it")
+            if "\0" in text:
+                raise UserError(f"argument {text!r} has a null character in it: leave it out")
+        return super().parse_known_args(args, namespace)
+
     def format_usage(self) -> str:
         names = [str(a.metavar or a.dest) for a in self._actions if not a.option_strings]
         return " ".join(["usage:", self.prog, *names, "[FLAGS]"]) + "\n"
@@ -245,9 +269,10 @@ class Parser(argparse.ArgumentParser):
         _, is_unknown, words = message.partition("unrecognized arguments: ")
         if is_unknown:
             word = words.split()[0].partition("=")[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(word, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near and word.startswith("-") else ""
+            # Without the dashes, which all have in common.
+            flags = [flag[2:] for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(word.lstrip("-"), flags, n=1)
+            hint = f"; did you mean --{near[0]}?" if near and word.startswith("-") else ""
             message = f"{printable(words)!r} is not known here{hint}"
         where = f"{' ' if message.endswith('?') else '; '}{self.prog} --help lists the flags"
         self.exit(USER_ERROR, f"error: {message}{where}\n")

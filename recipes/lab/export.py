@@ -28,7 +28,7 @@ from recipes.lab.diffusion import DIFFUSION_PRESETS
 from recipes.lab.evaluation.evaluate import table
 from recipes.lab.files import TEMPORARY, CannotWrite, read_json, require_writable, write_text
 from recipes.lab.sampling import Checkpoint, read_checkpoint, restored_model
-from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.checkpoint import Run, apart
 
 WEIGHTS = {"average": "ema", "model": "model"}
 MOST_CLASSES = 1000  # DiTPipeline calls the null class so
@@ -74,6 +74,7 @@ def export(
         )
     checkpoint = read_checkpoint(run, WEIGHTS[weights])
     model = restored_model(run, config, checkpoint, imports)
+    model.register_state_dict_post_hook(lambda _, state, *rest: state.update(apart(state)))
     names = names_in(model.config.attn)
     require_writable(out.with_name(out.name + _INDEX))
     temporary = out.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{out.name}")
@@ -250,7 +251,7 @@ tags: [diffusion-transformer, attention, attnzoo]
 def _metrics(run: Run, checkpoint: Checkpoint) -> str:
     if not run.metrics_file.is_file():
         return "Not evaluated yet (`python recipes/evaluate.py RUN`)."
-    result: Any = read_json(run.metrics_file, "the metrics")
+    result: Any = read_json(run.metrics_file, "the metrics", "evaluate the run again")
     try:
         step, text = result["sampling"].get("trained_steps"), table(result)
     except (KeyError, AttributeError, TypeError) as error:

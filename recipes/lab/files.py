@@ -145,20 +145,28 @@ def require_writable(path: Path) -> Path:
     return path
 
 
-def read_json(path: Path, what: str = "file") -> Any:
+def read_json(path: Path, what: str = "file", remedy: str = "") -> Any:
     """Reads JSON in UTF-8.
+
+    Args:
+        path: To read.
+        what: It is, for messages.
+        remedy: What helps where it cannot be read, likewise.
 
     Raises:
         UserError: It is missing, unreadable or damaged; the message names it.
     """
+    remedy = remedy and f"; {remedy}"
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{what} {str(path)!r} cannot be read: {error.strerror}{remedy}"
+        ) from error
     except ValueError as error:
-        raise UserError(f"{what} {str(path)!r} is damaged: {error}") from error
+        raise UserError(f"{what} {str(path)!r} is damaged: {error}{remedy}") from error
     except RecursionError as error:
-        raise UserError(f"{what} {str(path)!r} is nested too deeply") from error
+        raise UserError(f"{what} {str(path)!r} is nested too deeply{remedy}") from error
 
 
 def refuse_links(root: Path, path: Path) -> Path:

@@ -30,6 +30,7 @@ from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.ema import by_names_of_state
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ON_GPUS = ("triton", "flash", "fla", "xformers")  # implementations that no CPU runs
@@ -149,9 +150,10 @@ def restored_model(
             f"the model in {run.folder} has {has[0]} channels and {has[1]} classes, its "
             f"configuration says {wants[0]} and {wants[1]}: they are of different runs"
         )
+    saved = by_names_of_state(model, checkpoint.tensors)
     shapes, stored = (
         {name: tensor.shape for name, tensor in tensors.items()}
-        for tensors in (model.state_dict(), checkpoint.tensors)
+        for tensors in (model.state_dict(), saved)
     )
     if differing := sorted({name for name, _ in shapes.items() ^ stored.items()}):
         raise UserError(
@@ -159,7 +161,7 @@ def restored_model(
             f"{len(differing)} tensors are missing, unexpected or of another shape, "
             f"{differing[0]!r} for one"
         )
-    model.load_state_dict(checkpoint.tensors)
+    model.load_state_dict(saved)
     return model.eval().requires_grad_(False)
 
 
@@ -369,10 +371,13 @@ def sample_grid(
     images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)
     bad = int((~images.isfinite().flatten(1).all(1)).sum())
     if bad:
+        guidance, less = (f"--cfg {cfg:g} is too strong, or ", "lower it, or ")
+        if cfg in (0, 1):
+            guidance = less = ""
         raise NotFinite(
-            f"{bad} of {len(images)} images are not finite, and no picture is written: the model "
-            f"of step {draw.checkpoint.step} has diverged: train it again "
-            f"with a lower rate"
+            f"{bad} of {len(images)} images are not finite, and no picture is written: {guidance}"
+            f"the model of step {draw.checkpoint.step} has diverged: {less}train it again with a "
+            f"lower rate"
         )
     save_grid(images, out, columns=len(classes))
     return len(images), out

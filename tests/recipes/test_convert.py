@@ -169,6 +169,7 @@ def test_a_mechanism_of_ones_own_is_a_target(softmax, tmp_path, monkeypatch):
         (["--patch-size", "2"], "--patch-size 2 is not"),
         (["--preset", "flow"], "--preset flow is not"),
         (["--distil", "variance"], "--distil variance needs a model that learns its variance"),
+        (["--distil", ""], "--distil '' is empty"),
         (["--distil", "noises"], "--distil 'noises' is none of noise, variance, features"),
         (["--distil", "noise,noise"], "names noise twice"),
         (["--distil", "noise=much"], "has no number as its weight"),

@@ -160,6 +160,10 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     other = measured | {"held_out": facts | {"sha256": "0"}}
     with pytest.raises(UserError, match="are of different images"):
         compared_by_image(other, plain)
+    for damage in ("[]", '{"held_out": {"sha256": ""}}', "{"):
+        plain.metrics_file.write_text(damage)
+        with pytest.raises(UserError, match=r"metrics\.json' .* damaged.*; evaluate .* again"):
+            compared_by_image(measured, plain)
 
 
 def test_what_is_held_out_is_never_trained_on(image_folder):

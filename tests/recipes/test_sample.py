@@ -54,7 +54,7 @@ def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
         (["--cfg", "nan"], "finite"),
         (["--steps", "1001"], "1 to 999"),
         (["--sampler", "euler-flow"], "v_prediction"),
-        (["--classes", ""], "at least one class"),
+        (["--classes", ","], "at least one class"),
         (["--cfg-channels", "2"], "1..1"),
         (["--out", "a.xyz"], "no picture's name"),
         (["--out", f"{__file__}/a.png"], "cannot write"),
@@ -101,7 +101,10 @@ def test_images_that_are_not_finite_are_no_picture(trained, tmp_path, monkeypatc
     )  # fmt: skip
     out = tmp_path / "grid.png"
     assert sample_module.main([str(trained.folder), "--out", str(out)]) == NON_FINITE
-    assert "40 of 40 images are not finite" in capsys.readouterr().err and not out.exists()
+    said = capsys.readouterr().err
+    assert "40 of 40 images are not finite" in said and "cfg" not in said and not out.exists()
+    assert sample_module.main([str(trained.folder), "--out", str(out), "--cfg", "9"]) == NON_FINITE
+    assert "--cfg 9 is too strong, or the model" in capsys.readouterr().err
 
 
 def copy_of(trained, tmp_path):

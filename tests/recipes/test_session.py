@@ -17,15 +17,18 @@ from PIL import Image
 
 import attnzoo
 from attnzoo import registry
+from recipes import export as export_module
 from recipes import train as train_module
-from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError
+from recipes.lab.console import DONE, INTERRUPTED, Progress, UserError, is_users_mistake
 from recipes.lab.data.encoding import encode
+from recipes.lab.sampling import RunSampler
 from recipes.lab.training import banner, description, memory
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.trainer import Trainer
 from tests.recipes.reliability import draw, make_vae
+from tests.recipes.test_checkpoint import WEIGHTS, edited
 
 SMALL = {"attn": "sana", "batch_size": 4, "checkpoint_every": 2, "sample_every": 1000}
 SCRIPT = Path(train_module.__file__)
@@ -59,7 +62,7 @@ def refused(folder, match):
     """One line, and not a byte of the folder changes."""
     before = contents(folder)
     with pytest.raises((UserError, attnzoo.UsageError), match=match) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
 
@@ -128,9 +131,9 @@ class TestSettings:
         for preset in settings.PRESETS.values():
             Settings(**preset)
 
-    @pytest.mark.parametrize("rate", ["inf", "nan", "-1", "0"])
+    @pytest.mark.parametrize("rate", ["inf", "nan", "-1", "0", "1e39", "1e300"])
     def test_the_command_line_refuses_a_rate(self, rate, tmp_path):
-        with pytest.raises(UserError, match="--learning-rate must be a finite number above 0"):
+        with pytest.raises(UserError, match="--learning-rate must be a number above 0 and at mo"):
             train_module.main([f"--learning-rate={rate}", "--out", str(tmp_path / "run")])
         assert not (tmp_path / "run").exists()
 
@@ -171,22 +174,35 @@ class TestDamagedFiles:
         if text.startswith('{"settings": {"attn"') and '"data"' not in text:
             text = json.dumps({"data": copy.config()["data"]} | json.loads(text))
         copy.config_file.write_text(text)
-        with refused(copy.folder, f"config.json.*{said}"):
+        with refused(copy.folder, f"config.json.*{said}") as caught:
             resume(copy)
+        if "does not know" not in said:
+            assert str(caught.value).endswith("; restore it, or choose another folder")
+
+    def test_of_a_configuration_that_is_to_be_replaced(self, copy):
+        copy.config_file.write_text("{")
+        with refused(copy.folder, r"config.json' is damaged.*; restore it, or choose another fol"):
+            resume(copy, "--overwrite")
 
     @pytest.mark.parametrize(
         "text", ["{}", "[]", "{", '"done"', '{"state": 1}', "\xff", '{"state": "running"}']
     )
     def test_of_a_status(self, copy, text):
         copy.status_file.write_text(text, encoding="latin-1")
-        with refused(copy.folder, r"status\.json' is damaged"):
+        with refused(copy.folder, r"status\.json' is damaged.*; log\.jsonl beside it lists"):
             train_module.main(["--status", str(copy.folder)])
 
-    @pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1}', '{"step": "1"}', "", "\xff"])
-    def test_of_a_log(self, copy, line):
+    @pytest.mark.parametrize("name", ["log.jsonl", "log.held.jsonl"])
+    @pytest.mark.parametrize(
+        "line",
+        ["{", "[]", '{"loss": 1}', '{"step": "1"}', "", "\xff", '{"step": 1, "loss": "x"}',
+         '{"step": 1, "gradient_norm": true}', f'{{"step": 1, "loss": 1{"0" * 400}}}'],
+    )  # fmt: skip
+    def test_of_a_log(self, copy, name, line):
         lines = copy.log_file.read_text().splitlines()
-        copy.log_file.write_text("\n".join([lines[0], line, lines[1], ""]), encoding="latin-1")
-        with refused(copy.folder, r"line 2 of .*log\.jsonl' is damaged"):
+        file = copy.folder / name
+        file.write_text("\n".join([lines[0], line, lines[1], ""]), encoding="latin-1")
+        with refused(copy.folder, rf"line 2 of .*{name}' is damaged"):
             resume(copy, "--steps", 4, "--allow-change", "steps")
 
     def test_escape_codes_do_not_reach_the_terminal(self, copy, capsys):
@@ -300,7 +316,41 @@ def forget():
         del sys.modules[name]
 
 
+TIED = OWN.replace(
+    "\n    def forward", """
+        self.key = torch.nn.Linear(self.dim, self.dim)
+        self.key.weight = self.value.weight
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward""",
+).replace("self.value(x", "self.value(self.key(x.tanh())")  # fmt: skip
+
+
 class TestOwnMechanism:
+    def test_weights_that_are_tied_and_buffers_that_are_not_saved(
+        self, own, tmp_path, no_pictures
+    ):
+        own.write_text(TIED)
+        attnzoo.import_mechanisms(str(own))
+        settings = Settings(**SMALL | {"attn": "mean"}, steps=4)
+        whole, half = Run(tmp_path / "whole"), Run(tmp_path / "half")
+        assert train(settings, whole) == DONE
+        assert train(settings, half, should_stop=lambda step: step == 2) == INTERRUPTED
+
+        def as_before(average):
+            for index in range(4):
+                layer = f"blocks.{index}.attention"
+                average[f"{layer}.cache"] = torch.zeros(1)
+                assert average.pop(f"{layer}.key.weight").equal(average[f"{layer}.value.weight"])
+
+        edited(half, f"ema/{WEIGHTS}", as_before)
+        assert RunSampler(half)(torch.tensor([1]), steps=1).isfinite().all()
+        assert train(settings, half, resume=True) == DONE
+        for part in (f"model/{WEIGHTS}", f"ema/{WEIGHTS}", "optimizer.safetensors"):
+            one, other = (run.checkpoints / "step-00000004" / part for run in (whole, half))
+            assert one.read_bytes() == other.read_bytes()
+        assert export_module.main([str(half.folder), "--out", str(tmp_path / "out")]) == DONE
+
     def test_a_run_remembers_where_it_came_from(self, own, tmp_path, no_pictures, capsys):
         run = Run(tmp_path / "run")
         start = ["--import", str(own), "--attn", "mean", "--steps", "2", "--batch-size", "4"]
@@ -322,6 +372,14 @@ class TestOwnMechanism:
         status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
         assert status == 1
         assert "Traceback" in said and "TypeError" in said and str(own) in said
+
+    def test_a_result_of_another_shape_is_not_trained(self, own, tmp_path):
+        own.write_text(OWN.replace(".expand_as(x)", ""))
+        attnzoo.import_mechanisms(str(own))
+        said = r"attention 'mean' returned tokens of \(\d+, 1, 96\) for tokens of \(\d+, 16, 96\)"
+        with pytest.raises(ValueError, match=said) as caught:
+            train(Settings(**SMALL | {"attn": "mean"}, steps=1), Run(tmp_path / "run"))
+        assert not is_users_mistake(caught.value)
 
     @pytest.mark.parametrize("where", ["step", "diagnostics", "preview"])
     def test_a_late_mistake_is_no_line_either(self, own, tmp_path, where):

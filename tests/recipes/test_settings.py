@@ -103,6 +103,7 @@ class TestHelp:
         ("arguments", "said"),
         [
             (["--stpes", "5"], "'--stpes 5' is not known here; did you mean --steps?"),
+            (["--device", "cpu"], "'--device cpu' is not known here; python"),
             (["--config"], "--config: expected one argument"),
             (["--learning-rate", "fast"], "'fast' is not a number"),
             (["--steps", "none"], "'none' is not an integer"),
@@ -156,7 +157,7 @@ class TestFile:
             ("steps:\t5\n", "line 1: .*indent with spaces"),
             ("steps: [5, 6]", r"steps is \[5, 6\] and must be an integer .*such as steps: 1500"),
             ("steps: 1e3", r"steps is 1000\.0 and must be an integer"),
-            ("learning_rate: fast", "learning_rate is 'fast' and must be a finite number above 0"),
+            ("learning_rate: fast", "learning_rate is 'fast' and must be a number above 0 and"),
             ("learning_rate: .nan", "learning_rate is '.nan' and must be"),
             ("strict: yes", "strict is 'yes' and must be true or false"),
             ("size: XL", "size is 'XL' and must be one of tiny, S, B, L"),
@@ -317,7 +318,9 @@ class TestRate:
             ({"decay": "constant", "decay_steps": 5}, "--decay constant does not: drop one"),
             ({"decay": "exponential"}, "--decay must be one of linear, cosine, constant"),
             ({"warmup_steps": -1}, "--warmup-steps must be an integer from 0"),
-            ({"weight_decay": -0.1}, "--weight-decay must be a finite number of at least 0"),
+            ({"weight_decay": -0.1}, "--weight-decay must be a number from 0 to 1e9"),
+            ({"weight_decay": 1e39}, "--weight-decay must be a number from 0 to 1e9"),
+            ({"gradient_clip": 1e300}, "--gradient-clip must be a number above 0 and at most 1e9"),
             ({"sharded": True, "accumulate": 2, "gradient_sums": "bf16"}, "2 micro-steps adds as"),
         ],
     )

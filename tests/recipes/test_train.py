@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
-from recipes.lab.console import INTERRUPTED, UserError, parse_options
+from recipes.lab.console import INTERRUPTED, UserError, parse_options, run_script
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
@@ -201,7 +202,9 @@ def _errors(tmp_path):
         "size": (["--size", "XL"], ["'XL'", "tiny"]),
         "foreign folder": (["--out", str(foreign)], [str(foreign), "another --out"]),
         "a file": (["--out", str(foreign / "thesis.tex")], ["is a file", "another --out"]),
-        "no folder": (["--out", ""], ["--out ''", "drop the flag"]),
+        "no folder": (["--out", ""], ["--out ''", "drop it"]),
+        "no value": (["--vae="], ["--vae ''", "drop it"]),
+        "null character": (["--data", "a\0b"], [r"'a\x00b'", "leave it out"]),
         "no run": (["--resume", "--out", str(tmp_path / "none")], ["none", "no run"]),
     }
 
@@ -219,6 +222,8 @@ CASES = (
     "foreign folder",
     "a file",
     "no folder",
+    "no value",
+    "null character",
     "no run",
 )
 
@@ -238,11 +243,29 @@ def test_bad_input_is_one_clear_line(case, tmp_path):
 
 
 def test_the_command_line_exits_with_two_and_no_traceback(tmp_path, commands):
-    for arguments in (["--steps", "0"], ["--attn", "dydlia", "--out", str(tmp_path / "run")]):
+    for arguments in (
+        ["--steps", "0"],
+        ["--attn", "dydlia", "--out", str(tmp_path / "run")],
+        ["--steps", "1", "--out", "a" * 300],
+    ):
         status, said = commands.run(SCRIPT, *arguments, cwd=tmp_path)
         assert status == 2
         assert "Traceback" not in said
         assert "error:" in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("world", "said"), [("", "error: x\n"), ("1", "error: x\n"), ("2", "")])
+def test_what_all_processes_know_is_said_by_one(world, said, monkeypatch, capsys):
+    def main(arguments):
+        error = UserError("x")
+        error.is_shared = True
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE", False)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_a_run_is_never_overwritten_unasked(trained):
@@ -264,6 +287,16 @@ def test_a_finished_run_says_so_and_stays_as_it_is(trained, capsys):
     said = capsys.readouterr().out
     assert "is done, 30 steps" in said and "--overwrite" in said
     assert before == {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+
+
+def test_a_finished_run_gets_back_what_found_no_room(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    lines = run.log_file.read_bytes().splitlines(keepends=True)
+    run.log_file.write_bytes(b"".join(lines[:-2]))
+    run.held_file.write_bytes(b"".join(lines[-2:]))
+    assert train_module.main(["--out", str(run.folder)]) == 0
+    assert run.log_file.read_bytes() == b"".join(lines) and not run.held_file.exists()
 
 
 def test_commands_that_are_shown_can_be_pasted(tmp_path, capsys):
@@ -371,7 +404,9 @@ def test_loss_by_time_is_summed_in_quarters():
 
 def test_the_average_takes_in_buffers():
     layer = torch.nn.BatchNorm1d(2)
+    layer.register_buffer("cache", torch.zeros(1), persistent=False)
     average = WeightAverage(layer, decay=0.75, ramp=False)
+    assert average.shadow.keys() == layer.state_dict().keys()
     with torch.no_grad():
         layer.weight += 4
         layer.running_mean += 8
@@ -380,6 +415,8 @@ def test_the_average_takes_in_buffers():
     with average.applied():
         assert layer.weight.tolist() == [2, 2] and layer.running_mean.tolist() == [2, 2]
         assert layer.num_batches_tracked == 5
+        layer.cache += 1  # as a forward may
+    assert layer.cache == 0
     assert layer.weight.tolist() == [5, 5] and layer.running_mean.tolist() == [8, 8]
 
 

@@ -170,7 +170,7 @@ def _begin(latents: Path, plan: dict[str, Any]) -> dict[str, str]:
     _check_target(latents)
     file, manifest = latents / PLAN, latents / MANIFEST
     if file.exists():
-        before = read_json(file, "plan")
+        before = read_json(file, "plan", "choose another folder, or delete this one")
         changed = _changed(before if isinstance(before, dict) else {}, plan)
         if changed:
             raise UserError(

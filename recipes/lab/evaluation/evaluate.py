@@ -537,19 +537,23 @@ def compared_by_image(result: Mapping[str, Any], other: Run) -> str:
         UserError: The other one is not evaluated, one of the two has no held-out loss, or they
             are of different images.
     """
-    ours, theirs = (
-        found.get("held_out") for found in (result, read_json(other.metrics_file, "metrics"))
-    )
-    if not ours or not theirs:
-        raise UserError(f"this run or {other.folder} has no held-out loss to compare")
-    if any(ours[name] != theirs[name] for name in ("sha256", "images", "times")):
+    again = f"evaluate {other.folder} again"
+    metrics, ours = read_json(other.metrics_file, "the metrics", again), result.get("held_out")
+    try:
+        theirs = metrics.get("held_out")
+        if not ours or not theirs:
+            raise UserError(f"this run or {other.folder} has no held-out loss to compare")
+        is_other = any(ours[name] != theirs[name] for name in ("sha256", "images", "times"))
+        losses = torch.tensor(theirs["by_image"], dtype=torch.float64)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"the metrics {str(other.metrics_file)!r} are damaged; {again}") from error
+    if is_other:
         raise UserError(
             f"the held-out losses of this run and {other.folder} are of different images: "
             f"evaluate both on the same data, with the same --held-out"
         )
-    first, second = (
-        torch.tensor(facts["by_image"], dtype=torch.float64)[:, None] for facts in (ours, theirs)
-    )
+    first = torch.tensor(ours["by_image"], dtype=torch.float64)[:, None]
+    second = losses[:, None]
     mean, error = paired_by_image(first, second)
     scale = 100 / second.mean().item()
     needed = images_needed(first, second)

@@ -73,7 +73,10 @@ class Measure:
         if count < FEWEST and not are_real:
             cause = "take more samples"
             if 2 * len(bad) >= total:
-                cause = "the model has diverged: train it again with a lower rate"
+                cause = (
+                    "the model has diverged, or guidance is too strong: train it again with a "
+                    "lower rate, or lower --cfg"
+                )
             raise UserError(
                 f"only {count} of {total} images are finite, and fewer than {FEWEST} are not "
                 f"measured; {cause}"

@@ -27,6 +27,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from recipes.lab.training.run_files import (
     read_manifest,
     step_of,
 )
+from recipes.lab.training.settings import RESTORE
 
 KEPT_CHECKPOINTS = 2
 _TEMPORARY = f"{files.TEMPORARY}*"
@@ -56,6 +58,15 @@ _MADE = (
     *("teacher", "conversion.json"),
     *("evaluation", "metrics.json", "classifier.json", "judge.json", *TRACKER_FOLDERS),
 )
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without shared memory, such as that of tied weights: safetensors refuses it."""
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if places[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 class Run:
@@ -117,7 +128,7 @@ class Run:
         )
 
     def _raw_config(self) -> Any:
-        return read_json(self.config_file, "the configuration")
+        return read_json(self.config_file, "the configuration", RESTORE)
 
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(f"cannot write to {self.folder} ({error.strerror}); choose another --out")
@@ -200,11 +211,13 @@ class Run:
         if not is_configuration(config):
             raise UserError(
                 f"{str(self.config_file)!r} is damaged, or not the configuration of a run: it has "
-                f"no settings with an attn"
+                f"no settings with an attn; {RESTORE}"
             )
         damage = damage_of(config)
         if damage is not None:
-            raise UserError(f"the configuration {str(self.config_file)!r} is damaged: {damage}")
+            raise UserError(
+                f"the configuration {str(self.config_file)!r} is damaged: {damage}; {RESTORE}"
+            )
         return config
 
     def append_log(self, entry: dict[str, Any]) -> None:
@@ -301,7 +314,7 @@ class Run:
             for name, contents in tensors.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 # diffusers wants to know what wrote the file.
-                save_file(dict(contents), temporary / name, metadata={"format": "pt"})
+                save_file(apart(contents), temporary / name, metadata={"format": "pt"})
                 files.sync(temporary / name)
             for name, text in texts.items():
                 files.write_text(temporary / name, text)
@@ -318,8 +331,9 @@ class Run:
             os.replace(temporary, target)
             files.sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CannotWrite(target, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         if evict:
             # A folder of a later step is one that was passed over as broken: it counts for
             # nothing.

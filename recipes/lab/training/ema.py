@@ -12,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
-    """An exponential average of every parameter and every floating-point buffer.
+    """An exponential average of every tensor of floating-point numbers in a model's state.
+
+    A buffer that is not persistent is neither averaged nor saved.
 
     diffusers' ``EMAModel`` copies buffers, and torch's ``AveragedModel`` refuses sharded weights.
     Batch-norm statistics have to be averaged with the weights they belong to.
@@ -29,7 +31,8 @@ class WeightAverage:
         rank: Which of them this one is.
 
     Attributes:
-        shadow: The average, by name. What other processes move is as of the last ``collect``.
+        shadow: The average, by name in the model's state. What other processes move is as of the
+            last ``collect``.
     """
 
     def __init__(
@@ -38,12 +41,9 @@ class WeightAverage:
         self.model = model
         self.decay = decay
         self.ramp = ramp
-        self.shadow = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self.shadow = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self._rank = rank
         self._owners = _shared_out(self.shadow, processes) if processes > 1 else {}
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
 
     def share(self, step: int) -> float:
         """How far the average moves towards the weights after ``step``, from 1."""
@@ -58,8 +58,8 @@ class WeightAverage:
                 another in each replay of a recorded step. 0 leaves the average as it is.
         """
         pairs = [
-            (local(self.shadow[name]), local(tensor.detach()))
-            for name, tensor in self._tensors()
+            (local(self.shadow[name]), local(tensor))
+            for name, tensor in self.model.state_dict().items()
             if self._owners.get(name, self._rank) == self._rank
         ]
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -86,17 +86,32 @@ class WeightAverage:
         Every process has to enter it.
         """
         self.collect()
-        own = {name: tensor.detach().clone() for name, tensor in self._tensors()}
-        self._write(self.shadow)
+        state = self.model.state_dict()
+        # All buffers, not those of the state alone: a forward may change any.
+        tensors = [z.detach() for z in (*self.model.parameters(), *self.model.buffers())]
+        own = [(tensor, tensor.clone()) for tensor in tensors]
+        for name, tensor in state.items():
+            tensor.copy_(self.shadow[name])
         try:
             yield
         finally:
-            self._write(own)
+            for tensor, old in own:
+                tensor.copy_(old)
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self._tensors():
-            tensor.copy_(values[name])
+
+def by_names_of_state(model: nn.Module, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A saved average by the names of the model's state.
+
+    Averages of before held buffers that are not persistent, and of tied weights the first alone.
+    """
+    state = model.state_dict(keep_vars=True)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {name: z for name, z in average.items() if name in state or name not in named}
+    first = {id(tensor): name for name, tensor in named.items()}
+    for name, tensor in state.items():
+        if name not in found and (other := first.get(id(tensor))) in average:
+            found[name] = average[other]
+    return found
 
 
 def _shared_out(tensors: dict[str, Tensor], processes: int) -> dict[str, int]:

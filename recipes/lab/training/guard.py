@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 _WINDOW = 100
 _SETTLED = 20  # a median of fewer steps says nothing
-_SPIKE = {"loss": 5.0, "gradient_norm": 10.0}  # times the running median
+WATCHED = {"loss": 5.0, "gradient_norm": 10.0}  # a spike is so many times the running median
 _DIAGNOSED_SAMPLES = 4
 
 
@@ -25,7 +25,7 @@ class SpikeWatch:
     """
 
     def __init__(self, past: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._values: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in _SPIKE}
+        self._values: dict[str, deque[float]] = {name: deque(maxlen=_WINDOW) for name in WATCHED}
         for entry in past:
             self._remember(entry)
 
@@ -41,7 +41,7 @@ class SpikeWatch:
             for name, values in self._values.items()
             if entry.get(name) is not None
             and len(values) >= _SETTLED
-            and entry[name] > _SPIKE[name] * statistics.median(values)
+            and entry[name] > WATCHED[name] * statistics.median(values)
         ]
         self._remember(entry)
         return spikes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -41,8 +41,9 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return (_is_integer(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 def _number(text: str) -> float:
@@ -64,7 +65,7 @@ def integer(least: int = 1, below: int = 2**63) -> Rule:
 def real(words: str, fits: Callable[[float], bool]) -> Rule:
     """A finite number for which ``fits`` holds."""
     return Rule(
-        lambda value: _is_number(value) and fits(value),
+        lambda value: is_number(value) and fits(value),
         words,
         flag={"type": _number, "metavar": "X"},
     )
@@ -109,7 +110,9 @@ SWITCH = Rule(
     "true or false",
     flag={"action": argparse.BooleanOptionalAction},
 )
-POSITIVE = real("a finite number above 0", lambda value: value > 0)
+# Products of two such numbers are far from where float32 ends, which some of PyTorch refuses.
+LARGEST = 1e9
+POSITIVE = real("a number above 0 and at most 1e9", lambda value: 0 < value <= LARGEST)
 SHARE = real("from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = real("at least 0 and less than 1", lambda value: 0 <= value < 1)
 

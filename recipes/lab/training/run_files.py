@@ -9,6 +9,8 @@ from typing import Any
 
 from recipes.lab.console import UserError
 from recipes.lab.diffusion import DIFFUSION_PRESETS
+from recipes.lab.training.guard import WATCHED
+from recipes.lab.training.rules import is_number
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -75,6 +77,10 @@ def damage_of(config: dict[str, Any]) -> str | None:
     return None if isinstance(config.get("changes", []), list) else "'changes' is no list"
 
 
+def _is_loss(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
 def _is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -109,7 +115,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        if not (isinstance(entry, dict) and _is_whole(entry.get("step"))):
+        if not (
+            isinstance(entry, dict)
+            and _is_whole(entry.get("step"))
+            and all(_is_loss(entry.get(name)) for name in WATCHED)
+        ):
             raise UserError(
                 f"line {number} of {str(file)!r} is damaged; repair it or move the file away"
             )

@@ -26,6 +26,7 @@ from recipes.lab.training.description import data_changes, describe, differences
 from recipes.lab.training.distillation import write_teacher
 from recipes.lab.training.loop import Loop
 from recipes.lab.training.memory import check_memory, step_bytes
+from recipes.lab.training.run_files import read_lines
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.state import load_checkpoint, save_checkpoint
 from recipes.lab.training.status import claimed
@@ -97,9 +98,15 @@ def train(
 
     planned = on_main(accelerator, plan)
     if planned.is_done(settings):
-        if accelerator.is_main_process:
+
+        def finish() -> None:
             run.sweep()
+            if run.held_file.exists():
+                with claimed(run):
+                    run.cut_log(planned.step)
             progress.say(_already_done(run, planned.step))
+
+        on_main(accelerator, finish)
         return DONE
     if planned.checkpoint is not None:
         load_checkpoint(trainer, planned.step, planned.checkpoint)
@@ -204,7 +211,8 @@ def _look(
             f"checkpoint: convert again, with recipes/convert.py --overwrite"
         )
     step, folder = found or (0, None)
-    run.read_log()  # a damaged one is named before anything changes
+    for file in (run.log_file, run.held_file):  # named before anything changes, if damaged
+        read_lines(file)
     config, said = _continued(trainer, run, step, allowed)
     return _Plan(step, folder, config, said, files)
 

@@ -11,6 +11,7 @@ from typing import Any
 from recipes.lab.console import COMPILE_FLAG, COMPILE_HELP, COMPILE_MODES, UserError
 from recipes.lab.training.rules import (
     BELOW_ONE,
+    LARGEST,
     OPTIONS,
     POSITIVE,
     SHARE,
@@ -76,6 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+
+RESTORE = "restore it, or choose another folder"  # of a run's configuration
 
 GROUPS = {
     "data": "what the model learns from",
@@ -202,7 +205,7 @@ class Settings:
     weight_decay: float = _setting(
         "optimization",
         0.0,
-        real("a finite number of at least 0", lambda value: value >= 0),
+        real("a number from 0 to 1e9", lambda value: 0 <= value <= LARGEST),
         "AdamW's, of weights that are matrices or kernels: not of biases and scales",
     )
     adam_beta2: float = _setting(
@@ -360,7 +363,7 @@ def resumed_settings(
     try:
         before = Settings(**saved)
     except UserError as error:
-        raise UserError(f"{where} is damaged: {error}") from error
+        raise UserError(f"{where} is damaged: {error}; {RESTORE}") from error
     changes = {
         name: (getattr(before, name), value)
         for name, value in given.items()

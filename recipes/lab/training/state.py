@@ -13,6 +13,7 @@ from recipes.lab.console import UserError
 from recipes.lab.distributed import gathered, on_main, placed_like
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run, read_manifest
+from recipes.lab.training.ema import by_names_of_state
 from recipes.lab.training.trainer import Trainer
 
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -89,8 +90,10 @@ def load_checkpoint(trainer: Trainer, step: int, folder: Path) -> None:
     Raises:
         UserError: It belongs to another model, or holds what cannot be.
     """
-    _fill(dict(trainer.model.state_dict()), folder / "model" / _WEIGHTS_FILE)
-    _fill(trainer.average.shadow, folder / "ema" / _WEIGHTS_FILE)
+    file = folder / "model" / _WEIGHTS_FILE
+    _fill(dict(trainer.model.state_dict()), file, _read(file))
+    file = folder / "ema" / _WEIGHTS_FILE
+    _fill(trainer.average.shadow, file, by_names_of_state(trainer.model, _read(file)))
     parameters = dict(trainer.model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _read(folder / "optimizer.safetensors").items():
@@ -170,13 +173,12 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(targets: dict[str, Tensor], file: Path) -> None:
-    """Copies the tensors of a file into those of the same names.
+def _fill(targets: dict[str, Tensor], file: Path, saved: dict[str, Tensor]) -> None:
+    """Copies the tensors that a file holds into those of the same names.
 
     Raises:
         UserError: Names, shapes or types differ.
     """
-    saved = _read(file)
     differing = sorted(targets.keys() ^ saved.keys()) or [
         name
         for name, tensor in targets.items()

@@ -18,6 +18,7 @@ from recipes.lab.files import CannotWrite, check_unlocked, locked, read_json, wr
 from recipes.lab.training.checkpoint import Run
 
 _SECONDS_BETWEEN_WRITES = 2.0
+_INSTEAD = "log.jsonl beside it lists the steps"
 
 
 @contextlib.contextmanager
@@ -88,13 +89,13 @@ def describe(run: Run) -> str:
         UserError: There is no status in the folder, or it is damaged.
     """
     try:
-        return printable(_describe(run, read_json(run.status_file, "the status")))
+        return printable(_describe(run, read_json(run.status_file, "the status", _INSTEAD)))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"{run.folder} has no readable status.json: the status {str(run.status_file)!r} is "
-            f"damaged"
+            f"damaged; {_INSTEAD}"
         ) from error
 
 

@@ -46,8 +46,10 @@ class Limits:
     cluster: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.run_minutes > 0:
-            raise UserError(f"--run-minutes must be above 0, got {self.run_minutes:g}")
+        if not 0 < self.run_minutes < 1e6:
+            raise UserError(
+                f"--run-minutes must be above 0 and below 1e6, got {self.run_minutes:g}"
+            )
         if self.time_budget is not None and not self.time_budget >= 0:
             raise UserError(f"--time-budget must be at least 0, got {self.time_budget:g}")
         if self.cluster and importlib.util.find_spec("submitit") is None:

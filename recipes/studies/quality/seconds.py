@@ -102,7 +102,7 @@ def _is_of(entry: dict[str, Any], scale: Scale) -> bool:
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
-    found = read_json(file, "table of seconds")
+    found = read_json(file, "table of seconds", "move it away and measure again")
     try:
         entries = found["steps"]
         wanted = {"variant", "resolution", "seconds", "device", "torch"}
