@@ -83,6 +83,7 @@ def removed_in(
     return gone | {name: Removed(version, values=z) for name, z in (values or {}).items()}
 
 
+LEAST_DIVISOR = 1e-15  # Sana's smallest eps; what float32 takes for 0 would leave 0 / 0
 # What ``impl`` was called before version 0.2.0.
 _FORMER_IMPL = {"naive": "reference", "sdpa": "torch", "safe": "torch", "folded": "torch"}
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.contract import LEAST_DIVISOR, Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
@@ -73,7 +73,7 @@ class LinearConfig(StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "eps")
+        self.at_least(LEAST_DIVISOR, "eps")
 
 
 class LinearAttention(Attention):

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from attnzoo import InvalidValue, UsageError, build_attention, list_attention
+from attnzoo import InvalidValue, UsageError, build_attention, get_attention, list_attention
+from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.mechanisms import agent
 from attnzoo.testing import build_scrambled, deviations, tokens
 
@@ -60,6 +61,18 @@ def test_outputs_and_gradients_are_finite(name, dtype, mixed):
         for scale in scales if x.any() else scales[:1]:
             x_here = (x * scale).to(torch.float32 if mixed else dtype)
             assert not not_finite(layer, x_here, **options), (kind, scale)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("name", list_attention())
+def test_the_least_divisor_gives_finite_outputs_and_gradients(name, impl):
+    fields = get_attention(name).Config.__dataclass_fields__
+    least = dict.fromkeys({"eps", "gate_normalizer"} & fields.keys(), LEAST_DIVISOR)
+    if not least:
+        pytest.skip("divides by no option")
+    layer = build_attention(name, DIM, **least, impl=impl).train()
+    for kind, x in hard_inputs().items():
+        assert not not_finite(layer, x), kind
 
 
 @pytest.mark.parametrize("name", STEEP)
