@@ -204,9 +204,7 @@ class LinearAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        is_grid = isinstance(grid, tuple) and len(grid) == 2
-        if not is_grid or x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
-            self.check_tokens(x, grid)
+        self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
         if self.implementation(x) == "triton":

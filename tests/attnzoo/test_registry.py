@@ -5,7 +5,9 @@ import dataclasses
 import json
 import pickle
 import sys
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,16 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
             ["LinearConfig"],
         ),
         (lambda: check_option("sizes", (1, 2), list[int]), TypeError, ["sizes", "tuple"]),
+        (lambda: check_option("sizes", (1,), tuple[()]), TypeError, ["sizes", "0 values", "(1,)"]),
+        (lambda: build_attention("edit", 8, stride=2.0), TypeError, ["[1, 2, 3]", "2.0 (float)"]),
+        (lambda: build_attention("edit", 8, stride=True), TypeError, ["[1, 2, 3]", "True (bool)"]),
+        (lambda: build_attention("edit", 8, stride=numpy.ones(2)), TypeError, ["[1, 2, 3]"]),
+        (
+            lambda: build_attention("lit", 8, qkv_bias=1),
+            ValueError,
+            ["qkv_bias=1", "True is left"],
+        ),
+        (lambda: build_attention("lit", 8, qkv_bias=numpy.ones(2)), ValueError, ["True is left"]),
         (lambda: build_attention("edit", 8, stride="2"), ValueError, ["stride='2'", "[1, 2, 3]"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
@@ -96,6 +108,56 @@ def test_refusals_name_the_value_and_the_remedy(call, kind, fragments):
     assert isinstance(caught.value, UsageError)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        (4.0, 6.0), (2.5, 9.6), ("4", "6"), (True, 24), (None, 24), (4j, 6), ([4], 6),
+        (numpy.float32(4), 6), (torch.tensor(True), 24), (torch.tensor(4.0), 6),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", list_attention())
+def test_sides_of_a_grid_are_integers(name, grid):
+    with pytest.raises(InvalidType, match=r"^grid must be \(height, width\) in tokens, two ints"):
+        build_attention(name, 8)(torch.zeros(1, 24, 8), grid)
+
+
+class OfImage(nn.Module):
+    """A layer whose grid is an image's, which a compiler may not know."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image):
+        return self.layer(image.flatten(2).transpose(1, 2), tuple(image.shape[2:]))
+
+
+@pytest.mark.parametrize("name", ["softmax", "sana", "local", "dydila"])
+def test_sides_may_be_integers_of_others_and_symbols(name):
+    torch._dynamo.reset()
+    layer, x = build_attention(name, 16).eval(), torch.randn(1, 35, 16)
+    expected = layer(x, (5, 7))
+    for kind in (numpy.int64, torch.tensor):
+        torch.testing.assert_close(layer(x, (kind(5), kind(7))), expected)
+    sides = {
+        2: torch.export.Dim("height", min=2, max=9),
+        3: torch.export.Dim("width", min=2, max=9),
+    }
+    image = x.transpose(1, 2).unflatten(2, (5, 7))
+    for strict in (False, True):
+        whole = torch.zeros(1, 16, 6, 8)
+        program = torch.export.export(
+            OfImage(layer), (whole,), dynamic_shapes={"image": sides}, strict=strict
+        )
+        torch.testing.assert_close(program.module()(image), expected)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled(torch.zeros(1, 24, 16), (4, 6))
+    torch.testing.assert_close(compiled(x, (5, 7)), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_options_that_exclude_each_other_name_the_way_out():
@@ -246,11 +308,13 @@ def test_copies_have_no_auxiliary_loss(always):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nested(AttentionConfig):
     pairs: tuple[tuple[int, int], ...] = ()
+    nothing: tuple[()] = ()
+    anything: Any = None
     ratios: tuple[float, float] | None = None
 
 
 def test_a_tuple_option_equals_itself_after_json():
-    given = {"pairs": ((1, 2), (3, 4)), "ratios": (0.5, 2)}
+    given = {"pairs": ((1, 2), (3, 4)), "ratios": (0.5, 2), "anything": (1, "a")}
     config = Nested.from_options("nested", given)
     again = Nested.from_options("nested", json.loads(json.dumps(given)))
     assert config == again == Nested(**json.loads(json.dumps(given)))
