@@ -80,6 +80,25 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: register_attention(""), TypeError, ["''"]),
         (lambda: attnzoo.heads_of_width(0, 64), ValueError, ["dim", "0"]),
         (lambda: attnzoo.heads_of_width(64, 2.5), TypeError, ["head_dim", "2.5"]),
+        *(
+            (lambda name=name: register_attention(name), ValueError, [repr(name), repr(other)])
+            for name, other in {
+                "a+b": "a-b",
+                "a*2": "a-2",
+                "mine-S/2": "mine-S-2",
+                "a:b": "a-b",
+                "a b": "a-b",
+                "-a": "a",
+                "a,b": "a-b",
+                "a=b": "a-b",
+                "*": "mine",
+            }.items()
+        ),
+        (lambda: register_attention("all")(Attention), TypeError, ["define forward"]),
+        (lambda: build_attention("agent", 8).set_agents("x"), TypeError, ["int", "'x'"]),
+        (lambda: build_attention("agent", 8).set_agents(4.0), TypeError, ["int", "4.0"]),
+        (lambda: build_attention("agent", 8).set_agents(True), TypeError, ["int", "True"]),
+        (lambda: attnzoo.import_mechanisms("~no.such.user/x.py"), ValueError, ["no.such.user"]),
         (lambda: attnzoo.import_mechanisms(3), TypeError, ["3"]),
         (lambda: attnzoo.import_mechanisms(""), ValueError, ["''"]),
         (lambda: attnzoo.import_mechanisms("."), ValueError, ["'.'"]),
@@ -189,6 +208,13 @@ def test_an_integer_is_a_float_and_a_number_may_stand_for_a_schedule():
     )
 
 
+def test_a_class_is_registered_once():
+    for _ in range(2):
+        with pytest.raises(InvalidValue, match="is attention 'softmax' already; subclass it"):
+            register_attention("alias")(get_attention("softmax"))
+    assert get_attention("softmax").name == "softmax" and "alias" not in list_attention()
+
+
 def test_a_name_can_be_registered_once():
     with pytest.raises(ValueError, match="already registered"):
         register_attention("sana")(get_attention("softmax"))
@@ -201,6 +227,20 @@ def test_a_config_that_is_no_dataclass_of_options_is_refused(base):
     """Whose options nobody would see, or which cannot be built from them."""
     own = type("Config", (base,), {"__annotations__": {"gate": int}, "gate": 1})
     with pytest.raises(InvalidType, match=r"AttentionConfig, decorated by @dataclass\("):
+        register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
+    assert "own" not in list_attention()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["name", "dim", "num_heads", "layer_index", "depth", "removed", "at_least", "from_options"],
+)
+def test_an_option_that_is_an_argument_of_every_mechanism_is_refused(name):
+    """It would never be given, or end in a TypeError."""
+    own = dataclasses.make_dataclass(
+        "Config", [(name, int, 1)], bases=(AttentionConfig,), frozen=True, kw_only=True
+    )
+    with pytest.raises(InvalidType, match=f"has an option '{name}'.*rename it.*'own_{name}'"):
         register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
     assert "own" not in list_attention()
 
