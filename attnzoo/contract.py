@@ -146,6 +146,11 @@ class AttentionConfig:
                 if name not in known:
                     continue
             if name not in known:
+                if name in ("dim", "num_heads", "depth"):
+                    raise InvalidType(
+                        f"{name}={value!r} stands among the options of {mechanism!r}: "
+                        f"give it beside them, as {name}=..."
+                    )
                 raise InvalidType(
                     f"{mechanism!r} has no option {name!r}{nearest(name, known)} "
                     f"It takes: {', '.join(known) or 'none'}"
