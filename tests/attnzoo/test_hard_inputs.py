@@ -1,5 +1,6 @@
 """Inputs at the edges: scales, zeros, equal tokens, precisions; and options in every pair."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -95,6 +96,38 @@ def test_steep_softmax_with_learned_biases_has_finite_gradients():
 def test_one_token_trains(name, batch):
     layer = build_scrambled(name).train()
     assert not not_finite(layer, tokens((1, 1), batch), (1, 1))
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Each with a grid for which nothing else has filled a cache.
+CONTEXTS = {
+    "meta": (lambda: torch.device("meta"), (3, 11)),
+    "float64": (lambda: default_type(torch.float64), (11, 3)),
+    "bfloat16": (lambda: default_type(torch.bfloat16), (2, 13)),
+    "inference": (torch.inference_mode, (13, 2)),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("name", list_attention())
+def test_a_default_device_or_type_is_not_the_layers(name, impl, context):
+    """Nor does what is cached inside keep either, or what no gradient can read."""
+    (enter, grid), layer = CONTEXTS[context], build_scrambled(name, impl=impl)
+    x = tokens(grid)
+    with enter(), torch.no_grad():
+        inside = layer(x, grid)
+    after = layer(x, grid)
+    after.sum().backward()
+    torch.testing.assert_close(inside.clone(), after.detach())
 
 
 @pytest.mark.parametrize("part", ["norm", "bias", "weight"])

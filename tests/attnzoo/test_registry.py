@@ -190,6 +190,8 @@ def test_a_meta_device_a_default_type_and_a_list_of_sides_are_taken(name):
         layer = build_attention(name, 16)
     with torch.no_grad():
         assert layer.eval()(torch.empty(2, 15, 16, device="meta"), (3, 5)).is_meta
+        with torch.device("meta"):
+            assert layer(torch.empty(2, 21, 16), (3, 7)).is_meta
     torch.set_default_dtype(torch.float64)
     try:
         layer, x = build_attention(name, 16).eval(), torch.randn(2, 15, 16)
