@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -83,6 +84,7 @@ def removed_in(
     return gone | {name: Removed(version, values=z) for name, z in (values or {}).items()}
 
 
+LEAST_DIVISOR = 1e-15  # Sana's smallest eps; what float32 takes for 0 would leave 0 / 0
 # What ``impl`` was called before version 0.2.0.
 _FORMER_IMPL = {"naive": "reference", "sdpa": "torch", "safe": "torch", "folded": "torch"}
 
@@ -133,8 +135,9 @@ class AttentionConfig:
         current: dict[str, Any] = {}
         for name, value in options.items():
             if (gone := cls.removed.get(name)) is not None:
-                is_gone = value in gone.values if name in known else value != gone.default
-                if is_gone:
+                # Of an option that is there some values are gone, else all but the default.
+                is_listed = any(_is_same(value, z) for z in gone.values or (gone.default,))
+                if is_listed == (name in known):
                     remedy = "" if name in known else f"; only {name}={gone.default!r} is left"
                     raise InvalidValue(
                         f"{name}={value!r} of {mechanism!r} was removed in version "
@@ -143,6 +146,11 @@ class AttentionConfig:
                 if name not in known:
                     continue
             if name not in known:
+                if name in ("dim", "num_heads", "depth"):
+                    raise InvalidType(
+                        f"{name}={value!r} stands among the options of {mechanism!r}: "
+                        f"give it beside them, as {name}=..."
+                    )
                 raise InvalidType(
                     f"{mechanism!r} has no option {name!r}{nearest(name, known)} "
                     f"It takes: {', '.join(known) or 'none'}"
@@ -157,6 +165,13 @@ def as_tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_tuples(item) for key, item in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether a value is another, which 2.0 is not of 2, nor True of 1."""
+    if isinstance(value, bool) != isinstance(other, bool):
+        return False
+    return isinstance(value, type(other)) and value == other
 
 
 def check_option(name: str, value: Any, hint: Any) -> None:
@@ -182,6 +197,8 @@ def check_option(name: str, value: Any, hint: Any) -> None:
             _check_items(name, value, typing.get_args(kind))
             return
         kind = typing.get_origin(kind) or kind
+        if kind is Any:
+            return
         if kind is list:
             raise InvalidType(f"annotate {name} as a tuple: every list becomes one")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -191,7 +208,7 @@ def check_option(name: str, value: Any, hint: Any) -> None:
             and (kind is bool or not isinstance(value, bool))
         ):
             return
-    if value in literals:
+    if any(_is_same(value, z) for z in literals):
         return
     if literals and isinstance(value, str):
         raise InvalidValue(
@@ -207,7 +224,7 @@ def check_option(name: str, value: Any, hint: Any) -> None:
 
 
 def _check_items(name: str, value: tuple[Any, ...], hints: tuple[Any, ...]) -> None:
-    if hints[-1] is Ellipsis:
+    if hints[-1:] == (Ellipsis,):
         hints = hints[:1] * len(value)
     if len(value) != len(hints):
         raise InvalidType(f"{name} must hold {len(hints)} values, got {value!r}")
@@ -355,10 +372,11 @@ class Attention(WithAuxiliaryLoss, ABC):
 
     def check_tokens(self, x: Tensor, grid: tuple[int, int]) -> None:
         """Raises InvalidValue unless ``x`` is (batch, height * width, dim); InvalidType for a
-        ``grid`` that is no pair.
+        ``grid`` that is no pair of integers.
         """
-        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-            raise InvalidType(f"grid must be (height, width) in tokens, got {grid!r}")
+        is_pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+        if not (is_pair and (type(grid[0]) is type(grid[1]) is int or all(map(_is_count, grid)))):
+            raise InvalidType(f"grid must be (height, width) in tokens, two ints, got {grid!r}")
         height, width = grid
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise InvalidValue(
@@ -375,6 +393,18 @@ class Attention(WithAuxiliaryLoss, ABC):
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def _is_count(number: Any) -> bool:
+    """Whether it is an integer, or a compiler's symbol of one."""
+    if isinstance(number, torch.SymInt):  # of which operator.index would make a constant
+        return True
+    if isinstance(number, bool) or getattr(number, "dtype", None) is torch.bool:
+        return False
+    try:
+        return operator.index(number) is not None
+    except TypeError:
+        return False
 
 
 def _in_backward() -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from attnzoo.errors import InvalidType, InvalidValue
 _REGISTRY: dict[str, type[Attention]] = {}
 _SOURCES: dict[str, str] = {}  # of mechanisms that came from outside
 ENTRY_POINTS = "attnzoo.mechanisms"
+_ARGUMENTS = {"name", *AttentionContext.__dataclass_fields__}  # of build_attention
 Mechanism = TypeVar("Mechanism", bound=type[Attention])
 
 
@@ -28,19 +31,28 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
 
     Raises:
         InvalidType: The class is not an ``Attention``, its ``Config`` no dataclass of options, or
-            the name no string.
-        InvalidValue: The name is taken.
+            the name no string; or an option is called as something that is there.
+        InvalidValue: The name or the class is taken, or the name holds a sign of patterns.
     """
     if not isinstance(name, str) or not name:
         raise InvalidType(
             f"register_attention takes a name, as in @register_attention('mine'), got {name!r}"
         )
+    if not re.fullmatch(r"\w[\w.-]*", name):  # the others have meanings in patterns and commands
+        raise InvalidValue(
+            f"attention {name!r} needs a name of letters, digits, '-', '_' and '.', such as "
+            f"{re.sub(r'[^a-zA-Z0-9_]+', '-', name).strip('-') or 'mine'!r}"
+        )
 
     def register(cls: Mechanism) -> Mechanism:
         if name in _REGISTRY:
             raise InvalidValue(f"attention {name!r} is already registered by {_REGISTRY[name]}")
-        if not (isinstance(cls, type) and issubclass(cls, Attention)):
-            raise InvalidType(f"{cls!r} must subclass attnzoo.Attention to be registered")
+        if not (isinstance(cls, type) and issubclass(cls, Attention)) or inspect.isabstract(cls):
+            raise InvalidType(
+                f"{cls!r} must subclass attnzoo.Attention and define forward to be registered"
+            )
+        if cls in _REGISTRY.values():
+            raise InvalidValue(f"{cls!r} is attention {cls.name!r} already; subclass it")
         config: Any = cls.Config
         is_config = isinstance(config, type) and issubclass(config, AttentionConfig)
         # Without the decorator nobody would see its options.
@@ -50,6 +62,13 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
             raise InvalidType(
                 f"Config of {cls!r} must be a subclass of attnzoo.AttentionConfig, decorated by "
                 f"@dataclass(frozen=True, kw_only=True), got {config!r}"
+            )
+        options = [field.name for field in dataclasses.fields(config)]
+        taken = [z for z in options if z in _ARGUMENTS or hasattr(AttentionConfig, z)]
+        if taken:
+            raise InvalidType(
+                f"Config of {cls!r} has an option {taken[0]!r}, which is a name of the library's "
+                f"own: rename it, such as to 'own_{taken[0]}'"
             )
         cls.name = name
         _REGISTRY[name] = cls
@@ -145,7 +164,7 @@ def import_mechanisms(source: str | os.PathLike[str]) -> None:
 
 def _import(source: str) -> str:
     if source.endswith(".py") or os.sep in source:
-        path = Path(source).expanduser().resolve()
+        path = Path(os.path.expanduser(source)).resolve()  # Path.expanduser fails on no user
         _import_file(source, path)
         return str(path)
     _import_module(source)

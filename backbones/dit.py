@@ -228,15 +228,15 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             hidden_states: Noisy images or latents, (b, in_channels, height, width).
             timestep: Time of each sample, (b,), or one for all.
-            class_labels: Classes, (b,), int64; ``num_classes`` is the null class, and so is 1000,
-                by which diffusers' ``DiTPipeline`` calls it, for a model of fewer classes.
+            class_labels: Classes, (b,), int64 or int32; ``num_classes`` is the null class, and so
+                is 1000, by which diffusers' ``DiTPipeline`` calls it, for a model of fewer.
             return_dict: Whether to return an output object rather than a tuple.
 
         Returns:
             ``.sample``: (b, in_channels or twice that, height, width).
 
         Raises:
-            InvalidType: The labels are no tensor.
+            InvalidType: The labels are no tensor, or the time no number.
             InvalidValue: A shape does not fit, or a label or time is out of range.
         """
         if hidden_states.ndim != 4:
@@ -246,15 +246,14 @@ class DiT(ModelMixin, ConfigMixin):
             )
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        timestep = as_times(timestep, hidden_states.device)
         if timestep.ndim > 1 or (timestep.ndim and timestep.shape[0] not in (batch, 1)):
             raise InvalidValue(
                 f"timestep must be one number, or one for each of {batch} inputs, got a tensor of "
                 f"{tuple(timestep.shape)}"
             )
         timestep = timestep.expand(batch)
-        if not isinstance(class_labels, Tensor):
-            raise InvalidType(f"class_labels must be a tensor of integers, got {class_labels!r}")
+        self._check_labels(class_labels)
         if self.config.num_classes < _NULL_OF_DIFFUSERS:
             is_null = class_labels == _NULL_OF_DIFFUSERS
             class_labels = torch.where(is_null, self.config.num_classes, class_labels)
@@ -350,15 +349,23 @@ class DiT(ModelMixin, ConfigMixin):
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "_last_positions"}
 
+    @staticmethod
+    def _check_labels(labels: Tensor) -> None:
+        if not isinstance(labels, Tensor):
+            raise InvalidType(f"class_labels must be a tensor of integers, got {labels!r}")
+        if labels.dtype not in (torch.int64, torch.int32):  # an embedding takes no others
+            raise InvalidValue(
+                f"class_labels must be of int64 or int32, got {labels.dtype}; give labels.long()"
+            )
+
     def _check_condition(self, x: Tensor, timestep: Tensor, labels: Tensor) -> None:
         if x.shape[1] != self.config.in_channels:
             raise InvalidValue(
                 f"expected {self.config.in_channels} channels, got an input of {tuple(x.shape)}"
             )
-        if labels.shape != x.shape[:1] or labels.is_floating_point():
+        if labels.shape != x.shape[:1]:
             raise InvalidValue(
-                f"class_labels must be {x.shape[0]} integers, got {tuple(labels.shape)} "
-                f"of {labels.dtype}"
+                f"class_labels must be {x.shape[0]} integers, got {tuple(labels.shape)}"
             )
         # On a GPU these looks at values would stall the queue; the recipes look before.
         if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
@@ -371,8 +378,9 @@ class DiT(ModelMixin, ConfigMixin):
                 f"({self.config.num_classes} is the null class), "
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
-        if timestep.device.type == "cpu" and not bool((timestep >= 0).all()):
-            raise InvalidValue(f"timesteps must be at least 0, got {timestep.tolist()}")
+        is_host = timestep.device.type == "cpu"
+        if is_host and not bool(((timestep >= 0) & timestep.isfinite()).all()):
+            raise InvalidValue(f"timesteps must be finite and at least 0, got {timestep.tolist()}")
 
     def set_attention_backend(self, backend: str) -> None:
         """Computes every softmax by "native" (PyTorch), "flash" or "xformers", as of diffusers.
@@ -538,6 +546,23 @@ class CannotLoad(InvalidValue, OSError):
 
 # What diffusers adds to a config, or hands on beside it.
 _OF_DIFFUSERS = ("quantization_config", "dtype", "torch_dtype")
+
+
+def as_times(timestep: Any, device: torch.device | None = None) -> Tensor:
+    """Times as a tensor.
+
+    Raises:
+        InvalidType: They are no real numbers.
+    """
+    times = timestep
+    if not isinstance(timestep, (Tensor, float, int)):
+        try:
+            times = torch.as_tensor(timestep)
+        except (TypeError, ValueError, RuntimeError):
+            times = None
+    if times is None or (isinstance(times, Tensor) and times.is_complex()):
+        raise InvalidType(f"timestep must be a number or a tensor of numbers, got {timestep!r}")
+    return torch.as_tensor(times, device=device)
 
 
 def _checkpoint(block: nn.Module, *args: Any) -> Any:

@@ -6,14 +6,14 @@ and the last repetition may be cut. Options of a mixture stand under their mecha
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attnzoo import InvalidType, InvalidValue, UsageError, build_attention, get_attention
-from attnzoo.contract import Attention, check_option, nearest
-from attnzoo.registry import list_attention
+from attnzoo import InvalidType, InvalidValue, UsageError, get_attention
+from attnzoo.contract import Attention, AttentionContext, check_option, nearest
 
 _SHAPE = "a pattern is mechanisms joined by +, each with *COUNT if it repeats: 'sana*3+softmax'"
 _MOST = 10_000  # blocks of a repetition; no model has so many
@@ -121,15 +121,21 @@ class Pattern:
         for name, value in options.items():
             if name in self.names and isinstance(value, Mapping):
                 continue
-            first = self.names[0]
-            if not isinstance(value, Mapping):
+            if name in self.names:
                 raise InvalidType(
-                    f"an option of {self.text!r} stands under its mechanism, as {{{first!r}: "
-                    f"{{{name!r}: ...}}}} or --set {first}.{name}=...; got {name}={value!r}"
+                    f"options of {name!r} in {self.text!r} are a dict, as {{{name!r}: {{}}}}, "
+                    f"got {name}={value!r}"
                 )
-            raise InvalidValue(
-                f"{self.text!r} has no {name!r}, for which options are given"
-                f"{nearest(name, self.names)} It mixes {', '.join(self.names)}"
+            owner, dot, option = str(name).rpartition(".")
+            if isinstance(value, Mapping) or (dot and owner not in self.names):
+                raise InvalidValue(
+                    f"{self.text!r} has no {owner or name!r}, for which options are given"
+                    f"{nearest(owner or name, self.names)} It mixes {', '.join(self.names)}"
+                )
+            owner = owner or next(filter(lambda z: _has(z, option), self.names), self.names[0])
+            raise InvalidType(
+                f"an option of {self.text!r} stands under its mechanism, as {{{owner!r}: "
+                f"{{{option!r}: ...}}}} or --set {owner}.{option}=...; got {name}={value!r}"
             )
         return {name: dict(options.get(name, {})) for name in self.names}
 
@@ -167,7 +173,9 @@ class Pattern:
         name = self.name_of(index)
         heads, own = self.heads_of(num_heads)[name], self.options_of(options)[name]
         try:
-            return build_attention(name, dim, heads, index, depth, **own)
+            cls = get_attention(name)
+            context = AttentionContext(dim=dim, num_heads=heads, layer_index=index, depth=depth)
+            return cls(context, cls.Config.from_options(name, own))
         except UsageError as error:
             raise self._at(index, error) from error
 
@@ -175,6 +183,10 @@ class Pattern:
         if not self.is_mixture:
             return error
         return type(error)(f"block {index} of {self.text!r}: {error}")
+
+
+def _has(name: str, option: str) -> bool:
+    return option in {field.name for field in dataclasses.fields(get_attention(name).Config)}
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -185,7 +197,7 @@ def parse_pattern(text: str) -> Pattern:
         InvalidValue: It is no pattern.
     """
     check_option("attn", text, str)
-    if not any(sign in text for sign in "*+") or text in list_attention():
+    if not any(sign in text for sign in "*+"):
         return Pattern(((text, 1),))
     if re.search(r"\s", text):
         raise InvalidValue(f"{text!r} holds white space; write it without: {_SHAPE}")

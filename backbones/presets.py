@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnzoo import InvalidType, InvalidValue
+from attnzoo import InvalidType, InvalidValue, list_attention
 from attnzoo.console import aligned
 from attnzoo.contract import Attention, check_option, nearest
 from attnzoo.counting import count_macs
@@ -122,7 +122,7 @@ def build_backbone(
     Args:
         attn: A registered mechanism ("sana"), a pattern of several over the blocks
             ("sana*3+softmax"), or a model of the paper with its size and patch
-            ("DyDi-LiT-S/2"), see ``list_presets``.
+            ("DyDi-LiT-S/2"), see ``list_presets``; a mechanism comes before a model of its name.
         size: "tiny", "S", "B" or "L".
         protocol: "paper" gives each mechanism the depth, feed-forward and heads of its model in
             the paper; a mechanism that the paper does not measure gets DiT's. A pattern gets
@@ -192,8 +192,8 @@ def build_backbone(
             "overridden": sorted(overrides),
         },
     }
-    given = overrides.pop("attn_options", None) or {}
-    check_option("attn_options", given, dict)
+    given = overrides.pop("attn_options", None)
+    check_option("attn_options", given, dict | None)
     options = {
         name: scale.options.get(name, {}) | ({} if is_controlled else _options(row, name)) | own
         for name, own in pattern.options_of(given).items()
@@ -265,7 +265,7 @@ def _find_row(attn: str, size: str) -> tuple[Pattern, PaperModel, str, int]:
     if match:
         _one_of("model", match["model"], PAPER_MODELS)
         row, size, patch = PAPER_MODELS[match["model"]], match["size"], int(match["patch"])
-    elif attn in PAPER_MODELS:
+    elif attn in PAPER_MODELS and attn not in list_attention():
         row, patch = PAPER_MODELS[attn], 2
     else:
         pattern = parse_pattern(attn)

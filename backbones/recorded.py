@@ -22,7 +22,7 @@ from attnzoo import InvalidValue
 from attnzoo.contract import check_option
 from attnzoo.errors import Unavailable
 from backbones.cast_once import cast_once
-from backbones.dit import DiT
+from backbones.dit import DiT, as_times
 
 # Twelve blocks with a constant of their own each, in training and inference, for a few sizes.
 _RECOMPILE_LIMIT = 64
@@ -273,7 +273,8 @@ class RecordedForward:
                 "the weights of the recorded model have been moved or replaced since; record it "
                 "again"
             )
-        timestep = torch.as_tensor(timestep)
+        timestep = as_times(timestep)
+        self.model._check_labels(class_labels)
         self.model._check_condition(hidden_states, timestep, class_labels)
         with torch.no_grad():
             self._images.copy_(hidden_states)

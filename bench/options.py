@@ -130,9 +130,9 @@ def _one(option: str, text: str, default: int) -> int:
 
 
 def parse_mechanism(text: str) -> tuple[str, Options]:
-    """ "sana:impl=reference:eps=0" -> ("sana", (("eps", 0), ("impl", "reference"))).
+    """ "sana:impl=torch:eps=1e-9" -> ("sana", (("eps", 1e-9), ("impl", "torch"))).
 
-    Options of a pattern name their mechanism: "sana*3+softmax:sana.eps=0".
+    Options of a pattern name their mechanism: "sana*3+softmax:sana.eps=1e-9".
     """
     name, *pairs = text.split(":")
     return name, tuple(sorted(parse_options(pairs).items()))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.streaming import StreamConfig, stream_scans
@@ -43,7 +44,8 @@ class GatedLinearConfig(StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("expand_k", "expand_v", "gate_normalizer"):
+        self.at_least(LEAST_DIVISOR, "gate_normalizer")
+        for name in ("expand_k", "expand_v"):
             if getattr(self, name) <= 0:
                 raise InvalidValue(f"{name} must be positive, got {getattr(self, name)}")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext
+from attnzoo.contract import LEAST_DIVISOR, Attention, AttentionConfig, AttentionContext
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv, ValueConv, fuse_conv
 from attnzoo.layers.key_position import KeyPosition
@@ -73,7 +73,7 @@ class LinearConfig(StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "eps")
+        self.at_least(LEAST_DIVISOR, "eps")
 
 
 class LinearAttention(Attention):
@@ -204,9 +204,7 @@ class LinearAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        is_grid = isinstance(grid, tuple) and len(grid) == 2
-        if not is_grid or x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
-            self.check_tokens(x, grid)
+        self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
         if self.implementation(x) == "triton":

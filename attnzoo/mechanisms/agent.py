@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionContext, heads_of_width, removed_in
+from attnzoo.contract import (
+    Attention,
+    AttentionContext,
+    check_option,
+    heads_of_width,
+    removed_in,
+)
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
@@ -52,6 +58,7 @@ from attnzoo.registry import register_attention
 
 
 def _check_square(n_agents: int) -> None:
+    check_option("n_agents", n_agents, int)
     side = math.isqrt(max(n_agents, 1))
     if n_agents < 1 or side**2 != n_agents:
         raise InvalidValue(
@@ -130,6 +137,7 @@ class AgentAttention(Attention):
         """Sets the number of agents of the calls to come; ``config`` keeps the first one.
 
         Raises:
+            InvalidType: It is no integer.
             InvalidValue: It is not a square, or learned biases fix another one.
         """
         _check_square(n_agents)
@@ -281,6 +289,7 @@ def agents(model: nn.Module, n_agents: int) -> Iterator[None]:
     Weights do not depend on the number, so that it costs nothing to change.
 
     Raises:
+        InvalidType: ``n_agents`` is no integer.
         InvalidValue: ``model`` has no agent attention, or a layer cannot take the number.
     """
     layers = [module for module in model.modules() if isinstance(module, AgentAttention)]

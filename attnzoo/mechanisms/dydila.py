@@ -287,7 +287,8 @@ class DyDiLA(LinearAttention):
         if self.config.kernel == "relu":
             return F.relu(z), None
         if self.config.kernel == "fixed":
-            gamma = torch.full((1,), self.config.gamma_init, device=z.device)
+            power = self.config.gamma_init
+            gamma = torch.full((1,), power, dtype=torch.float32, device=z.device)
         else:
             router, gradient = self.kernel_routers[name].weight, self.config.router_gradient
             gammas = self.gammas()[0]

@@ -153,12 +153,13 @@ def _made_shares(
     before: tuple[int, int], after: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     numbers = [x for sides in zip(before, after, strict=True) for x in _numbers(*sides)]
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # or else no gradient could read them later
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=64)
 def _numbers(before: int, after: int) -> list[float]:
     with _disable_current_modes():  # a tracer has no numbers
-        each = torch.eye(before, dtype=torch.float64)[None, None]  # (1, 1, new, old)
+        each = torch.eye(before, dtype=torch.float64, device="cpu")[None, None]  # (1, 1, new, old)
         resized = F.interpolate(each, (after, before), mode="bilinear", antialias=True)[0, 0]
         return (resized / resized.sum(0)).flatten().tolist()

@@ -15,7 +15,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
+from attnzoo.contract import (
+    LEAST_DIVISOR,
+    Attention,
+    AttentionConfig,
+    AttentionContext,
+    heads_of_width,
+)
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import query_key_value, xavier_linear
 from attnzoo.ops.dispatch import is_bare, linear
@@ -43,7 +49,7 @@ class Config(AttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "block")
-        self.at_least(0, "eps")
+        self.at_least(LEAST_DIVISOR, "eps")
         if not 0 < self.share <= 1:
             raise InvalidValue(f"share must lie in (0, 1], got {self.share}")
 

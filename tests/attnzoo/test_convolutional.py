@@ -17,7 +17,7 @@ OPTIONS: dict[str, list[dict]] = {
     "focused": [
         {},
         {"conv": "acnet", "num_heads": 4},
-        {"conv": "none", "eps": 0.0},
+        {"conv": "none", "eps": 1e-15},
         {"focusing_factor": 4.5, "num_heads": 1, "conv": "acnet"},
     ],
     "lit": [
@@ -44,17 +44,17 @@ ERRORS: dict[str, list[tuple[dict, str]]] = {
         ({"key_position": (4, 0)}, r"key_position must be a grid \(height, width\) or None"),
         ({"key_position": (4, 4, 4)}, "key_position must hold 2 values"),
         ({"focusing_factor": 0.0}, "focusing_factor must be positive"),
-        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"eps": -1.0}, "eps must be at least 1e-15"),
         ({"conv": "5x6"}, "did you mean '5x5'"),
     ],
     "lit": [
-        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"eps": -1.0}, "eps must be at least 1e-15"),
         ({"conv": "5x6"}, "did you mean '5x5'"),
         ({"num_heads": 5}, "choose one of"),
     ],
     "edit": [
         ({"bottleneck": 0}, "bottleneck must be at least 1"),
-        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"eps": -1.0}, "eps must be at least 1e-15"),
     ],
     "compressed": [
         ({"ratio": 0}, "ratio must be at least 1"),

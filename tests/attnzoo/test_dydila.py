@@ -133,7 +133,7 @@ def test_kernel_and_differential_routers_learn_once_factors_differ():
 
 
 def test_rows_of_the_map_sum_to_one_less_lambda():
-    layer = build_attention("dydila-map", DIM, lambda_init=0.3, eps=0.0).eval()
+    layer = build_attention("dydila-map", DIM, lambda_init=0.3, eps=1e-15).eval()
     weights = layer.attention_map(tokens((5, 5)), (5, 5))
     torch.testing.assert_close(weights.sum(-1), torch.full((2, 1, 25), 0.7))
 

@@ -295,7 +295,7 @@ class TestGated:
     def test_rejects(self):
         with pytest.raises(ValueError, match=r"expand_k=0\.3"):
             build_attention("gated", dim=32, num_heads=2, expand_k=0.3)
-        with pytest.raises(ValueError, match="gate_normalizer must be positive"):
+        with pytest.raises(ValueError, match="gate_normalizer must be at least 1e-15"):
             build_attention("gated", dim=32, gate_normalizer=0)
         with pytest.raises(ValueError, match="columns-forward"):
             build_attention("gated", dim=32, direction="column-forward")

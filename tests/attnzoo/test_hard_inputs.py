@@ -1,11 +1,13 @@
 """Inputs at the edges: scales, zeros, equal tokens, precisions; and options in every pair."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 
-from attnzoo import InvalidValue, UsageError, build_attention, list_attention
+from attnzoo import InvalidValue, UsageError, build_attention, get_attention, list_attention
+from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.mechanisms import agent
 from attnzoo.testing import build_scrambled, deviations, tokens
 
@@ -62,6 +64,18 @@ def test_outputs_and_gradients_are_finite(name, dtype, mixed):
             assert not not_finite(layer, x_here, **options), (kind, scale)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("name", list_attention())
+def test_the_least_divisor_gives_finite_outputs_and_gradients(name, impl):
+    fields = get_attention(name).Config.__dataclass_fields__
+    least = dict.fromkeys({"eps", "gate_normalizer"} & fields.keys(), LEAST_DIVISOR)
+    if not least:
+        pytest.skip("divides by no option")
+    layer = build_attention(name, DIM, **least, impl=impl).train()
+    for kind, x in hard_inputs().items():
+        assert not not_finite(layer, x), kind
+
+
 @pytest.mark.parametrize("name", STEEP)
 @pytest.mark.parametrize("scale", [1e4, 1e5])
 def test_steep_softmax_has_finite_gradients(name, scale):
@@ -82,6 +96,59 @@ def test_steep_softmax_with_learned_biases_has_finite_gradients():
 def test_one_token_trains(name, batch):
     layer = build_scrambled(name).train()
     assert not not_finite(layer, tokens((1, 1), batch), (1, 1))
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Each with a grid for which nothing else has filled a cache.
+CONTEXTS = {
+    "meta": (lambda: torch.device("meta"), (3, 11)),
+    "float64": (lambda: default_type(torch.float64), (11, 3)),
+    "bfloat16": (lambda: default_type(torch.bfloat16), (2, 13)),
+    "inference": (torch.inference_mode, (13, 2)),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("name", list_attention())
+def test_a_default_device_or_type_is_not_the_layers(name, impl, context):
+    """Nor does what is cached inside keep either, or what no gradient can read."""
+    (enter, grid), layer = CONTEXTS[context], build_scrambled(name, impl=impl)
+    x = tokens(grid)
+    with enter(), torch.no_grad():
+        inside = layer(x, grid)
+    after = layer(x, grid)
+    after.sum().backward()
+    torch.testing.assert_close(inside.clone(), after.detach())
+
+
+@pytest.mark.parametrize("part", ["norm", "bias", "weight"])
+@pytest.mark.parametrize("name", list_attention())
+def test_a_part_trains_alone_as_with_the_rest(name, part):
+    """PyTorch's group norm crashed where its input wants no gradient."""
+    layer, x = build_scrambled(name).train(), tokens(GRID)
+    layer(x, GRID).square().sum().backward()
+    own = [p for k, p in layer.named_parameters() if part in k and p.grad is not None]
+    if not own:
+        pytest.skip("has no such parameters")
+    together = [p.grad for p in own]
+    asked = torch.autograd.grad(layer(x, GRID).square().sum(), own)
+    layer.zero_grad()
+    layer.requires_grad_(False)
+    for parameter in own:
+        parameter.requires_grad_()
+    layer(x, GRID).square().sum().backward()
+    alone = [p.grad for p in own]
+    for found in (asked, alone):
+        torch.testing.assert_close(list(found), together, rtol=1e-4, atol=1e-4)
 
 
 def test_one_token_takes_the_running_statistics_and_leaves_them():

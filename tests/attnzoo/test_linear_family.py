@@ -350,7 +350,7 @@ def test_a_narrow_token_is_not_shifted() -> None:
 
 
 def test_open_gates_leave_linear_attention() -> None:
-    layer = build("fixation", dim=32, shift=False, num_heads=4, eps=0)
+    layer = build("fixation", dim=32, shift=False, num_heads=4, eps=1e-15)
     x = tokens((5, 7), dim=32)
     with torch.no_grad():
         layer.gate.weight.zero_()
@@ -437,7 +437,7 @@ def test_errors_of_mhla_name_the_remedy() -> None:
 @pytest.mark.parametrize("name", ["mala", "rala"])
 def test_rows_sum_to_1_without_rotary_positions(name) -> None:
     for num_heads in (1, 8):
-        layer = build(name, dim=32, rope=False, num_heads=num_heads, eps=0)
+        layer = build(name, dim=32, rope=False, num_heads=num_heads, eps=1e-15)
         weights = layer.attention_map(tokens((7, 13), 2, dim=32), (7, 13))
         assert (weights.sum(-1) - 1).abs().max() < 1e-12
 
@@ -456,7 +456,7 @@ def test_weights_of_mala_grow_negative_with_the_scale_and_those_of_rala_never() 
 
 
 def test_a_longer_query_makes_rows_of_mala_steeper() -> None:
-    layer = build("mala", dim=32, rope=False, num_heads=1, eps=0)
+    layer = build("mala", dim=32, rope=False, num_heads=1, eps=1e-15)
     query, key = (positive(z[:, None]) for z in tokens((16, 16), 2, dim=32).chunk(2))
 
     def spread(length: float) -> float:

@@ -5,7 +5,9 @@ import dataclasses
 import json
 import pickle
 import sys
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,16 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
             ["LinearConfig"],
         ),
         (lambda: check_option("sizes", (1, 2), list[int]), TypeError, ["sizes", "tuple"]),
+        (lambda: check_option("sizes", (1,), tuple[()]), TypeError, ["sizes", "0 values", "(1,)"]),
+        (lambda: build_attention("edit", 8, stride=2.0), TypeError, ["[1, 2, 3]", "2.0 (float)"]),
+        (lambda: build_attention("edit", 8, stride=True), TypeError, ["[1, 2, 3]", "True (bool)"]),
+        (lambda: build_attention("edit", 8, stride=numpy.ones(2)), TypeError, ["[1, 2, 3]"]),
+        (
+            lambda: build_attention("lit", 8, qkv_bias=1),
+            ValueError,
+            ["qkv_bias=1", "True is left"],
+        ),
+        (lambda: build_attention("lit", 8, qkv_bias=numpy.ones(2)), ValueError, ["True is left"]),
         (lambda: build_attention("edit", 8, stride="2"), ValueError, ["stride='2'", "[1, 2, 3]"]),
         (lambda: build_attention("dydila", 8, n_projectors=0), ValueError, ["n_projectors", "0"]),
         (lambda: build_attention("dydila", 8, n_projectors="3"), TypeError, ["int", "'3'"]),
@@ -68,6 +80,25 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: register_attention(""), TypeError, ["''"]),
         (lambda: attnzoo.heads_of_width(0, 64), ValueError, ["dim", "0"]),
         (lambda: attnzoo.heads_of_width(64, 2.5), TypeError, ["head_dim", "2.5"]),
+        *(
+            (lambda name=name: register_attention(name), ValueError, [repr(name), repr(other)])
+            for name, other in {
+                "a+b": "a-b",
+                "a*2": "a-2",
+                "mine-S/2": "mine-S-2",
+                "a:b": "a-b",
+                "a b": "a-b",
+                "-a": "a",
+                "a,b": "a-b",
+                "a=b": "a-b",
+                "*": "mine",
+            }.items()
+        ),
+        (lambda: register_attention("all")(Attention), TypeError, ["define forward"]),
+        (lambda: build_attention("agent", 8).set_agents("x"), TypeError, ["int", "'x'"]),
+        (lambda: build_attention("agent", 8).set_agents(4.0), TypeError, ["int", "4.0"]),
+        (lambda: build_attention("agent", 8).set_agents(True), TypeError, ["int", "True"]),
+        (lambda: attnzoo.import_mechanisms("~no.such.user/x.py"), ValueError, ["no.such.user"]),
         (lambda: attnzoo.import_mechanisms(3), TypeError, ["3"]),
         (lambda: attnzoo.import_mechanisms(""), ValueError, ["''"]),
         (lambda: attnzoo.import_mechanisms("."), ValueError, ["'.'"]),
@@ -76,6 +107,9 @@ def test_list_is_sorted_and_holds_the_main_mechanisms():
         (lambda: build_attention("dydila", 8, eps=float("nan")), ValueError, ["eps", "nan"]),
         (lambda: build_attention("dydila", 8, eps=float("inf")), ValueError, ["eps", "inf"]),
         (lambda: build_attention("sana", 8, eps=-1.0), ValueError, ["eps", "-1"]),
+        (lambda: build_attention("sla", 8, eps=0), ValueError, ["eps", "at least 1e-15", "0"]),
+        (lambda: build_attention("sana", 8, eps=1e-300), ValueError, ["at least 1e-15", "1e-300"]),
+        (lambda: build_attention("gated", 8, gate_normalizer=1e-300), ValueError, ["1e-15"]),
         (lambda: build_attention("focused", 8, key_position=(4,)), TypeError, ["key_position"]),
         (lambda: build_attention("focused", 8, key_position=(4, "4")), TypeError, ["'4'"]),
         (lambda: build_attention("compressed", 8, layers=[0, 1.5]), TypeError, ["layers", "1.5"]),
@@ -95,6 +129,56 @@ def test_refusals_name_the_value_and_the_remedy(call, kind, fragments):
         assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [
+        (4.0, 6.0), (2.5, 9.6), ("4", "6"), (True, 24), (None, 24), (4j, 6), ([4], 6),
+        (numpy.float32(4), 6), (torch.tensor(True), 24), (torch.tensor(4.0), 6),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", list_attention())
+def test_sides_of_a_grid_are_integers(name, grid):
+    with pytest.raises(InvalidType, match=r"^grid must be \(height, width\) in tokens, two ints"):
+        build_attention(name, 8)(torch.zeros(1, 24, 8), grid)
+
+
+class OfImage(nn.Module):
+    """A layer whose grid is an image's, which a compiler may not know."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image):
+        return self.layer(image.flatten(2).transpose(1, 2), tuple(image.shape[2:]))
+
+
+@pytest.mark.parametrize("name", ["softmax", "sana", "local", "dydila"])
+def test_sides_may_be_integers_of_others_and_symbols(name):
+    torch._dynamo.reset()
+    layer, x = build_attention(name, 16).eval(), torch.randn(1, 35, 16)
+    expected = layer(x, (5, 7))
+    for kind in (numpy.int64, torch.tensor):
+        torch.testing.assert_close(layer(x, (kind(5), kind(7))), expected)
+    sides = {
+        2: torch.export.Dim("height", min=2, max=9),
+        3: torch.export.Dim("width", min=2, max=9),
+    }
+    image = x.transpose(1, 2).unflatten(2, (5, 7))
+    for strict in (False, True):
+        whole = torch.zeros(1, 16, 6, 8)
+        program = torch.export.export(
+            OfImage(layer), (whole,), dynamic_shapes={"image": sides}, strict=strict
+        )
+        torch.testing.assert_close(program.module()(image), expected)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled(torch.zeros(1, 24, 16), (4, 6))
+    torch.testing.assert_close(compiled(x, (5, 7)), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_options_that_exclude_each_other_name_the_way_out():
     with pytest.raises(ValueError, match="differential='none'"):
         build_attention("dydila", 8, projection="none")
@@ -106,6 +190,8 @@ def test_a_meta_device_a_default_type_and_a_list_of_sides_are_taken(name):
         layer = build_attention(name, 16)
     with torch.no_grad():
         assert layer.eval()(torch.empty(2, 15, 16, device="meta"), (3, 5)).is_meta
+        with torch.device("meta"):
+            assert layer(torch.empty(2, 21, 16), (3, 7)).is_meta
     torch.set_default_dtype(torch.float64)
     try:
         layer, x = build_attention(name, 16).eval(), torch.randn(2, 15, 16)
@@ -124,6 +210,13 @@ def test_an_integer_is_a_float_and_a_number_may_stand_for_a_schedule():
     )
 
 
+def test_a_class_is_registered_once():
+    for _ in range(2):
+        with pytest.raises(InvalidValue, match="is attention 'softmax' already; subclass it"):
+            register_attention("alias")(get_attention("softmax"))
+    assert get_attention("softmax").name == "softmax" and "alias" not in list_attention()
+
+
 def test_a_name_can_be_registered_once():
     with pytest.raises(ValueError, match="already registered"):
         register_attention("sana")(get_attention("softmax"))
@@ -136,6 +229,20 @@ def test_a_config_that_is_no_dataclass_of_options_is_refused(base):
     """Whose options nobody would see, or which cannot be built from them."""
     own = type("Config", (base,), {"__annotations__": {"gate": int}, "gate": 1})
     with pytest.raises(InvalidType, match=r"AttentionConfig, decorated by @dataclass\("):
+        register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
+    assert "own" not in list_attention()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["name", "dim", "num_heads", "layer_index", "depth", "removed", "at_least", "from_options"],
+)
+def test_an_option_that_is_an_argument_of_every_mechanism_is_refused(name):
+    """It would never be given, or end in a TypeError."""
+    own = dataclasses.make_dataclass(
+        "Config", [(name, int, 1)], bases=(AttentionConfig,), frozen=True, kw_only=True
+    )
+    with pytest.raises(InvalidType, match=f"has an option '{name}'.*rename it.*'own_{name}'"):
         register_attention("own")(type("Own", (get_attention("softmax"),), {"Config": own}))
     assert "own" not in list_attention()
 
@@ -243,11 +350,13 @@ def test_copies_have_no_auxiliary_loss(always):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nested(AttentionConfig):
     pairs: tuple[tuple[int, int], ...] = ()
+    nothing: tuple[()] = ()
+    anything: Any = None
     ratios: tuple[float, float] | None = None
 
 
 def test_a_tuple_option_equals_itself_after_json():
-    given = {"pairs": ((1, 2), (3, 4)), "ratios": (0.5, 2)}
+    given = {"pairs": ((1, 2), (3, 4)), "ratios": (0.5, 2), "anything": (1, "a")}
     config = Nested.from_options("nested", given)
     again = Nested.from_options("nested", json.loads(json.dumps(given)))
     assert config == again == Nested(**json.loads(json.dumps(given)))

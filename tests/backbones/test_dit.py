@@ -291,6 +291,29 @@ def test_swiglu_has_digs_widths():
             ["timestep", "(2,)"],
         ),
         (lambda m: m(torch.zeros(1, 3, 8, 8), 0, [0]), TypeError, ["class_labels", "[0]"]),
+        *(
+            (
+                lambda m, dtype=dtype: m(torch.zeros(1, 3, 8, 8), 0, torch.ones(1, dtype=dtype)),
+                ValueError,
+                ["class_labels", f"got {dtype}", "labels.long()"],
+            )
+            for dtype in (torch.uint8, torch.int8, torch.int16, torch.bool, torch.float32)
+        ),
+        *(
+            (
+                lambda m, time=time: m(torch.zeros(1, 3, 8, 8), time, torch.tensor([0])),
+                kind,
+                ["timestep", str(time)],
+            )
+            for time, kind in (
+                (None, TypeError),
+                ("5", TypeError),
+                (1j, TypeError),
+                ({}, TypeError),
+                (torch.tensor(1j), TypeError),
+                (float("inf"), ValueError),
+            )
+        ),
         (lambda m: parse_pattern(None), TypeError, ["attn", "None"]),
         (lambda m: record(m, "2"), TypeError, ["batch", "'2'"]),
         (lambda m: record(m, 2, (8, 8, 8)), TypeError, ["size", "(8, 8, 8)"]),

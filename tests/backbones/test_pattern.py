@@ -1,6 +1,5 @@
 """Mixtures of mechanisms over depth: how a pattern is read, and what is built from it."""
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -97,6 +96,11 @@ def test_a_bad_pattern_is_one_line(text, message):
     ("options", "message"),
     [
         ({"qk_norm": True}, "--set sana.qk_norm=...; got qk_norm=True"),
+        ({"gate": "head"}, "as {'softmax': {'gate': ...}} or --set softmax.gate=...; got gate="),
+        ({"sana.qk_norm": True}, "as {'sana': {'qk_norm': ...}} or --set sana.qk_norm=...; got"),
+        ({"lit.eps": 1}, "has no 'lit', for which options are given"),
+        ({"sana": None}, "options of 'sana' in 'sana*3+softmax' are a dict, as {'sana': {}}, got"),
+        ({"softmax": {"num_heads": 2}}, "block 3 of 'sana*3+softmax': num_heads=2 stands among"),
         ({"dydila": {"conv": "none"}}, "has no 'dydila', for which options are given"),
         ({"sofmax": {}}, "did you mean 'softmax'"),
         ({"sana": {"qk_nrom": True}}, "block 0 of 'sana*3+softmax': 'sana' has no option"),
@@ -114,6 +118,27 @@ def test_a_single_mechanism_keeps_its_flat_options():
     assert model.config.attn_options == {"qk_norm": True}
     with pytest.raises(attnzoo.InvalidType, match=r"'sana' is no mixture: its options stand"):
         build_backbone("sana", attn_options={"sana": {"qk_norm": True}}, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 2}, "num_heads=2 stands among the options of 'sana': give it beside them"),
+        ({"dim": 2}, "dim=2 stands among the options of 'sana'"),
+        ({"depth": 2}, "depth=2 stands among the options of 'sana'"),
+        ({"layer_index": 2}, "'sana' has no option 'layer_index'"),
+        ({"name": 2}, "'sana' has no option 'name'"),
+        ({3: 2}, "'sana' has no option 3"),
+        (0, "attn_options must be dict or NoneType, got 0"),
+        (False, "attn_options must be dict or NoneType, got False"),
+        ([], "attn_options must be dict or NoneType, got []"),
+    ],
+)
+@pytest.mark.parametrize("build", [DiT, build_backbone])
+def test_what_is_no_option_is_one_line(build, options, message):
+    with pytest.raises(attnzoo.InvalidType) as caught:
+        build("sana", attn_options=options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_each_mechanism_has_its_own_options_and_heads():
@@ -221,21 +246,28 @@ def test_compiled_blocks_give_the_same():
         torch.testing.assert_close(model(*inputs()).sample, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mechanism_of_ones_own_is_part_of_a_pattern():
-    @attnzoo.register_attention("odd+name")
-    class Odd(attnzoo.Attention):
-        def forward(self, x, grid):
-            self.check_tokens(x, grid)
-            return x.mean(1, keepdim=True).expand_as(x)
+class Mean(attnzoo.Attention):
+    def forward(self, x, grid):
+        self.check_tokens(x, grid)
+        return x.mean(1, keepdim=True).expand_as(x)
 
-    try:
-        assert names_of(mixture("odd+name", depth=2)) == ["odd+name"] * 2
-        registry._REGISTRY["odd"] = Odd
-        assert len(mixture("odd*2+sana").blocks) == 6
-    finally:
-        for name in ("odd", "odd+name"):
-            with contextlib.suppress(KeyError):
-                del registry._REGISTRY[name]
+
+@pytest.fixture
+def own(monkeypatch):
+    """Registers a mechanism under any name that is free."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    return lambda name: attnzoo.register_attention(name)(type("Own", (Mean,), {}))
+
+
+def test_a_mechanism_of_ones_own_is_part_of_a_pattern(own):
+    own("odd_name-2.0")
+    assert names_of(mixture("odd_name-2.0*2+sana")) == (["odd_name-2.0"] * 2 + ["sana"]) * 2
+
+
+def test_a_mechanism_comes_before_a_model_of_its_name(own):
+    own("DiT")
+    assert names_of(mixture("DiT", depth=2)) == ["DiT"] * 2
+    assert names_of(build_backbone("DiT-S/2", resolution=64))[:1] == ["softmax"]
 
 
 def test_options_are_nested_by_their_dots():

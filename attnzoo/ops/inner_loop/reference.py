@@ -14,7 +14,7 @@ from attnzoo.ops.precision import in_float32
 
 
 def _gradients(loss: Callable[..., Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    if is_transformed():
+    if is_transformed() or torch.is_inference_mode_enabled():  # which autograd records not
         return list(torch.func.grad(loss, tuple(range(len(weights))))(*weights))
     with torch.enable_grad():
         weights = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]

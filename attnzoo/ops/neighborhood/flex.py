@@ -126,8 +126,8 @@ def _plan(grid: Grid, window: Window, block: int, device: torch.device) -> Plan:
     tile = rows.side, columns.side
     order = _tiled(rows.order[:, None] * grid[1] + columns.order, tile)
     is_real = _tiled(rows.is_real[:, None] & columns.is_real, tile)
-    place = torch.empty(grid[0] * grid[1], dtype=torch.int64)
-    place[order[is_real]] = torch.arange(len(order))[is_real]
+    place = torch.empty_like(order[is_real])
+    place[order[is_real]] = torch.arange(len(order), device="cpu")[is_real]
     meets = (rows.meets[:, None, :, None] & columns.meets[None, :, None]).flatten(2).flatten(0, 1)
     blocks = [z for seen in (meets, meets.t()) for z in (seen.sum(-1), _first(seen))]
     # A token that fills a tile up sees what the one it repeats sees, and is seen by none.
@@ -151,13 +151,13 @@ class _Side:
     def __init__(self, length: int, side: int, window: Window) -> None:
         axis, tiles = axis_of(length, window), -(-length // side)
         self.side = side
-        place = torch.arange(tiles * side)
+        place = torch.arange(tiles * side, device="cpu")
         self.is_real = place < length
         place = place.clamp(max=length - 1)
         first, stop = axis.first[place], axis.stop[place]
         self.order, self.bounds = axis.order[place], (place, first, stop)
         first, stop = first.view(-1, side).amin(1), stop.view(-1, side).amax(1)
-        tile = torch.arange(tiles)
+        tile = torch.arange(tiles, device="cpu")
         self.meets = (first[:, None] // side <= tile) & (tile <= (stop[:, None] - 1) // side)
 
     def met(self) -> int:

@@ -11,7 +11,7 @@ from attnzoo.ops.softmax import reference
 
 def neighborhood_mask(grid: Grid, window: Window) -> Tensor:
     """Whether a query sees a key: (n, n)."""
-    places = [torch.arange(length) for length in grid]
+    places = [torch.arange(length, device="cpu") for length in grid]
     if window.radius:
         rows, columns = ((z[:, None] - z) ** 2 for z in places)
         return _spread(rows, columns).sum(0) < window.radius**2

@@ -56,7 +56,7 @@ def axis_of(length: int, window: Window) -> Axis:
                 first.append(base + start)
                 stop.append(base + start + side)
             order += rows
-    return Axis(*(torch.tensor(z, dtype=torch.int64) for z in (order, first, stop)))
+    return Axis(*(torch.tensor(z, dtype=torch.int64, device="cpu") for z in (order, first, stop)))
 
 
 def tile_side(length: int, other: int, window: Window) -> int:
@@ -86,11 +86,11 @@ def tiles_of(length: int, other: int, window: Window) -> Tiles:
     """Cuts an axis into tiles."""
     axis, side = axis_of(length, window), tile_side(length, other, window)
     count = -(-length // side)
-    query = torch.arange(count * side).clamp(max=length - 1).view(count, side)
+    query = torch.arange(count * side, device="cpu").clamp(max=length - 1).view(count, side)
     first, stop = axis.first[query], axis.stop[query]
     start = first.amin(1)
     reach = int((stop.amax(1) - start).amax())
-    key = start.clamp(max=length - reach)[:, None] + torch.arange(reach)
+    key = start.clamp(max=length - reach)[:, None] + torch.arange(reach, device="cpu")
     if window.radius:
         cost = (query[:, :, None] - key[:, None]) ** 2
     else:

@@ -27,8 +27,9 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def _forward(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The map of rows (rows, d), each row's largest entry and each row's norm after ReLU."""
     z = z if z.stride(-1) == 1 else z.contiguous()
-    out = torch.empty(z.shape, dtype=z.dtype)
-    peak, norm = torch.empty(gamma.shape), torch.empty(gamma.shape)
+    # Of no default device or type, for whose numbers C would write beyond them.
+    out = z.new_empty(z.shape)
+    peak, norm = gamma.new_empty(gamma.shape), gamma.new_empty(gamma.shape)
     _run("forward", [z], [gamma, out, peak, norm])
     return out, peak, norm
 
@@ -112,5 +113,5 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
 
 def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
-    power = torch.full((1,), gamma, device=z.device)
+    power = torch.full((1,), gamma, dtype=torch.float32, device=z.device)
     return power_map((z.relu() + offset) / scale, power)

@@ -122,5 +122,5 @@ def power_map(z: Tensor, gamma: Tensor) -> Tensor:
 
 def scaled_power_map(z: Tensor, scale: Tensor, gamma: float, offset: float) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
-    power = torch.full((1,), gamma, device=z.device)
+    power = torch.full((1,), gamma, dtype=torch.float32, device=z.device)
     return power_map((z.relu() + offset) / scale, power)

@@ -27,7 +27,7 @@ def focused_difference(operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tens
     first, gammas, lambdas = operands[0], operands[5], operands[6]
     *lead, width = first.shape
     base, difference = torch.empty_like(first), torch.empty_like(first)
-    chosen = torch.empty(3, *lead, dtype=torch.int64)
+    chosen = first.new_empty(3, *lead, dtype=torch.int64)
     pointers = map(Tensor.data_ptr, [*operands, base, difference, chosen])
     _function()(*pointers, first.numel() // width, width, gammas.numel(), lambdas.numel())
     return base, difference, chosen
