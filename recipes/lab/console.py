@@ -255,6 +255,9 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{name} '' is empty: give a value, or drop it")
             if "\0" in text:
                 raise UserError(f"argument {text!r} has a null character in it: leave it out")
+            path = value if flag.startswith("--") else text
+            if path.startswith("~") and os.path.expanduser(path) == path:
+                raise UserError(f"{path!r} is in the home of no user here: write the whole path")
         return super().parse_known_args(args, namespace)
 
     def format_usage(self) -> str:

@@ -205,6 +205,7 @@ def _errors(tmp_path):
         "no folder": (["--out", ""], ["--out ''", "drop it"]),
         "no value": (["--vae="], ["--vae ''", "drop it"]),
         "null character": (["--data", "a\0b"], [r"'a\x00b'", "leave it out"]),
+        "nobody's home": (["--data=~nobody-here/x"], ["'~nobody-here/x' is in the home of no"]),
         "no run": (["--resume", "--out", str(tmp_path / "none")], ["none", "no run"]),
     }
 
@@ -224,6 +225,7 @@ CASES = (
     "no folder",
     "no value",
     "null character",
+    "nobody's home",
     "no run",
 )
 
