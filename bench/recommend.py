@@ -307,8 +307,13 @@ def _quality(folder: str | None) -> tuple[dict[str, float], str | None, bool, st
         rows = rows[rows["protocol"] == protocol]
     # The hardest setting stands for all: the largest resolution of the comparison.
     largest = rows["resolution"].max()
-    means = rows[rows["resolution"] == largest].groupby("variant")["mean"].mean()
+    rows = rows[rows["resolution"] == largest]
+    # A mean over the settings that are easy would win.
+    settings = rows.groupby("variant").size()
+    partly = sorted(settings.index[settings < settings.max()])
+    means = rows[~rows["variant"].isin(partly)].groupby("variant")["mean"].mean()
     source = f"{metric} is of small models at {largest} px, protocol {protocol}"
+    source += f", without {', '.join(partly)}: not measured in every setting" if partly else ""
     return {str(name): float(mean) for name, mean in means.items()}, metric, lower, source
 
 

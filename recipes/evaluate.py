@@ -10,6 +10,7 @@ numbers to the last digit.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import time
@@ -33,7 +34,13 @@ def main(arguments: list[str]) -> int:
     given = vars(_parser().parse_args(spelled_out(arguments)))
     import torch  # --help does not wait for it
 
-    from recipes.lab.evaluation.evaluate import compared_by_image, evaluate, table, verdict
+    from recipes.lab.evaluation.evaluate import (
+        check_comparable,
+        compared_by_image,
+        evaluate,
+        table,
+        verdict,
+    )
     from recipes.lab.evaluation.shards import Plan
     from recipes.lab.imports import import_all
     from recipes.lab.training.checkpoint import Run
@@ -44,8 +51,10 @@ def main(arguments: list[str]) -> int:
     cfgs = given.pop("cfgs")
     against = given.pop("against")
     other = None if against is None else Run.open(against)
-    if other is not None and not other.metrics_file.is_file():
-        raise UserError(f"--against {against} has not been evaluated yet: evaluate it first")
+    if other is not None:
+        if not given["held_out"]:
+            raise UserError("--against compares held-out losses, which --held-out 0 leaves out")
+        check_comparable(other)
     plan = Plan(**{name: given.pop(name) for name in fields})
     result = evaluate(run, cfgs=cfgs, plan=plan, progress=True, **given)
     if result:  # empty on every process but the first
@@ -60,6 +69,13 @@ def main(arguments: list[str]) -> int:
         torch.distributed.destroy_process_group()
         time.sleep(0.2)  # gloo's threads may abort the process if it exits at once
     return DONE
+
+
+def _held_out(text: str) -> int:
+    count = whole(0)(text)
+    if 0 < count < 10:
+        raise argparse.ArgumentTypeError(f"must be 0 or at least 10, got {count}")
+    return count
 
 
 def _parser() -> Parser:
@@ -78,7 +94,7 @@ def _parser() -> Parser:
          default="smallcnn", help="gives the features that are compared")  # fmt: skip
     flag("--extractor-weights", "--inception-weights", dest="weights_file", type=Path,
          help="local file; nothing is ever downloaded")  # fmt: skip
-    flag("--held-out", type=whole(0), default=1024,
+    flag("--held-out", type=_held_out, default=1024,
          help="images for the held-out loss; 0 leaves it out")  # fmt: skip
     flag("--against", metavar="RUN", help="evaluated run to compare the held-out loss with")
     flag("--real", type=Path, help="folder of real images by class (default: what was trained on)")

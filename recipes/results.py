@@ -40,7 +40,10 @@ def main(arguments: list[str]) -> int:
             f"folder with python recipes/compare.py"
         )
     out = require_writable(Path(given.out))
-    if any(source.suffix != ".csv" for source in sources):
+    kinds = {source.suffix == ".csv" for source in sources}
+    if len(kinds) > 1:
+        raise UserError("tables (.csv) and folders make two pages: call it once for each")
+    if kinds == {False}:
         write_text(out, orderings_page(sources))
         print(printable(given.out))
         return DONE

@@ -321,7 +321,13 @@ def test_recommend(told, tmp_path, capsys):
     assert recommend.main([str(told), "--resolution", "256", "--quality", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"- softmax: .*the best FID\[smallcnn\] *; .*FID\[smallcnn\] 5", shown)
-    assert "32 px, protocol controlled" in shown
+    assert "32 px, protocol controlled" in shown and "in every setting" not in shown
+    with quality.open("a") as file:  # which sana has not passed
+        file.write("shapes,hard,32,controlled,1.0,softmax,FID[smallcnn],15.0,0.1,3\n")
+    assert recommend.main([str(told), "--resolution", "256", "--quality", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"- softmax: .*FID\[smallcnn\] 10", shown)
+    assert "without sana: not measured in every setting" in shown
     found = [
         recommend.Choice("softmax", 2.0, 2.0, 5.0, True, 1.0),
         recommend.Choice("sana", 1.0, 1.0, 5.0, True, 2.0),

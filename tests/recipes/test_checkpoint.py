@@ -48,6 +48,27 @@ def test_a_crash_at_any_act_of_a_save_loses_nothing(tmp_path, child):
     assert result["failures"] == [] and result["survived"] == result["tried"] >= 12
 
 
+def test_a_save_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    acts, sync, replace = [], checkpoint_module.files.sync, os.replace
+
+    def synced(path):
+        acts.append(path.name)
+        sync(path)
+
+    def named(old, new):
+        acts.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoint_module.files, "sync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    run = Run(tmp_path)
+    parts = {"model/a.safetensors": {"a": torch.ones(9)}, "b.safetensors": {"b": torch.ones(2)}}
+    run.save(1, parts, {"model/config.json": "{}"}, {})
+    at = acts.index("step-00000001")
+    assert {"a.safetensors", "b.safetensors", "config.json", "model"} <= {*acts[:at]}
+    assert acts[at + 1] == "checkpoints"
+
+
 def test_kills_at_random_moments_lose_nothing(tmp_path, child):
     result = kills(tmp_path, 3, child)
     assert result["killed"] == 3

@@ -96,6 +96,15 @@ class TestRuns:
         assert curve.step.tolist() == [1, 2, 3] and curve.held_out_loss_model.notna().all()
         assert frame.macs["softmax"] > 0 and frame.forward_seconds["softmax"] > 0
 
+    def test_flags_of_another_comparison_replace_no_report(self, compared):
+        out, _, arguments = compared
+        before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        for more in (["--steps", "4"], ["--steps", "4", "--report-only"]):
+            with pytest.raises(UserError, match=r"holds 1 finished runs .* flags .*command\.txt"):
+                compare_module.main([*arguments, *more])
+        now = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+        assert now == before
+
     def test_the_report_shows_the_failure_and_the_rest(self, compared):
         out, _, _ = compared
         page = (out / "report.html").read_text()
@@ -260,6 +269,17 @@ class TestThePlan:
         text = capsys.readouterr().out
         assert "MMACs" in text and "1 runs" in text and "minutes" in text
         assert not out.exists()
+
+    def test_a_dry_run_prices_each_protocol_by_its_own_model(self, capsys):
+        def parameters(protocols):
+            flags = ["--protocol", protocols, "--dry-run", "--out", "none"]
+            assert compare_module.main(["--attn", "dydila", *TINY, *flags]) == 0
+            rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+            return [row[row.index("dydila") + 3] for row in rows if "dydila" in row]
+
+        found = parameters("controlled,matched")
+        assert found == parameters("controlled") + parameters("matched")
+        assert len({*found}) == 2
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -210,6 +212,15 @@ def test_nothing_that_is_there_is_lost(softmax, converted):
         with pytest.raises(UserError, match=words):
             convert_module.main([str(softmax.folder), "--out", str(out), *flags])
     assert digests(softmax.folder.parent) == before
+
+
+def test_the_command_that_continues_a_conversion_is_right(softmax, converted, tmp_path):
+    out = tmp_path / "a copy"
+    shutil.copytree(converted.folder, out)
+    with pytest.raises(UserError) as raised:
+        convert_module.main([str(softmax.folder), "--out", str(out)])
+    command = re.search(r"python recipes/train\.py (.*?), replace", str(raised.value))
+    assert command and train_module.main(shlex.split(command[1])) == 0
 
 
 def test_a_run_whose_beginning_or_teacher_is_gone_is_not_continued(converted, tmp_path):

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from recipes import evaluate as evaluate_module
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import Part, divided, load_dataset
 from recipes.lab.diffusion import Diffusion
 from recipes.lab.evaluation.evaluate import compared_by_image, evaluate, table
 from recipes.lab.evaluation.shards import Plan
+from recipes.lab.files import write_json
 from recipes.lab.training import held_out
 from recipes.lab.training.batches import Batches
 from recipes.lab.training.checkpoint import Run
@@ -128,7 +130,7 @@ def test_a_planted_difference_of_one_percent_is_found_with_three_seeds_and_a_tie
     assert images_needed(loss(1.0, 0), loss(1.0, 0)) == math.inf
 
 
-def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp_path):
+def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp_path, capsys):
     often = Settings(**SMALL, held_out_every=2, held_out_images=64)
     logged = Run(tmp_path / "logged")
     train(often, logged)
@@ -160,6 +162,20 @@ def test_training_logs_it_without_another_step_and_evaluation_finds_the_same(tmp
     other = measured | {"held_out": facts | {"sha256": "0"}}
     with pytest.raises(UserError, match="are of different images"):
         compared_by_image(other, plain)
+    for flags, words in (
+        (["--held-out", "0", "--against", str(plain.folder)], "--held-out 0 leaves out"),
+        (["--held-out", "5"], "--held-out: must be 0 or at least 10, got 5"),
+        (["--against", str(logged.folder)], "has not been evaluated yet"),
+    ):
+        with pytest.raises((UserError, SystemExit)) as raised:
+            evaluate_module.main([str(plain.folder), *flags])
+        said = capsys.readouterr().err if raised.type is SystemExit else str(raised.value)
+        assert words in said
+    write_json(logged.metrics_file, measured | {"held_out": None})
+    before = plain.metrics_file.read_bytes()
+    with pytest.raises(UserError, match="has no held-out loss: evaluate it without --held-out 0"):
+        evaluate_module.main([str(plain.folder), "--against", str(logged.folder)])
+    assert plain.metrics_file.read_bytes() == before
     for damage in ("[]", '{"held_out": {"sha256": ""}}', "{"):
         plain.metrics_file.write_text(damage)
         with pytest.raises(UserError, match=r"metrics\.json' .* damaged.*; evaluate .* again"):

@@ -571,6 +571,26 @@ class TestPage:
         frame = pd.DataFrame(rows(protocol="MACs"))
         assert "equal MACs" in page.results_page(frame, "p.png", "t.csv")
 
+    def test_tables_and_folders_make_two_pages(self, tmp_path):
+        file = self.write(tmp_path, pd.DataFrame(rows(seeds=1)))
+        with pytest.raises(UserError, match="make two pages: call it once for each"):
+            results.main([str(file), str(tmp_path), "--out", str(tmp_path / "page.md")])
+
+    def test_a_call_keeps_what_one_page_may_hold(self):
+        done = pd.DataFrame(rows(seeds=1))
+        scale = Scale(batch_size=8, steps=100)
+
+        def kept(**changed):
+            return len(table.of_scale(done.assign(**changed), scale))
+
+        # At equal MACs models differ, and at equal time steps.
+        assert len(done) == kept() == kept(protocol="MACs", model="192x7")
+        assert len(done) == kept(protocol="time", steps=50)
+        for changed in ({"model": "192x7"}, {"steps": 50}, {"state": "not run"}, {"batch": 4},
+                        {"learning_rate": 0.1}, {"protocol": "MACs", "steps": 50},
+                        {"protocol": "time", "model": "192x7"}):  # fmt: skip
+            assert not kept(**changed)
+
     def test_bad_tables_are_one_line(self, tmp_path):
         frame = pd.DataFrame(rows(seeds=1))
         none = self.write(tmp_path, frame.assign(state="not run"))

@@ -526,6 +526,22 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_comparable(other: Run) -> None:
+    """Refuses a run that an evaluation cannot be compared with, before it begins.
+
+    Raises:
+        UserError: It has not been evaluated, or without a held-out loss.
+    """
+    if not other.metrics_file.is_file():
+        raise UserError(f"--against {other.folder} has not been evaluated yet: evaluate it first")
+    metrics = read_json(other.metrics_file, "the metrics", f"evaluate {other.folder} again")
+    if isinstance(metrics, dict) and not metrics.get("held_out"):
+        raise UserError(
+            f"--against {other.folder} has no held-out loss: evaluate it without --held-out 0, or "
+            f"train it with --hold-out where its data has no test images"
+        )
+
+
 def compared_by_image(result: Mapping[str, Any], other: Run) -> str:
     """How the held-out loss of an evaluation differs from another run's, image by image.
 

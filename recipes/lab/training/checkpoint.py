@@ -187,8 +187,9 @@ class Run:
             raise UserError(f"{self.folder} holds files that are not a run; choose another --out")
         if is_taken and not overwrite:
             raise UserError(
-                f"{self.folder} already holds a run; continue it with --resume, replace it "
-                f"with --overwrite, or choose another --out"
+                f"{self.folder} already holds a run; continue it with python recipes/train.py "
+                f"--resume --out {argument(self.folder)}, replace it with --overwrite, or choose "
+                f"another --out"
             )
 
     def _discard(self, path: Path) -> None:

@@ -92,7 +92,8 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
     rows = []
     for one in progress_bar(planned, desc="measuring", unit="run", leave=False):
         settings = one.settings
-        key = (one.label, settings.data, settings.resolution)  # seed and level cost nothing
+        # Seed and level cost nothing.
+        key = (one.label, settings.protocol, settings.data, settings.resolution)
         if key not in costs:
             costs[key] = cost_of(settings, facts_of(settings), repeats=1)
         cost = costs[key]
@@ -104,6 +105,7 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
             {
                 "data": one_line(f"{settings.data}/{settings.level}"),
                 "px": facts_of(settings).image_resolution,
+                "protocol": settings.protocol,
                 "variant": one_line(one.label),
                 "depth": cost["depth"],
                 "parameters": cost["parameters"],
@@ -114,7 +116,7 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
             }
         )
     frame = pd.DataFrame(rows)
-    grouped = frame.groupby(["data", "px", "variant"], sort=False, dropna=False)
+    grouped = frame.groupby(["data", "px", "protocol", "variant"], sort=False, dropna=False)
     shown = grouped.first()
     shown.insert(0, "seeds", grouped.size())
     total = frame.minutes.sum()

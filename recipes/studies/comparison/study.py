@@ -79,13 +79,19 @@ def compare(
         Whether every run is done.
 
     Raises:
-        UserError: Another process compares in ``out``, or something in it is a link.
+        UserError: Another process compares in ``out``, something in it is a link, or what is done
+            in it is all of another comparison, whose report this one's would replace.
         CannotWrite: The system refuses.
     """
     _check_writable(out)
     folders = {one.folder(out): one for one in planned}
     with contextlib.nullcontext() if limits is None else locked(out / ".lock", warn=say):
         missing = {f: p for f, p in folders.items() if not is_done(read_result(f), p.extractors)}
+        if len(missing) == len(folders) and (others := _done_beside(folders, out)):
+            raise UserError(
+                f"{out} holds {others} finished runs of another comparison and none of this one: "
+                f"give the flags that are in {out / 'command.txt'}, or choose another --out"
+            )
         counts = f"{len(planned) - len(missing)} done, {len(missing)} to run"
         say(f"{len(planned)} runs in {out}: {counts}", sys.stdout)
         if missing and limits is not None:
@@ -94,6 +100,12 @@ def compare(
     tables = f"{out / 'runs.csv'}, {out / 'summary.csv'}"
     say(f"report: {out / 'report.html'}   numbers: {tables}", sys.stdout)
     return all(state == OK for state in states.values())
+
+
+def _done_beside(folders: Mapping[Path, PlannedRun], out: Path) -> int:
+    found = [result.parent for result in out.glob("runs/*/result.json")]
+    results = [read_result(folder) for folder in found if folder not in folders]
+    return sum(result is not None and result["state"] == OK for result in results)
 
 
 def _check_writable(out: Path) -> None:
