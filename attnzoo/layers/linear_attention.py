@@ -204,7 +204,9 @@ class LinearAttention(Attention):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
-        self.check_tokens(x, grid)
+        is_grid = isinstance(grid, tuple) and [*map(type, grid)] == [int, int]
+        if not is_grid or x.shape[1:] != (grid[0] * grid[1], self.dim) or min(grid) < 1:
+            self.check_tokens(x, grid)
         if self.config.stream and (block := self.config.block(self.training)):
             return self._stream(x, grid, block)
         if self.implementation(x) == "triton":
