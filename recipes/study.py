@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from recipes.studies.comparison.plan import check_extractors
     from recipes.studies.quality import launch, seconds, table
     from recipes.studies.quality.plans import STUDIES, Scale, study_runs
-    from recipes.studies.quality.run import Missing, check_held_out, dry_run, share_data
+    from recipes.studies.quality.run import Missing, check_runs, dry_run, share_data
 
     gpus = launch.gpus_to_use(given.gpus)
     slots = [gpu for _ in range(given.per_gpu) for gpu in gpus] or [None] * given.per_gpu
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         return DONE
     missing = Missing(out, runs, table.done_in(earlier))
     if not given.report_only:
-        check_held_out(runs)
+        check_runs(runs)
         missing.run(slots, threads, given.minutes - (time.monotonic() - started) / 60)
     rows = [table.collect(out, runs, known)] + ([] if earlier is None else [earlier])
     found = table.merged([*rows, *before])

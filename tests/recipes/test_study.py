@@ -327,6 +327,9 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
     assert study.main(more) == 0  # of a run that is done its own number counts
     assert set(table.read(out / "table.csv")["held_out"]) == {32}
+    with pytest.raises(UserError, match="3"):  # before the first run
+        study.main([*given, "--out", str(tmp_path / "uneven"), "--accumulate", "3"])
+    assert not (tmp_path / "uneven" / "runs").exists()
     # A call of fewer variants forgets no run that one page may hold beside its own.
     assert study.main([*given, "--out", str(out), "--only", "sana", "--report-only"]) == 0
     assert set(table.read(out / "table.csv")["variant"]) == {"softmax", "sana"}

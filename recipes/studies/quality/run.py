@@ -13,7 +13,7 @@ import torch
 from recipes.lab.console import one_line
 from recipes.lab.data.datasets import entry_of, kind_of, share
 from recipes.lab.files import locked
-from recipes.lab.training.build import open_data
+from recipes.lab.training.build import check_division, open_data
 from recipes.lab.training.held_out import check_enough, missing_line, open_held_out
 from recipes.studies.comparison.execution import Result
 from recipes.studies.comparison.planned import OK, is_done, read_result
@@ -35,15 +35,16 @@ def share_data(study: Study, scale: Scale, resolutions: Sequence[int]) -> None:
             share(scale.data, resolution=side, level=level, split=split)
 
 
-def check_held_out(runs: Sequence[StudyRun]) -> None:
-    """Refuses a study whose runs would have no held-out loss, before the first one.
+def check_runs(runs: Sequence[StudyRun]) -> None:
+    """Refuses a study whose runs cannot begin, or have no held-out loss, before the first one.
 
     Raises:
-        UserError: No image is left out, or too few are.
+        UserError: No image is left out, or too few are; or micro-steps do not divide a step.
         DataError: They cannot be read.
     """
     of_sides = {one.planned.settings.resolution: one.planned.settings for one in runs}
     for settings in of_sides.values():
+        check_division(settings, 1)
         open_data(settings, torch.device("cpu"))  # whether it has held-out images of its own
         held_out = open_held_out(settings)
         check_enough(held_out)
