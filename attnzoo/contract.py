@@ -402,9 +402,10 @@ def _is_count(number: Any) -> bool:
     if isinstance(number, bool) or getattr(number, "dtype", None) is torch.bool:
         return False
     try:
-        return operator.index(number) is not None
+        operator.index(number)
     except TypeError:
         return False
+    return True
 
 
 def _in_backward() -> bool:

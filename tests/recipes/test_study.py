@@ -212,16 +212,17 @@ class TestLauncher:
             (tmp_path / "begun").write_text(str(os.getpid()))
             time.sleep(60)
 
-        launcher = os.fork()
+        until, launcher = time.monotonic() + 30, os.fork()
         if not launcher:
             launch.forked(work, None, 1, tmp_path / "output.txt")
             time.sleep(60)
             os._exit(0)
         while not (tmp_path / "begun").is_file() or not (tmp_path / "begun").read_text():
+            assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
-        run, until = Path("/proc", (tmp_path / "begun").read_text()), time.monotonic() + 20
+        run = Path("/proc", (tmp_path / "begun").read_text())
         while run.exists() and ") Z " not in (run / "stat").read_text():  # if nobody asks for it
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -327,7 +328,7 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
     assert study.main(more) == 0  # of a run that is done its own number counts
     assert set(table.read(out / "table.csv")["held_out"]) == {32}
-    with pytest.raises(UserError, match="3"):  # before the first run
+    with pytest.raises(UserError, match="with 3 micro-steps each"):  # before the first run
         study.main([*given, "--out", str(tmp_path / "uneven"), "--accumulate", "3"])
     assert not (tmp_path / "uneven" / "runs").exists()
     # A call of fewer variants forgets no run that one page may hold beside its own.
