@@ -22,9 +22,10 @@ from attnzoo.errors import UsageError
 from recipes import compare as compare_module
 from recipes.lab.console import UserError
 from recipes.lab.drawing.palette import color_of, marker_of
+from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
-from recipes.studies.comparison import execution, study
+from recipes.studies.comparison import costs, execution, study
 from recipes.studies.comparison.plan import (
     parse_data,
     parse_variant,
@@ -187,6 +188,32 @@ class TestRuns:
         assert [step for step, _ in result["curve"]] == [1, 2, 3]
         kept = (moved / "run" / "log.jsonl").read_text().splitlines()[:2] == log
         assert kept == keeps_checkpoint  # times differ where the steps were taken again
+
+    def test_a_cost_is_of_a_micro_step_and_what_it_lacks_loses_no_run(self, tmp_path, monkeypatch):
+        """Of compiled blocks a step may fit where the plain one that is measured does not."""
+        seen = set()
+
+        def watched(*arguments):
+            def look(model, _, inputs):
+                if "hidden_states" in inputs:  # not of the count
+                    is_lowered = torch.is_autocast_enabled("cpu")
+                    seen.add((len(inputs["hidden_states"]), is_lowered, model.training))
+                if model.training:
+                    raise torch.OutOfMemoryError("out of memory")
+
+            model = build_model(*arguments)
+            model.register_forward_pre_hook(look, with_kwargs=True)
+            return model
+
+        monkeypatch.setattr(costs, "build_model", watched)
+        monkeypatch.setattr(
+            execution, "evaluate", lambda run, **_: {"results": {}, "real_floor": {}}
+        )
+        folder = tiny_run(accumulate=4, precision="bf16").prepare(tmp_path)
+        result = execution.run_one(folder)
+        assert result["state"] == OK and seen == {(2, True, False), (2, True, True)}
+        assert result["cost"]["forward_seconds"] > 0
+        assert result["cost"]["training_seconds"] is None
 
     def test_a_signal_lets_the_running_runs_save_and_writes_the_report(
         self, tmp_path, monkeypatch

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -234,6 +235,21 @@ def test_an_estimate_of_memory_keeps_no_autograd_graph(options):
     assert step_bytes(trainer) > 0
     gc.collect()
     assert not any(nodes())
+
+
+def test_a_trainer_that_nothing_uses_keeps_no_memory():
+    """A graph holds the memory of a step; what comes next in the process wants it."""
+    trainer = Trainer(Settings(**SMALL, steps=9))
+    deciding(trainer).train_step()
+    trainer.batches.close()
+    gone = weakref.ref(trainer)
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @on_cpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,9 +165,12 @@ class Trainer:
         sources: list[object] = [schedule]
         if isinstance(self.objective, Distillation):
             sources += self.objective.teacher.modules()
+        # Else the two would hold one another, and the GPU's memory would wait for the collector.
+        gradients: Any = weakref.WeakMethod(self._gradients)
         self.recorded = RecordedStep(
-            self.model, self.optimizer, self.average, self._gradients, sources
-        )
+            self.model, self.optimizer, self.average,
+            lambda batch, wants_stop: gradients()(batch, wants_stop), sources,
+        )  # fmt: skip
 
     def record(self) -> None:
         """Records the step where that is possible; otherwise ``why_eager`` says why not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import timeit
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from attnzoo.counting import count_macs
 from recipes.lab.console import one_line, progress_bar
@@ -19,6 +21,7 @@ from recipes.studies.comparison.plan import facts_of
 from recipes.studies.comparison.planned import PlannedRun
 
 REPEATS = 5
+_SECONDS = ("training_seconds", "forward_seconds")
 
 
 def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[str, Any]:
@@ -31,14 +34,15 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
 
     Returns:
         "macs" of a forward, "training_macs" of forward and backward, "parameters", "depth", and
-        the seconds per image "forward_seconds" and "training_seconds" at the run's batch size,
-        on the device that would train it, whatever else that device is doing.
+        the seconds per image "forward_seconds" and "training_seconds" of a micro-step in the
+        run's precision, not compiled, on the device that would train it, whatever else that
+        device is doing; None where its memory does not suffice.
     """
     model = build_model(settings, dataset)
     macs = count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # pyright: ignore[reportArgumentType]
-    batch = settings.batch_size
+    batch = settings.batch_size // settings.accumulate
     images = torch.randn(batch, dataset.channels, dataset.resolution, dataset.resolution)
     inputs = {
         "hidden_states": images.to(device),
@@ -47,20 +51,32 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
         "return_dict": False,
     }
 
+    def predicted() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision != "fp32"):
+            return model(**inputs)[0]
+
     def forward() -> None:
+        model.eval()
         with torch.no_grad():
-            model.eval()(**inputs)
+            predicted()
 
     def training_step() -> None:
-        model.train()(**inputs)[0].square().mean().backward()
+        model.train()
+        predicted().float().square().mean().backward()
+
+    def seconds(work: Callable[[], None]) -> float | None:
+        try:
+            return _median_seconds(work, device, repeats) / batch
+        except torch.OutOfMemoryError:  # where compiled blocks had room, say
+            return None
 
     return {
         "macs": macs.total,
         "training_macs": macs.training_step,
         "parameters": macs.parameters,
         "depth": len(model.blocks),
-        "forward_seconds": _median_seconds(forward, device, repeats) / batch,
-        "training_seconds": _median_seconds(training_step, device, repeats) / batch,
+        "forward_seconds": seconds(forward),
+        "training_seconds": seconds(training_step),
     }
 
 
@@ -100,7 +116,8 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
         trained = settings.steps * settings.batch_size
         forwards = one.samples * one.sampling_steps * sum(1 if c == 1 else 2 for c in one.cfgs)
         forwards += _held_out_forwards(settings)
-        seconds = cost["training_seconds"] * trained + cost["forward_seconds"] * forwards
+        known = {name: math.nan if cost[name] is None else cost[name] for name in _SECONDS}
+        seconds = known["training_seconds"] * trained + known["forward_seconds"] * forwards
         rows.append(
             {
                 "data": one_line(f"{settings.data}/{settings.level}"),
