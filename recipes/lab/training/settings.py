@@ -242,7 +242,7 @@ class Settings:
         "run",
         False,
         SWITCH,
-        "FSDP2: each process holds a part of the weights, same results",
+        "FSDP2: each process holds a part of the weights; slower, for models that do not fit",
     )
     bucket_mb: int = _setting(
         "run",
