@@ -17,6 +17,7 @@ from typing import Any
 from attnzoo import InvalidValue, import_mechanisms, list_attention, source_of
 
 INDEX = "mechanisms.json"
+_OURS = ("attnzoo", "backbones")  # beside a file in the checkout, and installed wherever it runs
 # What is handed on of the arguments of ``from_pretrained``.
 _OF_THE_HUB = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -141,5 +142,6 @@ def _siblings(file: Path) -> list[str]:
     return [
         name
         for name, top in tops.items()
-        if not top or (file.parent / f"{top}.py").is_file() or (file.parent / top).is_dir()
+        if top not in _OURS
+        and (not top or (file.parent / f"{top}.py").is_file() or (file.parent / top).is_dir())
     ]

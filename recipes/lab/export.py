@@ -65,6 +65,7 @@ def export(
         attnzoo.InvalidValue: A mechanism's code cannot be carried along.
     """
     _check_free(out, overwrite)
+    out = out.resolve()  # "." has no name to write beside
     config = run.config()
     data = config["data"]
     if len(data["class_names"]) > MOST_CLASSES:

@@ -26,7 +26,7 @@ from recipes.lab.compiling import Compiling
 from recipes.lab.console import UserError, warn
 from recipes.lab.data.latents import decode, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, Recorder, Sampling, sample
-from recipes.lab.drawing.pictures import save_grid
+from recipes.lab.drawing.pictures import check_grid, save_grid
 from recipes.lab.files import refuse_links, require_writable
 from recipes.lab.imports import import_remembered
 from recipes.lab.training.checkpoint import Run
@@ -170,7 +170,7 @@ def _usable(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise UserError(
             f"--device {str(name)!r} cannot be used: {reason}; take cpu, or cuda if there is one"
         ) from error
@@ -367,6 +367,7 @@ def sample_grid(
         raise UserError(f"{str(out)!r} is no picture's name; let it end in {', '.join(PICTURES)}")
     labels = torch.tensor(classes, dtype=torch.int64).repeat(per_class)
     draw.check(labels, cfg=cfg, **options)
+    check_grid(len(labels), len(classes), draw.image_shape[1], out)
     require_writable(out)
     images = draw(labels, cfg=cfg, seed=seed, progress=progress, **options)
     bad = int((~images.isfinite().flatten(1).all(1)).sum())

@@ -258,6 +258,8 @@ def test_code_that_needs_its_neighbors_is_not_carried(mine, tmp_path):
     (tmp_path / "here" / "part.py").write_text("")
     with pytest.raises(InvalidValue, match=r"'carried-mean'.*imports 'part'.*one file"):
         mine(tmp_path / "out", "import part\n" + MINE)
+    (tmp_path / "here" / "attnzoo").mkdir()  # as beside a file in the checkout
+    mine(tmp_path / "out")
 
 
 def test_an_unused_scheduler_of_the_preset_builder_works_too():

@@ -161,9 +161,12 @@ def test_unreadable_images_are_counted_against_a_budget(images, vae, tmp_path, c
     arguments += ["--resolution", "16"]
     assert encode_script.main(arguments) == DATA_BUDGET
     said = capsys.readouterr().out
-    assert "ant/0.png" in said and "--skip-bad 1" in said
+    assert "ant/0.png" in said and "1 of 12 images" in said and "--skip-bad 1" in said
     assert encode_script.main([*arguments, "--skip-bad", "1"]) == 0
     assert len(CachedDataset(tmp_path / "out")) == 11
+    (tmp_path / "images" / "train" / "ant" / "raw.cr2").write_bytes(b"")
+    assert encode_script.main([*arguments, "--skip-bad", "1"]) == DATA_BUDGET
+    assert "2 of 13 images" in capsys.readouterr().out  # of those that were left out at once too
 
 
 def test_a_malicious_vae_is_not_executed(vae, images, tmp_path):

@@ -100,7 +100,7 @@ def test_the_card_has_the_metrics_and_no_folder_of_ones_own(runs, tmp_path):
     run.metrics_file.unlink()
 
 
-def test_nothing_is_overwritten_unasked(runs, tmp_path):
+def test_nothing_is_overwritten_unasked(runs, tmp_path, monkeypatch):
     out, call = tmp_path / "out", [str(runs / "pixels"), "--out", str(tmp_path / "out")]
     assert main(call) == 0
     (out / "transformer" / "note").write_text("")
@@ -108,6 +108,8 @@ def test_nothing_is_overwritten_unasked(runs, tmp_path):
         main(call)
     assert main([*call, "--overwrite"]) == 0
     assert not (out / "transformer" / "note").exists() and list(tmp_path.iterdir()) == [out]
+    monkeypatch.chdir(out)
+    assert main([*call[:2], ".", "--overwrite"]) == 0 and (out / "model_index.json").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     for place in ("mine", "mine/thesis.tex"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from recipes.lab.data import hub
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import canonical_data, divided, load_dataset
 from recipes.lab.training.checkpoint import Run
@@ -79,6 +80,42 @@ def test_strings_and_numbers_are_classes(saved):
     assert load_dataset(data).class_names == ("0", "1")
     data = saved(train=table(4, label="kind"), test=table(2, label="kind"))
     assert load_dataset(data).class_names == ("ant", "bee")  # the only column of classes
+
+
+def test_a_class_is_the_one_of_the_training_images_in_every_split(saved):
+    text = datasets.Value("string")
+    bees = table(4, kind=text).filter(lambda row: row["label"] == "zebra")
+    data = saved(train=table(4, kind=text), test=bees)
+    test = load_dataset(data, split="test")
+    assert test.class_names == ("ape", "zebra")
+    assert test.batch(torch.arange(2))[1].tolist() == [1, 1]
+    other = table(2, kind=datasets.ClassLabel(names=["bee", "ant"]))
+    test = load_dataset(saved(train=table(4), test=other), split="test")
+    assert test.class_names == ("ant", "bee")
+    assert test.batch(torch.arange(2))[1].tolist() == [1, 0]
+    data = saved(train=bees, test=table(4, kind=text))
+    with pytest.raises(DataError, match="are of ape, of which no training image is"):
+        load_dataset(data, split="test")
+
+
+def test_a_colored_image_of_a_gray_set_is_as_light_as_it_looks(saved):
+    colors = [Image.new("L", (8, 8), 200), Image.new("RGB", (8, 8), (10, 200, 90))]
+    rows = {"picture": colors, "label": ["ape", "ape"]}
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("string")})
+    found = load_dataset(saved(train=datasets.Dataset.from_dict(rows, features=features),
+                               test=table(2)))  # fmt: skip
+    levels = (found.batch(torch.arange(2))[0][:, 0, 0, 0] + 1) * 127.5
+    wanted = [200, colors[1].convert("L").getpixel((0, 0))]
+    assert found.channels == 1 and levels.round().tolist() == wanted
+
+
+@pytest.mark.parametrize("ends", [1, 1000])
+def test_few_large_images_are_identified_too(saved, monkeypatch, ends):
+    monkeypatch.setattr(hub, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(hub, "_ENDS", ends)
+    found = [load_dataset(saved(train=table(6, offset=i), test=table(2))) for i in range(2)]
+    first, second = (part.identity() for part in found)
+    assert first["hashed"] == "ends" and first["sha256"] != second["sha256"]
 
 
 def test_what_cannot_be_used_is_named(saved, tmp_path, monkeypatch):

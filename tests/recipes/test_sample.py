@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,9 +19,13 @@ import attnzoo
 from recipes import sample as sample_module
 from recipes.lab import sampling
 from recipes.lab.console import NON_FINITE, UserError
+from recipes.lab.drawing.pictures import check_grid, save_grid
 from recipes.lab.evaluation.evaluate import classify
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
+from recipes.lab.training.session import train
+from recipes.lab.training.settings import Settings
+from tests.recipes.reliability import draw
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):
@@ -58,6 +65,10 @@ def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
         (["--cfg-channels", "2"], "1..1"),
         (["--out", "a.xyz"], "no picture's name"),
         (["--out", f"{__file__}/a.png"], "cannot write"),
+        (["--per-class", "249", "--out", "a.webp"], "16436 pixels long, and a .webp holds 16383"),
+        (["--per-class", "993", "--out", "a.JPG"], "65540 pixels long, and a .jpg holds 65500"),
+        (["--per-class", "993", "--out", "a.gif"], "65540 pixels long, and a .gif holds 65535"),
+        (["--device", "mps"], "backend; take cpu"),
     ],
 )
 def test_bad_input_is_one_clear_line(trained, arguments, fragment, monkeypatch):
@@ -65,6 +76,24 @@ def test_bad_input_is_one_clear_line(trained, arguments, fragment, monkeypatch):
     with pytest.raises(UserError, match=r".") as caught:
         sample_module.main([str(trained.folder), *arguments])
     assert fragment in str(caught.value)
+
+
+def test_the_largest_grids_of_each_kind_of_file_are_written(tmp_path):
+    for name, count in {"a.webp": 248, "a.jpg": 992, "a.gif": 992, "a.png": 1000}.items():
+        check_grid(count, 1, 8, tmp_path / name)
+        save_grid(torch.zeros(count, 1, 8, 8), tmp_path / name, 1)
+        assert Image.open(tmp_path / name).size == (68, count * 66 + 2)
+
+
+def test_the_command_that_a_run_ends_with_samples_a_single_class(tmp_path, capsys):
+    draw(tmp_path / "images" / "ant" / "0.png", np.random.default_rng(0))
+    settings = Settings(data=str(tmp_path / "images"), attn="sana", resolution=8, steps=1)
+    run = Run(tmp_path / "run")
+    for options in ({}, {"resume": True}):
+        assert train(settings, run, **options) == 0
+        said = capsys.readouterr().out
+        [words] = re.findall("python recipes/sample.py (.*)", said)
+        assert sample_module.main([*shlex.split(words), "--steps", "1"]) == 0
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

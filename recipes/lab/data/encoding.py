@@ -332,8 +332,9 @@ def _finish(
     for name, reason in list(bad.items())[:5]:
         print(f"left out {name!r}: {printable(reason)}")
     if len(bad) > skip_bad:
+        listed = plan["images"] + len(found.skipped)
         print(
-            f"error: {len(bad)} of {plan['images']} images cannot be read, {skip_bad} may be: "
+            f"error: {len(bad)} of {listed} images cannot be read, {skip_bad} may be: "
             f"repair them and run again, or go on with --skip-bad {len(bad)}"
         )
         return DATA_BUDGET

@@ -33,6 +33,7 @@ HELD_OUT = 0.1  # of a set that has nothing to be measured with
 _TESTS = ("test", "validation", "valid", "val")
 _LABELS = ("label", "labels", "fine_label", "class")
 _ENDS = 1000  # images at both ends that stand for a set of more than WHOLE_BYTES
+_LUMA = torch.tensor([299, 587, 114])[:, None, None]  # a colored image in a gray set
 
 
 @register_dataset("hf")
@@ -44,11 +45,12 @@ class HubDataset(ImageDataset):
 
     def __init__(self, request: Request) -> None:
         data, place = request.data, request.data.partition(":")[2]
-        rows, rest = _split_of(_open(data, place), request.split, data)
+        splits = _open(data, place)
+        rows, rest = _split_of(splits, request.split, data)
         image, label = _columns(rows, data)
         self.name = f"hf-{Path(place).name}"
         self._image, self._rows = image, rows.select_columns([image])
-        self.class_names, labels = _classes(rows, label, data)
+        self.class_names, labels = _classes(splits["train"], rows, label, data)
         kept = torch.arange(len(rows)) if rest is None else rest
         self._places, self._labels = kept, labels[kept]
         try:
@@ -76,7 +78,8 @@ class HubDataset(ImageDataset):
         rows = self._rows.cast_column(self._image, Image(decode=False))
         is_whole = rows.data.nbytes <= WHOLE_BYTES
         count = len(self)
-        shown = range(count) if is_whole else [*range(_ENDS), *range(count - _ENDS, count)]
+        ends = [*range(_ENDS), *range(count - _ENDS, count)]
+        shown = range(count) if is_whole or count <= len(ends) else ends
         digest = hashlib.sha256(self._labels.numpy().tobytes())
         for index in shown:
             raw = rows[int(self._places[index])][self._image]
@@ -99,7 +102,8 @@ class HubDataset(ImageDataset):
         except Exception as error:  # BadImage, and whatever a decoder says of a damaged file
             reason = str(error) if isinstance(error, BadImage) else "cannot be decoded"
             raise DataError(f"image {index} of {self.name!r}: {reason}") from error
-        image = image[:1] if self.channels == 1 else image
+        if self.channels == 1:
+            image = ((_LUMA * image).sum(0, keepdim=True) + 500) // 1000
         if len(self._pixels):
             self._pixels[index], self._is_decoded[index] = image, True
         return image
@@ -191,21 +195,29 @@ def _columns(rows: Any, data: str) -> tuple[str, str]:
     return image, (named or classes)[0]
 
 
-def _classes(rows: Any, label: str, data: str) -> tuple[tuple[str, ...], Tensor]:
-    """Names of the classes, and the class of each image, (n,) int64."""
+def _classes(train: Any, rows: Any, label: str, data: str) -> tuple[tuple[str, ...], Tensor]:
+    """Names of the training images' classes, and the class of each row, (n,) int64."""
+    names, _ = _named(train, label, data)
+    order = {name: index for index, name in enumerate(names)}
+    _, found = _named(rows, label, data)
+    if unknown := sorted(set(found) - set(order)):
+        raise DataError(
+            f"data {data!r}: images to be measured with are of {', '.join(unknown[:5])}, of which "
+            f"no training image is: leave them out, or train on them too"
+        )
+    return names, torch.from_numpy(np.asarray([order[name] for name in found], dtype=np.int64))
+
+
+def _named(rows: Any, label: str, data: str) -> tuple[tuple[str, ...], list[str]]:
+    """Names of the classes, and that of each row."""
     from datasets import ClassLabel
 
     values, kind = list(rows[label][:]), rows.features[label]
     if not all(isinstance(value, int | str) for value in values):
         raise DataError(f"data {data!r}: column {label!r} holds other than classes")
-    if isinstance(kind, ClassLabel):
-        names = tuple(kind.names)
-    else:
+    if not isinstance(kind, ClassLabel):
         # As integers, or in the order of their names.
-        names = tuple(str(value) for value in sorted(set(values)))
-        order = {value: index for index, value in enumerate(sorted(set(values)))}
-        values = [order[value] for value in values]
-    labels = torch.from_numpy(np.asarray(values, dtype=np.int64))
-    if int(labels.min()) < 0 or int(labels.max()) >= len(names):
+        return tuple(map(str, sorted(set(values)))), list(map(str, values))
+    if not all(0 <= value < len(kind.names) for value in values):
         raise DataError(f"data {data!r}: column {label!r} has images without a class")
-    return names, labels
+    return tuple(kind.names), [kind.names[value] for value in values]

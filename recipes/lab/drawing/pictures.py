@@ -8,11 +8,43 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from recipes.lab.console import UserError
 from recipes.lab.diffusion import to_uint8
 from recipes.lab.files import whole_file
 
+_SMALLEST, _GAP = 64, 2
+# Pixels on a side that a kind of file can hold.
+_LARGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}
 
-def image_grid(images: Tensor, columns: int, smallest: int = 64, gap: int = 2) -> Image.Image:
+
+def check_grid(count: int, columns: int, side: int, path: Path) -> None:
+    """Refuses a picture that its kind of file cannot hold, before its images are drawn.
+
+    Args:
+        count: Number of images.
+        columns: Images per row.
+        side: Of an image, in pixels.
+        path: The picture.
+
+    Raises:
+        UserError: It is too large.
+    """
+    largest = _LARGEST.get(path.suffix.lower())
+    needed = max(columns, -(-count // columns)) * (side * _zoom(side, _SMALLEST) + _GAP) + _GAP
+    if largest is not None and needed > largest:
+        raise UserError(
+            f"{count} images in {columns} columns are {needed} pixels long, and a "
+            f"{path.suffix.lower()} holds {largest}: draw fewer, or let --out end in .png"
+        )
+
+
+def _zoom(side: int, smallest: int) -> int:
+    return max(1, -(-smallest // side))
+
+
+def image_grid(
+    images: Tensor, columns: int, smallest: int = _SMALLEST, gap: int = _GAP
+) -> Image.Image:
     """Lays images out row by row, enlarged by whole pixels until a person can see them.
 
     Args:
@@ -27,7 +59,7 @@ def image_grid(images: Tensor, columns: int, smallest: int = 64, gap: int = 2) -
     pixels = to_uint8(images).numpy()
     if pixels.shape[-1] != 3:
         pixels = pixels[..., :1].repeat(3, axis=-1)
-    zoom = max(1, -(-smallest // max(pixels.shape[1:3])))
+    zoom = _zoom(max(pixels.shape[1:3]), smallest)
     pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     count, height, width, _ = pixels.shape
     rows = -(-count // columns)
