@@ -157,6 +157,12 @@ class AttentionConfig:
                 )
             is_word = name == "impl" and isinstance(value, str)
             current[name] = _FORMER_IMPL.get(value, value) if is_word else value
+        for field in dataclasses.fields(cls):
+            defaults = field.default, field.default_factory
+            if field.name not in current and defaults == (dataclasses.MISSING,) * 2:
+                raise InvalidType(
+                    f"{mechanism!r} has no default of its option {field.name!r}: give it a value"
+                )
         return cls(**current)
 
 

@@ -50,6 +50,11 @@ class Block(nn.Module):
         """Tokens (b, n, dim), condition (b, dim) and time (b,) -> tokens (b, n, dim)."""
         modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
         attended = self.attention(modulated, grid)
+        if not isinstance(attended, Tensor):
+            raise TypeError(
+                f"attention {self.attention.name!r} returned a {type(attended).__name__}: a "
+                f"mechanism returns tokens alone, (batch, height * width, dim)"
+            )
         if attended.shape != x.shape:  # which might broadcast, and train to the end
             raise ValueError(
                 f"attention {self.attention.name!r} returned tokens of {tuple(attended.shape)} "

@@ -223,15 +223,22 @@ def _matched_depth(
     """The depth nearest to DiT's multiply-accumulates, and how near it is."""
 
     latent = resolution // fields["provenance"]["latent_factor"]
+    checked: set[str] = set()
+
+    def of_layer(layer: Attention, grid: tuple[int, int]) -> dict[str, int]:
+        has_form = type(layer).macs_parts is not Attention.macs_parts
+        if has_form and layer.name in checked:
+            return layer.macs_parts(grid)
+        checked.add(layer.name)
+        # One with weights, as a mechanism may look at numbers; the model's own stay as seeded.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return count_macs(type(layer)(layer.context, layer.config), grid=grid).parts
 
     def macs(**changed: Any) -> int:
         with torch.device("meta"):
             model = DiT(**(fields | changed))
         grid = model.token_grid(latent, latent)
-        layers = [block.attention for block in model.blocks]
-        if any(type(layer).macs_parts is Attention.macs_parts for layer in layers):
-            return count_macs(model, grid=grid).total
-        return sum(sum(parts.values()) for parts in model.macs_parts(grid).values())
+        return sum(sum(parts.values()) for parts in model.macs_parts(grid, of_layer).values())
 
     dit = PAPER_MODELS["DiT"]
     target = macs(

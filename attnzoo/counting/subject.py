@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention
+from attnzoo.contract import Attention, AttentionConfig
 from attnzoo.counting.result import Grid
 from attnzoo.errors import InvalidType, InvalidValue
+from attnzoo.layers.streaming import StreamConfig
 
 # Ways to compute the same that count otherwise, or that do not run on every device.
 _REPLACED = (
@@ -87,10 +88,19 @@ def shadow_of(model: nn.Module, device: str) -> nn.Module:
     for module in shadow.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # backward would count forward again
-    for layer in layers_of(shadow).values():
-        if getattr(layer.config, "impl", None) in _REPLACED:
-            layer.config = dataclasses.replace(layer.config, impl="auto")  # type: ignore[call-arg]
+    for module in shadow.modules():  # parts of a layer have settings of their own
+        config = getattr(module, "config", None)
+        if isinstance(config, AttentionConfig):
+            module.config = _counted(config)
     return shadow
+
+
+def _counted(config: Any) -> Any:
+    """The options of which the cost is stated: all tokens at once, by what runs everywhere."""
+    if isinstance(config, StreamConfig) and config.stream is not None:
+        config = dataclasses.replace(config, stream=None)
+    is_replaced = getattr(config, "impl", None) in _REPLACED
+    return dataclasses.replace(config, impl="auto") if is_replaced else config
 
 
 class Runnable(nn.Module):

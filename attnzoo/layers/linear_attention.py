@@ -27,7 +27,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose_once, is_few, linear, require_triton
+from attnzoo.ops.dispatch import choose, choose_once, is_few, linear, require_triton
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -91,6 +91,7 @@ class LinearAttention(Attention):
         activation: The last step of both kernels, which a fused core applies as it loads.
         is_packed: Whether a fused core may read Q, K and V where ``qkv`` wrote them.
         is_rotated: Whether features carry rotary positions, where they are not summed.
+        is_wide: Whether ``finish`` takes what was attended to in the features' type.
     """
 
     Config = LinearConfig
@@ -101,6 +102,7 @@ class LinearAttention(Attention):
     key_position: KeyPosition | None
     normalizer: Normalizer
     divides_by_mean = False
+    is_wide = False
     activation: Activation = "none"
     complexity = "O(n d d_head)"
 
@@ -239,7 +241,8 @@ class LinearAttention(Attention):
             queries = self.queries(query, x, grid)
             del query
             out = self.attended(queries, state, grid)
-        out = out.transpose(1, 2).flatten(2).to(value.dtype)
+        out = out.transpose(1, 2).flatten(2)
+        out = out if self.is_wide else out.to(value.dtype)
         if local is not None:
             out = out + local.to(out.dtype)
         return self.finish(out, x), {**routes, **queries.routes}
@@ -257,6 +260,8 @@ class LinearAttention(Attention):
             else:
                 from attnzoo.ops.linear_core.triton_packed import packed_tokens
 
+                if self.config.impl == "triton":  # asked for, not found able
+                    choose("linear_tokens", "triton", qkv)
                 out = packed_tokens(qkv, self.num_heads, grid, *options, kernel, mapped)
         else:
             query, key, value = self.project_together(x, grid)
@@ -343,7 +348,8 @@ class LinearAttention(Attention):
     ) -> Tensor:
         """The output of a block before the projection, of the state of all tokens ``x``."""
         out = self.attended(queries, state, grid, span)
-        return out.transpose(1, 2).flatten(2).to(operand_dtype(x))
+        out = out.transpose(1, 2).flatten(2)
+        return out if self.is_wide else out.to(operand_dtype(x))
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.attention_map``."""

@@ -193,7 +193,7 @@ def stream_scans(
     Returns:
         (b, h * w, d).
     """
-    image, cached, dtype = x.unflatten(1, grid), x.new_empty(0), x.dtype
+    image, cached, dtype = x.unflatten(1, grid), None, x.dtype
     for passed, direction in enumerate(directions, 1):
         axis = 2 if direction.startswith("columns") else 1
         lines, length = grid[axis - 1], grid[2 - axis]
@@ -206,14 +206,15 @@ def stream_scans(
             fed = tokens if prepare is None else prepare(image, axis, start, size, direction)
             out, state = advance(scan(fed, shape, direction), state)
             out, heads = unscan(out, shape, direction).flatten(2), out.shape[2:]
-            if passed > 1:
+            if cached is not None and passed > 1:
                 out = out + cached.narrow(axis, start, size)[..., : out.shape[-1]].flatten(1, 2)
             if passed == len(directions):
                 out = finish(tokens, (out / passed).unflatten(2, heads))
                 dtype = out.dtype
-            if not cached.numel():  # a scan's outputs may be wider than tokens
+            if cached is None:  # a scan's outputs may be wider than tokens
                 cached = out.new_empty(*image.shape[:-1], max(out.shape[-1], x.shape[-1]))
             cached.narrow(axis, start, size)[..., : out.shape[-1]] = out.unflatten(1, shape)
+    assert cached is not None
     return cached[..., : x.shape[-1]].to(dtype).flatten(1, 2)
 
 

@@ -17,6 +17,7 @@ from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
 from attnzoo.ops.dispatch import linear
+from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
 
 
@@ -46,6 +47,7 @@ class SanaAttention(LinearAttention):
         is_normed = config.qk_norm or config.gated
         self.query_norm = nn.RMSNorm(self.dim, eps=1e-5) if is_normed else nn.Identity()
         self.key_norm = nn.RMSNorm(self.dim, eps=1e-5) if is_normed else nn.Identity()
+        self.is_wide = config.gated  # its numerator has any size over the normalizer
         if config.gated:
             self.beta = xavier_linear(self.dim, self.num_heads, bias=True)
             self.head_norm = nn.RMSNorm(self.dim // self.num_heads, eps=1e-5)
@@ -71,6 +73,7 @@ class SanaAttention(LinearAttention):
     ) -> Features:
         """See ``LinearAttention.queries``; where it is gated, the terms keep their signs."""
         query = self.query_norm(query)
+        query = in_wide_range(query) if self.config.gated else query
         features = [self._by_head(F.relu(query))]
         return Features([self._by_head(query)] if self.config.gated else features, features)
 
@@ -79,6 +82,7 @@ class SanaAttention(LinearAttention):
     ) -> Features:
         """See ``LinearAttention.keys``; where it is gated, each term is weighed, in each head."""
         key = self.key_norm(key)
+        key = in_wide_range(key) if self.config.gated else key
         features = [self._by_head(F.relu(key))]
         if not self.config.gated:
             return Features(features, features)
@@ -89,7 +93,8 @@ class SanaAttention(LinearAttention):
         """See ``LinearAttention.finish``; where it is gated, a norm and the gate come before."""
         if self.config.gated:
             out = self.head_norm(out.unflatten(-1, (self.num_heads, -1))).flatten(-2)
-            out = out * linear(self.gate, x).sigmoid()
+            gate = linear(self.gate, x).sigmoid()
+            out = out.to(gate.dtype) * gate
         return linear(self.proj, out)
 
     def unserved_option(self) -> str | None:

@@ -7,10 +7,11 @@ counts, and gets two blocks and fewer tokens.
 import dataclasses
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import (
@@ -18,6 +19,7 @@ from attnzoo import (
     InvalidType,
     InvalidValue,
     build_attention,
+    get_attention,
     list_attention,
     register_attention,
     registry,
@@ -80,6 +82,24 @@ def test_three_ways_agree_for_every_mechanism(name, options, grid):
 def test_a_trace_is_counted_though_its_sizes_are_tensors(name):
     layer = build_attention(name, 48, layer_index=1, depth=2, impl="torch")
     assert fvcore_macs(layer, grid=(6, 6)) == layer.macs((6, 6))
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_how_a_layer_computes_is_not_counted(name):
+    """Neither in blocks, which make what they need twice, nor by kernels that are not here."""
+    hints = typing.get_type_hints(get_attention(name).Config)
+    ways = [{"impl": impl} for impl in typing.get_args(hints.get("impl", ()))]
+    for options in ways + [{"stream": 5}] * ("stream" in hints):
+        try:
+            layer = build_attention(name, 48, layer_index=1, depth=2, **options)
+        except InvalidValue:
+            continue
+        stated = layer.macs((4, 6))
+        is_twice = name == "differential" and options == {"impl": "reference"}
+        counted = count_macs(layer, grid=(4, 6)).total if not is_twice else stated
+        assert (options, counted) == (options, stated)
+        if not is_twice:
+            assert (options, fvcore_macs(layer, grid=(4, 6))) == (options, stated)
 
 
 @pytest.mark.parametrize("name", list_attention())
@@ -207,10 +227,11 @@ def test_a_mechanism_without_closed_form_is_measured(register):
     assert counted.total == fvcore_macs(model, resolution=64)
 
 
-def test_a_mechanism_that_looks_at_numbers_is_measured_on_cpu(register):
+@pytest.mark.parametrize("look", [Tensor.item, Tensor.numpy], ids=["item", "numpy"])
+def test_a_mechanism_that_looks_at_numbers_is_measured_on_cpu(look, register):
     class Looks(HalfSoftmax):
         def forward(self, x, grid):
-            return super().forward(x, grid) if x.sum().item() == 0 else x
+            return super().forward(x, grid) if look(x.detach().sum()) == 0 else x
 
     register("looks")(Looks)
     layer = build_attention("looks", 8)

@@ -36,6 +36,13 @@ def fused(layer: Attention, image: Tensor, groups: int) -> Tensor:
     return image + (hidden @ expand.weight[:, :, 0, 0].T + expand.bias).reshape(image.shape)
 
 
+def test_one_channel_of_one_token_is_its_bias() -> None:
+    layer, x = build_attention("edit", 8, bottleneck=8), torch.randn(1, 1, 8)
+    exact = build_attention("edit", 8, bottleneck=8, impl="reference")
+    exact.load_state_dict(layer.state_dict())
+    assert_near([layer(x, (1, 1))], [exact(x, (1, 1))], 1e-5)
+
+
 def reference(layer: Attention, x: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
     """EDiT's formulas, query by query, for one image."""
     dim = x.shape[-1]

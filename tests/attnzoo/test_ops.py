@@ -1,8 +1,11 @@
 """Fast functions against their references, at the places where they are likely to differ."""
 
+import typing
+
 import pytest
 import torch
 
+from attnzoo import build_attention, get_attention, list_attention
 from attnzoo.errors import InvalidValue, Unavailable
 from attnzoo.ops import dispatch
 from attnzoo.ops.depthwise_conv import depthwise_conv
@@ -17,6 +20,7 @@ from attnzoo.ops.routed_linear import (
     pick,
     routed_linear,
 )
+from tests.attnzoo.interpreted import IS_INTERPRETED
 
 HAS_NATIVE = dispatch._native_works()
 # Every sign, and what a floor under the entries would show itself at.
@@ -316,3 +320,13 @@ class TestDispatch:
                 assert limited == "torch"
                 patch.setattr(dispatch, "_try_triton", lambda: False)
                 assert dispatch.choose("routed_linear", "auto", x, dtype) == "torch"
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="kernels run here")
+@pytest.mark.parametrize("name", list_attention())
+def test_kernels_that_are_asked_for_where_they_cannot_run_are_refused_in_one_line(name):
+    hints = typing.get_type_hints(get_attention(name).Config)
+    if "triton" not in typing.get_args(hints["impl"]):
+        pytest.skip("has no kernels of its own")
+    with pytest.raises(Unavailable, match=r"^impl='triton' .*impl='auto'.*$"):
+        build_attention(name, 48, impl="triton")(torch.randn(1, 16, 48), (4, 4))

@@ -11,6 +11,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo import Attention, build_attention
 from attnzoo.counting import count_macs, fvcore_macs
+from attnzoo.testing import build_scrambled
 from tests.attnzoo import formulas
 from tests.attnzoo.formulas import GRIDS, assert_near, assert_same, build, head_slices, tokens
 
@@ -163,6 +164,14 @@ def test_pvts_windows_in_one_product(options: dict, hook: bool, monkeypatch) -> 
         layer.reduce.register_forward_hook(lambda *_: calls.append(True))
     assert_same(x, (layer, layer(x, grid)), (layer, pvt_oracle(layer, x, grid, options)))
     assert len(calls) == hook
+
+
+def test_one_window_a_row_in_half_precision() -> None:
+    layer, x = build_scrambled("pvt", 16, ratio=4), torch.randn(1, 16, 16)
+    with torch.no_grad():
+        exact = layer(x, (4, 4))
+        out = layer.bfloat16()(x.bfloat16(), (4, 4))
+    assert (out - exact).norm() < 0.05 * exact.norm()
 
 
 def test_without_reduction_pvt_is_softmax_attention() -> None:

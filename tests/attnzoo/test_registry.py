@@ -481,3 +481,14 @@ def test_former_words_of_impl_load(name, former, word):
 def test_an_unknown_impl_lists_the_valid_words(name):
     with pytest.raises(InvalidValue, match=r"Choose one of \['auto', 'reference', 'torch'"):
         build_attention(name, 48, impl="fast")
+
+
+def test_an_option_without_a_default_is_asked_for(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        width: int
+        sizes: tuple[int, ...] = dataclasses.field(default_factory=tuple)
+
+    with pytest.raises(InvalidType, match="'mine' has no default of its option 'width'"):
+        Config.from_options("mine", {"sizes": (1,)})
+    assert Config.from_options("mine", {"width": 3}) == Config(width=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -104,6 +105,21 @@ def test_in_blocks_it_is_the_same() -> None:
     x = standard_tokens((16, 24))
     with torch.no_grad():
         torch.testing.assert_close(stream(x, (16, 24)), layer(x, (16, 24)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": 8}, {"impl": "reference"}], ids=str)
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "autocast"])
+def test_a_normalizer_near_zero_does_not_overflow_float16(options: dict, mixed: bool) -> None:
+    """Narrow heads have queries without a positive number; the norm takes any size."""
+    layer = build_scrambled("sana", gated=True, num_heads=8, **options)
+    x, grid = standard_tokens((8, 8)), (8, 8)
+    with torch.no_grad():
+        exact = layer(x, grid)
+        half = layer if mixed else copy.deepcopy(layer).half()
+        with torch.autocast("cpu", torch.float16, enabled=mixed):
+            out = half(x if mixed else x.half(), grid)
+    assert out.dtype is torch.float16
+    assert (out - exact).norm() < 1e-2 * exact.norm()
 
 
 def test_rows_of_the_map_times_values_are_what_the_norm_gets() -> None:

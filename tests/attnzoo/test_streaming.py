@@ -142,9 +142,9 @@ def test_streaming_in_half_precision(name):
 
 @torch.no_grad()
 def test_streaming_takes_an_empty_batch():
-    for name in LINEAR:
+    for name, options in [*((name, {}) for name in LINEAR), ("gated", {"expand_v": 2.0})]:
         x = tokens((4, 4), batch=0)
-        assert _streamed(build_scrambled(name), 4)(x, (4, 4)).shape == x.shape
+        assert _streamed(build_scrambled(name, **options), 4)(x, (4, 4)).shape == x.shape
 
 
 def test_an_adapter_around_a_linear_layer_is_used():

@@ -488,6 +488,20 @@ def test_an_argument_that_does_not_exist_is_not_ignored(tmp_path):
         DiT.from_pretrained(tmp_path, depht=2)
 
 
+def test_what_returns_no_tokens_is_named(monkeypatch):
+    known = attnzoo.registry._REGISTRY
+    monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(known))
+
+    class WithMap(attnzoo.Attention):
+        def forward(self, x, grid):
+            return x, x @ x.mT
+
+    attnzoo.register_attention("with-map")(WithMap)
+    with pytest.raises(TypeError, match="'with-map' returned a tuple") as caught:
+        DiT(attn="with-map", **TINY)(*inputs(), torch.tensor([0, 1]))
+    assert not isinstance(caught.value, UsageError)
+
+
 def test_a_bug_in_a_mechanism_is_no_mistake_of_the_user(tmp_path):
     class Broken(attnzoo.Attention):
         def forward(self, x, grid):

@@ -4,8 +4,16 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
-from attnzoo import list_attention
+from attnzoo import (
+    Attention,
+    InvalidValue,
+    UsageError,
+    list_attention,
+    register_attention,
+    registry,
+)
 from attnzoo.counting import count_macs
 from backbones import build_backbone, list_presets
 from backbones.__main__ import main
@@ -129,3 +137,34 @@ def test_the_table_lists_every_model(monkeypatch, capsys):
     main()
     assert capsys.readouterr().out.strip() == table.strip()
     assert len(list_presets()) == 3 * len(PAPER_MODELS)
+
+
+def test_a_mechanism_of_your_own_is_matched_by_what_it_costs(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    class Values(Attention):
+        def __init__(self, context, config):
+            super().__init__(context, config)
+            self.value = nn.Linear(self.dim, self.dim)
+
+        def forward(self, x, grid):
+            return self.value(x) * x.mean().item()
+
+    register_attention("values")(Values)
+    torch.manual_seed(0)
+    model = build_backbone("values", "tiny", "matched", 64)
+    match = model.config.provenance["match"]
+    assert match["macs"] == count_macs(model, resolution=64).total
+    torch.manual_seed(0)
+    again = build_backbone("values", "tiny", resolution=64, depth=model.config.depth)
+    weights = (z.blocks[0].attention.value.weight for z in (model, again))
+    assert torch.equal(*weights)  # the search takes nothing of the seed
+
+    monkeypatch.setattr(Values, "macs_parts", lambda self, grid: {"projections": 1})
+    with pytest.raises(InvalidValue, match="closed form of 'values' is wrong"):
+        build_backbone("values", "tiny", "matched", 64)
+    monkeypatch.delattr(Values, "macs_parts")
+    monkeypatch.setattr(Values, "forward", lambda self, x, grid: x @ x)
+    with pytest.raises(RuntimeError) as caught:
+        build_backbone("values", "tiny", "matched", 64)
+    assert not isinstance(caught.value, UsageError), "a bug shows its traceback"

@@ -19,6 +19,7 @@ def group_norm(
     # parameters want gradients; a GPU lays it out anyway.
     is_trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     image = image.contiguous() if is_trained or is_transformed() else image
-    out = F.group_norm(image, groups, weight, bias, eps)
+    # Not the one of nn.functional, which refuses one channel of one token.
+    out = torch.group_norm(image, groups, weight, bias, eps)
     out = F.leaky_relu(out, slope) if slope != 1 else out
     return out.permute(0, 2, 3, 1).flatten(1, 2)
