@@ -143,6 +143,7 @@ def test_show_takes_a_mechanism_of_your_own(tmp_path, capsys):
         _REGISTRY.pop("mean-shown", None)
     assert "Every token sees the mean" in text and "registered by" in text
     assert "no closed form" in text and "auto       runs" in text and "docs/" not in text
+    assert "\nfrom " not in text and "grows as" not in text
 
 
 def test_count_agrees_with_the_library(capsys):
