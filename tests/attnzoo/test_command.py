@@ -99,6 +99,12 @@ assert main(["count", "--attn", "sana"]) == 2
     assert done.stderr.startswith("error: attnzoo count needs the backbone")
 
 
+def test_recommend_offers_the_devices_that_it_has_figures_of():
+    offered = re.search(r"whose figures: (.*)", recommend._parser().format_help())
+    devices = {source.device for source in figures.shipped().sources}
+    assert offered and set(re.findall(r"h\d+|cpu", offered[1])) == devices
+
+
 def test_without_a_command_the_zoo_is_listed(capsys):
     assert said(capsys) == said(capsys, "list")
     assert said(capsys, "--table") == said(capsys, "list", "--table")

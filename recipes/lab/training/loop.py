@@ -115,7 +115,7 @@ class Loop:
                 return INTERRUPTED, "preempted", self._stopped(received)
         reason = (
             f"done: samples in {run.samples}; more with\n"
-            f"  python recipes/sample.py {argument(run.folder)} --classes 0,1,2 --cfg 2.0"
+            f"  python recipes/sample.py {argument(run.folder)} --cfg 2.0"
         )
         return DONE, "done", reason
 

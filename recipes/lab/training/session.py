@@ -275,7 +275,7 @@ def _continued(
 def _already_done(run: Run, step: int) -> str:
     return (
         f"{run.folder} is done, {step} steps: sample it with\n"
-        f"  python recipes/sample.py {argument(run.folder)} --classes 0,1,2 --cfg 2.0\n"
+        f"  python recipes/sample.py {argument(run.folder)} --cfg 2.0\n"
         f"train it longer with --steps N --allow-change steps, or anew with --overwrite"
     )
 
