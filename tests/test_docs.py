@@ -229,6 +229,36 @@ def test_every_missed_goal_has_its_reason():
     assert sorted(named) == sorted(missed)
 
 
+def test_every_goal_that_is_named_is_one():
+    known = (ROOT / "bench" / "thresholds.toml").read_text("utf-8")
+    for name in ("goals.md", "performance.md", "gpu.md", "gpu-measurements.md"):
+        for goal in set(re.findall(r"\b[GUE]\d+\b", page(name))):
+            assert re.search(rf"^\[(\w+\.)?{goal}[.\]]", known, re.MULTILINE), (name, goal)
+
+
+def test_shares_of_linear_scaling_are_what_the_newest_file_says():
+    """Of the rows by hand; the tables below them are written from the files."""
+    file = "scaling-four-h200-all.json"
+    report = scaling_figures.read_scaling(DOCS / "plots" / file)
+    lines = page("gpu-measurements.md").split("## Several GPUs")[1].splitlines()
+    first = next(i for i, line in enumerate(lines) if file in line)
+    rows = [[cell.strip(" *") for cell in line.split("|")] for line in lines[first : first + 4]]
+    for _, _, of, gradients, shares, images, *_ in rows:
+        way = "fsdp2" if "FSDP2" in gradients else "overlapped"
+        tokens = int(of.split()[-1].replace(",", ""))
+        measured = {
+            row["mechanism"]: (scaling_figures.share_of_linear(report, row), row)
+            for row in report["training"]
+            if (row["gpus"], row["tokens"], row["way"]) == (4, tokens, way)
+        }
+        names = ("softmax", "sana", "dydila", "sana*3+softmax")
+        for name, share in zip(names, shares.split(", "), strict=True):
+            digits = len(share) - 2
+            assert float(share) == round(measured[name][0], digits), (tokens, way, name)
+        rates = [round(measured[name][1]["images_per_second"]) for name in names]
+        assert [int(rate) for rate in images.split(";")[0].split(", ")] == rates, (tokens, way)
+
+
 def test_the_page_on_kernels_shows_the_code():
     path = None
     compared = 0

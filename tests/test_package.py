@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools.config.pyprojecttoml import read_configuration
 
 import attnzoo
 
@@ -100,6 +101,17 @@ model = build_backbone(attn="dydila", size="tiny", resolution=64)
 out = model(torch.randn(1, 4, 8, 8), timestep=500, class_labels=torch.tensor([1])).sample
 assert out.shape == (1, 8, 8, 8)
 """
+
+
+def test_a_new_folder_of_code_is_in_the_wheel_without_being_listed(tmp_path):
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    for name in ("attnzoo", "attnzoo/ops", "attnzoo/ops/mine", "backbones", "recipes", "bench"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text('__version__ = "1"\n')
+    # The description, which setup.py gives, is missing here.
+    settings = read_configuration(tmp_path / "pyproject.toml", ignore_option_errors=True)
+    packages = settings["tool"]["setuptools"]["packages"]
+    assert set(packages) == {"attnzoo", "attnzoo.ops", "attnzoo.ops.mine", "backbones"}
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--resolution", type=_number, default=1024, help="pixels of a side (default: 1024)")
     flag("--memory", help="what must suffice, such as 8GiB, '8 GB' or 300MiB")
-    whose = "whose figures: h100 (default), h200 or cpu"
+    whose = "whose figures: h100 (default) or h200"
     flag("--device", default="h100", type=str.lower, help=whose)
     flag("--mode", choices=("forward", "train"), default="forward", help="(default: forward)")
     flag("--size", help="of the backbone (default: the one that was measured there)")

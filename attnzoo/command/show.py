@@ -35,12 +35,15 @@ def main(arguments: list[str]) -> None:
         attnzoo.import_mechanisms(source)
     cls = attnzoo.get_attention(given.name)
     paper, link = source_of_class(cls)
-    print(f"{given.name}: {summary(cls)}\n\nfrom {paper}{f', {link}' if link else ''}")
+    print(f"{given.name}: {summary(cls)}\n")
+    if paper:
+        print(f"from {paper}{f', {link}' if link else ''}")
     if origin := attnzoo.source_of(given.name):
         print(f"registered by {origin}")
     if said := inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""):
         print(f"\n{said}")
-    print(f"\ncore grows as {cls.complexity}; one layer of width {DIM}, per sample, MMACs:")
+    growth = f"core grows as {cls.complexity}; " if cls.complexity else ""
+    print(f"\n{growth}one layer of width {DIM}, per sample, MMACs:")
     print(textwrap.indent(cost(given.name), "  "))
     print(f"\noptions, as build_attention({given.name!r}, dim, ...) or --set takes them:")
     print(options(cls) or "  none")

@@ -99,6 +99,12 @@ assert main(["count", "--attn", "sana"]) == 2
     assert done.stderr.startswith("error: attnzoo count needs the backbone")
 
 
+def test_recommend_offers_the_devices_that_it_has_figures_of():
+    offered = re.search(r"whose figures: (.*)", recommend._parser().format_help())
+    devices = {source.device for source in figures.shipped().sources}
+    assert offered and set(re.findall(r"h\d+|cpu", offered[1])) == devices
+
+
 def test_without_a_command_the_zoo_is_listed(capsys):
     assert said(capsys) == said(capsys, "list")
     assert said(capsys, "--table") == said(capsys, "list", "--table")
@@ -143,6 +149,7 @@ def test_show_takes_a_mechanism_of_your_own(tmp_path, capsys):
         _REGISTRY.pop("mean-shown", None)
     assert "Every token sees the mean" in text and "registered by" in text
     assert "no closed form" in text and "auto       runs" in text and "docs/" not in text
+    assert "\nfrom " not in text and "grows as" not in text
 
 
 def test_count_agrees_with_the_library(capsys):
