@@ -341,7 +341,7 @@ def where(report: dict[str, Any]) -> str:
             [row["label"], amount(row["time"], "s"),
              f"{row['gflops']:,.0f}", f"{1 / row['share_of_peak']:.2f}",
              memory(row["peak_memory"]), f"{row['allocated'] / max(row['peak_memory'], 1):.1f}"]
-            for row in chosen.sort_values("share_of_peak", ascending=False).to_dict("records")
+            for row in chosen.sort_values(by="share_of_peak", ascending=False).to_dict("records")
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip
