@@ -122,9 +122,6 @@ def main(arguments: list[str]) -> int:
         parts_around(path, part)
     if report is None:
         names = chosen_goals(split(options.only), device)
-        for name in names:
-            if GOALS[name].device != device:
-                raise UserError(f"{name} is a goal of --device {GOALS[name].device}")
         report = _measure(names, device, options.save, bool(options.only))
     elif options.save:
         write_json(options.save, _goals_alone(report))

@@ -54,7 +54,15 @@ def options_from(**texts: Any) -> SuiteRun:
         UserError: A value is wrong; the message names it and what would do.
         attnzoo.UsageError: A mechanism does not exist, has no such option, or cannot be built.
     """
+    for name in ("mechanisms", "resolutions", "widths", "dtypes", "goals"):
+        if texts[name] and not split(texts[name]):
+            raise UserError(f"--{name} {texts[name]!r} names none; leave it out for all")
     goals, quality = split(texts["goals"]), texts["quality"]
+    if goals not in ((), ("none",)) and (texts["profile"] != "full" or texts["mechanisms"]):
+        raise UserError(
+            f"--goals {texts['goals']} is for --full without --mechanisms; python -m bench.goals "
+            f"--only {texts['goals']} measures these alone"
+        )
     request = Request(
         profile=texts["profile"],
         device=texts["device"],

@@ -262,18 +262,19 @@ def arithmetic(cases: pd.DataFrame, peak: float, title: str) -> Figure:
     """Times over those of the multiply-accumulates at peak, at the largest size most share."""
     resolution = fullest_resolution(cases)
     chosen: Any = cases[cases["resolution"] == resolution]
-    chosen = chosen.sort_values("seconds", ascending=False)
+    chosen = chosen.sort_values("time", ascending=False)
     figure = _figure(8.0, 1.5 + 0.25 * len(chosen))
     (ax,) = _axes(figure)
     for y, row in enumerate(chosen.to_dict("records")):
-        spent, share = row["seconds"] * 1e3, row["gflops"] / peak
+        spent, share = row["time"] * 1e3, row["gflops"] / peak
         style = _style(row["label"])
         ax.plot([share * spent, spent], [y, y], color=style["color"], lw=style["linewidth"])
         ax.plot(share * spent, y, "|", color="0.35", ms=9)
         ax.plot(spent, y, **style)
         ax.annotate(f"{1 / share:.1f} x", (spent, y), (8, 0), textcoords="offset points",
                     va="center", fontsize=8)  # fmt: skip
-    ax.set(xscale="log", xlabel="time of one call (ms); |: of its multiply-accumulates at "
+    what = "device time" if "device_time" in chosen else "time"
+    ax.set(xscale="log", xlabel=f"{what} of one call (ms); |: of its multiply-accumulates at "
            f"the peak of {peak:,.0f} GFLOP/s")  # fmt: skip
     ax.set_title(literal(f"{resolution} px\n{title}"), fontsize=10)
     ax.set_yticks(range(len(chosen)), [literal(str(label)) for label in chosen["label"]])
@@ -291,7 +292,7 @@ def fullest_resolution(cases: pd.DataFrame) -> int:
 def roofline(cases: pd.DataFrame, peak: float, copy: float, title: str) -> Figure:
     """Achieved GFLOP/s against arithmetic intensity, under the measured roof."""
     bytes_moved = 2 * cases["allocated"] + cases["parameter_memory"]
-    intensity = cases["gflops"] * cases["seconds"] * 1e9 / bytes_moved
+    intensity = cases["gflops"] * cases["time"] * 1e9 / bytes_moved
     cases = cases.assign(intensity=intensity).sort_values("tokens")
     points: dict[str, Points] = {
         str(label): list(zip(rows["intensity"], rows["gflops"], strict=True))
@@ -336,12 +337,11 @@ def where(report: dict[str, Any]) -> str:
             continue
         resolution = fullest_resolution(chosen)
         chosen = chosen[chosen["resolution"] == resolution]
-        chosen = chosen.assign(share=chosen["share_of_peak"] * chosen["seconds"] / chosen["time"])
         rows = [
             [row["label"], amount(row["time"], "s"),
-             f"{row['gflops'] * row['seconds'] / row['time']:,.0f}", f"{1 / row['share']:.2f}",
+             f"{row['gflops']:,.0f}", f"{1 / row['share_of_peak']:.2f}",
              memory(row["peak_memory"]), f"{row['allocated'] / max(row['peak_memory'], 1):.1f}"]
-            for row in chosen.sort_values(by="share", ascending=False).to_dict("records")
+            for row in chosen.sort_values(by="share_of_peak", ascending=False).to_dict("records")
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip

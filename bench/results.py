@@ -60,6 +60,9 @@ _OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached
               "met": "minimum met", "NOT MET": "minimum missed"}  # fmt: skip
 
 
+_TIMES = ("seconds", "seconds_q1", "seconds_q3", "time")
+
+
 class Foreign(Exception):
     """Something that the suite does not write."""
 
@@ -197,7 +200,8 @@ def machines_differ(one: dict[str, Any], other: dict[str, Any]) -> str:
 def frame(report: dict[str, Any]) -> pd.DataFrame:
     """One row per measured case: its extra_info, and seconds, seconds_q1 and seconds_q3.
 
-    "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds".
+    "device_time" is of a replayed CUDA graph, "time" that where it is known, otherwise "seconds";
+    "gflops" and "share_of_peak" are of "time".
     "over_softmax" is the ratio of times; ``is_raced`` where both were timed in turn.
     """
     rows = []
@@ -215,7 +219,9 @@ def frame(report: dict[str, Any]) -> pd.DataFrame:
             if "softmax" in info.get(key, {}) and info["kind"] == "layer":
                 row[column] = row["over_softmax"] = info[key]["softmax"]["median"]
         rows.append(row)
-    found: Any = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, "time"])
+    found: Any = pd.DataFrame(rows, columns=None if rows else [*_NAMED_CASE, *_TIMES])
+    for column in {"gflops", "share_of_peak"} & {*found}:  # which are stored as launched
+        found[column] *= found["seconds"] / found["time"]
     size = ["kind", "mode", "width", "dtype", "resolution"]
     softmax = found[found["label"] == "softmax"].drop_duplicates(size, keep="last")
     theirs = found[size].merge(softmax[[*size, "time"]], on=size, how="left")["time"]
@@ -294,12 +300,15 @@ def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several runs, where a later measurement of a case replaces an earlier one.
 
     Raises:
-        UserError: They are of different devices or commits, and so cannot stand in one table.
+        UserError: They are of different machines or commits, and so cannot stand in one table.
     """
     sources = {source_of({**report, "datetime": ""}) for report in reports}
     if len(sources) > 1:
         told = "; ".join(sorted(sources))
         raise UserError(f"these are runs of different devices, versions or commits: {told}")
+    for report in reports[1:]:
+        if differs := machines_differ(reports[0], report):
+            raise UserError(f"these are runs of machines that differ: {differs}")
     measured = {entry["name"]: entry for report in reports for entry in report["benchmarks"]}
     missed = {case["name"]: case for r in reports for case in r["cells_not_measured"]}
     return {

@@ -117,7 +117,7 @@ def chosen_goals(names: Iterable[str], device: str) -> tuple[str, ...]:
     """These goals, or all of a device.
 
     Raises:
-        UserError: There is no such goal.
+        UserError: There is no such goal, or it is another device's.
     """
     names = tuple(names)
     for name in names:
@@ -125,4 +125,6 @@ def chosen_goals(names: Iterable[str], device: str) -> tuple[str, ...]:
             raise UserError(
                 f"unknown goal {name!r}{nearest(name, GOALS)} Choose of {', '.join(GOALS)}"
             )
+        if GOALS[name].device != device:
+            raise UserError(f"{name} is a goal of --device {GOALS[name].device}")
     return names or tuple(name for name, goal in GOALS.items() if goal.device == device)

@@ -34,7 +34,7 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
     """One row a run, done or not, of folders of ``recipes/compare.py``; without guidance.
 
     Raises:
-        UserError: A folder has no such table.
+        UserError: A folder has no such table, or a run is there twice.
     """
     runs = pd.concat([read_table(folder / "runs.csv") for folder in folders], ignore_index=True)
     if missing := [name for name in ("cfg", _LOSS, _ACCURACY) if name not in runs]:
@@ -48,7 +48,7 @@ def collect(folders: Sequence[Path]) -> pd.DataFrame:
         parameters=runs["parameters"].astype("Int64"),
         macs=runs["macs"].astype("Int64"),
     )
-    return found[COLUMNS]
+    return _each_once(found[COLUMNS])
 
 
 def read(path: Path = TABLE) -> pd.DataFrame:
@@ -60,6 +60,16 @@ def read(path: Path = TABLE) -> pd.DataFrame:
     runs = read_table(path, TEXTS)
     if missing := [name for name in COLUMNS if name not in runs]:
         raise UserError(f"{path} is no table of python -m bench.zoo: it has no {missing[0]!r}")
+    return _each_once(runs)
+
+
+def _each_once(runs: pd.DataFrame) -> pd.DataFrame:
+    again = runs.loc[runs.duplicated(["data", "variant", "seed"])]
+    for row in again.head(1).to_dict("records"):
+        raise UserError(
+            f"{row['data']} has two runs of {row['variant']} with seed {row['seed']}, which one "
+            f"table cannot hold: name every folder once, and of a data set one resolution"
+        )
     return runs
 
 

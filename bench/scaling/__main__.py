@@ -24,7 +24,7 @@ from torch.cuda import nccl
 from attnzoo import list_attention
 from attnzoo.contract import nearest
 from bench import reports
-from bench.options import from_zero, split
+from bench.options import from_zero, split, whole_numbers
 from bench.reports import SPENT, TOO_SLOW
 from bench.results import rounded
 from bench.scaling.cases import MECHANISMS, WAYS, Case, Wave, planned, write_latents
@@ -181,10 +181,9 @@ def _case_of(row: dict[str, Any]) -> Case:
 
 
 def _numbers(flag: str, text: str) -> list[int]:
-    parts = split(text)
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
+    if not split(text):
         raise UserError(f"{flag} {text!r} must be numbers such as 1,2,4")
-    return list(dict.fromkeys(map(int, parts)))
+    return list(dict.fromkeys(whole_numbers(flag, text)))
 
 
 def _chosen(flag: str, text: str, known: Sequence[str]) -> Sequence[str]:

@@ -559,6 +559,28 @@ def test_a_mechanism_without_memory_of_its_own_is_drawn(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_what_a_gpu_reaches_is_of_the_time_that_is_shown():
+    report = small_report(device_seconds={"median": 5e-4})
+    cases = results.frame(report)
+    found = cases[["time", "gflops", "share_of_peak"]].drop_duplicates("gflops").iloc[0]
+    assert found.to_list() == [5e-4, 5.0 * cases["seconds"][0] / 5e-4, pytest.approx(0.4)]
+    assert "| 40      | 1.25 " in plot.where(report)  # 4 ms launched, 0.5 of the device
+
+
+def test_a_run_that_measured_nothing_is_compared(tmp_path, capsys):
+    none = written(tmp_path / "none.json", small_report() | {"benchmarks": []})
+    some = written(tmp_path / "some.json", small_report())
+    assert compare.main([str(none), str(some)]) == 0
+    assert "0 cases in both files" in capsys.readouterr().out
+
+
+def test_runs_of_other_threads_are_not_joined():
+    one, other = small_report(threads=1), small_report(threads=2)
+    one["common"] = other["common"] = {}
+    with pytest.raises(UserError, match="threads 1 and 2"):
+        results.joined([one, other])
+
+
 def test_settings_are_checked_in_full(tmp_path):
     texts = {
         "profile": "quick", "device": "cpu", "mechanisms": "sana", "resolutions": "128",

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -424,6 +425,10 @@ def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
         (("--memory-cap", "0"), "write it like 8GiB"),
         (("--quality", "no/such/folder"), "no summary of a comparison"),
         (("--goals", "G99", "--full"), "unknown goal 'G99'"),
+        (("--goals", "U1"), "U1 is a goal of --device cuda"),
+        (("--goals", "G4", "--profile", "quick"), "--goals G4 is for --full"),
+        (("--goals", "G4", "--mechanisms", "sana"), "without --mechanisms"),
+        (("--mechanisms", ","), "--mechanisms ',' names none"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message):
@@ -640,6 +645,13 @@ def test_exponents_crossovers_and_fronts():
     value, is_measured = advised.value_at(quadratic, 65536)
     assert value == pytest.approx(65536**2 / 1000) and not is_measured
     assert advised.value_at(linear[:1], 512) is None
+    bent = [(256, 14), (4096, 22), (16384, 63)]  # 16384 is nearer to 2304, and on the other side
+    assert advised.value_at(bent, 2304)[0] == pytest.approx(22 * (9 / 16) ** math.log(22 / 14, 16))
+    ones = [(x, 1.0) for x in (1, 2, 4, 8)]
+    assert advised.crossover([(1, 2), (2, 0.5), (4, 2), (8, 0.5)], ones)[0] == pytest.approx(
+        32**0.5
+    )
+    assert advised.crossover([(1, 2), (2, 0.5), (4, 0.5), (8, 2)], ones) is None
     points = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (2.0, 4.0), "d": (2.0, 2.0)}
     assert advised.pareto(points) == ["a", "b", "d"]
 

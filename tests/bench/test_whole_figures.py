@@ -64,6 +64,10 @@ def test_a_crossover_lies_between_sizes_or_nowhere():
     assert whole_figures.first_faster([(512, 0.9), (1024, 0.5)]) == 512
     assert whole_figures.first_faster([(1024, 0.5), (512, 2.0)]) == pytest.approx(512 * 2**0.5)
     assert whole_figures.first_faster([(512, 2.0), (1024, 1.5)]) == math.inf
+    assert whole_figures.first_faster([(256, 0.9), (512, 2.0), (1024, 1.5)]) == math.inf
+    assert whole_figures.first_faster([(256, 0.9), (512, 2.0), (1024, 0.5)]) == pytest.approx(
+        512 * 2**0.5
+    )
 
 
 def whole_report():

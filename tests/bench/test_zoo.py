@@ -96,3 +96,14 @@ def test_mistakes_are_one_line(arguments, said, tmp_path, monkeypatch):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=said):
         zoo.main(arguments)
+
+
+def test_a_run_that_is_there_twice_is_refused_before_the_table_is_written(tmp_path):
+    found = runs(("softmax", 0, 0.1), ("sana", 0, 0.2)).assign(
+        resolution=8, cfg=1.0, count=100, **{zoo._LOSS: 0.1, zoo._ACCURACY: 1.0}
+    )
+    found.to_csv(tmp_path / "runs.csv", index=False)
+    out = tmp_path / "zoo.csv"
+    with pytest.raises(UserError, match="two runs of softmax with seed 0"):
+        zoo.main([str(tmp_path), str(tmp_path), "--table", str(out)])
+    assert not out.exists()
