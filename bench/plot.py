@@ -336,12 +336,12 @@ def where(report: dict[str, Any]) -> str:
         if "share_of_peak" not in chosen or not chosen["share_of_peak"].notna().any():
             continue
         resolution = fullest_resolution(chosen)
-        chosen = chosen[chosen["resolution"] == resolution]
+        largest: Any = chosen[chosen["resolution"] == resolution]
         rows = [
             [row["label"], amount(row["time"], "s"),
              f"{row['gflops']:,.0f}", f"{1 / row['share_of_peak']:.2f}",
              memory(row["peak_memory"]), f"{row['allocated'] / max(row['peak_memory'], 1):.1f}"]
-            for row in chosen.sort_values(by="share_of_peak", ascending=False).to_dict("records")
+            for row in largest.sort_values("share_of_peak", ascending=False).to_dict("records")
         ]  # fmt: skip
         heading = ["mechanism", "time", "GFLOP/s", "time over peak time", "peak memory",
                    "allocated over peak"]  # fmt: skip

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 import attnzoo
 from recipes import sample as sample_module
-from recipes import train
 from recipes.lab import sampling
 from recipes.lab.console import NON_FINITE, UserError
 from recipes.lab.drawing.pictures import check_grid, save_grid
@@ -27,20 +26,6 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
 from tests.recipes.reliability import draw
-
-
-def test_the_command_that_a_run_ends_with_draws_any_run(tmp_path, capsys, monkeypatch):
-    for name in range(10):
-        (tmp_path / "pictures" / "only").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (25 * name, 0, 0)).save(tmp_path / f"pictures/only/{name}.png")
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--data", "pictures", "--resolution", "8", "--steps", "1", "--batch-size", "2",
-                 "--out", "one class"]  # fmt: skip
-    for _ in ("when it ends", "when it is asked again"):
-        assert train.main(arguments) == 0
-        (command,) = re.findall(r"python recipes/sample.py (.*)", capsys.readouterr().out)
-        assert sample_module.main(shlex.split(command)) == 0, command
-        capsys.readouterr()
 
 
 def test_an_image_does_not_depend_on_the_batch_size(trained):
