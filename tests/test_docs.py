@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ from bench.scaling import figures as scaling_figures
 from bench.thresholds import figures_of
 from bench.whole_models import figures as whole_figures
 from recipes import compare, convert, encode, evaluate, sample, train
+from recipes.studies.comparison.summary import scaled_mean
 from tests.markdown_pages import (
     ROOT,
     anchors,
@@ -227,6 +229,13 @@ def test_every_missed_goal_has_its_reason():
     assert all(len(row) == 3 and all(row) for row in rows)
     named = [goal for row in rows for goal in row[0].split(", ")]
     assert sorted(named) == sorted(missed)
+
+
+def test_what_was_not_measured_is_no_nan():
+    for file in DOCS.glob("*.md"):
+        assert "| nan |" not in file.read_text("utf-8"), file.name
+    runs = pd.DataFrame({"variant": ["a", "b"], "forward_seconds": [0.002, None]})
+    assert scaled_mean(runs, "forward_seconds", 1e3).to_dict() == {"a": "2", "b": ""}
 
 
 def test_every_goal_that_is_named_is_one():

@@ -274,10 +274,9 @@ def means_table(runs: pd.DataFrame, metrics: Sequence[str], digits: int) -> pd.D
 
 
 def scaled_mean(runs: pd.DataFrame, column: str, factor: float) -> pd.Series:
-    """The mean of a column by variant, as text."""
-    return pd.Series(
-        {n: f"{factor * of[column].mean():.3g}" for (n,), of in grouped_by(runs, ["variant"])}
-    )
+    """The mean of a column by variant, as text; empty where it was not measured."""
+    means = {n: factor * of[column].mean() for (n,), of in grouped_by(runs, ["variant"])}
+    return pd.Series({n: "" if mean != mean else f"{mean:.3g}" for n, mean in means.items()})
 
 
 def chance_lines(runs: pd.DataFrame) -> list[str]:

@@ -404,7 +404,8 @@ def _numbers(done: pd.DataFrame) -> Iterator[str]:
             shown = [_mean(own[c]) for c in (*NUMBERS, *metrics)]
             body.append([
                 variant, own["seed"].nunique(), own["model"].iloc[0], _range(own["steps"]),
-                f"{own['macs'].mean() / 1e6:.4g}", f"{1e3 * own['step_seconds'].mean():.3g}",
+                f"{own['macs'].mean() / 1e6:.4g}",
+                f"{1e3 * own['step_seconds'].mean():.3g}".replace("nan", ""),  # not measured
                 *shown,
             ])  # fmt: skip
         heading = ["variant", "seeds", "model", "steps", "MMACs", "ms a step", "held-out loss",
