@@ -647,6 +647,8 @@ def test_exponents_crossovers_and_fronts():
     assert advised.value_at(linear[:1], 512) is None
     bent = [(256, 14), (4096, 22), (16384, 63)]  # 16384 is nearer to 2304, and on the other side
     assert advised.value_at(bent, 2304)[0] == pytest.approx(22 * (9 / 16) ** math.log(22 / 14, 16))
+    assert advised.value_at(bent, 8192)[0] == pytest.approx((22 * 63) ** 0.5)
+    assert advised.value_at(bent, 65536)[0] == pytest.approx(63**2 / 22)
     ones = [(x, 1.0) for x in (1, 2, 4, 8)]
     assert advised.crossover([(1, 2), (2, 0.5), (4, 2), (8, 0.5)], ones)[0] == pytest.approx(
         32**0.5
