@@ -59,7 +59,6 @@ _STATS = {
 _OLD_WORDS = {"owed": "minimum", "aim": "target", "aim reached": "target reached",
               "met": "minimum met", "NOT MET": "minimum missed"}  # fmt: skip
 
-
 _TIMES = ("seconds", "seconds_q1", "seconds_q3", "time")
 
 

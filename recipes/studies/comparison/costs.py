@@ -21,7 +21,6 @@ from recipes.studies.comparison.plan import facts_of
 from recipes.studies.comparison.planned import PlannedRun
 
 REPEATS = 5
-_SECONDS = ("training_seconds", "forward_seconds")
 
 
 def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[str, Any]:
@@ -116,8 +115,8 @@ def dry_run(planned: Sequence[PlannedRun], jobs: int) -> str:
         trained = settings.steps * settings.batch_size
         forwards = one.samples * one.sampling_steps * sum(1 if c == 1 else 2 for c in one.cfgs)
         forwards += _held_out_forwards(settings)
-        known = {name: math.nan if cost[name] is None else cost[name] for name in _SECONDS}
-        seconds = known["training_seconds"] * trained + known["forward_seconds"] * forwards
+        training, forward = cost["training_seconds"], cost["forward_seconds"]
+        seconds = (training or math.nan) * trained + (forward or math.nan) * forwards
         rows.append(
             {
                 "data": one_line(f"{settings.data}/{settings.level}"),
