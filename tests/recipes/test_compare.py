@@ -215,6 +215,13 @@ class TestRuns:
         assert result["cost"]["forward_seconds"] > 0
         assert result["cost"]["training_seconds"] is None
 
+    def test_a_cost_that_was_not_measured_has_no_price(self, monkeypatch):
+        def measured(*arguments, own=costs.cost_of, **options):
+            return own(*arguments, **options) | {"training_seconds": None}
+
+        monkeypatch.setattr(costs, "cost_of", measured)
+        assert "NaN" in costs.dry_run([tiny_run()], jobs=1)
+
     def test_a_signal_lets_the_running_runs_save_and_writes_the_report(
         self, tmp_path, monkeypatch
     ):
