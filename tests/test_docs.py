@@ -245,20 +245,24 @@ def test_every_goal_that_is_named_is_one():
             assert re.search(rf"^\[(\w+\.)?{goal}[.\]]", known, re.MULTILINE), (name, goal)
 
 
-def test_shares_of_linear_scaling_are_what_the_newest_file_says():
+@pytest.mark.parametrize(
+    ("file", "gpus", "count"),
+    [("scaling-four-h200-all.json", 4, 4), ("scaling-two-h200.json", 2, 2)],
+)
+def test_shares_of_linear_scaling_are_what_the_newest_files_say(file, gpus, count):
     """Of the rows by hand; the tables below them are written from the files."""
-    file = "scaling-four-h200-all.json"
     report = scaling_figures.read_scaling(DOCS / "plots" / file)
     lines = page("gpu-measurements.md").split("## Several GPUs")[1].splitlines()
     first = next(i for i, line in enumerate(lines) if file in line)
-    rows = [[cell.strip(" *") for cell in line.split("|")] for line in lines[first : first + 4]]
+    own = lines[first : first + count]
+    rows = [[cell.strip(" *") for cell in line.split("|")] for line in own]
     for _, _, of, gradients, shares, images, *_ in rows:
         way = "fsdp2" if "FSDP2" in gradients else "overlapped"
         tokens = int(of.split()[-1].replace(",", ""))
         measured = {
             row["mechanism"]: (scaling_figures.share_of_linear(report, row), row)
             for row in report["training"]
-            if (row["gpus"], row["tokens"], row["way"]) == (4, tokens, way)
+            if (row["gpus"], row["tokens"], row["way"]) == (gpus, tokens, way)
         }
         names = ("softmax", "sana", "dydila", "sana*3+softmax")
         for name, share in zip(names, shares.split(", "), strict=True):
