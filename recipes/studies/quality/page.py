@@ -450,7 +450,7 @@ def _origins(table: pd.DataFrame) -> str:
 def _left(table: pd.DataFrame) -> str:
     bad = table.loc[table["state"] != OK]
     if bad.empty:
-        return "Every planned run has numbers."
+        return "Every run of the table has numbers."
     groups = bad.groupby([*SETTING, "variant", "state"], sort=False)
     rows = [
         [group_name(dict(zip(SETTING, key[:4], strict=True))), key[4], key[5], len(own),
