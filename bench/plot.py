@@ -457,18 +457,25 @@ def _peers(cases: pd.DataFrame) -> pd.DataFrame:
 def _draw_whole(options: argparse.Namespace) -> int:
     reports = [whole_figures.read_whole(path) for path in options.report]
     report = whole_figures.joined(reports)
-    require_writable(options.out / "whole-models.png")
     parts = {page: _parts_in(page) for page in options.into}
-    sizes = [row["size"] for row in report["cases"] if row["seconds"]]
+    sizes = list(dict.fromkeys(row["size"] for row in report["cases"] if row["seconds"]))
     if not sizes:
         raise UserError(f"{options.report[0]} has no whole models that were timed")
-    _saved(whole_curves(report, sizes[0]), options.out, "whole-models")
-    for page, names in parts.items():
-        link = Path(os.path.relpath(options.out / "whole-models.png", page.parent)).as_posix()
-        picture = f"![Time of one image of the whole model against resolution]({link})"
-        for name in names:
-            put_into(page, name, f"{picture}\n\n{_PARTS[name](reports)}")
-    print(printable(f"whole-models (PNG and SVG) in {options.out}"))
+    names = ["whole-models", *(f"whole-models-{size}" for size in sizes[1:])]
+    for name in names:
+        require_writable(options.out / f"{name}.png")
+    for name, size in zip(names, sizes, strict=True):
+        _saved(whole_curves(report, size), options.out, name)
+    for page, found in parts.items():
+        folder = os.path.relpath(options.out, page.parent)
+        pictures = "\n\n".join(
+            f"![Time of one image of the whole model, size {size}, against resolution]"
+            f"({Path(folder, name).as_posix()}.png)"
+            for name, size in zip(names, sizes, strict=True)
+        )
+        for part in found:
+            put_into(page, part, f"{pictures}\n\n{_PARTS[part](reports)}")
+    print(printable(f"{', '.join(names)} (PNG and SVG) in {options.out}"))
     return DONE
 
 

@@ -144,6 +144,21 @@ def test_the_picture_and_the_page_come_from_the_file(tmp_path, capsys):
     assert ring == [pytest.approx(512)]
 
 
+def test_every_size_has_a_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "whole_curves", lambda _, size: size)
+    monkeypatch.setattr(plot, "_saved", lambda size, _, name: drawn.append((size, name)))
+    report = whole_report()
+    report["cases"] += [row | {"size": "L"} for row in report["cases"]]
+    path, page = tmp_path / "whole.json", tmp_path / "page.md"
+    path.write_text(json.dumps(report))
+    page.write_text("<!-- whole -->\n<!-- /whole -->\n")
+    assert plot.main([str(path), "--out", str(tmp_path), "--into", str(page)]) == 0
+    assert drawn == [("S", "whole-models"), ("L", "whole-models-L")]
+    shown = [line for line in page.read_text().splitlines() if line.startswith("![")]
+    assert [line.rpartition("](")[2] for line in shown] == [f"{name}.png)" for _, name in drawn]
+
+
 def test_a_model_that_lacks_a_resolution_becomes_faster_between_two_of_its_own():
     report = whole_report() | {"layers": []}
     report["cases"].append(case_row("softmax", 1024, {}, compiled=1.0))
@@ -170,7 +185,7 @@ def test_a_page_gets_the_parts_that_it_has(tmp_path, monkeypatch):
     assert plot.main(given) == 0
     assert page.read_text() == (
         "a\n<!-- faster from -->\n"
-        "![Time of one image of the whole model against resolution](whole-models.png)\n\n"
+        "![Time of one image of the whole model, size S, against resolution](whole-models.png)\n\n"
         "- Size S, a forward: faster than softmax's with `sana` from 512 px; at 1024 px also with "
         "`lit`.\n- Size S, a training step: faster than softmax's with `sana` from 512 px.\n"
         "<!-- /faster from -->\nb\n"
