@@ -445,10 +445,15 @@ def _peers(cases: pd.DataFrame) -> pd.DataFrame:
     for case in subset(cases, "peers").to_dict("records"):
         name_of = " ".join(f"{case[key]}" for key in ("label", "mode"))
         name_of += f" {case['resolution']} px d{case['width']} {case['dtype']}"
-        for name, ratio in sorted(case["ratios"].items(), key=lambda item: -item[1]["median"]):
-            best = "best peer" if name == case.get("best_peer") else ""
+        found = case.get("device_ratios")
+        on_device = found if isinstance(found, dict) else {}  # NaN where another row has them
+        best = case.get("best_peer_on_device") if on_device else case.get("best_peer")
+        ratios = case["ratios"] | on_device
+        for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]["median"]):
+            notes = ["best peer"] * (name == best)
+            notes += ["launched"] * ("device_time" in cases and name not in on_device)
             spread = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
-            rows.append([name_of, name, f"{ratio['median']:.2f}", spread, best])
+            rows.append([name_of, name, f"{ratio['median']:.2f}", spread, ", ".join(notes)])
         missing |= {(case["label"], name): why for name, why in case["peers_missing"].items()}
     rows += [[*pair, "", "does not run here", reason] for pair, reason in missing.items()]
     return pd.DataFrame(rows, columns=["attnzoo", "peer", "our time over theirs", "quartiles", ""])

@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from einops import rearrange
@@ -280,6 +281,31 @@ def test_a_run_on_a_gpu_is_drawn_told_and_compared(quick, tmp_path, capsys):
     assert goals.main([str(small), "--into", str(page)]) == 0
     text = page.read_text()
     assert "NVIDIA H200" in text and "1.3" in text and "unsupported: No module named" in text
+
+
+def test_a_peer_is_compared_on_the_device_where_both_ran_there():
+    def spread(median):
+        return {"median": median, "q1": median, "q3": median}
+
+    row = {"kind": "peers", "label": "sana", "mode": "forward", "resolution": 256, "width": 96,
+           "dtype": "float32", "device_time": 1.0, "peers_missing": {}, "best_peer": "a",
+           "best_peer_on_device": "b",
+           "ratios": {"a": spread(0.9), "b": spread(0.8)},
+           "device_ratios": {"b": spread(1.5)}}  # fmt: skip
+    alone = {key: row[key] for key in row if "device" not in key}
+    on_a_gpu, on_a_cpu = (plot._peers(pd.DataFrame([one])) for one in (row, alone))
+    assert on_a_gpu.iloc[:, [1, 2, 4]].to_numpy().tolist() == [
+        ["b", "1.50", "best peer"], ["a", "0.90", "launched"]
+    ]  # fmt: skip
+    assert on_a_cpu.iloc[:, [1, 2, 4]].to_numpy().tolist() == [
+        ["a", "0.90", "best peer"], ["b", "0.80", ""]
+    ]  # fmt: skip
+    mixed = plot._peers(pd.DataFrame([row, alone])).iloc[
+        2:, [1, 2, 4]
+    ]  # the last could not record
+    assert mixed.to_numpy().tolist() == [
+        ["a", "0.90", "best peer, launched"], ["b", "0.80", "launched"]
+    ]  # fmt: skip
 
 
 @pytest.fixture
