@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import signal
 import sys
@@ -320,6 +322,8 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     # The log of a run has the very number.
     (run,) = (out / "runs").glob("*softmax*")
     assert f'"held_out_loss": {found["loss"][0]:.4f}'[:-2] in (run / "run/log.jsonl").read_text()
+    ok = json.loads((run / "result.json").read_text())
+    log = (run / "run/log.jsonl").read_text()
     other = ["--out", str(tmp_path / "other"), "--report-only"]
     more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
     assert study.main(more) == 0  # of a run that is done its own number counts
@@ -327,6 +331,29 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     with pytest.raises(UserError, match="with 3 micro-steps each"):  # before the first run
         study.main([*given, "--out", str(tmp_path / "uneven"), "--accumulate", "3"])
     assert not (tmp_path / "uneven" / "runs").exists()
+    # What was cut while it sampled keeps what training has measured, and half a run its curve.
+    write_json(run / "result.json", {"state": "interrupted", "error": "stopped"})
+    cut = ["--only", "softmax", "--out", str(out), "--report-only"]
+    (out / "table.csv").rename(tmp_path / "whole.csv")
+    assert study.main([*given, *cut]) == 1
+    row, before = (table.read(f).iloc[0] for f in (out / "table.csv", tmp_path / "whole.csv"))
+    assert row["state"] == "interrupted" and row["loss"] == before["loss"] > 0
+    assert row["curve"] == before["curve"] and row["train_loss"] == before["train_loss"]
+    (out / "table.csv").unlink()
+    (last,) = (run / "run/checkpoints").iterdir()
+    last.rename(last.with_name("step-00000004"))
+    assert study.main([*given, *cut]) == 1
+    half = table.read(out / "table.csv").iloc[0]
+    assert half["curve"] == before["curve"] and math.isnan(half["loss"] + half["train_loss"])
+    # A damaged one hides no other.
+    last.with_name("step-00000004").rename(last)
+    write_json(run / "result.json", ok)
+    (run / "run/log.jsonl").write_text("{\n")
+    assert study.main([*given, "--out", str(out), "--report-only"]) == 1
+    assert list(table.read(out / "table.csv")["state"]) == ["damaged", "ok"]
+    assert "line 1 of" in table.read(out / "table.csv")["error"][0]
+    (run / "run/log.jsonl").write_text(log)
+    (tmp_path / "whole.csv").replace(out / "table.csv")
     # A call of fewer variants forgets no run that one page may hold beside its own.
     assert study.main([*given, "--out", str(out), "--only", "sana", "--report-only"]) == 0
     assert set(table.read(out / "table.csv")["variant"]) == {"softmax", "sana"}
