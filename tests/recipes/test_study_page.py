@@ -287,6 +287,10 @@ class TestPage:
         assert not (tmp_path / "p").exists()
         for bad, words in (
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
+            *(
+                (frame.drop(columns=name), f"it has no '{name}'")
+                for name in ("error", "model", "macs", "q1", "step_seconds", "elsewhere")
+            ),
             (frame.assign(px="many"), "damaged: column 'px'"),
             (frame.assign(seed=None), "'seed' lacks a number"),
             (frame.assign(learning_rate=None), "'learning_rate' lacks a number"),

@@ -186,7 +186,8 @@ def read(path: Path) -> pd.DataFrame:
              "learning_rate": Settings.learning_rate}  # fmt: skip
     # A table of before they were noted.
     frame = frame.assign(**{n: value for n, value in older.items() if n not in frame})
-    needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
+    needed = [*_TEXTS, *SETTING, *_WHOLE, *NUMBERS, "macs", "step_seconds", "wall_seconds",
+              "elsewhere"]  # fmt: skip
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
     for name in (*_WHOLE, "learning_rate"):
