@@ -23,7 +23,7 @@ from recipes import study
 from recipes.lab.console import UserError
 from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
-from recipes.lab.files import write_json
+from recipes.lab.files import CannotWrite, write_json
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison import execution
@@ -203,6 +203,18 @@ class TestLauncher:
         assert states == {"a": "ok", "b": "crashed", "c": "ok"}
         assert {(f / "gpu").read_text() for f in folders[:2]} == {"0", "1"}
         assert "killed by signal 9" in (folders[1] / "result.json").read_text()
+
+    def test_a_full_disk_stops_no_other(self, folders, monkeypatch):
+        def work(folder):
+            if folder.name == "a":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def refuse(path, content):
+            raise CannotWrite(path, OSError(28, "No space left on device"))
+
+        monkeypatch.setattr(launch, "write_json", refuse)
+        states = self.launch(folders, monkeypatch, work)
+        assert states == {"a": "crashed", "b": "ok", "c": "ok"}
 
     @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to tell a child")
     def test_a_run_ends_with_a_launcher_that_is_killed(self, tmp_path):

@@ -282,6 +282,8 @@ class TestPage:
         none = self.write(tmp_path, frame.assign(state="not run"))
         with pytest.raises(UserError, match="no run of the table is done yet"):
             results.main([str(none), "--out", str(tmp_path / "page.md")])
+        with pytest.raises(UserError, match="would be a table's place"):
+            results.main([str(none), "--out", str(none)])
         with pytest.raises(UserError, match=r"there is no .*nowhere.csv"):
             results.main([str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "p" / "page.md")])
         assert not (tmp_path / "p").exists()

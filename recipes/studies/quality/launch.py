@@ -7,6 +7,7 @@ saved its state, and the next call goes on exactly.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from recipes.lab.console import UserError
-from recipes.lab.files import write_json
+from recipes.lab.files import CannotWrite, write_json
 from recipes.studies.comparison.execution import (
     GRACE_SECONDS,
     STOPPED,
@@ -171,5 +172,6 @@ def _result(folder: Path, status: int, is_cut: bool) -> Result:
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         crashed = {"state": "crashed", "error": f"{how}; its last words are in output.txt"}
         result = dict(STOPPED) if is_cut else crashed
-        write_json(folder / "result.json", result)
+        with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
+            write_json(folder / "result.json", result)
     return result
