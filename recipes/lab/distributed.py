@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
@@ -107,6 +108,27 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
         error.is_shared = True
         raise error
     return outcome[0]
+
+
+def differing_buffers(model: nn.Module) -> list[str]:
+    """Buffers of a model's state that are not alike in all processes; each has to call it.
+
+    The zoo's own, such as batch norms, move by what all processes have seen.
+    """
+    state = model.state_dict().keys()
+    names, differ = [], []
+    for name, buffer in model.named_buffers():
+        if name in state and not buffer.is_complex():
+            first = buffer.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(first, 0)
+            names.append(name)
+            # Far above what two compilers may round otherwise.
+            differ.append((buffer.double() - first).norm() > 1e-4 * first.double().norm())
+    if not names:
+        return []
+    found = torch.stack(differ).int()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, is_other in zip(names, found.tolist(), strict=True) if is_other]
 
 
 def shard(model: nn.Module, accelerator: Accelerator, sums: torch.dtype = torch.float32) -> None:

@@ -1,6 +1,7 @@
 """Two processes compute what one computes, and decide together."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -129,6 +130,12 @@ def test_a_training_that_is_over_holds_no_memory(buckets):
 
 def test_a_gradient_that_comes_too_late_is_no_silent_error(buckets):
     assert all("twice in one backward" in found["twice"] for found in buckets)
+
+
+def test_a_buffer_that_processes_do_not_share_is_named_once(buckets):
+    for found in buckets:
+        (said,) = found["notes"]
+        assert re.match(r"not alike in all processes: buffer 'blocks\.0\.\S+running_mean';", said)
 
 
 @pytest.mark.parametrize("name", ["half", "half-of-one"])
