@@ -212,7 +212,7 @@ class TestLauncher:
         def refuse(path, content):
             raise CannotWrite(path, OSError(28, "No space left on device"))
 
-        monkeypatch.setattr(launch, "write_json", refuse)
+        monkeypatch.setattr(execution, "write_json", refuse)
         states = self.launch(folders, monkeypatch, work)
         assert states == {"a": "crashed", "b": "ok", "c": "ok"}
 
@@ -240,8 +240,13 @@ class TestLauncher:
     def test_when_time_is_up_running_ones_are_told_and_others_wait(self, folders, monkeypatch):
         monkeypatch.setattr(launch, "SAVE_SECONDS", 0.0)
         monkeypatch.setattr(launch, "START_SECONDS", 0.2)
+        before = {"state": "interrupted", "error": None, "wall_seconds": 100.0}
+        write_json(folders[0] / "result.json", before)
         states = self.launch(folders, monkeypatch, lambda _: time.sleep(60), minutes=0.5 / 60)
         assert states == {"a": "interrupted", "b": None, "c": None}
+        # Of all attempts, also of one that could not say so itself.
+        result = json.loads((folders[0] / "result.json").read_text())
+        assert 100.3 < result["wall_seconds"] < 160
 
     @pytest.mark.usefixtures("launching")
     def test_gpus_that_are_not_there_are_refused(self, monkeypatch):
