@@ -138,6 +138,10 @@ def test_a_buffer_that_processes_do_not_share_is_named_once(buckets):
         assert re.match(r"not alike in all processes: buffer 'blocks\.0\.\S+running_mean';", said)
 
 
+def test_the_cost_of_a_sharded_model_is_that_of_the_whole(buckets):
+    assert "0.00932 G multiply-accumulates per image" in buckets[0]["banner"]
+
+
 @pytest.mark.parametrize("name", ["half", "half-of-one"])
 def test_a_run_continues_on_another_number_of_processes(out, name):
     loss, weight = deviation(Run(out / name), Run(out / "one" / "dydila"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from recipes.lab.console import run_script
+from recipes.lab.training.banner import banner
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> int:
             assert train(rounded, Run(out / name)) == 0
         found = two_buckets.cases()
         found["notes"] = _notes_of_a_buffer()
+        found["banner"] = banner(Trainer(settings("sharded")), Run(out / "sharded"), 0)
         (out / f"buckets-{dist.get_rank()}.json").write_text(json.dumps(found))
     (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))
     return 0
