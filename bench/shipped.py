@@ -115,7 +115,7 @@ def studied_quality(paths: Iterable[Path]) -> list[Quality]:
         runs = table.read(path)
         runs = runs.loc[(runs["state"] == "ok") & (runs["protocol"] == "depth")]
         for row in table.one_each(runs.loc[runs["loss"].notna()]).to_dict("records"):
-            setting = row["data"], row["px"], row.get("model", Scale.model)
+            setting = row["data"], row["px"], row["model"]
             scale = row["steps"], row["batch"], row["learning_rate"]
             if scales.setdefault(setting, scale) != scale:
                 raise UserError(f"{path} has {row['data']} at {row['px']} px at another scale")

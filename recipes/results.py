@@ -39,7 +39,12 @@ def main(arguments: list[str]) -> int:
             f"there is no {str(missing[0])!r}; make a table with python recipes/study.py, or a "
             f"folder with python recipes/compare.py"
         )
-    out = require_writable(Path(given.out))
+    out = Path(given.out)
+    if out.suffix == ".csv" or out.resolve() in [source.resolve() for source in sources]:
+        raise UserError(
+            f"--out {given.out!r} would be a table's place: name a page, such as page.md"
+        )
+    require_writable(out)
     kinds = {source.suffix == ".csv" for source in sources}
     if len(kinds) > 1:
         raise UserError("tables (.csv) and folders make two pages: call it once for each")

@@ -5,8 +5,9 @@
     python recipes/results.py runs/resolution/table.csv
 
 The same command goes on where it was stopped, most important runs first; what is cut off by time
-has saved its state. OUT/table.csv holds every run, done or not. With ``--table FILE`` runs that
-another machine has done are not repeated, and their rows are taken over.
+has saved its state. OUT/table.csv holds every run, done or not, with what its training has
+measured. With ``--table FILE`` runs that another machine has done are not repeated, and their
+rows are taken over.
 """
 
 from __future__ import annotations

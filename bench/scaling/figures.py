@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.reports import read, where
-from bench.results import NUMBER, TEXT
+from bench.results import NUMBER, TEXT, Foreign, require_shape
 from bench.thresholds import HEADING, SCALING, GoalFigure
 from recipes.lab.console import UserError
 from recipes.lab.pages import markdown_table
@@ -20,9 +20,19 @@ _SHAPE = {
         **dict.fromkeys(("mechanism", "way", "size", "treatment"), TEXT),
         **dict.fromkeys(("tokens", "gpus", "images"), (int,)), **dict.fromkeys(_NUMBERS, NUMBER),
         "seconds": dict.fromkeys(("median", "q1", "q3"), NUMBER), "notes": [TEXT],
-        **dict.fromkeys(("checkpoint", "beside"), (dict, int, type(None))),
+        "checkpoint": (dict, type(None)), "beside": (int, type(None)),
     }],
-    "checks": [{"check": TEXT, "processes": (int,)}],
+    "checks": [{"check": TEXT, "processes": (int,), "equal": (bool,)}],
+}  # fmt: skip
+_SAVED = {"seconds": NUMBER, "bytes": NUMBER}
+_CHECKED = {
+    "kill": {
+        "mechanism": TEXT, **dict.fromkeys(("largest_difference", "seconds_to_end"), NUMBER),
+        **dict.fromkeys(("tensors", "killed", "at_step", "resumed_from"), (int,)),
+        **dict.fromkeys(("equal_before", "ended_by_itself"), (bool,)),
+    },
+    "encode": {"shards": (int,)},
+    "evaluate": {"metrics": (int,), "differing": [TEXT]},
 }  # fmt: skip
 _WAYS = {"overlapped": "overlapped", "bf16": "overlapped, bfloat16", "fsdp2": "FSDP2",
          "25MB": "overlapped, 25 MB", "ddp": "one reduction"}  # fmt: skip
@@ -35,9 +45,22 @@ def read_scaling(path: Path) -> dict[str, Any]:
         UserError: It is no such file, or has a way that this version does not know.
     """
     report = read(path, _SHAPE, "bench.scaling")
-    for row in report["training"]:
-        if row["way"] not in _WAYS:
-            raise UserError(f"{path} has the way {row['way']!r}; known are {', '.join(_WAYS)}")
+    for name, kind, known in (("training", "way", _WAYS), ("checks", "check", _CHECKED)):
+        for row in report[name]:
+            if row[kind] not in known:
+                raise UserError(f"{path} has the {kind} {row[kind]!r}; known are "
+                                f"{', '.join(known)}")  # fmt: skip
+    try:
+        for row in report["training"]:
+            for name in ("gpus", "images_per_second"):
+                if row[name] <= 0:
+                    raise Foreign(f"{name} is {row[name]}")
+            if row["checkpoint"] is not None:
+                require_shape(row["checkpoint"], _SAVED, "checkpoint")
+        for row in report["checks"]:
+            require_shape(row, _CHECKED[row["check"]], row["check"])
+    except Foreign as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     return report
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
@@ -109,6 +110,27 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def differing_buffers(model: nn.Module) -> list[str]:
+    """Buffers of a model's state that are not alike in all processes; each has to call it.
+
+    The zoo's own, such as batch norms, move by what all processes have seen.
+    """
+    state = model.state_dict().keys()
+    names, differ = [], []
+    for name, buffer in model.named_buffers():
+        if name in state and not buffer.is_complex():
+            first = buffer.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(first, 0)
+            names.append(name)
+            # Far above what two compilers may round otherwise.
+            differ.append((buffer.double() - first).norm() > 1e-4 * first.double().norm())
+    if not names:
+        return []
+    found = torch.stack(differ).int()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, is_other in zip(names, found.tolist(), strict=True) if is_other]
+
+
 def shard(model: nn.Module, accelerator: Accelerator, sums: torch.dtype = torch.float32) -> None:
     """Spreads weights, gradients and optimizer state over the processes (FSDP2), block by block.
 
@@ -118,7 +140,11 @@ def shard(model: nn.Module, accelerator: Accelerator, sums: torch.dtype = torch.
         model: On its device.
         accelerator: Of all processes.
         sums: The type in which gradients are added up.
+
+    Raises:
+        UserError: It has a parameter that FSDP2 does not hold, which some mechanism brings.
     """
+    check_parts(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -127,6 +153,28 @@ def shard(model: nn.Module, accelerator: Accelerator, sums: torch.dtype = torch.
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def check_parts(model: nn.Module) -> None:
+    """Refuses by name what FSDP2 fails on in words of its own, or at the first step."""
+    found: dict[int, tuple[str, str]] = {}
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        root, _, rest = name.partition(".")
+        part = rest.partition(".")[0] if root == "blocks" else ""
+        place, other = found.setdefault(id(parameter), (part, name))
+        one, kind = own = name, parameter.dtype
+        if parameter.requires_grad:  # FSDP2 asks nothing of others
+            one, kind = first.setdefault(part, own)
+        if not parameter.ndim:
+            reason = f"{name!r} has no dimension to split: make it one of shape (1,)"
+        elif place != part:
+            reason = f"{other!r} and {name!r} are one tensor, and blocks are split one by one"
+        elif kind != parameter.dtype:
+            reason = f"{one!r} is {kind} and {name!r} {parameter.dtype} in one block"
+        else:
+            continue
+        raise UserError(f"--sharded cannot split the model: {reason}, or drop --sharded")
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_the_newest_case_counts_that_ran_as_users_run_it(tmp_path):
 
 def test_the_studies_come_before_digits(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    row = "resolution,{},sana,emoji,64,256,{},10,8,{},run-{},{},{},H100,2.11,"
+    row = "resolution,{},sana,emoji,64,256,{},10,8,{},run-{},{},{},H100,2.11," + 11 * ","
     rows = [
         row.format(protocol, seed, images, seed, state, loss)
         for protocol, seed, images, state, loss in (
@@ -118,14 +118,16 @@ def test_the_studies_come_before_digits(tmp_path):
     rows[-1] = rows[-1].replace(",0.4,", ",4.0,")
     columns = (
         "study,protocol,variant,data,px,tokens,seed,steps,batch,held_out,run,state,loss,device,"
-        "torch,curve"
+        "torch,curve,error,loss_model,q1,q2,q3,q4,train_loss,macs,step_seconds,wall_seconds,"
+        "elsewhere,model"
     )
+    larger = [f"{line},384x12" for line in rows]
+    rows = [f"{line},192x6" for line in rows]
     (tmp_path / "table.csv").write_text("\n".join([columns, *rows, ""]))
     (found,) = shipped.studied_quality(tmp_path.glob("*.csv"))
     assert (found.mean, found.spread, found.seeds, found.tokens) == (0.3, 0.1, 2, 256)
     assert found.setting == "emoji, 64 px"
-    larger = [f"{line},384x12" for line in rows]
-    (tmp_path / "s.csv").write_text("\n".join([f"{columns},model", *larger, ""]))
+    (tmp_path / "s.csv").write_text("\n".join([columns, *larger, ""]))
     settings = [q.setting for q in shipped.studied_quality(tmp_path.glob("*.csv"))]
     assert settings == ["emoji, 64 px", "emoji, 64 px, 384x12"]
     longer = [line.replace(",10,8,", ",20,8,") for line in rows]

@@ -283,6 +283,30 @@ def test_another_file_is_no_file_of_scaling(tmp_path):
         main(["--table", str(tmp_path / "x.json")])
 
 
+@pytest.mark.parametrize(
+    ("row", "check", "words"),
+    [
+        ({"images_per_second": 0.0}, {}, "images_per_second is 0.0"),
+        ({"checkpoint": {"seconds": 1.0}}, {}, "checkpoint has no bytes"),
+        ({"checkpoint": 3}, {}, r"training\[0\].checkpoint is 3"),
+        ({}, {"check": "encode", "shards": None}, "encode.shards is None"),
+        ({}, {"check": "kill"}, "kill has no mechanism"),
+        ({}, {"check": "sleep"}, "has the check 'sleep'; known are kill, encode"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line(row, check, words, tmp_path):
+    check = [{"processes": 2, "equal": True, **check}] if check else []
+    report = {
+        "training": [row_of(Case("sana", 16, 1), beside=0) | row], "checks": check, "missed": [],
+        "gpus": 1, "device": "cpu", "device_name": "C", "versions": {}, "commit": "c",
+        "datetime": "2026-01-01",
+    }  # fmt: skip
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(report))
+    with pytest.raises(UserError, match=words):
+        main(["--table", str(file)])
+
+
 def test_a_way_counts_once_and_one_of_a_later_version_is_named(tmp_path):
     assert scaling._chosen("--ways", "bf16,ddp,bf16", list(WAYS)) == ["bf16", "ddp"]
     report = {

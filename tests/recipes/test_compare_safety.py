@@ -411,7 +411,7 @@ class TestProcesses:
         run_all([folder], 1, lambda: True, lambda _, r: seen.append(r), locally(1, minutes=0.1))
         assert time.monotonic() - started < 60 and (place / "stuck").exists()
         assert seen[0]["state"] == "timed out" and "--run-minutes 0.1" in seen[0]["error"]
-        assert read_result(folder) == seen[0]
+        assert read_result(folder) == seen[0] and seen[0]["wall_seconds"] > 5
 
     def test_a_reader_that_goes_away_ends_nothing(self, place, monkeypatch):
         """Two runs at once, and both outputs closed: they end, and the report is written."""

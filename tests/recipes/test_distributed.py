@@ -1,11 +1,15 @@
 """Two processes compute what one computes, and decide together."""
 
 import json
+import re
 
 import pytest
 import torch
+from torch import nn
 
 import attnzoo
+from recipes.lab.console import UserError
+from recipes.lab.distributed import check_parts
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.state import load_checkpoint
 from recipes.lab.training.trainer import Trainer
@@ -128,10 +132,39 @@ def test_a_gradient_that_comes_too_late_is_no_silent_error(buckets):
     assert all("twice in one backward" in found["twice"] for found in buckets)
 
 
+def test_a_buffer_that_processes_do_not_share_is_named_once(buckets):
+    for found in buckets:
+        (said,) = found["notes"]
+        assert re.match(r"not alike in all processes: buffer 'blocks\.0\.\S+running_mean';", said)
+
+
+def test_the_cost_of_a_sharded_model_is_that_of_the_whole(buckets):
+    assert "0.00932 G multiply-accumulates per image" in buckets[0]["banner"]
+
+
 @pytest.mark.parametrize("name", ["half", "half-of-one"])
 def test_a_run_continues_on_another_number_of_processes(out, name):
     loss, weight = deviation(Run(out / name), Run(out / "one" / "dydila"))
     assert loss < 1e-5 and weight < 3e-5
+
+
+def test_what_cannot_be_sharded_is_named_before_the_first_step():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    model.head = nn.Linear(2, 2, dtype=torch.bfloat16)
+    check_parts(model)
+    model.blocks[0].gate = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match=r"'blocks\.0\.gate' has no dimension .* drop --sharded"):
+        check_parts(model)
+    model.blocks[0].gate = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    with pytest.raises(UserError, match=r"torch\.float32 and 'blocks\.0\.gate' torch\.float64 in"):
+        check_parts(model)
+    model.blocks[0].gate.requires_grad_(False)
+    model.blocks[1].tied = model.blocks[1].weight
+    check_parts(model)
+    model.head.tied = model.blocks[1].weight
+    with pytest.raises(UserError, match=r"'blocks\.1\.weight' and 'head\.tied' are one tensor"):
+        check_parts(model)
 
 
 def test_gradient_checkpointing_changes_nothing(out):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +23,7 @@ from recipes import study
 from recipes.lab.console import UserError
 from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
-from recipes.lab.files import write_json
+from recipes.lab.files import CannotWrite, write_json
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
 from recipes.studies.comparison import execution
@@ -202,6 +204,18 @@ class TestLauncher:
         assert {(f / "gpu").read_text() for f in folders[:2]} == {"0", "1"}
         assert "killed by signal 9" in (folders[1] / "result.json").read_text()
 
+    def test_a_full_disk_stops_no_other(self, folders, monkeypatch):
+        def work(folder):
+            if folder.name == "a":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def refuse(path, content):
+            raise CannotWrite(path, OSError(28, "No space left on device"))
+
+        monkeypatch.setattr(execution, "write_json", refuse)
+        states = self.launch(folders, monkeypatch, work)
+        assert states == {"a": "crashed", "b": "ok", "c": "ok"}
+
     @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to tell a child")
     def test_a_run_ends_with_a_launcher_that_is_killed(self, tmp_path):
         def work():
@@ -226,8 +240,13 @@ class TestLauncher:
     def test_when_time_is_up_running_ones_are_told_and_others_wait(self, folders, monkeypatch):
         monkeypatch.setattr(launch, "SAVE_SECONDS", 0.0)
         monkeypatch.setattr(launch, "START_SECONDS", 0.2)
+        before = {"state": "interrupted", "error": None, "wall_seconds": 100.0}
+        write_json(folders[0] / "result.json", before)
         states = self.launch(folders, monkeypatch, lambda _: time.sleep(60), minutes=0.5 / 60)
         assert states == {"a": "interrupted", "b": None, "c": None}
+        # Of all attempts, also of one that could not say so itself.
+        result = json.loads((folders[0] / "result.json").read_text())
+        assert 100.3 < result["wall_seconds"] < 160
 
     @pytest.mark.usefixtures("launching")
     def test_gpus_that_are_not_there_are_refused(self, monkeypatch):
@@ -320,6 +339,8 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     # The log of a run has the very number.
     (run,) = (out / "runs").glob("*softmax*")
     assert f'"held_out_loss": {found["loss"][0]:.4f}'[:-2] in (run / "run/log.jsonl").read_text()
+    ok = json.loads((run / "result.json").read_text())
+    log = (run / "run/log.jsonl").read_text()
     other = ["--out", str(tmp_path / "other"), "--report-only"]
     more = [*given, "--held-out-images", "48", "--out", str(out), "--report-only"]
     assert study.main(more) == 0  # of a run that is done its own number counts
@@ -327,6 +348,29 @@ def test_the_script_runs_a_plan_and_another_machine_takes_its_rows_over(
     with pytest.raises(UserError, match="with 3 micro-steps each"):  # before the first run
         study.main([*given, "--out", str(tmp_path / "uneven"), "--accumulate", "3"])
     assert not (tmp_path / "uneven" / "runs").exists()
+    # What was cut while it sampled keeps what training has measured, and half a run its curve.
+    write_json(run / "result.json", {"state": "interrupted", "error": "stopped"})
+    cut = ["--only", "softmax", "--out", str(out), "--report-only"]
+    (out / "table.csv").rename(tmp_path / "whole.csv")
+    assert study.main([*given, *cut]) == 1
+    row, before = (table.read(f).iloc[0] for f in (out / "table.csv", tmp_path / "whole.csv"))
+    assert row["state"] == "interrupted" and row["loss"] == before["loss"] > 0
+    assert row["curve"] == before["curve"] and row["train_loss"] == before["train_loss"]
+    (out / "table.csv").unlink()
+    (last,) = (run / "run/checkpoints").iterdir()
+    last.rename(last.with_name("step-00000004"))
+    assert study.main([*given, *cut]) == 1
+    half = table.read(out / "table.csv").iloc[0]
+    assert half["curve"] == before["curve"] and math.isnan(half["loss"] + half["train_loss"])
+    # A damaged one hides no other.
+    last.with_name("step-00000004").rename(last)
+    write_json(run / "result.json", ok)
+    (run / "run/log.jsonl").write_text("{\n")
+    assert study.main([*given, "--out", str(out), "--report-only"]) == 1
+    assert list(table.read(out / "table.csv")["state"]) == ["damaged", "ok"]
+    assert "line 1 of" in table.read(out / "table.csv")["error"][0]
+    (run / "run/log.jsonl").write_text(log)
+    (tmp_path / "whole.csv").replace(out / "table.csv")
     # A call of fewer variants forgets no run that one page may hold beside its own.
     assert study.main([*given, "--out", str(out), "--only", "sana", "--report-only"]) == 0
     assert set(table.read(out / "table.csv")["variant"]) == {"softmax", "sana"}

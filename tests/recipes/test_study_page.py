@@ -242,6 +242,16 @@ class TestPage:
         found = table.merged([again, frame]).set_index("protocol")
         assert set(found.loc["time", "device"]) == {"another"} != set(found.loc["depth", "device"])
 
+    def test_a_loss_of_a_run_that_is_not_done_stays_and_is_in_no_statistics(self):
+        frame = pd.DataFrame(rows(seeds=2))
+        cut = frame.assign(state=frame["state"].where(frame["seed"] == 0, "interrupted"))
+        nothing = frame.assign(state="not run", loss=None, curve=None)
+        found = table.merged([nothing, table.of_scale(cut, Scale(batch_size=8, steps=100))])
+        assert list(found["state"]) == list(cut["state"]) and found["loss"].notna().all()
+        assert {one.difference.pairs for one in decided(found).values()} == {1}
+        assert table.done_in(found) == {*frame.loc[frame["seed"] == 0, "run"]}
+        assert set(table.merged([cut, frame])["state"]) == {"ok"}
+
     def test_a_protocol_that_a_study_does_not_plan_has_a_page_too(self):
         frame = pd.DataFrame(rows(protocol="MACs"))
         assert "equal MACs" in page.results_page(frame, "p.png", "t.csv")
@@ -261,8 +271,9 @@ class TestPage:
         # At equal MACs models differ, and at equal time steps.
         assert len(done) == kept() == kept(protocol="MACs", model="192x7")
         assert len(done) == kept(protocol="time", steps=50)
-        for changed in ({"model": "192x7"}, {"steps": 50}, {"state": "not run"}, {"batch": 4},
-                        {"learning_rate": 0.1}, {"protocol": "MACs", "steps": 50},
+        for changed in ({"model": "192x7"}, {"steps": 50}, {"batch": 4},
+                        {"state": "not run", "loss": None}, {"learning_rate": 0.1},
+                        {"protocol": "MACs", "steps": 50},
                         {"protocol": "time", "model": "192x7"}):  # fmt: skip
             assert not kept(**changed)
 
@@ -271,11 +282,17 @@ class TestPage:
         none = self.write(tmp_path, frame.assign(state="not run"))
         with pytest.raises(UserError, match="no run of the table is done yet"):
             results.main([str(none), "--out", str(tmp_path / "page.md")])
+        with pytest.raises(UserError, match="would be a table's place"):
+            results.main([str(none), "--out", str(none)])
         with pytest.raises(UserError, match=r"there is no .*nowhere.csv"):
             results.main([str(tmp_path / "nowhere.csv"), "--out", str(tmp_path / "p" / "page.md")])
         assert not (tmp_path / "p").exists()
         for bad, words in (
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
+            *(
+                (frame.drop(columns=name), f"it has no '{name}'")
+                for name in ("error", "model", "macs", "q1", "step_seconds", "elsewhere")
+            ),
             (frame.assign(px="many"), "damaged: column 'px'"),
             (frame.assign(seed=None), "'seed' lacks a number"),
             (frame.assign(learning_rate=None), "'learning_rate' lacks a number"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from recipes.lab.console import run_script
+from recipes.lab.training.banner import banner
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> int:
             rounded = settings("dydila", gradient_sums="bf16", sharded=sharded)
             assert train(rounded, Run(out / name)) == 0
         found = two_buckets.cases()
+        found["notes"] = _notes_of_a_buffer()
+        found["banner"] = banner(Trainer(settings("sharded")), Run(out / "sharded"), 0)
         (out / f"buckets-{dist.get_rank()}.json").write_text(json.dumps(found))
     (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))
     return 0
@@ -88,6 +91,16 @@ def _exactly(out: Path) -> None:
     resumed = Run(out / "resumed")
     assert train(settings("dydila"), resumed, should_stop=lambda step: step == 2) == 75
     assert train(settings("dydila"), resumed, resume=True) == 0
+
+
+def _notes_of_a_buffer() -> list[str]:
+    """What training says where the processes do not hold one alike."""
+    trainer = Trainer(settings("dydila"))
+    moved = (b for name, b in trainer.model.named_buffers() if name.endswith("running_mean"))
+    next(moved).add_(dist.get_rank())
+    for _ in range(2):
+        trainer.train_step()
+    return trainer.notes
 
 
 def _tell_second(step: int) -> bool:

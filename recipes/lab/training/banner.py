@@ -11,6 +11,7 @@ from recipes.lab.console import UserError
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import is_latent_folder
 from recipes.lab.distributed import neighbors
+from recipes.lab.training.build import build_model
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.memory import free_bytes
 from recipes.lab.training.settings import Settings
@@ -34,7 +35,11 @@ def banner(trainer: Trainer, run: Run, needed: int) -> str:
     grid = model.token_grid(dataset.resolution, dataset.resolution)
     tokens = grid[0] * grid[1]
     try:
-        macs = f"{count_macs(model, grid=grid).total / 1e9:.3g} G multiply-accumulates"
+        whole = model
+        if trainer.is_sharded:  # its forward takes all processes
+            with torch.device("meta"):
+                whole = build_model(settings, dataset)
+        macs = f"{count_macs(whole, grid=grid).total / 1e9:.3g} G multiply-accumulates"
     except Exception:  # a mechanism of one's own need not be countable to be trained
         macs = "multiply-accumulates not counted"
     images = "endless" if dataset.infinite else str(len(dataset))

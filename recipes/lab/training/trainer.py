@@ -26,7 +26,7 @@ from recipes.lab.data.datasets import ImageDataset
 from recipes.lab.data.latents import LatentDataset, decode, is_latent_folder, open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS, generator_for, sample
 from recipes.lab.diffusion.schedule import forward_process
-from recipes.lab.distributed import SUMS, make_accelerator, shard
+from recipes.lab.distributed import SUMS, differing_buffers, make_accelerator, shard
 from recipes.lab.drawing.pictures import save_grid
 from recipes.lab.files import refuse_links
 from recipes.lab.training.batches import Batch, Batches
@@ -140,6 +140,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self._are_compared = False
         self._names: list[str] = []  # of a step's numbers, those that depend on the model
         self._inputs: dict[str, Tensor] = {}  # of its last micro-step
         self._queued: deque[tuple[float, Numbers]] = deque()
@@ -281,6 +282,7 @@ class Trainer:
             skip = {"step": self.step, "loss": None, "skipped": reason}
             return {**skip, "skipped_in_all": self.skipped}, stop > 0
         self.skipped_in_a_row = 0
+        self._compare_buffers()
         entry = {"step": self.step, **named, "gradient_norm": norm}
         entry |= {"learning_rate": rate, **quartile_entry(values[len(self._names) :])}
         if self.skipped:
@@ -295,6 +297,18 @@ class Trainer:
         if every and (self.step % every == 0 or self.step == self.settings.steps):
             entry |= self.held_out()
         return entry, stop > 0
+
+    def _compare_buffers(self) -> None:
+        """After the first step of a call that counts, says what no checkpoint could hold."""
+        if self._are_compared or self.accelerator.num_processes == 1:
+            return
+        self._are_compared = True
+        if names := differing_buffers(self.model):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.notes.append(
+                f"not alike in all processes: buffer {names[0]!r}{more}; a checkpoint holds the "
+                f"first process': average what moves it, see docs/write-a-mechanism.md"
+            )
 
     def held_out(self) -> dict[str, float]:
         """The held-out loss of the average, by quarter of the time axis too, and of the model."""

@@ -271,7 +271,7 @@ def locally(jobs: int, minutes: float = math.inf) -> RunOne:
     """
 
     def run(folder: Path, slot: int, stop: threading.Event) -> Result:
-        process = _start(folder, slot, jobs)
+        process, started = _start(folder, slot, jobs), time.time()
         deadline = time.monotonic() + 60 * minutes
         while process.poll() is None and not stop.is_set() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -300,11 +300,27 @@ def locally(jobs: int, minutes: float = math.inf) -> RunOne:
             result = {"state": "crashed", "error": f"{how}; its last words are in output.txt"}
         else:
             return result
-        with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
-            write_json(folder / "result.json", result)
-        return result
+        return ended(folder, result, started)
 
     return run
+
+
+def ended(folder: Path, result: Result, started: float) -> Result:
+    """Writes what a launcher says of a run that it has ended, or that has died.
+
+    Args:
+        folder: Of the run.
+        result: State and error.
+        started: When this attempt was, by ``time.time``.
+
+    Returns:
+        The result with the seconds of all attempts.
+    """
+    before = (read_result(folder, EARLIER) or {}).get("wall_seconds") or 0.0
+    result = result | {"wall_seconds": round(before + time.time() - started, 1)}
+    with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
+        write_json(folder / "result.json", result)
+    return result
 
 
 def _start(folder: Path, slot: int, jobs: int) -> subprocess.Popen[bytes]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from recipes.lab.console import UserError
-from recipes.lab.files import write_json
 from recipes.studies.comparison.execution import (
     GRACE_SECONDS,
     STOPPED,
     Result,
+    ended,
     run_one,
     signals,
 )
@@ -124,7 +124,7 @@ def run_forked(
     """
     deadline = time.monotonic() + 60 * minutes - SAVE_SECONDS
     waiting, free = deque(folders), list(slots)
-    running: dict[int, tuple[Path, str | None]] = {}
+    running: dict[int, tuple[Path, str | None, float]] = {}
     told: float | None = None  # when running ones were asked to save
     with signals() as stop:
         while waiting or running:
@@ -140,13 +140,14 @@ def run_forked(
                 folder, slot = waiting.popleft(), free.pop(0)
                 set_aside(folder)
                 work = _work(folder)
-                running[forked(work, slot, threads, folder / "output.txt")] = folder, slot
+                pid = forked(work, slot, threads, folder / "output.txt")
+                running[pid] = folder, slot, time.time()
             for pid in list(running):
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    folder, slot = running.pop(pid)
+                is_over, status = os.waitpid(pid, os.WNOHANG)
+                if is_over:
+                    folder, slot, started = running.pop(pid)
                     free.append(slot)
-                    report(folder, _result(folder, status, told is not None))
+                    report(folder, _result(folder, status, told is not None, started))
             if not running and (told is not None or now >= deadline - START_SECONDS):
                 break
             time.sleep(0.05)
@@ -164,12 +165,11 @@ def _work(folder: Path) -> Callable[[], bool]:
     return work
 
 
-def _result(folder: Path, status: int, is_cut: bool) -> Result:
+def _result(folder: Path, status: int, is_cut: bool, started: float) -> Result:
     result = read_result(folder)
     if result is None:
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
         crashed = {"state": "crashed", "error": f"{how}; its last words are in output.txt"}
-        result = dict(STOPPED) if is_cut else crashed
-        write_json(folder / "result.json", result)
+        return ended(folder, STOPPED if is_cut else crashed, started)
     return result

@@ -318,7 +318,7 @@ def steps_of_equal_time(label: str, side: int, steps: int, seconds: Seconds) -> 
         if (name, side) not in seconds:
             raise UserError(
                 f"the seconds of a step of {name!r} at {side} px are not known: measure them with "
-                f"--measure, or leave out --protocols time"
+                f"--measure, or name --protocols without time"
             )
     return max(1, round(steps * seconds[REFERENCE, side] / seconds[label, side]))
 

@@ -66,16 +66,21 @@ def _row(out: Path, one: StudyRun, seconds: Seconds) -> dict[str, Any]:
         "wall_seconds": result.get("wall_seconds"),
     }  # fmt: skip
     row |= dict.fromkeys((*NUMBERS, "device", "torch", "images", "elsewhere", "curve"))
-    if result["state"] == OK:
-        row |= _trained(Run(folder / "run"))
+    run, is_done = Run(folder / "run"), result["state"] == OK
+    if is_done or run.config_file.is_file():
+        try:
+            row |= _trained(run, is_done, settings.steps)
+        except UserError as error:  # of one run, which must not hide the others
+            if is_done:
+                row |= {"state": "damaged", "error": one_line(str(error))[:160]}
     for name, value in (metrics.get("results") or {}).get("1", {}).items():
         if metric_of(name) in METRICS:  # bare where Inception has looked
             row[name] = value
     return {name: _short(value) for name, value in row.items()}
 
 
-def _trained(run: Run) -> dict[str, Any]:
-    """What a run's log and configuration say."""
+def _trained(run: Run, is_done: bool, steps: int) -> dict[str, Any]:
+    """What a run's log and configuration say: no loss before it has trained to its end."""
     config, log = run.config(), run.read_log()
     environment = config["environment"]
     held = [entry for entry in log if "held_out_loss" in entry]
@@ -92,7 +97,9 @@ def _trained(run: Run) -> dict[str, Any]:
         "train_loss": math.fsum(tail) / len(tail) if tail else None,
         "curve": " ".join(f"{e['step']}:{e['held_out_loss']:.5g}" for e in held),
     }  # fmt: skip
-    if held:
+    if not (is_done or f"step-{steps:08d}" in run.checkpoint_names()):
+        found["train_loss"] = None
+    elif held:
         last = held[-1]
         found |= {"loss": last["held_out_loss"], "loss_model": last["held_out_loss_model"]}
         found |= {f"q{q}": last[f"held_out_loss_quarter_{q}"] for q in range(1, 5)}
@@ -108,11 +115,13 @@ def merged(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
     Also for the same one under another protocol: what softmax takes is the measure of all three.
     What is done under both keeps its own, which may be of the one machine that pairs ask for. A
-    run that was measured in several ways (``MEASURE``) keeps a row of each.
+    run that was measured in several ways (``MEASURE``) keeps a row of each. Of one that is done
+    nowhere the row with a loss stays: its machine may be gone.
     """
     found = pd.concat(tables, ignore_index=True)
     is_done = found["state"] == OK
-    found = found.sort_values("state", key=lambda s: s != OK, kind="stable")
+    order = (found["loss"].isna() + 2 * ~is_done).sort_values(kind="stable").index
+    found = found.loc[order]
     once = ~found.duplicated(KEY) | (is_done & ~found.duplicated(KEY + MEASURE))
     rows = found.loc[once].sort_index().to_dict("records")
     done: dict[str, list[dict[Hashable, Any]]] = {}
@@ -143,13 +152,13 @@ def one_each(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_scale(table: pd.DataFrame, scale: Scale) -> pd.DataFrame:
-    """The rows that are done and that one page may hold beside runs of this scale."""
+    """The rows that have a loss and that one page may hold beside runs of this scale."""
     is_alike = (table["batch"] == scale.batch_size) & (
         table["learning_rate"] == scale.learning_rate
     )
     for name, value, free in (("model", scale.model, "MACs"), ("steps", scale.steps, "time")):
         is_alike &= (table[name] == value) | (table["protocol"] == free)
-    return table.loc[is_alike & (table["state"] == OK)]
+    return table.loc[is_alike & ((table["state"] == OK) | table["loss"].notna())]
 
 
 def done_in(table: pd.DataFrame | None) -> set[str]:
@@ -177,7 +186,8 @@ def read(path: Path) -> pd.DataFrame:
              "learning_rate": Settings.learning_rate}  # fmt: skip
     # A table of before they were noted.
     frame = frame.assign(**{n: value for n, value in older.items() if n not in frame})
-    needed = [*KEY, "variant", *SETTING, *_WHOLE, "state", "device", "torch", "loss", "curve"]
+    needed = [*_TEXTS, *SETTING, *_WHOLE, *NUMBERS, "macs", "step_seconds", "wall_seconds",
+              "elsewhere"]  # fmt: skip
     if missing := [name for name in needed if name not in frame]:
         raise UserError(f"{path} is no table of recipes/study.py: it has no {missing[0]!r}")
     for name in (*_WHOLE, "learning_rate"):
