@@ -83,7 +83,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         "interrupted", with "error" in one line; "wall_seconds" are of all attempts together.
     """
     earlier = read_result(folder, EARLIER)
-    started = time.time() - ((earlier or {}).get("wall_seconds") or 0.0)
+    started = time.monotonic() - ((earlier or {}).get("wall_seconds") or 0.0)
     try:
         result = _run_one(folder, earlier, progress)
     except Exception as error:
@@ -94,7 +94,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         line = " ".join(str(error).split()) or type(error).__name__
         state = "out of memory" if "out of memory" in line.lower() else "error"
         result = {"state": state, "error": f"{type(error).__name__}: {line}"[:500]}
-    result = result | {"wall_seconds": round(time.time() - started, 1)}
+    result = result | {"wall_seconds": round(time.monotonic() - started, 1)}
     write_json(folder / "result.json", result)
     return result
 
