@@ -11,6 +11,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,8 +55,9 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
 
     A mistake of the caller (``UserError``, or a ``UsageError`` of attnzoo) becomes one line and
     exit status 2, Ctrl-C one line and 130; a reader that closes the pipe (``| head``) ends the
-    script quietly. A name too long for the system was given, whatever was about to be done with
-    it, and is one line too. Everything else is a bug and shows its traceback.
+    script quietly. A name that is too long for the system, or lies where it lets the caller not
+    go, was given, whatever was about to be done with it, and is one line too. Everything else is a
+    bug and shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -75,6 +77,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
             text = str(error)
         elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             text = f"{error.filename!r} is too long a name; choose a shorter one"
+        elif isinstance(error, PermissionError) and error.filename is not None:
+            text = f"{error.filename!r} cannot be reached ({error.strerror}); choose another place"
         else:
             raise
         # A rank without a launcher's world is a leftover: nobody else says what all know.
@@ -137,8 +141,9 @@ def one_line(text: str) -> str:
 
 
 def argument(value: object) -> str:
-    """A value as a command that is shown has to spell it: a folder's name may have spaces."""
-    return shlex.quote(str(value))
+    """A path as a command that is shown has to spell it: with spaces, or like a flag."""
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def progress_bar(*arguments: Any, shown: bool = True, **options: Any) -> Any:
@@ -240,6 +245,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, script: str, about: str | None, **options: Any) -> None:
         prog = f"python recipes/{script}.py"
         super().__init__(prog=prog, description=about, formatter_class=_Help, **options)
+        # Else -1e39 and -inf are flags to argparse, and no check of a value sees them.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what is empty, as of a shell's variable that is not set, for all flags alike.

@@ -233,6 +233,8 @@ def check_unlocked(file: Path) -> None:
     Raises:
         UserError: Another process holds the lock.
     """
+    if os.path.isdir(file):  # who would lock it says so
+        return
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

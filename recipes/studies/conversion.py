@@ -74,8 +74,8 @@ def _runs(given: argparse.Namespace, out: Path, seed: int) -> Iterator[tuple[str
             settings = converted_settings(source, asked, parse_terms(terms) if terms else {})
             name = f"{file_name(given.attn)}-{steps}-{terms.replace('+', '-') or 'alone'}"
             run = Run(out / f"{name.replace(',', '-')}-seed-{seed}")
-            if not run.config_file.exists():
-                start_from(source, settings, run, overwrite=False)
+            if not run.checkpoint_names():  # also one that was killed before its first was whole
+                start_from(source, settings, run, overwrite=run.config_file.exists())
             _finish(run, settings)
             yield f"converted, {terms or 'no teacher'}", run, steps
 

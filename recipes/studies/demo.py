@@ -57,7 +57,7 @@ def demo(attn: str, steps: int, out: Path, overwrite: bool) -> int:
         )
     picture = require_writable(out / "demo.png")
     for name, settings in wanted.items():
-        status = _train_once(settings, runs[name], is_other[name])
+        status = _train_once(settings, runs[name], is_other[name], overwrite)
         if status != DONE:
             return status
     _draw(runs, picture)
@@ -80,13 +80,15 @@ def _is_other(settings: Settings, run: Run) -> bool:
     return defaults | found != dataclasses.asdict(settings)
 
 
-def _train_once(settings: Settings, run: Run, overwrite: bool) -> int:
-    exists = run.config_file.exists() and not overwrite
+def _train_once(settings: Settings, run: Run, is_other: bool, overwrite: bool) -> int:
+    exists = run.config_file.exists() and not is_other
     found = run.newest_checkpoint(warn=warn) if exists else None
     if found and found[0] == settings.steps:
         log.info(f"{printable(str(run.folder))} is already trained; remove it to train again")
         return DONE
-    return train(settings, run, resume=exists, overwrite=overwrite)
+    # One whose checkpoints are all broken cannot go on.
+    is_replaced = is_other or (exists and overwrite and found is None)
+    return train(settings, run, resume=exists and not is_replaced, overwrite=is_replaced)
 
 
 def _draw(runs: Mapping[str, Run], picture: Path) -> None:

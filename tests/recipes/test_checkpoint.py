@@ -304,6 +304,25 @@ def test_two_writers_are_refused(copy):
     assert train(Settings(**SMALL, steps=6), copy, resume=True) == 0
 
 
+def test_a_lock_that_is_a_folder_is_one_line(copy):
+    copy.lock_file.unlink(missing_ok=True)
+    copy.lock_file.mkdir()
+    with pytest.raises(UserError, match=r"cannot write '.*\.lock': Is a directory"):
+        train(Settings(**SMALL, steps=6), copy, resume=True)
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew_unasked(copy):
+    log = copy.log_file.read_text()
+    shutil.rmtree(copy.checkpoints)
+    with pytest.raises(
+        UserError, match=r"had a checkpoint of step 4 and holds none: .*--overwrite"
+    ):
+        train(Settings(**SMALL, steps=4), copy, resume=True)
+    assert copy.log_file.read_text() == log
+    copy.status_file.unlink()  # as far as anyone knows, it was stopped before its first
+    assert train(Settings(**SMALL, steps=1), copy, resume=True) == 0
+
+
 def test_status_tells_running_crashed_and_done(copy, capsys):
     assert train_module.main(["--status", str(copy.folder)]) == 0
     assert "done" in capsys.readouterr().out

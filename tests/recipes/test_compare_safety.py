@@ -580,6 +580,9 @@ class TestTheDemo:
             ("dydila", fresh),
             ("softmax", {"resume": False, "overwrite": True}),
         ]
+        seen.clear()  # one that cannot go on
+        demo_module.main(["--steps", "2", "--overwrite", "--out", str(tmp_path)])
+        assert seen[1] == ("softmax", {"resume": False, "overwrite": True})
 
 
 def test_nothing_else_is_written_by_hand():

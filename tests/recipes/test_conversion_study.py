@@ -1,6 +1,7 @@
 """The study of conversions: its runs, its table, and that it goes on where it was stopped."""
 
 import json
+import shutil
 
 import pytest
 
@@ -20,6 +21,9 @@ def test_it_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     table = (tmp_path / "conversion.md").read_text()
     assert table.strip() in capsys.readouterr().out and table.count("\n") == 6
+    assert conversion.main(arguments) == 0
+    assert json.loads((tmp_path / "conversion.json").read_text()) == first
+    shutil.rmtree(tmp_path / "lit-2-noise-seed-0" / "checkpoints")  # killed before its first
     assert conversion.main(arguments) == 0
     assert json.loads((tmp_path / "conversion.json").read_text()) == first
     with pytest.raises(UserError, match="holds a run of other settings"):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 import shutil
 import textwrap
@@ -109,6 +110,27 @@ class TestWhatIsWritten:
         result = evaluate(run, plan=PLAN, extractor=CustomExtractor("pixels", see))
         assert "FID[pixels]" in result["results"]["1"]
         assert "class_accuracy[pixels]" not in result["results"]["1"]
+
+    def test_scales_of_several_calls_stand_together_if_all_else_is_the_same(
+        self, run, digits, caplog
+    ):
+        def measured(**options):
+            found = evaluate(run, **({"plan": PLAN, "extractor": digits} | options))
+            return found, json.loads(run.metrics_file.read_text())
+
+        caplog.set_level("WARNING")
+        logging.getLogger("recipes").addHandler(caplog.handler)
+        first, _ = measured(cfgs=(1.0,), held_out=64)
+        second, stored = measured(cfgs=(4.0,), held_out=0)
+        assert list(second["results"]) == ["4"] and not caplog.text
+        assert stored["results"] == first["results"] | second["results"]
+        assert stored["held_out"] == first["held_out"] is not None
+        _, stored = measured(cfgs=(2.0,), held_out=0, plan=dataclasses.replace(PLAN, seed=1))
+        assert list(stored["results"]) == ["2"]
+        assert "held 1, 4 of another evaluation (seed), which this one replaces" in caplog.text
+        run.metrics_file.write_text('{"results": []}')
+        _, stored = measured(cfgs=(4.0,), held_out=0)
+        assert stored == second | {"results": stored["results"]}
 
 
 def real_sets_of_digits():

@@ -59,6 +59,7 @@ def test_command_line_writes_one_column_per_class(trained, tmp_path, capsys):
     [
         (["--classes", "0,11"], "0..10"),
         (["--cfg", "nan"], "finite"),
+        (["--cfg", "-inf"], "finite"),
         (["--steps", "1001"], "1 to 999"),
         (["--sampler", "euler-flow"], "v_prediction"),
         (["--classes", ","], "at least one class"),

@@ -1,6 +1,7 @@
 """Training: it learns, it resumes exactly, and it refuses what it cannot do."""
 
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
-from recipes.lab.console import INTERRUPTED, UserError, parse_options, run_script
+from recipes.lab.console import INTERRUPTED, UserError, argument, parse_options, run_script
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.ema import WeightAverage
 from recipes.lab.training.guard import SpikeWatch, quartile_entry, quartile_sums
@@ -268,6 +269,28 @@ def test_what_all_processes_know_is_said_by_one(world, said, monkeypatch, capsys
     with pytest.raises(SystemExit) as caught:
         run_script(main)
     assert caught.value.code == 2 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("file", ["/root/run/config.json", None])
+def test_a_place_that_is_forbidden_is_one_line(file, capsys):
+    def main(arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", file)
+
+    with pytest.raises(SystemExit if file else PermissionError) as caught:
+        run_script(main)
+    if file:
+        said = f"error: {file!r} cannot be reached (Permission denied); choose another place\n"
+        assert (caught.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_a_command_that_is_shown_takes_any_folder():
+    names = ["-x", "a b", "$(x)", "plain"]
+    assert [shlex.split(argument(name)) for name in names] == [
+        ["./-x"],
+        ["a b"],
+        ["$(x)"],
+        ["plain"],
+    ]
 
 
 def test_a_run_is_never_overwritten_unasked(trained):

@@ -97,7 +97,8 @@ def evaluate(
         progress: Whether to show bars, and say why steps are launched eagerly.
 
     Returns:
-        What metrics.json holds; empty on every process but the first.
+        What was measured; empty on every process but the first. metrics.json holds it beside
+        the scales of earlier calls that differ in nothing else.
 
     Raises:
         UserError: An argument does not fit, or the evaluator is too weak on real images and
@@ -244,8 +245,47 @@ def evaluate(
         "device": str(accelerator.device.type),
         **provenance(),
     }
-    write_json(run.metrics_file, result)
+    write_json(run.metrics_file, _beside_earlier(run, result))
     return result
+
+
+def _beside_earlier(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """A result with the scales in metrics.json, or a warning that they are of something else."""
+    if not run.metrics_file.is_file():
+        return result
+    try:
+        earlier: Any = read_json(run.metrics_file)
+        old, new = _facts(earlier), _facts(result)
+        differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        both = [found["held_out"] for found in (earlier, result) if found["held_out"]]
+        if len(both) == 2:
+            names = ("weights", "images", "times", "sha256")
+            differing += [f"held-out {n}" for n in names if both[0][n] != both[1][n]]
+        if differing:
+            warn(
+                f"{run.metrics_file} held {', '.join(earlier['results'])} of another evaluation "
+                f"({', '.join(differing)}), which this one replaces"
+            )
+            return result
+        return {
+            **result,
+            "results": {**earlier["results"], **result["results"]},
+            "not_measured": {
+                **{name: why for name, why in earlier["not_measured"].items()
+                   if name in earlier["results"]},
+                **result["not_measured"],
+            },
+            "held_out": result["held_out"] or earlier["held_out"],
+            "warnings": list(dict.fromkeys([*earlier["warnings"], *result["warnings"]])),
+        }  # fmt: skip
+    except (UserError, KeyError, TypeError, AttributeError):  # of an earlier version, or damaged
+        return result
+
+
+def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers of an evaluation are of, beside the guidance scale."""
+    names = ("resolution", "evaluator", "real", "reference", "device", "versions", "commit")
+    return {**result["sampling"], **{name: result[name] for name in names}}
 
 
 def _held_out(
@@ -289,7 +329,7 @@ def _check_plan(plan: Plan) -> None:
 
 
 def _check_places(run: Run, cache: Path, npz: Path | None, names: Mapping[str, float]) -> None:
-    places = [cache / "evaluator.safetensors", run.metrics_file]
+    places = [cache / "evaluator.safetensors", run.metrics_file, run.classifier_file]
     if names:
         places.append(refuse_links(run.folder, run.evaluation / "trial"))
     for place in places + [npz / f"cfg-{name}.npz" for name in names if npz is not None]:

@@ -29,7 +29,7 @@ from recipes.lab.training.memory import check_memory, step_bytes
 from recipes.lab.training.run_files import read_lines
 from recipes.lab.training.settings import Settings, resumed_settings
 from recipes.lab.training.state import load_checkpoint, save_checkpoint
-from recipes.lab.training.status import claimed
+from recipes.lab.training.status import claimed, noted_checkpoint
 from recipes.lab.training.trainer import Trainer
 
 _OF_DATA = ("data", "level", "class_count", "class_seed", "vae", "resolution")
@@ -209,6 +209,11 @@ def _look(
         raise UserError(
             f"{run.folder} was begun from {trainer.settings.start.get('source')} and holds no "
             f"checkpoint: convert again, with recipes/convert.py --overwrite"
+        )
+    if found is None and (noted := noted_checkpoint(run)) is not None:
+        raise UserError(
+            f"{run.folder} had a checkpoint of step {noted} and holds none: put its checkpoints "
+            f"back, or start again with --overwrite"
         )
     step, folder = found or (0, None)
     for file in (run.log_file, run.held_file):  # named before anything changes, if damaged

@@ -82,6 +82,13 @@ class Status:
             write_json(self.run.status_file, content)
 
 
+def noted_checkpoint(run: Run) -> int | None:
+    """The step of the newest checkpoint by status.json, or None where that does not say."""
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        return read_json(run.status_file)["checkpoint"]
+    return None
+
+
 def describe(run: Run) -> str:
     """Where a run stands, for a person.
 

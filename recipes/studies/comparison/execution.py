@@ -83,7 +83,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         "interrupted", with "error" in one line; "wall_seconds" are of all attempts together.
     """
     earlier = read_result(folder, EARLIER)
-    started = time.time() - ((earlier or {}).get("wall_seconds") or 0.0)
+    started = time.monotonic() - ((earlier or {}).get("wall_seconds") or 0.0)
     try:
         result = _run_one(folder, earlier, progress)
     except Exception as error:
@@ -94,7 +94,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         line = " ".join(str(error).split()) or type(error).__name__
         state = "out of memory" if "out of memory" in line.lower() else "error"
         result = {"state": state, "error": f"{type(error).__name__}: {line}"[:500]}
-    result = result | {"wall_seconds": round(time.time() - started, 1)}
+    result = result | {"wall_seconds": round(time.monotonic() - started, 1)}
     write_json(folder / "result.json", result)
     return result
 
@@ -271,7 +271,7 @@ def locally(jobs: int, minutes: float = math.inf) -> RunOne:
     """
 
     def run(folder: Path, slot: int, stop: threading.Event) -> Result:
-        process, started = _start(folder, slot, jobs), time.time()
+        process, started = _start(folder, slot, jobs), time.monotonic()
         deadline = time.monotonic() + 60 * minutes
         while process.poll() is None and not stop.is_set() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -311,13 +311,13 @@ def ended(folder: Path, result: Result, started: float) -> Result:
     Args:
         folder: Of the run.
         result: State and error.
-        started: When this attempt was, by ``time.time``.
+        started: When this attempt was, by ``time.monotonic``.
 
     Returns:
         The result with the seconds of all attempts.
     """
     before = (read_result(folder, EARLIER) or {}).get("wall_seconds") or 0.0
-    result = result | {"wall_seconds": round(before + time.time() - started, 1)}
+    result = result | {"wall_seconds": round(before + time.monotonic() - started, 1)}
     with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
         write_json(folder / "result.json", result)
     return result

@@ -141,7 +141,7 @@ def run_forked(
                 set_aside(folder)
                 work = _work(folder)
                 pid = forked(work, slot, threads, folder / "output.txt")
-                running[pid] = folder, slot, time.time()
+                running[pid] = folder, slot, time.monotonic()
             for pid in list(running):
                 is_over, status = os.waitpid(pid, os.WNOHANG)
                 if is_over:
