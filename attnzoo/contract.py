@@ -279,8 +279,8 @@ class Attention(WithAuxiliaryLoss, ABC):
         name: What it is registered as.
         paper: Title and arXiv number, for the table of ``python -m attnzoo``.
         complexity: Growth of its core with the number of tokens n, likewise.
-        plot_style: Color ("#RRGGBB") and matplotlib marker in every picture; a mechanism without
-            gets one that depends on its name.
+        plot_style: Color ("#RRGGBB") and filled matplotlib marker in every picture; a mechanism
+            without, also a subclass of a registered one, gets one that depends on its name.
         tensors_crossed: Tensors of height * width tokens of width ``dim`` that a forward moves
             through memory if every product is a kernel of its own and all else is joined to it.
         auxiliary_loss: See ``WithAuxiliaryLoss``.

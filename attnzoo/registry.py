@@ -22,6 +22,7 @@ from attnzoo.errors import InvalidType, InvalidValue
 _REGISTRY: dict[str, type[Attention]] = {}
 _SOURCES: dict[str, str] = {}  # of mechanisms that came from outside
 ENTRY_POINTS = "attnzoo.mechanisms"
+_MARKERS = ".ov^<>8sp*hHDdPX"  # matplotlib's filled ones, as a picture mixes no others with them
 _ARGUMENTS = {"name", *AttentionContext.__dataclass_fields__}  # of build_attention
 Mechanism = TypeVar("Mechanism", bound=type[Attention])
 
@@ -31,8 +32,10 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
 
     Raises:
         InvalidType: The class is not an ``Attention``, its ``Config`` no dataclass of options, or
-            the name no string; or an option is called as something that is there.
-        InvalidValue: The name or the class is taken, or the name holds a sign of patterns.
+            the name, ``paper`` or ``complexity`` no string; or an option is called as something
+            that is there.
+        InvalidValue: The name or the class is taken, the name holds a sign of patterns, or
+            ``plot_style`` is none.
     """
     if not isinstance(name, str) or not name:
         raise InvalidType(
@@ -70,11 +73,30 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
                 f"Config of {cls!r} has an option {taken[0]!r}, which is a name of the library's "
                 f"own: rename it, such as to 'own_{taken[0]}'"
             )
+        if cls.name and "plot_style" not in vars(cls):
+            cls.plot_style = None  # a registered parent's would make two curves look alike
+        _check_shown(name, cls)
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return register
+
+
+def _check_shown(name: str, cls: type[Attention]) -> None:
+    """Refuses what tables and pictures cannot show, before a run has been trained for them."""
+    for attribute in ("paper", "complexity"):
+        if not isinstance(shown := getattr(cls, attribute), str):
+            raise InvalidType(f"{attribute} of attention {name!r} must be a string, got {shown!r}")
+    style: Any = cls.plot_style
+    is_pair = isinstance(style, tuple) and [*map(type, style)] == [str, str]
+    if style is not None and not (
+        is_pair and re.fullmatch("#[0-9a-fA-F]{6}", style[0]) and style[1] in [*_MARKERS]
+    ):
+        raise InvalidValue(
+            f"plot_style of attention {name!r} must be a color and a filled marker of "
+            f"matplotlib, one of {' '.join(_MARKERS)}, such as ('#1F77B4', 'o'); got {style!r}"
+        )
 
 
 def list_attention() -> list[str]:

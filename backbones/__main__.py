@@ -6,9 +6,12 @@ import argparse
 
 import torch
 
+from attnzoo import import_mechanisms, source_of
+from attnzoo.command import add_import_flag
 from attnzoo.console import aligned, printing
 from attnzoo.counting import count_macs
 from attnzoo.errors import UsageError
+from backbones.pattern import names_in
 from backbones.presets import PROTOCOLS, SIZES, build_backbone, preset_table
 
 
@@ -25,11 +28,14 @@ def main() -> None:
         action="store_true",
         help="add the depths at which the true cost is nearest to DiT's at 256 px (seconds)",
     )
+    add_import_flag(parser)
     given = parser.parse_args()
     if given.attn is None:
         print(preset_table(given.matched))
         return
     try:
+        for source in given.imports:
+            import_mechanisms(source)
         print(block_table(given.attn, given.size, given.protocol, given.resolution))
     except UsageError as error:
         parser.error(str(error))
@@ -41,7 +47,8 @@ def block_table(attn: str, size: str, protocol: str, resolution: int) -> str:
     Raises:
         attnzoo.InvalidValue: See ``build_backbone``.
     """
-    with torch.device("meta"):
+    # One's own mechanism may look at numbers.
+    with torch.device("cpu" if any(map(source_of, names_in(attn))) else "meta"):
         model = build_backbone(attn, size, protocol, resolution)
     macs = count_macs(model, resolution=resolution)
     names = {f"blocks.{index}": b.attention.name for index, b in enumerate(model.blocks)}

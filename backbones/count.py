@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from attnzoo.command import Parser
+from attnzoo import import_mechanisms
+from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.units import amount
 from attnzoo.console import aligned
 from attnzoo.counting import Macs, count_macs, fvcore_macs, measure_macs
@@ -29,7 +30,9 @@ def main(arguments: list[str]) -> None:
             "--check counts with fvcore too, which is not installed: pip install "
             "'attnzoo[bench]', or leave --check out"
         )
-    with torch.device("meta"):
+    for source in given.imports:
+        import_mechanisms(source)
+    with torch.device(_device(given)):
         model = _build(given)
     macs = count_macs(model, resolution=given.resolution)
     config = model.config
@@ -68,7 +71,7 @@ def checked(given: argparse.Namespace, macs: Macs) -> str:
     Raises:
         InvalidValue: They differ.
     """
-    with torch.device("meta"):
+    with torch.device(_device(given)):
         model = _build(given)
     ways = {"closed form": (macs.total, 0.0)}
     for name, count in (("meta device", measure_macs), ("fvcore", fvcore_macs)):
@@ -84,6 +87,11 @@ def checked(given: argparse.Namespace, macs: Macs) -> str:
     if len({total for total, _ in ways.values()}) > 1:
         raise InvalidValue(f"the counts differ: {said}")
     return f"{said}\nall three agree"
+
+
+def _device(given: argparse.Namespace) -> str:
+    """Where to build what is not run: one's own mechanism may look at numbers."""
+    return "cpu" if given.imports else "meta"
 
 
 def _build(given: argparse.Namespace) -> DiT:
@@ -106,4 +114,5 @@ def _parser() -> argparse.ArgumentParser:
     flag("--patch", type=int, default=None, help="latent pixels per token (default: 2)")
     flag("--check", action="store_true", help="count in three ways: the closed form, torch on "
          "the meta device, and fvcore, which runs the model once on the CPU")  # fmt: skip
+    add_import_flag(parser)
     return parser

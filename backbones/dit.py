@@ -21,6 +21,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo import InvalidType, InvalidValue
@@ -188,6 +189,12 @@ class DiT(ModelMixin, ConfigMixin):
         out_channels = in_channels * (2 if learn_sigma else 1)
         self.final_projection = nn.Linear(dim, patch_size**2 * out_channels)
         self.gradient_checkpointing = False
+        for name, parameter in self.named_parameters():
+            if is_lazy(parameter):
+                raise TypeError(
+                    f"{name} is made in the first forward, too late to be trained: a mechanism "
+                    f"makes its parameters in __init__, where self.dim is known"
+                )
         self._initialize()
 
     def _initialize(self) -> None:

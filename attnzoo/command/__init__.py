@@ -37,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help lists what it takes")
 
 
+def add_import_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--import``, whose values are ``imports``."""
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="FILE|MODULE",
+        help="file or module that registers mechanisms of your own; repeat",
+    )  # fmt: skip
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command, by default ``list``; returns the exit status."""
     try:

@@ -12,7 +12,7 @@ import typing
 import warnings
 
 import attnzoo
-from attnzoo.command import Parser
+from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.doctor import here, in_short, why_not
 from attnzoo.command.listing import DIM, GRIDS, source_of_class, summary
 from attnzoo.console import aligned
@@ -26,10 +26,7 @@ def main(arguments: list[str]) -> None:
     """Prints a mechanism."""
     parser = Parser("attnzoo show", description=__doc__)
     parser.add_argument("name", help="of attnzoo list")
-    parser.add_argument(
-        "--import", dest="imports", action="append", default=[], metavar="FILE|MODULE",
-        help="file or module that registers mechanisms of your own; repeat",
-    )  # fmt: skip
+    add_import_flag(parser)
     given = parser.parse_args(arguments)
     for source in given.imports:
         attnzoo.import_mechanisms(source)
@@ -59,7 +56,7 @@ def cost(name: str) -> str:
     """Multiply-accumulates by part at two sizes, as a table."""
     cls = attnzoo.get_attention(name)
     if cls.macs_parts is Attention.macs_parts:
-        return "no closed form is stated; attnzoo count measures it"
+        return f"no closed form is stated; attnzoo count --attn {name} measures it"
     layer = attnzoo.build_attention(name, DIM)
     counted = [layer.macs_parts(grid) for grid in GRIDS]
     heading = ["tokens", *(f"{height}x{width}" for height, width in GRIDS)]
@@ -78,7 +75,11 @@ def options(cls: type[Attention]) -> str:
         reasons |= {name: text for name, text in _comments(owner).items() if text}
     lines = []
     for field in dataclasses.fields(cls.Config):
-        lines.append(f"  {field.name} = {field.default!r}")
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        has_none = default is dataclasses.MISSING
+        lines.append(f"  {field.name}{', to be given' if has_none else f' = {default!r}'}")
         values = _values(hints[field.name])
         for text in (reasons.get(field.name, ""), f"takes {values}" if values else ""):
             lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -140,9 +140,12 @@ def block_of(model: nn.Module, path: str) -> str:
 
 
 def layers_of(model: nn.Module) -> dict[str, Attention]:
-    """The attention layer of every block."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
-    return {block_of(model, name): layer for name, layer in found.items()}
+    """The attention layer of every block; what one is made of, such as others, is its part."""
+    found: dict[str, Attention] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            found.setdefault(block_of(model, name), module)
+    return found
 
 
 def names_of(layers: Iterable[Attention]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The command ``attnzoo``: what it prints, and what a careless line gets."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -132,6 +133,54 @@ def test_show_counts_what_the_layer_counts():
     table = show.cost("sana")
     total = attnzoo.build_attention("sana", 384).macs((64, 64))
     assert f"{total / 1e6:,.2f}" in table.splitlines()[-1]
+
+
+OF_NUMBERS = """
+import attnzoo, torch
+from dataclasses import dataclass, field
+@dataclass(frozen=True, kw_only=True)
+class Config(attnzoo.AttentionConfig):
+    width: int
+    sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+@attnzoo.register_attention("needy")
+class Needy(attnzoo.Attention):
+    Config = Config
+    def forward(self, x, grid):
+        return x
+@attnzoo.register_attention("of-numbers")
+class OfNumbers(attnzoo.Attention):
+    def __init__(self, context, config):
+        super().__init__(context, config)
+        parts = [attnzoo.build_attention(z, self.dim) for z in ("sana", "softmax")]
+        self.parts = torch.nn.ModuleList(parts)
+    def forward(self, x, grid):
+        largest = x.abs().max().item()
+        return sum(part(x, grid) for part in self.parts) * min(largest, 1.0)
+"""
+
+
+@pytest.fixture
+def of_numbers(tmp_path):
+    (tmp_path / "mine.py").write_text(OF_NUMBERS)
+    yield str(tmp_path / "mine.py")
+    for name in ("needy", "of-numbers"):
+        _REGISTRY.pop(name, None)
+
+
+def test_count_takes_a_mechanism_of_your_own_made_of_others(of_numbers, capsys):
+    small = ("--size", "tiny", "--resolution", "64", "--import", of_numbers)
+    text = said(capsys, "count", "--attn", "of-numbers*3+softmax", *small)
+    assert "for want of a closed form: of-numbers" in text
+    blocks = importlib.import_module("backbones.__main__").block_table(
+        "of-numbers*3+softmax", "tiny", "paper", 64
+    )
+    numbers = {line.split()[0]: line.split()[1:] for line in blocks.splitlines()}
+    assert numbers["blocks.0"][0] == "of-numbers" and numbers["blocks.3"][0] == "softmax"
+
+
+def test_show_says_what_an_option_is_that_has_no_plain_default(of_numbers, capsys):
+    text = said(capsys, "show", "needy", "--import", of_numbers)
+    assert "  width, to be given\n" in text and "  sizes = (1, 2)\n" in text
 
 
 def test_show_takes_a_mechanism_of_your_own(tmp_path, capsys):

@@ -247,6 +247,33 @@ def test_an_option_that_is_an_argument_of_every_mechanism_is_refused(name):
     assert "own" not in list_attention()
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        *(("plot_style", z) for z in ("red", "#o", ("red", "o"), ("#1F77B4", "x"), (), ("", ""))),
+        *(("plot_style", z) for z in (("#1F77B4", ""), ("#1F77B4", "oo"), ("#1F77B4", 4), 3)),
+        ("paper", None),
+        ("complexity", 2),
+    ],
+)
+def test_what_no_picture_or_table_can_show_is_refused_before_anything_is_trained(attribute, value):
+    own = type("Own", (get_attention("softmax"),), {attribute: value})
+    with pytest.raises(UsageError, match=f"{attribute} of attention 'own' must be") as caught:
+        register_attention("own")(own)
+    assert str(caught.value).endswith(f"got {value!r}") and "own" not in list_attention()
+
+
+def test_a_subclass_does_not_look_like_its_registered_parent(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    parent: Any = get_attention("softmax")
+    assert register_attention("own")(type("Own", (parent,), {})).plot_style is None
+    style = ("#1F77B4", "o")
+    own = register_attention("styled")(type("Own", (parent,), {"plot_style": style}))
+    base = type("Base", (Attention,), {"plot_style": style, "forward": lambda self, x, grid: x})
+    of_base = register_attention("of-base")(type("Own", (base,), {}))
+    assert own.plot_style == of_base.plot_style == style
+
+
 def test_repr_shows_the_choices():
     shown = repr(build_attention("dydila", 8, normalizer="diff"))
     assert "normalizer='diff'" in shown

@@ -387,6 +387,22 @@ def test_a_mechanism_of_ones_own_is_at_once_in_the_backbone():
         del registry._REGISTRY["mean-of-tokens"]
 
 
+def test_parameters_that_a_forward_would_make_are_refused_by_name():
+    class Late(attnzoo.get_attention("softmax")):
+        def __init__(self, context, config):
+            super().__init__(context, config)
+            self.late = torch.nn.LazyLinear(self.dim)
+
+    attnzoo.register_attention("late")(Late)
+    try:
+        with pytest.raises(TypeError, match=r"^blocks\.0\.attention\.late\.weight .* in __init__"):
+            build_backbone("late", "tiny", resolution=8, latent_factor=1)
+    finally:
+        from attnzoo import registry
+
+        del registry._REGISTRY["late"]
+
+
 @pytest.fixture
 def hub(tmp_path):
     """A hub's cache with a repository of two revisions, whose models are of two mechanisms."""

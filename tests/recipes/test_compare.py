@@ -1,5 +1,6 @@
 """Comparisons: the plan, runs that fail, the report, and what a few seeds can say."""
 
+import dataclasses
 import json
 import os
 import re
@@ -292,6 +293,23 @@ class TestSubmitit:
             attnzoo.registry._REGISTRY.pop("failing", None)
         states = pd.read_csv(out / "runs.csv").set_index("variant").state
         assert status == 1 and states.to_dict() == {"sana": OK, "failing": "error"}
+
+
+class Miscounted(attnzoo.get_attention("softmax")):
+    def macs_parts(self, grid):
+        return {"core": 1}
+
+
+def test_a_cost_that_is_stated_wrong_ends_a_run_before_its_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(attnzoo.registry._REGISTRY))
+    monkeypatch.setitem(attnzoo.registry._SOURCES, "miscounted", "mine.py")
+    attnzoo.register_attention("miscounted")(Miscounted)
+    one = tiny_run()
+    one = dataclasses.replace(one, settings=dataclasses.replace(one.settings, attn="miscounted"))
+    folder = one.prepare(tmp_path)
+    result = execution.run_one(folder)
+    assert result["state"] == "error" and "'miscounted' is wrong in" in result["error"]
+    assert not (folder / "run").exists()
 
 
 class TestThePlan:

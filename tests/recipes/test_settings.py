@@ -398,6 +398,14 @@ class TestBanner:
         assert "trains on pixels, 1024 tokens" in shown and "about 64: " in shown
         assert "--vae" in shown and "(" not in shown.splitlines()[2]
 
+    def test_why_a_cost_is_not_counted_is_said(self, monkeypatch, tmp_path):
+        def count_macs(*_, **__):
+            raise ValueError("of macs_parts")
+
+        monkeypatch.setattr(banner, "count_macs", count_macs)
+        shown = banner.banner(Trainer(Settings(**SMALL)), Run(tmp_path / "run"), 10**9)
+        assert "multiply-accumulates are not counted: ValueError: of macs_parts" in shown
+
 
 class TestOutput:
     def test_other_handlers_may_take_the_lines(self, capsys, monkeypatch):

@@ -445,6 +445,22 @@ def test_the_average_takes_in_buffers():
     assert layer.weight.tolist() == [5, 5] and layer.running_mean.tolist() == [8, 8]
 
 
+def test_what_a_forward_adds_is_not_left_untrained():
+    layer = torch.nn.BatchNorm1d(2)
+    average = WeightAverage(layer, decay=0.75, ramp=False)
+    layer.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"^extra\.bias came or went .* in __init__"):
+        average.move(0.5)
+
+
+def test_a_buffer_that_a_forward_replaces_is_the_models_own_again():
+    layer = torch.nn.BatchNorm1d(2)
+    average = WeightAverage(layer, decay=0.75, ramp=False)
+    with average.applied():
+        layer.running_mean = layer.running_mean + 8
+    assert layer.running_mean.tolist() == [0, 0]
+
+
 def test_processes_share_out_the_average():
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
     whole, *parts = (WeightAverage(model, 0.5, False, *of) for of in ((), (3, 0), (3, 1), (3, 2)))

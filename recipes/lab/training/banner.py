@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from attnzoo.counting import count_macs
-from recipes.lab.console import UserError
+from attnzoo.ops.optional import reason
+from recipes.lab.console import UserError, one_line
 from recipes.lab.data.datasets import kind_of
 from recipes.lab.data.latents import is_latent_folder
 from recipes.lab.distributed import neighbors
@@ -40,8 +41,9 @@ def banner(trainer: Trainer, run: Run, needed: int) -> str:
             with torch.device("meta"):
                 whole = build_model(settings, dataset)
         macs = f"{count_macs(whole, grid=grid).total / 1e9:.3g} G multiply-accumulates"
-    except Exception:  # a mechanism of one's own need not be countable to be trained
-        macs = "multiply-accumulates not counted"
+        why_not = None
+    except Exception as error:  # a mechanism of one's own need not be countable to be trained
+        macs, why_not = "multiply-accumulates not counted", reason(error)
     images = "endless" if dataset.infinite else str(len(dataset))
     side = dataset.resolution * dataset.latent_factor
     latents = f" as {dataset.resolution} px latents" if dataset.latent_factor > 1 else ""
@@ -56,6 +58,8 @@ def banner(trainer: Trainer, run: Run, needed: int) -> str:
         f"classes; a step of {settings.batch_size} takes about {total / 1e9:.2g} GB{left}",
         _how(settings, None if dataset.infinite else len(dataset)),
     ]
+    if why_not:
+        lines.append(f"multiply-accumulates are not counted: {one_line(why_not)}")
     fewer = (side // _VAE_FACTOR // _VAE_PATCH) ** 2
     if dataset.latent_factor == 1 and side >= _LARGE and tokens > fewer:
         lines.append(

@@ -57,9 +57,15 @@ class WeightAverage:
             share: Of the way, from ``share``; a tensor on the device of the weights can be
                 another in each replay of a recorded step. 0 leaves the average as it is.
         """
+        state = self.model.state_dict()
+        if other := sorted(state.keys() ^ self.shadow.keys()):
+            raise TypeError(
+                f"{other[0]} came or went in a forward, where nothing trains, averages or saves "
+                f"it: make parameters in __init__, and buffers there or with persistent=False"
+            )
         pairs = [
             (local(self.shadow[name]), local(tensor))
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in state.items()
             if self._owners.get(name, self._rank) == self._rank
         ]
         averaged = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -87,7 +93,8 @@ class WeightAverage:
         """
         self.collect()
         state = self.model.state_dict()
-        # All buffers, not those of the state alone: a forward may change any.
+        # All buffers, not those of the state alone: a forward may change any, or set another.
+        buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
         tensors = [z.detach() for z in (*self.model.parameters(), *self.model.buffers())]
         own = [(tensor, tensor.clone()) for tensor in tensors]
         for name, tensor in state.items():
@@ -95,6 +102,8 @@ class WeightAverage:
         try:
             yield
         finally:
+            for module, its in buffers:
+                module._buffers.update(its)
             for tensor, old in own:
                 tensor.copy_(old)
 

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attnzoo.counting import count_macs
+from attnzoo.counting import Macs, count_macs
+from backbones import DiT
 from recipes.lab.console import one_line, progress_bar
 from recipes.lab.training.build import build_model
 from recipes.lab.training.held_out import IMAGES, TIMES, can_hold_out
@@ -21,6 +22,16 @@ from recipes.studies.comparison.plan import facts_of
 from recipes.studies.comparison.planned import PlannedRun
 
 REPEATS = 5
+
+
+def counted(settings: Settings, dataset: Any) -> tuple[DiT, Macs]:
+    """The model of a run, and its multiply-accumulates; see ``cost_of``.
+
+    Raises:
+        attnzoo.InvalidValue: A mechanism states another cost than it has.
+    """
+    model = build_model(settings, dataset)
+    return model, count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
 
 
 def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[str, Any]:
@@ -37,8 +48,7 @@ def cost_of(settings: Settings, dataset: Any, repeats: int = REPEATS) -> dict[st
         run's precision, not compiled, on the device that would train it, whatever else that
         device is doing; None where its memory does not suffice.
     """
-    model = build_model(settings, dataset)
-    macs = count_macs(model, resolution=dataset.resolution * dataset.latent_factor)
+    model, macs = counted(settings, dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)  # pyright: ignore[reportArgumentType]
     batch = settings.batch_size // settings.accumulate

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from attnzoo import source_of
+from backbones.pattern import names_in
 from recipes.lab.console import (
     DONE,
     INTERRUPTED,
@@ -41,7 +43,8 @@ from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.held_out import IMAGES, MODEL_NAME, NAMES
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
-from recipes.studies.comparison.costs import cost_of
+from recipes.studies.comparison.costs import cost_of, counted
+from recipes.studies.comparison.plan import facts_of
 from recipes.studies.comparison.planned import (
     EARLIER,
     EVALUATORS,
@@ -106,6 +109,8 @@ def _run_one(folder: Path, earlier: Result | None, progress: bool) -> Result:
     run = Run(folder / "run")
     found = run.newest_checkpoint(warn=print) if run.config_file.exists() else None
     if found is None or found[0] < settings.steps:
+        if any(map(source_of, names_in(settings.attn))):
+            counted(settings, facts_of(settings))  # what cannot be would fail after the training
         status = train(
             settings,
             run,
