@@ -27,7 +27,7 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose, choose_once, is_few, linear, require_triton
+from attnzoo.ops.dispatch import choose, choose_once, is_bare, is_few, linear, require_triton
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -458,7 +458,8 @@ def linear_parts(
     One product per part makes each a tensor of its own, which is freed by itself and is not a
     strided slice of a longer row: that costs a CPU more than the three products.
     """
-    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
+    # An adapter or a hook has its own idea of the weight; a counter is to see the parts alone.
+    if not is_bare(layer, (nn.Linear,), of_all=False):
         return list(layer(x).split(width, dim=-1)[parts])
     weights = layer.weight.split(width)[parts]
     biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]

@@ -459,11 +459,18 @@ def is_without_kernels(x: Tensor) -> bool:
 
 
 def is_bare(
-    layer: torch.nn.Module, kinds: tuple[type, ...] = (torch.nn.Linear, torch.nn.Conv2d)
+    layer: torch.nn.Module,
+    kinds: tuple[type, ...] = (torch.nn.Linear, torch.nn.Conv2d),
+    of_all: bool = True,
 ) -> bool:
     """Whether a call of a layer is what its class computes of its parameters, and no more.
 
     That is, it is of one of these classes, with no hook, adapter or other forward.
+
+    Args:
+        layer: The layer.
+        kinds: The classes.
+        of_all: Whether hooks of all modules count, which a counter of operations has.
     """
     if type(layer) not in kinds:
         return False
@@ -473,8 +480,8 @@ def is_bare(
         or own["_forward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own
-        or of_modules._global_forward_hooks
-        or of_modules._global_forward_pre_hooks
+        or (of_all and of_modules._global_forward_hooks)
+        or (of_all and of_modules._global_forward_pre_hooks)
     )
 
 

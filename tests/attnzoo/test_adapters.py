@@ -1,0 +1,28 @@
+"""What stands around a projection (a hook, another forward, an adapter) is run."""
+
+import pytest
+import torch
+
+from attnzoo import get_attention, list_attention
+from attnzoo.testing import build_scrambled, tokens
+from tests.attnzoo.adapters import adapt
+
+GRID = (4, 5)
+CASES = [
+    (name, stream)
+    for name in list_attention()
+    for stream in (None, 3)
+    if not stream or "stream" in get_attention(name).Config.__dataclass_fields__
+]
+
+
+@pytest.mark.parametrize("way", ["hook", "forward", "adapter"])
+@pytest.mark.parametrize(("name", "stream"), CASES)
+def test_what_stands_around_projections_is_run(name, stream, way):
+    options: dict = {"stream": stream} if stream else {}
+    options |= {"block": 4} if name == "sla" else {}
+    layers = [build_scrambled(name, **options) for _ in range(2)]
+    x, wanted, found = tokens(GRID), adapt(layers[0], "weights"), adapt(layers[1], way)
+    for has_gradient in (False, True):
+        with torch.set_grad_enabled(has_gradient):
+            torch.testing.assert_close(found(x, GRID), wanted(x, GRID), rtol=1e-3, atol=1e-4)
