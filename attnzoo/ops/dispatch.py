@@ -529,7 +529,8 @@ def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         if is_bare(layer):
             own = layer.__dict__["_parameters"]
-            return torch.nn.functional.linear(x, own["weight"], own["bias"])
+            if "weight" in own:  # DataParallel's replicas have it among their attributes
+                return torch.nn.functional.linear(x, own["weight"], own["bias"])
     elif type(layer) is torch.nn.Linear and sums_bias(x, layer) and is_bare(layer):
         return _biased_linear().apply(*autocast_operands(x, layer.weight, layer.bias))[0]
     return layer(x)

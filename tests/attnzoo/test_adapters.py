@@ -26,3 +26,24 @@ def test_what_stands_around_projections_is_run(name, stream, way):
     for has_gradient in (False, True):
         with torch.set_grad_enabled(has_gradient):
             torch.testing.assert_close(found(x, GRID), wanted(x, GRID), rtol=1e-3, atol=1e-4)
+
+
+def replica_of(module):
+    """As ``torch.nn.parallel.replicate`` makes one on each GPU, with weights as attributes."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.view_as(parameter))
+    return replica
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_replicas_of_data_parallel_compute_the_same(name):
+    layer, x = build_scrambled(name), tokens(GRID)
+    for has_gradient in (False, True):
+        with torch.set_grad_enabled(has_gradient):
+            torch.testing.assert_close(replica_of(layer)(x, GRID), layer(x, GRID))
