@@ -252,7 +252,7 @@ class DiT(ModelMixin, ConfigMixin):
                 f"got {tuple(hidden_states.shape)}"
             )
         if hasattr(self.patch_embedding, "_hf_hook"):  # accelerate's
-            check_loaded(self, self.blocks)
+            check_loaded(self.blocks)
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
         timestep = as_times(timestep, hidden_states.device)

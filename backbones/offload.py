@@ -6,6 +6,7 @@ Operators read the weights of convolutions, norms and routers without calling th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,12 +16,12 @@ from backbones.feedforward import FeedForward
 
 
 def read_without_call(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules inside a model's blocks that hold weights and may not be called, by name."""
+    """Modules inside blocks, or one, that hold weights and may not be called, by name."""
     called = nn.Linear, nn.LayerNorm, Attention, FeedForward
     return {
         name: module
         for name, module in model.named_modules()
-        if ".attention." in name or ".feedforward." in name
+        if {"attention", "feedforward"} & {*name.split(".")}
         if not isinstance(module, called) and any(True for _ in module.parameters(recurse=False))
     }
 
@@ -35,14 +36,16 @@ def check_group_offload(model: nn.Module, offload_type: object) -> None:
         )
 
 
-def check_loaded(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+def check_loaded(blocks: Iterable[nn.Module]) -> None:
     """Raises InvalidValue where weights that are read are elsewhere: kernels would crash."""
-    if all(hasattr(block, "_hf_hook") for block in blocks):  # which loads all of a block
-        return
-    for name, module in read_without_call(model).items():
-        if any(p.is_meta for p in module.parameters(recurse=False)):
-            raise InvalidValue(
-                f"the weights of {name} are offloaded until it is called, and they are read "
-                f"without; take pipeline.enable_model_cpu_offload(), or "
-                f"accelerate.cpu_offload(model, device, preload_module_classes=['Block'])"
-            )
+    for block in blocks:
+        hook: Any = getattr(block, "_hf_hook", None)
+        if any(getattr(z, "place_submodules", False) for z in getattr(hook, "hooks", [hook])):
+            continue  # it loads the whole block
+        for name, module in read_without_call(block).items():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                raise InvalidValue(
+                    f"the weights of {name} in a block are offloaded until it is called, and they "
+                    f"are read without; take pipeline.enable_model_cpu_offload(), or "
+                    f"accelerate.cpu_offload(model, device, preload_module_classes=['Block'])"
+                )

@@ -15,7 +15,7 @@ from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.streaming import StreamConfig, stream_scans
-from attnzoo.ops.dispatch import Impl, is_bare
+from attnzoo.ops.dispatch import Impl, has_numbers_elsewhere, is_bare
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.gated_scan import (
     Direction,
@@ -125,7 +125,8 @@ class GatedLinear(nn.Module):
         normalizer, impl = self.config.gate_normalizer, self.config.impl
         low, high = self.forget_gate
         layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
-        if not all(map(is_bare, (*layers, high))):  # an adapter or a hook
+        are_bare = all(map(is_bare, (*layers, high)))  # else an adapter or a hook is there
+        if not are_bare or any(has_numbers_elsewhere(layer.weight) for layer in layers):
             logit, query, key = self._gate_query_key(x)
             value = self._heads(self.value(x))
             mixed = mean_of_scans_by_kernels(

@@ -68,3 +68,14 @@ def test_weights_of_linear_layers_may_be_elsewhere(attn):
     torch.testing.assert_close(sample_of(cpu_offload(copy.deepcopy(model), CPU)), exact)
     model.enable_group_offload(CPU, offload_type="leaf_level")
     torch.testing.assert_close(sample_of(model), exact)
+
+
+def test_weights_left_on_the_disk_are_refused_too(tmp_path):
+    model = model_of("conv")
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, _ in model.named_children()} | {"blocks": "disk"}
+    loaded = DiT.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    with pytest.raises(InvalidValue, match="are offloaded until it is called"):
+        sample_of(loaded)
