@@ -125,8 +125,10 @@ class GatedLinear(nn.Module):
         normalizer, impl = self.config.gate_normalizer, self.config.impl
         low, high = self.forget_gate
         layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
-        are_bare = all(map(is_bare, (*layers, high)))  # else an adapter or a hook is there
-        if not are_bare or any(has_numbers_elsewhere(layer.weight) for layer in layers):
+        # Else an adapter or a hook is there; a counter is to see the product alone.
+        are_bare = all(is_bare(layer, of_all=False) for layer in (*layers, high))
+        weights = [layer.weight for layer in layers] if are_bare else []
+        if not weights or any(map(has_numbers_elsewhere, weights)):
             logit, query, key = self._gate_query_key(x)
             value = self._heads(self.value(x))
             mixed = mean_of_scans_by_kernels(
@@ -134,7 +136,7 @@ class GatedLinear(nn.Module):
             )
             assert mixed is not None
             return self._finish(x, mixed)
-        packed = F.linear(x, torch.cat([layer.weight for layer in layers]))
+        packed = F.linear(x, torch.cat(weights))
         if packed.dtype == torch.float16:  # which overflows
             packed = packed.float()
         raised: Any = high  # which torch's stubs take for a module of any kind

@@ -141,7 +141,7 @@ class SelectiveScan(nn.Module):
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """What steps are before their bias, the bias, and what states take in and give out."""
         step, b, c = self.input_proj(x).split([self.rank, STATE, STATE], dim=-1)
-        if is_bare(self.step_proj):
+        if is_bare(self.step_proj, of_all=False):
             # The bias in float32: half precision does not have differences of 0.001.
             return F.linear(step, self.step_proj.weight), self.step_proj.bias, b, c
         # An adapter or a hook has its own idea of its weight.
