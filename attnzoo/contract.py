@@ -332,14 +332,14 @@ class Attention(WithAuxiliaryLoss, ABC):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Every multiply-accumulate of one forward, per sample."""
-        return sum(self.macs_parts(grid).values())
+        return sum(self.macs_parts(sides_of("grid", grid)).values())
 
     def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a forward of one image moves through memory, each tensor once.
 
         With ``macs`` it makes the floor that a layer's time is measured against.
         """
-        tokens = self.tensors_crossed * grid[0] * grid[1] * self.dim
+        tokens = self.tensors_crossed * math.prod(sides_of("grid", grid)) * self.dim
         return round((tokens + sum(p.numel() for p in self.parameters())) * dtype.itemsize)
 
     def attention_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -399,6 +399,14 @@ class Attention(WithAuxiliaryLoss, ABC):
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def sides_of(name: str, value: Any) -> tuple[int, int]:
+    """(height, width); raises InvalidValue unless they are two positive integers."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not is_pair or not all(_is_count(side) and side > 0 for side in value):
+        raise InvalidValue(f"{name} must be (height, width), both positive, got {value!r}")
+    return int(value[0]), int(value[1])
 
 
 def _is_count(number: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
@@ -30,6 +31,7 @@ from attnzoo.ops.dispatch import is_transformed
 from backbones.attention_backend import reset_backend, set_backend
 from backbones.carried import import_carried
 from backbones.feedforward import FeedForward, build_feedforward
+from backbones.offload import check_group_offload, check_loaded, read_without_call
 from backbones.pattern import canonical_pattern, names_in, parse_pattern
 
 
@@ -256,6 +258,8 @@ class DiT(ModelMixin, ConfigMixin):
                 f"expected an input of shape (batch, {self.config.in_channels}, height, width), "
                 f"got {tuple(hidden_states.shape)}"
             )
+        if hasattr(self.patch_embedding, "_hf_hook"):  # accelerate's
+            check_loaded(self.blocks)
         batch, _, height, width = hidden_states.shape
         grid = self.token_grid(height, width)
         timestep = as_times(timestep, hidden_states.device)
@@ -418,6 +422,20 @@ class DiT(ModelMixin, ConfigMixin):
         if attention_op is not None:
             raise InvalidValue("attention_op is not taken: xformers chooses its operator itself")
         set_backend(self, "xformers") if valid else reset_backend(self)
+
+    @property
+    def _skip_layerwise_casting_patterns(self) -> list[str]:  # pyright: ignore
+        return [f"^{re.escape(name)}$" for name in read_without_call(self)]
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """See diffusers' ``ModelMixin``.
+
+        Raises:
+            InvalidValue: Weights would not be there when they are read.
+        """
+        call = inspect.signature(super().enable_group_offload).bind(*args, **kwargs)
+        check_group_offload(self, call.arguments.get("offload_type"))
+        super().enable_group_offload(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name in _ABSENT:  # an AttributeError too, so that who asks first is answered no

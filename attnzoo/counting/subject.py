@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig
+from attnzoo.contract import Attention, AttentionConfig, sides_of
 from attnzoo.counting.result import Grid
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.streaming import StreamConfig
@@ -41,8 +41,8 @@ def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:
     if (resolution is None) == (grid is None):
         raise InvalidValue(f"give either {ways}; got resolution={resolution!r} and grid={grid!r}")
     if grid is not None:
-        return _sides("grid", grid)
-    sides = _sides(
+        return sides_of("grid", grid)
+    sides = sides_of(
         "resolution", (resolution, resolution) if isinstance(resolution, int) else resolution
     )
     backbone: Any = model
@@ -54,16 +54,6 @@ def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:
             f"the nearest that does is {nearest_side[0]}x{nearest_side[1]}"
         )
     return backbone.token_grid(sides[0] // factor, sides[1] // factor)
-
-
-def _sides(name: str, value: Any) -> Grid:
-    if (
-        not isinstance(value, tuple | list)
-        or len(value) != 2
-        or not all(isinstance(side, int) and side > 0 for side in value)
-    ):
-        raise InvalidValue(f"{name} must be (height, width), both positive, got {value!r}")
-    return value[0], value[1]
 
 
 def shadow_of(model: nn.Module, device: str) -> nn.Module:

@@ -15,7 +15,7 @@ from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.streaming import StreamConfig, stream_scans
-from attnzoo.ops.dispatch import Impl
+from attnzoo.ops.dispatch import Impl, has_numbers_elsewhere, is_bare
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.gated_scan import (
     Direction,
@@ -75,6 +75,7 @@ class GatedLinear(nn.Module):
         self.norm_eps = norm_eps
         key_dim = _expand(dim, "expand_k", config.expand_k, num_heads)
         value_dim = _expand(dim, "expand_v", config.expand_v, num_heads)
+        self.head_dims = key_dim // num_heads, value_dim // num_heads
         self.query = _linear(dim, key_dim)
         self.key = _linear(dim, key_dim)
         self.value = _linear(dim, value_dim)
@@ -115,9 +116,8 @@ class GatedLinear(nn.Module):
 
         So one product projects; a CPU pays for the spacing more than for products.
         """
-        heads, impl = self.num_heads, self.config.impl
-        key_dim, value_dim = self.query.out_features // heads, self.value.out_features // heads
-        return takes_kernels(x, operand_dtype(x), key_dim, value_dim, x.shape[1] * heads, impl)
+        options = *self.head_dims, x.shape[1] * self.num_heads, self.config.impl
+        return takes_kernels(x, operand_dtype(x), *options)
 
     def _by_kernels(
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]
@@ -125,7 +125,10 @@ class GatedLinear(nn.Module):
         normalizer, impl = self.config.gate_normalizer, self.config.impl
         low, high = self.forget_gate
         layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
-        if any(type(layer) is not nn.Linear for layer in (*layers, high)):  # an adapter
+        # Else an adapter or a hook is there; a counter is to see the product alone.
+        are_bare = all(is_bare(layer, of_all=False) for layer in (*layers, high))
+        weights = [layer.weight for layer in layers] if are_bare else []
+        if not weights or any(map(has_numbers_elsewhere, weights)):
             logit, query, key = self._gate_query_key(x)
             value = self._heads(self.value(x))
             mixed = mean_of_scans_by_kernels(
@@ -133,7 +136,7 @@ class GatedLinear(nn.Module):
             )
             assert mixed is not None
             return self._finish(x, mixed)
-        packed = F.linear(x, torch.cat([layer.weight for layer in layers]))
+        packed = F.linear(x, torch.cat(weights))
         if packed.dtype == torch.float16:  # which overflows
             packed = packed.float()
         raised: Any = high  # which torch's stubs take for a module of any kind
@@ -188,8 +191,7 @@ class GatedLinear(nn.Module):
         """Multiply-accumulates per sample; the core as the recurrence does it."""
         n = grid[0] * grid[1]
         layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
-        head_dims = (z.out_features // self.num_heads for z in (self.query, self.value))
-        core = gated_linear_attention_macs(n, *head_dims)
+        core = gated_linear_attention_macs(n, *self.head_dims)
         return {
             "projections": n * sum(layer.weight.numel() for layer in layers),
             "core": directions * self.num_heads * core,

@@ -7,9 +7,10 @@ map and the count.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,15 @@ from attnzoo.layers.streaming import (
     spans_of,
     summed,
 )
-from attnzoo.ops.dispatch import choose, choose_once, is_few, linear, require_triton
+from attnzoo.ops.dispatch import (
+    choose,
+    choose_once,
+    has_numbers_elsewhere,
+    is_bare,
+    is_few,
+    linear,
+    require_triton,
+)
 from attnzoo.ops.linear_core import (
     Activation,
     activated,
@@ -458,10 +467,14 @@ def linear_parts(
     One product per part makes each a tensor of its own, which is freed by itself and is not a
     strided slice of a longer row: that costs a CPU more than the three products.
     """
-    if type(layer) is not nn.Linear:  # an adapter around it has its own idea of its weight
+    # An adapter or a hook has its own idea of the weight, and a quantized one may have no parts; a
+    # counter is to see the parts alone.
+    if not is_bare(layer, (nn.Linear,), of_all=False):
         return list(layer(x).split(width, dim=-1)[parts])
-    weights = layer.weight.split(width)[parts]
-    biases = [None] * len(weights) if layer.bias is None else layer.bias.split(width)[parts]
-    return [
-        nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)
-    ]
+    weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
+    if type(weight) is not nn.Parameter and has_numbers_elsewhere(weight):
+        return list(layer(x).split(width, dim=-1)[parts])
+    operands = [itertools.repeat(x), weight.split(width)[parts]]
+    if bias is not None:
+        operands.append(bias.split(width)[parts])
+    return list(map(nn.functional.linear, *operands))

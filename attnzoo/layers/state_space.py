@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.ops.causal_conv import causal_conv
-from attnzoo.ops.dispatch import TABLE, Impl, choose
+from attnzoo.ops.dispatch import TABLE, Impl, choose, is_bare
 from attnzoo.ops.precision import in_float32, in_wide_range
 from attnzoo.ops.selective_scan import selective_block, selective_scan, selective_scan_macs
 from attnzoo.ops.silu_gate import silu_gate
@@ -91,6 +91,7 @@ class SelectiveScan(nn.Module):
 
     def __init__(self, width: int, rank: int, has_conv: bool = True) -> None:
         super().__init__()
+        self.rank = rank
         self.conv = CausalConv(width) if has_conv else None
         self.input_proj = nn.Linear(width, rank + 2 * STATE, bias=False)
         self.step_proj = nn.Linear(rank, width)
@@ -139,12 +140,11 @@ class SelectiveScan(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """What steps are before their bias, the bias, and what states take in and give out."""
-        rank = self.step_proj.in_features
-        step, b, c = self.input_proj(x).split([rank, STATE, STATE], dim=-1)
-        if type(self.step_proj) is nn.Linear:
+        step, b, c = self.input_proj(x).split([self.rank, STATE, STATE], dim=-1)
+        if is_bare(self.step_proj, of_all=False):
             # The bias in float32: half precision does not have differences of 0.001.
             return F.linear(step, self.step_proj.weight), self.step_proj.bias, b, c
-        # An adapter around it has its own idea of its weight.
+        # An adapter or a hook has its own idea of its weight.
         return self.step_proj(step), torch.zeros_like(self.skip), b, c
 
     def macs_parts(self, tokens: int) -> dict[str, int]:

@@ -185,7 +185,7 @@ class DeltaNet(Attention):
         """A scan's outputs of what ``_prepare`` gave, (b, m, h, dv), and what it leaves behind."""
         qkv, *gates = x.split([3 * self.dim, self.num_heads, self.num_heads], -1)
         before, state = (None, None) if state is None else state
-        dtype = self.proj.weight.dtype
+        dtype = self.norm.weight.dtype
         convolved = self._convolved(qkv.to(dtype), before).to(x.dtype)
         operands = (*_operands(convolved, self.num_heads), *gates)
         out, state = gated_delta_block(*(z.transpose(1, 2) for z in operands), state=state)

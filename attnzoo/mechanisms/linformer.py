@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnzoo.contract import Attention, AttentionConfig, AttentionContext, heads_of_width
 from attnzoo.errors import InvalidValue
 from attnzoo.layers.linear import xavier_linear
-from attnzoo.ops.dispatch import is_watched, linear
+from attnzoo.ops.dispatch import is_seen_through, linear
 from attnzoo.ops.few_keys import attend_tokens, by_head
 from attnzoo.ops.precision import in_float32
 from attnzoo.ops.softmax import SoftmaxImpl, softmax_macs
@@ -139,7 +139,7 @@ def _shares(
     before: tuple[int, int], after: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """How much of each old place of an axis the new ones take over, (after, before), both flat."""
-    if is_watched():  # a tracer's stand-in must not be cached
+    if is_seen_through():  # what stands in for numbers must not be cached
         return _made_shares.__wrapped__(before, after, dtype, device)
     return _made_shares(before, after, dtype, device)
 

@@ -459,11 +459,18 @@ def is_without_kernels(x: Tensor) -> bool:
 
 
 def is_bare(
-    layer: torch.nn.Module, kinds: tuple[type, ...] = (torch.nn.Linear, torch.nn.Conv2d)
+    layer: torch.nn.Module,
+    kinds: tuple[type, ...] = (torch.nn.Linear, torch.nn.Conv2d),
+    of_all: bool = True,
 ) -> bool:
     """Whether a call of a layer is what its class computes of its parameters, and no more.
 
     That is, it is of one of these classes, with no hook, adapter or other forward.
+
+    Args:
+        layer: The layer.
+        kinds: The classes.
+        of_all: Whether hooks of all modules count, which a counter of operations has.
     """
     if type(layer) not in kinds:
         return False
@@ -473,8 +480,15 @@ def is_bare(
         or own["_forward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own
-        or of_modules._global_forward_hooks
-        or of_modules._global_forward_pre_hooks
+        or (of_all and of_modules._global_forward_hooks)
+        or (of_all and of_modules._global_forward_pre_hooks)
+    )
+
+
+def has_numbers_elsewhere(weight: Tensor) -> bool:
+    """Whether a weight is a quantized or sharded one, which may not be cut or joined."""
+    return type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(
+        weight, "__tensor_flatten__"
     )
 
 
@@ -522,7 +536,8 @@ def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         if is_bare(layer):
             own = layer.__dict__["_parameters"]
-            return torch.nn.functional.linear(x, own["weight"], own["bias"])
+            if "weight" in own:  # DataParallel's replicas have it among their attributes
+                return torch.nn.functional.linear(x, own["weight"], own["bias"])
     elif type(layer) is torch.nn.Linear and sums_bias(x, layer) and is_bare(layer):
         return _biased_linear().apply(*autocast_operands(x, layer.weight, layer.bias))[0]
     return layer(x)

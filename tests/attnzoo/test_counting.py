@@ -368,6 +368,11 @@ def test_bad_arguments_name_the_value_and_the_remedy():
         (lambda: count_macs(model, resolution=248), InvalidValue, "patches of 2x2"),
         (lambda: count_macs(model, grid=(0, 4)), InvalidValue, "both positive"),
         (lambda: count_macs(model, grid=4), InvalidValue, "both positive"),
+        *(
+            (lambda count=count, grid=grid: count(grid), InvalidValue, "both positive")
+            for count in (layer.macs, lambda grid: layer.bytes_crossed(grid, torch.float32))
+            for grid in ((-1, 4), (0, 4), (2.0, 3), (True, 4), (4,), 4, None)
+        ),
         (
             lambda: count_macs(model, resolution=256, convention="papr"),
             InvalidValue,

@@ -19,6 +19,7 @@ from attnzoo.ops.gated_scan import (
     tokens_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
+from tests.attnzoo.adapters import adapt
 from tests.attnzoo.interpreted import (
     CAN_RUN,
     DEVICE,
@@ -202,6 +203,14 @@ if CAN_RUN:
             results.append([z.double() for z in (out, *grads)])
         assert max(errors(*results)) < 3e-6
         assert layer(tokens(grid, batch=0).to(DEVICE), grid).shape == (0, 40, DIM)
+
+    @pytest.mark.parametrize("way", ["hook", "forward", "adapter"])
+    @pytest.mark.parametrize("name", ["gated", "dig"])
+    def test_what_stands_around_projections_is_run(name, way):
+        layers = [build_scrambled(name, impl="triton").to(DEVICE) for _ in range(2)]
+        wanted, found = adapt(layers[0], "weights"), adapt(layers[1], way)
+        x, grid = tokens((4, 5)).to(DEVICE), (4, 5)
+        torch.testing.assert_close(found(x, grid), wanted(x, grid), rtol=1e-3, atol=1e-4)
 
     def test_auto_takes_the_kernels(monkeypatch):
         from attnzoo.ops.gated_scan import triton as module

@@ -1,0 +1,90 @@
+"""What stands around a projection (a hook, another forward, an adapter) is run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from attnzoo import get_attention, list_attention
+from attnzoo.testing import build_scrambled, tokens
+from tests.attnzoo.adapters import adapt
+
+GRID = (4, 5)
+CASES = [
+    (name, stream)
+    for name in list_attention()
+    for stream in (None, 3)
+    if not stream or "stream" in get_attention(name).Config.__dataclass_fields__
+]
+
+
+@pytest.mark.parametrize("way", ["hook", "forward", "adapter"])
+@pytest.mark.parametrize(("name", "stream"), CASES)
+def test_what_stands_around_projections_is_run(name, stream, way):
+    options: dict = {"stream": stream} if stream else {}
+    options |= {"block": 4} if name == "sla" else {}
+    layers = [build_scrambled(name, **options) for _ in range(2)]
+    x, wanted, found = tokens(GRID), adapt(layers[0], "weights"), adapt(layers[1], way)
+    for has_gradient in (False, True):
+        with torch.set_grad_enabled(has_gradient):
+            torch.testing.assert_close(found(x, GRID), wanted(x, GRID), rtol=1e-3, atol=1e-4)
+
+
+class Quantized(torch.Tensor):
+    """A weight of which only the product is known."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __tensor_flatten__(self):
+        return ["numbers"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return function(args[0], args[1].numbers, *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Quantized(args[0].numbers)
+        raise NotImplementedError(f"{function} of a quantized weight")
+
+
+@pytest.mark.parametrize(("name", "stream"), CASES)
+def test_quantized_weights_are_only_multiplied(name, stream):
+    layer, x = build_scrambled(name, **({"stream": stream} if stream else {})), tokens(GRID)
+    exact = layer(x, GRID)
+    for module in layer.modules():
+        if type(module) is torch.nn.Linear:
+            quantized: Any = Quantized(module.weight.detach())
+            module.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    for has_gradient in (False, True):
+        with torch.set_grad_enabled(has_gradient):
+            torch.testing.assert_close(layer(x, GRID), exact, rtol=1e-4, atol=1e-4)
+
+
+def replica_of(module):
+    """As ``torch.nn.parallel.replicate`` makes one on each GPU, with weights as attributes."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.view_as(parameter))
+    return replica
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_replicas_of_data_parallel_compute_the_same(name):
+    layer, x = build_scrambled(name), tokens(GRID)
+    for has_gradient in (False, True):
+        with torch.set_grad_enabled(has_gradient):
+            torch.testing.assert_close(replica_of(layer)(x, GRID), layer(x, GRID))
