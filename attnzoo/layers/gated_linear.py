@@ -22,11 +22,11 @@ from attnzoo.ops.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_macs,
     gated_linear_block,
+    mean_of_scans,
     mean_of_scans_by_kernels,
     scan,
     takes_kernels,
     tokens_by_kernels,
-    unscan,
 )
 from attnzoo.ops.precision import in_float32, operand_dtype
 
@@ -221,9 +221,7 @@ def _mean_of_scans(
     if impl == "fla":  # its kernels sum half precision in float32 themselves
         query, key, value = (z.to(dtype) for z in (query, key, value))
     out = gated_linear_attention(query, key, value, log_gate, impl).to(log_gate.dtype)
-    outs = rearrange(out, "b h n d -> b n h d").chunk(len(directions))
-    outs = [unscan(z, grid, direction) for z, direction in zip(outs, directions, strict=True)]
-    return torch.stack(outs).mean(0) if len(outs) > 1 else outs[0]
+    return mean_of_scans(rearrange(out, "b h n d -> b n h d"), grid, directions)
 
 
 @in_float32

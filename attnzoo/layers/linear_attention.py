@@ -294,8 +294,9 @@ class LinearAttention(Attention):
             return False
         if type(self).attended is not LinearAttention.attended:
             return False
-        is_small = value.numel() * value.shape[-1] <= 1 << 18
-        return is_small and is_few("linear_core", self.config.impl, keys.terms[0], value)
+        if not is_few("linear_core", self.config.impl, keys.terms[0], value):
+            return False
+        return value.numel() * value.shape[-1] <= 1 << 18
 
     def _stream(self, x: Tensor, grid: tuple[int, int], block: int) -> Tensor:
         spans = spans_of(grid, block, self.rows_together)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from attnzoo.ops.delta_rule import (
 )
 from attnzoo.ops.dispatch import Impl, choose
 from attnzoo.ops.gated_norm import gated_norm
-from attnzoo.ops.gated_scan import DIRECTIONS, Direction, is_counted, scan, unscan
+from attnzoo.ops.gated_scan import DIRECTIONS, Direction, is_counted, mean_of_scans, scan
 from attnzoo.ops.precision import in_float32, in_wide_range, operand_dtype
 from attnzoo.registry import register_attention
 
@@ -130,7 +129,7 @@ class DeltaNet(Attention):
         qkv, decay, strength = (torch.cat(z) for z in zip(*gathered, strict=True))
         of_column = heads, (x.shape[1], 1), ("forward",), scale
         out = delta_scans(in_wide_range(qkv), None, None, decay, strength, *of_column)
-        return self._mean(out.chunk(len(self.directions)), grid)
+        return mean_of_scans(out, grid, self.directions)
 
     def _scans(
         self, x: Tensor, grid: tuple[int, int], impl: Impl, value: Tensor | None = None
@@ -151,12 +150,7 @@ class DeltaNet(Attention):
         if impl == "fla":  # its kernels sum half precision in float32 themselves
             operands[:3] = [z.to(qkv.dtype) for z in operands[:3]]
         out = gated_delta_rule(*operands, impl=impl).to(decay.dtype)
-        return self._mean(out.transpose(1, 2).chunk(len(self.directions)), grid)
-
-    def _mean(self, outs: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """Of the scans' outputs, each in its order."""
-        outs = [unscan(z, grid, d) for z, d in zip(outs, self.directions, strict=True)]
-        return torch.stack(outs).mean(0) if len(outs) > 1 else outs[0]
+        return mean_of_scans(out.transpose(1, 2), grid, self.directions)
 
     def _convolved(self, qkv: Tensor, before: Tensor | None = None) -> Tensor:
         """The convolution along a scan, if there is one, with the tokens ``before`` or zeros."""

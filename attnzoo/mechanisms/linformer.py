@@ -86,7 +86,7 @@ class LinformerAttention(Attention):
         # A product of any type with maps in its own type, as autocast would make them, for all
         # heads together: their tokens need no copy, and nor do the gradients.
         key, value = (
-            of_tokens.to(z.dtype).expand(len(z), -1, -1) @ z
+            of_tokens.to(z.dtype).expand(z.shape[0], -1, -1) @ z
             for of_tokens, z in zip(maps, sources, strict=True)
         )
         out = attend_tokens(query, key, value, self.num_heads, self.config.impl)

@@ -73,7 +73,7 @@ class InnerLoop(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``Attention.forward``."""
         self.check_tokens(x, grid)
-        if not len(x):  # a convolution has no kernels of no images
+        if not x.shape[0]:  # a convolution has no kernels of no images
             return x
         if (block := self.config.block(self.training)) is not None:
             return self._stream(x, grid, block)

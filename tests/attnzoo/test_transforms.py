@@ -174,3 +174,14 @@ def test_tables_made_in_a_transform_do_not_outlive_it(name):
     module.forward = lambda x: layer(x, grid)
     program = torch.export.export(module, (x,), strict=False).run_decompositions({})
     torch.testing.assert_close(program.module()(x), layer(x, grid))
+
+
+@pytest.mark.parametrize("name", ["deltanet", "edit", "gated", "linformer", "ttt"])
+def test_an_export_takes_any_number_of_images(name):
+    layer, module = build_scrambled(name, DIM), torch.nn.Module()
+    module.forward = lambda x: layer(x, GRID)
+    sizes = ({0: torch.export.Dim("images", min=1, max=4096)},)
+    program = torch.export.export(module, (tokens(GRID, 2, DIM),), dynamic_shapes=sizes)
+    for images in (1, 5):
+        x = tokens(GRID, images, DIM)
+        torch.testing.assert_close(program.module()(x), layer(x, GRID))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from torch import Tensor, compiler, dtype, float16, float32
+from torch import Tensor, compiler, dtype, float16, float32, stack
 
 from attnzoo.ops.dispatch import MACS, Impl, choose
 from attnzoo.ops.gated_scan.reference import gated_linear_attention as _recurrence
@@ -25,6 +25,7 @@ __all__ = [
     "gated_linear_attention_macs",
     "gated_linear_block",
     "is_counted",
+    "mean_of_scans",
     "mean_of_scans_by_kernels",
     "scan",
     "takes_kernels",
@@ -294,3 +295,11 @@ def unscan(x: Tensor, grid: tuple[int, int], direction: Direction) -> Tensor:
     if direction.startswith("columns"):
         x = x.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2)
     return x
+
+
+def mean_of_scans(out: Tensor, grid: tuple[int, int], directions: Sequence[Direction]) -> Tensor:
+    """Mean of what scans gave, each in its order, one after the other in the batch."""
+    # Not chunk, by whose division an export would fix the batch.
+    parts = out.unflatten(0, (len(directions), out.shape[0] // len(directions))).unbind()
+    outs = [unscan(z, grid, direction) for z, direction in zip(parts, directions, strict=True)]
+    return stack(outs).mean(0) if len(outs) > 1 else outs[0]

@@ -72,7 +72,7 @@ def read_conv(query: Tensor, taps: Tensor) -> Tensor:
     # Every image has kernels of its own: as channels of one image they are one call.
     images = query.flatten(0, 1)[None]
     kernels = taps.to(query.dtype).flatten(0, 1)[:, None]
-    out = F.conv2d(images, kernels, padding=1, groups=len(kernels))
+    out = F.conv2d(images, kernels, padding=1, groups=kernels.shape[0])
     return to_tokens(out.view_as(query))
 
 
