@@ -331,14 +331,23 @@ class Attention(WithAuxiliaryLoss, ABC):
         raise InvalidType(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
 
     def macs(self, grid: tuple[int, int]) -> int:
-        """Every multiply-accumulate of one forward, per sample."""
+        """Every multiply-accumulate of one forward, per sample.
+
+        Raises:
+            InvalidType: The mechanism gives no closed form, or a linear layer is quantized.
+        """
+        check_weights(self)
         return sum(self.macs_parts(sides_of("grid", grid)).values())
 
     def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a forward of one image moves through memory, each tensor once.
 
         With ``macs`` it makes the floor that a layer's time is measured against.
+
+        Raises:
+            InvalidType: A linear layer is quantized.
         """
+        check_weights(self)
         tokens = self.tensors_crossed * math.prod(sides_of("grid", grid)) * self.dim
         return round((tokens + sum(p.numel() for p in self.parameters())) * dtype.itemsize)
 
@@ -399,6 +408,20 @@ class Attention(WithAuxiliaryLoss, ABC):
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises InvalidType if a linear layer's weight is packed, whose numbers cannot be counted."""
+    for name, layer in model.named_modules():
+        part: Any = layer
+        if not (hasattr(part, "weight") and hasattr(part, "in_features")):
+            continue
+        numbers = part.in_features * part.out_features
+        if not isinstance(part.weight, Tensor) or part.weight.numel() != numbers:
+            raise InvalidType(
+                f"cannot count {name or 'a layer'}, a quantized {type(layer).__name__}: count the "
+                f"model before it is quantized"
+            )
 
 
 def sides_of(name: str, value: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.contract import Attention, AttentionConfig, sides_of
+from attnzoo.contract import Attention, AttentionConfig, check_weights, sides_of
 from attnzoo.counting.result import Grid
 from attnzoo.errors import InvalidType, InvalidValue
 from attnzoo.layers.streaming import StreamConfig
@@ -29,6 +29,7 @@ def grid_of(model: Any, resolution: Any, grid: Any, *unnamed: Any) -> Grid:
             f"cannot count a {type(model).__name__}; pass an attnzoo.Attention layer, or a model "
             f"with macs_parts and token_grid such as backbones.DiT"
         )
+    check_weights(model)
     ways = "grid=(height, width) in tokens"
     if not is_layer:
         ways = f"resolution=(height, width) in image pixels, or {ways}"

@@ -435,3 +435,17 @@ def test_an_implementation_that_this_device_lacks_is_counted():
         for impl in impls:
             layer = build_attention(name, 48, impl=impl)
             assert count_macs(layer, grid=(4, 4)).total == layer.macs((4, 4))
+
+
+@pytest.mark.parametrize("name", ["dydila", "gated", "sana"])
+def test_quantized_weights_are_not_counted(name):
+    """Of some there was an AttributeError, of gated a number without its projections."""
+    layer = build_attention(name, 32)
+    torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, inplace=True)
+    for count in (
+        lambda: layer.macs((4, 4)),
+        lambda: count_macs(layer, grid=(4, 4)),
+        lambda: layer.bytes_crossed((4, 4), torch.float32),
+    ):
+        with pytest.raises(InvalidType, match="quantized Linear"):
+            count()
