@@ -414,10 +414,13 @@ def is_few(name: str, impl: str, *operands: Tensor) -> bool:
     Few, in float32, on a CPU, with nothing differentiated, compiled or watched.
     """
     x = operands[0]
-    # Beyond, one thread and a plain product lose against many and a tuned one.
-    if not x.is_cpu or x.numel() > 1 << 15 or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not x.is_cpu:
         return False
     if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
+        return False
+    # Beyond, one thread and a plain product lose against many and a tuned one. Asked after the
+    # compiler, as an export would fix the batch by the answer.
+    if x.numel() > 1 << 15:
         return False
     for z in operands:  # a subclass may keep its numbers elsewhere
         if z.dtype is not torch.float32 or type(z) not in (Tensor, torch.nn.Parameter):
@@ -478,10 +481,14 @@ def is_bare(
     return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own
         or (of_all and of_modules._global_forward_hooks)
         or (of_all and of_modules._global_forward_pre_hooks)
+        or (of_all and of_modules._global_backward_hooks)
+        or (of_all and of_modules._global_backward_pre_hooks)
     )
 
 

@@ -30,6 +30,16 @@ def test_what_stands_around_projections_is_run(name, stream, way):
             torch.testing.assert_close(found(x, GRID), wanted(x, GRID), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", list_attention())
+def test_hooks_of_a_backward_are_run(name):
+    layer, seen = build_scrambled(name), set()
+    linears = {z for z in layer.modules() if isinstance(z, torch.nn.Linear)}
+    for linear in linears:
+        linear.register_full_backward_hook(lambda linear, *_: seen.add(linear))
+    layer(tokens(GRID).requires_grad_(), GRID).sum().backward()
+    assert seen == linears
+
+
 class Quantized(torch.Tensor):
     """A weight of which only the product is known."""
 
