@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m backbones", description=main.__doc__)
     flag = parser.add_argument
     flag("attn", nargs="?", help="mechanism, pattern such as 'sana*3+softmax', or model")
-    flag("--size", default="S", choices=SIZES, help="of that model (default: S)")
+    flag("--size", default="S", choices=SIZES, help="unless the model's name has one (default: S)")
     flag("--protocol", default="paper", choices=PROTOCOLS, help="of that model (default: paper)")
     flag("--resolution", type=int, default=256, help="of that model, pixels (default: 256)")
     flag(

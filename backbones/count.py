@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--attn", required=True, help="mechanism, pattern such as 'sana*3+softmax', or model "
          "of the paper such as DyDi-LiT")  # fmt: skip
-    flag("--size", default="S", help=f"{', '.join(SIZES)} (default: S)")
+    flag("--size", default="S", help=f"{', '.join(SIZES)}; not of a name with a size (default: S)")
     flag("--protocol", default="paper", help=f"{', '.join(PROTOCOLS)} (default: paper)")
     flag("--resolution", type=int, default=256, help="pixels of a side (default: 256)")
     flag("--latent", type=int, default=8, help="pixels per latent pixel; 1 for a model of pixels "

@@ -123,7 +123,7 @@ def build_backbone(
         attn: A registered mechanism ("sana"), a pattern of several over the blocks
             ("sana*3+softmax"), or a model of the paper with its size and patch
             ("DyDi-LiT-S/2"), see ``list_presets``; a mechanism comes before a model of its name.
-        size: "tiny", "S", "B" or "L".
+        size: "tiny", "S", "B" or "L"; a name with a size of its own ("DyDi-LiT-S/2") ignores it.
         protocol: "paper" gives each mechanism the depth, feed-forward and heads of its model in
             the paper; a mechanism that the paper does not measure gets DiT's. A pattern gets
             depth and feed-forward of the mechanism with the most blocks, the first of equals,
