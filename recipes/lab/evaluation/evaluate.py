@@ -276,7 +276,12 @@ def _beside_earlier(run: Run, result: dict[str, Any]) -> dict[str, Any]:
             "held_out": result["held_out"] or earlier["held_out"],
             "warnings": list(dict.fromkeys([*earlier["warnings"], *result["warnings"]])),
         }  # fmt: skip
-    except (UserError, KeyError, TypeError, AttributeError):  # there is none that this version knows
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # none that is known here
         return result
 
 
