@@ -169,6 +169,7 @@ def test_what_cannot_be_sharded_is_named_before_the_first_step():
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
     model.head = nn.Linear(2, 2, dtype=torch.bfloat16)
+    model.embedding = nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16))  # its 0 is no block's
     check_parts(model)
     model.blocks[0].gate = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UserError, match=r"'blocks\.0\.gate' has no dimension .* drop --sharded"):
