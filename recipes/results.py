@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             f"folder with python recipes/compare.py"
         )
     out = Path(given.out)
-    if out.suffix == ".csv" or out.resolve() in [source.resolve() for source in sources]:
+    if out.suffix == ".csv":
         raise UserError(
             f"--out {given.out!r} would be a table's place: name a page, such as page.md"
         )

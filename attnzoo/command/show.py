@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -56,7 +57,9 @@ def cost(name: str) -> str:
     """Multiply-accumulates by part at two sizes, as a table."""
     cls = attnzoo.get_attention(name)
     if cls.macs_parts is Attention.macs_parts:
-        return f"no closed form is stated; attnzoo count --attn {name} measures it"
+        origin = None if name in offered() else attnzoo.source_of(name)
+        more = f" --import {shlex.quote(origin)}" if origin else ""
+        return f"no closed form is stated; attnzoo count --attn {name}{more} measures it"
     layer = attnzoo.build_attention(name, DIM)
     counted = [layer.macs_parts(grid) for grid in GRIDS]
     heading = ["tokens", *(f"{height}x{width}" for height, width in GRIDS)]

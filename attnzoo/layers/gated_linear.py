@@ -123,12 +123,10 @@ class GatedLinear(nn.Module):
         self, x: Tensor, grid: tuple[int, int], directions: Sequence[Direction]
     ) -> Tensor:
         normalizer, impl = self.config.gate_normalizer, self.config.impl
-        low, high = self.forget_gate
-        layers: list[Any] = [self.query, self.key, self.value, self.output_gate, low]
+        layers: list[Any] = [self.query, self.key, self.value, self.output_gate, *self.forget_gate]
         # Else an adapter or a hook is there; a counter is to see the product alone.
-        are_bare = all(is_bare(layer, of_all=False) for layer in (*layers, high))
-        weights = [layer.weight for layer in layers] if are_bare else []
-        if not weights or any(map(has_numbers_elsewhere, weights)):
+        are_bare = all(is_bare(layer, of_all=False) for layer in layers)
+        if not are_bare or any(has_numbers_elsewhere(layer.weight) for layer in layers):
             logit, query, key = self._gate_query_key(x)
             value = self._heads(self.value(x))
             mixed = mean_of_scans_by_kernels(
@@ -136,10 +134,10 @@ class GatedLinear(nn.Module):
             )
             assert mixed is not None
             return self._finish(x, mixed)
-        packed = F.linear(x, torch.cat(weights))
+        *joined, raised = layers
+        packed = F.linear(x, torch.cat([layer.weight for layer in joined]))
         if packed.dtype == torch.float16:  # which overflows
             packed = packed.float()
-        raised: Any = high  # which torch's stubs take for a module of any kind
         out = tokens_by_kernels(
             packed, raised.weight, raised.bias, self.norm.weight, self.num_heads, self.norm_eps,
             normalizer, grid, directions,

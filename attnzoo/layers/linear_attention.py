@@ -470,10 +470,10 @@ def linear_parts(
     """
     # An adapter or a hook has its own idea of the weight, and a quantized one may have no parts; a
     # counter is to see the parts alone.
-    if not is_bare(layer, (nn.Linear,), of_all=False):
+    if not is_bare(layer, of_all=False):
         return list(layer(x).split(width, dim=-1)[parts])
     weight, bias = cast(nn.Linear, layer).weight, cast(nn.Linear, layer).bias
-    if type(weight) is not nn.Parameter and has_numbers_elsewhere(weight):
+    if has_numbers_elsewhere(weight):
         return list(layer(x).split(width, dim=-1)[parts])
     operands = [itertools.repeat(x), weight.split(width)[parts]]
     if bias is not None:

@@ -494,9 +494,7 @@ def is_bare(
 
 def has_numbers_elsewhere(weight: Tensor) -> bool:
     """Whether a weight is a quantized or sharded one, which may not be cut or joined."""
-    return type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(
-        weight, "__tensor_flatten__"
-    )
+    return hasattr(weight, "__tensor_flatten__")
 
 
 def owns_gradient(x: Tensor, layer: torch.nn.Linear | torch.nn.Conv2d) -> bool:

@@ -1,13 +1,11 @@
 """What stands around a projection (a hook, another forward, an adapter) is run."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from attnzoo import get_attention, list_attention
 from attnzoo.testing import build_scrambled, tokens
-from tests.attnzoo.adapters import adapt
+from tests.attnzoo.adapters import adapt, operators_alone_and_tracked, quantize
 
 GRID = (4, 5)
 CASES = [
@@ -40,40 +38,11 @@ def test_hooks_of_a_backward_are_run(name):
     assert seen == linears
 
 
-class Quantized(torch.Tensor):
-    """A weight of which only the product is known."""
-
-    @staticmethod
-    def __new__(cls, numbers):
-        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)
-
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def __tensor_flatten__(self):
-        return ["numbers"], None
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.linear:
-            return function(args[0], args[1].numbers, *args[2:], **(kwargs or {}))
-        return super().__torch_function__(function, types, args, kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return Quantized(args[0].numbers)
-        raise NotImplementedError(f"{function} of a quantized weight")
-
-
 @pytest.mark.parametrize(("name", "stream"), CASES)
 def test_quantized_weights_are_only_multiplied(name, stream):
     layer, x = build_scrambled(name, **({"stream": stream} if stream else {})), tokens(GRID)
     exact = layer(x, GRID)
-    for module in layer.modules():
-        if type(module) is torch.nn.Linear:
-            quantized: Any = Quantized(module.weight.detach())
-            module.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    quantize(layer)
     for has_gradient in (False, True):
         with torch.set_grad_enabled(has_gradient):
             torch.testing.assert_close(layer(x, GRID), exact, rtol=1e-4, atol=1e-4)
@@ -98,3 +67,11 @@ def test_replicas_of_data_parallel_compute_the_same(name):
     for has_gradient in (False, True):
         with torch.set_grad_enabled(has_gradient):
             torch.testing.assert_close(replica_of(layer)(x, GRID), layer(x, GRID))
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_what_counts_operators_changes_none(name):
+    layer, x = build_scrambled(name), tokens(GRID)
+    layer(x, GRID)  # what is made once
+    alone, tracked = operators_alone_and_tracked(lambda: layer(x, GRID))
+    assert alone == tracked

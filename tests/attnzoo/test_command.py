@@ -167,13 +167,14 @@ def of_numbers(tmp_path):
         _REGISTRY.pop(name, None)
 
 
-def test_count_takes_a_mechanism_of_your_own_made_of_others(of_numbers, capsys):
-    small = ("--size", "tiny", "--resolution", "64", "--import", of_numbers)
-    text = said(capsys, "count", "--attn", "of-numbers*3+softmax", *small)
-    assert "for want of a closed form: of-numbers" in text
-    blocks = importlib.import_module("backbones.__main__").block_table(
-        "of-numbers*3+softmax", "tiny", "paper", 64
-    )
+def test_count_takes_a_mechanism_of_your_own_made_of_others(of_numbers, monkeypatch, capsys):
+    mixture, *small = "of-numbers*3+softmax", "--size", "tiny", "--import", of_numbers
+    small += ["--resolution", "64"]
+    monkeypatch.setattr("sys.argv", ["backbones", mixture, *small])
+    importlib.import_module("backbones.__main__").main()
+    blocks = capsys.readouterr().out
+    text = said(capsys, "count", "--attn", mixture, *small, "--check")
+    assert "for want of a closed form: of-numbers" in text and "all three agree" in text
     numbers = {line.split()[0]: line.split()[1:] for line in blocks.splitlines()}
     assert numbers["blocks.0"][0] == "of-numbers" and numbers["blocks.3"][0] == "softmax"
 
@@ -181,6 +182,7 @@ def test_count_takes_a_mechanism_of_your_own_made_of_others(of_numbers, capsys):
 def test_show_says_what_an_option_is_that_has_no_plain_default(of_numbers, capsys):
     text = said(capsys, "show", "needy", "--import", of_numbers)
     assert "  width, to be given\n" in text and "  sizes = (1, 2)\n" in text
+    assert f"attnzoo count --attn needy --import {of_numbers} measures it" in text
 
 
 def test_show_takes_a_mechanism_of_your_own(tmp_path, capsys):

@@ -19,7 +19,12 @@ from attnzoo.ops.gated_scan import (
     tokens_by_kernels,
 )
 from attnzoo.testing import DIM, build_scrambled, tokens
-from tests.attnzoo.adapters import adapt
+from tests.attnzoo.adapters import (
+    adapt,
+    operators_alone_and_tracked,
+    projections,
+    quantize,
+)
 from tests.attnzoo.interpreted import (
     CAN_RUN,
     DEVICE,
@@ -211,6 +216,21 @@ if CAN_RUN:
         wanted, found = adapt(layers[0], "weights"), adapt(layers[1], way)
         x, grid = tokens((4, 5)).to(DEVICE), (4, 5)
         torch.testing.assert_close(found(x, grid), wanted(x, grid), rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("name", ["gated", "dig"])
+    def test_each_projection_is_looked_at(name):
+        x, grid = tokens((4, 5)).to(DEVICE), (4, 5)
+        layer: Any = build_scrambled(name, impl="triton").to(DEVICE)
+        layer(x, grid)  # what is made once
+        alone, tracked = operators_alone_and_tracked(lambda: layer(x, grid))
+        assert alone == tracked
+        for only in projections(build_scrambled(name)):
+            layers = [build_scrambled(name, impl="triton").to(DEVICE) for _ in range(2)]
+            wanted, found = adapt(layers[0], "weights", only), adapt(layers[1], "hook", only)
+            exact = wanted(x, grid)
+            torch.testing.assert_close(found(x, grid), exact, rtol=1e-3, atol=1e-4)
+            quantize(wanted, only)
+            torch.testing.assert_close(wanted(x, grid), exact, rtol=1e-3, atol=1e-4)
 
     def test_auto_takes_the_kernels(monkeypatch):
         from attnzoo.ops.gated_scan import triton as module

@@ -287,8 +287,11 @@ def test_another_file_is_no_file_of_scaling(tmp_path):
     ("row", "check", "words"),
     [
         ({"images_per_second": 0.0}, {}, "images_per_second is 0.0"),
+        ({"gpus": 0}, {}, "gpus is 0"),
         ({"checkpoint": {"seconds": 1.0}}, {}, "checkpoint has no bytes"),
         ({"checkpoint": 3}, {}, r"training\[0\].checkpoint is 3"),
+        ({"beside": {}}, {}, r"training\[0\].beside is {}"),
+        ({}, {"check": "encode", "equal": None}, r"checks\[0\].equal is None"),
         ({}, {"check": "encode", "shards": None}, "encode.shards is None"),
         ({}, {"check": "kill"}, "kill has no mechanism"),
         ({}, {"check": "sleep"}, "has the check 'sleep'; known are kill, encode"),

@@ -300,9 +300,8 @@ def test_a_peer_is_compared_on_the_device_where_both_ran_there():
     assert on_a_cpu.iloc[:, [1, 2, 4]].to_numpy().tolist() == [
         ["a", "0.90", "best peer"], ["b", "0.80", ""]
     ]  # fmt: skip
-    mixed = plot._peers(pd.DataFrame([row, alone])).iloc[
-        2:, [1, 2, 4]
-    ]  # the last could not record
+    # The second could not record.
+    mixed = plot._peers(pd.DataFrame([row, alone])).iloc[2:, [1, 2, 4]]
     assert mixed.to_numpy().tolist() == [
         ["a", "0.90", "best peer, launched"], ["b", "0.80", "launched"]
     ]  # fmt: skip

@@ -150,13 +150,18 @@ def test_every_size_has_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "_saved", lambda size, _, name: drawn.append((size, name)))
     report = whole_report()
     report["cases"] += [row | {"size": "L"} for row in report["cases"]]
-    path, page = tmp_path / "whole.json", tmp_path / "page.md"
+    path, page, plots = (tmp_path / name for name in ("whole.json", "page.md", "plots"))
     path.write_text(json.dumps(report))
     page.write_text("<!-- whole -->\n<!-- /whole -->\n")
-    assert plot.main([str(path), "--out", str(tmp_path), "--into", str(page)]) == 0
+    (plots / "whole-models-L.png").mkdir(parents=True)
+    arguments = [str(path), "--out", str(plots), "--into", str(page)]
+    with pytest.raises(UserError, match="cannot write"):
+        plot.main(arguments)
+    (plots / "whole-models-L.png").rmdir()
+    assert not drawn and plot.main(arguments) == 0
     assert drawn == [("S", "whole-models"), ("L", "whole-models-L")]
     shown = [line for line in page.read_text().splitlines() if line.startswith("![")]
-    assert [line.rpartition("](")[2] for line in shown] == [f"{name}.png)" for _, name in drawn]
+    assert [line.rpartition("](")[2] for line in shown] == [f"plots/{n}.png)" for _, n in drawn]
 
 
 def test_a_model_that_lacks_a_resolution_becomes_faster_between_two_of_its_own():

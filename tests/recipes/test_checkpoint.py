@@ -22,7 +22,7 @@ from recipes.lab.training import checkpoint as checkpoint_module
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
 from recipes.lab.training.settings import Settings
-from recipes.lab.training.status import claimed, describe
+from recipes.lab.training.status import claimed, describe, noted_checkpoint
 from recipes.lab.training.trainer import Trainer
 from tests.recipes import two_processes
 from tests.recipes.reliability import crashes, kills
@@ -319,7 +319,10 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew_unasked(copy):
     ):
         train(Settings(**SMALL, steps=4), copy, resume=True)
     assert copy.log_file.read_text() == log
-    copy.status_file.unlink()  # as far as anyone knows, it was stopped before its first
+    for damaged in ("{", "{}", "[]"):  # as far as anyone knows, it was stopped before its first
+        copy.status_file.write_text(damaged)
+        assert noted_checkpoint(copy) is None
+    copy.status_file.unlink()
     assert train(Settings(**SMALL, steps=1), copy, resume=True) == 0
 
 

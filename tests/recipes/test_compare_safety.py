@@ -583,6 +583,10 @@ class TestTheDemo:
         seen.clear()  # one that cannot go on
         demo_module.main(["--steps", "2", "--overwrite", "--out", str(tmp_path)])
         assert seen[1] == ("softmax", {"resume": False, "overwrite": True})
+        seen.clear()  # and one that can
+        monkeypatch.setattr(Run, "newest_checkpoint", lambda *_, **__: (1, tmp_path))
+        demo_module.main(["--steps", "2", "--overwrite", "--out", str(tmp_path)])
+        assert seen[1] == ("softmax", {"resume": True, "overwrite": False})
 
 
 def test_nothing_else_is_written_by_hand():

@@ -2,12 +2,14 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import attnzoo
+from recipes.lab import distributed
 from recipes.lab.console import UserError
 from recipes.lab.distributed import check_parts
 from recipes.lab.training.checkpoint import Run
@@ -138,6 +140,20 @@ def test_a_buffer_that_processes_do_not_share_is_named_once(buckets):
         assert re.match(r"not alike in all processes: buffer 'blocks\.0\.\S+running_mean';", said)
 
 
+def test_only_what_a_checkpoint_would_hold_is_compared(monkeypatch):
+    model = nn.Module()
+    for name, kind, is_kept in (
+        ("mean", torch.float32, True), ("count", torch.int64, True),
+        ("phase", torch.complex64, True), ("table", torch.float32, False),
+    ):  # fmt: skip
+        model.register_buffer(name, torch.ones(2, dtype=kind), persistent=is_kept)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda *_: None)
+    assert distributed.differing_buffers(nn.Linear(2, 2)) == []
+    for change, found in ((1.0, ["mean", "count"]), (1e-6, [])):
+        monkeypatch.setattr(distributed.dist, "broadcast", lambda z, _, by=change: z.copy_(z + by))
+        assert distributed.differing_buffers(model) == found
+
+
 def test_the_cost_of_a_sharded_model_is_that_of_the_whole(buckets):
     assert "0.00932 G multiply-accumulates per image" in buckets[0]["banner"]
 
@@ -149,9 +165,11 @@ def test_a_run_continues_on_another_number_of_processes(out, name):
 
 
 def test_what_cannot_be_sharded_is_named_before_the_first_step():
+    nobody: Any = None
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
     model.head = nn.Linear(2, 2, dtype=torch.bfloat16)
+    model.embedding = nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16))  # its 0 is no block's
     check_parts(model)
     model.blocks[0].gate = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UserError, match=r"'blocks\.0\.gate' has no dimension .* drop --sharded"):
@@ -164,7 +182,7 @@ def test_what_cannot_be_sharded_is_named_before_the_first_step():
     check_parts(model)
     model.head.tied = model.blocks[1].weight
     with pytest.raises(UserError, match=r"'blocks\.1\.weight' and 'head\.tied' are one tensor"):
-        check_parts(model)
+        distributed.shard(model, nobody)
 
 
 def test_gradient_checkpointing_changes_nothing(out):

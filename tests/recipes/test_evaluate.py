@@ -27,7 +27,7 @@ from recipes.lab.evaluation import reference as reference_module
 from recipes.lab.evaluation.archives import save_npz
 from recipes.lab.evaluation.cache import cached
 from recipes.lab.evaluation.efficientnet import load_efficientnet
-from recipes.lab.evaluation.evaluate import evaluate
+from recipes.lab.evaluation.evaluate import classify, evaluate
 from recipes.lab.evaluation.features import (
     CustomExtractor,
     Features,
@@ -41,6 +41,7 @@ from recipes.lab.evaluation.reference import Reference, Seen, classified_shapes
 from recipes.lab.evaluation.scores import METRICS, score
 from recipes.lab.evaluation.shape_classifier import classify_shapes, shape_scores
 from recipes.lab.evaluation.shards import Plan, read_shards, sample_labels, shard_folder
+from recipes.lab.files import write_json
 from recipes.lab.training.checkpoint import Run
 
 PLAN = Plan(samples=40, steps=2, shard_size=16)
@@ -131,6 +132,39 @@ class TestWhatIsWritten:
         run.metrics_file.write_text('{"results": []}')
         _, stored = measured(cfgs=(4.0,), held_out=0)
         assert stored == second | {"results": stored["results"]}
+
+    def test_only_what_is_alike_stays_beside_an_earlier_result(self, tmp_path, caplog):
+        run = Run(tmp_path)
+        names = "resolution", "evaluator", "real", "reference", "device", "versions", "commit"
+        held = {"weights": "ema", "images": 8, "times": 4, "sha256": "a"}
+        first = dict.fromkeys(names) | {
+            "sampling": {"seed": 0}, "results": {"1": {"FID": 1.0}}, "warnings": ["a", "b"],
+            "not_measured": {"1": {"KID": "few"}, "model": {"loss": "none"}}, "held_out": held,
+        }  # fmt: skip
+        second = first | {
+            "results": {"4": {"FID": 2.0}}, "warnings": ["b", "c"], "held_out": None,
+            "not_measured": {"4": {"KID": "few"}},
+        }  # fmt: skip
+        write_json(run.metrics_file, first)
+        assert evaluation._beside_earlier(run, second) == first | {
+            "results": {"1": {"FID": 1.0}, "4": {"FID": 2.0}}, "warnings": ["a", "b", "c"],
+            "not_measured": {"1": {"KID": "few"}, "4": {"KID": "few"}},
+        }  # fmt: skip
+        other_set = held | {"sha256": "b"}
+        for changed in (
+            *({name: "another"} for name in names),
+            {"sampling": {"seed": 0, "steps": 9}},
+            {"held_out": other_set},
+        ):
+            other = second | changed
+            assert evaluation._beside_earlier(run, other) is other
+        again = evaluation._beside_earlier(run, first | {"results": {"1": {"FID": 3.0}}})
+        assert again["results"] == {"1": {"FID": 3.0}}
+        write_json(run.metrics_file, first | {"held_out": None})
+        assert evaluation._beside_earlier(run, second | {"held_out": held})["held_out"] == held
+        for damaged in ("{", "{}", "[]", json.dumps(first | {"not_measured": []})):
+            run.metrics_file.write_text(damaged)
+            assert evaluation._beside_earlier(run, second) is second
 
 
 def real_sets_of_digits():
@@ -583,6 +617,14 @@ class TestChecksFirst:
         with pytest.raises(UserError, match=words):
             evaluate(run, **{"plan": PLAN, **options})
         assert (run.folder / "metrics.json").read_text() == "old"
+
+    def test_what_the_verdict_is_written_to(self, run, digits, tmp_path, monkeypatch):
+        monkeypatch.setattr(shards.RunSampler, "__call__", None)
+        copy = Run(Path(shutil.copytree(run.folder, tmp_path / "copy")))
+        copy.classifier_file.unlink(missing_ok=True)
+        copy.classifier_file.mkdir()
+        with pytest.raises(UserError, match=r"cannot write '.*classifier\.json'"):
+            classify(copy, samples=40)
 
     @pytest.mark.parametrize(
         ("change", "words"),

@@ -20,6 +20,7 @@ from PIL import Image
 from attnzoo import get_attention, list_attention
 from backbones.presets import SIZES
 from recipes import study
+from recipes.lab import files
 from recipes.lab.console import UserError
 from recipes.lab.data import datasets
 from recipes.lab.data.datasets import load_dataset, share
@@ -209,10 +210,14 @@ class TestLauncher:
             if folder.name == "a":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def refuse(path, content):
-            raise CannotWrite(path, OSError(28, "No space left on device"))
+        write = files.write_bytes
 
-        monkeypatch.setattr(execution, "write_json", refuse)
+        def refuse(path, content):
+            if path.parent.name == "a":
+                raise CannotWrite(path, OSError(28, "No space left on device"))
+            write(path, content)
+
+        monkeypatch.setattr(files, "write_bytes", refuse)  # below all that write a result
         states = self.launch(folders, monkeypatch, work)
         assert states == {"a": "crashed", "b": "ok", "c": "ok"}
 

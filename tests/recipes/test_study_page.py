@@ -291,7 +291,7 @@ class TestPage:
             (frame.drop(columns="curve"), "no table of recipes/study.py: it has no 'curve'"),
             *(
                 (frame.drop(columns=name), f"it has no '{name}'")
-                for name in ("error", "model", "macs", "q1", "step_seconds", "elsewhere")
+                for name in ("error", "model", "macs", "q1", "wall_seconds", "elsewhere")
             ),
             (frame.assign(px="many"), "damaged: column 'px'"),
             (frame.assign(seed=None), "'seed' lacks a number"),

@@ -451,6 +451,10 @@ def test_what_a_forward_adds_is_not_left_untrained():
     layer.extra = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"^extra\.bias came or went .* in __init__"):
         average.move(0.5)
+    del layer.extra
+    layer.bias = None
+    with pytest.raises(TypeError, match=r"^bias came or went"):
+        average.move(0.5)
 
 
 def test_a_buffer_that_a_forward_replaces_is_the_models_own_again():

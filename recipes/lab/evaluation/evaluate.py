@@ -251,8 +251,6 @@ def evaluate(
 
 def _beside_earlier(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """A result with the scales in metrics.json, or a warning that they are of something else."""
-    if not run.metrics_file.is_file():
-        return result
     try:
         earlier: Any = read_json(run.metrics_file)
         old, new = _facts(earlier), _facts(result)
@@ -278,7 +276,12 @@ def _beside_earlier(run: Run, result: dict[str, Any]) -> dict[str, Any]:
             "held_out": result["held_out"] or earlier["held_out"],
             "warnings": list(dict.fromkeys([*earlier["warnings"], *result["warnings"]])),
         }  # fmt: skip
-    except (UserError, KeyError, TypeError, AttributeError):  # of an earlier version, or damaged
+    except (
+        UserError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # none that is known here
         return result
 
 

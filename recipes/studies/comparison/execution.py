@@ -85,8 +85,7 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         What result.json holds: "state" is "ok", "error", "not finite", "out of memory" or
         "interrupted", with "error" in one line; "wall_seconds" are of all attempts together.
     """
-    earlier = read_result(folder, EARLIER)
-    started = time.monotonic() - ((earlier or {}).get("wall_seconds") or 0.0)
+    earlier, started = read_result(folder, EARLIER), time.monotonic()
     try:
         result = _run_one(folder, earlier, progress)
     except Exception as error:
@@ -97,9 +96,14 @@ def run_one(folder: Path, progress: bool = False) -> Result:
         line = " ".join(str(error).split()) or type(error).__name__
         state = "out of memory" if "out of memory" in line.lower() else "error"
         result = {"state": state, "error": f"{type(error).__name__}: {line}"[:500]}
-    result = result | {"wall_seconds": round(time.monotonic() - started, 1)}
+    result = _timed(result, earlier, started)
     write_json(folder / "result.json", result)
     return result
+
+
+def _timed(result: Result, earlier: Result | None, started: float) -> Result:
+    before = (earlier or {}).get("wall_seconds") or 0.0
+    return result | {"wall_seconds": round(before + time.monotonic() - started, 1)}
 
 
 def _run_one(folder: Path, earlier: Result | None, progress: bool) -> Result:
@@ -321,8 +325,7 @@ def ended(folder: Path, result: Result, started: float) -> Result:
     Returns:
         The result with the seconds of all attempts.
     """
-    before = (read_result(folder, EARLIER) or {}).get("wall_seconds") or 0.0
-    result = result | {"wall_seconds": round(before + time.monotonic() - started, 1)}
+    result = _timed(result, read_result(folder, EARLIER), started)
     with contextlib.suppress(CannotWrite):  # a full disk; without it the run is not done
         write_json(folder / "result.json", result)
     return result
