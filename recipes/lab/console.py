@@ -14,10 +14,12 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
+_FIRST_WORD_SECONDS = 5.0  # that processes may differ by in starting
 STOPPED_BY_HAND, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
@@ -81,10 +83,9 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
             text = f"{error.filename!r} cannot be reached ({error.strerror}); choose another place"
         else:
             raise
-        # A rank without a launcher's world is a leftover: nobody else says what all know.
-        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        rank = "0" if is_alone else os.environ.get("RANK", "0")
+        rank = _rank()
         if rank == "0" or not getattr(error, "is_shared", False):
+            _let_the_first_speak()
             where = "" if rank == "0" else f" in process {rank}"
             _tell(f"error{where}: {printable(text)}")
         status = USER_ERROR
@@ -98,6 +99,18 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         # gloo's threads can abort the interpreter while it shuts down, after all work is done.
         os._exit(status)
     sys.exit(status)
+
+
+def _rank() -> str:
+    # A rank without a launcher's world is a leftover: nobody else says what all know.
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "0" if is_alone else os.environ.get("RANK", "0")
+
+
+def _let_the_first_speak() -> None:
+    """Waits where the first process may say the same, whereupon the launcher ends this one."""
+    if _rank() != "0":
+        time.sleep(_FIRST_WORD_SECONDS)
 
 
 def _tell(line: str) -> None:
@@ -285,6 +298,7 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean --{near[0]}?" if near and word.startswith("-") else ""
             message = f"{printable(words)!r} is not known here{hint}"
         where = f"{' ' if message.endswith('?') else '; '}{self.prog} --help lists the flags"
+        _let_the_first_speak()
         self.exit(USER_ERROR, f"error: {message}{where}\n")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -108,6 +108,30 @@ def on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
         error.is_shared = True
         raise error
     return outcome[0]
+
+
+def of_all(accelerator: Accelerator, action: Callable[[], list[Result]]) -> list[Result]:
+    """What ``action`` finds in each process, one after the other, in every process.
+
+    Raises:
+        UserError: In some process it raised what the caller can put right; every process does.
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    found: list[Result] = []
+    problem = None
+    try:
+        found = action()
+    except Exception as error:
+        if not is_users_mistake(error):
+            raise
+        problem = str(error)
+    outcomes: Any = gather_object([(found, problem)])
+    if problems := [text for _, text in outcomes if text is not None]:
+        error = UserError(problems[0])
+        error.is_shared = True
+        raise error
+    return [one for part, _ in outcomes for one in part]
 
 
 def differing_buffers(model: nn.Module) -> list[str]:

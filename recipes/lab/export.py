@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,7 @@ def export(
             os.replace(out, old)
         os.replace(temporary, out)
         shutil.rmtree(old, ignore_errors=True)
+        _sweep(out)
     except (OSError, SafetensorError) as error:  # its own class for what the system refuses
         raise CannotWrite(out, error) from error
     finally:
@@ -146,6 +148,21 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"{str(out)!r} holds files that are no export; choose another --out")
     if not overwrite:
         raise UserError(f"{str(out)!r} holds a pipeline; pass --overwrite to replace it")
+
+
+def _sweep(out: Path) -> None:
+    """Removes what exports to the same folder have left that were killed."""
+    name = re.compile(
+        rf"{re.escape(TEMPORARY)}(\d{{1,7}})-[0-9a-f]{{8}}-{re.escape(out.name)}(-old)?"
+    )
+    for path in out.parent.iterdir():
+        if match := name.fullmatch(path.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:  # another's
+                continue
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:

@@ -491,6 +491,7 @@ def test_what_may_not_be_read_is_not_passed_over_as_broken(copy, what, monkeypat
     [
         {"step": 1e400}, {"step": "4"}, {"step": 3}, {"step": None}, {"skipped": "many"},
         {"skipped_in_a_row": -1}, {"files": []}, {"files": {"a": 1}}, {"files": {"a": ["1", 2]}},
+        {"files": {}},
     ],
 )  # fmt: skip
 def test_a_manifest_that_says_nonsense_is_passed_over(copy, change):

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -269,6 +271,19 @@ def tiny_run(**settings):
 
 
 class TestSubmitit:
+    def test_a_job_that_died_counts_its_seconds_with_those_before(self, tmp_path, monkeypatch):
+        job = SimpleNamespace(job_id="7", done=lambda: True, exception=lambda: "node failed")
+        executor = SimpleNamespace(update_parameters=lambda **_: None, submit=lambda *_: job)
+        module = SimpleNamespace(AutoExecutor=lambda **_: executor)
+        monkeypatch.setitem(sys.modules, "submitit", module)
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            monkeypatch.setenv(name, "")
+        earlier = {"state": "crashed", "error": "", "wall_seconds": 5.0}
+        (tmp_path / "result.json").write_text(json.dumps(earlier))
+        run = execution.by_submitit("local", tmp_path / "log", {})
+        result = run(tmp_path, 0, threading.Event())
+        assert result["wall_seconds"] >= 5 and result["error"] == "submitit job 7: node failed"
+
     @pytest.mark.slow
     def test_runs_go_through_its_local_executor(self, tmp_path, monkeypatch):
         pytest.importorskip("submitit")

@@ -154,6 +154,26 @@ def test_only_what_a_checkpoint_would_hold_is_compared(monkeypatch):
         assert distributed.differing_buffers(model) == found
 
 
+def test_what_one_process_cannot_read_all_refuse_and_go_on_alike(buckets):
+    told = [found["told"] for found in buckets]
+    assert told[0][:2] == ["the shard is damaged", True] and told[0] == told[1]
+
+
+class Idle(attnzoo.get_attention("softmax")):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.idle = nn.Parameter(torch.ones(2, 2))
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero_on_one_process_too(monkeypatch):
+    monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(attnzoo.registry._REGISTRY))
+    attnzoo.register_attention("idle")(Idle)
+    trainer = Trainer(settings("idle", weight_decay=0.5, learning_rate=0.1, warmup_steps=0))
+    trainer.train_step()
+    idle = trainer.model.blocks[0].attention.idle
+    assert idle in trainer.optimizer.state and torch.allclose(idle, torch.tensor(0.95))
+
+
 def test_the_cost_of_a_sharded_model_is_that_of_the_whole(buckets):
     assert "0.00932 G multiply-accumulates per image" in buckets[0]["banner"]
 

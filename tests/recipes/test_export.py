@@ -1,6 +1,7 @@
 """A run as a pipeline folder of diffusers: what it holds, what it draws, what is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -207,3 +208,15 @@ def test_ones_own_mechanism_goes_along_or_is_refused(tmp_path):
             now.update(then)
     with pytest.raises(InvalidValue, match=r"mine\.py.*trust_remote_code"):
         DiTPipeline.from_pretrained(out)
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(runs, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive = process.pid, os.getpid()
+    left = [f".tmp-{dead}-0123abcd-out", f".tmp-{dead}-0123abcd-out-old"]
+    others = [f".tmp-{alive}-0123abcd-out", f".tmp-{dead}-0123abcd-without"]
+    for name in left + others:
+        (tmp_path / name / "vae").mkdir(parents=True)
+    assert main([str(runs / "pixels"), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}

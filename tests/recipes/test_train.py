@@ -271,6 +271,27 @@ def test_what_all_processes_know_is_said_by_one(world, said, monkeypatch, capsys
     assert caught.value.code == 2 and capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("arguments", [["--no-such"], ["--status", "nowhere"]])
+def test_the_first_of_several_processes_says_first_what_may_be_wrong_in_all(
+    arguments, monkeypatch, capsys
+):
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        assert not capsys.readouterr().err
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            run_script(lambda arguments: train_module.main(arguments))
+        assert caught.value.code == 2 and capsys.readouterr().err.startswith("error")
+    assert len(waited) == 1 and waited[0] > 1
+
+
 @pytest.mark.parametrize("file", ["/root/run/config.json", None])
 def test_a_place_that_is_forbidden_is_one_line(file, capsys):
     def main(arguments):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recipes.lab.console import run_script
+from recipes.lab.console import UserError, run_script
 from recipes.lab.training.banner import banner
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> int:
             assert train(rounded, Run(out / name)) == 0
         found = two_buckets.cases()
         found["notes"] = _notes_of_a_buffer()
+        found["told"] = _told_of_one_that_fails()
         found["banner"] = banner(Trainer(settings("sharded")), Run(out / "sharded"), 0)
         (out / f"buckets-{dist.get_rank()}.json").write_text(json.dumps(found))
     (out / f"world-{dist.get_rank()}.json").write_text(json.dumps(dist.get_world_size()))
@@ -101,6 +102,29 @@ def _notes_of_a_buffer() -> list[str]:
     for _ in range(2):
         trainer.train_step()
     return trainer.notes
+
+
+def _told_of_one_that_fails() -> list:
+    """What each process learns where the second one's held-out image cannot be read."""
+    trainer = Trainer(settings("softmax"))
+    data = trainer._held_out
+
+    class Broken:
+        def __len__(self):
+            return len(data)
+
+        def batch(self, indices):
+            if dist.get_rank() == 1:
+                raise UserError("the shard is damaged")
+            return data.batch(indices)
+
+    trainer._held_out = Broken()
+    try:
+        trainer.held_out()
+    except UserError as error:
+        trainer._held_out = data
+        return [str(error), error.is_shared, trainer.held_out()]
+    return []
 
 
 def _tell_second(step: int) -> bool:

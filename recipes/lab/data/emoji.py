@@ -27,7 +27,7 @@ from recipes.lab.console import UserError, printable
 from recipes.lab.data.checks import DataError
 from recipes.lab.data.datasets import Request, register_dataset
 from recipes.lab.data.folder import FolderDataset
-from recipes.lab.files import write_bytes, write_json
+from recipes.lab.files import TEMPORARY, write_bytes, write_json
 
 DEFAULT_PLACE = Path("data/emoji")
 MANIFEST = "emoji.json"
@@ -186,7 +186,7 @@ def fetch(
             another version, or missing.
         CannotWrite: The system refuses.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not _is_ours(out):
+    if out.exists() and not (out.is_dir() and _is_ours(out)):
         raise UserError(f"{str(out)!r} is there and holds no emoji: choose another --out")
     with tempfile.TemporaryDirectory() as scratch:
         found = _checked(list(tarballs) or _packed(Path(scratch), packages), packages)
@@ -208,8 +208,9 @@ def fetch(
                 written.add(file)
                 counts[split] += 1
     for file in {*out.glob("*/*/*")} - written:
-        # An earlier version may have put the same emoji on the other side.
-        if re.fullmatch(rf"({'|'.join(p.maker for p in packages)})-[0-9a-f-]+\.\w+", file.name):
+        # An earlier version may have put the same emoji on the other side, or have been killed.
+        makers = "|".join(package.maker for package in packages)
+        if re.fullmatch(rf"({TEMPORARY}\d+-\w+-)?({makers})-[0-9a-f-]+\.\w+", file.name):
             file.unlink()
     hashes = {p.name: p.sha256 for p in packages}
     write_json(out / MANIFEST, {"packages": hashes, "images": dict(counts)})
@@ -217,7 +218,9 @@ def fetch(
 
 
 def _is_ours(out: Path) -> bool:
-    return any((out / name).is_file() for name in (MANIFEST, _LICENCES))
+    is_ours = any((out / name).is_file() for name in (MANIFEST, _LICENCES))
+    # One that was killed may have left the first of its files unfinished.
+    return is_ours or all(path.name.startswith(TEMPORARY) for path in out.iterdir())
 
 
 def _packed(folder: Path, packages: Sequence[Package]) -> list[Path]:

@@ -12,12 +12,11 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from recipes.lab.console import UserError, warn
 from recipes.lab.data.datasets import ImageDataset, entry_of
 from recipes.lab.data.latents import is_latent_folder
-from recipes.lab.distributed import make_accelerator, on_main
+from recipes.lab.distributed import make_accelerator, of_all, on_main
 from recipes.lab.evaluation.archives import load_npz, save_npz
 from recipes.lab.evaluation.features import Extractor, Features, SmallCNN, smallcnn_of
 from recipes.lab.evaluation.measure import Measure
@@ -468,12 +467,14 @@ def _look(
     shown = read_shards(folder, plan)
     if extractor is None:
         return shown, None
-    mine = [
-        (number, tuple(extractor(shown.pixels[shard.start : shard.stop])))
-        for number, shard in list(enumerate(plan.shards()))[rank::world]
-    ]
-    gathered = mine if world == 1 else gather_object(mine)
-    ordered = sorted(gathered, key=lambda pair: pair[0])
+
+    def mine() -> list[tuple[int, Any]]:
+        return [
+            (number, tuple(extractor(shown.pixels[shard.start : shard.stop])))
+            for number, shard in list(enumerate(plan.shards()))[rank::world]
+        ]
+
+    ordered = sorted(of_all(accelerator, mine), key=lambda pair: pair[0])
     return shown, Features.concatenate([Features(*parts) for _, parts in ordered])
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from recipes.lab.console import UserError
 from recipes.lab.data.datasets import ImageDataset, Part, divided, entry_of, kind_of, load_dataset
 from recipes.lab.diffusion import Diffusion, generator_for
+from recipes.lab.distributed import of_all
 from recipes.lab.training.build import load_training_data
 from recipes.lab.training.settings import Settings
 
@@ -129,12 +129,16 @@ def held_out_losses(
     rank, world = (
         (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     )
-    mine = []
-    for start in list(range(0, count, _AT_ONCE))[rank::world]:
-        chosen = range(start, min(start + _AT_ONCE, count))
-        mine.append((start, _losses(model, diffusion, dataset, chosen, device)))
-    gathered: Any = mine if world == 1 else gather_object(mine)
-    return torch.cat([losses for _, losses in sorted(gathered, key=lambda part: part[0])])
+
+    def mine() -> list[tuple[int, Tensor]]:
+        return [
+            (start, _losses(model, diffusion, dataset, range(start, min(start + _AT_ONCE, count)),
+                            device))
+            for start in list(range(0, count, _AT_ONCE))[rank::world]
+        ]  # fmt: skip
+
+    found = mine() if accelerator is None else of_all(accelerator, mine)
+    return torch.cat([losses for _, losses in sorted(found, key=lambda part: part[0])])
 
 
 @torch.no_grad()

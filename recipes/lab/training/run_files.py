@@ -29,6 +29,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         and manifest.get("step") == step_of(folder)
         and all(_is_whole(manifest.get(name, 0)) for name in ("skipped", "skipped_in_a_row"))
         and isinstance(listed := manifest.get("files"), dict)
+        and len(listed) > 0
         and all(
             isinstance(entry, list)
             and len(entry) == 2

@@ -400,7 +400,11 @@ class Trainer:
         else:
             if self.is_sharded:
                 values = self.accelerator.reduce(values, "sum")
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in trained:
+                if parameter.grad is None:  # counts as 0, as in buckets
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients: Any = [p.grad for p in trained]
             norm = nn.utils.get_total_norm(gradients)
         if settings.gradient_clip is not None:  # else gradients would be multiplied by 1
             parameters = self.model.parameters()

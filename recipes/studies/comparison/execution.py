@@ -388,6 +388,7 @@ def by_submitit(cluster: str, log: Path, parameters: dict[str, Any]) -> RunOne:
 
     def run(folder: Path, slot: int, stop: threading.Event) -> Result:
         set_aside(folder)
+        started = time.monotonic()
         with one_at_a_time:
             job = executor.submit(_Submitted(), folder.resolve())
         while not job.done():
@@ -398,8 +399,7 @@ def by_submitit(cluster: str, log: Path, parameters: dict[str, Any]) -> RunOne:
         if result is None:
             last = str(job.exception() or "").strip() or "it ended without a result"
             error = f"submitit job {job.job_id}: {last.splitlines()[-1]}"
-            result = {"state": "crashed", "error": error}
-            write_json(folder / "result.json", result)
+            return ended(folder, {"state": "crashed", "error": error}, started)
         return result
 
     return run
