@@ -332,7 +332,7 @@ class Attention(WithAuxiliaryLoss, ABC):
 
     def macs(self, grid: tuple[int, int]) -> int:
         """Every multiply-accumulate of one forward, per sample."""
-        return sum(self.macs_parts(sides_of("grid", grid)).values())
+        return sum(stated_parts(self, sides_of("grid", grid)).values())
 
     def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a forward of one image moves through memory, each tensor once.
@@ -399,6 +399,17 @@ class Attention(WithAuxiliaryLoss, ABC):
         options = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
+
+
+def stated_parts(layer: Attention, grid: tuple[int, int]) -> dict[str, int]:
+    """What ``macs_parts`` states; InvalidType unless these are integers from 0 on, by part."""
+    parts: Any = layer.macs_parts(grid)
+    if not isinstance(parts, Mapping) or not all(_is_count(z) and z >= 0 for z in parts.values()):
+        raise InvalidType(
+            f"macs_parts of {layer.name or type(layer).__name__!r} must be a dict of integers "
+            f"from 0 on, such as {{'projections': 4096}}, got {parts!r}"
+        )
+    return dict(parts)
 
 
 def sides_of(name: str, value: Any) -> tuple[int, int]:

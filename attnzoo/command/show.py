@@ -16,7 +16,7 @@ from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.doctor import here, in_short, why_not
 from attnzoo.command.listing import DIM, GRIDS, source_of_class, summary
 from attnzoo.console import aligned
-from attnzoo.contract import Attention
+from attnzoo.contract import Attention, stated_parts
 from attnzoo.registry import offered
 
 WIDTH = 96
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
         attnzoo.import_mechanisms(source)
     cls = attnzoo.get_attention(given.name)
     paper, link = source_of_class(cls)
-    print(f"{given.name}: {summary(cls)}\n")
+    print(f"{given.name}: {summary(cls)}".removesuffix(": ") + "\n")
     if paper:
         print(f"from {paper}{f', {link}' if link else ''}")
     if origin := attnzoo.source_of(given.name):
@@ -58,7 +58,7 @@ def cost(name: str) -> str:
     if cls.macs_parts is Attention.macs_parts:
         return f"no closed form is stated; attnzoo count --attn {name} measures it"
     layer = attnzoo.build_attention(name, DIM)
-    counted = [layer.macs_parts(grid) for grid in GRIDS]
+    counted = [stated_parts(layer, grid) for grid in GRIDS]
     heading = ["tokens", *(f"{height}x{width}" for height, width in GRIDS)]
     rows = [heading]
     for part in counted[0]:
