@@ -331,6 +331,7 @@ class Attention(WithAuxiliaryLoss, ABC):
         raise InvalidType(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
 
     def macs(self, grid: tuple[int, int]) -> int:
+<<<<<<< HEAD
         """Every multiply-accumulate of one forward, per sample.
 
         Raises:
@@ -338,6 +339,10 @@ class Attention(WithAuxiliaryLoss, ABC):
         """
         check_weights(self)
         return sum(self.macs_parts(sides_of("grid", grid)).values())
+=======
+        """Every multiply-accumulate of one forward, per sample."""
+        return sum(stated_parts(self, sides_of("grid", grid)).values())
+>>>>>>> s-own
 
     def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a forward of one image moves through memory, each tensor once.
@@ -410,6 +415,7 @@ class Attention(WithAuxiliaryLoss, ABC):
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
 
 
+<<<<<<< HEAD
 def check_weights(model: nn.Module) -> None:
     """Raises InvalidType if a linear layer's weight is packed, whose numbers cannot be counted."""
     for name, layer in model.named_modules():
@@ -422,6 +428,17 @@ def check_weights(model: nn.Module) -> None:
                 f"cannot count {name or 'a layer'}, a quantized {type(layer).__name__}: count the "
                 f"model before it is quantized"
             )
+=======
+def stated_parts(layer: Attention, grid: tuple[int, int]) -> dict[str, int]:
+    """What ``macs_parts`` states; InvalidType unless these are integers from 0 on, by part."""
+    parts: Any = layer.macs_parts(grid)
+    if not isinstance(parts, Mapping) or not all(_is_count(z) and z >= 0 for z in parts.values()):
+        raise InvalidType(
+            f"macs_parts of {layer.name or type(layer).__name__!r} must be a dict of integers "
+            f"from 0 on, such as {{'projections': 4096}}, got {parts!r}"
+        )
+    return dict(parts)
+>>>>>>> s-own
 
 
 def sides_of(name: str, value: Any) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from attnzoo import InvalidType, InvalidValue
 from attnzoo.contract import Attention, as_tuples, check_option, nearest
 from attnzoo.ops.dispatch import is_transformed
+from attnzoo.ops.precision import operand_dtype
 from backbones.attention_backend import reset_backend, set_backend
 from backbones.carried import import_carried
 from backbones.feedforward import FeedForward, build_feedforward
@@ -53,20 +54,40 @@ class Block(nn.Module):
         """Tokens (b, n, dim), condition (b, dim) and time (b,) -> tokens (b, n, dim)."""
         modulated, gate, shift_ff, scale_ff, gate_ff = self.modulation(x, emb=condition)
         attended = self.attention(modulated, grid)
-        if not isinstance(attended, Tensor):
-            raise TypeError(
-                f"attention {self.attention.name!r} returned a {type(attended).__name__}: a "
-                f"mechanism returns tokens alone, (batch, height * width, dim)"
-            )
-        if attended.shape != x.shape:  # which might broadcast, and train to the end
-            raise ValueError(
-                f"attention {self.attention.name!r} returned tokens of {tuple(attended.shape)} "
-                f"for tokens of {tuple(x.shape)}: a mechanism keeps the shape"
-            )
+        _check_result(self.attention, attended, x)
         x = torch.addcmul(x, gate[:, None], attended)
         modulated = torch.addcmul(shift_ff[:, None], self.norm(x), 1 + scale_ff[:, None])
         x = torch.addcmul(x, gate_ff[:, None], self.feedforward(modulated, grid, time))
-        return self.attention.after_block(x, grid)
+        result = self.attention.after_block(x, grid)
+        if result is not x:
+            _check_result(self.attention, result, x)
+        return result
+
+
+def _check_result(attention: Attention, result: Any, x: Tensor) -> None:
+    """Refuses, by the mechanism's name, what would train to the end or fail in another layer."""
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"attention {attention.name!r} returned a {type(result).__name__}: a mechanism "
+            f"returns tokens alone, (batch, height * width, dim)"
+        )
+    if result.shape != x.shape:  # which might broadcast
+        raise ValueError(
+            f"attention {attention.name!r} returned tokens of {tuple(result.shape)} for tokens "
+            f"of {tuple(x.shape)}: a mechanism keeps the shape"
+        )
+    if result.device != x.device:
+        raise ValueError(
+            f"attention {attention.name!r} returned tokens on {result.device} for tokens on "
+            f"{x.device}: a mechanism keeps the device"
+        )
+    if result.dtype is not x.dtype:  # narrower ones are widened, and autocast narrows some
+        own = operand_dtype(x)
+        if torch.promote_types(own, operand_dtype(result)) is not own:
+            raise TypeError(
+                f"attention {attention.name!r} returned tokens of {result.dtype} for tokens of "
+                f"{x.dtype}: return them as .to(x.dtype)"
+            )
 
 
 class Blocks(nn.ModuleList):

@@ -48,8 +48,8 @@ def table() -> str:
 
 
 def summary(cls: type[Attention]) -> str:
-    """The first line of a class's docstring."""
-    return (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+    """The first line of a class's docstring, which no parent's stands for."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def source_of_class(cls: type[Attention]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.doctor import here, in_short, why_not
 from attnzoo.command.listing import DIM, GRIDS, source_of_class, summary
 from attnzoo.console import aligned
-from attnzoo.contract import Attention
+from attnzoo.contract import Attention, stated_parts
 from attnzoo.registry import offered
 
 WIDTH = 96
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         attnzoo.import_mechanisms(source)
     cls = attnzoo.get_attention(given.name)
     paper, link = source_of_class(cls)
-    print(f"{given.name}: {summary(cls)}\n")
+    print(f"{given.name}: {summary(cls)}".removesuffix(": ") + "\n")
     if paper:
         print(f"from {paper}{f', {link}' if link else ''}")
     if origin := attnzoo.source_of(given.name):
@@ -61,7 +61,7 @@ def cost(name: str) -> str:
         more = f" --import {shlex.quote(origin)}" if origin else ""
         return f"no closed form is stated; attnzoo count --attn {name}{more} measures it"
     layer = attnzoo.build_attention(name, DIM)
-    counted = [layer.macs_parts(grid) for grid in GRIDS]
+    counted = [stated_parts(layer, grid) for grid in GRIDS]
     heading = ["tokens", *(f"{height}x{width}" for height, width in GRIDS)]
     rows = [heading]
     for part in counted[0]:

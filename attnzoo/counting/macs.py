@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from attnzoo.contract import Attention, check_option
+from attnzoo.contract import Attention, check_option, stated_parts
 from attnzoo.counting.measure import measure
 from attnzoo.counting.paper import as_in_the_paper
 from attnzoo.counting.result import ATTENTION_PARTS, Grid, Macs, Parts, sums
@@ -83,7 +83,7 @@ def _closed_form(model: Any, grid: Grid) -> Parts:
     """Parts by block; an attention layer without closed form gives none."""
 
     def parts_of(layer: Attention, grid: Grid) -> dict[str, int]:
-        return dict(layer.macs_parts(grid)) if _has_form(layer) else {}
+        return stated_parts(layer, grid) if _has_form(layer) else {}
 
     if isinstance(model, Attention):
         return {"attention": parts_of(model, grid)}

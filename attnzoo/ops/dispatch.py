@@ -113,6 +113,11 @@ def operator(declaration: Declaration) -> Declaration:
     ``unserved`` of the operands, it says what the kernels do not serve of them.
     """
     name, package = declaration.__name__, declaration.__module__
+    if name not in TABLE:
+        raise InvalidValue(
+            f"operator {name!r} of {package} has no row in attnzoo.ops.dispatch.TABLE: before it "
+            f"is declared, name its files there, TABLE[{name!r}] = ('torch', 'reference')"
+        )
     loaded = _LOADED[package, name] = {}
     for impl in TABLE[name]:
         if impl not in _LAZY:

@@ -13,6 +13,7 @@ import attnzoo
 from attnzoo.command import COMMANDS, doctor, figures, main, recommend, show, units
 from attnzoo.command.advice import Choice, Measured, advise, of_whole_models
 from attnzoo.command.figures import Figures, Quality, Row, Source
+from attnzoo.command.listing import summary
 from attnzoo.registry import _REGISTRY
 
 
@@ -200,6 +201,7 @@ def test_show_takes_a_mechanism_of_your_own(tmp_path, capsys):
         _REGISTRY.pop("mean-shown", None)
     assert "Every token sees the mean" in text and "registered by" in text
     assert "no closed form" in text and "auto       runs" in text and "docs/" not in text
+    assert summary(type("Untold", (attnzoo.Attention,), {})) == ""  # not its parent's
     assert "\nfrom " not in text and "grows as" not in text
 
 

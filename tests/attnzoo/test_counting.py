@@ -25,6 +25,7 @@ from attnzoo import (
     registry,
     testing,
 )
+from attnzoo.command import show
 from attnzoo.counting import PAPER_RULES, count_macs, fvcore_macs, measure_macs
 from attnzoo.ops import gated_scan as gated
 from attnzoo.ops.gated_scan.reference import gated_linear_attention as recurrence
@@ -238,6 +239,25 @@ def test_a_mechanism_that_looks_at_numbers_is_measured_on_cpu(look, register):
     assert count_macs(layer, grid=(4, 4)).parts == TRUE_PARTS
     with pytest.raises(ValueError, match="build it on CPU"):
         count_macs(layer.to("meta"), grid=(4, 4))
+
+
+@pytest.mark.parametrize(
+    "stated", [7, {"core": 7.0}, {"core": True}, {"core": -7}, {"core": None}]
+)
+def test_a_closed_form_that_is_no_dict_of_integers_is_refused(stated, register):
+    class Wrong(HalfSoftmax):
+        def macs_parts(self, grid):
+            return stated
+
+    register("wrong")(Wrong)
+    layer = build_attention("wrong", 8)
+    for ask in (
+        lambda: layer.macs((4, 4)),
+        lambda: count_macs(layer, grid=(4, 4)),
+        lambda: show.cost("wrong"),
+    ):
+        with pytest.raises(InvalidType, match="macs_parts of 'wrong' must be a dict of integers"):
+            ask()
 
 
 @pytest.mark.parametrize("part", TRUE_PARTS)

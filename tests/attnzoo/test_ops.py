@@ -1,5 +1,6 @@
 """Fast functions against their references, at the places where they are likely to differ."""
 
+import importlib
 import typing
 
 import pytest
@@ -330,3 +331,21 @@ def test_kernels_that_are_asked_for_where_they_cannot_run_are_refused_in_one_lin
         pytest.skip("has no kernels of its own")
     with pytest.raises(Unavailable, match=r"^impl='triton' .*impl='auto'.*$"):
         build_attention(name, 48, impl="triton")(torch.randn(1, 16, 48), (4, 4))
+
+
+def test_an_operator_of_ones_own_needs_a_row_and_runs_with_it(tmp_path, monkeypatch):
+    for name, text in {
+        "__init__": "from attnzoo.ops.dispatch import operator\n\n\n"
+        "@operator\ndef my_half(x, *, impl='auto'): ...\n",
+        "torch": "def my_half(x):\n    return x * 0.5\n",
+        "reference": "def my_half(x):\n    return x / 2\n",
+    }.items():
+        (tmp_path / "own_ops").mkdir(exist_ok=True)
+        (tmp_path / "own_ops" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidValue, match=r"TABLE\['my_half'\] = "):
+        importlib.import_module("own_ops")
+    monkeypatch.setitem(dispatch.TABLE, "my_half", ("torch", "reference"))
+    half = importlib.import_module("own_ops").my_half
+    for impl in ("auto", "torch", "reference"):
+        assert half(torch.ones(1), impl=impl) == 0.5

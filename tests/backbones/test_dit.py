@@ -504,18 +504,36 @@ def test_an_argument_that_does_not_exist_is_not_ignored(tmp_path):
         DiT.from_pretrained(tmp_path, depht=2)
 
 
-def test_what_returns_no_tokens_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (lambda x: (x, x @ x.mT), "returned a tuple"),
+        (lambda x: x[:, :1], "keeps the shape"),
+        (lambda x: x.double(), r"returned tokens of torch.float64.*x.dtype"),
+        (lambda x: x.to("meta"), "keeps the device"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "after_block"])
+def test_what_returns_no_such_tokens_is_named(monkeypatch, method, result, said):
     known = attnzoo.registry._REGISTRY
     monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(known))
-
-    class WithMap(attnzoo.Attention):
-        def forward(self, x, grid):
-            return x, x @ x.mT
-
-    attnzoo.register_attention("with-map")(WithMap)
-    with pytest.raises(TypeError, match="'with-map' returned a tuple") as caught:
-        DiT(attn="with-map", **TINY)(*inputs(), torch.tensor([0, 1]))
+    own = type("Own", (known["softmax"],), {method: lambda self, x, grid: result(x)})
+    attnzoo.register_attention("own")(own)
+    model = DiT(attn="own", **TINY)
+    with pytest.raises((TypeError, ValueError), match=f"'own' .*{said}") as caught:
+        model(*inputs(), torch.tensor([0, 1]))
     assert not isinstance(caught.value, UsageError)
+
+
+def test_a_mechanism_may_return_what_is_narrower_or_narrowed_again(monkeypatch):
+    known = attnzoo.registry._REGISTRY
+    monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(known))
+    for dtype in (torch.float32, torch.bfloat16):
+        forward = {"forward": lambda self, x, grid, dtype=dtype: x.to(dtype)}
+        attnzoo.register_attention(f"own-{dtype}")(type("Own", (known["softmax"],), forward))
+        with torch.autocast("cpu", torch.bfloat16):
+            DiT(attn=f"own-{dtype}", **TINY)(*inputs(), torch.tensor([0, 1]))
+    DiT(attn=f"own-{torch.bfloat16}", **TINY)(*inputs(), torch.tensor([0, 1]))
 
 
 def test_a_bug_in_a_mechanism_is_no_mistake_of_the_user(tmp_path):
