@@ -331,18 +331,13 @@ class Attention(WithAuxiliaryLoss, ABC):
         raise InvalidType(f"{type(self).__name__} has no closed form: define macs_parts(grid)")
 
     def macs(self, grid: tuple[int, int]) -> int:
-<<<<<<< HEAD
         """Every multiply-accumulate of one forward, per sample.
 
         Raises:
             InvalidType: The mechanism gives no closed form, or a linear layer is quantized.
         """
         check_weights(self)
-        return sum(self.macs_parts(sides_of("grid", grid)).values())
-=======
-        """Every multiply-accumulate of one forward, per sample."""
         return sum(stated_parts(self, sides_of("grid", grid)).values())
->>>>>>> s-own
 
     def bytes_crossed(self, grid: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes that a forward of one image moves through memory, each tensor once.
@@ -415,20 +410,20 @@ class Attention(WithAuxiliaryLoss, ABC):
         return f"{self.name}: dim={self.dim}, num_heads={self.num_heads}, {shown}"
 
 
-<<<<<<< HEAD
 def check_weights(model: nn.Module) -> None:
     """Raises InvalidType if a linear layer's weight is packed, whose numbers cannot be counted."""
     for name, layer in model.named_modules():
-        part: Any = layer
-        if not (hasattr(part, "weight") and hasattr(part, "in_features")):
+        weight: Any = getattr(layer, "weight", None)
+        if weight is None or not hasattr(layer, "in_features"):
             continue
-        numbers = part.in_features * part.out_features
-        if not isinstance(part.weight, Tensor) or part.weight.numel() != numbers:
+        numbers = weight.dtype if isinstance(weight, Tensor) else None
+        if numbers is None or not (numbers.is_floating_point or numbers.is_complex):
             raise InvalidType(
                 f"cannot count {name or 'a layer'}, a quantized {type(layer).__name__}: count the "
                 f"model before it is quantized"
             )
-=======
+
+
 def stated_parts(layer: Attention, grid: tuple[int, int]) -> dict[str, int]:
     """What ``macs_parts`` states; InvalidType unless these are integers from 0 on, by part."""
     parts: Any = layer.macs_parts(grid)
@@ -438,7 +433,6 @@ def stated_parts(layer: Attention, grid: tuple[int, int]) -> dict[str, int]:
             f"from 0 on, such as {{'projections': 4096}}, got {parts!r}"
         )
     return dict(parts)
->>>>>>> s-own
 
 
 def sides_of(name: str, value: Any) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import hashlib
 import importlib
 import importlib.metadata
@@ -13,7 +12,6 @@ import inspect
 import os
 import re
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,9 +73,6 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
                 f"Config of {cls!r} has an option {taken[0]!r}, which is a name of the library's "
                 f"own: rename it, such as to 'own_{taken[0]}'"
             )
-        hints = typing.get_type_hints(config)
-        for option in options:
-            _check_kind(option, hints[option], cls)
         if cls.name and "plot_style" not in vars(cls):
             cls.plot_style = None  # a registered parent's would make two curves look alike
         _check_shown(name, cls)
@@ -86,20 +81,6 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
         return cls
 
     return register
-
-
-def _check_kind(option: str, hint: Any, cls: type[Attention]) -> None:
-    """Refuses an option that neither ``--set`` nor a run's config.json can hold."""
-    if typing.get_origin(hint) is not typing.Literal:
-        for part in typing.get_args(hint):
-            _check_kind(option, part, cls)
-    is_enum = isinstance(hint, enum.EnumMeta)
-    if is_enum or dataclasses.is_dataclass(hint):
-        remedy = "a Literal of its values" if is_enum else "options of their own for its fields"
-        raise InvalidType(
-            f"Config of {cls!r} has an option {option!r} of {getattr(hint, '__name__', hint)}, "
-            f"which neither --set nor a saved config.json can hold: take {remedy}"
-        )
 
 
 def _check_shown(name: str, cls: type[Attention]) -> None:
