@@ -275,12 +275,7 @@ def _beside_earlier(run: Run, result: dict[str, Any]) -> dict[str, Any]:
             "held_out": result["held_out"] or earlier["held_out"],
             "warnings": list(dict.fromkeys([*earlier["warnings"], *result["warnings"]])),
         }  # fmt: skip
-    except (
-        UserError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # none that is known here
+    except (UserError, KeyError, TypeError, AttributeError):  # none, or not one of these
         return result
 
 
