@@ -121,8 +121,20 @@ def test_quality_is_what_the_studies_decide():
     assert without.kind == "opposite"
     assert (
         f"DyDiLA stays within 3 % of softmax, in equal time {slower.difference.percent:.1f} % "
-        f"above; without its convolution it is {without.difference.percent:.1f} % above"
+        f"above, without it {without.difference.percent:.1f} %"
     ) in SENTENCES
+
+
+def test_size_s_agrees_in_losses_and_not_in_fid():
+    assert "Sana. [Size S](docs/results-size-s.md) agrees, but in FID." in SENTENCES
+    table = read(ROOT / "docs" / "results-size-s.csv")
+    measured = [one for one in decide(table) if one.difference and one.difference.pairs]
+    found = {(one.claim.first, one.claim.second, one.px): one.difference for one in measured}
+    for px in (64, 128, 256):
+        assert found["softmax", "sana", px].percent < -6
+        assert found["dydila", "softmax", px].bound_percent < 3
+    of_size = table[table["px"] == 256].groupby("variant")["FID[efflite0]"].mean()
+    assert of_size["softmax"] < of_size["sana"]
 
 
 def test_first_public_implementation_says_of_what():
