@@ -5,10 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 from attnzoo import build_attention, get_attention, list_attention
-from attnzoo.layers.linear_attention import linear_parts
 from attnzoo.testing import build_scrambled, outputs_and_gradients, tokens
 
 # One grid is for options that fix it.
@@ -145,21 +143,6 @@ def test_streaming_takes_an_empty_batch():
     for name, options in [*((name, {}) for name in LINEAR), ("gated", {"expand_v": 2.0})]:
         x = tokens((4, 4), batch=0)
         assert _streamed(build_scrambled(name, **options), 4)(x, (4, 4)).shape == x.shape
-
-
-def test_an_adapter_around_a_linear_layer_is_used():
-    class Doubled(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return 2 * self.layer(x)
-
-    layer, x = build_scrambled("sana"), tokens((4, 4))
-    expected = Doubled(layer.qkv)(x).chunk(3, -1)
-    torch.testing.assert_close(linear_parts(Doubled(layer.qkv), x, 48), list(expected))
-    torch.testing.assert_close(linear_parts(layer.qkv, x, 48, slice(1))[0] * 2, expected[0])
 
 
 def test_errors_name_the_remedy():

@@ -292,7 +292,7 @@ def test_the_first_of_several_processes_says_first_what_may_be_wrong_in_all(
     assert len(waited) == 1 and waited[0] > 1
 
 
-@pytest.mark.parametrize("file", ["/root/run/config.json", None])
+@pytest.mark.parametrize("file", ["/forbidden/run/config.json", None])
 def test_a_place_that_is_forbidden_is_one_line(file, capsys):
     def main(arguments):
         raise PermissionError(errno.EACCES, "Permission denied", file)
