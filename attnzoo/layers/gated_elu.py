@@ -11,7 +11,7 @@ from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import LinearAttention, LinearConfig
-from attnzoo.ops.dispatch import choose_once, linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.linear_core import elu_plus_one
 from attnzoo.ops.rotary_core import WIDEST, rotary_core
 
@@ -37,6 +37,7 @@ class GatedEluAttention(LinearAttention):
 
     is_weighed: bool
     gate: nn.Linear
+    core = "rotary_core"
 
     def __init__(self, context: AttentionContext, config: GatedEluConfig) -> None:
         super().__init__(context, config)
@@ -66,12 +67,6 @@ class GatedEluAttention(LinearAttention):
             return f"features as {type(self).__name__} makes them"
         width = self.dim // self.num_heads
         return f"heads of width {width}" if width > WIDEST else None
-
-    def implementation(self, x: Tensor) -> str:
-        """See ``LinearAttention.implementation``."""
-        if self.config.impl != "auto":
-            return self.config.impl
-        return choose_once(self, "rotary_core", x, self.unserved_option)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""

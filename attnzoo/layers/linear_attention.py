@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from attnzoo.ops.rotary_core.rotary import rotated
 from attnzoo.ops.routed_linear import Route
 
 Normalizer = Literal["base", "diff", "mean", "none"]
+_CORE = "attend", "activated", "queries", "keys", "fold", "attended"  # what ``fused`` replaces
 
 
 class Features(NamedTuple):
@@ -101,6 +102,8 @@ class LinearAttention(Attention):
         is_packed: Whether a fused core may read Q, K and V where ``qkv`` wrote them.
         is_rotated: Whether features carry rotary positions, where they are not summed.
         is_wide: Whether ``finish`` takes what was attended to in the features' type.
+        core: The operator that ``fused`` computes.
+        joined: Further methods that ``fused`` replaces in a mechanism of this package.
     """
 
     Config = LinearConfig
@@ -113,7 +116,17 @@ class LinearAttention(Attention):
     divides_by_mean = False
     is_wide = False
     activation: Activation = "none"
+    core: ClassVar[str] = "linear_tokens"
     complexity = "O(n d d_head)"
+    joined: ClassVar[tuple[str, ...]] = "project", "query_kernel", "key_kernel"
+    _is_altered: ClassVar[bool] = False  # outside this package, from what kernels compute
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        package = __name__.split(".")[0] + "."
+        known = next(z for z in cls.__mro__ if z.__module__.startswith(package))
+        steps = _CORE if known is LinearAttention else (*_CORE, *known.joined)
+        cls._is_altered = any(getattr(cls, z) is not getattr(known, z) for z in steps)
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__(context, config)
@@ -129,7 +142,7 @@ class LinearAttention(Attention):
         self.is_rotated = False
         if getattr(config, "impl", None) == "triton":
             require_triton()
-            if reason := self.unserved_option():
+            if reason := self._unserved():
                 raise InvalidValue(f"impl='triton' does not serve {reason}; set impl='auto'")
 
     def query_kernel(self, query: Tensor) -> Tensor:
@@ -151,8 +164,7 @@ class LinearAttention(Attention):
     def unserved_option(self) -> str | None:
         """What the fused core does not serve of the layer, or None."""
         here = type(self)
-        makes_own = (here.queries, here.keys) != (LinearAttention.queries, LinearAttention.keys)
-        if makes_own or here.attended is not LinearAttention.attended:
+        if any(getattr(here, z) is not getattr(LinearAttention, z) for z in _CORE):
             return f"features as {here.__name__} makes them"
         if self.is_rotated:
             return "rotary positions"
@@ -160,12 +172,21 @@ class LinearAttention(Attention):
 
     def implementation(self, x: Tensor) -> str:
         """What ``forward`` computes these tokens with; "triton" are the fused kernels."""
-        if self.config.impl != "auto":
-            return self.config.impl
-        return choose_once(self, "linear_tokens", x, self._why_not_fused)
+        impl = self.config.impl
+        if impl == "auto":
+            return choose_once(self, self.core, x, self._why_not_fused)
+        if impl == "triton":  # a class may have set what it does not serve since it was built
+            return choose(self.core, impl, x, None, self._unserved)
+        return impl
+
+    def _unserved(self) -> str | None:
+        if self._is_altered:
+            return f"features as {type(self).__name__} makes them"
+        return self.unserved_option()
 
     def _why_not_fused(self) -> str | None:
-        return self.unserved_option() or slower(self.dim // self.num_heads)
+        is_slow = self.core == LinearAttention.core and slower(self.dim // self.num_heads)
+        return self._unserved() or is_slow or None
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> Sequence[Any]:
         """Q, K and V of all tokens, (b, n or m, dim)."""
@@ -269,8 +290,6 @@ class LinearAttention(Attention):
             else:
                 from attnzoo.ops.linear_core.triton_packed import packed_tokens
 
-                if self.config.impl == "triton":  # asked for, not found able
-                    choose("linear_tokens", "triton", qkv)
                 out = packed_tokens(qkv, self.num_heads, grid, *options, kernel, mapped)
         else:
             query, key, value = self.project_together(x, grid)
@@ -292,7 +311,8 @@ class LinearAttention(Attention):
         """Whether one call of C multiplies sooner than a few products start."""
         if self.normalizer != "base" or len(keys.terms) > 1:
             return False
-        if type(self).attended is not LinearAttention.attended:
+        here, own = type(self), LinearAttention
+        if here.attended is not own.attended or here.fold is not own.fold:
             return False
         if not is_few("linear_core", self.config.impl, keys.terms[0], value):
             return False

@@ -162,6 +162,8 @@ def serves_maps(layer: Any, x: Tensor) -> bool:
         return False
     config = layer.config
     options = config.impl, config.projection, config.normalizer
+    if layer._is_altered:
+        return False
     if options != ("auto", "redundancy", "base") or slower(layer.dim // layer.num_heads):
         return False
     if layer.training and config.balance_coefficient:

@@ -38,7 +38,7 @@ from attnzoo.layers.token_difference import (
     serves_maps,
     unserved_option,
 )
-from attnzoo.ops.dispatch import Impl, choose_once, is_few, linear
+from attnzoo.ops.dispatch import Impl, is_few, linear
 from attnzoo.ops.power_map import power_map
 from attnzoo.ops.routed_linear import Route, balance_loss, decide, gated, pick, routed_linear
 from attnzoo.ops.token_difference.native import focused_difference
@@ -132,6 +132,8 @@ class DyDiLA(LinearAttention):
     differential_routers: Any
     paper = "DyDi-LiT, 2601.13683"
     plot_style = ("#D55E00", "D")
+    core = "token_difference"
+    joined = *LinearAttention.joined, "measured", "factor", "finish"
     tensors_crossed = 8.0  # also the routed queries and keys
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
@@ -180,12 +182,6 @@ class DyDiLA(LinearAttention):
     def unserved_option(self) -> str | None:
         """See ``LinearAttention``."""
         return unserved_option(self)
-
-    def implementation(self, x: Tensor) -> str:
-        """See ``LinearAttention``."""
-        if self.config.impl != "auto":
-            return self.config.impl
-        return choose_once(self, "token_difference", x, self.unserved_option)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention``."""

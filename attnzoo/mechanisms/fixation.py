@@ -63,12 +63,11 @@ class FixationAttention(LinearAttention):
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
         weight, bias = self.gate.weight, self.gate.bias
-        is_own = type(self).project is FixationAttention.project and is_bare(self.gate)
-        if not is_own or unserved(x, weight):
+        if not is_bare(self.gate) or unserved(x, weight):
             return super().fused(x, grid)
         options = self.num_heads, grid, self.config.shift, self.config.eps
         out = fixation_core(linear(self.qkv, x), weight, bias, *options, impl="triton")
-        return linear(self.proj, out)
+        return self.finish(out, x)
 
     def query_kernel(self, query: Tensor) -> Tensor:
         """The features, which ``project`` makes: a gate sees query, key and value together."""

@@ -32,7 +32,7 @@ from attnzoo.ops.block_core import (
     read_blocks,
     unserved_sizes,
 )
-from attnzoo.ops.dispatch import choose_once, linear
+from attnzoo.ops.dispatch import linear
 from attnzoo.ops.linear_core import fold, key_sum, quotient, wide_read
 from attnzoo.ops.routed_linear import Route
 from attnzoo.registry import register_attention
@@ -75,6 +75,7 @@ class MHLAttention(LinearAttention):
     config: Config
     paper = "MHLA, 2601.07832"
     plot_style = ("#BCBD22", "8")
+    core = "block_core"
 
     def __init__(self, context: AttentionContext, config: Config) -> None:
         super().__init__(context, config)
@@ -120,21 +121,9 @@ class MHLAttention(LinearAttention):
     def unserved_option(self) -> str | None:
         """See ``LinearAttention.unserved_option``."""
         width = self.dim // self.num_heads
-        return self._no_core() or unserved_sizes(width, self.config.n_blocks)
-
-    def _no_core(self) -> str | None:
-        """What no implementation of ``block_core`` computes of the layer, or None."""
-        here, own = type(self), MHLAttention
-        kernels = own.query_kernel, own.key_kernel, own.fold, own.attended
-        if (here.query_kernel, here.key_kernel, here.fold, here.attended) != kernels:
-            return f"features as {here.__name__} makes them"
-        return None if self.config.normalizer == "exact" else "normalizer='official'"
-
-    def implementation(self, x: Tensor) -> str:
-        """See ``LinearAttention.implementation``."""
-        if self.config.impl != "auto":
-            return self.config.impl
-        return choose_once(self, "block_core", x, self.unserved_option)
+        if self.config.normalizer != "exact":
+            return f"normalizer={self.config.normalizer!r}"
+        return unserved_sizes(width, self.config.n_blocks)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
@@ -144,7 +133,8 @@ class MHLAttention(LinearAttention):
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; queries and keys are cut by one copy."""
-        if self.config.impl == "reference" or self._no_core():
+        is_exact = self.config.normalizer == "exact"
+        if self.config.impl == "reference" or self._is_altered or not is_exact:
             return super().attend(x, grid)
         qkv = linear(self.qkv, x)
         out = self._core(qkv, None, None, grid, "torch")

@@ -72,7 +72,7 @@ class SanaAttention(LinearAttention):
         self, query: Tensor, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
     ) -> Features:
         """See ``LinearAttention.queries``; where it is gated, the terms keep their signs."""
-        query = self.query_norm(query)
+        query = self.query_kernel(query)
         query = in_wide_range(query) if self.config.gated else query
         features = [self._by_head(F.relu(query))]
         return Features([self._by_head(query)] if self.config.gated else features, features)
@@ -81,7 +81,7 @@ class SanaAttention(LinearAttention):
         self, key: Tensor, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
     ) -> Features:
         """See ``LinearAttention.keys``; where it is gated, each term is weighed, in each head."""
-        key = self.key_norm(key)
+        key = self.key_kernel(key)
         key = in_wide_range(key) if self.config.gated else key
         features = [self._by_head(F.relu(key))]
         if not self.config.gated:

@@ -9,7 +9,13 @@ import torch
 from attnzoo import InvalidValue, UsageError, build_attention, get_attention, list_attention
 from attnzoo.contract import LEAST_DIVISOR
 from attnzoo.mechanisms import agent
-from attnzoo.testing import build_scrambled, deviations, tokens
+from attnzoo.testing import (
+    build_scrambled,
+    deviations,
+    outputs_and_gradients,
+    reference_of,
+    tokens,
+)
 
 GRID, DIM = (4, 6), 48
 SCALES = (1e-4, 1.0, 1e4)
@@ -188,6 +194,15 @@ OPTIONS = {
     "stream": [3],
     "impl": ["reference"],
 }
+
+
+def test_a_factors_gradient_beyond_float16_leaves_the_others_finite():
+    layer = build_scrambled("dydila", 64, num_heads=2, seed=2).half()
+    x, overflown = 2048 * tokens((1, 1), dim=64).half(), []
+    for either in (layer, reference_of(layer)):
+        grads = outputs_and_gradients(either, x, (1, 1))
+        overflown.append({name for name, z in grads.items() if not z.isfinite().all()})
+    assert overflown[0] <= overflown[1]
 
 
 @pytest.mark.parametrize("first", OPTIONS)

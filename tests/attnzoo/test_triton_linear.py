@@ -3,9 +3,13 @@
 On a GPU, or as ``test_interpreted.py`` runs it.
 """
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map_only
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue, Unavailable
@@ -424,7 +428,81 @@ def test_a_layer_with_features_of_its_own_is_refused():
         OwnFeatures(context, config)
 
 
+STEPS = [
+    "project", "query_kernel", "key_kernel", "queries", "keys", "activated", "fold", "attended",
+    "attend", "finish",
+]  # fmt: skip
+
+
+def with_a_step_of_its_own(layer, step):
+    """The layer, of a class that a user derived."""
+    kind, layer = type(layer), copy.deepcopy(layer)
+    vars(layer).pop("_chosen", None)
+
+    def own(*operands, **options):
+        return tree_map_only(torch.Tensor, changed, getattr(kind, step)(*operands, **options))
+
+    def changed(z):
+        return 1.5 * z + 0.25 if z.is_floating_point() else z
+
+    layer.__class__ = type("Own", (kind,), {step: own})
+    return layer
+
+
+def with_impl(layer, impl):
+    layer.config = dataclasses.replace(layer.config, impl=impl)
+    return layer
+
+
+@pytest.mark.parametrize("step", ["query_kernel", "key_kernel", "fold", "attended"])
+def test_few_tokens_are_read_as_a_derived_class_reads_them(step):
+    layer, x, grid = build_attention("sana", 32), tokens((2, 3), dim=32), (2, 3)
+    derived = with_a_step_of_its_own(layer, step)
+    out = derived(x, grid)
+    torch.testing.assert_close(out, with_impl(derived, "torch")(x, grid), rtol=1e-4, atol=1e-4)
+    assert (out - layer(x, grid)).norm() > 1e-2
+
+
 if CAN_RUN:
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dydila",
+            "dydila-map",
+            "edit",
+            "efficient",
+            "fixation",
+            "focused",
+            "lit",
+            "mala",
+            "mhla",
+            "sana",
+        ],
+    )
+    def test_kernels_pass_over_no_step_of_a_derived_class(name, small_convolutions):
+        x, grid = tokens((2, 3), dim=32).to(DEVICE), (2, 3)
+        layer = build_scrambled(name, 32, num_heads=2).to(DEVICE)
+        assert layer.implementation(x) == "triton" or name == "dydila-map"
+        for step in STEPS:
+            derived = with_a_step_of_its_own(layer, step)
+            out, is_served = derived(x, grid), derived.implementation(x) == "triton"
+            slow = "torch" if step in ("fold", "attended") else "reference"
+            expected = with_impl(derived, slow)(x, grid)
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3, msg=step)
+            if not is_served and name != "dydila-map":
+                with pytest.raises(Unavailable, match="features as Own makes them"):
+                    with_impl(derived, "triton")(x, grid)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "unserved"),
+        [("is_rotated", True, "rotary positions"), ("normalizer", "diff", "normalizer='diff'")],
+    )
+    def test_kernels_that_are_asked_for_refuse_what_a_class_sets_later(name, value, unserved):
+        layer = build_attention("linfusion", 32, impl="triton").to(DEVICE)
+        setattr(layer, name, value)
+        with pytest.raises(Unavailable, match=f"does not serve {unserved}; leave impl='auto'"):
+            layer(tokens((2, 3), dim=32).to(DEVICE), (2, 3))
 
     def small_tiles(monkeypatch, programs=3):
         """More than one part and tile of small inputs."""

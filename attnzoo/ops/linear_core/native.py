@@ -39,12 +39,11 @@ def linear_core(
         )
     out = value.new_empty(b, n, h, e).transpose(1, 2)
     state = value.new_empty(d * (e + 1))
-    operands = [
-        z if z.stride(-1) == 1 and z.dtype is value.dtype else z.to(value.dtype).contiguous()
-        for z in (query, query_norm, key, key_norm, value)
-    ]
-    operands.append(out)
-    strides = [stride for z in operands for stride in z.stride()[:3]]
+    operands, strides = [], []
+    for z in (query, query_norm, key, key_norm, value, out):
+        is_fit = z.stride(-1) == 1 and z.dtype is value.dtype
+        operands.append(z if is_fit else z.to(value.dtype).contiguous())
+        strides += operands[-1].stride()[:3]
     _function()(
         *map(Tensor.data_ptr, operands), (ctypes.c_long * 18)(*strides), state.data_ptr(), eps,
         b, h, n, m, d, e,

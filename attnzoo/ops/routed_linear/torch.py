@@ -19,7 +19,7 @@ from attnzoo.ops.dispatch import (
     is_without_kernels,
 )
 from attnzoo.ops.linear_core.torch import half_matmul
-from attnzoo.ops.precision import autocast_operands, in_float32
+from attnzoo.ops.precision import autocast_operands, in_float32, in_wide_range
 from attnzoo.ops.routed_linear import reference
 from attnzoo.ops.routed_linear.reference import Route, RouterGradient, softmax_of
 
@@ -95,6 +95,7 @@ def pick(
     routed = decide(weight, parts, gradient)
     if impl == "reference" or is_transformed():
         return reference.routed_scalar(routed, scalars, gradient), routed
+    scalars = in_wide_range(scalars)
     if routed.logits is None:
         return scalars.take(routed.index.unsqueeze(-1)), routed
     return _StraightThroughScalar.apply(routed.logits, scalars, routed.index), routed
