@@ -127,6 +127,8 @@ def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     its gradient still more, longer than the rest of a layer.
     """
     if maps.shape[1:] != grid:
+        # Of ranges: numbers, where a compiler has symbols, of which it makes no constant.
+        grid = len(range(grid[0])), len(range(grid[1]))
         before = int(maps.shape[1]), int(maps.shape[2])
         numbers = _shares(before, grid, maps.dtype, maps.device)
         rows, columns = numbers.split([grid[0] * before[0], grid[1] * before[1]])

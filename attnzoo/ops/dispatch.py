@@ -580,6 +580,11 @@ def has_fused_gelu(x: Tensor, layer: torch.nn.Linear) -> bool:
     return _fused_gelu_pays()
 
 
+def loses_gradients() -> bool:
+    """Whether a gradient of our own would be lost: in an exported program, or by torch.func."""
+    return is_transformed() or _may_export()
+
+
 def _may_export() -> bool:
     # Not is_exporting(), which is True in every compilation by torch before 2.13 (pytorch issue
     # 176347); before 2.9 the flag is not set in every export.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.dispatch import is_transformed
+from attnzoo.ops.dispatch import loses_gradients
 
 
 class _Reordered(torch.autograd.Function):
@@ -36,6 +36,6 @@ def reordered(x: Tensor, dim: int, order: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         As ``x``, with the length of ``order`` along ``dim``.
     """
-    if not torch.is_grad_enabled() or is_transformed():
+    if not torch.is_grad_enabled() or loses_gradients():
         return x.index_select(dim, order)
     return _Reordered.apply(x, order, inverse, dim)

@@ -21,7 +21,6 @@ NO_TORCH = {
     "dis": "selective_scan",
     "dydila": "routed_linear",
     "dydila-map": "routed_linear",
-    "focused": "power_map",
     "local": "neighborhood",
     "zigma": "selective_scan",
 }

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from attnzoo import list_attention
 from attnzoo.errors import Unavailable
+from attnzoo.ops.routed_linear import by_ones
 from attnzoo.testing import build_scrambled, tokens
 
 GRID, DIM = (4, 4), 16
@@ -185,3 +186,95 @@ def test_an_export_takes_any_number_of_images(name):
     for images in (1, 5):
         x = tokens(GRID, images, DIM)
         torch.testing.assert_close(program.module()(x), layer(x, GRID))
+
+
+class Fixed(torch.nn.Module):
+    """A layer of one grid."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, GRID)
+
+
+@pytest.mark.parametrize("is_strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [
+        ("dydila", "auto"),
+        ("dydila-map", "torch"),
+        ("fixation", "torch"),
+        ("focused", "torch"),
+        ("sana", "auto"),
+        ("zigma", "torch"),
+    ],
+)
+def test_an_exported_program_has_the_layers_gradients(name, impl, is_strict):
+    """Of a function with a gradient of its own a program has what autograd makes, or none."""
+    module, x = Fixed(build_scrambled(name, DIM, impl=impl)), tokens(GRID, 2, DIM)
+    program = torch.export.export(module, (x,), strict=is_strict).module()
+    cotangent, parameters = tokens(GRID, 2, DIM, seed=4), list(module.parameters())  # of both
+    for ours, theirs in zip(
+        *(torch.autograd.grad(call(x), parameters, cotangent) for call in (program, module)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_an_exported_gate_learns():
+    class Gate(torch.nn.Module):
+        def forward(self, x, gate):
+            return by_ones(x, gate)
+
+    x = torch.randn(3, 4)
+    program = torch.export.export(Gate(), (x, torch.ones(3, requires_grad=True))).module()
+    gate = torch.ones(3, requires_grad=True)
+    program(x, gate).sum().backward()
+    close(gate.grad, x.sum(-1))
+
+
+class Images(torch.nn.Module):
+    """A layer of any grid."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image):
+        return self.layer(image.flatten(2).transpose(1, 2), tuple(image.shape[2:]))
+
+
+def names_of_one_grid():
+    text = PAGE.read_text("utf-8").split("## torch.export\n")[1].split("\n## ")[0]
+    return re.findall(r"`([\w-]+)`", text.split('("Guard failed"):')[1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("agent", "mala", "sana") else pytest.param(name, marks=pytest.mark.slow)
+        for name in list_attention()
+        if name not in names_of_one_grid()
+    ],
+)
+def test_an_export_takes_any_grid(name):
+    """Also from a grid so small that another order of products is the cheaper one for it."""
+    dim = 32
+    module = Images(build_scrambled(name, dim))
+    # Even, as what halves a side keeps whether a token is left over.
+    sides = {side: 2 * torch.export.Dim(f"half{side}", min=2, max=32) for side in (2, 3)}
+    program = torch.export.export(module, (torch.randn(2, dim, 4, 6),), dynamic_shapes=(sides,))
+    for grid in ((4, 6), (6, 4), (16, 16), (12, 20)):
+        image = torch.randn(2, dim, *grid)
+        close(program.module()(image), module(image))
+
+
+def test_a_compiled_layer_takes_another_grid():
+    """Its second grid is of symbols."""
+    layer = build_scrambled("linformer", DIM)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for grid in ((4, 6), (6, 5), (16, 16)):
+        x = tokens(grid, 2, DIM)
+        close(compiled(x, grid), layer(x, grid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from attnzoo.ops.softmax import softmax_attention
 def pool(x: Tensor, grid: tuple[int, int], pooled: tuple[int, int]) -> Tensor:
     """Means of tokens over the cells of a grid: (b, h * w, c) -> (b, rows * columns, c)."""
     (height, width), (rows, columns) = grid, pooled
-    if height % rows or width % columns:
+    is_open = isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt)  # in an export
+    if is_open or height % rows or width % columns:
         return to_tokens(F.adaptive_avg_pool2d(to_image(x, grid), pooled))
     # On a GPU the general operator above takes as long as the rest of a layer.
     size = height // rows, width // columns

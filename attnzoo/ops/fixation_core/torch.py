@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.dispatch import is_transformed
+from attnzoo.ops.dispatch import loses_gradients
 from attnzoo.ops.linear_core.torch import linear_tokens
 from attnzoo.ops.precision import in_wide_range
 
@@ -68,7 +68,7 @@ def shifted(z: Tensor, grid: tuple[int, int], first: int = 0) -> Tensor:
         (parts, ..., h * w, c), contiguous.
     """
     image = z.unflatten(-2, grid)
-    has_gradient = torch.is_grad_enabled() and z.requires_grad and not is_transformed()
+    has_gradient = torch.is_grad_enabled() and z.requires_grad and not loses_gradients()
     out = _Moved.apply(image, first) if has_gradient else _moved(image, first)
     return out.flatten(-3, -2)
 

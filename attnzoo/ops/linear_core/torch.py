@@ -14,7 +14,7 @@ from attnzoo.ops.dispatch import (
     has_half_sums,
     has_wide_product,
     is_plain,
-    is_transformed,
+    loses_gradients,
 )
 from attnzoo.ops.precision import in_float32, in_wide_range
 
@@ -69,6 +69,8 @@ def features(
 
 def is_quadratic_cheaper(queries: int, keys: int, key_dim: int, value_dim: int) -> bool:
     """Whether (Q K^T) V takes fewer multiply-accumulates than Q (K^T V)."""
+    if isinstance(keys, torch.SymInt):  # an export would hold for such sizes only
+        return False
     return queries * keys * (key_dim + value_dim) < (queries + keys) * key_dim * value_dim
 
 
@@ -228,7 +230,7 @@ class _Quotient(torch.autograd.Function):
 
 def quotient(x: Tensor, norm: Tensor) -> Tensor:
     """x / norm; without a gradient x itself is overwritten: (..., n, e), (..., n, 1)."""
-    if is_transformed():  # differentiates PyTorch's division, and may need x again
+    if loses_gradients():  # those of PyTorch's division may need x again
         return x / norm
     return _Quotient.apply(x, norm) if torch.is_grad_enabled() else x.div_(norm)
 

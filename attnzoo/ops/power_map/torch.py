@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.ops.dispatch import custom_op
+from attnzoo.ops.dispatch import custom_op, loses_gradients
+from attnzoo.ops.power_map import reference
 
 _LN_2 = 0.6931471805599453
 # Elements that a CPU's second-level cache holds a few times over.
@@ -116,6 +117,8 @@ class _PowerMap(torch.autograd.Function):
 
 def power_map(z: Tensor, gamma: Tensor) -> Tensor:
     """See ``attnzoo.ops.power_map``."""
+    if loses_gradients():
+        return reference.power_map(z, gamma)
     gamma = gamma.to(_working_dtype(z.dtype)).expand(*z.shape[:-1], 1).reshape(-1, 1)
     return _PowerMap.apply(z.reshape(-1, z.shape[-1]), gamma.contiguous()).view(z.shape)
 

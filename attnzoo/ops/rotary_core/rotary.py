@@ -65,7 +65,9 @@ def rotated(z: Tensor, grid: tuple[int, int], span: slice = slice(None)) -> Tens
     if not pairs:
         return z
     first, stop = rows_of(span, grid)
-    table = turns(max(grid), pairs, z.device, z.dtype)
+    # More than it reads, for an export: whether a side is the longer one would be a condition.
+    steps = sum(grid) if isinstance(width, torch.SymInt) else max(grid)
+    table = turns(steps, pairs, z.device, z.dtype)
     rows = table[:, first:stop, None].expand(-1, -1, width, -1)
     columns = table[:, None, :width].expand_as(rows)
     # (m, 2 * pairs), of every token.

@@ -15,8 +15,8 @@ from attnzoo.ops.dispatch import (
     custom_op,
     has_half_sums,
     is_plain,
-    is_transformed,
     is_without_kernels,
+    loses_gradients,
 )
 from attnzoo.ops.linear_core.torch import half_matmul
 from attnzoo.ops.precision import autocast_operands, in_float32, in_wide_range
@@ -93,7 +93,7 @@ def pick(
         learn = gradient != "none" and torch.is_grad_enabled() and is_learned
         return triton_scalar.routed_scalar(weight, parts, scalars, learn)
     routed = decide(weight, parts, gradient)
-    if impl == "reference" or is_transformed():
+    if impl == "reference" or loses_gradients():
         return reference.routed_scalar(routed, scalars, gradient), routed
     scalars = in_wide_range(scalars)
     if routed.logits is None:
@@ -141,7 +141,7 @@ def gated(x: Tensor, routed: Route, gradient: RouterGradient, *, impl: Impl = "a
     "ste" gates by p / stop_gradient(p): exactly 1 in the forward, the gradient of p in the
     backward. "none" gates by nothing.
     """
-    if impl == "reference" or is_transformed():
+    if impl == "reference" or loses_gradients():
         return reference.gated(x, routed, gradient)
     if gradient == "none" or routed.logits is None:
         return x
@@ -164,7 +164,9 @@ class _Gate(torch.autograd.Function):
 
 def by_ones(x: Tensor, gate: Tensor) -> Tensor:
     """x, (..., d), times gates of value 1, (...,) in float32, through which routers learn."""
-    return _Gate.apply(x, gate) if torch.is_grad_enabled() else x
+    if not torch.is_grad_enabled():
+        return x
+    return x * gate.unsqueeze(-1).to(x.dtype) if loses_gradients() else _Gate.apply(x, gate)
 
 
 class _StraightThroughScalar(torch.autograd.Function):
