@@ -446,6 +446,31 @@ def test_the_locale_does_not_count(images, vae, cache, tmp_path, commands):
     assert CachedDataset(out).class_names == ("ant", "bee", "cat", "d\u00f6g")
 
 
+IMPATIENT = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+from recipes.encode import main
+from recipes.lab.console import run_script
+from recipes.lab.data import encoding
+
+def slow(shard, *arguments):
+    time.sleep(4 if shard.path.name.endswith("2.safetensors") else 0)
+    write(shard, *arguments)
+
+distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+write, encoding._Shard.write = encoding._Shard.write, slow
+run_script(main)
+"""
+
+
+def test_a_process_waits_for_another_that_has_a_shard_more(images, vae, tmp_path, commands):
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    flags = [images, "out", "--vae", vae, *ALL]
+    status, said = commands.launch(2, tmp_path / "impatient.py", *flags, cwd=tmp_path)
+    assert status == 0, said
+
+
 def test_several_processes_share_the_shards(images, vae, cache, tmp_path, commands):
     out = tmp_path / "out"
     status, said = commands.launch(2, SCRIPT, images, out, "--vae", vae, *ALL, cwd=tmp_path)

@@ -88,7 +88,7 @@ def encode(
         UserError: Images, VAE or folder cannot be used, the folder holds other latents, another
             process writes to it, or the latents do not fit ``dtype``.
     """
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(is_patient=True)
     if not os.path.isdir(images):
         raise UserError(f"{str(images)!r} is no folder; give one with a sub-folder per class")
     _check_target(latents)
