@@ -71,12 +71,13 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         status = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         abandon(sys.stdout)
         status = PIPE_CLOSED
+        failures.note(error, status)
     except (Exception, KeyboardInterrupt) as error:
         status, line = _verdict(error)
-        if not failures.is_first(error, status):
+        if not failures.note(error, status):
             # The first one has spoken, and a launcher ends this one.
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(_FIRST_WORD_SECONDS)

@@ -32,7 +32,7 @@ def is_echo(error: BaseException) -> bool:
     return of_network and any(words in text for words in _LOST)
 
 
-def is_first(error: BaseException, status: int) -> bool:
+def note(error: BaseException, status: int) -> bool:
     """Notes how this process ends; whether no other has failed before it."""
     if is_echo(error):
         return False

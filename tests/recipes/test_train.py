@@ -270,6 +270,7 @@ def test_of_several_processes_the_first_to_fail_speaks(monkeypatch, capsys):
         ([KeyboardInterrupt(), RuntimeError(gone), KeyboardInterrupt()], 130,
          ["interrupted; the same command goes on where it can\n", "", ""]),
         ([ZeroDivisionError(), RuntimeError(gone), ValueError("another bug")], 1, ["", "", ""]),
+        ([BrokenPipeError(), RuntimeError(gone)], 141, ["", ""]),
         ([RuntimeError("gloo does not know this type")], 1, [""]),
     )  # fmt: skip
     monkeypatch.setattr("time.sleep", lambda seconds: None)
