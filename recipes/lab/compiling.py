@@ -10,6 +10,7 @@ import torch
 import attnzoo
 from backbones import DiT
 from backbones.recorded import compile_blocks, uncompile_blocks
+from recipes.lab import failures
 
 # Compiling takes about a minute; a call of a small model saves some ten milliseconds by it.
 _CALLS_TO_PAY = 5000
@@ -57,7 +58,7 @@ class Compiling:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not self.gives_up(str(error)):
+            if failures.is_echo(error) or not self.gives_up(str(error)):
                 raise
             if undo is not None:
                 undo()

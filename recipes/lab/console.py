@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-DONE, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 2, 3, 4, 75
+from recipes.lab import failures
+
+DONE, BUG, USER_ERROR, NON_FINITE, DATA_BUDGET, INTERRUPTED = 0, 1, 2, 3, 4, 75
 _FIRST_WORD_SECONDS = 5.0  # that processes may differ by in starting
 STOPPED_BY_HAND, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
@@ -59,7 +61,8 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
     exit status 2, Ctrl-C one line and 130; a reader that closes the pipe (``| head``) ends the
     script quietly. A name that is too long for the system, or lies where it lets the caller not
     go, was given, whatever was about to be done with it, and is one line too. Everything else is a
-    bug and shows its traceback.
+    bug and shows its traceback. Of several processes the first one to fail speaks, and the others
+    end with its exit status.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -68,27 +71,23 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         status = main(sys.argv[1:])
         if sys.stdout is not None:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        _tell("interrupted; the same command goes on where it can")
-        status = STOPPED_BY_HAND
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         abandon(sys.stdout)
         status = PIPE_CLOSED
-    except Exception as error:
-        if is_users_mistake(error):
-            text = str(error)
-        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            text = f"{error.filename!r} is too long a name; choose a shorter one"
-        elif isinstance(error, PermissionError) and error.filename is not None:
-            text = f"{error.filename!r} cannot be reached ({error.strerror}); choose another place"
-        else:
+        failures.note(error, status)
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = _verdict(error)
+        if not failures.note(error, status):
+            # The first one has spoken, and a launcher ends this one.
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_FIRST_WORD_SECONDS)
+            status, line = (heard[0], "") if (heard := failures.first()) else (status, line)
+        elif line is None:
             raise
-        rank = _rank()
-        if rank == "0" or not getattr(error, "is_shared", False):
+        elif not failures.are_noted():
             _let_the_first_speak()
-            where = "" if rank == "0" else f" in process {rank}"
-            _tell(f"error{where}: {printable(text)}")
-        status = USER_ERROR
+        if line:
+            _tell(line)
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:  # closed before the start
@@ -99,6 +98,25 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         # gloo's threads can abort the interpreter while it shuts down, after all work is done.
         os._exit(status)
     sys.exit(status)
+
+
+def _verdict(error: BaseException) -> tuple[int, str | None]:
+    """The exit status, and what to say; None of a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED_BY_HAND, "interrupted; the same command goes on where it can"
+    if failures.is_echo(error):
+        return BUG, f"error: {failures.UNHEARD}"
+    if is_users_mistake(error):
+        text = str(error)
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        text = f"{error.filename!r} is too long a name; choose a shorter one"
+    elif isinstance(error, PermissionError) and error.filename is not None:
+        text = f"{error.filename!r} cannot be reached ({error.strerror}); choose another place"
+    else:
+        return BUG, None
+    is_everyones = _rank() == "0" or getattr(error, "is_shared", False)
+    where = "" if is_everyones else f" in process {_rank()}"
+    return USER_ERROR, f"error{where}: {printable(text)}"
 
 
 def _rank() -> str:

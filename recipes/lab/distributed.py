@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,14 +20,23 @@ from recipes.lab.console import UserError, is_users_mistake
 Result = TypeVar("Result")
 
 
+_PATIENCE = timedelta(days=1)
 # The types in which gradients of several processes are added up, by name of the setting.
 SUMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What these plug into training is not what a run's settings say, or not tested.
 _FOREIGN = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
-def make_accelerator(precision: str = "fp32", **options: Any) -> Accelerator:
+def make_accelerator(
+    precision: str = "fp32", is_patient: bool = False, **options: Any
+) -> Accelerator:
     """An Accelerator that knows every process that was started, on GPUs or CPUs.
+
+    Args:
+        precision: Of products of matrices.
+        is_patient: Whether processes wait for one another for a day, because they may
+            be apart by a whole shard: torch gives up after 10 minutes on GPUs and 30 on CPUs.
+        **options: Of the Accelerator.
 
     Raises:
         UserError: A variable of the environment asks Accelerate for what training does not do, or
@@ -41,6 +51,7 @@ def make_accelerator(precision: str = "fp32", **options: Any) -> Accelerator:
             # one.
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)] if is_patient else None,
             **options,
         )
         started = int(os.environ.get("WORLD_SIZE", 1))

@@ -159,6 +159,29 @@ def test_what_one_process_cannot_read_all_refuse_and_go_on_alike(buckets):
     assert told[0][:2] == ["the shard is damaged", True] and told[0] == told[1]
 
 
+FAILING = """
+import os
+import attnzoo
+
+@attnzoo.register_attention("failing")
+class Failing(attnzoo.get_attention("softmax")):
+    def forward(self, x, grid):
+        assert os.environ["RANK"] == "0" or not self.training or not x.requires_grad, "my own bug"
+        return super().forward(x, grid)
+"""
+
+
+def test_what_one_process_fails_by_is_all_that_is_seen(tmp_path, commands):
+    (tmp_path / "failing.py").write_text(FAILING)
+    script = reliability.ROOT / "recipes" / "train.py"
+    flags = ["--import", "failing.py", "--attn", "failing", "--out", "run", "--steps", "2"]
+    status, said = commands.launch(2, script, *flags, cwd=tmp_path)
+    assert status == 1 and said.count("Traceback") == 1 and "AssertionError: my own bug" in said
+    assert "gloo" not in said and "peer" not in said
+    noted = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert noted["reason"] == "process 1: AssertionError: my own bug"
+
+
 class Idle(attnzoo.get_attention("softmax")):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

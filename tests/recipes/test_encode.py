@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from recipes import encode as encode_script
@@ -121,6 +122,45 @@ def test_only_what_is_missing_is_made_again(copy, images, vae, capsys):
 def test_other_latents_in_the_folder_are_refused(copy, images, vae, change):
     with pytest.raises(UserError, match=f"{next(iter(change))}.* differ"):
         encode(images, copy, vae, **{"dtype": "fp32"} | change)
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "of before"])
+@pytest.mark.parametrize("named", ["dtype", "resolution", "vae", "crop", "images"])
+def test_shards_of_two_encodings_are_not_mixed(copy, images, vae, tmp_path, named, noted):
+    if not noted and named in ("vae", "crop"):
+        return  # which only a note tells
+    options = {"dtype": {"dtype": "fp16"}, "resolution": {"resolution": 32}}.get(named, {})
+    if named == "vae":
+        vae_of_other = AutoencoderKL.from_pretrained(vae)
+        vae_of_other.encoder.conv_out.bias.data += 1
+        vae_of_other.save_pretrained(tmp_path / "vae")
+    if named == "images":
+        images_of_other = shutil.copytree(images, tmp_path / "images")
+        (images_of_other / "train/bee/2.png").rename(images_of_other / "train/bee/20.png")
+    encode(
+        tmp_path / "images" if named == "images" else images, tmp_path / "other",
+        str(tmp_path / "vae") if named == "vae" else vae, **{"dtype": "fp32"} | options,
+    )  # fmt: skip
+    victim = copy / "latents-000001.safetensors"
+    shutil.copy(tmp_path / "other" / victim.name, victim)
+    with safe_open(victim, framework="pt") as file:
+        made = json.loads(file.metadata()["made"])
+    if not noted:
+        del made["encoding"]
+    if named == "crop":
+        made["encoding"]["crop"] = "none"
+    save_file(load_file(victim), victim, metadata={"made": json.dumps(made)})
+    (copy / "manifest.json").unlink()
+
+    def held():
+        return {path: path.read_bytes() for path in copy.glob("[!.]*")}
+
+    before = held()
+    with pytest.raises(UserError, match=rf"{victim.name}.*\({named}.* differ\): move it"):
+        encode(images, copy, vae, dtype="fp32")
+    assert held() == before
+    victim.unlink()
+    encode(images, copy, vae, dtype="fp32")
 
 
 def test_classes_are_drawn_by_seed_and_listed(images, vae, tmp_path):
@@ -404,6 +444,31 @@ def test_the_locale_does_not_count(images, vae, cache, tmp_path, commands):
     assert status == 0, said
     assert CachedDataset(out).identity() == CachedDataset(cache).identity()
     assert CachedDataset(out).class_names == ("ant", "bee", "cat", "d\u00f6g")
+
+
+IMPATIENT = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+from recipes.encode import main
+from recipes.lab.console import run_script
+from recipes.lab.data import encoding
+
+def slow(shard, *arguments):
+    time.sleep(4 if shard.path.name.endswith("2.safetensors") else 0)
+    write(shard, *arguments)
+
+distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+write, encoding._Shard.write = encoding._Shard.write, slow
+run_script(main)
+"""
+
+
+def test_a_process_waits_for_another_that_has_a_shard_more(images, vae, tmp_path, commands):
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    flags = [images, "out", "--vae", vae, *ALL]
+    status, said = commands.launch(2, tmp_path / "impatient.py", *flags, cwd=tmp_path)
+    assert status == 0, said
 
 
 def test_several_processes_share_the_shards(images, vae, cache, tmp_path, commands):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import attnzoo
 from attnzoo.testing import check_shapes
 from recipes import train as train_module
+from recipes.lab import failures
 from recipes.lab.console import INTERRUPTED, UserError, argument, parse_options, run_script
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.ema import WeightAverage
@@ -257,18 +258,38 @@ def test_the_command_line_exits_with_two_and_no_traceback(tmp_path, commands):
         assert "error:" in said.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("world", "said"), [("", "error: x\n"), ("1", "error: x\n"), ("2", "")])
-def test_what_all_processes_know_is_said_by_one(world, said, monkeypatch, capsys):
-    def main(arguments):
-        error = UserError("x")
-        error.is_shared = True
-        raise error
+def test_of_several_processes_the_first_to_fail_speaks(monkeypatch, capsys):
+    gone = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+    shared = UserError("x")
+    shared.is_shared = True
+    lost = failures.UNHEARD
+    cases = (
+        ([UserError("x"), RuntimeError(gone)], 2, ["error in process 1: x\n", ""]),
+        ([shared, shared], 2, ["error: x\n", ""]),
+        ([RuntimeError(gone), RuntimeError(gone)], 1, [f"error: {lost}\n"] * 2),
+        ([KeyboardInterrupt(), RuntimeError(gone), KeyboardInterrupt()], 130,
+         ["interrupted; the same command goes on where it can\n", "", ""]),
+        ([ZeroDivisionError(), RuntimeError(gone), ValueError("another bug")], 1, ["", "", ""]),
+        ([BrokenPipeError(), RuntimeError(gone)], 141, ["", ""]),
+        ([RuntimeError("gloo does not know this type")], 1, [""]),
+    )  # fmt: skip
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for errors, status, said in cases:
+        store = torch.distributed.HashStore()
+        monkeypatch.setattr(failures, "_store", lambda store=store: store)
+        for rank, error, line in zip((1, 0, 2), errors, said, strict=False):
+            monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+            monkeypatch.setenv("RANK", str(rank))
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE", False)
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    assert caught.value.code == 2 and capsys.readouterr().err == said
+            def main(arguments, error=error):
+                raise error
+
+            is_bug = status == 1 and rank == 1 and not line
+            with pytest.raises(type(error) if is_bug else SystemExit) as caught:
+                run_script(main)
+            assert is_bug or caught.value.code == status
+            assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("arguments", [["--no-such"], ["--status", "nowhere"]])

@@ -207,10 +207,12 @@ def fetch(
                 write_bytes(file, image)
                 written.add(file)
                 counts[split] += 1
-    for file in {*out.glob("*/*/*")} - written:
+    makers = "|".join(package.maker for package in packages)
+    begun = rf"{TEMPORARY}\d+-\w+-"
+    ours = rf"({begun})?({makers})-[0-9a-f-]+\.\w+|{begun}({MANIFEST}|{_LICENCES})"
+    for file in {*out.glob("*/*/*"), *out.glob(f"{TEMPORARY}*")} - written:
         # An earlier version may have put the same emoji on the other side, or have been killed.
-        makers = "|".join(package.maker for package in packages)
-        if re.fullmatch(rf"({TEMPORARY}\d+-\w+-)?({makers})-[0-9a-f-]+\.\w+", file.name):
+        if re.fullmatch(ours, file.name):
             file.unlink()
     hashes = {p.name: p.sha256 for p in packages}
     write_json(out / MANIFEST, {"packages": hashes, "images": dict(counts)})

@@ -39,6 +39,7 @@ from recipes.lab.data.latents import (
     MANIFEST,
     PLAN,
     check_fit,
+    deciding,
     differing_facts,
     load_vae,
     moments,
@@ -58,6 +59,8 @@ from recipes.lab.files import (
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _LOCK = ".lock"
+_ENCODING = ("vae", "resolution", "crop", "dtype")  # of a plan, what a shard remembers too
+_IMAGES = "images (their names or classes)"
 # Root mean square of what a type rounds away, in deviations of the latents: far below what
 # training could notice, far above what a VAE of usual size loses in fp16 (about 1e-4).
 _MAX_ROUNDING = 1e-2
@@ -85,7 +88,7 @@ def encode(
         UserError: Images, VAE or folder cannot be used, the folder holds other latents, another
             process writes to it, or the latents do not fit ``dtype``.
     """
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(is_patient=True)
     if not os.path.isdir(images):
         raise UserError(f"{str(images)!r} is no folder; give one with a sub-folder per class")
     _check_target(latents)
@@ -125,7 +128,9 @@ def encode(
             for line in found.notes + found.doubtful:
                 _say(printable(line))
             stack.enter_context(locked(latents / _LOCK, warn=_say))
-            return _begin(latents, plan)
+            labels = [label for _, label in found.images]
+            entries = [list(entry) for entry in zip(names, labels, strict=True)]
+            return _begin(latents, plan, entries)
 
         digests = on_main(accelerator, begin)
         count = -(-len(names) // shard_size)
@@ -134,7 +139,7 @@ def encode(
             rows = slice(number * shard_size, (number + 1) * shard_size)
             shard = _Shard(latents, number, names[rows], found.images[rows])
             if not shard.is_current(digests):
-                shard.write(encoder, resolution, dtype, batch_size)
+                shard.write(encoder, plan, batch_size)
         accelerator.wait_for_everyone()
         return on_main(accelerator, lambda: _finish(latents, plan, count, root, found, skip_bad))
 
@@ -161,8 +166,13 @@ def _check_target(latents: Path) -> None:
         ) from error
 
 
-def _begin(latents: Path, plan: dict[str, Any]) -> dict[str, str]:
+def _begin(latents: Path, plan: dict[str, Any], entries: list[list[Any]]) -> dict[str, str]:
     """Notes what is being made; a folder that holds something else is refused.
+
+    Args:
+        latents: The folder.
+        plan: What is being made.
+        entries: Name and label of every image.
 
     Returns:
         The SHA-256 of every shard that the manifest lists, by name.
@@ -177,6 +187,7 @@ def _begin(latents: Path, plan: dict[str, Any]) -> dict[str, str]:
                 f"{str(latents)!r} holds latents made otherwise ({', '.join(changed)} differ); "
                 f"choose another folder, or delete it"
             )
+    _refuse_others(latents, plan, entries)
     for path in latents.glob(f"{TEMPORARY}*"):  # of processes that were killed
         _remove(path)
     write_json(file, plan)
@@ -195,8 +206,36 @@ def _changed(before: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
         if name == "vae" and isinstance(old, dict):
             changed += ["vae"] if differing_facts(old, value) else []
         elif json.dumps(old) != json.dumps(value):
-            changed.append("images (their names or classes)" if name == "images_sha256" else name)
+            changed.append(_IMAGES if name == "images_sha256" else name)
     return changed
+
+
+def _refuse_others(latents: Path, plan: Mapping[str, Any], entries: list[list[Any]]) -> None:
+    """Refuses shards of another plan, as where two unfinished folders were laid together."""
+    size = plan["shard_size"]
+    for number, start in enumerate(range(0, len(entries), size)):
+        path = latents / _shard_name(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                made, mean = _made(file), file.get_slice("mean")
+            kind, (count, *_, side) = mean.get_dtype(), mean.get_shape()
+            listed = [entry[:2] for entry in made["contents"]]
+        except (OSError, SafetensorError, TypeError, ValueError):
+            continue  # missing, or made again
+        # A shard of before it was noted shows no more of how it was made.
+        found = dict(plan) | {"dtype": {"F16": "fp16", "F32": "fp32"}.get(kind, kind)}
+        if count:
+            found["resolution"] = side * plan["vae"]["factor"]
+        found |= made["encoding"]
+        changed = _changed(found, {name: plan[name] for name in _ENCODING})
+        if listed != entries[start : start + size]:
+            changed.append(_IMAGES)
+        if changed:
+            raise UserError(
+                f"{str(path)!r} was made otherwise than {str(latents / PLAN)!r} says "
+                f"({', '.join(changed)} differ): move it away, and it is made again, or choose "
+                f"another folder"
+            )
 
 
 def _remove(path: Path) -> None:
@@ -247,18 +286,19 @@ class _Shard:
         _say(printable(f"{str(self.path)!r} {reason} and is made again"))
         return False
 
-    def write(self, encoder: Any, resolution: int, dtype: str, batch_size: int) -> None:
+    def write(self, encoder: Any, plan: Mapping[str, Any], batch_size: int) -> None:
         """Encodes the images.
 
         Raises:
             UserError: The latents do not fit ``dtype``, or the VAE does not work.
             CannotWrite: The system refuses.
         """
+        dtype = plan["dtype"]
         pixels: list[Tensor] = []
         labels: list[int] = []
         bad: dict[str, str] = {}
         parts: dict[str, list[Tensor]] = {"mean": [], "logvar": []}
-        images = read_images([file for file, _ in self.images], resolution)
+        images = read_images([file for file, _ in self.images], plan["resolution"])
         for name, (_, label), image in zip(self.names, self.images, images, strict=True):
             if isinstance(image, BadImage):
                 bad[name] = str(image)
@@ -280,7 +320,9 @@ class _Shard:
             _check_rounding(self.path.name, exact, tensors, dtype)
         tensors["label"] = torch.tensor(labels, dtype=torch.int64)
         # One key only: safetensors writes several in an order of chance.
-        made = {"made": json.dumps({"bad": bad, "contents": self.contents})}
+        encoding = {name: plan[name] for name in _ENCODING} | {"vae": deciding(plan["vae"])}
+        facts = {"bad": bad, "contents": self.contents, "encoding": encoding}
+        made = {"made": json.dumps(facts)}
         # A manifest would vouch for the shard that is about to go.
         _remove(self.path.parent / MANIFEST)
         with whole_file(self.path) as temporary:
@@ -290,11 +332,16 @@ class _Shard:
 
 def _read_made(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        try:
-            made = json.loads((file.metadata() or {})["made"])
-            return {"bad": dict(made["bad"]), "contents": list(made["contents"])}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError("it does not say which images it was made of") from error
+        return _made(file)
+
+
+def _made(file: Any) -> dict[str, Any]:
+    try:
+        made = json.loads((file.metadata() or {})["made"])
+        encoding = dict(made.get("encoding", {}))
+        return {"bad": dict(made["bad"]), "contents": list(made["contents"]), "encoding": encoding}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("it does not say which images it was made of") from error
 
 
 def _check_rounding(

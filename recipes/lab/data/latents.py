@@ -164,13 +164,14 @@ def vae_facts(vae: AutoencoderKL) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), **vae_settings(vae), "place": canonical_vae(place)}
 
 
-def _deciding(facts: Mapping[str, Any]) -> dict[str, Any]:
+def deciding(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``vae_facts`` that has to agree."""
     return {name: value for name, value in facts.items() if name != "place"}
 
 
 def differing_facts(facts: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
     """Names of what has to agree between two VAEs and does not; where they lie may differ."""
-    names = sorted(_deciding({**facts, **others}))
+    names = sorted(deciding({**facts, **others}))
     return [name for name in names if facts.get(name) != others.get(name)]
 
 
@@ -363,7 +364,7 @@ class EncodedDataset(LatentDataset):
 
 def encoded_identity(images: str, facts: Mapping[str, Any], resolution: int) -> str:
     """SHA-256 of images, given by theirs, of what their VAE makes of them, and of the side."""
-    return _digest([images, _deciding(facts), resolution])
+    return _digest([images, deciding(facts), resolution])
 
 
 def _digest(parts: list[Any]) -> str:
@@ -436,7 +437,7 @@ class CachedDataset(LatentDataset):
 
     def identity(self) -> dict[str, Any]:
         shards = [[shard["count"], shard["sha256"]] for shard in self.shards]
-        digest = _digest([shards, _deciding(self.facts), self.class_names])
+        digest = _digest([shards, deciding(self.facts), self.class_names])
         return self._identity("latents", digest)
 
     def moments(self, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:

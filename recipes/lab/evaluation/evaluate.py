@@ -108,7 +108,7 @@ def evaluate(
     config = run.config()
     class_names = config["data"]["class_names"]
     cache = cache or default_cache(run)
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(is_patient=True)
     names: dict[str, float] = {}
     draw = given = None
     if images is None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from recipes.lab import failures
 from recipes.lab.console import DONE, INTERRUPTED, NON_FINITE, Progress, UserError, argument
 from recipes.lab.files import CannotWrite
 from recipes.lab.training.checkpoint import Run
@@ -63,7 +64,7 @@ class Loop:
                     say(f"steps are launched eagerly: {trainer.why_eager}")
                 status, state, reason = self._steps(received)
         except BaseException as error:
-            self._note("failed", f"{type(error).__name__}: {error}")
+            self._note("failed", failures.described(error))
             raise
         finally:
             trainer.batches.close()
