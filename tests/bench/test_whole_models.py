@@ -215,7 +215,9 @@ def test_a_mechanism_of_ones_own_is_timed_and_a_changed_one_is_not_mixed_in(
     report = run(tmp_path, *asked, "--skip-compiled", "softmax,timed-mean")
     assert {row["mechanism"] for row in report["cases"]} == {"softmax", "timed-mean"}
     assert report["imports"]["timed-mean"]["source"] == str(own)
+    cls = registry._REGISTRY.pop("timed-mean")
     assert run(tmp_path, "--mechanisms", "softmax", "--resume")["imports"] == report["imports"]
+    registry._REGISTRY["timed-mean"] = cls
     own.write_text(own.read_text() + "# changed\n")
     with pytest.raises(UserError, match=r"'timed-mean' of .*has changed"):
         run(tmp_path, *asked, "--resume")
