@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 import operator
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -94,14 +96,16 @@ class AttentionConfig:
     """Options of a mechanism: subclass it as a frozen dataclass, one field per option.
 
     Values are checked against the fields' annotations, so that ``Literal`` fields list their
-    valid values and suggest the nearest. A list becomes a tuple, which a config file cannot hold.
+    valid values and suggest the nearest. What neither ``--set`` nor a config file can hold is
+    made of what they can: a tuple of a list, an enum's member of its value or name, a ``Path``
+    of a string.
 
     Attributes:
         removed: Options that an earlier version had, by name.
 
     Raises:
         InvalidType: A value does not have the type of its field.
-        InvalidValue: A value is not among those its ``Literal`` lists.
+        InvalidValue: A value is not among those its ``Literal`` or enum lists.
     """
 
     removed: ClassVar[Mapping[str, Removed]] = {}
@@ -112,8 +116,8 @@ class AttentionConfig:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 value = as_tuples(value)
-                object.__setattr__(self, field.name, value)
-            check_option(field.name, value, hints[field.name])
+            value = check_option(field.name, value, hints[field.name])
+            object.__setattr__(self, field.name, value)
 
     def at_least(self, minimum: float, *names: str) -> None:
         """Raises InvalidValue for each named option below ``minimum``."""
@@ -166,11 +170,20 @@ class AttentionConfig:
         return cls(**current)
 
 
-def as_tuples(value: Any) -> Any:
-    """The same value with a tuple for every list, of which JSON makes no difference."""
+def as_tuples(value: Any, *, in_words: bool = False) -> Any:
+    """The same value with a tuple for every list, of which JSON makes no difference.
+
+    Args:
+        value: Of an option, or options by name.
+        in_words: Whether enums' members and paths become what a file holds of them.
+    """
     if isinstance(value, Mapping):
-        return {key: as_tuples(item) for key, item in value.items()}
-    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+        return {key: as_tuples(item, in_words=in_words) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(as_tuples(item, in_words=in_words) for item in value)
+    if in_words and isinstance(value, enum.Enum):
+        return value.value if isinstance(value.value, str | int) else value.name
+    return str(value) if in_words and isinstance(value, Path) else value
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -180,31 +193,44 @@ def _is_same(value: Any, other: Any) -> bool:
     return isinstance(value, type(other)) and value == other
 
 
-def check_option(name: str, value: Any, hint: Any) -> None:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of an annotation."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def words_of(kind: Any) -> list[Any]:
+    """The values that a ``Literal`` or an enum lists, of members without a word their names."""
+    if isinstance(kind, enum.EnumMeta):
+        members: Any = kind
+        return [z.value if isinstance(z.value, str) else z.name for z in members]
+    return list(typing.get_args(kind)) if typing.get_origin(kind) is Literal else []
+
+
+def check_option(name: str, value: Any, hint: Any) -> Any:
     """Checks a value against an annotation.
+
+    Returns:
+        The value; of an enum's value or name the member, of a string that stands for it a path.
 
     Raises:
         InvalidType: The value is of another type.
-        InvalidValue: It is not finite, or not among those that a ``Literal`` lists.
+        InvalidValue: It is not finite, or not among those that a ``Literal`` or an enum lists.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidValue(f"{name} must be finite, got {value}")
-    alternatives = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
-    literals: list[Any] = []
-    for kind in alternatives:
+    kinds = alternatives(hint)
+    words = [word for kind in kinds for word in words_of(kind)]
+    for kind in kinds:
         if typing.get_origin(kind) is Literal:
-            literals += typing.get_args(kind)
+            if any(_is_same(value, z) for z in typing.get_args(kind)):
+                return value
             continue
         if typing.get_origin(kind) is tuple and isinstance(value, tuple):
-            _check_items(name, value, typing.get_args(kind))
-            return
+            return _checked_items(name, value, typing.get_args(kind))
         kind = typing.get_origin(kind) or kind
         if kind is Any:
-            return
+            return value
         if kind is list:
             raise InvalidType(f"annotate {name} as a tuple: every list becomes one")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -213,29 +239,38 @@ def check_option(name: str, value: Any, hint: Any) -> None:
             and isinstance(value, kind)
             and (kind is bool or not isinstance(value, bool))
         ):
-            return
-    if any(_is_same(value, z) for z in literals):
-        return
-    if literals and isinstance(value, str):
+            return value
+    for kind in kinds:
+        if isinstance(kind, enum.EnumMeta):
+            members: Any = kind.__members__
+            found = [z for z in members.values() if _is_same(value, z.value)]
+            if found := found or [z for key, z in members.items() if _is_same(value, key)]:
+                return found[0]
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+    if words and isinstance(value, str):
         raise InvalidValue(
-            f"{name}={value!r} is not valid{nearest(value, literals)} Choose one of {literals}"
+            f"{name}={value!r} is not valid{nearest(value, words)} Choose one of {words}"
         )
     expected = " or ".join(
-        f"one of {literals}"
-        if typing.get_origin(kind) is Literal
+        f"one of {of_kind}"
+        if (of_kind := words_of(kind))
         else getattr(kind, "__name__", str(kind))
-        for kind in alternatives
+        for kind in kinds
     )
-    raise InvalidType(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    message = f"{name} must be {expected}, got {value!r} ({type(value).__name__})"
+    if any(map(dataclasses.is_dataclass, kinds)):
+        message += "; --set and config files hold none: make its fields options of their own"
+    raise InvalidType(message)
 
 
-def _check_items(name: str, value: tuple[Any, ...], hints: tuple[Any, ...]) -> None:
+def _checked_items(name: str, value: tuple[Any, ...], hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if hints[-1:] == (Ellipsis,):
         hints = hints[:1] * len(value)
     if len(value) != len(hints):
         raise InvalidType(f"{name} must hold {len(hints)} values, got {value!r}")
-    for index, (item, hint) in enumerate(zip(value, hints, strict=True)):
-        check_option(f"{name}[{index}]", item, hint)
+    pairs = enumerate(zip(value, hints, strict=True))
+    return tuple(check_option(f"{name}[{index}]", item, hint) for index, (item, hint) in pairs)
 
 
 class WithAuxiliaryLoss(nn.Module):

@@ -78,6 +78,8 @@ def register_attention(name: str) -> Callable[[Mechanism], Mechanism]:
         _check_shown(name, cls)
         cls.name = name
         _REGISTRY[name] = cls
+        if cls.__module__.partition(".")[0] != "attnzoo":  # what imports it may know its file
+            _SOURCES[name] = cls.__module__
         return cls
 
     return register
@@ -194,7 +196,7 @@ def _import(source: str) -> str:
 
 
 def source_of(name: str) -> str | None:
-    """The file or module that a mechanism was imported from; None for the zoo's own."""
+    """The file or module that a mechanism came from, as "__main__"; None for the zoo's own."""
     return _SOURCES.get(name)
 
 

@@ -45,7 +45,8 @@ def carry(names: Iterable[str], folder: Path) -> list[str]:
                 continue
             raise InvalidValue(
                 f"attention {name!r} came from the module {source}, which is not installed and "
-                f"cannot be carried along: put it into one file, and pass that with --import FILE"
+                f"cannot be carried along: put it into one file, for --import FILE or "
+                f"attnzoo.import_mechanisms"
             )
         file = Path(source)
         if not file.is_file():

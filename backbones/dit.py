@@ -172,7 +172,8 @@ class DiT(ModelMixin, ConfigMixin):
                 check_option(name, value, hints[name])
         pattern = parse_pattern(attn)
         # A config file holds a tuple as a list, which would then differ from what was given.
-        self.register_to_config(attn=pattern.text, attn_options=as_tuples(attn_options))
+        options = as_tuples(attn_options, in_words=True)
+        self.register_to_config(attn=pattern.text, attn_options=options)
         for name, value in (
             ("dim", dim),
             ("depth", depth),

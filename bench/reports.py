@@ -17,8 +17,9 @@ from backbones.pattern import names_in
 from bench import machine
 from bench.options import from_zero
 from bench.results import TEXT, Foreign, require_shape, rounded
-from recipes.lab.console import UserError
+from recipes.lab.console import UserError, add_import_flag
 from recipes.lab.files import read_json, require_writable, write_json
+from recipes.lab.imports import import_all, origins
 
 # Why something was not measured.
 SPENT = "the time was spent; raise --seconds, or go on with --resume"
@@ -42,6 +43,7 @@ class Writer:
             "commit": machine.commit(),
             **machine.describe(options.device, torch.get_num_threads()),
             "device": options.device,
+            "imports": origins(attnzoo.list_attention()),
             **facts,
             **{name: [] for name in (*lists, "missed")},
         }
@@ -59,6 +61,14 @@ class Writer:
         Raises:
             UserError: It was measured elsewhere, or of other code.
         """
+        own, before = self.report["imports"], report.get("imports", {})
+        for name in own.keys() & before.keys():
+            if own[name]["sha256"] != before[name]["sha256"]:
+                raise UserError(
+                    f"{self.options.out} has {name!r} of {before[name]['source']}, whose code has "
+                    f"changed; write into another --out, or run without --resume"
+                )
+        self.report["imports"] = before | own
         for what in ("device_name", "versions", "commit", *also):
             if report[what] != self.report[what]:
                 raise UserError(
@@ -87,11 +97,12 @@ def parser_of(command: str, words: str | None) -> argparse.ArgumentParser:
     flag("--table", type=Path, help="JSON to print instead of measuring")
     flag("--resume", action="store_true", help="go on with what the JSON of --out lacks")
     flag("--seconds", type=from_zero, default=480.0, help="for everything")
+    add_import_flag(parser)
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """The options, of which "device" is by default the GPU where there is one.
+    """The options, of which "device" is by default the GPU where there is one; imports own ones.
 
     Raises:
         UserError: There is nothing to write and nothing to print, or both.
@@ -99,6 +110,7 @@ def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     options = parser.parse_args(arguments)
     if (options.out is None) == (options.table is None):
         raise UserError("name either --out, a JSON to write, or --table, a JSON to print")
+    import_all(options.imports)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return options
 
@@ -118,6 +130,7 @@ def earlier(
 _ANY = {
     "versions": {"*": TEXT}, **dict.fromkeys(("device_name", "commit", "datetime"), TEXT),
     "missed": [{"what": TEXT, "reason": TEXT}],
+    "imports?": {"*": {"source": TEXT, "sha256": TEXT}},
 }  # fmt: skip
 
 
@@ -159,4 +172,5 @@ def require_mechanisms(patterns: Sequence[str]) -> None:
     for name in (part for pattern in patterns for part in names_in(pattern)):
         if name not in known:
             raise UserError(f"unknown mechanism {name!r}{nearest(name, known)} Choose of "
-                            f"{', '.join(known)}")  # fmt: skip
+                            f"{', '.join(known)}; one of your own needs "
+                            f"--import FILE|MODULE")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import io
 import shlex
@@ -17,7 +18,7 @@ from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.doctor import here, in_short, why_not
 from attnzoo.command.listing import DIM, GRIDS, source_of_class, summary
 from attnzoo.console import aligned
-from attnzoo.contract import Attention, stated_parts
+from attnzoo.contract import Attention, alternatives, stated_parts, words_of
 from attnzoo.registry import offered
 
 WIDTH = 96
@@ -81,6 +82,8 @@ def options(cls: type[Attention]) -> str:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        if isinstance(default, enum.Enum):  # as it is taken
+            default = default.value
         has_none = default is dataclasses.MISSING
         lines.append(f"  {field.name}{', to be given' if has_none else f' = {default!r}'}")
         values = _values(hints[field.name])
@@ -91,15 +94,9 @@ def options(cls: type[Attention]) -> str:
 
 def _values(hint: object) -> str:
     """The words that an option takes, and what else beside them."""
-    literals, others = [], []
-    for kind in typing.get_args(hint) or ():
-        if typing.get_origin(kind) is typing.Literal:
-            literals += typing.get_args(kind)
-        elif kind is not type(None):
-            others.append(getattr(kind, "__name__", str(kind)))
-    if typing.get_origin(hint) is typing.Literal:
-        literals, others = list(typing.get_args(hint)), []
-    words = ", ".join(map(repr, dict.fromkeys(literals)))
+    kinds = [kind for kind in alternatives(hint) if kind is not type(None)]
+    others = [getattr(kind, "__name__", str(kind)) for kind in kinds if not words_of(kind)]
+    words = ", ".join(map(repr, dict.fromkeys(z for kind in kinds for z in words_of(kind))))
     return f"{' or '.join(others)}, or {words}" if others and words else words
 
 

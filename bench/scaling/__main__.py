@@ -144,7 +144,8 @@ class Run(reports.Writer):
 
     def _launch(self, cases: list[Case], devices: Sequence[int] | None, folder: Path) -> Launch:
         self._starts += 1
-        return Launch(cases, devices, folder / f"start-{self._starts}")
+        start = folder / f"start-{self._starts}"
+        return Launch(cases, devices, start, self.options.imports)
 
     def _check(self, names: list[str], folder: Path) -> None:
         options, processes = self.options, max(self.options.gpus)

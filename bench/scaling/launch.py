@@ -49,14 +49,19 @@ class Launch:
         cases: What is left to measure, all on as many GPUs.
         devices: Which ones; None is a CPU.
         folder: For this start alone; latents lie beside it.
+        imports: Files or modules of a user's own mechanisms.
     """
 
-    def __init__(self, cases: list[Case], devices: Sequence[int] | None, folder: Path) -> None:
+    def __init__(
+        self, cases: list[Case], devices: Sequence[int] | None, folder: Path,
+        imports: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.cases, self.devices, self.folder = list(cases), devices, folder
         folder.mkdir()
         write_plan(folder, cases)
         self._output = folder / "output.txt"
-        script = ["-m", "bench.scaling.worker", str(folder)]
+        # Which are found from where this process is.
+        script = ["-m", "bench.scaling.worker", str(folder), os.getcwd(), *imports]
         self._process = start(script, cases[0].gpus, devices, self._output)
         self._read = 0
         self._since = time.monotonic()

@@ -22,6 +22,7 @@ from bench.isolate import one_line
 from bench.machine import free, quiet
 from bench.scaling.cases import Case, read_plan
 from bench.timing import spread
+from recipes.lab.imports import import_all
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.state import save_checkpoint
 from recipes.lab.training.trainer import Trainer
@@ -111,12 +112,14 @@ def _saved(trainer: Trainer, run: Run) -> dict[str, float]:
     return {"seconds": taken, "bytes": size}
 
 
-def main(folder: Path) -> NoReturn:
+def main(folder: Path, imported_from: str, *imports: str) -> NoReturn:
     """Measures the cases that ``folder`` lists; the first process writes a line for each."""
     rank = int(os.environ.get("RANK", 0))
     (folder / f"process-{rank}").write_text(str(os.getpid()))
     quiet()
     try:
+        os.chdir(imported_from)
+        import_all(imports)
         for number, case in enumerate(read_plan(folder)):
             run = Run(folder / f"run-{number}")
             if rank == 0:
@@ -140,4 +143,4 @@ def main(folder: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -62,7 +62,8 @@ class Run(reports.Writer):
     def __init__(self, options: argparse.Namespace, report: dict[str, Any] | None = None) -> None:
         super().__init__(options, PARTS)
         before, commit = options.before or (None, "")
-        self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit)
+        self.setup = Setup(options.device, options.backend, options.round_seconds, before, commit,
+                           tuple(options.imports))  # fmt: skip
         self._taken: dict[str, float] = {}  # most seconds, by kind of EXPECTED
         self._wrong: dict[str, str | None] = {}  # by mechanism, why its results cannot be right
         if report is not None:

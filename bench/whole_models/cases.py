@@ -116,6 +116,7 @@ class Setup:
         seconds: Of the rounds of a case.
         before: An older checkout, whose recipes are timed beside ours.
         before_commit: Its commit.
+        imports: Files or modules of a user's own mechanisms, for other processes.
     """
 
     device: str
@@ -123,6 +124,7 @@ class Setup:
     seconds: float = 1.5
     before: Path | None = None
     before_commit: str = ""
+    imports: tuple[str, ...] = ()
 
 
 class Subject(Step):

@@ -33,6 +33,7 @@ from bench.whole_models.measures import (
 )
 from bench.whole_models.older import BEFORE
 from bench.whole_models.profiles import measure_profile
+from recipes.lab.imports import import_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,7 @@ def compile_job(job: Job, setup: Setup) -> None:
         RuntimeError: It fails; in words, since not every error can be sent to another process.
     """
     try:
+        import_all(setup.imports)
         if job.case is not None:
             compile_ahead(job.case, setup)
         else:
@@ -155,6 +157,7 @@ class Bench:
 def _serve(connection: Connection, setup: Setup, compile_threads: int | None) -> None:
     """Answers jobs until one has left the device unusable, or the other side hangs up."""
     quiet()
+    import_all(setup.imports)
     if compile_threads is not None:
         from torch._inductor import config
 

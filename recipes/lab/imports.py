@@ -83,6 +83,8 @@ def import_remembered(
 def _code(source: str) -> Path | None:
     if source.endswith(".py"):
         return Path(source)
+    if source == "__main__":  # of another process, or a notebook
+        return None
     try:
         # The parent package of a dotted name is imported by this.
         spec = importlib.util.find_spec(source)

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+from backbones import build_backbone
 from backbones.pattern import file_name
-from recipes.lab.console import DONE, UserError, numbers, run_script, whole
+from recipes.lab.console import DONE, UserError, add_import_flag, numbers, run_script, whole
 from recipes.lab.diffusion import generator_for
 from recipes.lab.evaluation.real import real_images
 from recipes.lab.files import write_json, write_text
+from recipes.lab.imports import import_all
 from recipes.lab.pages import markdown_table
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
@@ -38,6 +40,8 @@ _BATCHES, _BATCH = 16, 128
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     given = _parser().parse_args(arguments)
+    import_all(given.imports)
+    build_backbone(given.attn, "tiny", "controlled")  # what cannot be fails before softmax trains
     out, losses = Path(given.out), {}
     for seed in range(given.seeds):
         for name, run, steps in _runs(given, out, seed):
@@ -157,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--batch-size", type=whole(1), default=32, help="images per step (default: 32)")
     flag("--seeds", type=whole(1), default=3, help="number of seeds, from 0 (default: 3)")
     flag("--out", default="runs/conversion", help="folder of all runs and the table")
+    add_import_flag(parser)
     return parser
 
 

@@ -137,12 +137,14 @@ def test_show_counts_what_the_layer_counts():
 
 
 OF_NUMBERS = """
-import attnzoo, torch
+import attnzoo, enum, torch
 from dataclasses import dataclass, field
+Kind = enum.Enum("Kind", {"FAST": "fast", "TWO": 2})
 @dataclass(frozen=True, kw_only=True)
 class Config(attnzoo.AttentionConfig):
     width: int
     sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
+    kind: Kind | None = Kind.FAST
 @attnzoo.register_attention("needy")
 class Needy(attnzoo.Attention):
     Config = Config
@@ -183,6 +185,7 @@ def test_count_takes_a_mechanism_of_your_own_made_of_others(of_numbers, monkeypa
 def test_show_says_what_an_option_is_that_has_no_plain_default(of_numbers, capsys):
     text = said(capsys, "show", "needy", "--import", of_numbers)
     assert "  width, to be given\n" in text and "  sizes = (1, 2)\n" in text
+    assert "  kind = 'fast'\n      takes 'fast', 'TWO'\n" in text
     assert f"attnzoo count --attn needy --import {of_numbers} measures it" in text
 
 

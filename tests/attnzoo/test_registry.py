@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import enum
 import json
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -27,7 +29,7 @@ from attnzoo import (
     registry,
     source_of,
 )
-from attnzoo.contract import check_option
+from attnzoo.contract import as_tuples, check_option
 from attnzoo.testing import build_scrambled, tokens
 
 
@@ -388,8 +390,69 @@ def test_a_tuple_option_equals_itself_after_json():
     again = Nested.from_options("nested", json.loads(json.dumps(given)))
     assert config == again == Nested(**json.loads(json.dumps(given)))
     assert hash(config) == hash(again)
+    assert Nested(anything=[Kind.TWO]).anything == (Kind.TWO,)
     with pytest.raises(InvalidType, match=r"pairs\[1\]\[0\]"):
         Nested.from_options("nested", {"pairs": [[1, 2], ["3", 4]]})
+
+
+class Kind(enum.Enum):
+    FAST = "fast"
+    TWO = 2
+    PAIR = (1, 2)
+
+
+class Level(enum.IntEnum):
+    NONE = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfWords(AttentionConfig):
+    kind: Kind = Kind.FAST
+    level: Level | None = None
+    kinds: tuple[Kind, ...] = ()
+    file: Path | None = None
+    text: str | Kind = ""
+    nested: AttentionContext | None = None
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "wanted"),
+    [
+        ("kind", "fast", Kind.FAST),
+        ("kind", "FAST", Kind.FAST),
+        ("kind", 2, Kind.TWO),
+        ("kind", [1, 2], Kind.PAIR),
+        ("level", 0, Level.NONE),
+        ("kinds", ["fast", "PAIR"], (Kind.FAST, Kind.PAIR)),
+        ("file", "here", Path("here")),
+        ("text", "fast", "fast"),
+    ],
+)
+def test_what_no_flag_and_no_file_can_hold_is_made_of_what_they_can(option, given, wanted):
+    made = OfWords.from_options("mine", {option: given})
+    assert made == OfWords(**{option: wanted})
+    assert type(getattr(made, option)) is type(wanted)
+    held = json.loads(json.dumps(as_tuples({option: wanted}, in_words=True)))
+    assert OfWords.from_options("mine", held) == made
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "words"),
+    [
+        (
+            "kind",
+            "fats",
+            r"kind='fats' is not valid; did you mean 'fast'\? Choose one of",
+        ),
+        ("kind", 2.0, r"kind must be one of \['fast', 'TWO', 'PAIR'\], got 2\.0"),
+        ("level", False, r"level must be one of \['NONE'\] or NoneType, got False"),
+        ("kinds", ["fast", 3], r"kinds\[1\] must be one of"),
+        ("nested", {"dim": 4}, "--set and config files hold none: make its fields options"),
+    ],
+)
+def test_what_stands_for_no_option_is_refused_with_what_would(option, given, words):
+    with pytest.raises(UsageError, match=words):
+        OfWords.from_options("mine", {option: given})
 
 
 @pytest.fixture

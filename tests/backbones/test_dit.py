@@ -1,9 +1,12 @@
 """The shared backbone: shapes, initialization, saving, refusals."""
 
 import copy
+import dataclasses
+import enum
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -565,6 +568,21 @@ def test_a_tuple_option_equals_itself_after_saving(tmp_path):
     for other in (as_list, loaded):
         assert other.config.attn_options == model.config.attn_options == given
         assert other.blocks[0].attention.config == model.blocks[0].attention.config
+
+
+def test_an_options_member_is_saved_as_its_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(attnzoo.registry, "_REGISTRY", dict(attnzoo.registry._REGISTRY))
+    kinds = enum.Enum("Kind", {"FAST": "fast", "PAIR": (1, 2)})  # type: ignore[misc]
+    config = dataclasses.make_dataclass(
+        "Config", [("kind", kinds), ("file", Path)],
+        bases=(attnzoo.AttentionConfig,), frozen=True, kw_only=True,
+    )  # fmt: skip
+    attnzoo.register_attention("of-words")(type("OfWords", (Counting,), {"Config": config}))
+    for member in kinds:
+        options = {"kind": member, "file": Path("here")}
+        DiT(attn="of-words", attn_options=options, **TINY).save_pretrained(tmp_path)
+        loaded = DiT.from_pretrained(tmp_path)
+        assert loaded.blocks[0].attention.config == config(**options)
 
 
 def test_positions_are_computed_once_for_a_size_and_shared_by_no_copy(monkeypatch):

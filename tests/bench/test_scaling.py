@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from attnzoo import registry
 from bench import reports
 from bench.scaling import __main__ as scaling
 from bench.scaling import checks as scaling_checks
@@ -20,6 +21,7 @@ from bench.scaling.worker import measure
 from recipes.lab.console import UserError
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.settings import Settings
+from tests.bench.own import OWN
 
 TINY = ["--device", "cpu", "--size", "tiny", "--tokens", "16"]
 
@@ -83,12 +85,22 @@ def test_two_processes_shard_and_the_one_that_fails_says_why(out, tmp_path, caps
     assert capsys.readouterr().out.count(said.strip()) == 3
 
 
+def test_a_mechanism_of_ones_own_is_trained_in_other_processes(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (tmp_path / "scaled_mean.py").write_text(OWN.format("scaled-mean"))
+    monkeypatch.chdir(tmp_path)  # where a module is found, too
+    report = report_of(out, "--gpus", "1", "--mechanisms", "scaled-mean", "--ways", "overlapped",
+                       "--parts", "training", "--import", "scaled_mean")  # fmt: skip
+    assert [row["mechanism"] for row in report["training"]] == ["scaled-mean"]
+    assert report["imports"]["scaled-mean"]["source"] == "scaled_mean"
+
+
 class Played:
     """A ``Launch`` that answers at once: "broken" fails, "slow" never ends."""
 
     started: ClassVar[list] = []
 
-    def __init__(self, cases, devices, folder):
+    def __init__(self, cases, devices, folder, imports):
         assert cases and not folder.exists()
         self.cases, self.is_closed = list(cases), False
         self.started.append(([case.name for case in cases], devices))

@@ -17,6 +17,7 @@ from torch._inductor import config as inductor
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+from attnzoo import registry
 from attnzoo.errors import Unavailable
 from bench.checks import WrongStep
 from bench.whole_models import __main__ as whole_models
@@ -30,6 +31,7 @@ from bench.whole_models.measures import measure_launch, measure_layer, measure_o
 from bench.whole_models.process import Elsewhere, Job
 from recipes.lab.console import UserError
 from tests.bench.answering import Asked, answers
+from tests.bench.own import OWN
 from tests.bench.whole_rows import case_row
 
 TINY = ["--sizes", "tiny", "--tokens", "16", "--device", "cpu", "--backend", "eager",
@@ -197,16 +199,54 @@ def test_what_breaks_a_process_breaks_no_other_job():
         bench.close()
 
 
-def test_a_failing_job_says_why_and_what_follows_is_measured():
-    bench = Elsewhere(ON_CPU, None)
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file that registers "timed-mean", for this test alone."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    file = tmp_path / "mine.py"
+    file.write_text(OWN.format("timed-mean"))
+    return file
+
+
+def test_a_mechanism_of_ones_own_is_timed_and_a_changed_one_is_not_mixed_in(
+    forwards, tmp_path, own
+):
+    asked = "--import", str(own), "--mechanisms", "softmax,timed-mean"
+    report = run(tmp_path, *asked, "--skip-compiled", "softmax,timed-mean")
+    assert {row["mechanism"] for row in report["cases"]} == {"softmax", "timed-mean"}
+    assert report["imports"]["timed-mean"]["source"] == str(own)
+    cls = registry._REGISTRY.pop("timed-mean")
+    assert run(tmp_path, "--mechanisms", "softmax", "--resume")["imports"] == report["imports"]
+    registry._REGISTRY["timed-mean"] = cls
+    own.write_text(own.read_text() + "# changed\n")
+    with pytest.raises(UserError, match=r"'timed-mean' of .*has changed"):
+        run(tmp_path, *asked, "--resume")
+    with pytest.raises(UserError, match=r"unknown mechanism 'mine'.*--import"):
+        run(tmp_path, "--mechanisms", "mine")
+
+
+def test_other_processes_import_what_the_command_line_names(tmp_path, own, monkeypatch):
+    options = whole_models._options(["--out", str(tmp_path / "out.json"), "--import", str(own)])
+    assert whole_models.Run(options).setup.imports == (str(own),)
+    monkeypatch.delitem(registry._REGISTRY, "timed-mean")
+    own.rename(renamed := own.with_name("other.py"))
+    setup, ahead = dataclasses.replace(ON_CPU, imports=(str(renamed),)), []
+    monkeypatch.setattr(process, "compile_ahead", lambda case, _: ahead.append(case.mechanism))
+    process.compile_job(Job("cases", case=Case("timed-mean", "tiny", 16, "forward")), setup)
+    assert ahead == ["timed-mean"] and "timed-mean" in registry._REGISTRY
+
+
+def test_a_failing_job_says_why_and_what_follows_is_measured(own):
+    bench = Elsewhere(dataclasses.replace(ON_CPU, imports=(str(own),)), None)
     try:
         layer = Layer("softmin", 16, "forward", ("recorded",), width=96)
         row, reason = bench.answer(Job("layers", "softmin", layer), 120.0)
         assert row is None and reason.startswith("InvalidValue") and "softmin" in reason
         peaks = {"float32": 1.0, "copy": 1.0}
-        layer = dataclasses.replace(layer, mechanism="sana")
-        row, _ = bench.answer(Job("layers", "sana", layer, peaks=peaks), 120.0)
-        assert row["seconds"]["recorded"]["median"] > 0
+        for name in ("sana", "timed-mean"):
+            layer = dataclasses.replace(layer, mechanism=name)
+            row, _ = bench.answer(Job("layers", name, layer, peaks=peaks), 120.0)
+            assert row["seconds"]["recorded"]["median"] > 0
     finally:
         bench.close()
 

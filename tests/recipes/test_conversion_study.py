@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
+from attnzoo import InvalidValue, registry
 from recipes.lab.console import UserError
 from recipes.studies import conversion
+from tests.recipes.test_convert import OWN
 
 
 def test_it_measures_and_goes_on(tmp_path, capsys, monkeypatch):
@@ -28,3 +30,20 @@ def test_it_measures_and_goes_on(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "conversion.json").read_text()) == first
     with pytest.raises(UserError, match="holds a run of other settings"):
         conversion.main([*arguments, "--batch-size", "8"])
+
+
+def test_a_mechanism_of_ones_own_is_studied_and_an_unknown_one_refused_at_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(conversion, "_BATCHES", 1)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (tmp_path / "mine.py").write_text(OWN)
+    arguments = ["--steps", "2", "--batch-size", "4", "--seeds", "1", "--shares", "0.5",
+                 "--distil", "noise", "--data", "digits", "--out", str(tmp_path / "out"),
+                 "--attn", "convert-mean"]  # fmt: skip
+    with pytest.raises(InvalidValue, match="unknown attention 'convert-mean'"):
+        conversion.main(arguments)
+    assert not (tmp_path / "out").exists()
+    assert conversion.main([*arguments, "--import", str(tmp_path / "mine.py")]) == 0
+    rows = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert ["convert-mean, from scratch", 1] in [[row["run"], row["steps"]] for row in rows]

@@ -20,6 +20,7 @@ from recipes.lab.console import UserError
 from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import CustomExtractor
 from recipes.lab.evaluation.shards import Plan
+from recipes.lab.imports import import_remembered, origins
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
 from recipes.lab.training.session import train
@@ -202,6 +203,16 @@ def test_ones_own_mechanism_goes_along_or_is_refused(tmp_path):
         with pytest.raises(InvalidValue, match=r"'carried-mean'.*package\.part.*one file"):
             main([str(run.folder), "--out", str(tmp_path / "again")])
         assert not (tmp_path / "again").exists() and not list(tmp_path.glob(".tmp*"))
+        # As in a notebook.
+        cls = type("Mean", (_REGISTRY.pop("carried-mean"),), {"__module__": "__main__"})
+        attnzoo.register_attention("carried-mean")(cls)
+        origin = {"carried-mean": {"source": "__main__", "sha256": ""}}
+        assert origins(["carried-mean", "sana"]) == origin
+        with pytest.raises(InvalidValue, match=r"'carried-mean'.*__main__.*one file"):
+            main([str(run.folder), "--out", str(tmp_path / "again")])
+        del _REGISTRY["carried-mean"]
+        with pytest.raises(UserError, match=r"'carried-mean' of __main__.*--import FILE"):
+            import_remembered(run.folder, origin)
     finally:
         for now, then in zip((_REGISTRY, _SOURCES), known, strict=True):
             now.clear()
