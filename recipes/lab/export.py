@@ -27,7 +27,14 @@ from recipes.lab.console import UserError
 from recipes.lab.data.latents import open_vae
 from recipes.lab.diffusion import DIFFUSION_PRESETS
 from recipes.lab.evaluation.evaluate import table
-from recipes.lab.files import TEMPORARY, CannotWrite, read_json, require_writable, write_text
+from recipes.lab.files import (
+    TEMPORARY,
+    CannotWrite,
+    read_json,
+    require_writable,
+    share,
+    write_text,
+)
 from recipes.lab.sampling import Checkpoint, read_checkpoint, restored_model
 from recipes.lab.training.checkpoint import Run, apart
 
@@ -83,6 +90,8 @@ def export(
     try:
         pipe = _pipeline(model, _scheduler(config), _decoder(run, data, vae), data["class_names"])
         pipe.save_pretrained(temporary)
+        for file in temporary.rglob("*.safetensors"):
+            share(file, (temporary / _INDEX).stat().st_mode)
         packages = carry(names, temporary / "transformer")
         card = _card(run, config, checkpoint, weights, packages, repository or out.name)
         write_text(temporary / "README.md", card)

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,6 +97,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     with opened_whole(path) as file:
         file.write(content)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file that others may read if they may read the files beside it."""
+    from safetensors.torch import save_file  # imports torch, which --help can do without
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, dict(metadata))
+    share(path, mode)
+
+
+def share(path: Path, mode: int) -> None:
+    """Gives a safetensors file, which safetensors leaves to its owner alone, the usual mode."""
+    with contextlib.suppress(PermissionError):  # of file systems without modes
+        path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -83,7 +83,7 @@ class Saboteur:
 
     def install(self) -> None:
         for module, name, kind in (
-            (checkpoint, "save_file", "write"),
+            (checkpoint, "save_tensors", "write"),
             (files, "write_bytes", "write"),
             (files, "sync", "sync"),
             (os, "replace", "rename"),

@@ -259,7 +259,7 @@ def test_a_write_that_fails_midway_leaves_nothing(copy, error, raised, monkeypat
         if "ema" in str(path):
             raise error
 
-    monkeypatch.setattr(checkpoint_module, "save_file", broken)
+    monkeypatch.setattr(checkpoint_module, "save_tensors", broken)
     settings = Settings(**SMALL, steps=6)
     with pytest.raises(raised, match="No space"):
         train(settings, copy, resume=True)
@@ -283,14 +283,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_signal_during_a_save_waits_for_it(tmp_path, monkeypatch):
-    run, own = Run(tmp_path / "run"), checkpoint_module.save_file
+    run, own = Run(tmp_path / "run"), checkpoint_module.save_tensors
 
     def signalled(tensors, path, metadata):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
         own(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", signalled)
+    monkeypatch.setattr(checkpoint_module, "save_tensors", signalled)
     assert train(Settings(**SMALL, steps=20), run) == INTERRUPTED
     assert run.newest_checkpoint(warn=pytest.fail)[0] == 3  # one step after that save
     assert not list(run.checkpoints.glob(".tmp-*"))

@@ -17,6 +17,8 @@ from attnzoo import InvalidValue
 from attnzoo.registry import _REGISTRY, _SOURCES
 from recipes.export import main
 from recipes.lab.console import UserError
+from recipes.lab.data.encoding import encode
+from recipes.lab.evaluation.cache import cached
 from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import CustomExtractor
 from recipes.lab.evaluation.shards import Plan
@@ -43,6 +45,21 @@ def runs(tmp_path_factory):
     latents = Settings(**common, data=str(images), vae=vae, resolution=16)
     assert train(latents, Run(root / "latents")) == 0
     return root
+
+
+def modes(*folders):
+    """Who may read files, as numbers, and of a file that a program just makes."""
+    (folders[0] / "usual").touch()
+    return {file.stat().st_mode for folder in folders for file in folder.rglob("*.*")
+            if file.is_file()} | {(folders[0] / "usual").stat().st_mode}  # fmt: skip
+
+
+def test_who_may_read_one_file_may_read_all(runs, tmp_path):
+    """Weights and latents were left to the account that had made them."""
+    assert main([str(runs / "pixels"), "--out", str(tmp_path / "out")]) == 0
+    assert encode(runs / "images", tmp_path / "cache", vae=str(runs / "vae"), resolution=16) == 0
+    cached(tmp_path / "features.safetensors", lambda: {"x": torch.ones(1)})
+    assert len(modes(tmp_path, runs / "pixels", runs / "latents")) == 1
 
 
 def pixels_of(pipe, labels=LABELS, **options):

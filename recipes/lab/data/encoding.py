@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.lab.console import DATA_BUDGET, DONE, UserError, printable, progress_bar
@@ -51,6 +50,7 @@ from recipes.lab.files import (
     CannotWrite,
     locked,
     read_json,
+    save_tensors,
     sha256,
     sync,
     whole_file,
@@ -326,7 +326,7 @@ class _Shard:
         # A manifest would vouch for the shard that is about to go.
         _remove(self.path.parent / MANIFEST)
         with whole_file(self.path) as temporary:
-            save_file(tensors, temporary, metadata=made)
+            save_tensors(tensors, temporary, made)
         sync(self.path.parent)
 
 

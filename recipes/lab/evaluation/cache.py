@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.lab.console import printable
-from recipes.lab.files import locked, whole_file
+from recipes.lab.files import locked, save_tensors, whole_file
 
 Tensors = dict[str, Tensor]
 
@@ -46,7 +45,7 @@ def cached(file: Path, make: Callable[[], Tensors]) -> Tensors:
         if found is None:
             found = {name: z.detach().cpu().contiguous() for name, z in make().items()}
             with whole_file(file) as temporary:
-                save_file(found, temporary, metadata={"sha256": _digest(found)})
+                save_tensors(found, temporary, {"sha256": _digest(found)})
     return found
 
 

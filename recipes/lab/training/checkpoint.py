@@ -34,12 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.lab import files
 from recipes.lab.console import UserError, argument
-from recipes.lab.files import CannotWrite, read_json, refuse_links, sha256
+from recipes.lab.files import CannotWrite, read_json, refuse_links, save_tensors, sha256
 from recipes.lab.training.run_files import (
     damage_of,
     is_configuration,
@@ -329,7 +328,7 @@ class Run:
                 for name in sorted(tensors, key=lambda name: -_bytes_of(tensors[name])):
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     # diffusers wants to know what wrote the file.
-                    save_file(apart(tensors[name]), temporary / name, metadata={"format": "pt"})
+                    save_tensors(apart(tensors[name]), temporary / name, {"format": "pt"})
                     written[name] = aside.submit(_on_disk, temporary / name)
                 for name, text in texts.items():
                     files.write_text(temporary / name, text)
