@@ -24,7 +24,7 @@ from attnzoo.ops.depthwise_conv import (
     to_tokens,
 )
 from attnzoo.ops.depthwise_conv.native import branch_conv
-from attnzoo.ops.dispatch import Impl, choose, is_few, is_watched
+from attnzoo.ops.dispatch import Impl, choose, is_bare, is_few, is_watched
 
 ConvKind = Literal["acnet", "3x3", "5x5", "none"]
 
@@ -136,9 +136,9 @@ class DepthwiseConv(nn.Module):
 
     @property
     def kernel(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of the one convolution that this is, or None if it is several."""
+        """Weight and bias of the one convolution that this is, or None if it is more."""
         branches: Any = self._modules["branches"]._modules  # pyright: ignore[reportOptionalMemberAccess]
-        if len(branches) > 1:
+        if len(branches) > 1 or not is_bare(self, (DepthwiseConv,)):
             return None
         [branch] = branches.values()
         return branch.weight, branch.bias
@@ -234,7 +234,7 @@ class ValueConv(nn.Module):
     @property
     def kernel(self) -> tuple[Tensor, Tensor | None] | None:
         """See ``DepthwiseConv.kernel``."""
-        return self.conv.kernel
+        return self.conv.kernel if is_bare(self, (ValueConv,)) else None
 
     @property
     def reach(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -31,13 +31,14 @@ class GatedEluAttention(LinearAttention):
     weighs queries and keys only.
 
     Attributes:
-        is_weighed: Whether keys are weighed by the mean query; a class that says so itself has
-            the equations of ``attnzoo.ops.rotary_core``.
+        is_weighed: Whether keys are weighed by the mean query; a class that says so has the
+            equations of ``attnzoo.ops.rotary_core``.
     """
 
     is_weighed: bool
     gate: nn.Linear
     core = "rotary_core"
+    joined = *LinearAttention.joined, "finish"
 
     def __init__(self, context: AttentionContext, config: GatedEluConfig) -> None:
         super().__init__(context, config)
@@ -63,16 +64,16 @@ class GatedEluAttention(LinearAttention):
 
     def unserved_option(self) -> str | None:
         """See ``LinearAttention.unserved_option``."""
-        if "is_weighed" not in type(self).__dict__:
+        if not hasattr(self, "is_weighed"):
             return f"features as {type(self).__name__} makes them"
         width = self.dim // self.num_heads
         return f"heads of width {width}" if width > WIDEST else None
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
-        local, conv = (None, None), cast(Any, self.conv)
-        if conv is not None:
-            local = conv.branches[0].weight, conv.branches[0].bias
+        local = (None, None) if self.conv is None else self.conv.kernel
+        if local is None or self.key_position is not None:
+            return self.attend(x, grid)[0]
         options = self.num_heads, grid, self.is_rotated, self.is_weighed, self.config.eps
         out = rotary_core(
             linear(self.qkv, x), linear(self.gate, x), *local, *options, impl="triton"

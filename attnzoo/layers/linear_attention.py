@@ -103,7 +103,7 @@ class LinearAttention(Attention):
         is_rotated: Whether features carry rotary positions, where they are not summed.
         is_wide: Whether ``finish`` takes what was attended to in the features' type.
         core: The operator that ``fused`` computes.
-        joined: Further methods that ``fused`` replaces in a mechanism of this package.
+        joined: What else ``fused`` replaces or knows in a mechanism of this package.
     """
 
     Config = LinearConfig
@@ -118,15 +118,30 @@ class LinearAttention(Attention):
     activation: Activation = "none"
     core: ClassVar[str] = "linear_tokens"
     complexity = "O(n d d_head)"
-    joined: ClassVar[tuple[str, ...]] = "project", "query_kernel", "key_kernel"
-    _is_altered: ClassVar[bool] = False  # outside this package, from what kernels compute
+    joined: ClassVar[tuple[str, ...]] = (
+        "project", "query_kernel", "key_kernel", "activation", "divides_by_mean",
+    )  # fmt: skip
+    _steps: ClassVar[tuple[str, ...]] = _CORE
+    _is_altered = False  # outside this package, from what kernels compute
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         package = __name__.split(".")[0] + "."
-        known = next(z for z in cls.__mro__ if z.__module__.startswith(package))
-        steps = _CORE if known is LinearAttention else (*_CORE, *known.joined)
-        cls._is_altered = any(getattr(cls, z) is not getattr(known, z) for z in steps)
+        # Whoever writes ``fused`` knows the steps up to there.
+        is_known = (z.__module__.startswith(package) or "fused" in vars(z) for z in cls.__mro__)
+        known = next(itertools.compress(cls.__mro__, is_known))
+        cls._steps = _CORE if known is LinearAttention else (*_CORE, *known.joined)
+        cls._is_altered = any(
+            getattr(cls, z, None) is not getattr(known, z, None) for z in cls._steps
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._steps:  # of this layer alone
+            self._is_altered = True
+        elif name not in ("normalizer", "is_rotated", "key_position"):
+            return
+        vars(self).pop("_chosen", None)
 
     def __init__(self, context: AttentionContext, config: AttentionConfig) -> None:
         super().__init__(context, config)
@@ -163,9 +178,6 @@ class LinearAttention(Attention):
 
     def unserved_option(self) -> str | None:
         """What the fused core does not serve of the layer, or None."""
-        here = type(self)
-        if any(getattr(here, z) is not getattr(LinearAttention, z) for z in _CORE):
-            return f"features as {here.__name__} makes them"
         if self.is_rotated:
             return "rotary positions"
         return f"normalizer={self.normalizer!r}" if self.normalizer == "diff" else None
@@ -282,8 +294,10 @@ class LinearAttention(Attention):
         tokens, value = x.shape[1], None
         eps = self.config.eps * (tokens if self.divides_by_mean else 1)
         options = self.activation, self.normalizer == "base", eps
-        kernel = None if self.conv is None else self.conv.kernel
-        if self.is_packed and (self.conv is None or kernel is not None):
+        is_mean = self.normalizer == "mean"  # of which a convolution is no part
+        kernel = None if self.conv is None or is_mean else self.conv.kernel
+        is_whole = self.conv is None or kernel is not None
+        if is_whole and self._is_packed():
             qkv, mapped = linear(self.qkv, x), self.packed_map()
             if kernel is None and mapped is None:
                 out = linear_tokens(qkv, None, None, self.num_heads, *options, impl="triton")
@@ -297,11 +311,14 @@ class LinearAttention(Attention):
                 key = self.key_position(key, grid, slice(None))
             operands = *self.kernels(query, key), value
             out = linear_tokens(*operands, self.num_heads, *options, impl="triton")
-        if self.normalizer == "mean":
+        if is_mean:
             out = out / tokens
         if self.conv is not None and value is not None:
             out = self.conv(value, grid, out, impl=self.config.impl)
         return self.finish(out, x)
+
+    def _is_packed(self) -> bool:
+        return self.is_packed and self.key_position is None
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """The layer's output, of what some tokens ``x`` attended to and their convolution."""
@@ -311,10 +328,12 @@ class LinearAttention(Attention):
         """Whether one call of C multiplies sooner than a few products start."""
         if self.normalizer != "base" or len(keys.terms) > 1:
             return False
-        here, own = type(self), LinearAttention
-        if here.attended is not own.attended or here.fold is not own.fold:
-            return False
         if not is_few("linear_core", self.config.impl, keys.terms[0], value):
+            return False
+        own, fold, attended = LinearAttention, self.fold, self.attended
+        if getattr(fold, "__func__", None) is not own.fold:
+            return False
+        if getattr(attended, "__func__", None) is not own.attended:
             return False
         return value.numel() * value.shape[-1] <= 1 << 18
 

@@ -14,7 +14,6 @@ from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.layers.linear import linear_beside
 from attnzoo.ops.dispatch import (
     choose_once,
-    is_bare,
     is_inference,
     is_watched,
     is_without_kernels,
@@ -89,9 +88,8 @@ def _inferred(layer: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """``fused_forward`` without gradients: between the projections only launches are left."""
     dtype = operand_dtype(x)
     x = x if x.dtype is dtype else x.to(dtype)  # one cast for all
-    qkv, conv, kernel = linear(layer.shared, x), layer.conv, None
-    if conv is not None and is_bare(conv, (DepthwiseConv,)):
-        kernel = conv.kernel
+    qkv, conv = linear(layer.shared, x), layer.conv
+    kernel = conv.kernel if isinstance(conv, DepthwiseConv) else None
     out = _attend(layer.config.differential)(
         x, qkv, *(kernel or (None, None)), *grid, layer.gammas(), layer.lambda_,
         *_known_weights(layer),

@@ -45,6 +45,10 @@ class EfficientAttention(LinearAttention):
         """rho_k(K) of all tokens."""
         return key_softmax(key)
 
+    def kernels(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and K, of which a fused core takes the softmax."""
+        return query, key
+
     def encode(self, x: Tensor, grid: tuple[int, int], span: slice) -> tuple[Tensor | None, State]:
         """See ``LinearAttention.encode``: sums under the block's own largest keys."""
         key, value = self.project_key_value(x[:, span])

@@ -63,7 +63,8 @@ class FixationAttention(LinearAttention):
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
         weight, bias = self.gate.weight, self.gate.bias
-        if not is_bare(self.gate) or unserved(x, weight):
+        is_more = self.conv is not None or self.key_position is not None
+        if is_more or not is_bare(self.gate) or unserved(x, weight):
             return super().fused(x, grid)
         options = self.num_heads, grid, self.config.shift, self.config.eps
         out = fixation_core(linear(self.qkv, x), weight, bias, *options, impl="triton")

@@ -123,18 +123,24 @@ class MHLAttention(LinearAttention):
         width = self.dim // self.num_heads
         if self.config.normalizer != "exact":
             return f"normalizer={self.config.normalizer!r}"
+        if self.is_rotated or self.key_position is not None:
+            return "positions"
         return unserved_sizes(width, self.config.n_blocks)
 
     def fused(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """See ``LinearAttention.fused``."""
-        weight, bias = (self.conv and self.conv.kernel) or (None, None)
-        out = self._core(linear(self.qkv, x), weight, bias, grid, "triton")
+        kernel = None if self.conv is None else self.conv.kernel
+        qkv = linear(self.qkv, x)
+        out = self._core(qkv, *(kernel or (None, None)), grid, "triton")
+        if self.conv is not None and kernel is None:
+            out = self.conv(qkv.chunk(3, dim=-1)[2], grid, out, impl=self.config.impl)
         return self.finish(out, x)
 
     def attend(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Mapping[str, Route]]:
         """See ``LinearAttention.attend``; queries and keys are cut by one copy."""
-        is_exact = self.config.normalizer == "exact"
-        if self.config.impl == "reference" or self._is_altered or not is_exact:
+        has_core = self.config.normalizer == "exact" and not self._is_altered
+        has_core = has_core and not self.is_rotated and self.key_position is None
+        if self.config.impl == "reference" or not has_core:
             return super().attend(x, grid)
         qkv = linear(self.qkv, x)
         out = self._core(qkv, None, None, grid, "torch")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnzoo.contract import AttentionContext, heads_of_width
 from attnzoo.layers.linear import xavier_linear
 from attnzoo.layers.linear_attention import Features, LinearAttention, LinearConfig
-from attnzoo.ops.dispatch import linear
+from attnzoo.ops.dispatch import is_bare, linear
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
 
@@ -81,6 +81,8 @@ class SanaAttention(LinearAttention):
         self, key: Tensor, x: Tensor, grid: tuple[int, int], span: slice = slice(None)
     ) -> Features:
         """See ``LinearAttention.keys``; where it is gated, each term is weighed, in each head."""
+        if self.key_position is not None:
+            key = self.key_position(key, grid, span)
         key = self.key_kernel(key)
         key = in_wide_range(key) if self.config.gated else key
         features = [self._by_head(F.relu(key))]
@@ -88,6 +90,10 @@ class SanaAttention(LinearAttention):
             return Features(features, features)
         beta = linear(self.beta, x).sigmoid().transpose(1, 2)[..., None]
         return Features([self._by_head(key) * beta], features)
+
+    def _is_packed(self) -> bool:
+        norms = self.query_norm, self.key_norm  # of a derived class, or with a hook
+        return super()._is_packed() and all(is_bare(z, (nn.Identity,)) for z in norms)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """See ``LinearAttention.finish``; where it is gated, a norm and the gate come before."""

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from attnzoo import list_attention
 from attnzoo.errors import Unavailable
+from attnzoo.ops import dispatch
 from attnzoo.ops.routed_linear import by_ones
 from attnzoo.testing import build_scrambled, tokens
 
@@ -278,3 +279,9 @@ def test_a_compiled_layer_takes_another_grid():
     for grid in ((4, 6), (6, 5), (16, 16)):
         x = tokens(grid, 2, DIM)
         close(compiled(x, grid), layer(x, grid))
+
+
+@pytest.mark.skipif(not dispatch._KNOWS_EXPORT, reason="every compilation may be an export's")
+def test_a_compiler_takes_gradients_of_our_own():
+    compiled = torch.compile(lambda x: x + dispatch.loses_gradients(), backend="eager")
+    assert compiled(torch.zeros(())) == 0

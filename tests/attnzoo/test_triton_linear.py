@@ -5,6 +5,7 @@ On a GPU, or as ``test_interpreted.py`` runs it.
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from attnzoo import build_attention
 from attnzoo.errors import InvalidValue, Unavailable
+from attnzoo.layers.depthwise_conv import DepthwiseConv
+from attnzoo.layers.key_position import KeyPosition
 from attnzoo.layers.linear import windows_linear
 from attnzoo.layers.linear_attention import LinearAttention
 from attnzoo.ops import dispatch
@@ -25,7 +28,7 @@ from attnzoo.ops.downsample import downsample
 from attnzoo.ops.fixation_core import fixation_core
 from attnzoo.ops.gated_norm import gated_norm
 from attnzoo.ops.group_norm import group_norm
-from attnzoo.ops.linear_core import linear_tokens
+from attnzoo.ops.linear_core import linear_tokens, slower
 from attnzoo.ops.normed_difference import normed_difference
 from attnzoo.ops.power_map import scaled_power_map
 from attnzoo.ops.rotary_core import rotary_core
@@ -430,7 +433,7 @@ def test_a_layer_with_features_of_its_own_is_refused():
 
 STEPS = [
     "project", "query_kernel", "key_kernel", "queries", "keys", "activated", "fold", "attended",
-    "attend", "finish",
+    "attend", "finish", "measured", "factor",
 ]  # fmt: skip
 
 
@@ -454,6 +457,7 @@ def with_impl(layer, impl):
     return layer
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("step", ["query_kernel", "key_kernel", "fold", "attended"])
 def test_few_tokens_are_read_as_a_derived_class_reads_them(step):
     layer, x, grid = build_attention("sana", 32), tokens((2, 3), dim=32), (2, 3)
@@ -463,7 +467,111 @@ def test_few_tokens_are_read_as_a_derived_class_reads_them(step):
     assert (out - layer(x, grid)).norm() > 1e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("step", ["query_kernel", "fold", "attended"])
+def test_few_tokens_are_read_as_a_layer_itself_reads_them(step):
+    layer, x, grid = build_attention("sana", 32), tokens((2, 3), dim=32), (2, 3)
+    before, method = layer(x, grid), getattr(layer, step)
+    setattr(layer, step, lambda *z, **options: tree_map_only(torch.Tensor, twice, method(*z)))
+    out = layer(x, grid)
+    torch.testing.assert_close(out, with_impl(layer, "torch")(x, grid), rtol=1e-4, atol=1e-4)
+    assert (out - before).norm() > 1e-2
+
+
+def twice(z):
+    return 2 * z + 0.25
+
+
 if CAN_RUN:
+
+    def test_what_changes_no_step_takes_kernels():
+        x, grid = tokens((2, 3), dim=32).to(DEVICE), (2, 3)
+        for name in ("dydila", "fixation", "mala", "mhla", "rala", "sana"):
+            layer = build_scrambled(name, 32, num_heads=2).to(DEVICE)
+            expected = layer(x, grid)
+            layer.__class__ = type("Own", (type(layer),), {"extra_repr": lambda self: "own"})
+            vars(layer).pop("_chosen")
+            assert layer.implementation(x) == "triton"
+            torch.testing.assert_close(layer(x, grid), expected)
+
+    def test_a_mechanism_of_ones_own_takes_kernels():
+        def kernel(self, z):
+            return 0.5 * z
+
+        own = {"query_kernel": kernel, "key_kernel": kernel, "activation": "elu"}
+        layer = build_attention("linfusion", 32).to(DEVICE)
+        layer.__class__ = type("Own", (LinearAttention,), own | {"project": type(layer).project})
+        vars(layer).update(project_query=lambda x: x, project_key_value=lambda x: (x, x))
+        x = tokens((2, 3), dim=32).to(DEVICE)
+        assert layer.implementation(x) == "triton"
+        torch.testing.assert_close(layer(x, (2, 3)), with_impl(layer, "torch")(x, (2, 3)))
+
+    def test_a_core_has_its_own_widest_heads():
+        width = next(z for z in (64, 128, 256, 512) if slower(z))
+        layer = build_attention("dydila", width, num_heads=1).to(DEVICE)
+        assert layer.implementation(tokens((2, 3), dim=width).to(DEVICE)) == "triton"
+
+    def test_a_kernel_of_ones_own_serves_its_class():
+        def fused(self, x, grid):
+            return x
+
+        x = tokens((2, 3), dim=32).to(DEVICE)
+        layer = build_attention("lit", 32).to(DEVICE)
+        layer.__class__ = type(
+            "Own", (type(layer),), {"fused": fused, "query_kernel": lambda self, query: query}
+        )
+        assert layer(x, (2, 3)) is x
+
+    @pytest.mark.parametrize("name", ["efficient", "fixation", "lit", "mala", "mhla", "sana"])
+    def test_kernels_pass_over_nothing_that_a_layer_is_given(name, small_convolutions):
+        x, grid = tokens((2, 3), dim=32).to(DEVICE), (2, 3)
+        base = build_scrambled(name, 32, num_heads=2).to(DEVICE).eval()
+        before = base(x, grid)
+        position = KeyPosition(grid, 32)
+        torch.nn.init.normal_(next(position.parameters()))
+        given = {
+            "conv": DepthwiseConv(32, "acnet"),
+            "key_position": position,
+            "query_norm": torch.nn.LayerNorm(32),
+        }
+        steps = {z: lambda *operands: 1.5 * operands[0] + 0.25 for z in ("query_kernel", "finish")}
+        for part, value in (given | steps).items():
+            if part == "query_norm" and name != "sana":
+                continue
+            layer = copy.deepcopy(base)
+            if isinstance(value, torch.nn.Module):
+                value = value.to(DEVICE).eval()
+            setattr(layer, part, value)
+            out = layer(x, grid)
+            assert (out - before).norm() > 1e-2, part
+            expected = with_impl(layer, "reference")(x, grid)
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3, msg=part)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [("sana", {"activation": "elu"}), ("dydila", {"divides_by_mean": True})],
+    )
+    def test_kernels_leave_out_no_option_of_a_class(name, options):
+        layer = build_attention(name, 32, eps=0.3).to(DEVICE)
+        layer.__class__ = type("Own", (type(layer),), options)
+        x = tokens((2, 3), dim=32).to(DEVICE)
+        expected = with_impl(copy.deepcopy(layer), "reference")(x, (2, 3))
+        torch.testing.assert_close(layer(x, (2, 3)), expected, rtol=1e-3, atol=1e-3)
+
+    def test_a_mean_leaves_the_convolution_whole(small_convolutions):
+        layer = build_scrambled("lit", 32, num_heads=2).to(DEVICE)
+        layer.normalizer, x = "mean", tokens((2, 3), dim=32).to(DEVICE)
+        expected = with_impl(copy.deepcopy(layer), "reference")(x, (2, 3))
+        torch.testing.assert_close(layer(x, (2, 3)), expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", ["lit", "mala", "mhla"])
+    def test_a_hook_of_the_convolution_is_called(name, small_convolutions):
+        layer, called = build_scrambled(name, 32, num_heads=2).to(DEVICE), []
+        x = tokens((2, 3), dim=32).to(DEVICE)
+        expected = layer(x, (2, 3))
+        layer.conv.register_forward_hook(lambda *z: called.append(1))
+        torch.testing.assert_close(layer(x, (2, 3)), expected, rtol=1e-3, atol=1e-3)
+        assert called
 
     @pytest.mark.parametrize(
         "name",
@@ -484,7 +592,7 @@ if CAN_RUN:
         x, grid = tokens((2, 3), dim=32).to(DEVICE), (2, 3)
         layer = build_scrambled(name, 32, num_heads=2).to(DEVICE)
         assert layer.implementation(x) == "triton" or name == "dydila-map"
-        for step in STEPS:
+        for step in filter(partial(hasattr, layer), STEPS):
             derived = with_a_step_of_its_own(layer, step)
             out, is_served = derived(x, grid), derived.implementation(x) == "triton"
             slow = "torch" if step in ("fold", "attended") else "reference"
