@@ -182,7 +182,7 @@ def as_tuples(value: Any, *, in_words: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return tuple(as_tuples(item, in_words=in_words) for item in value)
     if in_words and isinstance(value, enum.Enum):
-        return value.value if isinstance(value.value, str | int) else value.name
+        return value.value if isinstance(value.value, str | int | float) else value.name
     return str(value) if in_words and isinstance(value, Path) else value
 
 
@@ -201,10 +201,19 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 def words_of(kind: Any) -> list[Any]:
     """The values that a ``Literal`` or an enum lists, of members without a word their names."""
+    members: Any = kind
+    listed = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return [
+        z if not isinstance(z, enum.Enum) else z.value if isinstance(z.value, str) else z.name
+        for z in (members if isinstance(kind, enum.EnumMeta) else listed)
+    ]
+
+
+def _members_of(kind: Any) -> Mapping[str, Any]:
+    """By name, the members that an enum has or a ``Literal`` lists."""
     if isinstance(kind, enum.EnumMeta):
-        members: Any = kind
-        return [z.value if isinstance(z.value, str) else z.name for z in members]
-    return list(typing.get_args(kind)) if typing.get_origin(kind) is Literal else []
+        return kind.__members__
+    return {z.name: z for z in typing.get_args(kind) if isinstance(z, enum.Enum)}
 
 
 def check_option(name: str, value: Any, hint: Any) -> Any:
@@ -241,11 +250,10 @@ def check_option(name: str, value: Any, hint: Any) -> Any:
         ):
             return value
     for kind in kinds:
-        if isinstance(kind, enum.EnumMeta):
-            members: Any = kind.__members__
-            found = [z for z in members.values() if _is_same(value, z.value)]
-            if found := found or [z for key, z in members.items() if _is_same(value, key)]:
-                return found[0]
+        members = _members_of(kind).items()
+        found = [z for _, z in members if _is_same(value, z.value)]
+        if found := found or [z for name_of, z in members if _is_same(value, name_of)]:
+            return found[0]
         if kind is Path and isinstance(value, str):
             return Path(value)
     if words and isinstance(value, str):

@@ -164,6 +164,7 @@ def _all_or_nothing() -> Iterator[list[str]]:
     except BaseException:
         for name in set(_REGISTRY) - before:  # else a second try finds the names taken
             del _REGISTRY[name]
+            _SOURCES.pop(name, None)
         raise
     new += set(_REGISTRY) - before
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import inspect
 import io
 import shlex
@@ -18,7 +17,7 @@ from attnzoo.command import Parser, add_import_flag
 from attnzoo.command.doctor import here, in_short, why_not
 from attnzoo.command.listing import DIM, GRIDS, source_of_class, summary
 from attnzoo.console import aligned
-from attnzoo.contract import Attention, alternatives, stated_parts, words_of
+from attnzoo.contract import Attention, alternatives, as_tuples, stated_parts, words_of
 from attnzoo.registry import offered
 
 WIDTH = 96
@@ -82,8 +81,7 @@ def options(cls: type[Attention]) -> str:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if isinstance(default, enum.Enum):  # as it is taken
-            default = default.value
+        default = as_tuples(default, in_words=True)  # as it is taken
         has_none = default is dataclasses.MISSING
         lines.append(f"  {field.name}{', to be given' if has_none else f' = {default!r}'}")
         values = _values(hints[field.name])

@@ -111,7 +111,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, 
 
 def share(path: Path, mode: int) -> None:
     """Gives a safetensors file, which safetensors leaves to its owner alone, the usual mode."""
-    with contextlib.suppress(PermissionError):  # of file systems without modes
+    with contextlib.suppress(OSError):  # of file systems without modes
         path.chmod(mode)
 
 

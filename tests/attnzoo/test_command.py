@@ -145,6 +145,7 @@ class Config(attnzoo.AttentionConfig):
     width: int
     sizes: tuple[int, ...] = field(default_factory=lambda: (1, 2))
     kind: Kind | None = Kind.FAST
+    kinds: tuple[Kind, ...] = (Kind.FAST, Kind.TWO)
 @attnzoo.register_attention("needy")
 class Needy(attnzoo.Attention):
     Config = Config
@@ -186,6 +187,7 @@ def test_show_says_what_an_option_is_that_has_no_plain_default(of_numbers, capsy
     text = said(capsys, "show", "needy", "--import", of_numbers)
     assert "  width, to be given\n" in text and "  sizes = (1, 2)\n" in text
     assert "  kind = 'fast'\n      takes 'fast', 'TWO'\n" in text
+    assert "  kinds = ('fast', 2)\n" in text
     assert f"attnzoo count --attn needy --import {of_numbers} measures it" in text
 
 

@@ -7,7 +7,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import pytest
@@ -405,6 +405,10 @@ class Level(enum.IntEnum):
     NONE = 0
 
 
+class Share(float, enum.Enum):
+    HALF = 0.5
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfWords(AttentionConfig):
     kind: Kind = Kind.FAST
@@ -412,6 +416,9 @@ class OfWords(AttentionConfig):
     kinds: tuple[Kind, ...] = ()
     file: Path | None = None
     text: str | Kind = ""
+    listed: Literal[Kind.FAST, Kind.TWO] | None = None
+    half: float = 1.0
+    count: int = 1
     nested: AttentionContext | None = None
 
 
@@ -426,6 +433,10 @@ class OfWords(AttentionConfig):
         ("kinds", ["fast", "PAIR"], (Kind.FAST, Kind.PAIR)),
         ("file", "here", Path("here")),
         ("text", "fast", "fast"),
+        ("listed", "fast", Kind.FAST),
+        ("listed", "TWO", Kind.TWO),
+        ("half", Share.HALF, Share.HALF),
+        ("count", Level.NONE, Level.NONE),
     ],
 )
 def test_what_no_flag_and_no_file_can_hold_is_made_of_what_they_can(option, given, wanted):
@@ -447,6 +458,7 @@ def test_what_no_flag_and_no_file_can_hold_is_made_of_what_they_can(option, give
         ("kind", 2.0, r"kind must be one of \['fast', 'TWO', 'PAIR'\], got 2\.0"),
         ("level", False, r"level must be one of \['NONE'\] or NoneType, got False"),
         ("kinds", ["fast", 3], r"kinds\[1\] must be one of"),
+        ("listed", "PAIR", r"Choose one of \['fast', 'TWO'\]"),
         ("nested", {"dim": 4}, "--set and config files hold none: make its fields options"),
     ],
 )
@@ -520,6 +532,7 @@ def test_a_broken_package_shows_only_to_who_asks(package, text, kind):
         with pytest.raises(kind) as caught:
             get_attention("mean")
         assert (kind is InvalidType) == isinstance(caught.value, UsageError)
+        assert source_of("mean") is None
 
 
 def test_a_name_that_two_packages_offer_is_refused(package):

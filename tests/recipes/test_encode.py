@@ -488,7 +488,7 @@ def test_interrupted_it_goes_on(images, vae, tmp_path, monkeypatch):
     def second_fails(self, *arguments):
         calls.append(self.path)
         if len(calls) == 2:
-            monkeypatch.setattr(encoding, "save_file", interrupt)
+            monkeypatch.setattr(encoding, "save_tensors", interrupt)
         write(self, *arguments)
 
     monkeypatch.setattr(encoding._Shard, "write", second_fails)
@@ -506,11 +506,11 @@ def test_interrupted_it_goes_on(images, vae, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_goes_on(images, vae, tmp_path, monkeypatch):
-    def full(tensors, path, **options):
+    def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(encoding, "save_file", full)
+    monkeypatch.setattr(encoding, "save_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         encode(images, tmp_path / "out", vae)
     assert not list((tmp_path / "out").glob(".tmp-*"))

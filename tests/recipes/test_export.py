@@ -1,5 +1,6 @@
 """A run as a pipeline folder of diffusers: what it holds, what it draws, what is refused."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import attnzoo
 from attnzoo import InvalidValue
@@ -22,6 +24,7 @@ from recipes.lab.evaluation.cache import cached
 from recipes.lab.evaluation.evaluate import evaluate
 from recipes.lab.evaluation.features import CustomExtractor
 from recipes.lab.evaluation.shards import Plan
+from recipes.lab.files import save_tensors
 from recipes.lab.imports import import_remembered, origins
 from recipes.lab.sampling import RunSampler
 from recipes.lab.training.checkpoint import Run
@@ -60,6 +63,20 @@ def test_who_may_read_one_file_may_read_all(runs, tmp_path):
     assert encode(runs / "images", tmp_path / "cache", vae=str(runs / "vae"), resolution=16) == 0
     cached(tmp_path / "features.safetensors", lambda: {"x": torch.ones(1)})
     assert len(modes(tmp_path, runs / "pixels", runs / "latents")) == 1
+
+
+def test_who_may_read_tensors_is_asked_for_by_the_umask(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise OSError(errno.ENOTSUP, "no modes here")
+
+    usual = os.umask(0o027)
+    try:
+        save_tensors({"x": torch.ones(1)}, tmp_path / "x", {})
+        monkeypatch.setattr(Path, "chmod", refused)
+        save_tensors({"y": torch.ones(1)}, tmp_path / "y", {})
+    finally:
+        os.umask(usual)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640 and load_file(tmp_path / "y")
 
 
 def pixels_of(pipe, labels=LABELS, **options):

@@ -258,6 +258,15 @@ def test_the_command_line_exits_with_two_and_no_traceback(tmp_path, commands):
         assert "error:" in said.strip().splitlines()[-1]
 
 
+class Gone:
+    """A store whose process has ended."""
+
+    def compare_set(self, *arguments):
+        raise RuntimeError("Connection reset by peer")
+
+    check = compare_set
+
+
 def test_of_several_processes_the_first_to_fail_speaks(monkeypatch, capsys):
     gone = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
     shared = UserError("x")
@@ -272,11 +281,20 @@ def test_of_several_processes_the_first_to_fail_speaks(monkeypatch, capsys):
         ([ZeroDivisionError(), RuntimeError(gone), ValueError("another bug")], 1, ["", "", ""]),
         ([BrokenPipeError(), RuntimeError(gone)], 141, ["", ""]),
         ([RuntimeError("gloo does not know this type")], 1, [""]),
+        ([RuntimeError("Broken pipe")], 1, [""]),
+        ([ValueError(gone)], 1, [""]),
+        ([UserError("\udcff")], 2, ["error in process 1: \\udcff\n"]),
+        ([UserError("x")], 2, ["error in process 1: x\n"], Gone),
+        ([RuntimeError(gone)], 1, [f"error: {lost}\n"], Gone),
     )  # fmt: skip
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt  # a second Ctrl-C
+
+    monkeypatch.setattr("time.sleep", interrupted)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for errors, status, said in cases:
-        store = torch.distributed.HashStore()
+    for errors, status, said, *kind in cases:
+        store = kind[0]() if kind else torch.distributed.HashStore()
         monkeypatch.setattr(failures, "_store", lambda store=store: store)
         for rank, error, line in zip((1, 0, 2), errors, said, strict=False):
             monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
