@@ -9,6 +9,7 @@ numerator has no ReLU; d^2 n + h d n more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from attnzoo.layers.linear_attention import Features, LinearAttention, LinearCon
 from attnzoo.ops.dispatch import is_bare, linear
 from attnzoo.ops.precision import in_wide_range
 from attnzoo.registry import register_attention
+
+_NO_NORM = (nn.Identity,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,10 @@ class SanaAttention(LinearAttention):
         return Features([self._by_head(key) * beta], features)
 
     def _is_packed(self) -> bool:
-        norms = self.query_norm, self.key_norm  # of a derived class, or with a hook
-        return super()._is_packed() and all(is_bare(z, (nn.Identity,)) for z in norms)
+        if not self.is_packed or self.key_position is not None:
+            return False
+        norms: Any = self._modules  # of a derived class, or with a hook
+        return is_bare(norms["query_norm"], _NO_NORM) and is_bare(norms["key_norm"], _NO_NORM)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         """See ``LinearAttention.finish``; where it is gated, a norm and the gate come before."""
