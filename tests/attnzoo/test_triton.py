@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnzoo import build_attention, list_attention
+from attnzoo import InvalidValue, build_attention, list_attention
 from attnzoo.counting import count_macs, measure_macs
 from attnzoo.layers.depthwise_conv import DepthwiseConv
 from attnzoo.mechanisms.dydila import ABLATION_STEPS
@@ -424,6 +424,12 @@ if CAN_RUN:
             strict=True,
         ):
             close(mine, theirs, dtype)
+
+    @pytest.mark.parametrize("kind", ["acnet", "3x3"])
+    def test_tokens_of_another_grid_are_refused(kind):
+        """As a convolution of compressed values has them; memory beyond them was read."""
+        with pytest.raises(InvalidValue, match="6 tokens are no grid of 6 x 7"):
+            DepthwiseConv(24, kind).to(DEVICE)(random(2, 6, 24), (6, 7))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kind", ["acnet", "acnet-plain", "3x3"])

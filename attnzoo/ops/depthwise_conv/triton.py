@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.errors import InvalidValue
 from attnzoo.ops.depthwise_conv.torch import widened
 from attnzoo.ops.precision import operand_dtype
 from attnzoo.ops.triton_common import (
@@ -360,6 +361,12 @@ def _options(block: tuple[int, ...]) -> dict[str, int]:
     return {"num_warps": block[3]} | ({"maxnreg": block[6]} if _is_fast() else {})
 
 
+def require_fit(x: Tensor, grid: tuple[int, int]) -> None:
+    """Raises InvalidValue where kernels would read beyond the tokens."""
+    if x.shape[1] != grid[0] * grid[1]:
+        raise InvalidValue(f"{x.shape[1]} tokens are no grid of {grid[0]} x {grid[1]}")
+
+
 def stencil(
     x: Tensor,
     weight: Tensor,
@@ -387,6 +394,7 @@ def stencil(
     Returns:
         (b, h * w, c).
     """
+    require_fit(x, grid)
     x, spacing = _rows(x)
     b, _, c = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out

@@ -28,6 +28,7 @@ from attnzoo.ops.depthwise_conv.triton import (
     _put_row,
     _put_sums,
     _row,
+    require_fit,
     stencil,
 )
 from attnzoo.ops.precision import operand_dtype
@@ -401,6 +402,7 @@ def _normed_branches(
     tokens, spacing = _rows(x)
     b, _, c = x.shape
     grid = height, width
+    require_fit(x, grid)
     strips, blocks, parts, programs = _parts(grid, b, c, MOMENTS_BLOCK)
 
     def new(*shape: int) -> Tensor:
