@@ -533,10 +533,11 @@ if CAN_RUN:
             "conv": DepthwiseConv(32, "acnet"),
             "key_position": position,
             "query_norm": torch.nn.LayerNorm(32),
+            "key_norm": torch.nn.LayerNorm(32),
         }
         steps = {z: lambda *operands: 1.5 * operands[0] + 0.25 for z in ("query_kernel", "finish")}
         for part, value in (given | steps).items():
-            if part == "query_norm" and name != "sana":
+            if part.endswith("_norm") and name != "sana":
                 continue
             layer = copy.deepcopy(base)
             if isinstance(value, torch.nn.Module):
