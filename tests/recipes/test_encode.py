@@ -163,6 +163,22 @@ def test_shards_of_two_encodings_are_not_mixed(copy, images, vae, tmp_path, name
     encode(images, copy, vae, dtype="fp32")
 
 
+@pytest.mark.parametrize("made", ["[]", '{"bad": {}, "contents": [3]}'])
+def test_a_shard_that_says_nonsense_is_made_again(cache, copy, images, vae, made, capsys):
+    victim = copy / "latents-000001.safetensors"
+    save_file(load_file(victim), victim, metadata={"made": made})
+    (copy / "manifest.json").unlink()
+    encode(images, copy, vae, dtype="fp32")
+    assert "made again" in capsys.readouterr().out
+    assert victim.read_bytes() == (cache / victim.name).read_bytes()
+
+
+def test_shards_are_alike_wherever_their_vae_lies(cache, images, vae, tmp_path):
+    encode(images, tmp_path / "out", str(shutil.copytree(vae, tmp_path / "vae")), dtype="fp32")
+    for shard in cache.glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_classes_are_drawn_by_seed_and_listed(images, vae, tmp_path):
     drawn = [
         encode(images, tmp_path / f"{number}", vae, class_count=2, class_seed=seed).class_names
